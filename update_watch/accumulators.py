@@ -1,0 +1,208 @@
+"""Verdicts on what accumulates beside the weight: optimizer states, the decay, averages, summed gradients.
+
+An accumulator is judged by its own numbers; the tensor's health stays with its weight. What counts depends on its kind.
+
+| kind | name | stalled when | cause |
+|---|---|---|---|
+| state | any other name | its *decay* is lost. One efficiency over growth and decay would hide it: large increments pass | state_rounding |
+| counter | any other name, with a `value` | it stands at 2^bits of its dtype | state_rounding |
+| decay | weight_decay | efficiency | decay_rounding |
+| average | average:... | efficiency, or a finding of its own (`note`) | average_rounding |
+| gradient | grad | efficiency | accumulation_rounding |
+
+Lost changes are not always harm. `x <- (1 - c) x + c y` in a format of b bits stops where |y - x| < 2^-(b+1)..2^-b |x| / c:
+at c = 0.1 that is within 3% of the goal and nobody minds. So a state is only accused where c is below 2^-b, and where
+c is not known, only once the state factor moves too; an average is never accused from c = 0.1 on.
+"""
+
+from __future__ import annotations
+
+from update_watch.advice import SIGNIFICANT_BITS, Seen, advise, not_measured, sentence, too_few_steps, unknown
+from update_watch.evidence import AccumulatorEvidence, TensorEvidence
+from update_watch.memory import AccumulatorMemory
+from update_watch.report import AccumulatorReport, Cause, Health, Level
+from update_watch.thresholds import Thresholds
+
+_HARMLESS_AVERAGE_RATE = 0.1
+_MINIMUM_WANTED_DECAY = 0.05  # share of a state's elements that want to shrink, for their loss to matter
+_VISIBLE_STATE_FACTOR = 0.1  # distance from 1 that shows a lost decay to have effect, where 1 - beta is not known
+
+
+def judge_accumulator(
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, health: Health, memory: AccumulatorMemory, limits: Thresholds
+) -> AccumulatorReport:
+    """The verdict on one accumulator of a tensor whose own health is `health`."""
+    name = evidence.name
+    if health is Health.frozen or health is Health.idle:
+        memory.bad_steps = 0
+        return _report(evidence, health)
+    if evidence.reason:
+        return _report(evidence, Health.unknown, advice=unknown(evidence.reason))
+    steps = tensor.measured_steps or tensor.steps
+    if name == "weight_decay":
+        return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.decay_rounding)
+    if name == "grad":
+        return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.accumulation_rounding)
+    if name.startswith("average:"):
+        return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.average_rounding)
+    if tensor.scheme == f"carried:{name}":  # it holds what rounding took from the weight: small changes are its nature
+        return _report(evidence, Health.healthy)
+    if evidence.value is not None:
+        return _counter(evidence, memory, tensor.steps)
+    return _state(evidence, tensor, memory, limits, steps)
+
+
+def alert_level(accumulator: AccumulatorReport) -> Level | None:
+    """How loud an accumulator's verdict is; None when nobody needs to hear of it.
+
+    A lost decay of state or weight is an early warning. A lost average or gradient is the loss itself.
+    """
+    if accumulator.health is Health.stalled:
+        is_loss = accumulator.cause in (Cause.average_rounding, Cause.accumulation_rounding)
+        return Level.error if is_loss else Level.warn
+    if accumulator.health is Health.stalling and accumulator.cause in (
+        Cause.average_rounding,
+        Cause.accumulation_rounding,
+    ):
+        return Level.warn
+    return None
+
+
+def grade(value: float, previous: Health, limits: Thresholds) -> Health:
+    """Healthy, stalling or stalled, with hysteresis: what was worse must come back further."""
+    if value < (limits.stalled_exit if previous is Health.stalled else limits.stalled):
+        return Health.stalled
+    if value < (limits.stalling if previous is Health.healthy else limits.stalling_exit):
+        return Health.stalling
+    return Health.healthy
+
+
+def known(value: float | None) -> float | None:
+    """The value, or None when it is not a finite number."""
+    return value if value is not None and value - value == 0 else None
+
+
+def _by_efficiency(
+    evidence: AccumulatorEvidence,
+    tensor: TensorEvidence,
+    memory: AccumulatorMemory,
+    limits: Thresholds,
+    steps: int,
+    cause: Cause,
+) -> AccumulatorReport:
+    efficiency = known(evidence.numbers.efficiency)
+    if efficiency is None and not evidence.note:
+        memory.bad_steps = 0
+        return _nothing_wanted(evidence, steps)
+    displacement = known(evidence.numbers.displacement_efficiency)
+    value = efficiency if efficiency is not None else 1.0
+    if displacement is not None and displacement > value:
+        value = displacement  # the rest arrived later: it is carried somewhere
+    rate = known(evidence.rate)
+    if cause is Cause.average_rounding and rate is not None and rate >= _HARMLESS_AVERAGE_RATE:
+        value = 1.0
+    verdict = grade(value, memory.grade, limits)
+    if evidence.note and verdict is Health.healthy:
+        verdict = Health.stalling
+    return _settle(evidence, tensor, memory, limits, steps, verdict, cause)
+
+
+def _state(
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorMemory, limits: Thresholds, steps: int
+) -> AccumulatorReport:
+    decay = known(evidence.decay.efficiency)
+    if decay is None:
+        memory.bad_steps = 0
+        return (
+            _nothing_wanted(evidence, steps)
+            if known(evidence.numbers.efficiency) is None
+            else _report(evidence, Health.healthy)
+        )
+    wanted = known(evidence.decay.wanted_fraction)
+    bits = SIGNIFICANT_BITS.get(evidence.dtype)
+    rate, factor = known(evidence.rate), known(tensor.state_factor)
+    if rate is not None:
+        can_matter = bits is not None and rate < 2.0**-bits
+    else:
+        can_matter = bits != 24 and bits != 53 and factor is not None and abs(factor - 1) >= _VISIBLE_STATE_FACTOR
+    displacement = known(evidence.numbers.displacement_efficiency)
+    if tensor.scheme.startswith(("carried", "stochastic")) and displacement is not None and displacement > decay:
+        decay = displacement
+    if not can_matter or (wanted is not None and wanted < _MINIMUM_WANTED_DECAY):
+        decay = 1.0
+    verdict = grade(decay, memory.grade, limits)
+    return _settle(evidence, tensor, memory, limits, steps, verdict, Cause.state_rounding)
+
+
+def _counter(evidence: AccumulatorEvidence, memory: AccumulatorMemory, steps: int) -> AccumulatorReport:
+    value, before = known(evidence.value), memory.value
+    memory.value = value
+    bits = SIGNIFICANT_BITS.get(evidence.dtype)
+    has_stopped = bits is not None and value is not None and value == before and value == 2.0**bits and steps > 0
+    memory.grade = Health.stalled if has_stopped else Health.healthy
+    if not has_stopped:
+        return _report(evidence, Health.healthy)
+    seen = Seen(dtype=evidence.dtype, accumulator=evidence.name, counter=value)
+    advice = sentence(advise(Cause.state_rounding, seen))
+    return _report(evidence, Health.stalled, Cause.state_rounding, advice)
+
+
+def _settle(
+    evidence: AccumulatorEvidence,
+    tensor: TensorEvidence,
+    memory: AccumulatorMemory,
+    limits: Thresholds,
+    steps: int,
+    verdict: Health,
+    cause: Cause,
+) -> AccumulatorReport:
+    """Believe a bad verdict only once enough steps in a row speak for it."""
+    if verdict is Health.healthy:
+        memory.bad_steps = 0
+        memory.grade = verdict
+        return _report(evidence, verdict)
+    memory.bad_steps += steps
+    if memory.bad_steps < limits.minimum_steps:
+        return _report(evidence, Health.unknown, advice=unknown(too_few_steps(memory.bad_steps, limits.minimum_steps)))
+    memory.grade = verdict
+    return _report(evidence, verdict, cause, sentence(advise(cause, accumulator_seen(evidence, tensor, cause))))
+
+
+def accumulator_seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -> Seen:
+    """The numbers an accumulator's advice speaks of."""
+    numbers = evidence.decay if cause is Cause.state_rounding else evidence.numbers
+    lr, weight_decay = known(tensor.lr_max), known(tensor.weight_decay)
+    return Seen(
+        dtype=evidence.dtype,
+        efficiency=known(numbers.efficiency),
+        lost=known(numbers.lost_fraction),
+        accumulator=evidence.name,
+        rate=known(evidence.rate),
+        decay_rate=lr * weight_decay if lr is not None and weight_decay is not None else None,
+        reason=evidence.note,
+    )
+
+
+def _nothing_wanted(evidence: AccumulatorEvidence, steps: int) -> AccumulatorReport:
+    if not steps:
+        return _report(evidence, Health.unknown, advice=unknown(not_measured(0)))
+    return _report(evidence, Health.idle)
+
+
+def _report(
+    evidence: AccumulatorEvidence, health: Health, cause: Cause | None = None, advice: str = ""
+) -> AccumulatorReport:
+    numbers = evidence.numbers
+    return AccumulatorReport(
+        evidence.name,
+        evidence.dtype,
+        health,
+        cause,
+        advice,
+        numbers.efficiency,
+        numbers.displacement_efficiency,
+        numbers.lost_fraction,
+        numbers.wanted_fraction,
+        evidence.growth.efficiency,
+        evidence.decay.efficiency,
+    )

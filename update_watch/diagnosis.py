@@ -1,0 +1,434 @@
+"""From the numbers of a window to verdicts: health, cause and advice of every tensor, with hysteresis over windows.
+
+A tensor is judged by the first line that fits:
+
+| # | what was seen | health | cause |
+|---|---|---|---|
+| 1 | requires_grad is False | frozen | requires_grad_off |
+| 2 | NaN or infinity (in windows with skipped steps: once nearly all steps have been skipped for several windows) | broken | non_finite |
+| 3 | no optimizer holds it | idle | not_in_optimizer |
+| 4 | nearly all steps skipped, several windows in a row; before that `unknown` | idle | skipped_steps |
+| 5 | its optimizer took no step | unknown | |
+| 6 | its gradient was None in every step | idle | no_gradient |
+| 7 | every sampled gradient was 0 (what momentum and decay still do is not a signal) | idle | zero_gradient |
+| 8 | learning rate 0 in every step | idle | zero_learning_rate |
+| 9 | the update cannot be replayed | unknown | not_replayable |
+| 10 | measured, and no update intended | idle | |
+| 11 | fewer measured steps, or a wider interval, than a verdict needs, over all pooled windows | unknown | |
+| 12 | not healthy by its score, but rounding cannot be the reason (next to nothing lost; moved backwards) | unknown | |
+| 13 | not healthy by its score, but the learning rate has run out (a thousandth of its peak) | idle | zero_learning_rate |
+| 14 | not healthy by its score, but the learning rate has just doubled or more (warm-up) | unknown | |
+| 15 | not healthy by its score, and updates well above half a gap are lost too | stalled, stalling | not_written |
+| 16 | not healthy by its score | stalled, stalling | weight_rounding |
+| 17 | state factor outside the band in two windows running | stalling | state_rounding |
+| 18 | else | healthy | |
+
+The score is an efficiency: of single steps (1: all arrived), or of the displacement over the window where that is
+
+- better, with evidence: the rest was carried elsewhere (FP32 masters, Kahan summation, stochastic rounding) and arrived
+  later, so it is never a stall;
+- worse, with evidence, over several windows: the drift is lost under passing oscillation.
+
+Where rounding to nearest is known, or the numbers are those of weight and compensation joined, a low efficiency of
+single steps is enough to accuse. Where something may carry the rest, only a low displacement accuses, and until one can
+be had the tensor is unknown.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from update_watch import advice
+from update_watch.accumulators import alert_level, grade, judge_accumulator, known
+from update_watch.advice import SIGNIFICANT_BITS, Seen, advise, plural, sentence
+from update_watch.evidence import TensorEvidence, WindowEvidence
+from update_watch.memory import GRADES, Memory
+from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport
+from update_watch.rollup import headline, roll_up, run_health
+from update_watch.thresholds import Thresholds
+
+_VERSION = 1
+_SURE = 2.0  # standard errors
+_NEARLY_ALL = 0.9  # of the steps, skipped
+_EXPECTED_CHANGES = 10.0  # under stochastic rounding: none seen then has a chance of e^-10
+_NEVER_FEW = 1e9
+_UNLOST = 0.01  # so small a lost fraction cannot explain an efficiency below _ROUNDED_LEAST
+_ROUNDED_LEAST = 0.6  # what survives rounding is at least 2/3 of what was intended
+_ROUNDED_MOST = 2.5  # and at most twice
+_BACKWARDS = -0.1
+_WELL_ABOVE = 2 - HEADROOM_LOW  # first bin of the headroom histogram at four half gaps or more
+
+_GOOD = (Health.healthy, None, "")
+_Verdict = tuple[Health, Cause | None, str]
+
+
+class Diagnosis:
+    """Judges window after window; remembers per tensor what hysteresis and pooling need."""
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self._limits = thresholds
+        self._memories: dict[str, Memory] = {}
+        self._last_step: int | None = None
+
+    def judge(self, evidence: WindowEvidence) -> Report:
+        """The report of a window, without alerts. Never raises on missing or non-finite numbers."""
+        first_step = max(evidence.step - evidence.window + 1, 0)
+        if self._last_step is not None and first_step <= self._last_step < evidence.step:
+            first_step = self._last_step + 1
+        self._last_step = evidence.step
+        tensors = tuple(self._tensor(tensor, evidence, first_step) for tensor in evidence.tensors)
+        return Report(
+            step=evidence.step,
+            window=evidence.window,
+            health=run_health(tensors),
+            headline=headline(tensors, self._limits),
+            tensors=tensors,
+            layers=roll_up(tensors),
+            time=evidence.time,
+            cost_ms=evidence.cost_ms,
+            skipped_steps=evidence.skipped_steps,
+        )
+
+    # --- resume ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data (str, int, float, bool, None, list, dict), safe to load weights-only."""
+        return {
+            "version": _VERSION,
+            "last_step": self._last_step,
+            "tensors": {name: memory.to_plain() for name, memory in self._memories.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned. A tensor whose entry cannot be read starts anew, with a log line.
+
+        Raises:
+            TypeError, ValueError: `state` as a whole is not such data; nothing is changed then.
+        """
+        check_state("Diagnosis", state, _VERSION, {"tensors": Mapping})
+        last_step = state.get("last_step")
+        if last_step is not None and (not isinstance(last_step, int) or isinstance(last_step, bool)):
+            raise ValueError(
+                f"Diagnosis.load_state_dict: last_step={last_step!r} is not a step; pass what state_dict() gave."
+            )
+        memories: dict[str, Memory] = {}
+        for name, data in state["tensors"].items():
+            try:
+                memories[str(name)] = Memory.from_plain(data)
+            except (KeyError, TypeError, ValueError) as error:
+                logging.getLogger("update_watch").warning(
+                    "Diagnosis.load_state_dict: the entry of %r cannot be read (%s: %s); it starts anew.",
+                    name,
+                    type(error).__name__,
+                    error,
+                )
+        self._memories, self._last_step = memories, last_step
+
+    # --- one tensor --------------------------------------------------------------------------------
+
+    def _tensor(self, e: TensorEvidence, window: WindowEvidence, first_step: int) -> TensorReport:
+        memory = self._memories.get(e.name)
+        if memory is None:
+            memory = self._memories[e.name] = Memory()
+        verdict = self._without_signal(e, memory, window)
+        if verdict is None:
+            verdict = self._by_score(e, memory)
+            if verdict[0] is Health.healthy:
+                verdict = self._by_state(e, memory) or verdict
+        else:
+            memory.forget_evidence()
+        health, cause, text = verdict
+        lr, lr_max = known(e.lr), known(e.lr_max)
+        if lr is not None:
+            memory.lr = lr
+            memory.peak_lr = max(memory.peak_lr, lr, lr_max or 0.0)
+        accumulators: dict[str, AccumulatorReport] = {}
+        for name, accumulator in e.accumulators.items():
+            judged = judge_accumulator(accumulator, e, health, memory.accumulator(name), self._limits)
+            accumulators[name] = judged
+            if health is Health.healthy and not text and alert_level(judged) is not None:
+                text = judged.advice
+        return TensorReport(
+            name=e.name,
+            health=health,
+            cause=cause,
+            advice=text,
+            names=e.names,
+            layer=e.layer,
+            optimizer_group=e.optimizer_group,
+            dtype=e.dtype,
+            shape=e.shape,
+            numel=e.numel,
+            trainable=e.trainable,
+            efficiency=e.numbers.efficiency,
+            efficiency_error=e.numbers.efficiency_error,
+            displacement_efficiency=e.numbers.displacement_efficiency,
+            lost_fraction=e.numbers.lost_fraction,
+            wanted_fraction=e.numbers.wanted_fraction,
+            update_ratio=e.update_ratio,
+            applied_ratio=e.applied_ratio,
+            headroom_histogram=e.headroom_histogram,
+            lr=e.lr,
+            critical_lr=e.critical_lr,
+            state_factor=e.state_factor,
+            since_step=_since(memory, health, first_step),
+            accumulators=accumulators,
+            what_if=e.what_if,
+        )
+
+    def _without_signal(self, e: TensorEvidence, memory: Memory, window: WindowEvidence) -> _Verdict | None:
+        """Lines 1 to 10 of the table; None when there is an update to judge."""
+        if not e.trainable:
+            return _verdict(Health.frozen, Cause.requires_grad_off, Seen())
+        skipped = e.skipped_steps if e.steps else window.skipped_steps
+        steps = max(e.steps, skipped)
+        nearly_all = skipped > 0 and skipped >= _NEARLY_ALL * steps
+        memory.skipped_windows = memory.skipped_windows + 1 if nearly_all else 0
+        is_persistent = memory.skipped_windows >= self._limits.skipped_windows
+        if not e.finite:
+            if skipped and not is_persistent:
+                return Health.unknown, None, advice.unknown(advice.overflow(skipped, steps))
+            return _verdict(Health.broken, Cause.non_finite, Seen())
+        if not e.optimizer_group:
+            return _verdict(Health.idle, Cause.not_in_optimizer, Seen())
+        if nearly_all:
+            if is_persistent:
+                return _verdict(Health.idle, Cause.skipped_steps, Seen(skipped=skipped, steps=steps))
+            return Health.unknown, None, advice.unknown(advice.overflow(skipped, steps))
+        if not e.steps:
+            return Health.unknown, None, advice.unknown(advice.not_measured(0))
+        if e.gradless_steps >= e.steps:
+            return _verdict(Health.idle, Cause.no_gradient, Seen(steps=e.steps))
+        zero = known(e.zero_gradient_fraction)
+        if zero is not None and zero >= 1 and e.measured_steps:
+            return _verdict(Health.idle, Cause.zero_gradient, Seen(steps=e.steps))
+        if (known(e.lr_max) if e.lr_max is not None else known(e.lr)) == 0:
+            return _verdict(Health.idle, Cause.zero_learning_rate, Seen(steps=e.steps))
+        if e.reason:
+            return _verdict(Health.unknown, Cause.not_replayable, Seen(reason=e.reason))
+        if e.measured_steps and e.numbers.wanted_fraction == 0:
+            return (
+                Health.idle,
+                None,
+                f"The optimizer intended no change in {plural(e.measured_steps, 'measured step')}.",
+            )
+        return None
+
+    def _by_score(self, e: TensorEvidence, memory: Memory) -> _Verdict:
+        """Lines 11 to 16 of the table."""
+        limits, numbers = self._limits, e.numbers
+        efficiency = known(numbers.efficiency)
+        displacement = None
+        if e.measured_steps and efficiency is not None:
+            memory.age = 0
+            memory.pool.append(
+                (
+                    e.measured_steps,
+                    efficiency,
+                    abs(known(numbers.efficiency_error) or 0.0),
+                    known(numbers.lost_fraction) or 0.0,
+                    _expected_changes(e) if e.scheme == "stochastic" and efficiency < limits.stalling else _NEVER_FEW,
+                )
+            )
+            if (known(e.displacement_evidence) or 0.0) >= limits.displacement_evidence:
+                displacement = known(numbers.displacement_efficiency)
+        else:
+            memory.age += 1
+            if memory.age > limits.pool_windows:
+                memory.forget_evidence()
+            if not memory.pool:
+                return Health.unknown, None, advice.unknown(advice.not_measured(e.steps))
+        steps, efficiency, error, lost, expected = self._pool(memory)
+        if displacement is not None:
+            memory.drift.append(displacement)
+            del memory.drift[: -2 * limits.drift_windows]
+            memory.proven = displacement >= limits.stalling or (memory.proven and displacement >= limits.stalling / 2)
+        if steps < limits.minimum_steps:
+            return Health.unknown, None, advice.unknown(advice.too_few_steps(steps, limits.minimum_steps))
+
+        verdict = grade(efficiency, memory.grade, limits)
+        is_drift = False
+        if verdict is Health.healthy:
+            drift = self._lost_drift(memory)
+            if drift is not None:
+                verdict, is_drift = grade(drift, memory.grade, limits), True
+                displacement = drift
+            elif error > limits.maximum_error and efficiency - _SURE * error < limits.stalling_exit:
+                return Health.unknown, None, advice.unknown(advice.too_noisy(efficiency, error, len(memory.pool)))
+        else:
+            if displacement is not None and displacement > efficiency:
+                verdict = grade(displacement, memory.grade, limits)
+            if verdict is not Health.healthy and e.scheme in ("unknown", "carried"):
+                if displacement is None or (verdict is Health.stalling and len(memory.drift) < 2):
+                    if memory.proven:
+                        verdict = Health.healthy
+                    else:
+                        return Health.unknown, None, advice.unknown(advice.remainder_unclear(efficiency))
+            if verdict is not Health.healthy:
+                if error > limits.maximum_error:
+                    if efficiency + _SURE * error >= limits.stalling:
+                        return (
+                            Health.unknown,
+                            None,
+                            advice.unknown(advice.too_noisy(efficiency, error, len(memory.pool))),
+                        )
+                    if verdict is Health.stalled and efficiency + _SURE * error >= limits.stalled_exit:
+                        verdict = Health.stalling
+                if expected < _EXPECTED_CHANGES:
+                    return Health.unknown, None, advice.unknown(advice.too_small())
+        if _cannot_be_rounding(efficiency, lost, verdict, is_drift):
+            return Health.unknown, None, advice.unknown(advice.unexplained(efficiency, lost))
+        if verdict is Health.healthy:
+            memory.grade = verdict
+            return _GOOD
+        return self._accuse(e, memory, verdict, efficiency, lost, displacement if is_drift else None)
+
+    def _accuse(
+        self, e: TensorEvidence, memory: Memory, verdict: Health, efficiency: float, lost: float, drift: float | None
+    ) -> _Verdict:
+        limits = self._limits
+        lr = known(e.lr)
+        lr_max = known(e.lr_max)
+        lr_max = lr if lr_max is None else lr_max
+        if lr_max is not None and lr_max <= limits.negligible_lr * memory.peak_lr:
+            return _verdict(Health.idle, Cause.zero_learning_rate, Seen(lr=lr_max, peak_lr=memory.peak_lr))
+        starts = [rate for rate in (known(e.lr_min), memory.lr) if rate is not None]
+        if lr is not None and starts and lr > 0 and lr >= 2 * min(starts):
+            return Health.unknown, None, advice.unknown(advice.rising_lr(lr))
+        memory.grade = verdict
+        above = _share_well_above(e.headroom_histogram)
+        is_unwritten = drift is None and above is not None and above >= 0.5 and lost > 1 - above / 2
+        return _verdict(
+            verdict,
+            Cause.not_written if is_unwritten else Cause.weight_rounding,
+            Seen(
+                dtype=e.dtype,
+                efficiency=efficiency,
+                displacement=drift,
+                lost=lost,
+                lr=lr,
+                critical_lr=known(e.critical_lr),
+                headroom=above,
+            ),
+        )
+
+    def _by_state(self, e: TensorEvidence, memory: Memory) -> _Verdict | None:
+        """Line 17 of the table: the weight takes its updates, but are they the right ones?"""
+        limits, factor = self._limits, known(e.state_factor)
+        if factor is None or e.state_factor_steps < limits.minimum_steps:
+            return None
+        # FP32 state has nothing to lose: then the shadow differs for another reason (state edited, restored)
+        if e.accumulators and all(a.dtype in ("float32", "float64") for a in e.accumulators.values()):
+            return None
+        inside = 1 + limits.state_margin if memory.bad_state_windows >= 2 else 1.0
+        if limits.state_low * inside <= factor <= limits.state_high / inside:
+            memory.bad_state_windows = 0
+            return None
+        memory.bad_state_windows += 1
+        if memory.bad_state_windows < 2:
+            return None
+        blamed = Seen(state_factor=factor)
+        worst = math.inf
+        for a in e.accumulators.values():
+            decay, value, bits = known(a.decay.efficiency), known(a.value), SIGNIFICANT_BITS.get(a.dtype)
+            if value is not None and bits is not None and value == 2.0**bits:
+                blamed = Seen(dtype=a.dtype, accumulator=a.name, counter=value, state_factor=factor)
+                break
+            if decay is not None and decay < min(worst, limits.stalling):
+                worst = decay
+                blamed = Seen(
+                    dtype=a.dtype, accumulator=a.name, efficiency=decay, rate=known(a.rate), state_factor=factor
+                )
+        return _verdict(Health.stalling, Cause.state_rounding, blamed)
+
+    def _pool(self, memory: Memory) -> tuple[int, float, float, float, float]:
+        """As few of the latest windows as give enough evidence, weighted by measured steps; older ones are dropped."""
+        limits, pool = self._limits, memory.pool
+        steps, dot, square, lost, expected, used = 0, 0.0, 0.0, 0.0, 0.0, 0
+        efficiency = error = 0.0
+        for n, window_efficiency, window_error, window_lost, window_expected in reversed(pool):
+            steps += n
+            used += 1
+            dot += n * window_efficiency
+            square += (n * window_error) ** 2
+            lost += n * window_lost
+            expected += window_expected
+            efficiency, error = dot / steps, math.sqrt(square) / steps
+            if steps >= limits.minimum_steps and error <= limits.maximum_error and expected >= _EXPECTED_CHANGES:
+                break
+        used = min(used, limits.pool_windows)
+        del pool[:-used]
+        return steps, efficiency, error, lost / steps, expected
+
+    def _lost_drift(self, memory: Memory) -> float | None:
+        """Mean displacement efficiency of the latest windows if it is certainly low although single steps are well."""
+        limits, drift = self._limits, memory.drift
+        n = len(drift)
+        limit = limits.stalling if memory.grade is Health.healthy else limits.stalling_exit
+        if n < limits.drift_windows or (drift[-1] >= limit and memory.grade is Health.healthy):
+            return None
+        mean = sum(drift) / n
+        spread = math.sqrt(sum((x - mean) ** 2 for x in drift) / (n - 1) / n)
+        return mean if mean + _SURE * spread < limit else None
+
+
+def check_state(owner: str, state: Any, version: int, parts: Mapping[str, type]) -> None:
+    """Raise unless `state` is what `owner.state_dict()` of this version returns, as far as its outside shows."""
+    remedy = "pass what state_dict() gave, or leave the state out to start anew."
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{owner}.load_state_dict({type(state).__name__}) needs a dict: {remedy}")
+    if state.get("version") != version:
+        raise ValueError(f"{owner}.load_state_dict: version={state.get('version')!r}, {version} expected: {remedy}")
+    for name, kind in parts.items():
+        if not isinstance(state.get(name), kind):
+            raise TypeError(f"{owner}.load_state_dict: {name}={state.get(name)!r} is not a {kind.__name__}: {remedy}")
+
+
+def _verdict(health: Health, cause: Cause, seen: Seen) -> _Verdict:
+    return health, cause, sentence(advise(cause, seen))
+
+
+def _since(memory: Memory, health: Health, first_step: int) -> int:
+    """First step of the window in which this health began; a verdict that was unknown in between goes on."""
+    if health is memory.health:
+        return memory.since
+    if health in GRADES:
+        memory.since = memory.graded_since if health is memory.graded else first_step
+        memory.graded, memory.graded_since = health, memory.since
+    else:
+        memory.since = first_step
+        if health is not Health.unknown:
+            memory.graded = None
+    memory.health = health
+    return memory.since
+
+
+def _cannot_be_rounding(efficiency: float, lost: float, verdict: Health, is_drift: bool) -> bool:
+    if efficiency > _ROUNDED_MOST:
+        return True
+    if verdict is Health.healthy or is_drift:
+        return False
+    return efficiency < _BACKWARDS or (efficiency < _ROUNDED_LEAST and lost < _UNLOST)
+
+
+def _share_well_above(histogram: tuple[float, ...] | None) -> float | None:
+    if not histogram:
+        return None
+    total = sum(histogram)
+    return sum(histogram[_WELL_ABOVE:]) / total if total > 0 else None
+
+
+def _expected_changes(e: TensorEvidence) -> float:
+    """Samples expected to change in this window under stochastic rounding: each with probability |update| / gap.
+
+    The number of samples is not part of the evidence; 64 is the least that is ever used.
+    """
+    if not e.headroom_histogram:
+        return _NEVER_FEW
+    share = sum(
+        part * min(1.0, 2.0 ** (HEADROOM_LOW + i - 0.5)) for i, part in enumerate(e.headroom_histogram) if part > 0
+    )
+    return float(e.measured_steps * min(e.numel, 64) * share * (known(e.numbers.wanted_fraction) or 1.0))

@@ -1,0 +1,155 @@
+"""What the diagnosis remembers of a tensor between windows, and its way into plain data and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from update_watch.report import Health
+
+GRADES = (Health.healthy, Health.stalling, Health.stalled)
+
+
+class AccumulatorMemory:
+    """One accumulator of a tensor."""
+
+    __slots__ = ("bad_steps", "grade", "value")
+
+    def __init__(self) -> None:
+        self.grade = Health.healthy
+        self.bad_steps = 0  # measured steps in the unbroken run of windows that spoke against it
+        self.value: float | None = None  # of a counter, in the window before
+
+    def to_plain(self) -> list[Any]:
+        return [self.grade.value, self.bad_steps, self.value]
+
+    @classmethod
+    def from_plain(cls, data: Any) -> AccumulatorMemory:
+        grade, bad_steps, value = _items(data, 3)
+        memory = cls()
+        memory.grade, memory.bad_steps, memory.value = _grade(grade), _count(bad_steps), _optional(value)
+        return memory
+
+
+class Memory:
+    """One tensor."""
+
+    __slots__ = (
+        "accumulators",
+        "age",
+        "bad_state_windows",
+        "drift",
+        "grade",
+        "graded",
+        "graded_since",
+        "health",
+        "lr",
+        "peak_lr",
+        "pool",
+        "proven",
+        "since",
+        "skipped_windows",
+    )
+
+    def __init__(self) -> None:
+        self.health: Health | None = None  # of the last report
+        self.since = 0  # first step of the window in which `health` began
+        self.grade = Health.healthy  # last of healthy, stalling, stalled: what hysteresis starts from
+        self.graded: Health | None = None  # last reported of healthy, stalling, stalled, and since when;
+        self.graded_since = 0  # None after a time without signal
+        # latest windows, oldest first: measured steps, efficiency, standard error, lost fraction, expected changes
+        self.pool: list[tuple[int, float, float, float, float]] = []
+        self.age = 0  # windows since it was last measured
+        self.drift: list[float] = []  # displacement efficiencies of the latest windows with evidence
+        self.proven = False  # a displacement has shown that its updates arrive
+        self.bad_state_windows = 0  # in a row with a state factor outside the band
+        self.skipped_windows = 0  # in a row with nearly all steps skipped
+        self.lr: float | None = None  # in the window before
+        self.peak_lr = 0.0
+        self.accumulators: dict[str, AccumulatorMemory] = {}
+
+    def accumulator(self, name: str) -> AccumulatorMemory:
+        """The memory of one accumulator, new at first."""
+        found = self.accumulators.get(name)
+        if found is None:
+            found = self.accumulators[name] = AccumulatorMemory()
+        return found
+
+    def forget_evidence(self) -> None:
+        """Start the evidence anew, after a time without signal."""
+        self.pool, self.drift, self.age = [], [], 0
+
+    def to_plain(self) -> dict[str, Any]:
+        return {
+            "health": None if self.health is None else self.health.value,
+            "since": self.since,
+            "grade": self.grade.value,
+            "graded": None if self.graded is None else self.graded.value,
+            "graded_since": self.graded_since,
+            "pool": [list(entry) for entry in self.pool],
+            "age": self.age,
+            "drift": list(self.drift),
+            "proven": self.proven,
+            "bad_state_windows": self.bad_state_windows,
+            "skipped_windows": self.skipped_windows,
+            "lr": self.lr,
+            "peak_lr": self.peak_lr,
+            "accumulators": {name: a.to_plain() for name, a in self.accumulators.items()},
+        }
+
+    @classmethod
+    def from_plain(cls, data: Any) -> Memory:
+        """Raises ValueError, TypeError or KeyError on anything `to_plain` would not write."""
+        if not isinstance(data, Mapping):
+            raise TypeError(f"{data!r} is not a mapping")
+        memory = cls()
+        memory.health = None if data["health"] is None else Health(data["health"])
+        memory.since = _count(data["since"])
+        memory.grade = _grade(data["grade"])
+        memory.graded = None if data["graded"] is None else _grade(data["graded"])
+        memory.graded_since = _count(data["graded_since"])
+        for entry in _items(data["pool"]):
+            steps, *numbers = _items(entry, 5)
+            efficiency, error, lost, expected = map(_number, numbers)
+            memory.pool.append((_count(steps, 1), efficiency, error, lost, expected))
+        memory.age = _count(data["age"])
+        memory.drift = [_number(value) for value in _items(data["drift"])]
+        memory.proven = bool(data["proven"])
+        memory.bad_state_windows = _count(data["bad_state_windows"])
+        memory.skipped_windows = _count(data["skipped_windows"])
+        memory.lr = _optional(data["lr"])
+        memory.peak_lr = _number(data["peak_lr"])
+        memory.accumulators = {
+            str(name): AccumulatorMemory.from_plain(a) for name, a in dict(data["accumulators"]).items()
+        }
+        return memory
+
+
+def _items(data: Any, length: int | None = None) -> list[Any]:
+    if not isinstance(data, (list, tuple)) or (length is not None and len(data) != length):
+        raise ValueError(f"{data!r} is not a list{'' if length is None else f' of {length}'}")
+    return list(data)
+
+
+def _count(value: Any, low: int = 0) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{value!r} is not a whole number of at least {low}")
+    return value
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is not a finite number")
+    return float(value)
+
+
+def _optional(value: Any) -> float | None:
+    return None if value is None else _number(value)
+
+
+def _grade(value: Any) -> Health:
+    grade = Health(value)
+    if grade not in GRADES:
+        raise ValueError(f"{value!r} is not a grade")
+    return grade
