@@ -120,7 +120,7 @@ def _count(health: Health, meaning: str) -> RunMetric:
         "tensors",
         meaning,
         f"number of tensors with health `{health}`",
-        lambda report: float(report.counts[health.value]),
+        lambda report: float(sum(t.health is health for t in report.tensors)),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a report becomes in W&B beside single numbers: groups of tensors, tables, the headroom histogram."""
+"""What a report becomes in W&B beside single numbers: groups of tensors, rows of tables, the headroom histogram."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ TENSOR_COLUMNS = (
 
 
 def tensor_rows(report: Report) -> list[list[Any]]:
+    """One row of TENSOR_COLUMNS for each tensor that is not well, worst first."""
     return [
         [
             t.name,
@@ -69,35 +70,29 @@ def tensor_rows(report: Report) -> list[list[Any]]:
     ]
 
 
-def _headroom_counts(tensors: Sequence[TensorReport]) -> list[int]:
-    """Wanted elements per octave of headroom, over `tensors`."""
-    counts = [0.0] * HEADROOM_BINS
-    for tensor in tensors:
-        wanted = tensor.numel * (1.0 if tensor.wanted_fraction is None else tensor.wanted_fraction)
-        for i, share in enumerate(tensor.headroom_histogram or ()):
-            counts[i] += share * wanted
-    return [round(count) for count in counts]
+def _headroom_counts(tensors: Sequence[TensorReport]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Wanted elements per octave of headroom, over `tensors`; shape (HEADROOM_BINS,)."""
+    known = [t for t in tensors if t.headroom_histogram]
+    if not known:
+        return np.zeros(HEADROOM_BINS)
+    wanted = [t.numel * (1.0 if t.wanted_fraction is None else t.wanted_fraction) for t in known]
+    return np.round(np.array(wanted) @ np.array([t.headroom_histogram for t in known]))
 
 
 def headroom(report: Report) -> dict[str, Any]:
+    """The histogram of the whole run, where there is one."""
     import wandb
 
-    counts = np.array(_headroom_counts(report.tensors))
+    counts = _headroom_counts(report.tensors).astype(int)
     edges = np.arange(HEADROOM_LOW, HEADROOM_LOW + HEADROOM_BINS + 1)
     return {metrics.HEADROOM: wandb.Histogram(np_histogram=(counts, edges))} if counts.any() else {}
 
 
 def headroom_rows(layers: Mapping[str, Sequence[TensorReport]]) -> list[list[Any]]:
+    """`[layer, octave, share]` for every octave in which a layer has wanted elements."""
     rows: list[list[Any]] = []
     for layer, tensors in layers.items():
         counts = _headroom_counts(tensors)
-        total = sum(counts)
-        rows += [[layer, HEADROOM_LOW + i, count / total] for i, count in enumerate(counts) if count]
+        shares = (counts / max(counts.sum(), 1.0)).tolist()
+        rows += [[layer, HEADROOM_LOW + i, share] for i, share in enumerate(shares) if share]
     return rows
-
-
-def table(key: str, columns: Sequence[str], rows: list[list[Any]], *, even_if_empty: bool = False) -> dict[str, Any]:
-    import wandb
-
-    # Mixed types: W&B otherwise infers and checks a type per cell, which takes most of the time.
-    return {key: wandb.Table(list(columns), rows, allow_mixed_types=True)} if rows or even_if_empty else {}

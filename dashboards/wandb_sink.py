@@ -1,4 +1,4 @@
-"""Reports into a W&B run: one `log` call per window, beside whatever else logs to the run.
+"""Reports into a W&B run: one row of numbers per window, beside whatever else logs to the run.
 
     watch = uw.watch(model, optimizer, sinks=[WandbSink(run)])
 
@@ -21,14 +21,8 @@ from update_watch.dashboards.wandb_facts import write_facts
 from update_watch.dashboards.wandb_grid import LayerGrid
 from update_watch.dashboards.wandb_limits import alert_table_pace, picture_pace, row_pace, series_pace
 from update_watch.dashboards.wandb_names import KeyNames
-from update_watch.dashboards.wandb_rows import (
-    TENSOR_COLUMNS,
-    TensorGroups,
-    headroom,
-    headroom_rows,
-    table,
-    tensor_rows,
-)
+from update_watch.dashboards.wandb_pictures import PictureLogger, TableRows
+from update_watch.dashboards.wandb_rows import TENSOR_COLUMNS, TensorGroups, headroom, headroom_rows, tensor_rows
 from update_watch.report import Report, TensorReport
 
 if TYPE_CHECKING:
@@ -152,7 +146,8 @@ class _Session:
         self.finished = False
         self._run = run
         self._step_key = step_key
-        self._commit = commit
+        self._commit = None if commit else False  # None: W&B's default, a row of its own
+        self._pictures = PictureLogger(run, self._commit)
         self._sender = AlertSender() if alerts else None
         self._defined = False
         self._names = KeyNames()
@@ -164,7 +159,7 @@ class _Session:
         self._picture_pace = picture_pace()
         self._alert_table_pace = alert_table_pace()
         self._alert_pending = False
-        self._table_had_rows = False
+        self._shown: set[str] = set()  # tables whose last version had rows
         self._summary: dict[str, str | int] = {}
 
     def is_for(self, run: wandb.Run) -> bool:
@@ -182,9 +177,12 @@ class _Session:
         try:
             if self._row_pace.take(report.step, now, urgent=self._alert_pending):
                 # One dict, so that the step is always the one these values belong to.
-                self._run.log(self._row(report, layers, now), commit=None if self._commit else False)
+                self._run.log(self._row(report, now), commit=self._commit)
                 self._alert_pending = False
                 self._summarize(report)
+                tables = self._tables(report, layers, now)
+                if tables:
+                    self._pictures.log({self._step_key: report.step}, tables)
         finally:
             # After the row: an alert that gets stuck must not hold back the values that explain it.
             if self._sender is not None:
@@ -205,24 +203,28 @@ class _Session:
         for series in metrics.SERIES:
             run.define_metric(f"{series.section}/*", step_metric=self._step_key, summary="none")
 
-    def _row(self, report: Report, layers: Mapping[str, Sequence[TensorReport]], now: float) -> dict[str, Any]:
+    def _row(self, report: Report, now: float) -> dict[str, Any]:
         row: dict[str, Any] = {self._step_key: report.step, **metrics.run_values(report)}
         row[f"{metrics.RUN_SECTION}/alert"] = float(self._alert_pending)
         groups = self._series.of(report)
         if self._series_pace.take(report.step, now, len(groups) * len(metrics.SERIES)):
             row.update(self._series_values(groups))
             row.update(headroom(report))
-        has_alert_table = bool(report.alerts) and self._alert_table_pace.take(report.step, now, urgent=True)
-        if self._picture_pace.take(report.step, now):
-            row.update(table(metrics.HEATMAP, ("layer", "step", "efficiency"), self._grid.rows()))
-            row.update(table(metrics.HEADROOM_LAYERS, ("layer", "octave", "share"), headroom_rows(layers)))
-            has_alert_table = True
-        if has_alert_table:
-            rows = tensor_rows(report)
-            # An empty table only where it replaces one that is no longer true.
-            row.update(table(metrics.TENSORS, TENSOR_COLUMNS, rows, even_if_empty=self._table_had_rows))
-            self._table_had_rows = bool(rows)
         return row
+
+    def _tables(self, report: Report, layers: Mapping[str, Sequence[TensorReport]], now: float) -> dict[str, TableRows]:
+        tables: dict[str, TableRows] = {}
+        is_due = bool(report.alerts) and self._alert_table_pace.take(report.step, now, urgent=True)
+        if self._picture_pace.take(report.step, now):
+            is_due = True
+            tables[metrics.HEATMAP] = TableRows(("layer", "step", "efficiency"), self._grid.rows())
+            tables[metrics.HEADROOM_LAYERS] = TableRows(("layer", "octave", "share"), headroom_rows(layers))
+        if is_due:
+            tables[metrics.TENSORS] = TableRows(TENSOR_COLUMNS, tensor_rows(report))
+        # An empty table only where it replaces one that is no longer true.
+        tables = {key: table for key, table in tables.items() if table.rows or key in self._shown}
+        self._shown = (self._shown - set(tables)) | {key for key, table in tables.items() if table.rows}
+        return tables
 
     def _series_values(self, groups: Mapping[str, Sequence[TensorReport]]) -> dict[str, float]:
         values = {

@@ -82,7 +82,8 @@ def test_the_headroom_histogram_counts_wanted_elements_per_octave(start_run: Any
 
 def test_tables_hold_the_heatmap_the_headroom_by_layer_and_the_unwell_tensors(start_run: Any) -> None:
     offline = logged(start_run(), sample_report(128), sample_report(256))
-    row = offline.history[1]
+    row = offline.pictures[1]
+    assert row[STEP] == 256
     assert offline.read_table(row["update_watch/heatmap"])["data"] == [
         ["blocks.0.attn", 128, 1.0],
         ["blocks.0.attn", 256, 1.0],
@@ -111,8 +112,8 @@ def test_tables_hold_the_heatmap_the_headroom_by_layer_and_the_unwell_tensors(st
 def test_the_table_of_unwell_tensors_is_emptied_once_all_are_well(start_run: Any) -> None:
     well = [sample_report(i, (healthy_tensor(),), health=Health.healthy) for i in (256, 384)]
     offline = logged(start_run(), sample_report(128), *well)
-    tables = [row.get("update_watch/tensors") for row in offline.history]
-    assert [t and len(offline.read_table(t)["data"]) for t in tables] == [1, 0, None]
+    rows_of = {r[STEP]: len(offline.read_table(t)["data"]) for r in offline.pictures if (t := r.get(metrics.TENSORS))}
+    assert rows_of == {128: 1, 256: 0}
 
 
 def test_every_run_level_key_is_defined_by_its_full_name(start_run: Any) -> None:
@@ -230,7 +231,7 @@ def test_a_loop_that_passes_its_own_step_loses_nothing_with_commit_off(start_run
         run.log({"accuracy": step / 1000}, step=step)
     run.finish()
     kept = ("loss", "accuracy", STEP, "_step")
-    rows = [{k: row[k] for k in kept} for row in OfflineRun(run).history]
+    rows = [{k: row[k] for k in kept} for row in OfflineRun(run).rows]
     assert rows == [
         {"loss": 1 / 128, "accuracy": 0.128, STEP: 128, "_step": 128},
         {"loss": 1 / 256, "accuracy": 0.256, STEP: 256, "_step": 256},

@@ -107,7 +107,9 @@ class OfflineRun:
     def __init__(self, run: Any) -> None:
         directory = Path(run.dir).parent
         (self.path,) = directory.glob("*.wandb")
-        self.history: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []  # all of them
+        self.history: list[dict[str, Any]] = []  # rows of numbers
+        self.pictures: list[dict[str, Any]] = []  # rows with tables
         self.summary: dict[str, Any] = {}
         self.config: dict[str, Any] = {}
         self.metrics: dict[str, Any] = {}
@@ -115,7 +117,9 @@ class OfflineRun:
         for record in self._records_once_whole():
             kind = record.WhichOneof("record_type")
             if kind == "history":
-                self.history.append(_items(record.history.item))
+                row = _items(record.history.item)
+                self.rows.append(row)
+                (self.pictures if _has_table(row) else self.history).append(row)
             elif kind == "summary":
                 self.summary.update(_items(record.summary.update))
             elif kind == "config":
@@ -138,6 +142,10 @@ class OfflineRun:
     def read_table(self, value: dict[str, Any]) -> dict[str, Any]:
         table: dict[str, Any] = json.loads((self.path.parent / "files" / value["path"]).read_text())
         return table
+
+
+def _has_table(row: dict[str, Any]) -> bool:
+    return any(isinstance(v, dict) and v.get("_type") == "table-file" for v in row.values())
 
 
 def read_records(path: Path) -> Iterator[Any]:
