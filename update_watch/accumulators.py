@@ -4,28 +4,29 @@ An accumulator is judged by its own numbers; the tensor's health stays with its 
 
 | kind | name | stalled when | cause |
 |---|---|---|---|
-| state | any other name | its *decay* is lost. One efficiency over growth and decay would hide it: large increments pass | state_rounding |
+| state | any other name | its decay is lost, or its growth. One efficiency over both would hide it: large increments pass | state_rounding |
 | counter | any other name, with a `value` | it stands at 2^bits of its dtype | state_rounding |
 | decay | weight_decay | efficiency | decay_rounding |
 | average | average:... | efficiency, or a finding of its own (`note`) | average_rounding |
 | gradient | grad | efficiency | accumulation_rounding |
 
 Lost changes are not always harm. `x <- (1 - c) x + c y` in a format of b bits stops where |y - x| < 2^-(b+1)..2^-b |x| / c:
-at c = 0.1 that is within 3% of the goal and nobody minds. So a state is only accused where c is below 2^-b, and where
-c is not known, only once the state factor moves too; an average is never accused from c = 0.1 on.
+at c = 0.1 that is within 3% of the goal and nobody minds. So a state is only accused where c is below 2^-b, or, where
+c is not known, where growth passes while decay does not; an average is never accused from c = 0.1 on.
 """
 
 from __future__ import annotations
 
-from update_watch.advice import SIGNIFICANT_BITS, Seen, advise, not_measured, sentence, too_few_steps, unknown
-from update_watch.evidence import AccumulatorEvidence, TensorEvidence
+from update_watch.advice import SIGNIFICANT_BITS, Seen, not_measured, one_window, say, too_few_steps, unknown
+from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
 from update_watch.memory import AccumulatorMemory
 from update_watch.report import AccumulatorReport, Cause, Health, Level
+from update_watch.score import grade, known
 from update_watch.thresholds import Thresholds
 
 _HARMLESS_AVERAGE_RATE = 0.1
-_MINIMUM_WANTED_DECAY = 0.05  # share of a state's elements that want to shrink, for their loss to matter
-_VISIBLE_STATE_FACTOR = 0.1  # distance from 1 that shows a lost decay to have effect, where 1 - beta is not known
+_MINIMUM_WANTED = 0.05  # share of a state's elements that want to shrink (or to grow), for it to say something
+_PASSES = 0.5  # efficiency of a growth that passes
 
 
 def judge_accumulator(
@@ -34,7 +35,7 @@ def judge_accumulator(
     """The verdict on one accumulator of a tensor whose own health is `health`."""
     name = evidence.name
     if health is Health.frozen or health is Health.idle:
-        memory.bad_steps = 0
+        memory.acquit()
         return _report(evidence, health)
     if evidence.reason:
         return _report(evidence, Health.unknown, advice=unknown(evidence.reason))
@@ -68,20 +69,6 @@ def alert_level(accumulator: AccumulatorReport) -> Level | None:
     return None
 
 
-def grade(value: float, previous: Health, limits: Thresholds) -> Health:
-    """Healthy, stalling or stalled, with hysteresis: what was worse must come back further."""
-    if value < (limits.stalled_exit if previous is Health.stalled else limits.stalled):
-        return Health.stalled
-    if value < (limits.stalling if previous is Health.healthy else limits.stalling_exit):
-        return Health.stalling
-    return Health.healthy
-
-
-def known(value: float | None) -> float | None:
-    """The value, or None when it is not a finite number."""
-    return value if value is not None and value - value == 0 else None
-
-
 def _by_efficiency(
     evidence: AccumulatorEvidence,
     tensor: TensorEvidence,
@@ -92,7 +79,7 @@ def _by_efficiency(
 ) -> AccumulatorReport:
     efficiency = known(evidence.numbers.efficiency)
     if efficiency is None and not evidence.note:
-        memory.bad_steps = 0
+        memory.acquit()
         return _nothing_wanted(evidence, steps)
     displacement = known(evidence.numbers.displacement_efficiency)
     value = efficiency if efficiency is not None else 1.0
@@ -110,28 +97,36 @@ def _by_efficiency(
 def _state(
     evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorMemory, limits: Thresholds, steps: int
 ) -> AccumulatorReport:
-    decay = known(evidence.decay.efficiency)
-    if decay is None:
-        memory.bad_steps = 0
-        return (
-            _nothing_wanted(evidence, steps)
-            if known(evidence.numbers.efficiency) is None
-            else _report(evidence, Health.healthy)
-        )
-    wanted = known(evidence.decay.wanted_fraction)
+    growth, decay = _if_wanted(evidence.growth), _if_wanted(evidence.decay)
+    if growth is None and decay is None:
+        memory.acquit()
+        if known(evidence.numbers.efficiency) is None:
+            return _nothing_wanted(evidence, steps)
+        return _report(evidence, Health.healthy)
     bits = SIGNIFICANT_BITS.get(evidence.dtype)
-    rate, factor = known(evidence.rate), known(tensor.state_factor)
+    rate = known(evidence.rate)
+    value = 1.0
     if rate is not None:
-        can_matter = bits is not None and rate < 2.0**-bits
+        if bits is not None and rate < 2.0**-bits:
+            value = min(x for x in (growth, decay) if x is not None)
+        verdict = grade(value, memory.grade, limits)
     else:
-        can_matter = bits != 24 and bits != 53 and factor is not None and abs(factor - 1) >= _VISIBLE_STATE_FACTOR
-    displacement = known(evidence.numbers.displacement_efficiency)
-    if tensor.scheme.startswith(("carried", "stochastic")) and displacement is not None and displacement > decay:
-        decay = displacement
-    if not can_matter or (wanted is not None and wanted < _MINIMUM_WANTED_DECAY):
-        decay = 1.0
-    verdict = grade(decay, memory.grade, limits)
-    return _settle(evidence, tensor, memory, limits, steps, verdict, Cause.state_rounding)
+        # once convicted, it need not grow any more to stay so
+        is_one_way = memory.grade is Health.stalled or (growth is not None and growth >= _PASSES)
+        if is_one_way and decay is not None and bits is not None and bits < 24:
+            value = decay
+        verdict = grade(value, memory.grade, limits)
+        if verdict is Health.stalling:
+            verdict = Health.healthy
+    # where a compensation may hold the rest, a first window can mislead
+    windows = 2 if rate is None or tensor.scheme.startswith("carried") else 1
+    return _settle(evidence, tensor, memory, limits, steps, verdict, Cause.state_rounding, windows)
+
+
+def _if_wanted(part: Numbers) -> float | None:
+    """The efficiency of growth or decay, if enough elements were to grow or decay for it to say something."""
+    wanted = known(part.wanted_fraction)
+    return None if wanted is not None and wanted < _MINIMUM_WANTED else known(part.efficiency)
 
 
 def _counter(evidence: AccumulatorEvidence, memory: AccumulatorMemory, steps: int) -> AccumulatorReport:
@@ -143,7 +138,7 @@ def _counter(evidence: AccumulatorEvidence, memory: AccumulatorMemory, steps: in
     if not has_stopped:
         return _report(evidence, Health.healthy)
     seen = Seen(dtype=evidence.dtype, accumulator=evidence.name, counter=value)
-    advice = sentence(advise(Cause.state_rounding, seen))
+    advice = say(Cause.state_rounding, seen)
     return _report(evidence, Health.stalled, Cause.state_rounding, advice)
 
 
@@ -155,22 +150,30 @@ def _settle(
     steps: int,
     verdict: Health,
     cause: Cause,
+    windows: int = 1,
 ) -> AccumulatorReport:
-    """Believe a bad verdict only once enough steps in a row speak for it."""
+    """Believe a bad verdict only once enough steps and windows in a row speak for it."""
     if verdict is Health.healthy:
-        memory.bad_steps = 0
+        memory.acquit()
         memory.grade = verdict
         return _report(evidence, verdict)
     memory.bad_steps += steps
+    memory.bad_windows += 1
     if memory.bad_steps < limits.minimum_steps:
         return _report(evidence, Health.unknown, advice=unknown(too_few_steps(memory.bad_steps, limits.minimum_steps)))
+    if memory.bad_windows < windows:
+        return _report(evidence, Health.unknown, advice=unknown(one_window()))
     memory.grade = verdict
-    return _report(evidence, verdict, cause, sentence(advise(cause, accumulator_seen(evidence, tensor, cause))))
+    return _report(evidence, verdict, cause, say(cause, _seen(evidence, tensor, cause)))
 
 
-def accumulator_seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -> Seen:
+def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -> Seen:
     """The numbers an accumulator's advice speaks of."""
-    numbers = evidence.decay if cause is Cause.state_rounding else evidence.numbers
+    numbers, is_growth = evidence.numbers, False
+    if cause is Cause.state_rounding:
+        growth, decay = _if_wanted(evidence.growth), _if_wanted(evidence.decay)
+        is_growth = growth is not None and (decay is None or growth < decay)
+        numbers = evidence.growth if is_growth else evidence.decay
     lr, weight_decay = known(tensor.lr_max), known(tensor.weight_decay)
     return Seen(
         dtype=evidence.dtype,
@@ -179,6 +182,7 @@ def accumulator_seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, caus
         accumulator=evidence.name,
         rate=known(evidence.rate),
         decay_rate=lr * weight_decay if lr is not None and weight_decay is not None else None,
+        is_growth=is_growth,
         reason=evidence.note,
     )
 

@@ -1,11 +1,12 @@
 """One sentence per cause: what was seen, what to change, what to mind. Progress bar, alert and report all use it.
 
-Every cause has a function from `Seen` (the numbers) to `Advice` (three parts). `sentence` joins the parts for one
+Every cause has a function from `Seen` (the numbers) to `Advice` (three parts). `say` joins the parts for one
 tensor; a headline uses the finding and the cure only. Numbers that are not known are left out, never guessed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ class Seen(NamedTuple):
     state_factor: float | None = None
     accumulator: str = ""
     rate: float | None = None  # 1 - beta
+    is_growth: bool = False  # the state loses its growth, not its decay
     counter: float | None = None  # where a step counter stopped
     headroom: float | None = None  # share of updates at least 4 half gaps wide
     skipped: int = 0
@@ -46,15 +48,21 @@ def advise(cause: Cause, seen: Seen) -> Advice:
     return _ADVICE[cause](seen)
 
 
-def sentence(advice: Advice) -> str:
-    """The advice as one sentence."""
-    text = "; ".join(part for part in advice if part)
-    return text[:1].upper() + text[1:] + "." if text else ""
+@functools.lru_cache(maxsize=4096)  # thousands of tensors often say the same
+def say(cause: Cause, seen: Seen) -> str:
+    """The advice for a cause as one sentence."""
+    text = "; ".join(part for part in advise(cause, seen) if part)
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def brief(text: str) -> str:
     """A sentence without its caution and full stop: what a headline has room for."""
     return "; ".join(text.rstrip(".").split("; ")[:2])
+
+
+def finding(text: str) -> str:
+    """A sentence without cure and caution."""
+    return text.rstrip(".").split("; ")[0] + "."
 
 
 def unknown(reason: str) -> str:
@@ -77,6 +85,10 @@ def too_few_steps(seen: int, needed: int) -> str:
     )
 
 
+def one_window() -> str:
+    return "one window alone may mislead about it; the next one decides"
+
+
 def too_noisy(efficiency: float, error: float, windows: int) -> str:
     return (
         f"its efficiency of {fixed(efficiency)} has a standard error of {fixed(error)} after {plural(windows, 'window')};"
@@ -86,8 +98,8 @@ def too_noisy(efficiency: float, error: float, windows: int) -> str:
 
 def too_small() -> str:
     return (
-        "so few changes are expected under stochastic rounding at this learning rate that none seen means nothing;"
-        " windows are pooled until enough are expected"
+        "so few of its stored values are expected to change at this learning rate that none changing means nothing;"
+        " windows are pooled until enough are"
     )
 
 
@@ -146,21 +158,23 @@ def _weight_rounding(seen: Seen) -> Advice:
 
 
 def _state_rounding(seen: Seen) -> Advice:
-    name, kind = seen.accumulator or "optimizer state", short(seen.dtype) or "low precision"
+    name, kind = f"optimizer state {seen.accumulator}", short(seen.dtype)
     if seen.counter is not None:
         finding = f"{name} in {kind} has stopped at {seen.counter:g}, where adding 1 changes nothing"
         cure = "keep the step counter in FP32"
     else:
         rate = f" at 1 - beta = {number(seen.rate)}" if seen.rate is not None else ""
-        finding = f"{name} in {kind} rounds its decay away{rate}"
+        part = "growth" if seen.is_growth else "decay"
+        finding = f"{name} in {kind} rounds its {part} away{rate}"
         if seen.efficiency is not None:
-            finding += f" (efficiency of the decay {fixed(seen.efficiency)})"
+            finding += f" (efficiency of the {part} {fixed(seen.efficiency)})"
         cure = "keep the optimizer state in FP32"
         floor = _smallest_rate(seen.dtype)
         if floor is not None and (seen.rate is None or seen.rate < floor):
             cure += f" or use a beta of at most {1 - floor:.4g}"
     if seen.state_factor is None:
-        return Advice(f"{finding}, so it can grow but not shrink" if seen.counter is None else finding, cure)
+        one_way = "" if seen.counter is not None or seen.is_growth else ", so it can grow but not shrink"
+        return Advice(f"{finding}{one_way}", cure)
     if not seen.accumulator:
         finding = "the optimizer state has lost part of what it should hold to rounding"
     finding += f", and the updates are {fixed(seen.state_factor)} of what FP32 state would give"
@@ -184,15 +198,19 @@ def _decay_rounding(seen: Seen) -> Advice:
 def _average_rounding(seen: Seen) -> Advice:
     if seen.reason:
         return Advice(
-            f"{seen.accumulator} is {seen.reason} ({_loss(seen)})",
+            f"{_average(seen)} is {seen.reason} ({_loss(seen)})",
             "validate an FP32 copy of the averaged model, or train with FP32 weights"
             f" (precision='{_mixed('bfloat16')}')",
         )
     rate = f" at 1 - decay = {number(seen.rate)}" if seen.rate is not None else ""
     return Advice(
-        f"{seen.accumulator} in {short(seen.dtype)} does not follow the weights{rate} ({_loss(seen)})",
+        f"{_average(seen)} in {short(seen.dtype)} does not follow the weights{rate} ({_loss(seen)})",
         "keep the averaged model in FP32 (make it from model.float() or convert it after copying)",
     )
+
+
+def _average(seen: Seen) -> str:
+    return f"the average '{seen.accumulator.removeprefix('average:')}'"
 
 
 def _accumulation_rounding(seen: Seen) -> Advice:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from update_watch.accumulators import alert_level
-from update_watch.advice import plural
+from update_watch.advice import finding, plural
 from update_watch.diagnosis import check_state
 from update_watch.report import Alert, Cause, Health, Level, Report
 from update_watch.rollup import worst_first
@@ -97,7 +97,11 @@ class Alerts:
 
     def _alert(self, level: Level, states: list[_State], report: Report) -> Alert:
         limit = self._limits.alert_tensors
-        lines = [f"- {state.key}: {_say(state)}" for state in states[:limit]]
+        lines, causes_said = [], set()
+        for state in states[:limit]:
+            # the cure of a cause once, the numbers of every tensor
+            lines.append(f"- {state.key}: {_say(state, state.cause in causes_said)}")
+            causes_said.add(state.cause)
         if len(states) > limit:
             rest = [state.key for state in states[limit : 2 * limit]]
             dots = ", ..." if len(states) > 2 * limit else ""
@@ -180,11 +184,11 @@ def _is_early(cause: Cause | None) -> bool:
     return cause in (Cause.state_rounding, Cause.decay_rounding)
 
 
-def _say(state: _State) -> str:
+def _say(state: _State, is_cure_said: bool) -> str:
     if state.level is Level.info:
-        return "healthy again"
+        return "healthy again."
     since = f"{state.health} since step {state.since}. " if state.since is not None else ""
-    return f"{since}{state.advice}"
+    return f"{since}{finding(state.advice) if is_cure_said else state.advice}"
 
 
 def _title(level: Level, states: list[_State], tensors: int) -> str:

@@ -23,15 +23,7 @@ A tensor is judged by the first line that fits:
 | 17 | state factor outside the band in two windows running | stalling | state_rounding |
 | 18 | else | healthy | |
 
-The score is an efficiency: of single steps (1: all arrived), or of the displacement over the window where that is
-
-- better, with evidence: the rest was carried elsewhere (FP32 masters, Kahan summation, stochastic rounding) and arrived
-  later, so it is never a stall;
-- worse, with evidence, over several windows: the drift is lost under passing oscillation.
-
-Where rounding to nearest is known, or the numbers are those of weight and compensation joined, a low efficiency of
-single steps is enough to accuse. Where something may carry the rest, only a low displacement accuses, and until one can
-be had the tensor is unknown.
+The score is explained in `update_watch.score`, the accumulators in `update_watch.accumulators`.
 """
 
 from __future__ import annotations
@@ -42,23 +34,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from update_watch import advice
-from update_watch.accumulators import alert_level, grade, judge_accumulator, known
-from update_watch.advice import SIGNIFICANT_BITS, Seen, advise, plural, sentence
+from update_watch.accumulators import alert_level, judge_accumulator
+from update_watch.advice import SIGNIFICANT_BITS, Seen, plural, say
 from update_watch.evidence import TensorEvidence, WindowEvidence
 from update_watch.memory import GRADES, Memory
 from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport
 from update_watch.rollup import headline, roll_up, run_health
+from update_watch.score import Score, known, score
 from update_watch.thresholds import Thresholds
 
 _VERSION = 1
-_SURE = 2.0  # standard errors
 _NEARLY_ALL = 0.9  # of the steps, skipped
-_EXPECTED_CHANGES = 10.0  # under stochastic rounding: none seen then has a chance of e^-10
-_NEVER_FEW = 1e9
-_UNLOST = 0.01  # so small a lost fraction cannot explain an efficiency below _ROUNDED_LEAST
-_ROUNDED_LEAST = 0.6  # what survives rounding is at least 2/3 of what was intended
-_ROUNDED_MOST = 2.5  # and at most twice
-_BACKWARDS = -0.1
 _WELL_ABOVE = 2 - HEADROOM_LOW  # first bin of the headroom histogram at four half gaps or more
 
 _GOOD = (Health.healthy, None, "")
@@ -219,101 +205,36 @@ class Diagnosis:
 
     def _by_score(self, e: TensorEvidence, memory: Memory) -> _Verdict:
         """Lines 11 to 16 of the table."""
-        limits, numbers = self._limits, e.numbers
-        efficiency = known(numbers.efficiency)
-        displacement = None
-        if e.measured_steps and efficiency is not None:
-            memory.age = 0
-            memory.pool.append(
-                (
-                    e.measured_steps,
-                    efficiency,
-                    abs(known(numbers.efficiency_error) or 0.0),
-                    known(numbers.lost_fraction) or 0.0,
-                    _expected_changes(e) if e.scheme == "stochastic" and efficiency < limits.stalling else _NEVER_FEW,
-                )
-            )
-            if (known(e.displacement_evidence) or 0.0) >= limits.displacement_evidence:
-                displacement = known(numbers.displacement_efficiency)
-        else:
-            memory.age += 1
-            if memory.age > limits.pool_windows:
-                memory.forget_evidence()
-            if not memory.pool:
-                return Health.unknown, None, advice.unknown(advice.not_measured(e.steps))
-        steps, efficiency, error, lost, expected = self._pool(memory)
-        if displacement is not None:
-            memory.drift.append(displacement)
-            del memory.drift[: -2 * limits.drift_windows]
-            memory.proven = displacement >= limits.stalling or (memory.proven and displacement >= limits.stalling / 2)
-        if steps < limits.minimum_steps:
-            return Health.unknown, None, advice.unknown(advice.too_few_steps(steps, limits.minimum_steps))
-
-        verdict = grade(efficiency, memory.grade, limits)
-        is_drift = False
-        if verdict is Health.healthy:
-            drift = self._lost_drift(memory)
-            if drift is not None:
-                verdict, is_drift = grade(drift, memory.grade, limits), True
-                displacement = drift
-            elif error > limits.maximum_error and efficiency - _SURE * error < limits.stalling_exit:
-                return Health.unknown, None, advice.unknown(advice.too_noisy(efficiency, error, len(memory.pool)))
-        else:
-            if displacement is not None and displacement > efficiency:
-                verdict = grade(displacement, memory.grade, limits)
-            if verdict is not Health.healthy and e.scheme in ("unknown", "carried"):
-                if displacement is None or (verdict is Health.stalling and len(memory.drift) < 2):
-                    if memory.proven:
-                        verdict = Health.healthy
-                    else:
-                        return Health.unknown, None, advice.unknown(advice.remainder_unclear(efficiency))
-            if verdict is not Health.healthy:
-                if error > limits.maximum_error:
-                    if efficiency + _SURE * error >= limits.stalling:
-                        return (
-                            Health.unknown,
-                            None,
-                            advice.unknown(advice.too_noisy(efficiency, error, len(memory.pool))),
-                        )
-                    if verdict is Health.stalled and efficiency + _SURE * error >= limits.stalled_exit:
-                        verdict = Health.stalling
-                if expected < _EXPECTED_CHANGES:
-                    return Health.unknown, None, advice.unknown(advice.too_small())
-        if _cannot_be_rounding(efficiency, lost, verdict, is_drift):
-            return Health.unknown, None, advice.unknown(advice.unexplained(efficiency, lost))
-        if verdict is Health.healthy:
-            memory.grade = verdict
+        found = score(e, memory, self._limits)
+        if found.health is Health.unknown:
+            return Health.unknown, None, advice.unknown(found.reason)
+        if found.health is Health.healthy:
+            memory.grade = Health.healthy
             return _GOOD
-        return self._accuse(e, memory, verdict, efficiency, lost, displacement if is_drift else None)
+        return self._accuse(e, memory, found)
 
-    def _accuse(
-        self, e: TensorEvidence, memory: Memory, verdict: Health, efficiency: float, lost: float, drift: float | None
-    ) -> _Verdict:
-        limits = self._limits
-        lr = known(e.lr)
-        lr_max = known(e.lr_max)
-        lr_max = lr if lr_max is None else lr_max
-        if lr_max is not None and lr_max <= limits.negligible_lr * memory.peak_lr:
+    def _accuse(self, e: TensorEvidence, memory: Memory, found: Score) -> _Verdict:
+        lr, start = known(e.lr), known(e.lr_min)
+        lr_max = known(e.lr_max) if e.lr_max is not None else lr
+        if lr_max is not None and lr_max <= self._limits.negligible_lr * memory.peak_lr:
             return _verdict(Health.idle, Cause.zero_learning_rate, Seen(lr=lr_max, peak_lr=memory.peak_lr))
-        starts = [rate for rate in (known(e.lr_min), memory.lr) if rate is not None]
-        if lr is not None and starts and lr > 0 and lr >= 2 * min(starts):
+        if memory.lr is not None and (start is None or memory.lr < start):
+            start = memory.lr
+        if lr and start is not None and lr >= 2 * start:
             return Health.unknown, None, advice.unknown(advice.rising_lr(lr))
-        memory.grade = verdict
+        memory.grade = found.health
         above = _share_well_above(e.headroom_histogram)
-        is_unwritten = drift is None and above is not None and above >= 0.5 and lost > 1 - above / 2
-        return _verdict(
-            verdict,
-            Cause.not_written if is_unwritten else Cause.weight_rounding,
-            Seen(
-                dtype=e.dtype,
-                efficiency=efficiency,
-                displacement=drift,
-                lost=lost,
-                lr=lr,
-                critical_lr=known(e.critical_lr),
-                headroom=above,
-            ),
+        is_unwritten = found.drift is None and above is not None and above >= 0.5 and found.lost > 1 - above / 2
+        seen = Seen(
+            dtype=e.dtype,
+            efficiency=found.efficiency,
+            displacement=found.drift,
+            lost=found.lost,
+            lr=lr,
+            critical_lr=known(e.critical_lr),
+            headroom=above,
         )
+        return _verdict(found.health, Cause.not_written if is_unwritten else Cause.weight_rounding, seen)
 
     def _by_state(self, e: TensorEvidence, memory: Memory) -> _Verdict | None:
         """Line 17 of the table: the weight takes its updates, but are they the right ones?"""
@@ -344,36 +265,6 @@ class Diagnosis:
                 )
         return _verdict(Health.stalling, Cause.state_rounding, blamed)
 
-    def _pool(self, memory: Memory) -> tuple[int, float, float, float, float]:
-        """As few of the latest windows as give enough evidence, weighted by measured steps; older ones are dropped."""
-        limits, pool = self._limits, memory.pool
-        steps, dot, square, lost, expected, used = 0, 0.0, 0.0, 0.0, 0.0, 0
-        efficiency = error = 0.0
-        for n, window_efficiency, window_error, window_lost, window_expected in reversed(pool):
-            steps += n
-            used += 1
-            dot += n * window_efficiency
-            square += (n * window_error) ** 2
-            lost += n * window_lost
-            expected += window_expected
-            efficiency, error = dot / steps, math.sqrt(square) / steps
-            if steps >= limits.minimum_steps and error <= limits.maximum_error and expected >= _EXPECTED_CHANGES:
-                break
-        used = min(used, limits.pool_windows)
-        del pool[:-used]
-        return steps, efficiency, error, lost / steps, expected
-
-    def _lost_drift(self, memory: Memory) -> float | None:
-        """Mean displacement efficiency of the latest windows if it is certainly low although single steps are well."""
-        limits, drift = self._limits, memory.drift
-        n = len(drift)
-        limit = limits.stalling if memory.grade is Health.healthy else limits.stalling_exit
-        if n < limits.drift_windows or (drift[-1] >= limit and memory.grade is Health.healthy):
-            return None
-        mean = sum(drift) / n
-        spread = math.sqrt(sum((x - mean) ** 2 for x in drift) / (n - 1) / n)
-        return mean if mean + _SURE * spread < limit else None
-
 
 def check_state(owner: str, state: Any, version: int, parts: Mapping[str, type]) -> None:
     """Raise unless `state` is what `owner.state_dict()` of this version returns, as far as its outside shows."""
@@ -388,7 +279,7 @@ def check_state(owner: str, state: Any, version: int, parts: Mapping[str, type])
 
 
 def _verdict(health: Health, cause: Cause, seen: Seen) -> _Verdict:
-    return health, cause, sentence(advise(cause, seen))
+    return health, cause, say(cause, seen)
 
 
 def _since(memory: Memory, health: Health, first_step: int) -> int:
@@ -406,29 +297,8 @@ def _since(memory: Memory, health: Health, first_step: int) -> int:
     return memory.since
 
 
-def _cannot_be_rounding(efficiency: float, lost: float, verdict: Health, is_drift: bool) -> bool:
-    if efficiency > _ROUNDED_MOST:
-        return True
-    if verdict is Health.healthy or is_drift:
-        return False
-    return efficiency < _BACKWARDS or (efficiency < _ROUNDED_LEAST and lost < _UNLOST)
-
-
 def _share_well_above(histogram: tuple[float, ...] | None) -> float | None:
     if not histogram:
         return None
     total = sum(histogram)
     return sum(histogram[_WELL_ABOVE:]) / total if total > 0 else None
-
-
-def _expected_changes(e: TensorEvidence) -> float:
-    """Samples expected to change in this window under stochastic rounding: each with probability |update| / gap.
-
-    The number of samples is not part of the evidence; 64 is the least that is ever used.
-    """
-    if not e.headroom_histogram:
-        return _NEVER_FEW
-    share = sum(
-        part * min(1.0, 2.0 ** (HEADROOM_LOW + i - 0.5)) for i, part in enumerate(e.headroom_histogram) if part > 0
-    )
-    return float(e.measured_steps * min(e.numel, 64) * share * (known(e.numbers.wanted_fraction) or 1.0))

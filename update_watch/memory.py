@@ -14,21 +14,27 @@ GRADES = (Health.healthy, Health.stalling, Health.stalled)
 class AccumulatorMemory:
     """One accumulator of a tensor."""
 
-    __slots__ = ("bad_steps", "grade", "value")
+    __slots__ = ("bad_steps", "bad_windows", "grade", "value")
 
     def __init__(self) -> None:
         self.grade = Health.healthy
         self.bad_steps = 0  # measured steps in the unbroken run of windows that spoke against it
+        self.bad_windows = 0  # in that run
         self.value: float | None = None  # of a counter, in the window before
 
+    def acquit(self) -> None:
+        """A window spoke for it."""
+        self.bad_steps = self.bad_windows = 0
+
     def to_plain(self) -> list[Any]:
-        return [self.grade.value, self.bad_steps, self.value]
+        return [self.grade.value, self.bad_steps, self.bad_windows, self.value]
 
     @classmethod
     def from_plain(cls, data: Any) -> AccumulatorMemory:
-        grade, bad_steps, value = _items(data, 3)
+        grade, bad_steps, bad_windows, value = _items(data, 4)
         memory = cls()
-        memory.grade, memory.bad_steps, memory.value = _grade(grade), _count(bad_steps), _optional(value)
+        memory.grade, memory.value = _grade(grade), _optional(value)
+        memory.bad_steps, memory.bad_windows = _count(bad_steps), _count(bad_windows)
         return memory
 
 
