@@ -277,8 +277,17 @@ ENTRIES: tuple[Entry, ...] = (
         "histogram",
         "Elements by headroom, log2(|intended| / half a gap), in one-octave bins: left of 0 the update is lost.",
     ),
-    Entry(HEATMAP, "table", "`layer, step, efficiency`: the worst efficiency per layer over time, for the heatmap."),
-    Entry(HEADROOM_LAYERS, "table", "`layer, octave, share`: the headroom histogram per layer, last window."),
+    Entry(
+        HEATMAP,
+        "table",
+        "`layer, begin, step, efficiency`: worst efficiency per layer after step `begin` up to `step`, for the heatmap.",
+    ),
+    Entry(
+        HEADROOM_LAYERS,
+        "table",
+        "`layer, octave, share`: share of a layer's wanted elements with headroom from `octave` to one more, last "
+        "window.",
+    ),
     Entry(TENSORS, "table", "The tensors that are not well, worst first, with cause and advice, last window."),
     Entry(f"{RUN_SECTION}/health", "summary", "Health of the run."),
     Entry(f"{RUN_SECTION}/headline", "summary", "One sentence: what is wrong, since when, what to change."),
@@ -290,6 +299,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(f"{RUN_SECTION}/last_alert", "summary", "Title of the last alert."),
     Entry(f"{RUN_SECTION}/last_alert_text", "summary", "Its text."),
     Entry(f"{RUN_SECTION}/last_alert_step", "summary", "Its step."),
+    Entry(f"{RUN_SECTION}/audit_*", "summary", "Numbers and texts of the audit before the first step."),
     Entry(RUN_SECTION, "config", "Settings of the watch and the audit before the first step (`WandbSink.describe`)."),
 )
 

@@ -19,38 +19,38 @@ class LayerGrid:
 
     def __init__(self, columns: int = 64) -> None:
         self.columns = columns
-        self.steps: list[int] = []  # last step of each column
+        self.spans: list[tuple[int, int]] = []  # of each column: the step before its first, and its last
         self._cells: list[dict[str, float]] = []  # layer -> value, per column
         self._span = 1  # windows a full column holds
         self._held = 0  # windows in the last column
 
-    def add(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Add a window that ended at `step`."""
+    def add(self, begin: int, step: int, values: Mapping[str, float | None]) -> None:
+        """Add a window of the steps after `begin` up to and with `step`."""
         known = {layer: v for layer, v in values.items() if v is not None and math.isfinite(v)}
-        if self.steps and self._held < self._span:
-            self.steps[-1] = step
+        if self.spans and self._held < self._span:
+            self.spans[-1] = (self.spans[-1][0], step)
             self._cells[-1] = _join(self._cells[-1], known)
             self._held += 1
             return
-        if len(self.steps) == self.columns:
+        if len(self.spans) == self.columns:
             self._halve()
-        self.steps.append(step)
+        self.spans.append((begin, step))
         self._cells.append(known)
         self._held = 1
 
     def rows(self) -> list[list[str | int | float]]:
-        """`[layer, step, value]` for every known cell, layers in the order in which they appeared."""
+        """`[layer, begin, step, value]` for every known cell, layers in the order in which they appeared."""
         layers = list(dict.fromkeys(layer for column in self._cells for layer in column))
         return [
-            [layer, step, column[layer]]
+            [layer, begin, step, column[layer]]
             for layer in layers
-            for step, column in zip(self.steps, self._cells)
+            for (begin, step), column in zip(self.spans, self._cells)
             if layer in column
         ]
 
     def _halve(self) -> None:
         self._cells = [_join(a, b) for a, b in zip(self._cells[::2], self._cells[1::2])]
-        self.steps = self.steps[1::2]
+        self.spans = [(a[0], b[1]) for a, b in zip(self.spans[::2], self.spans[1::2])]
         self._span *= 2
 
 

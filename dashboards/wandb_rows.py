@@ -35,7 +35,9 @@ class TensorGroups:
         return groups
 
 
-TENSOR_COLUMNS = (
+HEATMAP_COLUMN_NAMES = ("layer", "begin", "step", "efficiency")
+HEADROOM_COLUMN_NAMES = ("layer", "octave", "share")
+TENSOR_COLUMN_NAMES = (
     "tensor",
     "health",
     "cause",
@@ -51,7 +53,7 @@ TENSOR_COLUMNS = (
 
 
 def tensor_rows(report: Report) -> list[list[Any]]:
-    """One row of TENSOR_COLUMNS for each tensor that is not well, worst first."""
+    """One row of TENSOR_COLUMN_NAMES for each tensor that is not well, worst first."""
     return [
         [
             t.name,
@@ -76,7 +78,8 @@ def _headroom_counts(tensors: Sequence[TensorReport]) -> np.ndarray[Any, np.dtyp
     if not known:
         return np.zeros(HEADROOM_BINS)
     wanted = [t.numel * (1.0 if t.wanted_fraction is None else t.wanted_fraction) for t in known]
-    return np.round(np.array(wanted) @ np.array([t.headroom_histogram for t in known]))
+    counts: np.ndarray[Any, np.dtype[np.float64]] = np.array(wanted) @ np.array([t.headroom_histogram for t in known])
+    return counts.round()
 
 
 def headroom(report: Report) -> dict[str, Any]:

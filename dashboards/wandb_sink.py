@@ -22,7 +22,15 @@ from update_watch.dashboards.wandb_grid import LayerGrid
 from update_watch.dashboards.wandb_limits import alert_table_pace, picture_pace, row_pace, series_pace
 from update_watch.dashboards.wandb_names import KeyNames
 from update_watch.dashboards.wandb_pictures import PictureLogger, TableRows
-from update_watch.dashboards.wandb_rows import TENSOR_COLUMNS, TensorGroups, headroom, headroom_rows, tensor_rows
+from update_watch.dashboards.wandb_rows import (
+    HEADROOM_COLUMN_NAMES,
+    HEATMAP_COLUMN_NAMES,
+    TENSOR_COLUMN_NAMES,
+    TensorGroups,
+    headroom,
+    headroom_rows,
+    tensor_rows,
+)
 from update_watch.report import Report, TensorReport
 
 if TYPE_CHECKING:
@@ -173,7 +181,8 @@ class _Session:
         self._alert_pending |= bool(report.alerts)
         layers = self._layers.of(report, by_layer=True)
         efficiency = metrics.SERIES[0]
-        self._grid.add(report.step, {layer: efficiency.compute(tensors) for layer, tensors in layers.items()})
+        begin = max(0, report.step - report.window)
+        self._grid.add(begin, report.step, {layer: efficiency.compute(tensors) for layer, tensors in layers.items()})
         try:
             if self._row_pace.take(report.step, now, urgent=self._alert_pending):
                 # One dict, so that the step is always the one these values belong to.
@@ -217,10 +226,10 @@ class _Session:
         is_due = bool(report.alerts) and self._alert_table_pace.take(report.step, now, urgent=True)
         if self._picture_pace.take(report.step, now):
             is_due = True
-            tables[metrics.HEATMAP] = TableRows(("layer", "step", "efficiency"), self._grid.rows())
-            tables[metrics.HEADROOM_LAYERS] = TableRows(("layer", "octave", "share"), headroom_rows(layers))
+            tables[metrics.HEATMAP] = TableRows(HEATMAP_COLUMN_NAMES, self._grid.rows())
+            tables[metrics.HEADROOM_LAYERS] = TableRows(HEADROOM_COLUMN_NAMES, headroom_rows(layers))
         if is_due:
-            tables[metrics.TENSORS] = TableRows(TENSOR_COLUMNS, tensor_rows(report))
+            tables[metrics.TENSORS] = TableRows(TENSOR_COLUMN_NAMES, tensor_rows(report))
         # An empty table only where it replaces one that is no longer true.
         tables = {key: table for key, table in tables.items() if table.rows or key in self._shown}
         self._shown = (self._shown - set(tables)) | {key for key, table in tables.items() if table.rows}

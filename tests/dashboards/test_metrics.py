@@ -118,7 +118,7 @@ def test_the_summary_of_a_recovered_run_is_empty_again():
 def test_every_key_is_used_once_and_sorts_in_the_runs_table():
     keys = [m.key for m in metrics.RUN_METRICS] + [e.key for e in metrics.ENTRIES]
     assert len(keys) == len({key.lower() for key in keys})
-    assert [k for k in keys if not re.fullmatch(r"[_a-zA-Z][_a-zA-Z0-9]*(/[_a-zA-Z0-9]+)?", k)] == []
+    assert [k for k in keys if not re.fullmatch(r"[_a-zA-Z][_a-zA-Z0-9]*(/[_a-zA-Z0-9]+)?\*?", k)] == []
 
 
 def test_the_documentation_is_made_from_the_table():

@@ -68,31 +68,32 @@ def test_more_top_level_modules_than_the_limit_leave_the_rest_as_other() -> None
 def test_the_grid_shows_every_window_while_there_is_room() -> None:
     grid = LayerGrid(columns=4)
     for step in (10, 20, 30):
-        grid.add(step, {"a": step / 100, "b": None, "c": float("nan")})
-    assert grid.rows() == [["a", 10, 0.1], ["a", 20, 0.2], ["a", 30, 0.3]]
+        grid.add(step - 10, step, {"a": step / 100, "b": None, "c": float("nan")})
+    assert grid.rows() == [["a", 0, 10, 0.1], ["a", 10, 20, 0.2], ["a", 20, 30, 0.3]]
 
 
 def test_a_full_grid_joins_windows_and_keeps_the_smallest_value() -> None:
     grid = LayerGrid(columns=4)
     for step in range(1, 10):
-        grid.add(step, {"a": 0.0 if step == 3 else 1.0})
+        grid.add(step - 1, step, {"a": 0.0 if step == 3 else 1.0})
     # 1..4 in pairs after the fifth window, in fours after the ninth
-    assert grid.rows() == [["a", 4, 0.0], ["a", 8, 1.0], ["a", 9, 1.0]]
+    assert grid.rows() == [["a", 0, 4, 0.0], ["a", 4, 8, 1.0], ["a", 8, 9, 1.0]]
 
 
 @given(st.integers(1, 300))
 def test_the_grid_is_bounded_and_its_last_column_is_the_present(windows: int) -> None:
     grid = LayerGrid(columns=8)
     for step in range(1, windows + 1):
-        grid.add(step, {"a": float(step)})
-    assert len(grid.steps) <= 8
-    assert grid.steps == sorted(set(grid.steps))
-    assert grid.steps[-1] == windows
-    assert min(value for _, _, value in grid.rows()) == 1.0
+        grid.add(step - 1, step, {"a": float(step)})
+    assert len(grid.spans) <= 8
+    # without gaps from the first step to the last
+    assert [begin for begin, _ in grid.spans] == [0, *(end for _, end in grid.spans[:-1])]
+    assert grid.spans[-1][1] == windows
+    assert min(value for _, _, _, value in grid.rows()) == 1.0
 
 
 def test_a_layer_that_appears_late_has_no_cells_before() -> None:
     grid = LayerGrid(columns=4)
-    grid.add(1, {"a": 1.0})
-    grid.add(2, {"a": 1.0, "b": 0.5})
-    assert grid.rows() == [["a", 1, 1.0], ["a", 2, 1.0], ["b", 2, 0.5]]
+    grid.add(0, 1, {"a": 1.0})
+    grid.add(1, 2, {"a": 1.0, "b": 0.5})
+    assert grid.rows() == [["a", 0, 1, 1.0], ["a", 1, 2, 1.0], ["b", 1, 2, 0.5]]

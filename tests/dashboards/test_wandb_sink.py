@@ -85,10 +85,10 @@ def test_tables_hold_the_heatmap_the_headroom_by_layer_and_the_unwell_tensors(st
     row = offline.pictures[1]
     assert row[STEP] == 256
     assert offline.read_table(row["update_watch/heatmap"])["data"] == [
-        ["blocks.0.attn", 128, 1.0],
-        ["blocks.0.attn", 256, 1.0],
-        ["blocks.0.norm", 128, 0.0],
-        ["blocks.0.norm", 256, 0.0],
+        ["blocks.0.attn", 0, 128, 1.0],
+        ["blocks.0.attn", 128, 256, 1.0],
+        ["blocks.0.norm", 0, 128, 0.0],
+        ["blocks.0.norm", 128, 256, 0.0],
     ]
     headroom = offline.read_table(row["update_watch/headroom_layers"])
     assert headroom["data"] == [["blocks.0.attn", 3, 1.0], ["blocks.0.norm", -4, 1.0]]

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import dataclasses
 import json
 import re
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -50,6 +52,7 @@ class LoopbackServer:
         self.uploads: dict[str, bytes] = {}  # path -> content
         self.operations: list[tuple[str, dict[str, Any]]] = []  # GraphQL, in order of arrival
         self.unknown: list[str] = []  # GraphQL operations nobody wrote an answer for
+        self.has_project = True
         self.views: dict[str, dict[str, Any]] = {}  # saved workspaces by id
         self.charts: dict[str, dict[str, Any]] = {}  # custom chart presets by entity/name
         self.automations: list[dict[str, Any]] = []
@@ -204,6 +207,53 @@ class LoopbackServer:
     def _commit_artifact(self, v: dict[str, Any]) -> dict[str, Any]:
         return {"commitArtifact": {"artifact": {"id": v["artifactID"], "digest": ""}}}
 
+    def _create_custom_chart(self, v: dict[str, Any]) -> dict[str, Any]:
+        name = f"{v['entity']}/{v['chartName']}"
+        self.charts[name] = v
+        return {"createCustomChart": {"chart": {"id": name}}}
+
+    def _update_watch_views(self, _: dict[str, Any]) -> dict[str, Any]:
+        nodes = [{"node": {k: view[k] for k in ("id", "name", "displayName")}} for view in self.views.values()]
+        return {"project": {"allViews": {"edges": nodes}} if self.has_project else None}
+
+    def _upsert_view2(self, v: dict[str, Any]) -> dict[str, Any]:
+        view_id = v.get("id") or f"view-{len(self.views)}"
+        inserted = view_id not in self.views
+        self.views[view_id] = {**v, "id": view_id}
+        return {"upsertView": {"view": {"id": view_id, "name": v["name"]}, "inserted": inserted}}
+
+    def _integrations_by_entity(self, _: dict[str, Any]) -> dict[str, Any]:
+        page = {"endCursor": None, "hasNextPage": False}
+        return {"entity": {"integrations": {"pageInfo": page, "edges": [{"node": n} for n in self.integrations]}}}
+
+    def _get_project(self, v: dict[str, Any]) -> dict[str, Any]:
+        fields = {"id": _global_id("Project", v["name"]), "internalId": _global_id("ProjectInternalId", "1")}
+        rest = {"name": v["name"], "entityName": v["entity"], "createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False}
+        return {"project": {**fields, **rest, "user": None, "tags": []} if self.has_project else None}
+
+    def _create_automation(self, v: dict[str, Any]) -> dict[str, Any]:
+        given = v["input"]
+        self.automations.append(given)
+        notification = given["triggeredActionConfig"]["notificationActionInput"]
+        action = {"__typename": "NotificationTriggeredAction", "integration": self.integrations[0]}
+        trigger = {
+            "__typename": "Trigger",
+            "id": f"trigger-{len(self.automations)}",
+            "createdAt": "2026-01-01T00:00:00Z",
+            "updatedAt": None,
+            "name": given["name"],
+            "description": given["description"],
+            "enabled": True,
+            "scope": {"__typename": "Project", "id": given["scopeID"], "name": "p"},
+            "event": {
+                "__typename": "FilterEventTriggeringCondition",
+                "eventType": given["triggeringEventType"],
+                "filter": given["eventFilter"],
+            },
+            "action": {**action, **{k: notification[k] for k in ("title", "message", "severity")}},
+        }
+        return {"result": {"trigger": trigger}}
+
 
 class _QuietServer(ThreadingHTTPServer):
     daemon_threads = True
@@ -279,3 +329,22 @@ class _Handler(BaseHTTPRequestHandler):
 def _global_id(kind: str, name: str) -> str:
     """Relay-style id, which the client decodes in places."""
     return base64.b64encode(f"{kind}:v1:{name}:project:{ENTITY}".encode()).decode()
+
+
+@contextlib.contextmanager
+def connected(server: LoopbackServer, monkeypatch: Any) -> Iterator[None]:
+    """Inside, `wandb.Api()` of this process talks to `server` and to nothing else."""
+    import wandb
+
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    wandb.teardown()  # forgets the settings of earlier sessions of the process
+    try:
+        assert wandb.Api().settings["base_url"] == server.url
+        server.operations.clear()
+        yield
+    finally:
+        wandb.teardown()
