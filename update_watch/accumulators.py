@@ -34,7 +34,7 @@ def judge_accumulator(
 ) -> AccumulatorReport:
     """The verdict on one accumulator of a tensor whose own health is `health`."""
     name = evidence.name
-    if health is Health.frozen or health is Health.idle:
+    if health in (Health.frozen, Health.idle, Health.broken):
         memory.acquit()
         return _report(evidence, health)
     if evidence.reason:
@@ -51,6 +51,11 @@ def judge_accumulator(
     if evidence.value is not None:
         return _counter(evidence, memory, tensor.steps)
     return _state(evidence, tensor, memory, limits, steps)
+
+
+def is_state(name: str) -> bool:
+    """Whether an accumulator of this name is an optimizer state."""
+    return name not in ("weight_decay", "grad") and not name.startswith("average:")
 
 
 def alert_level(accumulator: AccumulatorReport) -> Level | None:

@@ -67,7 +67,20 @@ def finding(text: str) -> str:
 
 def unknown(reason: str) -> str:
     """The sentence for a health that is not known."""
-    return f"Unknown, because {reason}."
+    return f"{_UNKNOWN}{reason}."
+
+
+def why(text: str) -> str:
+    """The reason in such a sentence."""
+    return text.removeprefix(_UNKNOWN).rstrip(".")
+
+
+def nothing_intended(steps: int) -> str:
+    """The sentence for a tensor that is idle without one of the causes."""
+    return f"The optimizer intended no change in {plural(steps, 'measured step')}."
+
+
+_UNKNOWN = "Unknown, because "
 
 
 # --- reasons for `unknown` ---------------------------------------------------------------------
@@ -111,7 +124,7 @@ def remainder_unclear(efficiency: float) -> str:
 
 
 def rising_lr(lr: float) -> str:
-    return f"the learning rate has just at least doubled, to {number(lr)}: too early to call its lost updates a stall"
+    return f"the learning rate has just risen threefold or more, to {number(lr)}: too early to call its lost updates a stall"
 
 
 def unexplained(efficiency: float, lost: float | None) -> str:
@@ -284,7 +297,7 @@ def _non_finite(seen: Seen) -> Advice:
 
 
 def _not_replayable(seen: Seen) -> Advice:
-    return Advice(f"unknown, because {seen.reason or 'its update cannot be replayed'}")
+    return Advice(f"{_UNKNOWN}{seen.reason or 'its update cannot be replayed'}")
 
 
 _ADVICE: dict[Cause, Callable[[Seen], Advice]] = {

@@ -17,7 +17,7 @@ from typing import Any
 
 from update_watch.accumulators import alert_level
 from update_watch.advice import finding, plural
-from update_watch.diagnosis import check_state
+from update_watch.memory import check_state
 from update_watch.report import Alert, Cause, Health, Level, Report
 from update_watch.rollup import worst_first
 from update_watch.thresholds import Thresholds
@@ -40,6 +40,7 @@ class _State:
 
     key: str
     tensor: str
+    part: str  # the accumulator; "" for the tensor itself
     level: Level
     health: Health
     cause: Cause | None
@@ -97,11 +98,10 @@ class Alerts:
 
     def _alert(self, level: Level, states: list[_State], report: Report) -> Alert:
         limit = self._limits.alert_tensors
-        lines, causes_said = [], set()
-        for state in states[:limit]:
-            # the cure of a cause once, the numbers of every tensor
-            lines.append(f"- {state.key}: {_say(state, state.cause in causes_said)}")
-            causes_said.add(state.cause)
+        firsts = list({state.cause: state for state in reversed(states)}.values())[::-1]
+        states = firsts + [state for state in states if state not in firsts]
+        # the cure once per cause, the numbers of every tensor
+        lines = [f"- {state.key}: {_say(state, i >= len(firsts))}" for i, state in enumerate(states[:limit])]
         if len(states) > limit:
             rest = [state.key for state in states[limit : 2 * limit]]
             dots = ", ..." if len(states) > 2 * limit else ""
@@ -162,7 +162,9 @@ def _states(report: Report) -> list[_State]:
         level = _LEVELS.get(tensor.health)
         if level is not None:
             states.append(
-                _State(tensor.name, tensor.name, level, tensor.health, tensor.cause, tensor.advice, tensor.since_step)
+                _State(
+                    tensor.name, tensor.name, "", level, tensor.health, tensor.cause, tensor.advice, tensor.since_step
+                )
             )
         for accumulator in tensor.accumulators.values():
             loud = alert_level(accumulator)
@@ -175,7 +177,16 @@ def _states(report: Report) -> list[_State]:
                 continue
             key = f"{tensor.name} [{accumulator.name}]"
             states.append(
-                _State(key, tensor.name, loud, accumulator.health, accumulator.cause, accumulator.advice, None)
+                _State(
+                    key,
+                    tensor.name,
+                    accumulator.name,
+                    loud,
+                    accumulator.health,
+                    accumulator.cause,
+                    accumulator.advice,
+                    None,
+                )
             )
     return states
 
@@ -194,13 +205,21 @@ def _say(state: _State, is_cure_said: bool) -> str:
 def _title(level: Level, states: list[_State], tensors: int) -> str:
     """Under 64 characters."""
     count = len({state.tensor for state in states})
-    of = f"{count} of {plural(tensors, 'tensor')}"
+    subject = f"{count} of {plural(tensors, 'tensor')}"
+    parts = {state.part for state in states}
+    if len(parts) == 1 and "" not in parts:
+        subject = f"{parts.pop()} of {subject}"
     if level is Level.info:
-        return f"{of} recovered"
-    causes = list(dict.fromkeys(str(state.cause) for state in states if state.cause is not None))
-    what = f"{states[0].health}" if len({state.health for state in states}) == 1 else "stalled or broken"
-    why = f" ({causes[0]})" if len(causes) == 1 else ""
-    return f"{of} {what}{why}"
+        return _fit(f"{subject} recovered")
+    healths = list(dict.fromkeys(str(state.health) for state in states))
+    causes = {state.cause for state in states}
+    why = f" ({states[0].cause})" if len(causes) == 1 else ""
+    return _fit(f"{subject} {' or '.join(healths)}", why)
+
+
+def _fit(text: str, more: str = "", limit: int = 63) -> str:
+    text = text + more if len(text) + len(more) <= limit else text
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _is_time(value: Any) -> bool:

@@ -17,7 +17,7 @@ A tensor is judged by the first line that fits:
 | 11 | fewer measured steps, or a wider interval, than a verdict needs, over all pooled windows | unknown | |
 | 12 | not healthy by its score, but rounding cannot be the reason (next to nothing lost; moved backwards) | unknown | |
 | 13 | not healthy by its score, but the learning rate has run out (a thousandth of its peak) | idle | zero_learning_rate |
-| 14 | not healthy by its score, but the learning rate has just doubled or more (warm-up) | unknown | |
+| 14 | not healthy by its score, but the learning rate has just risen threefold or more (warm-up) | unknown | |
 | 15 | not healthy by its score, and updates well above half a gap are lost too | stalled, stalling | not_written |
 | 16 | not healthy by its score | stalled, stalling | weight_rounding |
 | 17 | state factor outside the band in two windows running | stalling | state_rounding |
@@ -34,10 +34,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from update_watch import advice
-from update_watch.accumulators import alert_level, judge_accumulator
-from update_watch.advice import SIGNIFICANT_BITS, Seen, plural, say
+from update_watch.accumulators import alert_level, is_state, judge_accumulator
+from update_watch.advice import SIGNIFICANT_BITS, Seen, say
 from update_watch.evidence import TensorEvidence, WindowEvidence
-from update_watch.memory import GRADES, Memory
+from update_watch.memory import GRADES, Memory, check_state
 from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport
 from update_watch.rollup import headline, roll_up, run_health
 from update_watch.score import Score, known, score
@@ -45,6 +45,7 @@ from update_watch.thresholds import Thresholds
 
 _VERSION = 1
 _NEARLY_ALL = 0.9  # of the steps, skipped
+_STEEP = 3.0  # rise of the learning rate within a window, or since the one before, that makes it a warm-up
 _WELL_ABOVE = 2 - HEADROOM_LOW  # first bin of the headroom histogram at four half gaps or more
 
 _GOOD = (Health.healthy, None, "")
@@ -196,11 +197,7 @@ class Diagnosis:
         if e.reason:
             return _verdict(Health.unknown, Cause.not_replayable, Seen(reason=e.reason))
         if e.measured_steps and e.numbers.wanted_fraction == 0:
-            return (
-                Health.idle,
-                None,
-                f"The optimizer intended no change in {plural(e.measured_steps, 'measured step')}.",
-            )
+            return Health.idle, None, advice.nothing_intended(e.measured_steps)
         return None
 
     def _by_score(self, e: TensorEvidence, memory: Memory) -> _Verdict:
@@ -220,7 +217,7 @@ class Diagnosis:
             return _verdict(Health.idle, Cause.zero_learning_rate, Seen(lr=lr_max, peak_lr=memory.peak_lr))
         if memory.lr is not None and (start is None or memory.lr < start):
             start = memory.lr
-        if lr and start is not None and lr >= 2 * start:
+        if lr and lr == lr_max and start is not None and lr >= _STEEP * start:
             return Health.unknown, None, advice.unknown(advice.rising_lr(lr))
         memory.grade = found.health
         above = _share_well_above(e.headroom_histogram)
@@ -241,8 +238,9 @@ class Diagnosis:
         limits, factor = self._limits, known(e.state_factor)
         if factor is None or e.state_factor_steps < limits.minimum_steps:
             return None
+        states = [a for a in e.accumulators.values() if is_state(a.name)]
         # FP32 state has nothing to lose: then the shadow differs for another reason (state edited, restored)
-        if e.accumulators and all(a.dtype in ("float32", "float64") for a in e.accumulators.values()):
+        if states and all(a.dtype in ("float32", "float64") for a in states):
             return None
         inside = 1 + limits.state_margin if memory.bad_state_windows >= 2 else 1.0
         if limits.state_low * inside <= factor <= limits.state_high / inside:
@@ -253,7 +251,7 @@ class Diagnosis:
             return None
         blamed = Seen(state_factor=factor)
         worst = math.inf
-        for a in e.accumulators.values():
+        for a in states:
             decay, value, bits = known(a.decay.efficiency), known(a.value), SIGNIFICANT_BITS.get(a.dtype)
             if value is not None and bits is not None and value == 2.0**bits:
                 blamed = Seen(dtype=a.dtype, accumulator=a.name, counter=value, state_factor=factor)
@@ -264,18 +262,6 @@ class Diagnosis:
                     dtype=a.dtype, accumulator=a.name, efficiency=decay, rate=known(a.rate), state_factor=factor
                 )
         return _verdict(Health.stalling, Cause.state_rounding, blamed)
-
-
-def check_state(owner: str, state: Any, version: int, parts: Mapping[str, type]) -> None:
-    """Raise unless `state` is what `owner.state_dict()` of this version returns, as far as its outside shows."""
-    remedy = "pass what state_dict() gave, or leave the state out to start anew."
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{owner}.load_state_dict({type(state).__name__}) needs a dict: {remedy}")
-    if state.get("version") != version:
-        raise ValueError(f"{owner}.load_state_dict: version={state.get('version')!r}, {version} expected: {remedy}")
-    for name, kind in parts.items():
-        if not isinstance(state.get(name), kind):
-            raise TypeError(f"{owner}.load_state_dict: {name}={state.get(name)!r} is not a {kind.__name__}: {remedy}")
 
 
 def _verdict(health: Health, cause: Cause, seen: Seen) -> _Verdict:

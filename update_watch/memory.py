@@ -132,6 +132,18 @@ class Memory:
         return memory
 
 
+def check_state(owner: str, state: Any, version: int, parts: Mapping[str, type]) -> None:
+    """Raise unless `state` is what `owner.state_dict()` of this version returns, as far as its outside shows."""
+    remedy = "pass what state_dict() gave, or leave the state out to start anew."
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{owner}.load_state_dict({type(state).__name__}) needs a dict: {remedy}")
+    if state.get("version") != version:
+        raise ValueError(f"{owner}.load_state_dict: version={state.get('version')!r}, {version} expected: {remedy}")
+    for name, kind in parts.items():
+        if not isinstance(state.get(name), kind):
+            raise TypeError(f"{owner}.load_state_dict: {name}={state.get(name)!r} is not a {kind.__name__}: {remedy}")
+
+
 def _items(data: Any, length: int | None = None) -> list[Any]:
     if not isinstance(data, (list, tuple)) or (length is not None and len(data) != length):
         raise ValueError(f"{data!r} is not a list{'' if length is None else f' of {length}'}")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from update_watch.accumulators import alert_level
-from update_watch.advice import Seen, advise, brief, fixed, percent, plural
+from update_watch.advice import Seen, advise, brief, fixed, plural, why
 from update_watch.report import SEVERITY, AccumulatorReport, Cause, Health, LayerReport, TensorReport, weighted_mean
 from update_watch.thresholds import Thresholds
 
@@ -41,10 +41,8 @@ def run_health(tensors: Sequence[TensorReport]) -> Health:
 
 
 def worst_first(tensors: Iterable[TensorReport]) -> list[TensorReport]:
-    """By severity, then by efficiency, then larger tensors first."""
-    return sorted(
-        tensors, key=lambda t: (_RANK[t.health], 1.0 if t.efficiency is None else t.efficiency, -t.numel, t.name)
-    )
+    """By severity, then by efficiency, then larger tensors first, then in order of the report."""
+    return sorted(tensors, key=lambda t: (_RANK[t.health], 1.0 if t.efficiency is None else t.efficiency, -t.numel))
 
 
 def headline(tensors: Sequence[TensorReport], limits: Thresholds) -> str:
@@ -123,9 +121,9 @@ def _why_unknown(tensors: Sequence[TensorReport]) -> str:
     reasons = Counter(t.advice for t in tensors if t.health is Health.unknown and t.advice)
     if not reasons:
         return ""
-    reason, count = reasons.most_common(1)[0]
-    share = "" if len(reasons) == 1 else f" for {percent(count / reasons.total())} of these"
-    return f" ({reason.rstrip('.')[:1].lower()}{reason.rstrip('.')[1:]}{share})"
+    text, count = reasons.most_common(1)[0]
+    share = "" if len(reasons) == 1 else f": {count} of these"
+    return f" ({why(text)}{share})"
 
 
 def _trait(members: list[TensorReport], tensors: Sequence[TensorReport]) -> str:
