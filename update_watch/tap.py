@@ -1,0 +1,248 @@
+"""Sees every step of a torch optimizer: just before its rule runs, and just after.
+
+Two step hooks per optimizer. What makes it more than that:
+
+- A step that is given a closure computes its gradients inside (Lightning's automatic optimization, LBFGS): at the
+  pre-hook they are stale. So the pre-hook hands on a wrapped closure, and `before` runs when it first returns.
+- A subclass whose `step` calls its parent's fires both hooks twice; wrapped optimizers (ZeRO) step inside a step. The
+  frame that called the hook tells which step a hook belongs to. `_pre` and `_post` must therefore be called by torch
+  itself: a decorator on them would add a frame and every step would be missed.
+- A step that raises leaves its record behind; the next step replaces it.
+- Training must not notice: an exception of ours ends in `on_error` and the tap lets go of everything.
+
+Inside the hooks of a fused step under a GradScaler, and only there, `opt.found_inf` and `opt.grad_scale` exist.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+logger = logging.getLogger("update_watch")
+
+Before = Callable[[Optimizer], Any]
+After = Callable[[Optimizer, Any], Any]
+OnError = Callable[[Exception], Any]
+
+
+class StepTap:
+    """Calls `before(optimizer)` and `after(optimizer, snapshot)` around every step of the attached optimizers.
+
+    `snapshot` is what `before` returned for this step. Both run without autograd and are never traced by
+    `torch.compile`. `before` sees this step's gradients, clipped and unscaled where that happens before the rule;
+    gradients must not be read in `after`, since some rules overwrite them.
+
+    An exception from either does not reach training: the tap detaches itself, ignores later `attach` calls, keeps the
+    exception in `error` and calls `on_error(exception)`. That happens once.
+
+    Steps in which `before` could not run are counted in `missed`: a rule that never calls its closure, a hook of
+    somebody else that takes the wrapped closure away.
+    """
+
+    def __init__(self, before: Before, after: After, on_error: OnError | None = None) -> None:
+        self.enabled = True  # False: steps pass unseen
+        self.missed = 0
+        self.error: Exception | None = None
+        self._before, self._after, self._on_error = before, after, on_error
+        self._hooked: dict[int, _Hooked] = {}  # by id; the strong reference in it keeps the id from being reused
+        self._live: dict[int, _Step] = {}
+        self._leftover: list[_Hook] = []  # replaced by a no-op, still to be removed
+        self._depth = 0  # of our hooks on the stack
+        self._thread: int | None = None  # that steps
+        self._snap = torch.compiler.disable(self._run_before)  # type: ignore[no-untyped-call]  # torch's
+        self._finish = torch.compiler.disable(self._run_after)  # type: ignore[no-untyped-call]
+        _hide_from_dynamo()
+
+    def attach(self, optimizer: Any) -> None:
+        """See the steps of `optimizer`; wrappers are looked through, one that is attached stays as it is.
+
+        Raises:
+            TypeError: no torch optimizer is found in it.
+        """
+        opt = unwrap(optimizer)
+        self._sweep()
+        if id(opt) not in self._hooked and self.error is None:
+            pre = _Hook(opt, "_optimizer_step_pre_hooks", opt.register_step_pre_hook(self._pre))
+            post = _Hook(opt, "_optimizer_step_post_hooks", opt.register_step_post_hook(self._post))
+            self._hooked[id(opt)] = _Hooked(opt, pre, post)
+
+    def detach(self, optimizer: Any = None) -> None:
+        """Remove the hooks from `optimizer`, or from all. May be called again, from a hook and from another thread.
+
+        A hook that torch may be iterating over right now becomes a no-op at once and is removed at the next `attach`
+        or `detach`: removing it would raise in the training loop.
+        """
+        ids = list(self._hooked) if optimizer is None else [id(unwrap(optimizer))]
+        for key in ids:
+            hooked = self._hooked.pop(key, None)
+            self._live.pop(key, None)
+            if hooked is not None:
+                self._leftover += [hooked.pre, hooked.post]
+        for hook in self._leftover:
+            hook.silence()
+        self._sweep()
+
+    @property
+    def attached(self) -> tuple[Optimizer, ...]:
+        """The optimizers whose steps are seen."""
+        return tuple(hooked.optimizer for hooked in self._hooked.values())
+
+    def _sweep(self) -> None:
+        if self._depth == 0 and self._thread in (None, threading.get_ident()):
+            for hook in self._leftover:
+                hook.handle.remove()
+            self._leftover.clear()
+
+    # --- the hooks: no decorators here, see above ----------------------------------------------------
+
+    def _pre(self, opt: Optimizer, args: Any, kwargs: Any) -> Any:
+        if not self.enabled:
+            self._live.pop(id(opt), None)
+            return None
+        frame = sys._getframe(1)
+        if self._is_nested(opt, frame):
+            return None
+        step = self._live[id(opt)] = _Step(frame)
+        position = 1 if len(args) > 1 else None
+        closure = args[1] if position else kwargs.get("closure")
+        if not callable(closure):
+            self._snap(opt, step)
+            return None
+
+        def observed(*closure_args: Any, **closure_kwargs: Any) -> Any:
+            result = closure(*closure_args, **closure_kwargs)
+            self._snap(opt, step)
+            return result
+
+        if position:
+            return (args[0], observed, *args[2:]), kwargs
+        return args, {**kwargs, "closure": observed}
+
+    def _post(self, opt: Optimizer, args: Any, kwargs: Any) -> None:
+        step = self._live.get(id(opt))
+        if step is not None and step.frame is sys._getframe(1):
+            del self._live[id(opt)]
+            self._finish(opt, step)
+
+    def _is_nested(self, opt: Optimizer, frame: FrameType | None) -> bool:
+        """Whether this hook call lies inside an outer step of the same optimizer, rather than after one that raised."""
+        step = self._live.get(id(opt))
+        while step is not None and frame is not None:
+            if frame is step.frame:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _run_before(self, opt: Optimizer, step: _Step) -> None:
+        if step.is_seen or self.error is not None:
+            return
+        step.is_seen = True  # before the call: a closure called again must not try again
+        self._depth += 1
+        self._thread = threading.get_ident()
+        try:
+            with torch.no_grad():
+                step.snapshot = self._before(opt)
+        except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
+            self._fail(error)
+        finally:
+            self._depth -= 1
+
+    def _run_after(self, opt: Optimizer, step: _Step) -> None:
+        if not step.is_seen:
+            self.missed += 1
+            return
+        self._depth += 1
+        try:
+            with torch.no_grad():
+                self._after(opt, step.snapshot)
+        except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
+            self._fail(error)
+        finally:
+            self._depth -= 1
+
+    def _fail(self, error: Exception) -> None:
+        self.error = error
+        self.detach()
+        if self._on_error is None:
+            logger.error("update-watch: a step hook failed and is removed: %r", error, exc_info=error)
+            return
+        try:
+            self._on_error(error)
+        except Exception as second:
+            logger.error("update-watch: on_error failed: %r", second, exc_info=second)
+
+
+class _Step:
+    """One running step of one optimizer."""
+
+    __slots__ = ("frame", "is_seen", "snapshot")
+
+    def __init__(self, frame: FrameType) -> None:
+        self.frame = frame  # of torch's wrapper around `step`: a new one for each call
+        self.is_seen = False
+        self.snapshot: Any = None
+
+
+class _Hook:
+    """A registered hook, with the way to silence it."""
+
+    __slots__ = ("handle", "hooks")
+
+    def __init__(self, opt: Optimizer, attribute: str, handle: Any) -> None:
+        self.handle, self.hooks = handle, getattr(opt, attribute)
+
+    def silence(self) -> None:
+        if self.handle.id in self.hooks:  # giving a present key another value does not disturb a running iteration
+            self.hooks[self.handle.id] = _nothing
+
+
+class _Hooked:
+    __slots__ = ("optimizer", "post", "pre")
+
+    def __init__(self, optimizer: Optimizer, pre: _Hook, post: _Hook) -> None:
+        self.optimizer, self.pre, self.post = optimizer, pre, post
+
+
+def _hide_from_dynamo() -> None:
+    """Let `torch.compile` step over the hooks: it cannot trace `sys._getframe`, and would warn of it.
+
+    `skip` marks the function itself, where `torch.compiler.disable` would put a frame around it.
+    """
+    from torch._dynamo.decorators import skip  # loaded already: torch needs it to make an optimizer
+
+    skip(StepTap._pre)
+    skip(StepTap._post)
+
+
+def _nothing(*_: Any) -> None:
+    """Takes the place of a hook that cannot be removed just now."""
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The optimizer that runs torch's step hooks, behind the wrappers of Lightning, Fabric, Accelerate and DeepSpeed.
+
+    Optimizers that contain another but step themselves (ZeroRedundancyOptimizer, Lookahead) are returned as they are.
+
+    Raises:
+        TypeError: there is no torch optimizer in it.
+    """
+    inner: Any = optimizer
+    seen: list[int] = []
+    while not hasattr(inner, "__dict__") or "_optimizer_step_post_hooks" not in vars(inner):
+        attributes = getattr(inner, "__dict__", {})
+        seen.append(id(inner))
+        following = attributes.get("_optimizer")
+        inner = following if following is not None else attributes.get("optimizer")
+        if inner is None or id(inner) in seen:
+            raise TypeError(
+                f"{type(optimizer).__name__} has no torch optimizer with step hooks in it: give a torch.optim.Optimizer, "
+                "or a wrapper that keeps one in `.optimizer` or `._optimizer`"
+            )
+    return inner  # type: ignore[no-any-return]
