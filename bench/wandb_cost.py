@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import queue
 import statistics
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -25,6 +23,7 @@ import torch
 
 from update_watch.dashboards.wandb_sink import WandbSink
 from update_watch.report import HEADROOM_BINS, AccumulatorReport, Health, Report, TensorReport
+from update_watch.worker import Sinks, Worker
 
 STEPS_PER_WINDOW = 128
 
@@ -80,31 +79,30 @@ def main() -> None:
 
 def measure(sink: WandbSink, tensors: int, windows: int) -> dict[str, float | int]:
     """Times in ms; `step_ratio` is the median step beside a busy sink over the median step alone."""
-    reports: queue.Queue[Report | None] = queue.Queue()
     sink_ms: list[float] = []
     sink_cpu_ms: list[float] = []
 
-    def work() -> None:
-        while (report := reports.get()) is not None:
-            start, cpu = time.perf_counter(), time.thread_time()
-            sink(report)
-            sink_ms.append((time.perf_counter() - start) * 1e3)
-            sink_cpu_ms.append((time.thread_time() - cpu) * 1e3)
+    def timed_sink(report: Report) -> None:
+        start, cpu = time.perf_counter(), time.thread_time()
+        sink(report)
+        sink_ms.append((time.perf_counter() - start) * 1e3)
+        sink_cpu_ms.append((time.thread_time() - cpu) * 1e3)
 
-    thread = threading.Thread(target=work)
-    thread.start()
+    worker = Worker("sink", Sinks([timed_sink]))  # as the watch has it
     weight = torch.randn(256, 256, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=1e-6)
     step_ms: dict[bool, list[float]] = {False: [], True: []}
     window_ms: dict[bool, list[float]] = {False: [], True: []}
-    hand_over_ms: list[float] = []
+    hand_over_ms: list[float] = []  # with the wait for Python's lock, which the sink's thread may take at once
+    hand_over_cpu_ms: list[float] = []
     for window in range(2 * windows + 2):
         is_watched = window % 2 == 1
         if is_watched:
             report = make_report((window + 1) * STEPS_PER_WINDOW, tensors)
-            start = time.perf_counter()
-            reports.put(report)
+            start, cpu = time.perf_counter(), time.thread_time()
+            worker.put(report)
             hand_over_ms.append((time.perf_counter() - start) * 1e3)
+            hand_over_cpu_ms.append((time.thread_time() - cpu) * 1e3)
         begin = time.perf_counter()
         for _ in range(STEPS_PER_WINDOW):
             start = time.perf_counter()
@@ -113,15 +111,16 @@ def measure(sink: WandbSink, tensors: int, windows: int) -> dict[str, float | in
             optimizer.step()
             step_ms[is_watched].append((time.perf_counter() - start) * 1e3)
         window_ms[is_watched].append((time.perf_counter() - begin) * 1e3)
-    reports.put(None)
-    thread.join()
+    worker.wait()
+    worker.stop()
     warm = slice(STEPS_PER_WINDOW, None)  # the first window of either kind warms up
     alone, watched = (statistics.median(step_ms[kind][warm]) for kind in (False, True))
     lost = statistics.median(window_ms[True][1:]) - statistics.median(window_ms[False][1:])
     return {
         "tensors": tensors,
         "hand_over_ms_median": round(statistics.median(hand_over_ms), 4),
-        "hand_over_ms_max": round(max(hand_over_ms), 4),
+        "hand_over_cpu_ms_median": round(statistics.median(hand_over_cpu_ms), 4),
+        "hand_over_cpu_ms_max": round(max(hand_over_cpu_ms), 4),
         "sink_ms_median": round(statistics.median(sink_ms[1:]), 2),
         "sink_ms_max": round(max(sink_ms), 2),
         "sink_cpu_ms_median": round(statistics.median(sink_cpu_ms[1:]), 2),

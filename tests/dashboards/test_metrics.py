@@ -59,7 +59,7 @@ def test_what_is_not_known_is_left_out_and_never_zero():
         state_factor=None,
         accumulators={},
     )
-    values = metrics.run_values(sample_report(tensors=(blank,), cost_ms=None))
+    values = metrics.run_values(sample_report(tensors=(blank,), cost_ms=float("inf")))
     counts = {f"update_watch/tensors_{h}": 0.0 for h in Health} | {"update_watch/tensors_unknown": 1.0}
     lines = {m.key for m in metrics.RUN_METRICS if m.formula.startswith("constant")}
     known = {"update_watch/stalled_share": 0.0, "update_watch/skipped_steps": 0.0, "update_watch/alert": 0.0}

@@ -22,6 +22,7 @@ from wandb_samples import (
 )
 
 from update_watch.dashboards import metrics
+from update_watch.dashboards.wandb_alerts import run_link
 from update_watch.dashboards.wandb_sink import WandbSink
 from update_watch.report import Health, Level
 
@@ -178,6 +179,17 @@ def test_an_alert_is_sent_with_a_link_and_is_data_and_a_log_line(
     ]
 
 
+def test_the_address_of_an_offline_run_is_not_asked_for() -> None:
+    class Offline:
+        offline, disabled, name = True, False, "bf16-norms"
+
+        @property
+        def url(self) -> str:
+            raise AssertionError("prints a warning to the user's terminal")
+
+    assert run_link(Offline()) == "run bf16-norms"  # type: ignore[arg-type]
+
+
 def test_without_alerts_nothing_is_sent_and_the_data_stays(start_run: Any) -> None:
     offline = logged(start_run(), sample_report(alerts=(sample_alert(),)), alerts=False)
     assert offline.alerts == []
@@ -260,6 +272,7 @@ def test_lightnings_logger_and_the_sink_share_a_run_without_mixing_steps(start_r
 
 
 def test_after_finish_the_sink_warns_once_and_is_silent(start_run: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="update_watch.dashboards.wandb_sink")
     run = start_run()
     sink = WandbSink(run)
     sink(sample_report(128))
@@ -267,9 +280,10 @@ def test_after_finish_the_sink_warns_once_and_is_silent(start_run: Any, caplog: 
     for step in (256, 384):
         sink(sample_report(step, alerts=(sample_alert(step),)))
     sink.describe({"window": 1})
-    warnings = [r.getMessage() for r in caplog.records if "WandbSink" in r.getMessage() and r.levelname == "WARNING"]
-    assert len(warnings) == 1
-    assert "takes no more data" in warnings[0]
+    told = [(r.levelname, r.getMessage()) for r in caplog.records if "WandbSink" in r.getMessage()]
+    assert len(told) == 1  # and nothing at a lower level: the run is not tried again
+    assert told[0][0] == "WARNING"
+    assert "takes no more data" in told[0][1]
     assert [row[STEP] for row in OfflineRun(run).history] == [128]
 
 
