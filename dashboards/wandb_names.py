@@ -10,8 +10,6 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 
-OTHER = "other"
-
 
 class KeyNames:
     """Maps names to keys, one to one, and keeps a key for ever once it was given.
@@ -43,7 +41,8 @@ def group_names(layer_of: Mapping[str, str], limit: int) -> dict[str, str]:
     """Tensor name -> group name, with at most `limit` groups.
 
     The tensors themselves where they are few enough, else their layers, else the longest common module paths
-    ("blocks.0") that are few enough, else the first paths and `other`.
+    ("blocks.0") that are few enough. Where that would leave next to nothing to tell apart (200 blocks under one
+    "blocks"), neighbours of the next finer level are joined instead ("blocks.0-3").
 
     Args:
         layer_of: tensor name -> module path, in model order.
@@ -51,14 +50,31 @@ def group_names(layer_of: Mapping[str, str], limit: int) -> dict[str, str]:
     """
     if len(layer_of) <= limit:
         return {name: name for name in layer_of}
-    return {name: group for (name, layer), group in zip(layer_of.items(), _shorten(layer_of.values(), limit))}
+    return dict(zip(layer_of, _shorten(layer_of.values(), limit)))
 
 
 def _shorten(paths: Iterable[str], limit: int) -> list[str]:
     parts = [path.split(".") for path in paths]
+    finer: list[str] = []
     for depth in range(max(map(len, parts)), 0, -1):
         groups = [".".join(part[:depth]) for part in parts]
         if len(set(groups)) <= limit:
-            return groups
-    kept = set(list(dict.fromkeys(groups))[: limit - 1])
-    return [group if group in kept else OTHER for group in groups]
+            joined = _join_neighbours(finer, limit) if finer else groups
+            return joined if len(set(joined)) > len(set(groups)) else groups
+        finer = groups
+    return _join_neighbours(finer, limit)
+
+
+def _join_neighbours(groups: list[str], limit: int) -> list[str]:
+    distinct = list(dict.fromkeys(groups))
+    size = -(-len(distinct) // limit)  # rounded up
+    chunks = [distinct[i : i + size] for i in range(0, len(distinct), size)]
+    name_of = {group: _span(chunk[0], chunk[-1]) for chunk in chunks for group in chunk}
+    return [name_of[group] for group in groups]
+
+
+def _span(first: str, last: str) -> str:
+    if first == last:
+        return first
+    parent, _, leaf = last.rpartition(".")
+    return f"{first}-{leaf}" if parent == first.rpartition(".")[0] else f"{first}-{last}"

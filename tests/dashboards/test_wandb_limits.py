@@ -139,6 +139,7 @@ def test_keys_table_rows_and_bytes_of_2000_tensors_stay_within_the_documented_li
 
     tables = [row["update_watch/heatmap"] for row in run.pictures if "update_watch/heatmap" in row]
     assert len(tables[-1].data) <= DOCUMENTED.rows_per_table
+    assert 32 <= len({layer for layer, _, _, _ in tables[-1].data}) <= 64
     assert min(begin for _, begin, _, _ in tables[-1].data) == 0  # early windows are still in the last picture
     layers = [row["update_watch/headroom_layers"] for row in run.pictures if "update_watch/headroom_layers" in row]
     assert len(layers[-1].data) <= DOCUMENTED.rows_per_table

@@ -47,7 +47,7 @@ LAYER_OF = {f"blocks.{i}.{part}.weight": f"blocks.{i}.{part}" for i in range(4) 
         (8, list(LAYER_OF)),
         (7, ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]),
         (4, ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]),
-        (3, ["blocks"]),
+        (3, ["blocks.0-1", "blocks.2-3"]),
         (1, ["blocks"]),
     ],
 )
@@ -55,14 +55,30 @@ def test_tensors_are_grouped_as_finely_as_the_limit_allows(limit: int, groups: l
     assert list(dict.fromkeys(group_names(LAYER_OF, limit).values())) == groups
 
 
+def test_two_hundred_blocks_stay_apart_as_ranges_of_blocks() -> None:
+    layer_of = {f"blocks.{i}.{part}.weight": f"blocks.{i}.{part}" for i in range(200) for part in ("attn", "mlp")}
+    groups = group_names(layer_of, 64)
+    assert groups["blocks.7.mlp.weight"] == "blocks.4-7"
+    assert len(set(groups.values())) == 50
+
+
+@given(
+    st.lists(st.text(alphabet="ab.", min_size=1, max_size=7), unique=True, min_size=1, max_size=40), st.integers(1, 9)
+)
+def test_there_are_never_more_groups_than_the_limit(paths: list[str], limit: int) -> None:
+    groups = group_names({f"{path}.w": path for path in paths}, limit)
+    assert len(set(groups.values())) <= limit
+    assert list(groups) == [f"{path}.w" for path in paths]
+
+
 def test_tensors_of_one_layer_are_grouped_by_layer_first() -> None:
     layer_of = {"fc.weight": "fc", "fc.bias": "fc", "head.weight": "head"}
     assert group_names(layer_of, 2) == {"fc.weight": "fc", "fc.bias": "fc", "head.weight": "head"}
 
 
-def test_more_top_level_modules_than_the_limit_leave_the_rest_as_other() -> None:
+def test_more_top_level_modules_than_the_limit_become_ranges() -> None:
     layer_of = {f"layer{i}.w": f"layer{i}" for i in range(5)}
-    assert list(group_names(layer_of, 3).values()) == ["layer0", "layer1", "other", "other", "other"]
+    assert list(group_names(layer_of, 3).values()) == ["layer0-layer1"] * 2 + ["layer2-layer3"] * 2 + ["layer4"]
 
 
 def test_the_grid_shows_every_window_while_there_is_room() -> None:
