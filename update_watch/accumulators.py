@@ -12,7 +12,8 @@ An accumulator is judged by its own numbers; the tensor's health stays with its 
 
 Lost changes are not always harm. `x <- (1 - c) x + c y` in a format of b bits stops where |y - x| < 2^-(b+1)..2^-b |x| / c:
 at c = 0.1 that is within 3% of the goal and nobody minds. So a state is only accused where c is below 2^-b, or, where
-c is not known, where growth passes while decay does not; an average is never accused from c = 0.1 on.
+c is not known, where growth passes while decay does not; an average is never accused from c = 0.1 on, a weight decay
+never below 1e-7 per step, and nothing that is kept in FP32, where what is lost is as small.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from update_watch.advice import SIGNIFICANT_BITS, Seen, not_measured, one_window
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
 from update_watch.memory import AccumulatorMemory
 from update_watch.report import AccumulatorReport, Cause, Health, Level
-from update_watch.score import grade, known
+from update_watch.score import grade, known, share
 from update_watch.thresholds import Thresholds
 
 _HARMLESS_AVERAGE_RATE = 0.1
+_HARMLESS_DECAY_RATE = 1e-7  # 1% in 100,000 steps
 _MINIMUM_WANTED = 0.05  # share of a state's elements that want to shrink (or to grow), for it to say something
 _PASSES = 0.5  # efficiency of a growth that passes
 
@@ -90,13 +92,30 @@ def _by_efficiency(
     value = efficiency if efficiency is not None else 1.0
     if displacement is not None and displacement > value:
         value = displacement  # the rest arrived later: it is carried somewhere
-    rate = known(evidence.rate)
-    if cause is Cause.average_rounding and rate is not None and rate >= _HARMLESS_AVERAGE_RATE:
+    if not _can_matter(evidence, tensor, cause):
         value = 1.0
     verdict = grade(value, memory.grade, limits)
     if evidence.note and verdict is Health.healthy:
         verdict = Health.stalling
     return _settle(evidence, tensor, memory, limits, steps, verdict, cause)
+
+
+def _can_matter(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -> bool:
+    """Whether what is lost could ever be missed."""
+    if SIGNIFICANT_BITS.get(evidence.dtype, 0) >= 24:
+        return False
+    if cause is Cause.average_rounding:
+        rate = known(evidence.rate)
+        return rate is None or rate < _HARMLESS_AVERAGE_RATE
+    if cause is Cause.decay_rounding:
+        rate = _decay_rate(tensor)
+        return rate is None or rate >= _HARMLESS_DECAY_RATE
+    return True
+
+
+def _decay_rate(tensor: TensorEvidence) -> float | None:
+    lr, weight_decay = known(tensor.lr_max), known(tensor.weight_decay)
+    return lr * weight_decay if lr is not None and weight_decay is not None else None
 
 
 def _state(
@@ -130,7 +149,7 @@ def _state(
 
 def _if_wanted(part: Numbers) -> float | None:
     """The efficiency of growth or decay, if enough elements were to grow or decay for it to say something."""
-    wanted = known(part.wanted_fraction)
+    wanted = share(part.wanted_fraction)
     return None if wanted is not None and wanted < _MINIMUM_WANTED else known(part.efficiency)
 
 
@@ -179,14 +198,13 @@ def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -
         growth, decay = _if_wanted(evidence.growth), _if_wanted(evidence.decay)
         is_growth = growth is not None and (decay is None or growth < decay)
         numbers = evidence.growth if is_growth else evidence.decay
-    lr, weight_decay = known(tensor.lr_max), known(tensor.weight_decay)
     return Seen(
         dtype=evidence.dtype,
         efficiency=known(numbers.efficiency),
-        lost=known(numbers.lost_fraction),
+        lost=share(numbers.lost_fraction),
         accumulator=evidence.name,
         rate=known(evidence.rate),
-        decay_rate=lr * weight_decay if lr is not None and weight_decay is not None else None,
+        decay_rate=_decay_rate(tensor),
         is_growth=is_growth,
         reason=evidence.note,
     )

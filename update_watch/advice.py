@@ -89,13 +89,11 @@ _UNKNOWN = "Unknown, because "
 def not_measured(steps: int) -> str:
     if not steps:
         return "its optimizer took no step in this window"
-    return f"none of the {plural(steps, 'optimizer step')} of this window was measured for it"
+    return "it was measured in none of the optimizer steps of this window"
 
 
 def too_few_steps(seen: int, needed: int) -> str:
-    return (
-        f"only {plural(seen, 'step')} of the {needed} a verdict needs {'was' if seen == 1 else 'were'} measured so far"
-    )
+    return f"only {seen} of the {needed} measured steps a verdict needs {'was' if seen == 1 else 'were'} seen so far"
 
 
 def one_window() -> str:
@@ -128,7 +126,7 @@ def rising_lr(lr: float) -> str:
 
 
 def unexplained(efficiency: float, lost: float | None) -> str:
-    kept = f" although only {percent(lost)} of its updates were lost" if lost is not None else ""
+    kept = f" although {percent(lost)} of its updates were lost" if lost is not None else ""
     return (
         f"it moved by {fixed(efficiency)} of the intended update{kept}, which rounding does not explain: something else"
         " writes to it, or the optimizer's rule was not replayed rightly"
@@ -152,15 +150,12 @@ def _weight_rounding(seen: Seen) -> Advice:
     else:
         without = "" if seen.dtype in _FULL else " without an FP32 master"
         finding = f"{kind} weights{without} round the updates away ({_loss(seen)})"
-    at = f"at learning rate {number(seen.lr)} " if seen.lr and seen.critical_lr is None else ""
+    now = f" (now {number(seen.lr)})" if seen.lr is not None else ""
     edge = ""
     if seen.critical_lr:
-        rate = f" (now {number(seen.lr)})" if seen.lr is not None else ""
-        edge = (
-            f"keep the learning rate above {number(seen.critical_lr)}{rate}, below which half of the updates are lost"
-        )
+        edge = f"keep the learning rate above {number(seen.critical_lr)}{now}, below which half of the updates are lost"
     if seen.dtype in _FULL:
-        return Advice(finding, edge or f"raise the learning rate {at}".strip())
+        return Advice(finding, edge or f"raise the learning rate{now}")
     cure = (
         f"keep FP32 master weights (precision='{_mixed(seen.dtype)}') or use stochastic rounding (torchao) or Kahan"
         " summation (optimi)"

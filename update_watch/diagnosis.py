@@ -40,7 +40,7 @@ from update_watch.evidence import TensorEvidence, WindowEvidence
 from update_watch.memory import GRADES, Memory, check_state
 from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport
 from update_watch.rollup import headline, roll_up, run_health
-from update_watch.score import Score, known, score
+from update_watch.score import Score, known, score, share
 from update_watch.thresholds import Thresholds
 
 _VERSION = 1
@@ -287,4 +287,4 @@ def _share_well_above(histogram: tuple[float, ...] | None) -> float | None:
     if not histogram:
         return None
     total = sum(histogram)
-    return sum(histogram[_WELL_ABOVE:]) / total if total > 0 else None
+    return share(sum(histogram[_WELL_ABOVE:]) / total) if total > 0 else None

@@ -60,8 +60,14 @@ class Pooled(NamedTuple):
 
 
 def known(value: float | None) -> float | None:
-    """The value, or None when it is not a finite number."""
-    return value if value is not None and value - value == 0 else None
+    """The value, or None when it is not a number one can go on with: NaN, infinity, 1e30 and beyond."""
+    return value if value is not None and -1e30 < value < 1e30 else None
+
+
+def share(value: float | None) -> float | None:
+    """A share, 0..1, or None when it is not known."""
+    value = known(value)
+    return None if value is None else min(max(value, 0.0), 1.0)
 
 
 def grade(value: float, previous: Health, limits: Thresholds) -> Health:
@@ -163,7 +169,7 @@ def _remember(e: TensorEvidence, efficiency: float, memory: Memory) -> None:
             e.measured_steps,
             efficiency,
             abs(known(e.numbers.efficiency_error) or 0.0),
-            known(e.numbers.lost_fraction) or 0.0,
+            share(e.numbers.lost_fraction) or 0.0,
             _ALWAYS if is_exact(e.scheme) else _expected_changes(e),
         )
     )
@@ -213,6 +219,6 @@ def _expected_changes(e: TensorEvidence) -> float:
     """
     if not e.headroom_histogram:
         return 0.0
-    chance = sum(share * p for share, p in zip(e.headroom_histogram, _CHANGE_CHANCE, strict=False) if share > 0)
-    wanted = known(e.numbers.wanted_fraction)
+    chance = sum(part * p for part, p in zip(e.headroom_histogram, _CHANGE_CHANCE, strict=False) if 0 < part <= 1)
+    wanted = share(e.numbers.wanted_fraction)
     return float(e.measured_steps * min(e.numel, 64) * chance * (1.0 if wanted is None else wanted))
