@@ -1,0 +1,29 @@
+"""Sinks and renderers: they know reports and nothing else. Each is imported when it is first used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from update_watch.dashboards.journal import Journal, read_journal
+    from update_watch.dashboards.wandb_sink import WandbSink
+
+__all__ = ["Journal", "WandbSink", "read_journal"]
+
+_HOMES = {
+    "Journal": "update_watch.dashboards.journal",
+    "WandbSink": "update_watch.dashboards.wandb_sink",
+    "read_journal": "update_watch.dashboards.journal",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
