@@ -14,7 +14,7 @@ from update_watch.report import AccumulatorReport, Health
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
-def test_run_values_of_one_healthy_and_one_stalled_tensor_are_those_worked_by_hand():
+def test_run_values_of_one_healthy_and_one_stalled_tensor_are_those_worked_by_hand() -> None:
     # healthy: 300 elements, all wanted, none lost; stalled: 100 elements, 50 wanted, 25 lost
     values = metrics.run_values(sample_report(alerts=(sample_alert(),), skipped_steps=2))
     assert values == pytest.approx(
@@ -47,7 +47,7 @@ def test_run_values_of_one_healthy_and_one_stalled_tensor_are_those_worked_by_ha
     )
 
 
-def test_what_is_not_known_is_left_out_and_never_zero():
+def test_what_is_not_known_is_left_out_and_never_zero() -> None:
     blank = healthy_tensor(
         health=Health.unknown,
         efficiency=None,
@@ -67,19 +67,19 @@ def test_what_is_not_known_is_left_out_and_never_zero():
     assert metrics.run_values(sample_report(tensors=()))["update_watch/tensors_stalled"] == 0
 
 
-def test_the_state_factor_farthest_from_one_counts_in_both_directions():
+def test_the_state_factor_farthest_from_one_counts_in_both_directions() -> None:
     tensors = (healthy_tensor("a", state_factor=0.6), healthy_tensor("b", state_factor=1.9))
     assert metrics.run_values(sample_report(tensors=tensors))["update_watch/state_factor_worst"] == 1.9
 
 
-def test_the_worst_state_is_never_the_weight_decay():
+def test_the_worst_state_is_never_the_weight_decay() -> None:
     accumulators = {"weight_decay": AccumulatorReport("weight_decay", "bfloat16", Health.stalled, efficiency=0.0)}
     values = metrics.run_values(sample_report(tensors=(healthy_tensor(accumulators=accumulators),)))
     assert "update_watch/state_efficiency_worst" not in values
     assert values["update_watch/decay_efficiency"] == 0.0
 
 
-def test_a_layer_shows_its_worst_tensor():
+def test_a_layer_shows_its_worst_tensor() -> None:
     tensors = [healthy_tensor(lost_fraction=0.2), stalled_tensor(), healthy_tensor(efficiency=None, update_ratio=None)]
     assert {s.section: s.compute(tensors) for s in metrics.SERIES} == {
         "update_efficiency": 0.0,
@@ -88,7 +88,7 @@ def test_a_layer_shows_its_worst_tensor():
     }
 
 
-def test_the_summary_names_the_worst_tensor_its_cause_and_since_when():
+def test_the_summary_names_the_worst_tensor_its_cause_and_since_when() -> None:
     tensors = (
         stalled_tensor("late", since_step=512, efficiency=0.05),
         stalled_tensor("early", since_step=256, efficiency=0.09),
@@ -107,7 +107,7 @@ def test_the_summary_names_the_worst_tensor_its_cause_and_since_when():
     assert [t.name for t in metrics.unwell(sample_report(tensors=tensors))] == ["nan", "late", "early"]
 
 
-def test_the_summary_of_a_recovered_run_is_empty_again():
+def test_the_summary_of_a_recovered_run_is_empty_again() -> None:
     summary = metrics.summary_values(sample_report(tensors=(healthy_tensor(),), health=Health.healthy, headline="ok"))
     assert {k: v for k, v in summary.items() if v != ""} == {
         "update_watch/health": "healthy",
@@ -115,12 +115,12 @@ def test_the_summary_of_a_recovered_run_is_empty_again():
     }
 
 
-def test_every_key_is_used_once_and_sorts_in_the_runs_table():
+def test_every_key_is_used_once_and_sorts_in_the_runs_table() -> None:
     keys = [m.key for m in metrics.RUN_METRICS] + [e.key for e in metrics.ENTRIES]
     assert len(keys) == len({key.lower() for key in keys})
     assert [k for k in keys if not re.fullmatch(r"[_a-zA-Z][_a-zA-Z0-9]*(/[_a-zA-Z0-9]+)?\*?", k)] == []
 
 
-def test_the_documentation_is_made_from_the_table():
+def test_the_documentation_is_made_from_the_table() -> None:
     command = "python -m update_watch.dashboards.metrics > docs/metrics.md"
     assert DOCS.read_text() == metrics.markdown(), f"docs/metrics.md is out of date: {command}"

@@ -165,10 +165,9 @@ def test_alerts_are_sent_at_a_bounded_rate_and_all_are_counted() -> None:
 def test_an_alert_between_two_rows_shows_in_the_next_row() -> None:
     run = CountingRun()
     sink = WandbSink(run)  # type: ignore[arg-type]
-    frozen_clock = {"time": START}
-    for step in range(1, 301):  # uses up the burst
-        sink(sample_report(step, **frozen_clock))
-    sink(sample_report(301, alerts=(sample_alert(301),), **frozen_clock))
+    for step in range(1, 301):  # at one moment: uses up the burst
+        sink(sample_report(step, time=START))
+    sink(sample_report(301, alerts=(sample_alert(301),), time=START))
     assert len(run.rows) == 300
     assert [a["title"] for a in run.alerts] == ["1 tensor stalled"]
     sink(sample_report(302, time=START + 1))
