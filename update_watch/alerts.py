@@ -69,8 +69,9 @@ class Alerts:
                 if told is not None:
                     news[Level.info].append(state)
             elif told is None or _LOUDNESS[state.level] > _LOUDNESS[told]:
-                is_worse = told is not None
-                if is_worse or now - self._told_at.get(state.key, -math.inf) >= self._limits.alert_cooldown:
+                # a time to come is of a clock that was set back since
+                is_cooling = 0 <= now - self._told_at.get(state.key, -math.inf) < self._limits.alert_cooldown
+                if told is not None or not is_cooling:
                     news[state.level].append(state)
             elif state.level is not told:
                 self._told[state.key] = state.level  # better, but not well: nothing to tell yet
@@ -148,7 +149,7 @@ class Alerts:
         dropped = len(state["told"]) + len(state["told_at"]) - len(told) - len(told_at)
         if dropped:
             logging.getLogger("update_watch").warning(
-                "Alerts.load_state_dict: %s cannot be read and may be told again.", plural(dropped, "entry")
+                "Alerts.load_state_dict: %s cannot be read and may be told again.", plural(dropped, "value")
             )
         self._told, self._told_at = told, told_at
         self._sent = [float(v) for v in state["sent"] if _is_time(v)]
