@@ -1,0 +1,90 @@
+"""What a window measured, before anybody judges it.
+
+`watch` fills these values from the sums that left the device; `diagnosis` turns them into
+healths, causes and advice. Plain Python numbers: everything here can be written by hand in a test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers:
+    """The numbers every accumulator has over a window; None where nothing was wanted or measured."""
+
+    efficiency: float | None = None  # sum <applied, intended> / sum <intended, intended>
+    efficiency_error: float | None = None  # standard error of `efficiency`, from its spread over steps
+    displacement_efficiency: float | None = None  # <sum applied, sum intended> / |sum intended|^2
+    wanted_fraction: float | None = None  # elements with intended != 0, of those sampled
+    lost_fraction: float | None = None  # of the wanted ones, those whose stored value did not change
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulatorEvidence:
+    """One accumulator beside the weight: an optimizer state, an average, `.grad`, the decay."""
+
+    name: str
+    dtype: str
+    numbers: Numbers
+    growth: Numbers = Numbers()  # the part of the changes that moves away from zero
+    decay: Numbers = Numbers()  # the part that moves towards zero
+    reason: str = ""  # why nothing could be measured, if so
+    # what the rule is, where it is known: rate = 1 - beta of `x <- beta*x + (1-beta)*y`
+    rate: float | None = None
+    value: float | None = None  # of a counter (the `step` state): its stored value now
+    note: str = ""  # a finding of its own, e.g. "rounded by validation swap"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorEvidence:
+    """One parameter over a window."""
+
+    name: str
+    dtype: str
+    numel: int
+    names: tuple[str, ...] = ()
+    layer: str = ""
+    optimizer_group: str = ""  # "optimizer/group"; "" when no optimizer holds it
+    shape: tuple[int, ...] = ()
+    trainable: bool = True
+    reason: str = ""  # why the update cannot be replayed ("" when it can)
+    steps: int = 0  # optimizer steps of its optimizer in the window
+    measured_steps: int = 0  # of those, steps in which its update was measured
+    gradless_steps: int = 0  # of those, steps in which its grad was None
+    skipped_steps: int = 0  # of those, steps the gradient scaler skipped
+    zero_gradient_fraction: float | None = None  # sampled gradients equal to 0, 0..1
+    finite: bool = True  # False: NaN or infinity among sampled weights, gradients or updates
+    numbers: Numbers = Numbers()
+    changed_fraction: float | None = None  # sampled elements whose stored bits changed, per step
+    update_ratio: float | None = None
+    applied_ratio: float | None = None
+    headroom_histogram: tuple[float, ...] | None = None
+    lr: float | None = None  # at the end of the window
+    lr_max: float | None = None  # the largest in the window
+    lr_min: float | None = None  # the smallest in the window
+    weight_decay: float | None = None
+    critical_lr: float | None = None
+    state_factor: float | None = None
+    state_factor_steps: int = 0  # how many steps the FP32 shadow behind it has run
+    # "plain": rounding to nearest; "stochastic"; "carried:<state>": the remainder lives in that state tensor and
+    # `numbers` are of the joined value; "carried": something carries the remainder, it is not known what;
+    # "unknown" when it was not found out
+    scheme: str = "unknown"
+    # elements covered by |sum intended| >= half a gap: how much evidence a displacement carries, 0..1
+    displacement_evidence: float | None = None
+    accumulators: Mapping[str, AccumulatorEvidence] = dataclasses.field(default_factory=dict)
+    what_if: Mapping[str, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowEvidence:
+    """All tensors of a window."""
+
+    step: int
+    window: int
+    tensors: tuple[TensorEvidence, ...]
+    time: float = 0.0
+    cost_ms: float | None = None
+    skipped_steps: int = 0

@@ -1,0 +1,238 @@
+"""The result types: what one window of optimizer steps showed.
+
+A `Report` is plain, immutable data: floats, strings, tuples. Everything that shows, stores or
+sends results (`update_watch.dashboards`, alerts, journals) reads these types and nothing else.
+`None` always means "not known in this window", never zero.
+
+Ratios are without unit unless a field says otherwise. "Step" is the optimizer's step counted by
+the watch, or the trainer's global step where a trainer tells it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class Health(str, Enum):
+    """State of one tensor or accumulator over a window."""
+
+    healthy = "healthy"
+    stalling = "stalling"  # part of the intended update is lost
+    stalled = "stalled"  # next to nothing of it arrives
+    idle = "idle"  # nothing is intended: no signal reaches it
+    frozen = "frozen"  # on purpose: requires_grad=False
+    broken = "broken"  # NaN or infinity
+    unknown = "unknown"  # cannot be known; the reason is in `advice`
+
+    def __str__(self) -> str:
+        return self.value
+
+
+# worst first; used to roll tensors up to layers and to the run
+SEVERITY: tuple[Health, ...] = (
+    Health.broken,
+    Health.stalled,
+    Health.stalling,
+    Health.unknown,
+    Health.idle,
+    Health.frozen,
+    Health.healthy,
+)
+
+
+class Cause(str, Enum):
+    """Why a tensor or accumulator is not healthy."""
+
+    weight_rounding = "weight_rounding"
+    state_rounding = "state_rounding"
+    decay_rounding = "decay_rounding"
+    average_rounding = "average_rounding"
+    accumulation_rounding = "accumulation_rounding"
+    requires_grad_off = "requires_grad_off"
+    not_in_optimizer = "not_in_optimizer"
+    no_gradient = "no_gradient"
+    zero_gradient = "zero_gradient"
+    zero_learning_rate = "zero_learning_rate"
+    skipped_steps = "skipped_steps"
+    not_written = "not_written"
+    non_finite = "non_finite"
+    not_replayable = "not_replayable"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Level(str, Enum):
+    """Severity of an alert."""
+
+    info = "INFO"
+    warn = "WARN"
+    error = "ERROR"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+# headroom_histogram: one-octave bins of log2(|intended| / h). Bin i counts headroom in
+# [HEADROOM_LOW + i, HEADROOM_LOW + i + 1); the first and the last bin also hold everything beyond.
+HEADROOM_LOW = -16
+HEADROOM_BINS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class AccumulatorReport:
+    """One accumulator of a tensor (an optimizer state, an average, `.grad`, the decay) over a window."""
+
+    name: str  # "exp_avg_sq", "weight_decay", "average:ema", "grad", ...
+    dtype: str  # "bfloat16"
+    health: Health
+    cause: Cause | None = None
+    advice: str = ""
+    efficiency: float | None = None  # sum <applied, intended> / sum <intended, intended>
+    displacement_efficiency: float | None = None
+    lost_fraction: float | None = None  # lost / wanted, 0..1
+    wanted_fraction: float | None = None  # wanted / sampled, 0..1
+    growth_efficiency: float | None = None  # the part of the changes that moves away from zero
+    decay_efficiency: float | None = None  # the part of the changes that moves towards zero
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorReport:
+    """One watched parameter over a window."""
+
+    name: str  # "blocks.0.norm1.weight"; the first name of a tied tensor
+    health: Health
+    cause: Cause | None = None
+    advice: str = ""  # one sentence: what was seen and what to change
+    names: tuple[str, ...] = ()  # every name of a tied tensor
+    layer: str = ""  # module path: "blocks.0.norm1"
+    optimizer_group: str = ""  # "0/1": optimizer 0, group 1; "" when no optimizer holds it
+    dtype: str = ""  # "bfloat16"
+    shape: tuple[int, ...] = ()
+    numel: int = 0
+    trainable: bool = True
+    efficiency: float | None = None
+    efficiency_error: float | None = None  # standard error of `efficiency`
+    displacement_efficiency: float | None = None
+    lost_fraction: float | None = None  # lost / wanted, 0..1
+    wanted_fraction: float | None = None  # wanted / sampled, 0..1
+    update_ratio: float | None = None  # rms(intended) / rms(before)
+    applied_ratio: float | None = None  # rms(applied) / rms(before)
+    headroom_histogram: tuple[float, ...] | None = None  # HEADROOM_BINS shares that sum to 1
+    lr: float | None = None  # learning rate at the end of the window
+    critical_lr: float | None = None  # below it half of the wanted updates are lost
+    state_factor: float | None = None  # 1 healthy; outside 0.67..1.5 the state is at fault
+    since_step: int | None = None  # first step of the window in which `health` began
+    accumulators: Mapping[str, AccumulatorReport] = dataclasses.field(default_factory=dict)
+    what_if: Mapping[str, float] | None = None  # FP32 tensors: {"bfloat16": lost fraction if kept so}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """A module's tensors rolled up: the worst health, the tensors that have it."""
+
+    name: str
+    health: Health
+    tensors: tuple[str, ...]
+    efficiency: float | None = None  # weighted by numel over tensors where known
+
+
+@dataclasses.dataclass(frozen=True)
+class Alert:
+    """A change of state somebody should hear of."""
+
+    step: int
+    level: Level
+    title: str  # under 64 characters
+    text: str  # the worst tensors with advice, the rest counted
+    tensors: tuple[str, ...] = ()
+    cause: Cause | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One closed window.
+
+    Example: `[t.name for t in report.tensors if t.health is Health.stalled]`.
+    """
+
+    step: int  # optimizer step at the end of the window
+    window: int  # optimizer steps in it
+    health: Health  # of the run
+    headline: str  # one sentence: what is wrong with the run, since when, what to change
+    tensors: tuple[TensorReport, ...]
+    layers: tuple[LayerReport, ...] = ()
+    alerts: tuple[Alert, ...] = ()
+    time: float = 0.0  # seconds since the epoch, when the window closed
+    cost_ms: float | None = None  # host time of the watch per optimizer step (ms)
+    skipped_steps: int = 0  # steps in the window skipped for overflow (GradScaler)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of tensors per health, all healths present."""
+        counts = {h.value: 0 for h in Health}
+        for tensor in self.tensors:
+            counts[tensor.health.value] += 1
+        return counts
+
+    @property
+    def efficiency(self) -> float | None:
+        """Efficiency over all tensors where it is known, weighted by number of elements."""
+        return weighted_mean((t.efficiency, t.numel) for t in self.tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data (NaN and infinity become None); `from_dict` reads it back."""
+        return {"schema": SCHEMA_VERSION, **_plain(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Rebuild a report from `to_dict` data; unknown keys (of later versions) are ignored."""
+        tensors = tuple(_tensor(t) for t in data["tensors"])
+        layers = tuple(_build(LayerReport, layer, health=Health) for layer in data.get("layers", ()))
+        alerts = tuple(_build(Alert, a, level=Level, cause=Cause) for a in data.get("alerts", ()))
+        return _build(cls, {**data, "tensors": tensors, "layers": layers, "alerts": alerts}, health=Health)
+
+
+def weighted_mean(pairs: Any) -> float | None:
+    """Mean of the known values of `(value, weight)` pairs; None when nothing is known."""
+    known = [(v, w) for v, w in pairs if v is not None and math.isfinite(v)]
+    total = sum(w for _, w in known)
+    return sum(v * w for v, w in known) / total if total else None
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _build(cls: Any, data: Mapping[str, Any], **enums: Any) -> Any:
+    names = {f.name for f in dataclasses.fields(cls)}
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names}
+    for key, enum in enums.items():
+        if kwargs.get(key) is not None:
+            kwargs[key] = enum(kwargs[key])
+    return cls(**kwargs)
+
+
+def _tensor(data: Mapping[str, Any]) -> TensorReport:
+    accumulators = {
+        name: _build(AccumulatorReport, a, health=Health, cause=Cause)
+        for name, a in (data.get("accumulators") or {}).items()
+    }
+    tensor: TensorReport = _build(TensorReport, {**data, "accumulators": accumulators}, health=Health, cause=Cause)
+    return tensor
