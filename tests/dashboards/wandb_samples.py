@@ -164,7 +164,7 @@ def read_records(path: Path) -> Iterator[Any]:
         position += header + length
         message = piece if kind in (full, first) else message + piece
         if kind in (full, last):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # made by protobuf at run time
             record.ParseFromString(message)
             yield record
 

@@ -57,7 +57,7 @@ def main(options: dict[str, Any]) -> None:
         for _ in range(WINDOW):
             start = time.perf_counter()
             optimizer.zero_grad()
-            (weight @ weight).square().mean().backward()
+            (weight @ weight).square().mean().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             seconds["watched" if is_watched else "alone"].append(time.perf_counter() - start)
             if window >= 2:  # the first two warm up
