@@ -1,0 +1,285 @@
+"""What the trainer callbacks have in common: options, one watched run, the numbers for loggers, the audit."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.callbacks._stall import OnStall
+from update_watch.report import Health, Report, weighted_mean
+from update_watch.tap import unwrap
+from update_watch.thresholds import Thresholds
+from update_watch.watch import Watch, watch
+
+logger = logging.getLogger("update_watch")
+
+Sink = Callable[[Report], Any]
+Method = TypeVar("Method", bound=Callable[..., Any])
+FLUSH_SECONDS = 10.0  # waited for the last window at the end of training
+# modules that only wrap another: their names in front of a parameter's say nothing
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of a callback; each is documented there."""
+
+    window: int
+    samples: int
+    sinks: Sequence[Sink]
+    thresholds: Thresholds | None
+    averages: Mapping[str, Any] | None
+    seed: int
+    on_stall: OnStall
+    progress_bar: bool
+    print_audit: bool
+
+    def __post_init__(self) -> None:
+        if self.on_stall not in ("warn", "stop", "raise") and not callable(self.on_stall):
+            raise ValueError(
+                f"UpdateWatch(on_stall={self.on_stall!r}) must be 'warn', 'stop', 'raise' or a function of a Report"
+            )
+        if self.averages is not None and not isinstance(self.averages, Mapping):
+            raise TypeError(f"UpdateWatch(averages={self.averages!r}) must map names to models, as in {{'ema': model}}")
+        # what `watch` would refuse once training begins, where it could only be logged
+        for name, least in (("window", 1), ("samples", 4)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"UpdateWatch({name}={value!r}) must be a whole number of at least {least}")
+        if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
+            raise TypeError(f"UpdateWatch(thresholds={self.thresholds!r}) must be update_watch.Thresholds or None")
+        for sink in self.sinks:
+            if not callable(sink):
+                raise TypeError(f"UpdateWatch(sinks=[{sink!r}]): a sink is a callable that takes a Report")
+
+    def for_watch(self) -> dict[str, Any]:
+        """Keyword arguments of `update_watch.watch`."""
+        names = ("window", "samples", "sinks", "thresholds", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+class Names:
+    """(name, tensor) pairs of a model: those of the moment it is made, and what the optimizers hold that is new.
+
+    A model sharded by FSDP2 shows other tensors between a validation and the next step; by then the right ones
+    are known. Names lose the parts that only stand for a wrapper (`torch.compile`, checkpointing).
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._pairs = dict(_clean(model))
+        self.optimizers: Sequence[Any] = ()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        held = {id(p) for opt in self.optimizers for group in opt.param_groups for p in group["params"]}
+        held -= {id(tensor) for tensor in self._pairs.values()}
+        for name, tensor in _clean(self._model):
+            if name not in self._pairs or id(tensor) in held:
+                self._pairs[name] = tensor
+        return iter(list(self._pairs.items()))
+
+
+def _clean(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    pairs: list[tuple[str, Tensor]] = list(model.named_parameters(remove_duplicate=False))
+    short = [name for name, _ in pairs]
+    for wrapper in _WRAPPERS:
+        short = [name.replace(wrapper, "") for name in short]
+    return pairs if len(set(short)) < len(short) else list(zip(short, (t for _, t in pairs), strict=True))
+
+
+class Session:
+    """A watched run: the watch, and the reports that wait for the training thread."""
+
+    def __init__(
+        self,
+        options: Options,
+        names: Names,
+        optimizers: Iterable[Any],
+        step: Callable[[], int],
+        averages: Mapping[str, Any],
+        sinks: Sequence[Sink] = (),
+        is_leader: bool = True,
+    ) -> None:
+        """Only the leader (rank 0) feeds the user's sinks.
+
+        Raises:
+            TypeError: none of the optimizers can be watched.
+        """
+        self._inbox: deque[Report] = deque()  # appended to by the watch's thread
+        self._options = options
+        self.optimizers = list(optimizers)
+        watchable = watchable_of(self.optimizers)
+        if not watchable:
+            kinds = ", ".join(type(o).__name__ for o in self.optimizers) or "none"
+            raise TypeError(f"no torch optimizer with step hooks among the trainer's optimizers ({kinds})")
+        self._names = names
+        names.optimizers = watchable
+        settings = options.for_watch()
+        settings["sinks"] = [self._inbox.append, *sinks, *options.sinks] if is_leader else [self._inbox.append]
+        self.watch: Watch = watch(names, watchable, **settings, averages=dict(averages), step=step)
+
+    def follow(self, optimizers: Sequence[Any]) -> None:
+        """Watch these optimizers from now on; does nothing while they are the ones that are watched."""
+        if len(optimizers) == len(self.optimizers) and all(map(_is, optimizers, self.optimizers)):
+            return
+        self.optimizers = list(optimizers)
+        self._names.optimizers = watchable_of(optimizers)
+        self.watch.detach()  # lets go of the old ones and of their state
+        for optimizer in self._names.optimizers:
+            self.watch.attach(optimizer)
+
+    def take(self) -> list[Report]:
+        """The reports that came since the last call, oldest first."""
+        reports = []
+        while self._inbox:
+            reports.append(self._inbox.popleft())
+        return reports
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with what an earlier run remembered; what cannot be read is left out, and said."""
+        try:
+            self.watch.load_state_dict(state)
+        except (ValueError, TypeError, KeyError) as error:
+            logger.warning("update-watch: the checkpoint's memory of earlier windows is not used: %s", error)
+
+    def audit(self, averages: Mapping[str, Any], dashboards: Sequence[Any]) -> None:
+        """Print what will stall, or that nothing will, and tell the dashboards."""
+        try:
+            found, text = _audit(self._names, averages)
+            if self._options.print_audit:
+                print(text, flush=True)
+            facts = {"window": self._options.window, "samples": self._options.samples, "audit": found.to_dict()}
+            for sink in dashboards:
+                sink.describe(facts)
+        except Exception as error:  # noqa: BLE001  without an audit the steps can still be watched
+            logger.warning("update-watch: no audit: %r", error)
+
+    def finish(self, timeout: float = FLUSH_SECONDS) -> list[Report]:
+        """Report the open window; the reports that were not taken yet."""
+        self.watch.flush(timeout)
+        return self.take()
+
+    def close(self) -> None:
+        """Let go of the optimizers, whatever happens."""
+        try:
+            self.watch.close()
+        finally:
+            self.watch.detach()
+
+
+def harmless(method: Method) -> Method:
+    """An error of ours in a callback's method ends the watching, not the training."""
+
+    @functools.wraps(method)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            logger.error("update-watch: stopped watching, training goes on: %r", error, exc_info=error)
+            session, self._session = self._session, None
+            if session is not None:
+                session.watch.detach()
+            return None
+
+    return guarded  # type: ignore[return-value]
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def watchable_of(optimizers: Iterable[Any]) -> list[Optimizer]:
+    """The torch optimizers behind `optimizers`; what has no step hooks is left out and said once."""
+    found = []
+    for optimizer in optimizers:
+        try:
+            inner = unwrap(optimizer)
+        except TypeError as error:
+            logger.warning("update-watch: an optimizer is not watched: %s", error)
+            continue
+        # what Lightning puts in place of no optimizer
+        if type(inner).__name__ != "_MockOptimizer":
+            found.append(inner)
+    return found
+
+
+def stalled_count(report: Report) -> int:
+    return sum(t.health is Health.stalled for t in report.tensors)
+
+
+def run_numbers(report: Report) -> dict[str, float]:
+    """A handful of numbers for any logger; what is not known is left out. Keys as in docs/metrics.md."""
+    displacement = weighted_mean((t.displacement_efficiency, t.numel) for t in report.tensors)
+    values: dict[str, float | None] = {
+        "efficiency": report.efficiency,
+        "displacement_efficiency": displacement,
+        **{
+            f"tensors_{health}": float(report.counts[health])
+            for health in ("healthy", "stalling", "stalled", "broken", "unknown")
+        },
+        "skipped_steps": float(report.skipped_steps),
+        "cost_ms": report.cost_ms,
+    }
+    return {f"update_watch/{name}": value for name, value in values.items() if value is not None}
+
+
+def _audit(names: Names, averages: Mapping[str, Any]) -> tuple[Any, str]:
+    """The audit, and what of it is shown: all of it when something will stall, else one line."""
+    from update_watch.audit import audit
+
+    found = audit(names, names.optimizers, averages=dict(averages))
+    if found.warnings:
+        return found, f"update-watch: {found}"
+    tensors = sum(1 for _ in names)
+    return found, f"update-watch: {tensors} tensors watched; nothing in their formats will stall."
+
+
+def average_models(callbacks: Iterable[Any], chosen: Mapping[str, Any] | None, model: Any) -> dict[str, Any]:
+    """Averaged models by name: those the user named, and those of Lightning's averaging callbacks.
+
+    A text names an attribute of the model ("ema" or "teacher.net").
+
+    Raises:
+        AttributeError: the model has no such attribute.
+    """
+    averages: dict[str, Any] = {}
+    for name, value in (chosen or {}).items():
+        averages[name] = _attribute(model, name, value) if isinstance(value, str) else value
+    for callback in callbacks:
+        # WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging of either namespace
+        averaged = vars(callback).get("_average_model")
+        if isinstance(averaged, torch.nn.Module):
+            kind = type(callback).__name__
+            base = "ema" if "EMA" in kind else "swa" if "Stochastic" in kind else "average"
+            name, number = base, 2
+            while name in averages:
+                name, number = f"{base}{number}", number + 1
+            averages[name] = averaged
+    return averages
+
+
+def _attribute(model: Any, name: str, path: str) -> Any:
+    value = model
+    for part in path.split("."):
+        if not hasattr(value, part):
+            raise AttributeError(
+                f"UpdateWatch(averages={{{name!r}: {path!r}}}): {type(model).__name__} has no attribute {path!r}; "
+                "give the path of the averaged model on the module, or the averaged model itself"
+            )
+        value = getattr(value, part)
+    return value
+
+
+def wandb_sink(run: Any, step_key: str) -> Any:
+    """A sink that logs everything to this W&B run."""
+    from update_watch.dashboards import WandbSink
+
+    return WandbSink(run, step_key=step_key)

@@ -1,0 +1,197 @@
+"""One line in Hugging Face's Trainer (transformers 5 or later): `Trainer(..., callbacks=[UpdateWatch()])`.
+
+Translates the Trainer's events; everything numerical is `update_watch.watch`. Gradient accumulation, clipping and
+Accelerate's wrapped optimizer need no care of ours: torch's own step hooks fire once per real update.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from update_watch.callbacks._shared import (
+    Names,
+    Options,
+    Session,
+    Sink,
+    average_models,
+    harmless,
+    logger,
+    run_numbers,
+    stalled_count,
+    wandb_sink,
+)
+from update_watch.callbacks._stall import OnStall, StallResponse
+from update_watch.report import Report
+from update_watch.thresholds import Thresholds
+
+try:
+    from transformers.trainer_callback import ExportableState, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "UpdateWatch for the Hugging Face Trainer needs transformers: pip install 'update-watch[transformers]'"
+    ) from error
+
+
+class UpdateWatch(TrainerCallback, ExportableState):
+    """Tells whether the stored weights receive what the optimizer intends, and if not, why.
+
+    Example:
+        trainer = Trainer(model, args, train_dataset=data, callbacks=[UpdateWatch()])
+        trainer.train()
+        print(callback.last.headline)
+
+    Reports are numbered by the Trainer's `global_step`. Their run-level numbers go to `state.log_history` (and so into
+    trainer_state.json); everything goes to the W&B run, where the Trainer reports to one.
+
+    Args:
+        window: optimizer steps per report.
+        samples: elements looked at per parameter.
+        sinks: functions that take a `Report`, called on a background thread of rank 0.
+        thresholds: limits of the verdicts and alerts; None for the defaults.
+        averages: averaged models by name, as a module or as the path of an attribute of the model.
+        seed: of the choice of samples. No global random state is used.
+        on_stall: what to do when a tensor stalls. "warn": log it, nothing else. "stop": save a checkpoint and end the
+            run in good order. "raise": raise StalledError. A function: called with the Report on rank 0, in the
+            training thread; the run is stopped as with "stop" when it returns True.
+        progress_bar: add `efficiency` and `stalled` to the lines the Trainer prints.
+        print_audit: print once, when training begins, what will stall, or that nothing will.
+
+    Attributes:
+        last: the last Report, or None; on rank 0, also after training.
+        memory: what verdicts and alerts remember between windows, kept in checkpoints.
+    """
+
+    def __init__(
+        self,
+        window: int = 128,
+        samples: int = 256,
+        sinks: Sequence[Sink] = (),
+        thresholds: Thresholds | None = None,
+        averages: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        on_stall: OnStall = "warn",
+        progress_bar: bool = True,
+        print_audit: bool = True,
+    ) -> None:
+        self._options = Options(
+            window, samples, tuple(sinks), thresholds, averages, seed, on_stall, progress_bar, print_audit
+        )
+        self.last: Report | None = None
+        self.memory: dict[str, Any] = {}
+        self._session: Session | None = None
+        self._response: StallResponse | None = None
+
+    @harmless
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach: weights, optimizer state and the Trainer's state are restored."""
+        self._end(state)
+        # the Trainer looks up every stateful callback here when it saves, also after resuming a run without this one
+        stored = state.stateful_callbacks.setdefault("UpdateWatch", self.state())
+        model, is_leader = kwargs["model"], state.is_world_process_zero
+        averages = average_models((), self._options.averages, model)
+        dashboards = [wandb_sink(run, "train/global_step") for run in _wandb_runs(args)] if is_leader else []
+        names = Names(model)
+        step = functools.partial(_next_step, state)
+        self._session = Session(
+            self._options, names, [kwargs["optimizer"]], step, averages, dashboards, is_leader=is_leader
+        )
+        self._response = StallResponse(
+            self._options.on_stall,
+            self._options.window,
+            state.global_step,
+            args.world_size,
+            is_leader,
+            functools.partial(_any_rank, device=args.device),
+        )
+        memory = (stored[-1] if isinstance(stored, list) else stored).get("attributes", {}).get("memory")
+        if state.global_step > 0 and memory:
+            self._session.restore(memory)
+        if is_leader:
+            self._session.audit(averages, dashboards)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Take note of what arrived; act on stalls."""
+        reports = self._collect(state, kwargs.get("optimizer"))
+        if self._session is not None and self._response is not None:
+            for report in reports or ():
+                self._response.hear(report)
+            if self._response.is_stop(state.global_step):
+                logger.warning("update-watch: training is stopped with a checkpoint because tensors stalled")
+                control.should_training_stop = control.should_save = True
+        return control
+
+    @harmless
+    def _collect(self, state: Any, optimizer: Any) -> list[Report]:
+        """The reports that came, noted."""
+        if self._session is None:
+            return []
+        if optimizer is not None:
+            self._session.follow([optimizer])
+        reports = self._session.take()
+        for report in reports:
+            self._note(state, report)
+        return reports
+
+    def _note(self, state: Any, report: Report) -> None:
+        self.last = report
+        state.log_history.append({**run_numbers(report), "step": report.step})
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add to the line that is printed; the Trainer's progress bar and printer come after this callback."""
+        if self._options.progress_bar and self.last is not None and logs is not None and "loss" in logs:
+            if self.last.efficiency is not None:
+                logs["efficiency"] = round(self.last.efficiency, 4)
+            logs["stalled"] = stalled_count(self.last)
+
+    @harmless
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the last window, let go of the optimizer."""
+        self._end(state)
+
+    def _end(self, state: Any) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            try:
+                for report in session.finish():
+                    self._note(state, report)
+                self.memory = session.watch.state_dict()
+            finally:
+                session.close()
+
+    def state(self) -> dict[str, Any]:
+        """For the Trainer's checkpoint: plain data.
+
+        With `restore_callback_states_from_checkpoint=True` the Trainer makes a new callback from this, without sinks,
+        thresholds, averages and functions, which no checkpoint can hold.
+        """
+        names = ("window", "samples", "seed", "on_stall", "progress_bar", "print_audit")
+        args = {name: getattr(self._options, name) for name in names}
+        if callable(args["on_stall"]):
+            args["on_stall"] = "warn"
+        memory = self._session.watch.state_dict() if self._session is not None else self.memory
+        return {"args": args, "attributes": {"memory": dict(memory)}}
+
+
+def _next_step(state: Any) -> int:
+    return int(state.global_step) + 1  # the Trainer counts a step after its update
+
+
+def _any_rank(flag: bool, *, device: Any) -> bool:
+    if not torch.distributed.is_initialized():
+        return flag
+    votes = torch.tensor([float(flag)], device=device)
+    torch.distributed.all_reduce(votes)
+    return bool(votes.item())
+
+
+def _wandb_runs(args: Any) -> list[Any]:
+    """The run the Trainer reports to; its own W&B callback has started it by now."""
+    if "wandb" not in (args.report_to or ()):
+        return []
+    import wandb
+
+    return [wandb.run] if wandb.run is not None else []
