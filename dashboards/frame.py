@@ -7,6 +7,7 @@ would be slow as objects. P is the number of tensors. NaN stands for "not known"
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def report_of(frame: Frame) -> Report:
                 cause=_cause(frame.tensors.cause[i]),
                 advice=frame.tensors.advice.get(i, ""),
                 headroom_histogram=_histogram(frame.headroom, i),
-                accumulators={name: found[i] for name, found in per_accumulator.items() if found[i] is not None},
+                accumulators={name: a for name, found in per_accumulator.items() if (a := found[i]) is not None},
                 what_if=guesses or None,
                 **{name: values[i] for name, values in numbers.items()},
             )
@@ -217,7 +218,7 @@ def _accumulators(name: str, columns: Columns) -> list[AccumulatorReport | None]
 
 def _optional(values: Floats, name: str) -> list[Any]:
     convert = int if name in WHOLE_NUMBERS else float
-    return [None if v != v else convert(v) for v in values.tolist()]
+    return [None if math.isnan(v) else convert(v) for v in values.tolist()]
 
 
 def _cause(code: int) -> Cause | None:

@@ -102,6 +102,10 @@ class Journal:
             with suppress(OSError):
                 file.close()
 
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            self.close()
+
     def __getstate__(self) -> dict[str, Any]:
         # goes to other processes (spawn) as settings, without the open file
         return {**self.__dict__, "_file": None, "_tables": {}}
@@ -232,7 +236,7 @@ class JournalReader:
             raise ValueError("header of another format")
         schema = line.get("schema")
         if not isinstance(schema, int):
-            raise ValueError("header without a version")
+            raise ValueError("header without a version")  # noqa: TRY004  # damage is one kind of error
         if schema > SCHEMA:
             raise JournalError(_newer(self.path, schema))
         run = line.get("run")
@@ -255,10 +259,12 @@ def _check_start(path: Path, file: BinaryIO) -> None:
             f"Journal({str(path)!r}): the file is there already and is not an update-watch journal. "
             "Give another path; nothing was written."
         )
-    with suppress(ValueError):
+    try:
         schema = decode(first).get("schema")
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise JournalError(_newer(path, schema) + ", or give another path.")
+    except ValueError:  # a header cut short: it is written again
+        return
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise JournalError(_newer(path, schema) + ", or give another path.")
 
 
 def _heal(file: BinaryIO) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,11 +20,22 @@ from update_watch.dashboards.frame import (
     TENSOR_NUMBERS,
     WHOLE_NUMBERS,
     Columns,
-    Floats,
     Frame,
     TensorTable,
 )
-from update_watch.report import HEADROOM_BINS, SEVERITY, Alert, Cause, Health, Level
+from update_watch.dashboards.journal_columns import (
+    advice_lines,
+    advice_of,
+    column_line,
+    column_of,
+    headroom_lines,
+    headroom_of,
+    indices_of,
+    short,
+    text_of,
+    whole_of,
+)
+from update_watch.report import SEVERITY, Alert, Cause, Health, Level
 
 SCHEMA = 1
 FORMAT = "update-watch journal"
@@ -44,11 +54,6 @@ ABSENT = "-"  # in the place of a letter: the tensor has no such accumulator
 _LETTERS = "".join(HEALTH_LETTERS[h] for h in SEVERITY)
 _CODES = {letter: code for code, letter in enumerate(_LETTERS)} | {ABSENT: NO_CODE}
 
-_SHARE = 10_000  # headroom shares are stored as whole ten-thousandths
-_SPARSE = 0.6  # from this share on, a column is stored as the exceptions from its most common value
-_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
-_SLOT = "\x1f"  # where a number stood in a sentence
-
 
 def encode(line: Mapping[str, Any]) -> bytes:
     """One line of ASCII, with its newline."""
@@ -66,7 +71,7 @@ def decode(raw: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(line, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError("not a JSON object")  # noqa: TRY004  # damage is one kind of error
     return line
 
 
@@ -99,13 +104,13 @@ def table_of(line: Mapping[str, Any]) -> TensorTable:
         count = len(line["name"])
         names = line["names"]
         table = TensorTable(
-            name=tuple(_text(x) for x in line["name"]),
-            names=tuple(tuple(_text(x) for x in names.get(str(i), ())) for i in range(count)),
-            layer=tuple(_text(x) for x in line["layer"]),
-            optimizer_group=tuple(_text(x) for x in line["optimizer_group"]),
-            dtype=tuple(_text(x) for x in line["dtype"]),
-            shape=tuple(tuple(_whole(n) for n in shape) for shape in line["shape"]),
-            numel=tuple(_whole(n) for n in line["numel"]),
+            name=tuple(text_of(x) for x in line["name"]),
+            names=tuple(tuple(text_of(x) for x in names.get(str(i), ())) for i in range(count)),
+            layer=tuple(text_of(x) for x in line["layer"]),
+            optimizer_group=tuple(text_of(x) for x in line["optimizer_group"]),
+            dtype=tuple(text_of(x) for x in line["dtype"]),
+            shape=tuple(tuple(whole_of(n) for n in shape) for shape in line["shape"]),
+            numel=tuple(whole_of(n) for n in line["numel"]),
             trainable=tuple(bool(x) for x in line["trainable"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -129,17 +134,17 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
         "time": round(frame.time, 3),
         "health": frame.health.value,
         "headline": frame.headline,
-        "cost_ms": _short(frame.cost_ms),
+        "cost_ms": short(frame.cost_ms),
         "skipped_steps": frame.skipped_steps,
         "layers": frame.has_layers,
-        "alerts": [_alert_line(alert) for alert in frame.alerts],
+        "alerts": _alert_lines(frame.alerts, frame.table),
         "tensors": _columns_line(frame.tensors),
         "accumulators": {name: _columns_line(columns) for name, columns in frame.accumulators.items()},
     }
     if frame.headroom is not None:
-        line["headroom"] = [_histogram_line(row) for row in frame.headroom]
+        line["headroom"] = headroom_lines(frame.headroom)
     if frame.what_if:
-        line["what_if"] = {name: _column(values) for name, values in frame.what_if.items()}
+        line["what_if"] = {name: column_line(values) for name, values in frame.what_if.items()}
     return line
 
 
@@ -160,21 +165,21 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
     headroom = line.get("headroom")
     cost = line.get("cost_ms")
     return Frame(
-        step=_whole(line["step"]),
-        window=_whole(line["window"]),
-        windows=_whole(line["windows"]),
+        step=whole_of(line["step"]),
+        window=whole_of(line["window"]),
+        windows=whole_of(line["windows"]),
         time=float(line["time"]),
         health=Health(line["health"]),
-        headline=_text(line["headline"]),
+        headline=text_of(line["headline"]),
         cost_ms=None if cost is None else float(cost),
-        skipped_steps=_whole(line["skipped_steps"]),
-        alerts=tuple(_alert(alert) for alert in line["alerts"]),
+        skipped_steps=whole_of(line["skipped_steps"]),
+        alerts=tuple(_alert(alert, table) for alert in line["alerts"]),
         table=table,
         tensors=_columns(line["tensors"], count, TENSOR_NUMBERS, has_dtype=False),
-        headroom=None if headroom is None else _headroom(headroom, count),
-        what_if={_text(k): _numbers(v, count) for k, v in line.get("what_if", {}).items()},
+        headroom=None if headroom is None else headroom_of(headroom, count),
+        what_if={text_of(k): column_of(v, count) for k, v in line.get("what_if", {}).items()},
         accumulators={
-            _text(name): _columns(columns, count, ACCUMULATOR_NUMBERS, has_dtype=True)
+            text_of(name): _columns(columns, count, ACCUMULATOR_NUMBERS, has_dtype=True)
             for name, columns in line["accumulators"].items()
         },
         has_layers=bool(line["layers"]),
@@ -182,197 +187,67 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
 
 
 def _columns_line(columns: Columns) -> dict[str, Any]:
-    line: dict[str, Any] = {"health": "".join(_LETTERS[c] if c != NO_CODE else ABSENT for c in columns.health.tolist())}
+    codes = columns.health.tolist()
+    line: dict[str, Any] = {"health": "".join(_LETTERS[code] if code != NO_CODE else ABSENT for code in codes)}
+    present = columns.health != NO_CODE
     causes: dict[str, list[int]] = {}
     for i in np.flatnonzero(columns.cause != NO_CODE).tolist():
         causes.setdefault(CAUSES[columns.cause[i]].value, []).append(i)
     if causes:
         line["cause"] = causes
     if columns.dtype:
-        kinds = set(columns.dtype)
-        line["dtype"] = columns.dtype if len(kinds) > 1 else kinds.pop()
+        dtypes = [dtype for dtype, code in zip(columns.dtype, codes, strict=True) if code != NO_CODE]
+        line["dtype"] = dtypes if len(set(dtypes)) > 1 else "".join(dtypes[:1])
     for name, values in columns.numbers.items():
         if not np.isnan(values).all():
-            line[name] = _column(values, name in WHOLE_NUMBERS)
+            line[name] = column_line(values[present], name in WHOLE_NUMBERS)
     if columns.advice:
-        line["advice"] = _advice_line(columns.advice)
+        line["advice"] = advice_lines(columns.advice)
     return line
 
 
 def _columns(line: Mapping[str, Any], count: int, fields: Sequence[str], has_dtype: bool) -> Columns:
     health = np.array([_CODES[letter] for letter in line["health"]], dtype=np.int8)
-    if len(health) != count or (not has_dtype and (health == NO_CODE).any()):
+    present = np.flatnonzero(health != NO_CODE)
+    if len(health) != count or (not has_dtype and len(present) != count):
         raise ValueError("damaged window (healths)")
     cause = np.full(count, NO_CODE, dtype=np.int8)
     for name, indices in line.get("cause", {}).items():
-        cause[_indices(indices, count)] = CAUSES.index(Cause(name))
-    dtype: tuple[str, ...] = ()
+        cause[indices_of(indices, count)] = CAUSES.index(Cause(name))
+    dtype = [""] * count
     if has_dtype:
-        kinds = line.get("dtype", "")
-        dtype = (kinds,) * count if isinstance(kinds, str) else tuple(_text(x) for x in kinds)
-        if len(dtype) != count:
-            raise ValueError("damaged window (dtypes)")
-    return Columns(
-        health=health,
-        cause=cause,
-        numbers={name: _numbers(line.get(name), count) for name in fields},
-        advice=_advice(line["advice"], count) if "advice" in line else {},
-        dtype=dtype,
-    )
+        kinds = line["dtype"]
+        kinds = [kinds] * len(present) if isinstance(kinds, str) else kinds
+        for i, kind in zip(present.tolist(), kinds, strict=True):
+            dtype[i] = text_of(kind)
+    numbers = {}
+    for name in fields:
+        numbers[name] = np.full(count, np.nan)
+        if line.get(name) is not None:
+            numbers[name][present] = column_of(line[name], len(present))
+    advice = advice_of(line["advice"], count) if "advice" in line else {}
+    return Columns(health, cause, numbers, advice, tuple(dtype) if has_dtype else ())
 
 
-def _alert_line(alert: Alert) -> dict[str, Any]:
-    line = {
-        "step": alert.step,
-        "level": alert.level.value,
-        "title": alert.title,
-        "text": alert.text,
-        "tensors": alert.tensors,
-    }
-    return line if alert.cause is None else {**line, "cause": alert.cause.value}
+def _alert_lines(alerts: Sequence[Alert], table: TensorTable) -> list[dict[str, Any]]:
+    """Tensors of the table are named by their index."""
+    places = {name: i for i, name in enumerate(table.name)} if alerts else {}
+    lines = []
+    for alert in alerts:
+        line: dict[str, Any] = {"step": alert.step, "level": alert.level.value, "title": alert.title, "text": alert.text}
+        line["tensors"] = [places.get(name, name) for name in alert.tensors]
+        lines.append(line if alert.cause is None else {**line, "cause": alert.cause.value})
+    return lines
 
 
-def _alert(line: Mapping[str, Any]) -> Alert:
+def _alert(line: Mapping[str, Any], table: TensorTable) -> Alert:
     cause = line.get("cause")
+    names = [name if isinstance(name, str) else table.name[whole_of(name)] for name in line["tensors"]]
     return Alert(
-        step=_whole(line["step"]),
+        step=whole_of(line["step"]),
         level=Level(line["level"]),
-        title=_text(line["title"]),
-        text=_text(line["text"]),
-        tensors=tuple(_text(x) for x in line["tensors"]),
+        title=text_of(line["title"]),
+        text=text_of(line["text"]),
+        tensors=tuple(names),
         cause=None if cause is None else Cause(cause),
     )
-
-
-# --- columns of numbers ------------------------------------------------------------------------------
-
-
-def _short(value: float | None) -> float | None:
-    """Four significant digits."""
-    return None if value is None or value != value else float(f"{value:.4g}")
-
-
-def _column(values: Floats, is_whole: bool = False) -> Any:
-    """A list; or one value when all are the same; or the most common value and the exceptions from it."""
-    items: list[Any] = values.tolist()
-    if is_whole:
-        items = [None if v != v else int(v) for v in items]
-    else:
-        items = [None if v != v else float(f"{v:.4g}") for v in items]
-    counts: dict[Any, int] = {}
-    for item in items:
-        counts[item] = counts.get(item, 0) + 1
-    most = max(counts, key=counts.__getitem__, default=None)
-    if len(counts) <= 1:
-        return most
-    if counts[most] < _SPARSE * len(items):
-        return items
-    at = [i for i, item in enumerate(items) if item != most]
-    return {"most": most, "at": at, "are": [items[i] for i in at]}
-
-
-def _numbers(column: Any, count: int) -> Floats:
-    if isinstance(column, dict):
-        values = np.full(count, _float(column["most"]))
-        exceptions = np.array(column["are"], dtype=np.float64)
-        if exceptions.ndim != 1 or len(exceptions) != len(column["at"]):
-            raise ValueError("damaged window (exceptions of a column)")
-        values[_indices(column["at"], count)] = exceptions
-    elif isinstance(column, list):
-        values = np.array(column, dtype=np.float64)  # null becomes NaN
-        if values.shape != (count,):
-            raise ValueError("damaged window (length of a column)")
-    else:
-        values = np.full(count, _float(column))
-    values[np.isinf(values)] = np.nan
-    return values
-
-
-def _float(value: Any) -> float:
-    return float("nan") if value is None else float(value)
-
-
-def _indices(values: Any, count: int) -> Any:
-    indices = np.array([_whole(v) for v in values], dtype=np.int64)
-    if len(indices) and (indices.min() < 0 or indices.max() >= count):
-        raise ValueError("damaged window (index of a tensor)")
-    return indices
-
-
-# --- headroom ------------------------------------------------------------------------------------------
-
-
-def _histogram_line(row: Floats) -> list[int] | None:
-    """The first bin that is not empty, then ten-thousandths from there to the last that is not."""
-    if np.isnan(row).any():
-        return None
-    shares = np.rint(row * _SHARE).astype(int)
-    filled = np.flatnonzero(shares)
-    if not len(filled):
-        return None
-    first, last = int(filled[0]), int(filled[-1])
-    return [first, *shares[first : last + 1].tolist()]
-
-
-def _headroom(rows: Any, count: int) -> Floats:
-    if len(rows) != count:
-        raise ValueError("damaged window (number of histograms)")
-    headroom = np.full((count, HEADROOM_BINS), np.nan)
-    for i, row in enumerate(rows):
-        if row is None:
-            continue
-        first, shares = _whole(row[0]), np.array(row[1:], dtype=np.float64)
-        total = float(shares.sum())
-        if first < 0 or first + len(shares) > HEADROOM_BINS or not total > 0 or not np.isfinite(total):
-            raise ValueError("damaged window (histogram)")
-        headroom[i] = 0.0
-        headroom[i, first : first + len(shares)] = shares / total
-    return headroom
-
-
-# --- sentences -----------------------------------------------------------------------------------------
-
-
-def _advice_line(advice: Mapping[int, str]) -> dict[str, Any]:
-    """Sentences once per wording: those of many tensors differ only in their numbers."""
-    wordings: dict[str, int] = {}
-    said = []
-    for i, text in advice.items():
-        if _SLOT in text:  # not ours; kept as it is
-            said.append([i, wordings.setdefault(text, len(wordings)), None])
-            continue
-        wording = _NUMBER.sub(_SLOT, text)
-        said.append([i, wordings.setdefault(wording, len(wordings)), *_NUMBER.findall(text)])
-    return {"wordings": list(wordings), "said": said}
-
-
-def _advice(line: Mapping[str, Any], count: int) -> dict[int, str]:
-    wordings = [_text(wording) for wording in line["wordings"]]
-    advice = {}
-    for i, which, *numbers in line["said"]:
-        _indices([i], count)
-        wording = wordings[_whole(which)]
-        if numbers == [None]:
-            advice[i] = wording
-            continue
-        parts = wording.split(_SLOT)
-        if len(parts) != len(numbers) + 1:
-            raise ValueError("damaged window (advice)")
-        fill = [*(_text(number) for number in numbers), ""]
-        advice[i] = "".join(part + number for part, number in zip(parts, fill, strict=True))
-    return advice
-
-
-# --- checks --------------------------------------------------------------------------------------------
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"a text was expected, not {type(value).__name__}")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > 2**62:
-        raise ValueError("a whole number was expected")
-    return value

@@ -1,0 +1,169 @@
+"""Columns of a journal line: numbers, histograms and sentences of all tensors, written in few bytes.
+
+Reading trusts nothing: what does not fit is a `ValueError` (or one of the errors that taking plain data apart raises:
+TypeError, KeyError, IndexError, AttributeError, OverflowError, which `journal_lines` turns into one).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from update_watch.dashboards.frame import Floats
+from update_watch.report import HEADROOM_BINS
+
+_SHARE = 10_000  # headroom shares are stored as whole ten-thousandths
+_SPARSE = 0.6  # from this share on, a column is stored as the exceptions from its most common value
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+_SLOT = "\x1f"  # where a number stood in a sentence
+
+def short(value: float | None) -> float | None:
+    """Four significant digits."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+
+
+def column_line(values: Floats, is_whole: bool = False) -> Any:
+    """A list; or one value when all are the same; or the most common value and the exceptions from it."""
+    items: list[Any] = values.tolist()
+    if is_whole:
+        items = [None if math.isnan(v) else int(v) for v in items]
+    else:
+        items = [None if math.isnan(v) else float(f"{v:.4g}") for v in items]
+    counts: dict[Any, int] = {}
+    for item in items:
+        counts[item] = counts.get(item, 0) + 1
+    most = max(counts, key=counts.__getitem__, default=None)
+    if len(counts) <= 1:
+        return most
+    if counts[most] < _SPARSE * len(items):
+        return items
+    at = [i for i, item in enumerate(items) if item != most]
+    return {"most": most, "at": at, "are": [items[i] for i in at]}
+
+
+def column_of(column: Any, count: int) -> Floats:
+    if isinstance(column, dict):
+        values = np.full(count, _float(column["most"]))
+        exceptions = np.array(column["are"], dtype=np.float64)
+        if exceptions.ndim != 1 or len(exceptions) != len(column["at"]):
+            raise ValueError("damaged window (exceptions of a column)")
+        values[indices_of(column["at"], count)] = exceptions
+    elif isinstance(column, list):
+        values = np.array(column, dtype=np.float64)  # null becomes NaN
+        if values.shape != (count,):
+            raise ValueError("damaged window (length of a column)")
+    else:
+        values = np.full(count, _float(column))
+    values[np.isinf(values)] = np.nan
+    return values
+
+
+def _float(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def indices_of(values: Any, count: int) -> Any:
+    indices = np.array([whole_of(v) for v in values], dtype=np.int64)
+    if len(indices) and (indices.min() < 0 or indices.max() >= count):
+        raise ValueError("damaged window (index of a tensor)")
+    return indices
+
+
+# --- headroom ------------------------------------------------------------------------------------------
+
+
+def headroom_lines(headroom: Floats) -> list[list[int] | None]:
+    """Per tensor the first bin that is not empty, then ten-thousandths from there to the last that is not."""
+    shares = np.rint(np.nan_to_num(headroom) * _SHARE).astype(int)
+    filled = shares > 0
+    known = filled.any(axis=1) & ~np.isnan(headroom).any(axis=1)
+    first, beyond = filled.argmax(axis=1), HEADROOM_BINS - filled[:, ::-1].argmax(axis=1)
+    return [
+        [a, *row[a:b]] if is_known else None
+        for is_known, a, b, row in zip(known.tolist(), first.tolist(), beyond.tolist(), shares.tolist(), strict=True)
+    ]
+
+
+def headroom_of(rows: Any, count: int) -> Floats:
+    if len(rows) != count:
+        raise ValueError("damaged window (number of histograms)")
+    headroom = np.full((count, HEADROOM_BINS), np.nan)
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        first, shares = whole_of(row[0]), np.array(row[1:], dtype=np.float64)
+        total = float(shares.sum())
+        if first < 0 or first + len(shares) > HEADROOM_BINS or not total > 0 or not np.isfinite(total):
+            raise ValueError("damaged window (histogram)")
+        headroom[i] = 0.0
+        headroom[i, first : first + len(shares)] = shares / total
+    return headroom
+
+
+# --- sentences -----------------------------------------------------------------------------------------
+
+
+def advice_lines(advice: Mapping[int, str]) -> list[list[Any]]:
+    """`[wording, tensors, numbers of slot 1, ...]` per wording: what many tensors say differs only in its numbers.
+
+    Numbers that are the same for all of them stay in the wording; those of a slot stand in one text, with spaces.
+    """
+    groups: dict[str, list[tuple[int, list[str]]]] = {}
+    parsed: dict[str, tuple[str, list[str]]] = {}
+    for i, text in advice.items():
+        if text not in parsed:
+            numbers = [] if _SLOT in text else _NUMBER.findall(text)
+            parsed[text] = (_NUMBER.sub(_SLOT, text) if numbers else text, numbers)
+        wording, numbers = parsed[text]
+        groups.setdefault(wording, []).append((i, numbers))
+    lines: list[list[Any]] = []
+    for wording, members in groups.items():
+        slots = list(zip(*(numbers for _, numbers in members), strict=True))
+        if not slots:
+            lines.append([wording, [i for i, _ in members]])
+            continue
+        texts = wording.split(_SLOT)
+        folded = texts[0]
+        varying = []
+        for slot, text in zip(slots, texts[1:], strict=True):
+            is_same = len(set(slot)) == 1
+            folded += (slot[0] if is_same else _SLOT) + text
+            if not is_same:
+                varying.append(" ".join(slot))
+        lines.append([folded, [i for i, _ in members], *varying])
+    return lines
+
+
+def advice_of(lines: Any, count: int) -> dict[int, str]:
+    advice = {}
+    for wording, tensors, *slots in lines:
+        indices_of(tensors, count)
+        if not slots:
+            advice.update(dict.fromkeys(tensors, text_of(wording)))
+            continue
+        texts = text_of(wording).split(_SLOT)
+        numbers = [slot.split(" ") for slot in slots]
+        if len(texts) != len(slots) + 1:
+            raise ValueError("damaged window (advice)")
+        for i, *fill in zip(tensors, *numbers, strict=True):
+            advice[i] = texts[0] + "".join(number + text for number, text in zip(fill, texts[1:], strict=True))
+    return advice
+
+
+# --- checks --------------------------------------------------------------------------------------------
+
+
+def text_of(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a text was expected, not {type(value).__name__}")
+    return value
+
+
+def whole_of(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > 2**62:
+        raise ValueError("a whole number was expected")
+    return value
