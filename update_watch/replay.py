@@ -1,0 +1,258 @@
+"""What an FP32 accumulator would have been told to add: the optimizer's own rule, run once more on FP32 copies.
+
+No formula is written here. A twin of the optimizer is made without running `__init__` (same class, same attributes,
+same hyperparameters, no hooks) and given FP32 copies of weights, gradients and state; its `step` is the rule itself.
+Elementwise rules are run on the samples alone, all samples of like parameters joined into one parameter.
+Rules that look at a whole tensor are run on whole tensors. Which of the two an optimizer is, `probe` finds out.
+
+The twin shares nothing that can be written with the real optimizer: hyperparameters, counters, containers and tensor
+attributes are copied at every replay (`twin_copy`), random number generators are put back, and no hook fires.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim import optimizer as _torch_optimizer
+
+from update_watch.twin_copy import Copier, ReplayError, is_plain
+
+__all__ = ["ReplayError", "Run", "Twin", "rule_of", "settings_of", "shell", "without_effects"]
+
+# attributes of torch.optim.Optimizer that the twin gets anew
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+_OWN = frozenset({"param_groups", "state", *_HOOKS})
+# every function wrapped by torch to call step hooks runs this code
+_HOOKED_CODE = Optimizer.profile_hook_step(lambda _: None).__code__
+_LIMIT = 4096  # elements of tensor attributes; more would be too much to copy at every step
+
+
+class Run(NamedTuple):
+    """Parameters of one group replayed as one parameter; `param` and `state` are overwritten by `replay`."""
+
+    group: int  # index in optimizer.param_groups
+    param: Tensor  # FP32, any shape
+    grad: Tensor | None  # FP32, same shape; the rule may write into it
+    state: dict[str, Any]  # per-element tensors in FP32, scalars as they are
+
+
+def rule_of(optimizer: Optimizer) -> Callable[..., Any]:
+    """The class's `step` without torch's hook-calling wrapper.
+
+    A learning-rate scheduler's wrapper sits on the instance and is not met. Only torch's own wrapper is taken off:
+    a decorator of the user's is part of the rule, even where `functools.wraps` gave it the same marks.
+    """
+    step: Any = type(optimizer).step
+    while getattr(step, "__code__", None) is _HOOKED_CODE:
+        step = step.__wrapped__
+    return step  # type: ignore[no-any-return]
+
+
+class Twin:
+    """Replays one optimizer. Built once; `replay` may be called at every step.
+
+    Raises `ReplayError` at construction when the optimizer keeps something that cannot be copied at each step.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._rule = rule_of(optimizer)
+        self._name = type(optimizer).__name__
+        # torch's own rules draw no random numbers, compile nothing and call no other step
+        self._is_native = type(optimizer).__module__.startswith("torch.optim")
+        shell(optimizer, [])
+        for group in optimizer.param_groups:
+            settings_of(group, [], Copier(_LIMIT, optimizer=optimizer))
+
+    def replay(self, runs: Sequence[Run]) -> list[Run]:
+        """Run the rule on copies.
+
+        `param`, `grad` and `state` tensors are updated in place where the rule does so; read the returned runs, which
+        hold whatever the rule left. Containers in `state` are copied first. Raises `ReplayError` when the rule fails.
+        """
+        copier = Copier(None)
+        return self._run([Run(r.group, r.param, r.grad, _own(r.state, copier)) for r in runs])
+
+    def replay_whole(self, group: int, param: Tensor, grad: Tensor, state: dict[str, Any]) -> Run:
+        """Run the rule on FP32 copies of a whole parameter, its gradient and all of its state; nothing is overwritten.
+
+        State below FP32 is widened as well, also inside lists and objects; integers and tensor subclasses
+        (quantised state) are copied as they are. Raises `ReplayError` when the rule fails.
+        """
+        copier = Copier(None, widen=True)
+        copies = {name: copier.copy(value, f"state '{name}'") for name, value in state.items()}
+        run = Run(group, _widened(param.detach()), _widened(grad.detach()), copies)
+        return self._run([run])[0]
+
+    def _run(self, runs: Sequence[Run]) -> list[Run]:
+        members: dict[int, list[Tensor]] = {}
+        state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+        params: list[torch.nn.Parameter] = []
+        for run in runs:
+            param = torch.nn.Parameter(run.param)
+            param.grad = run.grad
+            if run.state:
+                state[param] = run.state
+            members.setdefault(run.group, []).append(param)
+            params.append(param)
+        try:
+            copier = Copier(_LIMIT, optimizer=self._optimizer)
+            real = self._optimizer.param_groups
+            groups = [settings_of(real[i], group, copier) for i, group in members.items()]
+            twin = shell(self._optimizer, groups, state, copier)
+            if self._is_native:
+                self._rule(twin)
+            else:
+                for key, value in self._optimizer.state.items():
+                    if not isinstance(key, Tensor):  # state of all parameters together: MADGRAD's counter
+                        state[key] = copier.copy(value, f"state '{key}'")
+                with without_effects(params[0].device) as random_states:
+                    self._rule(twin)
+                    if random_states.have_moved():
+                        raise ReplayError(f"{self._name} draws random numbers in its step, and a replay draws others")
+        except ReplayError:
+            raise
+        except Exception as error:
+            raise ReplayError(f"{self._name} fails on FP32 copies: {error!r}") from error
+        return [
+            Run(run.group, param.detach(), run.grad, dict(state.get(param, ())))
+            for run, param in zip(runs, params, strict=True)
+        ]
+
+
+def shell(
+    optimizer: Optimizer,
+    groups: list[dict[str, Any]] | None = None,
+    state: defaultdict[Tensor, dict[str, Any]] | None = None,
+    copier: Copier | None = None,
+) -> Optimizer:
+    """An optimizer of the same class with copies of all attributes, given parameters and state, and no hooks.
+
+    Raises `ReplayError` for attributes that cannot or must not be copied.
+    """
+    cls = type(optimizer)
+    twin: Optimizer = object.__new__(cls)
+    groups = [] if groups is None else groups
+    state = defaultdict(dict) if state is None else state
+    copier = Copier(_LIMIT, optimizer=optimizer) if copier is None else copier
+    # attributes that point back, bound methods among them, point to the twin and its parts
+    copier.replace(optimizer, twin)
+    copier.replace(optimizer.param_groups, groups)
+    copier.replace(optimizer.state, state)
+    try:
+        for name, value in _attributes(optimizer):
+            if name in _OWN or _shadows_method(cls, name, value):
+                continue
+            copied = value if is_plain(value) else copier.copy(value, f"{cls.__name__}.{name}")
+            object.__setattr__(twin, name, copied)
+        for name in _HOOKS:
+            setattr(twin, name, OrderedDict())
+        twin.param_groups, twin.state = groups, state
+        if twin.defaults.get("differentiable"):
+            twin.defaults["differentiable"] = False  # same arithmetic; autograd through a replay helps nobody
+    except AttributeError as error:
+        raise ReplayError(f"{cls.__name__} cannot be built from its attributes: {error}") from error
+    return twin
+
+
+def settings_of(group: dict[str, Any], params: list[Tensor], copier: Copier) -> dict[str, Any]:
+    """A copy of a parameter group's settings with other parameters."""
+    copied: dict[str, Any] = {}
+    copier.replace(group, copied)
+    for name, value in group.items():
+        if name != "params":
+            copied[name] = value if is_plain(value) else copier.copy(value, f"the group setting '{name}'")
+    if copied.get("differentiable"):
+        copied["differentiable"] = False
+    copied["params"] = params
+    return copied
+
+
+def _attributes(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
+    yield from vars(optimizer).items()
+    for cls in type(optimizer).__mro__:
+        slots = vars(cls).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if hasattr(optimizer, name):
+                yield name, getattr(optimizer, name)
+
+
+def _shadows_method(cls: type, name: str, value: Any) -> bool:
+    # a scheduler's wrapped `step` or a compiled method: bound to the real optimizer; the class has the plain one
+    return callable(value) and isinstance(getattr(cls, name, None), types.FunctionType)
+
+
+def _own(state: dict[str, Any], copier: Copier) -> dict[str, Any]:
+    return {
+        name: value if is_plain(value) or isinstance(value, Tensor) else copier.copy(value, f"state '{name}'")
+        for name, value in state.items()
+    }
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32, copy=True)
+
+
+class RandomStates:
+    """The global generators of torch (CPU and `device`), Python and NumPy, as they are now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        module = sys.modules.get(f"torch.{device.type}") if device.type != "cpu" else None
+        self._module: Any = module if hasattr(module, "get_rng_state") else None
+        self._torch = self._torch_states()
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+
+    def have_moved(self) -> bool:
+        """Somebody has drawn random numbers since (NumPy's are not looked at: that would cost more than a rule)."""
+        moved = any(not torch.equal(a, b) for a, b in zip(self._torch, self._torch_states(), strict=True))
+        return moved or random.getstate() != self._python
+
+    def restore(self) -> None:
+        """Put all generators back."""
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch[0])
+        if self._module is not None:
+            self._module.set_rng_state(self._torch[1], self._device)
+
+    def _torch_states(self) -> list[Tensor]:
+        states = [torch.get_rng_state()]
+        return states if self._module is None else [*states, self._module.get_rng_state(self._device)]
+
+
+@contextmanager
+def without_effects(device: torch.device) -> Iterator[RandomStates]:
+    """What a rule that is not torch's own may do to the process is kept from happening, or undone."""
+    hooks = _torch_optimizer._global_optimizer_pre_hooks, _torch_optimizer._global_optimizer_post_hooks
+    states = RandomStates(device)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        if any(hooks):  # `super().step()` calls the hooks that are registered for all optimizers
+            _set_global_hooks(OrderedDict(), OrderedDict())
+        try:
+            yield states
+        finally:
+            _set_global_hooks(*hooks)
+            states.restore()
+
+
+def _set_global_hooks(before: Any, after: Any) -> None:
+    _torch_optimizer._global_optimizer_pre_hooks = before
+    _torch_optimizer._global_optimizer_post_hooks = after
