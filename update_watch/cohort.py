@@ -1,0 +1,271 @@
+"""A group of an optimizer's parameters that is measured in the same steps.
+
+`before` gathers weights, gradients and states just before the rule runs and replays the rule on them in FP32; `after`
+gathers what was stored and adds both to the tally. Everything between is arithmetic on small tensors on the device.
+
+Legend: A accumulators (0 the weight, then states), n rows, K samples.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch import formats
+from update_watch.formats import Format
+from update_watch.probe import Kind
+from update_watch.replay import ReplayError, Run, Twin
+from update_watch.rows import Row
+from update_watch.sampling import gather, local, mask
+from update_watch.tally import Tally
+
+_HEADROOM_EVERY = 8  # measured steps between two looks at the headroom: it changes slowly
+_WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
+
+
+class Snapshot(NamedTuple):
+    """What `before` leaves for `after`."""
+
+    before_AnK: Tensor
+    intended_AnK: Tensor  # the replayed values
+    grad_nK: Tensor
+    mask_nK: Tensor | None
+    live: tuple[bool, ...]
+
+
+class Cohort:
+    """Rows of one optimizer on one device, measured together."""
+
+    def __init__(self, optimizer: Optimizer, twin: Twin, rows: list[Row], samples: int) -> None:
+        self.optimizer, self.twin, self.rows, self.samples = optimizer, twin, rows, samples
+        self.device = local(rows[0].param).device
+        self.samplers = [row.sampler for row in rows if row.sampler is not None]
+        self.states = sorted(set().union(*(row.rule.element_states for row in rows)))
+        self._slots = {name: 1 + i for i, name in enumerate(self.states)}
+        self._zero = torch.zeros((), device=self.device)
+        self._padding = mask(self.samplers, self.device)
+        self._mask: Tensor | None = self._padding
+        self._masked: tuple[bool, ...] = (True,) * len(rows)
+        self._turn = 0
+        self._formats = _format_runs(rows)
+        self.open_window()
+
+    def open_window(self) -> None:
+        """Start new sums."""
+        self.tally = Tally(1 + len(self.states), len(self.rows), self.samples, self.device)
+        self.live_steps = [0] * len(self.rows)
+        self.gradless_steps = [0] * len(self.rows)
+
+    # --- in the step -----------------------------------------------------------------------------
+
+    def before(self) -> Snapshot:
+        """Gather and replay; call when gradients are final and the rule has not run."""
+        states = [self.optimizer.state.get(row.param) or {} for row in self.rows]
+        grads = [row.param.grad for row in self.rows]
+        before_AnK = torch.empty(1 + len(self.states), len(self.rows), self.samples, device=self.device)
+        self._gather_weights(before_AnK[0])
+        self._gather_states(states, before_AnK)
+        grad_nK = torch.empty_like(before_AnK[0])
+        views = [self._zeros(i) if g is None else self.rows[i].view("grad", g) for i, g in enumerate(grads)]
+        gather(views, self.samplers, grad_nK)
+        intended_AnK = before_AnK.clone()
+        live = [g is not None and row.is_measured for g, row in zip(grads, self.rows, strict=True)]
+        self._replay_samples(intended_AnK, grad_nK, states, live)
+        self._replay_whole(intended_AnK, states, live)
+        for i, grad in enumerate(grads):
+            self.gradless_steps[i] += grad is None
+        return Snapshot(before_AnK, intended_AnK, grad_nK, self._current_mask(tuple(live)), tuple(live))
+
+    def after(self, snapshot: Snapshot) -> None:
+        """Gather what was stored and add the step to the tally."""
+        after_AnK = torch.empty_like(snapshot.before_AnK)
+        self._gather_weights(after_AnK[0])
+        self._gather_states([self.optimizer.state.get(row.param) or {} for row in self.rows], after_AnK)
+        look = self.tally.steps % _HEADROOM_EVERY == 0
+        self.tally.add(snapshot.before_AnK, snapshot.intended_AnK, after_AnK, snapshot.grad_nK, snapshot.mask_nK)
+        if look:
+            intended_nK = snapshot.intended_AnK[0]
+            if snapshot.mask_nK is not None:
+                intended_nK = torch.where(snapshot.mask_nK > 0, intended_nK, self._zero)
+            for rows, fmt in self._formats:
+                self.tally.add_headroom(snapshot.before_AnK[0], intended_nK, rows, fmt)
+        for i, is_live in enumerate(snapshot.live):
+            self.live_steps[i] += is_live
+
+    def pack(self) -> Tensor:
+        """The window's sums in one vector on the device; see `tally.Sums`."""
+        stored_nK = torch.empty(len(self.rows), self.samples, device=self.device)
+        self._gather_weights(stored_nK)
+        return self.tally.pack(stored_nK, self._formats)
+
+    # --- gathering ------------------------------------------------------------------------------
+
+    def _gather_weights(self, out_nK: Tensor) -> None:
+        gather([row.view("weight", row.param.detach()) for row in self.rows], self.samplers, out_nK)
+
+    def _gather_states(self, states: list[dict[str, Any]], out_AnK: Tensor) -> None:
+        for name, slot in self._slots.items():
+            found = False
+            views = []
+            for i, (row, state) in enumerate(zip(self.rows, states, strict=True)):
+                tensor = state.get(name)
+                if isinstance(tensor, Tensor) and local(tensor).shape == local(row.param).shape:
+                    views.append(row.view(name, tensor))
+                    found = True
+                else:
+                    views.append(self._zeros(i))
+            if found:
+                gather(views, self.samplers, out_AnK[slot])
+            else:
+                out_AnK[slot].zero_()
+
+    def _zeros(self, i: int) -> Tensor:
+        sampler = self.samplers[i]
+        return self._zero.expand(sampler.view_shape)
+
+    def _current_mask(self, live: tuple[bool, ...]) -> Tensor | None:
+        if live != self._masked:
+            self._masked = live
+            if all(live):
+                self._mask = self._padding
+            else:
+                shape = (len(self.rows), self.samples)
+                valid = torch.ones(shape, device=self.device) if self._padding is None else self._padding.clone()
+                for i, is_live in enumerate(live):
+                    if not is_live:
+                        valid[i].fill_(0.0)
+                self._mask = valid
+        return self._mask
+
+    # --- replaying ------------------------------------------------------------------------------
+
+    def _replay_samples(
+        self, intended_AnK: Tensor, grad_nK: Tensor, states: list[dict[str, Any]], live: list[bool]
+    ) -> None:
+        runs, spans = [], []
+        n, start = len(self.rows), 0
+        while start < n:
+            row = self.rows[start]
+            if not live[start] or row.rule.kind is not Kind.elementwise:
+                start += 1
+                continue
+            likeness = _step_likeness(row, states[start])
+            stop = start + 1
+            while stop < n and live[stop] and _step_likeness(self.rows[stop], states[stop]) == likeness:
+                stop += 1
+            runs.append(self._sample_run(intended_AnK, grad_nK, states[start], start, stop))
+            spans.append((start, stop))
+            start = stop
+        if not runs:
+            return
+        try:
+            results = self.twin.replay(runs)
+        except ReplayError as error:
+            for start, stop in spans:
+                for i in range(start, stop):
+                    self.rows[i].reason, live[i] = str(error), False
+            return
+        for run, result, (start, stop) in zip(runs, results, spans, strict=True):
+            if result.param.untyped_storage()._cdata != run.param.untyped_storage()._cdata:  # p.data was replaced
+                intended_AnK[0, start:stop].copy_(result.param.view(stop - start, -1))
+            for name, slot in self._slots.items():
+                replayed = result.state.get(name)
+                if isinstance(replayed, Tensor) and replayed is not run.state.get(name):
+                    intended_AnK[slot, start:stop].copy_(replayed.view(stop - start, -1))
+
+    def _sample_run(
+        self, intended_AnK: Tensor, grad_nK: Tensor, state: dict[str, Any], start: int, stop: int
+    ) -> Run:
+        row = self.rows[start]
+        shape = (stop - start, self.samples) if row.rule.rows else (-1,)
+        copied: dict[str, Any] = {}
+        for name, value in state.items():
+            if name in row.rule.element_states:
+                copied[name] = value if value is None else intended_AnK[self._slots[name], start:stop].view(shape)
+            else:
+                copied[name] = value.clone() if isinstance(value, Tensor) else value
+        # the rule may write into the gradient
+        return Run(
+            row.group, intended_AnK[0, start:stop].view(shape), grad_nK[start:stop].clone().view(shape), copied
+        )
+
+    def _replay_whole(self, intended_AnK: Tensor, states: list[dict[str, Any]], live: list[bool]) -> None:
+        """Replay a bounded number of elements as whole tensors, in turn; the other such rows sit this step out."""
+        waiting = [i for i, row in enumerate(self.rows) if live[i] and row.rule.kind is Kind.whole]
+        if not waiting:
+            return
+        first = next((k for k, i in enumerate(waiting) if i >= self._turn), 0)
+        budget = _WHOLE_PER_STEP
+        chosen: list[int] = []
+        for i in waiting[first:] + waiting[:first]:
+            numel = local(self.rows[i].param).numel()
+            if chosen and numel > budget:
+                break
+            budget -= numel
+            chosen.append(i)
+        self._turn = chosen[-1] + 1
+        for i in waiting:
+            live[i] = False
+        for i in chosen:
+            row = self.rows[i]
+            try:
+                result = self.twin.replay([_whole_run(row, states[i])])[0]
+            except ReplayError as error:
+                row.reason = str(error)
+                continue
+            assert row.sampler is not None
+            gather([row.sampler.view(result.param)], [row.sampler], intended_AnK[0, i : i + 1])
+            for name, slot in self._slots.items():
+                value = result.state.get(name)
+                if isinstance(value, Tensor) and value.shape == result.param.shape:
+                    gather([row.sampler.view(value)], [row.sampler], intended_AnK[slot, i : i + 1])
+            live[i] = True
+
+
+def _step_likeness(row: Row, state: dict[str, Any]) -> tuple[Any, ...]:
+    """Rows equal in this can be replayed as one: same group, same form, same scalar state (step counters)."""
+    scalars: list[Any] = []
+    for name, value in state.items():
+        if name in row.rule.element_states:
+            scalars.append(value is None)
+        elif isinstance(value, Tensor):
+            # a counter on the device is not read: equal histories have equal counters
+            scalars.append(value.item() if value.device.type == "cpu" and value.numel() == 1 else row.lived)
+        else:
+            scalars.append(value)
+    return (row.group, row.rule.rows, row.rule.kind, row.is_measured, tuple(state), tuple(scalars))
+
+
+def _whole_run(row: Row, state: dict[str, Any]) -> Run:
+    param = local(row.param.detach())
+    grad = row.param.grad
+    assert grad is not None
+    copied: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            value = local(value)
+            if type(value) is Tensor and value.dtype.is_floating_point and value.shape == param.shape:
+                copied[name] = value.to(torch.float32, copy=True)
+            else:
+                copied[name] = value.clone()
+        else:
+            copied[name] = value
+    return Run(row.group, param.to(torch.float32, copy=True), local(grad).to(torch.float32, copy=True), copied)
+
+
+def _format_runs(rows: list[Row]) -> list[tuple[slice, Format]]:
+    runs: list[tuple[slice, Format]] = []
+    start = 0
+    while start < len(rows):
+        dtype = local(rows[start].param).dtype
+        stop = start
+        while stop < len(rows) and local(rows[stop].param).dtype == dtype:
+            stop += 1
+        fmt = formats.of(dtype)
+        if fmt is not None:
+            runs.append((slice(start, stop), fmt))
+        start = stop
+    return runs

@@ -1,0 +1,117 @@
+"""The watched parameters of one optimizer: names, groups, sample positions, views of what is read each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.probe import Kind, Rule, probe
+from update_watch.sampling import Sampler, local, unsamplable
+
+# whole-tensor replays of more elements than this would cost too much memory and time in one step
+WHOLE_LIMIT = 2**24
+
+
+class Row:
+    """One parameter of one optimizer."""
+
+    __slots__ = ("_views", "group", "lived", "names", "param", "reason", "rule", "sampler")
+
+    def __init__(self, param: Tensor, names: tuple[str, ...], group: int, rule: Rule, samples: int) -> None:
+        self.param, self.names, self.group, self.rule = param, names, group, rule
+        self.lived: Any = 0  # steps with a gradient: parameters equal here have equal step counters
+        self.reason = why_unknown(param, rule)
+        self.sampler: Sampler | None = None if unsamplable(local(param)) else Sampler(local(param), samples)
+        self._views: dict[str, tuple[int, Tensor]] = {}
+
+    @property
+    def is_measured(self) -> bool:
+        return not self.reason
+
+    def view(self, slot: str, tensor: Tensor) -> Tensor:
+        """The samples of `tensor`, whose view is kept as long as its memory stays where it is."""
+        assert self.sampler is not None
+        tensor = local(tensor)
+        address = address_of(tensor)
+        kept = self._views.get(slot)
+        if kept is not None and address and kept[0] == address:
+            return kept[1]
+        view = self.sampler.view(tensor)
+        if self.sampler.shares_layout(tensor):  # else it is a gathered copy, to be made anew each step
+            self._views[slot] = (address, view)
+        return view
+
+    def forget_views(self) -> None:
+        """Drop kept views (positions changed, or memory is to be let go)."""
+        self._views.clear()
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where the tensor's memory starts; 0 when it has none that could be told (fake tensors)."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
+
+
+def why_unknown(param: Tensor, rule: Rule) -> str:
+    """Why this parameter's update cannot be measured; "" when it can."""
+    shard = local(param)
+    if problem := unsamplable(shard):
+        return problem
+    if shard.numel() == 0:
+        return "no element of it is on this rank"
+    if rule.kind is Kind.unknown:
+        return rule.reason
+    if rule.kind is Kind.whole and shard.numel() > WHOLE_LIMIT:
+        return f"its rule needs the whole tensor, and {shard.numel():,} elements are over the limit of {WHOLE_LIMIT:,}"
+    if shard.dtype.is_complex:
+        return f"its dtype {shard.dtype} is complex"
+    return ""
+
+
+def build_rows(
+    optimizer: Optimizer, names: dict[int, tuple[str, ...]], samples: int, label: str, rules: dict[Any, Rule]
+) -> list[Row]:
+    """Rows of all parameters of an optimizer, alike ones next to each other. `rules` remembers probes."""
+    rows: list[Row] = []
+    for index, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            ndim = min(max(param.dim(), 1), 4)
+            key = (id(optimizer), index, ndim)
+            if key not in rules:
+                rules[key] = probe(optimizer, index, ndim)
+            known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
+            rows.append(Row(param, known, index, rules[key], samples))
+    rows.sort(key=_likeness)
+    return rows
+
+
+def _likeness(row: Row) -> tuple[Any, ...]:
+    shard = local(row.param)
+    whole = row.sampler is not None and row.sampler.is_whole
+    return (str(shard.device), row.group, row.rule.kind.value, row.rule.rows, str(shard.dtype), whole)
+
+
+def names_of(model: Any) -> dict[int, tuple[str, ...]]:
+    """id(parameter) -> all its names. `model`: a module or (name, tensor) pairs."""
+    pairs: Iterable[tuple[str, Tensor]]
+    if isinstance(model, torch.nn.Module):
+        pairs = model.named_parameters(remove_duplicate=False)
+    else:
+        pairs = model
+    names: dict[int, tuple[str, ...]] = {}
+    for name, tensor in pairs:
+        names[id(tensor)] = (*names.get(id(tensor), ()), _clean(name))
+    return names
+
+
+def _clean(name: str) -> str:
+    # prefixes of wrappers say nothing about the model
+    for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name.removeprefix("module.")

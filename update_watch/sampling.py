@@ -1,0 +1,197 @@
+"""Which elements of a parameter are looked at, and how they leave it.
+
+K elements of each parameter are read as nb blocks of B neighbours at a regular, jittered distance:
+one strided view, no index tensor, so nothing is copied from the host and a gather of many parameters
+is one `torch.stack`. Parameters with K elements or fewer are read whole and padded; a mask marks the
+padding. Positions are counted in memory order, so any dense layout (channels-last, transposed) will do;
+gradients and states laid out otherwise than their parameter are read through computed positions.
+
+Legend: n rows (parameters), K samples per row, nb blocks of B elements.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from torch.distributed.tensor import DTensor as _DTensor
+except ImportError:  # a torch build without distributed
+    _DTensor = None  # type: ignore[assignment, misc]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard of a DTensor that lives here; any other tensor as it is."""
+    if _DTensor is not None and isinstance(tensor, _DTensor):
+        return tensor._local_tensor
+    return tensor
+
+
+def unsamplable(tensor: Tensor) -> str:
+    """Why elements of this (local) tensor cannot be sampled one by one; "" when they can."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) and not _is_plain_subclass(tensor):
+        return f"{type(tensor).__name__} is a tensor subclass that hides its stored values"
+    if tensor.layout is not torch.strided:
+        return f"layout {tensor.layout} has no strided storage"
+    if tensor.is_meta:
+        return "it is on the meta device: there are no values yet"
+    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+        return f"dtype {_name(tensor.dtype)} is not floating point"
+    if not is_dense(tensor):
+        return "its storage overlaps or has holes"
+    return ""
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Every storage element between first and last belongs to exactly one tensor element."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((st, si) for st, si in zip(tensor.stride(), tensor.shape, strict=True) if si > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _is_plain_subclass(tensor: Tensor) -> bool:
+    # a subclass without its own dispatch is an ordinary tensor with another name (nn.Buffer, UninitializedParameter's heirs)
+    cls = type(tensor)
+    if cls.__name__ == "FakeTensor":
+        return True
+    return cls.__torch_dispatch__ is Tensor.__torch_dispatch__ and cls.__torch_function__ in (
+        Tensor.__torch_function__,
+        torch._C._disabled_torch_function_impl,
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class Sampler:
+    """The sample positions of one parameter.
+
+    `view(t)` reads the samples of a tensor laid out like the parameter. `size` is the number of samples
+    that are real (K, or the parameter's size if that is smaller).
+    """
+
+    __slots__ = ("_block", "_blocks", "_numel", "_offset", "_row", "_shape", "_step", "_strides", "samples", "size")
+
+    def __init__(self, param: Tensor, samples: int) -> None:
+        self.samples = samples
+        self._numel = param.numel()
+        self.size = min(samples, self._numel)
+        self._shape = tuple(param.shape)
+        self._strides = param.stride()
+        self._row = self._shape[-1] if self._shape else 1
+        self._block = max(b for b in range(1, math.isqrt(samples) + 1) if samples % b == 0)
+        self._blocks = samples // self._block
+        self._offset, self._step = 0, 0
+        self.redraw(None)
+
+    @property
+    def is_whole(self) -> bool:
+        """The parameter has too few elements to choose from: all are read."""
+        return self._numel <= self.samples
+
+    @property
+    def view_shape(self) -> tuple[int, ...]:
+        """Shape of what `view` returns."""
+        return (self._numel,) if self.is_whole else (self._blocks, self._block)
+
+    def redraw(self, rng: random.Random | None) -> None:
+        """Choose new positions; `rng=None` gives the evenly spread ones."""
+        if self.is_whole:
+            return
+        room = self._numel - self._block
+        step = max(room // max(self._blocks - 1, 1), 1)
+        if rng is not None and self._blocks > 1:
+            step = max(int(step * (1 - 0.25 * rng.random())), min(step, self._block))
+        # a distance that shares factors with the row length would visit the same few columns
+        for candidate in range(step, max(step - 16, 0), -1):
+            if math.gcd(candidate, self._row) == 1:
+                step = candidate
+                break
+        slack = room - (self._blocks - 1) * step
+        self._offset = rng.randint(0, slack) if rng is not None else slack // 2
+        self._step = step
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Samples of a tensor with this parameter's shape.
+
+        Shape [nb, B], or [size] for a parameter read whole. A view where the layouts agree, else a gathered copy.
+        """
+        if not self.shares_layout(tensor):
+            return self._gather_other_layout(tensor)
+        start = tensor.storage_offset()
+        if self.is_whole:
+            return tensor.as_strided((self._numel,), (1,), start)
+        return tensor.as_strided((self._blocks, self._block), (self._step, 1), start + self._offset)
+
+    def shares_layout(self, tensor: Tensor) -> bool:
+        """The tensor's elements lie in memory in the parameter's order."""
+        if tensor.stride() == self._strides:
+            return True
+        # strides of dimensions of size 1 are arbitrary and do not matter
+        mine = [s for s, size in zip(self._strides, self._shape, strict=True) if size > 1]
+        theirs = [s for s, size in zip(tensor.stride(), self._shape, strict=True) if size > 1]
+        return mine == theirs
+
+    def _gather_other_layout(self, tensor: Tensor) -> Tensor:
+        # memory position in the parameter -> coordinates -> memory position in `tensor`; arithmetic on the device
+        device = tensor.device
+        if self.is_whole:
+            position = torch.arange(self._numel, device=device)
+        else:
+            starts = torch.arange(self._blocks, device=device) * self._step + self._offset
+            position = (starts[:, None] + torch.arange(self._block, device=device)).reshape(-1)
+        address = torch.zeros_like(position)
+        for size, mine, theirs in zip(self._shape, self._strides, tensor.stride(), strict=True):
+            if size > 1:
+                address = address + position.div(mine, rounding_mode="floor").remainder(size) * theirs
+        span = 1 + sum((size - 1) * s for size, s in zip(self._shape, tensor.stride(), strict=True))
+        flat = tensor.as_strided((span,), (1,), tensor.storage_offset())
+        picked = flat.index_select(0, address)
+        return picked if self.is_whole else picked.view(self._blocks, self._block)
+
+
+def gather(views: Sequence[Tensor], samplers: Sequence[Sampler], out_nK: Tensor) -> None:
+    """Copy the samples `views[i]` into row i of `out_nK` (FP32), a constant number of operators per run of alike rows.
+
+    Rows of one dtype that lie next to each other are stacked in one operator. Padding repeats a row's first
+    element, so a rule run over it meets no value it would not meet anyway.
+    """
+    n = len(views)
+    start = 0
+    while start < n:
+        dtype, whole = views[start].dtype, samplers[start].is_whole
+        stop = start + 1
+        while stop < n and views[stop].dtype == dtype and samplers[stop].is_whole == whole:
+            stop += 1
+        if whole:
+            pieces: list[Tensor] = []
+            for i in range(start, stop):
+                view = views[i]
+                pieces.append(view)
+                if samplers[i].size < samplers[i].samples:
+                    pieces.append(view[:1].expand(samplers[i].samples - samplers[i].size))
+            packed = torch.cat(pieces)
+        else:
+            packed = torch.stack(list(views[start:stop]))
+        out_nK[start:stop].copy_(packed.view(stop - start, -1))
+        start = stop
+
+
+def mask(samplers: Sequence[Sampler], device: torch.device) -> Tensor | None:
+    """[n, K] FP32: 1 for samples, 0 for padding; None when no row is padded."""
+    if all(s.size == s.samples for s in samplers):
+        return None
+    valid_nK = torch.ones(len(samplers), samplers[0].samples, device=device)
+    for i, sampler in enumerate(samplers):
+        valid_nK[i, sampler.size :].fill_(0.0)
+    return valid_nK

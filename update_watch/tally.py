@@ -1,0 +1,242 @@
+"""Sums over steps and samples, kept on the device; ratios are made of them on the host, once a window.
+
+Legend: A accumulators (0 is the weight, then the optimizer states), n rows (parameters), K samples per row,
+F sums per row. `before`, `intended`, `applied` as defined in docs/definitions.md: what was stored, what an FP32
+accumulator would have added, what the stored value moved by.
+
+Products are taken of values scaled per row (by the largest movement of the first step), so that squares of second
+moments near 1e-20 do not underflow in FP32. Sums scale alike, ratios do not change.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from update_watch.evidence import Numbers
+from update_watch.formats import BF16, Format
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
+
+# the F sums; those of SHRINK repeat the first four over changes towards zero only
+DOT, WANT, WANTED, LOST, MOVED, STORED, UNCHANGED, SHRINK = 0, 1, 2, 3, 4, 5, 6, 7
+F = 11
+_THIN = 4
+_VARIANCE = 3  # sums over steps of dot^2, dot * want, want^2 of the weight: how much a step's efficiency spreads
+
+
+class Tally:
+    """Sums of one group of rows over one window. `add` runs on the device, `pack` ends the window."""
+
+    def __init__(self, accumulators: int, rows: int, samples: int, device: torch.device) -> None:
+        self.steps = 0
+        self.rows, self.samples, self.accumulators = rows, samples, accumulators
+        self.device = device
+        self._sums_FAn = torch.zeros(F, accumulators, rows, device=device)
+        self._variance_3n = torch.zeros(_VARIANCE, rows, device=device)
+        self._nonzero_n = torch.zeros(rows, device=device)
+        self._headroom_nB = torch.zeros(rows, HEADROOM_BINS, device=device)
+        self._what_if_2n = torch.zeros(2, rows, device=device)
+        # sum applied, sum intended; of the states every fourth sample, to hold little between steps
+        self._path_2nK = torch.zeros(2, rows, samples, device=device)
+        thin = len(range(0, samples, _THIN))
+        self._state_path_2SnJ = torch.zeros(2, accumulators - 1, rows, thin, device=device)
+        self._scale_An1: Tensor | None = None
+
+    def add(
+        self,
+        before_AnK: Tensor,
+        intended_AnK: Tensor,
+        after_AnK: Tensor,
+        grad_nK: Tensor,
+        mask_nK: Tensor | None,
+    ) -> None:
+        """Add one step. `intended_AnK` is the replayed value; it is overwritten with the intended update.
+
+        `mask` is 0 for padding and for rows that took no part in this step. No host read, no copy between devices.
+        """
+        intended_AnK.sub_(before_AnK)
+        applied_AnK = after_AnK.sub_(before_AnK)
+        if mask_nK is not None:
+            # where, not multiplication: a row that took no part may hold anything
+            zero = intended_AnK.new_zeros(())
+            intended_AnK = torch.where(mask_nK > 0, intended_AnK, zero)
+            applied_AnK = torch.where(mask_nK > 0, applied_AnK, zero)
+            before_AnK = torch.where(mask_nK > 0, before_AnK, zero)
+            grad_nK = torch.where(mask_nK > 0, grad_nK, zero)
+        self._path_2nK[0].add_(applied_AnK[0])
+        self._path_2nK[1].add_(intended_AnK[0])
+        if self.accumulators > 1:
+            self._state_path_2SnJ[0].add_(applied_AnK[1:, :, ::_THIN])
+            self._state_path_2SnJ[1].add_(intended_AnK[1:, :, ::_THIN])
+        if self._scale_An1 is None:
+            largest = torch.maximum(intended_AnK.abs().amax(-1), before_AnK.abs().amax(-1).mul_(2**-10))
+            self._scale_An1 = torch.where(largest > 0, largest.reciprocal(), torch.ones_like(largest)).unsqueeze(-1)
+        d, a, w = intended_AnK * self._scale_An1, applied_AnK.mul(self._scale_An1), before_AnK * self._scale_An1
+        products = torch.empty(F, *d.shape, device=self.device)
+        torch.mul(a, d, out=products[DOT])
+        torch.mul(d, d, out=products[WANT])
+        torch.ne(d, 0, out=products[WANTED])
+        torch.eq(a, 0, out=products[UNCHANGED])
+        torch.mul(products[WANTED], products[UNCHANGED], out=products[LOST])
+        torch.mul(a, a, out=products[MOVED])
+        torch.mul(w, w, out=products[STORED])
+        torch.mul(products[DOT : LOST + 1], (d * w < 0), out=products[SHRINK:])
+        sums_FAn = products.sum(-1)
+        self._sums_FAn.add_(sums_FAn)
+        dot_want_2n, want_n = sums_FAn[:2, 0], sums_FAn[WANT, 0]
+        self._variance_3n[:2].addcmul_(dot_want_2n, sums_FAn[DOT, 0])
+        self._variance_3n[2].addcmul_(want_n, want_n)
+        self._nonzero_n.add_(grad_nK.ne(0).sum(-1))
+        self.steps += 1
+
+    def add_headroom(self, before_nK: Tensor, intended_nK: Tensor, rows: slice, fmt: Format) -> None:
+        """Count the rows' headroom log2(|intended| / half gap) in one-octave bins; zero updates are not counted.
+
+        For formats finer than BF16, count too how many updates a BF16 weight would lose.
+        """
+        d, w = intended_nK[rows], before_nK[rows]
+        size = d.abs()
+        # 1e-38: a zero update (weight 0 below) must not make log2 complain
+        octave = (size.clamp_min(1e-38).log2() - fmt.half_gap(w, d).log2()).floor_().sub_(HEADROOM_LOW)
+        wanted = d.ne(0).to(torch.float32)
+        # NaN cannot be an index; those rows are reported as broken from their sums
+        index = octave.nan_to_num_(0.0).clamp_(0, HEADROOM_BINS - 1).to(torch.int64)
+        self._headroom_nB[rows].scatter_add_(1, index, wanted)
+        if fmt.mantissa_bits > BF16.mantissa_bits:
+            lost = BF16.absorbs(BF16.round(w), d).to(torch.float32).mul_(wanted)
+            self._what_if_2n[:, rows].add_(torch.stack([lost.sum(-1), wanted.sum(-1)]))
+
+    def pack(self, stored_nK: Tensor | None, formats: list[tuple[slice, Format]]) -> Tensor:
+        """All sums in one FP32 vector on the device; `Unpacked` reads it on the host.
+
+        `stored_nK`: the weights' last values, to tell which summed updates exceed half a gap.
+        """
+        displacement_2An = torch.cat([_displacement(self._path_2nK.unsqueeze(1)), _displacement(self._state_path_2SnJ)], 1)
+        evidence_n = torch.zeros(self.rows, device=self.device)
+        if stored_nK is not None:
+            for rows, fmt in formats:
+                total = self._path_2nK[1, rows]
+                reached = total.abs() >= fmt.half_gap(stored_nK[rows], total)
+                evidence_n[rows] = (reached & total.ne(0)).sum(-1).to(torch.float32)
+        scale = self._scale_An1 if self._scale_An1 is not None else torch.ones_like(displacement_2An[0])
+        parts = (
+            self._sums_FAn,
+            self._variance_3n,
+            self._nonzero_n,
+            self._headroom_nB,
+            self._what_if_2n,
+            displacement_2An,
+            evidence_n,
+            scale,
+        )
+        return torch.cat([part.reshape(-1) for part in parts])
+
+
+def _displacement(path_2AnK: Tensor) -> Tensor:
+    """<sum applied, sum intended> and |sum intended|^2 per row, [2, A, n], each row in a unit of its own."""
+    applied, intended = path_2AnK
+    if not intended.numel():
+        return path_2AnK.new_zeros(path_2AnK.shape[:-1])
+    peak = intended.abs().amax(-1, keepdim=True)
+    unit = torch.where(peak > 0, peak.reciprocal(), torch.ones_like(peak))
+    d, a = intended * unit, applied * unit
+    return torch.stack([(a * d).sum(-1), (d * d).sum(-1)])
+
+
+class Sums(NamedTuple):
+    """What `Tally.pack` sent, on the host, in FP64."""
+
+    sums_FAn: npt.NDArray[np.float64]
+    variance_3n: npt.NDArray[np.float64]
+    nonzero_n: npt.NDArray[np.float64]
+    headroom_nB: npt.NDArray[np.float64]
+    what_if_2n: npt.NDArray[np.float64]
+    displacement_2An: npt.NDArray[np.float64]
+    evidence_n: npt.NDArray[np.float64]
+    scale_An: npt.NDArray[np.float64]
+
+    @classmethod
+    def unpack(cls, flat: npt.NDArray[np.float64], accumulators: int, rows: int) -> Sums:
+        shapes = (
+            (F, accumulators, rows),
+            (_VARIANCE, rows),
+            (rows,),
+            (rows, HEADROOM_BINS),
+            (2, rows),
+            (2, accumulators, rows),
+            (rows,),
+            (accumulators, rows),
+        )
+        parts, start = [], 0
+        for shape in shapes:
+            size = int(np.prod(shape))
+            parts.append(flat[start : start + size].reshape(shape))
+            start += size
+        if start != flat.size:
+            raise ValueError(f"tally vector has {flat.size} values, {start} expected")
+        return cls(*parts)
+
+    def numbers(self, accumulator: int, row: int, sampled: float) -> Numbers:
+        """The four numbers of one accumulator of one row. `sampled`: elements looked at over the window."""
+        s = self.sums_FAn[:, accumulator, row]
+        dot, want = self.displacement_2An[:, accumulator, row]
+        numbers = _numbers(s[DOT], s[WANT], s[WANTED], s[LOST], sampled)
+        error = None
+        if accumulator == 0 and numbers.efficiency is not None:
+            dot2, dot_want, want2 = self.variance_3n[:, row]
+            eta = numbers.efficiency
+            spread = dot2 - 2 * eta * dot_want + eta * eta * want2
+            error = float(np.sqrt(max(spread, 0.0)) / s[WANT])
+        return Numbers(
+            numbers.efficiency,
+            error,
+            _ratio(dot, want),
+            numbers.wanted_fraction,
+            numbers.lost_fraction,
+        )
+
+    def growth_and_decay(self, accumulator: int, row: int, sampled: float) -> tuple[Numbers, Numbers]:
+        """The same, apart for changes away from zero and towards zero."""
+        s = self.sums_FAn[:, accumulator, row]
+        decay = s[SHRINK:]
+        growth = s[: LOST + 1] - decay
+        return _numbers(*growth, sampled), _numbers(*decay, sampled)
+
+    def root_mean_squares(self, row: int, sampled: float) -> tuple[float, float, float]:
+        """rms of the weight's (intended, applied, before), per element and step."""
+        s, scale = self.sums_FAn[:, 0, row], self.scale_An[0, row]
+        if not sampled or not scale:
+            return 0.0, 0.0, 0.0
+        return tuple(float(np.sqrt(s[i] / sampled) / scale) for i in (WANT, MOVED, STORED))  # type: ignore[return-value]
+
+    def is_finite(self, row: int) -> bool:
+        return bool(np.isfinite(self.sums_FAn[:, 0, row]).all())
+
+
+def _numbers(dot: float, want: float, wanted: float, lost: float, sampled: float) -> Numbers:
+    return Numbers(
+        efficiency=_ratio(dot, want),
+        wanted_fraction=_ratio(wanted, sampled),
+        lost_fraction=_ratio(lost, wanted),
+    )
+
+
+def _ratio(a: float, b: float) -> float | None:
+    if not b > 0 or not np.isfinite(a) or not np.isfinite(b):
+        return None
+    return float(a / b)
+
+
+def median_headroom(histogram: npt.NDArray[np.float64]) -> float | None:
+    """Median of a headroom histogram (log2), interpolated within its octave; None when empty."""
+    total = histogram.sum()
+    if not total > 0:
+        return None
+    cumulated = np.cumsum(histogram)
+    i = int(np.searchsorted(cumulated, total / 2))
+    inside = (total / 2 - (cumulated[i] - histogram[i])) / histogram[i]
+    return HEADROOM_LOW + i + float(inside)

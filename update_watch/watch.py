@@ -1,0 +1,283 @@
+"""`watch`: attach to a model's optimizers, and reports of what arrived come out.
+
+Two torch hooks per optimizer see every step (`tap`); `Watched` measures it on the device; at the end of a window one
+vector per device leaves for a background thread, where it is judged and handed to the sinks.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.alerts import Alerts
+from update_watch.diagnosis import Diagnosis
+from update_watch.evidence import TensorEvidence
+from update_watch.probe import Rule
+from update_watch.report import Report
+from update_watch.rows import names_of
+from update_watch.tap import StepTap, unwrap
+from update_watch.thresholds import Thresholds
+from update_watch.watched import Watched, describe
+from update_watch.windows import Window, read
+from update_watch.worker import Sink, Sinks, Worker
+
+logger = logging.getLogger("update_watch")
+_STATE_VERSION = 1
+
+
+class Watch:
+    """A running watch; made by `watch`. Also a context manager that closes itself."""
+
+    def __init__(
+        self,
+        model: Any,
+        optimizers: Sequence[Any],
+        window: int,
+        samples: int,
+        sinks: Sequence[Sink],
+        thresholds: Thresholds,
+        averages: Mapping[str, Any],
+        seed: int,
+        step: Callable[[], int] | None,
+    ) -> None:
+        self.window, self.samples = window, samples
+        self.last: Report | None = None
+        self._model, self._step = model, step
+        self._named = _named(model)
+        self._names = names_of(self._named)
+        self._rng = random.Random(seed)
+        self._rules: dict[Any, Rule] = {}
+        self._watched: dict[int, Watched] = {}
+        self._seconds, self._base_step = 0.0, 0
+        self._closed = False
+        self._diagnosis, self._alerts = Diagnosis(thresholds), Alerts(thresholds)
+        self._sinks = Sinks(list(sinks))
+        self._judge = Worker("judging", self._judge_window)
+        self._post = Worker("sink", self._sinks)
+        self._tap = StepTap(self._before, self._after, self._fail)
+        self._handles: list[Any] = []
+        for optimizer in optimizers:
+            self.attach(optimizer)
+
+    # --- attaching -------------------------------------------------------------------------------
+
+    def attach(self, optimizer: Any) -> None:
+        """Watch one more optimizer; one that is watched already stays as it is. Wrappers are looked through."""
+        inner = unwrap(optimizer)
+        if id(inner) not in self._watched:
+            if any(id(p) not in self._names for g in inner.param_groups for p in g["params"]):
+                self._named = _named(self._model)  # parameters made since
+                self._names.update(names_of(self._named))
+            with torch.no_grad():
+                watched = Watched(inner, len(self._watched), self._names, self.samples, self._rng, self._rules)
+            self._watched[id(inner)] = watched
+            self._handles.append(inner.register_load_state_dict_post_hook(lambda _: watched.read_counters()))
+        self._tap.attach(inner)
+
+    def detach(self) -> None:
+        """Remove every hook; `attach` puts them back."""
+        self._tap.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._watched.clear()
+
+    @property
+    def enabled(self) -> bool:
+        """False: steps pass unseen, as in a learning-rate finder."""
+        return self._tap.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._tap.enabled = value
+
+    @property
+    def step(self) -> int:
+        """The step reports are numbered by: the trainer's global step if it was given, else steps counted here."""
+        if self._step is not None:
+            return int(self._step())
+        return self._base_step + max((w.steps for w in self._watched.values()), default=0)
+
+    # --- in the step -----------------------------------------------------------------------------
+
+    def _before(self, optimizer: Optimizer) -> Any:
+        started = time.perf_counter()
+        measured = self._watched[id(optimizer)].before()
+        self._seconds += time.perf_counter() - started
+        return (measured,)
+
+    def _after(self, optimizer: Optimizer, snapshot: Any) -> None:
+        started = time.perf_counter()
+        watched = self._watched[id(optimizer)]
+        watched.after(snapshot[0])
+        if watched.window_steps >= self.window:
+            self._close_window()
+        self._seconds += time.perf_counter() - started
+
+    def _fail(self, error: Exception) -> None:
+        """An error of ours: let go of training, say so once."""
+        self.detach()
+        message = f"update-watch met an error of its own and stopped watching; training goes on unwatched: {error!r}"
+        logger.error(message, exc_info=error)
+        try:
+            warnings.warn(message, stacklevel=2)
+        except Warning:  # the user's filters turn warnings into errors: not in the training step
+            pass
+
+    # --- windows -----------------------------------------------------------------------------------
+
+    def _close_window(self) -> None:
+        steps = max((w.window_steps for w in self._watched.values()), default=0)
+        cohorts: list[Any] = []
+        others: list[TensorEvidence] = []
+        skipped: list[Any] = []
+        with torch.no_grad():
+            for watched in self._watched.values():
+                parts = watched.close_window()
+                cohorts += parts[0]
+                others += parts[1]
+                skipped += parts[2]
+        held = {id(row.param) for watched in self._watched.values() for row in watched.rows}
+        seen: set[int] = set()
+        for _, tensor in self._named:
+            if id(tensor) not in held and id(tensor) not in seen:
+                seen.add(id(tensor))
+                others.append(TensorEvidence(**describe(tensor, self._names[id(tensor)]), steps=steps))
+        order = {name: i for i, (name, _) in enumerate(self._named)}
+        cost = 1e3 * self._seconds / steps if steps else None
+        self._seconds = 0.0
+        self._judge.put(Window(self.step, steps, tuple(cohorts), tuple(others), order, cost, tuple(skipped)))
+
+    def _judge_window(self, window: Window) -> None:
+        try:
+            report = self._alerts.update(self._diagnosis.judge(read(window)))
+        except Exception as error:
+            self._tap.enabled = False
+            self._fail(error)
+            return
+        self.last = report
+        self._post.put(report)
+
+    def flush(self, timeout: float | None = None) -> Report | None:
+        """Close the window now and wait for device and sinks, at most `timeout` seconds. Returns the last report."""
+        started = time.monotonic()
+        if any(w.window_steps for w in self._watched.values()) or (self.last is None and self._watched):
+            self._close_window()
+        if self._judge.wait(timeout):
+            left = None if timeout is None else max(timeout - (time.monotonic() - started), 0.0)
+            self._post.wait(left)
+        return self.last
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Report the window that is open, detach everything, stop the threads. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush(timeout)
+        finally:
+            self.detach()
+            self._judge.stop()
+            self._post.stop()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data (safe to load weights-only): what verdicts and alerts remember between windows."""
+        self._judge.wait(5.0)
+        return {
+            "version": _STATE_VERSION,
+            "step": self.step,
+            "diagnosis": self._diagnosis.state_dict(),
+            "alerts": self._alerts.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken. Raises ValueError for data this version cannot read."""
+        if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION:
+            version = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(
+                f"Watch.load_state_dict: version {version!r} cannot be read, {_STATE_VERSION} is expected; "
+                "leave the state out to start the watch's memory anew"
+            )
+        self._judge.wait(5.0)
+        self._diagnosis.load_state_dict(state["diagnosis"])
+        self._alerts.load_state_dict(state["alerts"])
+        self._base_step = int(state["step"])
+
+
+def watch(
+    model: Any,
+    optimizer: Any,
+    *,
+    window: int = 128,
+    samples: int = 256,
+    sinks: Iterable[Sink] = (),
+    thresholds: Thresholds | None = None,
+    averages: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    step: Callable[[], int] | None = None,
+) -> Watch:
+    """Watch what the stored weights receive of the updates the optimizer computes.
+
+    Args:
+        model: a module, or (name, tensor) pairs.
+        optimizer: one torch optimizer or a sequence of them; wrappers (Lightning, Accelerate) are looked through.
+        window: optimizer steps per report.
+        samples: elements looked at per parameter.
+        sinks: callables that take a `Report`; they run on a background thread, a failing one is dropped.
+        thresholds: limits of the verdicts.
+        averages: further accumulators to watch, `{"ema": averaged_model}`.
+        seed: of the choice of samples. No global random state is used.
+        step: gives the trainer's global step, to number reports; without it optimizer steps are counted.
+
+    Raises:
+        ValueError, TypeError: for arguments that cannot be used; the message names argument, value and remedy.
+
+    Example:
+        >>> watch = uw.watch(model, optimizer)
+        >>> train()
+        >>> print(watch.flush().headline)
+    """
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"watch(window={window!r}): the number of optimizer steps per report must be 1 or more")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 4:
+        raise ValueError(f"watch(samples={samples!r}): the number of elements per parameter must be 4 or more")
+    if thresholds is not None and not isinstance(thresholds, Thresholds):
+        raise TypeError(f"watch(thresholds={thresholds!r}): expected update_watch.Thresholds or None")
+    sinks = list(sinks)
+    for sink in sinks:
+        if not callable(sink):
+            raise TypeError(f"watch(sinks=[{sink!r}]): a sink is a callable that takes a Report, such as a list's append")
+    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    if not optimizers:
+        raise ValueError("watch(optimizer=[]): give at least one torch optimizer")
+    return Watch(
+        model, optimizers, window, samples, sinks, thresholds or Thresholds(), averages or {}, seed, step
+    )
+
+
+def _named(model: Any) -> list[tuple[str, Tensor]]:
+    if isinstance(model, torch.nn.Module):
+        return list(model.named_parameters(remove_duplicate=False))
+    try:
+        pairs = [(str(name), tensor) for name, tensor in model]
+    except (TypeError, ValueError):
+        pairs = None  # type: ignore[assignment]
+    if pairs is None or not all(isinstance(tensor, Tensor) for _, tensor in pairs):
+        raise TypeError(f"watch(model={type(model).__name__}): expected a torch module or (name, tensor) pairs")
+    return pairs

@@ -1,0 +1,200 @@
+"""One optimizer under watch: its rows, the cohorts they are measured in, its place in the window."""
+
+from __future__ import annotations
+
+import math
+import operator
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.cohort import Cohort, Snapshot
+from update_watch.evidence import TensorEvidence
+from update_watch.probe import Rule
+from update_watch.replay import ReplayError, Twin
+from update_watch.rows import Row, build_rows
+from update_watch.sampling import local
+from update_watch.transfer import Transfer
+from update_watch.windows import CohortWindow, RowFacts
+
+# Tensors measured in one step. More tensors are split into cohorts that take turns, so that the cost of a step
+# stops growing; with 4 cohorts every tensor is still measured in a quarter of the steps.
+_COHORT = 16
+_MAX_COHORTS = 4
+
+
+class Watched:
+    """Plans and measures one optimizer. `names`: id(parameter) -> its names."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        index: int,
+        names: dict[int, tuple[str, ...]],
+        samples: int,
+        rng: random.Random,
+        rules: dict[Any, Rule],
+    ) -> None:
+        self.optimizer, self.index = optimizer, index
+        self.steps = 0  # seen since attached
+        self.window_steps = 0
+        self._names, self._samples, self._rng, self._rules = names, samples, rng, rules
+        self._members: list[Tensor] = []
+        self._lrs: dict[int, list[float]] = {}
+        self._twin_error = ""
+        try:
+            self._twin: Twin | None = Twin(optimizer)
+        except ReplayError as error:
+            self._twin, self._twin_error = None, str(error)
+        self._plan()
+        self.read_counters()
+
+    def _plan(self) -> None:
+        """Rows and cohorts for the parameters the optimizer holds now."""
+        self._members = _members(self.optimizer)
+        label = f"optimizer{self.index}." if self.index else ""
+        lived = {id(row.param): row.lived for row in getattr(self, "rows", [])}
+        self.rows = build_rows(self.optimizer, self._names, self._samples, label, self._rules)
+        for row in self.rows:
+            row.lived = lived.get(id(row.param), 0)
+        self._counts_lives = any(local(row.param).device.type != "cpu" for row in self.rows)
+        self.cohorts: list[Cohort] = []
+        self._queue: list[Cohort] = []
+        self._skipped: dict[torch.device, Tensor] = {}
+        if self._twin is None:
+            return
+        for device in dict.fromkeys(local(row.param).device for row in self.rows):
+            rows = [r for r in self.rows if r.is_measured and local(r.param).device == device]
+            turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT))
+            self.cohorts += [Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)]
+        self.redraw()
+
+    def redraw(self) -> None:
+        """New sample positions for the next window."""
+        for row in self.rows:
+            if row.sampler is not None:
+                row.sampler.redraw(self._rng)
+                row.forget_views()
+
+    def read_counters(self) -> None:
+        """Learn which parameters are at the same step. Reads device values: not for use inside a step."""
+        if self._counts_lives:
+            for row in self.rows:
+                state = self.optimizer.state.get(row.param) or {}
+                row.lived = tuple(
+                    float(v) for v in state.values() if isinstance(v, Tensor) and v.numel() == 1 and not v.is_meta
+                )
+
+    # --- in the step -----------------------------------------------------------------------------
+
+    def before(self) -> tuple[Cohort, Snapshot] | None:
+        """Measure the cohort whose turn it is, just before the rule runs."""
+        members = _members(self.optimizer)
+        if len(members) != len(self._members) or not all(map(operator.is_, members, self._members)):
+            self._plan()
+        if not self.cohorts:
+            return None
+        if not self._queue:
+            # a fixed order could beat in time with an oscillating gradient
+            self._queue = self._rng.sample(self.cohorts, len(self.cohorts))
+        cohort = self._queue.pop()
+        return cohort, cohort.before()
+
+    def after(self, measured: tuple[Cohort, Snapshot] | None) -> None:
+        """Add the step, just after the rule has run."""
+        if measured is not None:
+            cohort, snapshot = measured
+            cohort.after(snapshot)
+        if self._counts_lives:
+            for row in self.rows:
+                if row.param.grad is not None:
+                    row.lived = (row.lived, 1) if isinstance(row.lived, tuple) else row.lived + 1
+        overflow = getattr(self.optimizer, "found_inf", None)  # exists only inside a GradScaler's fused step
+        if isinstance(overflow, Tensor):
+            total = self._skipped.get(overflow.device)
+            self._skipped[overflow.device] = overflow.clone() if total is None else total.add_(overflow)
+        for i, group in enumerate(self.optimizer.param_groups):
+            lr = _number(group.get("lr"))
+            if lr is not None:
+                seen = self._lrs.setdefault(i, [lr, lr])
+                seen[0], seen[1] = lr, max(seen[1], lr)
+        self.steps += 1
+        self.window_steps += 1
+
+    # --- at the end of a window --------------------------------------------------------------------
+
+    def close_window(self) -> tuple[list[CohortWindow], list[TensorEvidence], list[Transfer]]:
+        """Send the sums on their way and start a new window."""
+        cohorts: list[CohortWindow] = []
+        others: list[TensorEvidence] = []
+        in_cohort: set[int] = set()
+        for cohort in self.cohorts:
+            if cohort.tally.steps == 0:
+                continue
+            facts = tuple(self._facts(cohort, i) for i in range(len(cohort.rows)))
+            in_cohort.update(id(row) for row in cohort.rows)
+            transfer = Transfer(cohort.pack())
+            cohorts.append(CohortWindow(transfer, facts, tuple(cohort.states), self._samples, cohort.tally.steps))
+            cohort.open_window()
+        for row in self.rows:
+            if id(row) not in in_cohort:
+                others.append(self._identity(row))
+        skipped = [Transfer(total.reshape(1).float()) for total in self._skipped.values()]
+        self._skipped, self._lrs, self.window_steps = {}, {}, 0
+        self.redraw()
+        return cohorts, others, skipped
+
+    def _identity(self, row: Row) -> TensorEvidence:
+        group = self.optimizer.param_groups[row.group]
+        lr = self._lrs.get(row.group)
+        identity = describe(row.param, row.names)
+        return TensorEvidence(
+            **identity,
+            optimizer_group=f"{self.index}/{row.group}",
+            reason=row.reason or self._twin_error,
+            steps=self.window_steps,
+            lr=lr[0] if lr else None,
+            lr_max=lr[1] if lr else None,
+            weight_decay=_number(group.get("weight_decay")),
+        )
+
+    def _facts(self, cohort: Cohort, i: int) -> RowFacts:
+        import dataclasses
+
+        row = cohort.rows[i]
+        state = self.optimizer.state.get(row.param) or {}
+        dtypes = tuple(
+            str(state[name].dtype).removeprefix("torch.") if isinstance(state.get(name), Tensor) else ""
+            for name in cohort.states
+        )
+        evidence = dataclasses.replace(
+            self._identity(row), steps=cohort.tally.steps, gradless_steps=cohort.gradless_steps[i]
+        )
+        return RowFacts(evidence, cohort.samplers[i].size, cohort.live_steps[i], dtypes)
+
+
+def describe(param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    """What a tensor is, as keyword arguments of `TensorEvidence`."""
+    return {
+        "name": names[0],
+        "names": names,
+        "layer": names[0].rpartition(".")[0],
+        "dtype": str(param.dtype).removeprefix("torch."),
+        "shape": tuple(param.shape),
+        "numel": param.numel(),
+        "trainable": param.requires_grad,
+    }
+
+
+def _members(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _number(value: Any) -> float | None:
+    """A setting as a float; None for values on a device, which must not be read."""
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" and value.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) else None

@@ -1,0 +1,102 @@
+"""From a window's sums to evidence: numbers per tensor, on the host, in FP64."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence
+from update_watch.tally import UNCHANGED, Sums, median_headroom
+from update_watch.transfer import Transfer
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFacts:
+    """What the host knows of a row when its window closes."""
+
+    evidence: TensorEvidence  # identity, settings and counters; no numbers yet
+    size: int  # real samples per step
+    live_steps: int
+    state_dtypes: tuple[str, ...]  # "" for a state that does not exist
+
+
+@dataclasses.dataclass(frozen=True)
+class CohortWindow:
+    """A cohort's closed window on its way to the background thread."""
+
+    transfer: Transfer
+    rows: tuple[RowFacts, ...]
+    states: tuple[str, ...]
+    samples: int
+    steps: int  # cohort steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A whole closed window."""
+
+    step: int
+    window: int
+    cohorts: tuple[CohortWindow, ...]
+    others: tuple[TensorEvidence, ...]  # tensors that are not measured
+    order: dict[str, int]  # name -> place in the report
+    cost_ms: float | None
+    skipped: tuple[Transfer, ...] = ()
+    time: float = dataclasses.field(default_factory=time.time)
+
+
+def read(window: Window) -> WindowEvidence:
+    """Wait for the device and make the evidence. Runs on the background thread."""
+    skipped = max((int(t.wait()[0]) for t in window.skipped), default=0)
+    tensors = list(window.others)
+    for cohort in window.cohorts:
+        sums = Sums.unpack(cohort.transfer.wait(), 1 + len(cohort.states), len(cohort.rows))
+        for i, facts in enumerate(cohort.rows):
+            tensors.append(_tensor(sums, i, facts, cohort, skipped))
+    tensors.sort(key=lambda t: window.order.get(t.name, len(window.order)))
+    return WindowEvidence(window.step, window.window, tuple(tensors), window.time, window.cost_ms, skipped)
+
+
+def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: int) -> TensorEvidence:
+    base = facts.evidence
+    sampled = float(facts.size * facts.live_steps)
+    if not sampled or base.reason:
+        return dataclasses.replace(base, skipped_steps=skipped)
+    numbers = sums.numbers(0, i, sampled)
+    intended, applied, before = sums.root_mean_squares(i, sampled)
+    # padding and steps the row sat out were counted as unchanged
+    idle = cohort.samples * cohort.steps - sampled
+    changed = 1 - (float(sums.sums_FAn[UNCHANGED, 0, i]) - idle) / sampled
+    histogram = sums.headroom_nB[i]
+    total = histogram.sum()
+    headroom = median_headroom(histogram)
+    what_if = None
+    if sums.what_if_2n[1, i] > 0:
+        what_if = {"bfloat16": float(sums.what_if_2n[0, i] / sums.what_if_2n[1, i])}
+    accumulators = {
+        name: _state(sums, 1 + k, i, name, dtype, sampled)
+        for k, (name, dtype) in enumerate(zip(cohort.states, facts.state_dtypes, strict=True))
+        if dtype
+    }
+    return dataclasses.replace(
+        base,
+        measured_steps=facts.live_steps,
+        skipped_steps=skipped,
+        zero_gradient_fraction=1 - float(sums.nonzero_n[i]) / sampled,
+        finite=sums.is_finite(i),
+        numbers=numbers,
+        changed_fraction=min(max(changed, 0.0), 1.0),
+        update_ratio=intended / before if before else None,
+        applied_ratio=applied / before if before else None,
+        headroom_histogram=tuple(float(x) for x in histogram / total) if total else None,
+        critical_lr=base.lr * 2**-headroom if base.lr and headroom is not None else None,
+        displacement_evidence=float(sums.evidence_n[i]) / facts.size,
+        accumulators={**base.accumulators, **accumulators},
+        what_if=what_if,
+    )
+
+
+def _state(sums: Sums, slot: int, i: int, name: str, dtype: str, sampled: float) -> AccumulatorEvidence:
+    growth, decay = sums.growth_and_decay(slot, i, sampled)
+    return AccumulatorEvidence(name, dtype, sums.numbers(slot, i, sampled), growth, decay)
+
