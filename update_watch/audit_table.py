@@ -1,0 +1,128 @@
+"""The result of an audit: one row per kind of accumulator and number format, and the table as plain text."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from typing import Any
+
+from update_watch.report import SEVERITY, Health
+
+_WIDTH = 116  # of the table (characters)
+_NAMES = 8  # tensors named in `to_dict` and in warnings
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditRow:
+    """One kind of accumulator in one number format at one rate."""
+
+    component: str  # "weights", "weight decay", "state exp_avg", "gradients", "average ema", ...
+    dtype: str  # "bfloat16"
+    tensors: int  # how many
+    bytes: int  # of all of them together; 0 of a decay, which is stored nowhere
+    expected: str  # a few words
+    health: Health = Health.healthy  # expected; `unknown` where it depends on the gradients
+    rate: float | None = None  # learning rate; lr * weight_decay; 1 - beta; 1 - decay of an average
+    lost: float | None = None  # share of the changes of that size that rounding is expected to take, 0..1
+    critical_lr: float | None = None  # of weights: below it half of the updates are expected to be lost
+    names: tuple[str, ...] = ()  # tensors expected not to be healthy, the worst first
+    cure: str = ""
+    cure_bytes: int | None = None  # what the cure costs
+
+
+@dataclasses.dataclass(frozen=True)
+class Audit:
+    """What accumulates in a training, in which format, and what is expected to be lost. `print` it."""
+
+    rows: tuple[AuditRow, ...]
+    warnings: tuple[str, ...] = ()  # sentences: what is expected to go wrong, and the cure
+    notes: tuple[str, ...] = ()  # sentences: what could not be known, and why
+
+    @property
+    def health(self) -> Health:
+        """The worst that is expected."""
+        found = {row.health for row in self.rows}
+        return next((health for health in SEVERITY if health in found), Health.healthy)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all that accumulates."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def cure_bytes(self) -> int:
+        """What all cures together cost (bytes)."""
+        return sum(row.cure_bytes or 0 for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        rows = []
+        for row in self.rows:
+            plain = dataclasses.asdict(row)
+            plain["health"] = row.health.value
+            plain["names"] = list(row.names)
+            rows.append(plain)
+        lost = [row.lost for row in self.rows if row.component == "weights" and row.lost is not None]
+        return {
+            "health": self.health.value,
+            "bytes": self.bytes,
+            "cure_bytes": self.cure_bytes,
+            "weights_lost": max(lost, default=None),
+            "warnings": list(self.warnings),
+            "notes": list(self.notes),
+            "rows": rows,
+        }
+
+    def __str__(self) -> str:
+        table: list[tuple[str, ...]] = [("what accumulates", "format", "tensors", "size", "expected", "cure (cost)")]
+        for row in self.rows:
+            cost = "" if row.cure_bytes is None else f" (+{size(row.cure_bytes)})"
+            table.append(
+                (row.component, row.dtype, str(row.tensors), size(row.bytes) if row.bytes else "-",
+                 f"{row.health}: {row.expected}", f"{row.cure}{cost}" if row.cure else "")
+            )  # fmt: skip
+        lines = _render(table)
+        lines.append(f"{size(self.bytes)} in all; every cure together costs {size(self.cure_bytes)}.")
+        for sentence in (*self.warnings, *self.notes):
+            lines += ["", *textwrap.wrap(sentence, _WIDTH, initial_indent="- ", subsequent_indent="  ")]
+        return "\n".join(lines)
+
+
+def size(count: int) -> str:
+    """Bytes for people: "1.5 MB" (units of 1000)."""
+    amount, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if amount < 999.5 or unit == "TB":
+            break
+        amount /= 1000
+    return f"{count} B" if unit == "B" else f"{amount:.3g} {unit}"
+
+
+def listed(names: tuple[str, ...], most: int = _NAMES) -> str:
+    """Names for a sentence, the rest counted."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _render(table: list[tuple[str, ...]]) -> list[str]:
+    """Columns of text; the two last are wrapped to share what width is left."""
+    fixed = [max(len(row[i]) for row in table) for i in range(4)]
+    cure = min(max(len(row[5]) for row in table), 34)
+    expected = max(_WIDTH - sum(fixed) - cure - 2 * 5, 24)
+    lines: list[str] = []
+    for index, row in enumerate(table):
+        wrapped = [
+            *([cell] for cell in row[:4]),
+            textwrap.wrap(row[4], expected) or [""],
+            textwrap.wrap(row[5], cure) or [""],
+        ]
+        for i in range(max(len(cell) for cell in wrapped)):
+            cells = [cell[i] if i < len(cell) else "" for cell in wrapped]
+            widths = [*fixed, expected, cure]
+            aligned = [
+                c.rjust(w) if k in (2, 3) else c.ljust(w) for k, (c, w) in enumerate(zip(cells, widths, strict=True))
+            ]
+            lines.append("  ".join(aligned).rstrip())
+        if index == 0:
+            lines.append("-" * len(lines[0]))
+    return lines
