@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 from update_watch import formats
 from update_watch.formats import Format
 from update_watch.probe import Kind
-from update_watch.replay import ReplayError, Run, Twin
+from update_watch.replay import Run, Twin
 from update_watch.rows import Row
 from update_watch.sampling import gather, local, mask
 from update_watch.tally import Tally
+from update_watch.twin_copy import ReplayError
 
 _HEADROOM_EVERY = 8  # measured steps between two looks at the headroom: it changes slowly
 _WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
@@ -51,6 +52,8 @@ class Cohort:
         self._masked: tuple[bool, ...] = (True,) * len(rows)
         self._turn = 0
         self._formats = _format_runs(rows)
+        # states that hold what rounding took from the weight (Kahan summation): the stored value is their sum
+        self._carriers = [(i, row.scheme.carrier) for i, row in enumerate(rows) if row.scheme.carrier]
         self.open_window()
 
     def open_window(self) -> None:
@@ -71,10 +74,16 @@ class Cohort:
         grad_nK = torch.empty_like(before_AnK[0])
         views = [self._zeros(i) if g is None else self.rows[i].view("grad", g) for i, g in enumerate(grads)]
         gather(views, self.samplers, grad_nK)
+        for i, name in self._carriers:
+            before_AnK[0, i].add_(before_AnK[self._slots[name], i])
+            before_AnK[self._slots[name], i].zero_()  # joined: an FP32 weight has no remainder
         intended_AnK = before_AnK.clone()
         live = [g is not None and row.is_measured for g, row in zip(grads, self.rows, strict=True)]
         self._replay_samples(intended_AnK, grad_nK, states, live)
         self._replay_whole(intended_AnK, states, live)
+        for i, name in self._carriers:
+            intended_AnK[0, i].add_(intended_AnK[self._slots[name], i])
+            intended_AnK[self._slots[name], i].zero_()
         for i, grad in enumerate(grads):
             self.gradless_steps[i] += grad is None
         return Snapshot(before_AnK, intended_AnK, grad_nK, self._current_mask(tuple(live)), tuple(live))
@@ -84,6 +93,9 @@ class Cohort:
         after_AnK = torch.empty_like(snapshot.before_AnK)
         self._gather_weights(after_AnK[0])
         self._gather_states([self.optimizer.state.get(row.param) or {} for row in self.rows], after_AnK)
+        for i, name in self._carriers:
+            after_AnK[0, i].add_(after_AnK[self._slots[name], i])
+            after_AnK[self._slots[name], i].zero_()
         look = self.tally.steps % _HEADROOM_EVERY == 0
         self.tally.add(snapshot.before_AnK, snapshot.intended_AnK, after_AnK, snapshot.grad_nK, snapshot.mask_nK)
         if look:
@@ -212,7 +224,7 @@ class Cohort:
         for i in chosen:
             row = self.rows[i]
             try:
-                result = self.twin.replay([_whole_run(row, states[i])])[0]
+                result = _replay_whole(self.twin, row, states[i])
             except ReplayError as error:
                 row.reason = str(error)
                 continue
@@ -236,24 +248,15 @@ def _step_likeness(row: Row, state: dict[str, Any]) -> tuple[Any, ...]:
             scalars.append(value.item() if value.device.type == "cpu" and value.numel() == 1 else row.lived)
         else:
             scalars.append(value)
-    return (row.group, row.rule.rows, row.rule.kind, row.is_measured, tuple(state), tuple(scalars))
+    apart = id(row) if row.rule.apart else 0
+    return (row.group, row.rule.rows, row.rule.kind, row.is_measured, apart, tuple(state), tuple(scalars))
 
 
-def _whole_run(row: Row, state: dict[str, Any]) -> Run:
-    param = local(row.param.detach())
+def _replay_whole(twin: Twin, row: Row, state: dict[str, Any]) -> Run:
     grad = row.param.grad
     assert grad is not None
-    copied: dict[str, Any] = {}
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            value = local(value)
-            if type(value) is Tensor and value.dtype.is_floating_point and value.shape == param.shape:
-                copied[name] = value.to(torch.float32, copy=True)
-            else:
-                copied[name] = value.clone()
-        else:
-            copied[name] = value
-    return Run(row.group, param.to(torch.float32, copy=True), local(grad).to(torch.float32, copy=True), copied)
+    shards = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+    return twin.replay_whole(row.group, local(row.param.detach()), local(grad), shards)
 
 
 def _format_runs(rows: list[Row]) -> list[tuple[slice, Format]]:

@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from update_watch.probe import Kind, Rule, probe
 from update_watch.sampling import Sampler, local, unsamplable
+from update_watch.scheme import Scheme, find_scheme
+from update_watch.synthetic import mimic
 
 # whole-tensor replays of more elements than this would cost too much memory and time in one step
 WHOLE_LIMIT = 2**24
@@ -19,10 +21,12 @@ WHOLE_LIMIT = 2**24
 class Row:
     """One parameter of one optimizer."""
 
-    __slots__ = ("_views", "group", "lived", "names", "param", "reason", "rule", "sampler")
+    __slots__ = ("_views", "group", "lived", "names", "param", "reason", "rule", "sampler", "scheme")
 
-    def __init__(self, param: Tensor, names: tuple[str, ...], group: int, rule: Rule, samples: int) -> None:
-        self.param, self.names, self.group, self.rule = param, names, group, rule
+    def __init__(
+        self, param: Tensor, names: tuple[str, ...], group: int, rule: Rule, scheme: Scheme, samples: int
+    ) -> None:
+        self.param, self.names, self.group, self.rule, self.scheme = param, names, group, rule, scheme
         self.lived: Any = 0  # steps with a gradient: parameters equal here have equal step counters
         self.reason = why_unknown(param, rule)
         self.sampler: Sampler | None = None if unsamplable(local(param)) else Sampler(local(param), samples)
@@ -75,18 +79,21 @@ def why_unknown(param: Tensor, rule: Rule) -> str:
 
 
 def build_rows(
-    optimizer: Optimizer, names: dict[int, tuple[str, ...]], samples: int, label: str, rules: dict[Any, Rule]
+    optimizer: Optimizer, names: dict[int, tuple[str, ...]], samples: int, label: str, found: dict[Any, Any]
 ) -> list[Row]:
-    """Rows of all parameters of an optimizer, alike ones next to each other. `rules` remembers probes."""
+    """Rows of all parameters of an optimizer, alike ones next to each other. `found` remembers probes."""
     rows: list[Row] = []
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
-            ndim = min(max(param.dim(), 1), 4)
-            key = (id(optimizer), index, ndim)
-            if key not in rules:
-                rules[key] = probe(optimizer, index, ndim)
+            shape = tuple(local(param).shape)
+            rule_key = ("rule", id(optimizer), index, mimic(shape))
+            if rule_key not in found:
+                found[rule_key] = probe(optimizer, index, len(shape), shape=shape)
+            scheme_key = ("scheme", id(optimizer), index, param.dtype, min(len(shape), 2))
+            if scheme_key not in found:
+                found[scheme_key] = find_scheme(optimizer, index, param.dtype, len(shape))
             known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
-            rows.append(Row(param, known, index, rules[key], samples))
+            rows.append(Row(param, known, index, found[rule_key], found[scheme_key], samples))
     rows.sort(key=_likeness)
     return rows
 

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from update_watch.alerts import Alerts
 from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import TensorEvidence
-from update_watch.probe import Rule
 from update_watch.report import Report
 from update_watch.rows import names_of
 from update_watch.tap import StepTap, unwrap
@@ -54,7 +53,7 @@ class Watch:
         self._named = _named(model)
         self._names = names_of(self._named)
         self._rng = random.Random(seed)
-        self._rules: dict[Any, Rule] = {}
+        self._found: dict[Any, Any] = {}  # what probes found out
         self._watched: dict[int, Watched] = {}
         self._seconds, self._base_step = 0.0, 0
         self._closed = False
@@ -77,7 +76,7 @@ class Watch:
                 self._named = _named(self._model)  # parameters made since
                 self._names.update(names_of(self._named))
             with torch.no_grad():
-                watched = Watched(inner, len(self._watched), self._names, self.samples, self._rng, self._rules)
+                watched = Watched(inner, len(self._watched), self._names, self.samples, self._rng, self._found)
             self._watched[id(inner)] = watched
             self._handles.append(inner.register_load_state_dict_post_hook(lambda _: watched.read_counters()))
         self._tap.attach(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import random
@@ -13,7 +14,6 @@ from torch.optim import Optimizer
 
 from update_watch.cohort import Cohort, Snapshot
 from update_watch.evidence import TensorEvidence
-from update_watch.probe import Rule
 from update_watch.replay import ReplayError, Twin
 from update_watch.rows import Row, build_rows
 from update_watch.sampling import local
@@ -36,12 +36,12 @@ class Watched:
         names: dict[int, tuple[str, ...]],
         samples: int,
         rng: random.Random,
-        rules: dict[Any, Rule],
+        found: dict[Any, Any],
     ) -> None:
         self.optimizer, self.index = optimizer, index
         self.steps = 0  # seen since attached
         self.window_steps = 0
-        self._names, self._samples, self._rng, self._rules = names, samples, rng, rules
+        self._names, self._samples, self._rng, self._found = names, samples, rng, found
         self._members: list[Tensor] = []
         self._lrs: dict[int, list[float]] = {}
         self._twin_error = ""
@@ -57,7 +57,7 @@ class Watched:
         self._members = _members(self.optimizer)
         label = f"optimizer{self.index}." if self.index else ""
         lived = {id(row.param): row.lived for row in getattr(self, "rows", [])}
-        self.rows = build_rows(self.optimizer, self._names, self._samples, label, self._rules)
+        self.rows = build_rows(self.optimizer, self._names, self._samples, label, self._found)
         for row in self.rows:
             row.lived = lived.get(id(row.param), 0)
         self._counts_lives = any(local(row.param).device.type != "cpu" for row in self.rows)
@@ -159,11 +159,10 @@ class Watched:
             lr=lr[0] if lr else None,
             lr_max=lr[1] if lr else None,
             weight_decay=_number(group.get("weight_decay")),
+            scheme=row.scheme.name,
         )
 
     def _facts(self, cohort: Cohort, i: int) -> RowFacts:
-        import dataclasses
-
         row = cohort.rows[i]
         state = self.optimizer.state.get(row.param) or {}
         dtypes = tuple(
