@@ -90,7 +90,7 @@ def _members(optimizers: Sequence[Optimizer], parameters: list[tuple[str, Tensor
                 key = likeness(optimizer, index, local(param))
                 if key not in rehearsed:
                     rehearsed[key] = _rehearse(optimizer, index, local(param))
-                    if rehearsed[key][2]:
+                    if rehearsed[key][2] and param.is_floating_point():
                         notes.append(f"Not everything is known of {type(optimizer).__name__}: {rehearsed[key][2]}.")
                 rehearsal, forms, reason = rehearsed[key]
                 name = names.get(id(param), (f"group{index}.param{position}",))[0]
@@ -105,6 +105,9 @@ def _members(optimizers: Sequence[Optimizer], parameters: list[tuple[str, Tensor
 
 def _rehearse(optimizer: Optimizer, group: int, param: Tensor) -> tuple[Rehearsal | None, dict[str, StateForm], str]:
     """The rehearsal, the states to come, and why one of them is not known."""
+    if not param.is_floating_point():
+        kind = "complex" if param.is_complex() else str(param.dtype).removeprefix("torch.")
+        return None, {}, f"its weights are {kind}"
     try:
         forms = states(optimizer, group, param)
         return rehearse(optimizer, group, param.dtype, param.dim()), forms, ""

@@ -1,4 +1,4 @@
-"""Rounding applied to samples of stored numbers: how many changes are lost, how much of them arrives."""
+"""The parameters an audit looks at, and rounding applied to samples of stored numbers: how many changes are lost?"""
 
 from __future__ import annotations
 
@@ -53,34 +53,24 @@ class Member:
         return stored_bytes(local(self.param))
 
 
-def arrival(form: Format, w: Tensor, d: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """Per part of `w`: the share of updates `d` that is lost, and how much of them arrives (efficiency)."""
-    lost = form.absorbs(w, d).double()
-    intended = d.double()
-    applied = form.round(w.double() + intended).double() - w.double()
-    lengths = torch.tensor(sizes)
-    columns = torch.stack([lost, applied * intended, intended * intended], dim=1)
-    sums = torch.segment_reduce(columns, "sum", lengths=lengths)
-    return sums[:, 0] / lengths, sums[:, 1] / sums[:, 2]
+def lost_shares(form: Format, w: Tensor, d: Tensor, sizes: list[int]) -> Tensor:
+    """Per part of `w`: the share of changes `d` that rounding takes. (A part without changes: 0.)"""
+    wanted = d != 0
+    columns = torch.stack([form.absorbs(w, d) & wanted, wanted], dim=1).double()
+    sums = torch.segment_reduce(columns, "sum", lengths=torch.tensor(sizes))
+    return sums[:, 0] / sums[:, 1].clamp(min=1)
+
+
+def health_of(lost: float) -> Health:
+    """What to expect where this share of the changes is lost."""
+    if 1 - lost < LIMITS.stalled:
+        return Health.stalled
+    return Health.stalling if 1 - lost < LIMITS.stalling else Health.healthy
 
 
 def spread(values: Iterable[float], sizes: list[int]) -> Tensor:
     """One value per part, for each of its elements; FP32."""
     return torch.tensor(list(values), dtype=torch.float32).repeat_interleave(torch.tensor(sizes))
-
-
-def pooled(form: Format, w: Tensor, d: Tensor) -> tuple[float, float]:
-    nonzero = d != 0
-    if not bool(nonzero.any()):
-        return 0.0, 1.0
-    lost, efficiency = arrival(form, w[nonzero], d[nonzero], [int(nonzero.sum())])
-    return float(lost[0]), float(efficiency[0])
-
-
-def health_of(efficiency: float) -> Health:
-    if efficiency < LIMITS.stalled:
-        return Health.stalled
-    return Health.stalling if efficiency < LIMITS.stalling else Health.healthy
 
 
 def samples(member: Member) -> Tensor:

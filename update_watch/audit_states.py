@@ -16,11 +16,11 @@ from torch import Tensor
 
 from update_watch import formats
 from update_watch.advice import number, percent, short
-from update_watch.audit_members import FULL, Member, Rows, grouped, health_of, pooled
+from update_watch.audit_members import FULL, Member, Rows, grouped, health_of, lost_shares
 from update_watch.audit_table import AuditRow, size
 from update_watch.formats import Format
 from update_watch.rehearsal import StateForm, dtype_name, stored_bytes
-from update_watch.report import Health
+from update_watch.report import SEVERITY, Health
 from update_watch.sampling import local
 
 
@@ -76,8 +76,9 @@ def _state_row(row: AuditRow, name: str, dynamics: StateForm | None, members: li
     if rate < 1e-7:  # below what FP32 tells from 1
         return dataclasses.replace(row, expected="does not decay; it is overwritten, not added to"), ""
     w = _significands(form)
-    lost, efficiency = pooled(form, w, -rate * w)
-    health = health_of(efficiency)
+    lost = float(lost_shares(form, w, -rate * w, [len(w)]))
+    # any significand that cannot decay is where decaying values get caught
+    health = max(health_of(lost), Health.stalling if lost else Health.healthy, key=SEVERITY[::-1].index)
     row = dataclasses.replace(row, rate=rate, lost=lost, health=health)
     at = f"1 - beta = {number(rate)}"
     if health is Health.healthy:

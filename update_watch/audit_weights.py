@@ -13,18 +13,7 @@ import torch
 from torch import Tensor
 
 from update_watch.advice import number, percent, plural, short
-from update_watch.audit_members import (
-    LIMITS,
-    Member,
-    Rows,
-    arrival,
-    grouped,
-    health_of,
-    joined,
-    pooled,
-    span,
-    spread,
-)
+from update_watch.audit_members import Member, Rows, grouped, health_of, joined, lost_shares, span, spread
 from update_watch.audit_table import AuditRow, listed, size
 from update_watch.formats import Format
 from update_watch.rehearsal import dtype_name, stored_bytes
@@ -70,14 +59,15 @@ def _rounded_weights(row: AuditRow, members: list[Member]) -> tuple[AuditRow, st
     """Weights moved by about the learning rate."""
     form, w, sizes = joined(members)
     steps = spread(map(_step, members), sizes)
-    both = [arrival(form, w, sign * steps, sizes) for sign in (1.0, -1.0)]
-    lost = (both[0][0] + both[1][0]) / 2
-    efficiency = (both[0][1] + both[1][1]) / 2
+    up, down = (lost_shares(form, w, sign * steps, sizes) for sign in (1.0, -1.0))
     numel = torch.tensor([float(m.param.numel()) for m in members], dtype=torch.float64)
-    share = float((lost * numel).sum() / numel.sum())
+    share = float(((up + down) / 2 * numel).sum() / numel.sum())
     critical = _critical_lr(form, members)
-    stalled = [i for i in efficiency.argsort().tolist() if efficiency[i] < LIMITS.stalled]
-    stalling = [i for i in efficiency.argsort().tolist() if LIMITS.stalled <= efficiency[i] < LIMITS.stalling]
+    # a weight that can fall but not rise is stuck as well, hence the worse of the two directions
+    worse = torch.maximum(up, down)
+    order = worse.argsort(descending=True, stable=True).tolist()
+    stalled = [i for i in order if health_of(float(worse[i])) is Health.stalled]
+    stalling = [i for i in order if health_of(float(worse[i])) is Health.stalling]
     lrs = span([m.lr for m in members])
     edge = f"; half below {number(critical)}" if members[0].is_low else ""
     row = dataclasses.replace(
@@ -143,8 +133,8 @@ def decay_rows(members: list[Member]) -> Rows:
             continue
         form, w, sizes = joined(part)
         d = -w * spread(rates, sizes)
-        lost, efficiency = pooled(form, w, d)
-        health = health_of(efficiency)
+        lost = float(lost_shares(form, w, d, [len(w)]))
+        health = health_of(lost)
         expected = f"{percent(lost)} lost at lr * decay = {span(rates)}"
         row = dataclasses.replace(row, expected=expected, lost=lost, health=health)
         if health is Health.healthy:
