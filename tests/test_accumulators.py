@@ -84,7 +84,8 @@ def test_a_second_moment_at_beta2_0999_is_named_in_the_first_window() -> None:
     found = judged(accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001), windows=1)
     assert found.health is Health.stalled
     assert found.advice == (
-        "Optimizer state exp_avg_sq in BF16 rounds its decay away at 1 - beta = 0.001 (efficiency of the decay 0.00), so"
+        "Optimizer state exp_avg_sq in BF16 rounds its decay away at 1 - beta = 0.001 (efficiency of the decay"
+        " 0.00), so"
         " it can grow but not shrink; keep the optimizer state in FP32 or use a beta of at most 0.9961."
     )
 

@@ -13,7 +13,8 @@ SENTENCES = [
         Cause.weight_rounding,
         Seen(dtype="bfloat16", efficiency=0.0, lost=1.0, lr=1e-5, critical_lr=2.8e-3),
         "BF16 weights without an FP32 master round the updates away (efficiency 0.00, 100% lost); keep FP32 master"
-        " weights (precision='bf16-mixed') or use stochastic rounding (torchao) or Kahan summation (optimi), or keep the"
+        " weights (precision='bf16-mixed') or use stochastic rounding (torchao) or Kahan summation (optimi), or keep"
+        " the"
         " learning rate above 0.0028 (now 1e-05), below which half of the updates are lost; either repair raises the"
         " effective learning rate, so retune it.",
         id="weight_rounding",
@@ -22,7 +23,8 @@ SENTENCES = [
         Cause.weight_rounding,
         Seen(dtype="float16", efficiency=0.42, lost=0.613),
         "FP16 weights without an FP32 master round the updates away (efficiency 0.42, 61% lost); keep FP32 master"
-        " weights (precision='16-mixed') or use stochastic rounding (torchao) or Kahan summation (optimi); either repair"
+        " weights (precision='16-mixed') or use stochastic rounding (torchao) or Kahan summation (optimi); either"
+        " repair"
         " raises the effective learning rate, so retune it.",
         id="weight_rounding-fp16",
     ),
@@ -73,7 +75,8 @@ SENTENCES = [
         Cause.state_rounding,
         Seen(state_factor=1.8),
         "The optimizer state has lost part of what it should hold to rounding, and the updates are 1.80 of what FP32"
-        " state would give; keep the optimizer state in FP32; that multiplies the effective learning rate by about 0.56,"
+        " state would give; keep the optimizer state in FP32; that multiplies the effective learning rate by about"
+        " 0.56,"
         " so retune it.",
         id="state_rounding-nobody-blamed",
     ),
@@ -229,21 +232,24 @@ def test_a_headline_leaves_out_the_caution_and_a_list_the_cure() -> None:
         (
             advice.too_noisy(0.7, 0.25, 3),
             (
-                "its efficiency of 0.70 has a standard error of 0.25 after 3 windows; windows are pooled until that is small"
+                "its efficiency of 0.70 has a standard error of 0.25 after 3 windows; windows are pooled until that"
+                " is small"
                 " enough"
             ),
         ),
         (
             advice.too_small(),
             (
-                "so few of its stored values are expected to change at this learning rate that none changing means nothing;"
+                "so few of its stored values are expected to change at this learning rate that none changing means"
+                " nothing;"
                 " windows are pooled until enough are"
             ),
         ),
         (
             advice.remainder_unclear(0.12),
             (
-                "its stored value took 0.12 of the update, but FP32 weights or a compensation kept elsewhere may hold the"
+                "its stored value took 0.12 of the update, but FP32 weights or a compensation kept elsewhere may"
+                " hold the"
                 " rest, and the sum over the window is still too small to tell; a longer window would"
             ),
         ),

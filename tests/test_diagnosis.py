@@ -16,7 +16,7 @@ from update_watch.advice import unknown
 from update_watch.alerts import Alerts
 from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, WindowEvidence
-from update_watch.report import HEADROOM_BINS, Cause, Health, Level, Report
+from update_watch.report import HEADROOM_BINS, Cause, Health, Level, Report, TensorReport
 from update_watch.thresholds import Thresholds
 
 GONE = {"lost": 1.0, "changed_fraction": 0.0, "headroom_histogram": histogram(-8, -7)}
@@ -92,6 +92,12 @@ CAUSES = {
         Cause.not_written,
         tensor(0.95, lost=0.2, **WELL_ABOVE),
     ),
+    "not_written-in-part": (
+        tensor(0.6, lost=0.5, headroom_histogram=histogram(-2, 3, 4)),
+        Health.stalling,
+        Cause.not_written,
+        tensor(0.9, lost=0.5, headroom_histogram=histogram(-2, 3, 4)),
+    ),
     "state_rounding-small": (
         tensor(state_factor=0.45, accumulators=STUCK_STATE),
         Health.stalling,
@@ -125,6 +131,11 @@ def test_its_healthy_twin_stays_healthy(name: str) -> None:
 def test_every_cause_of_a_tensor_is_planted_above() -> None:
     of_accumulators = {Cause.decay_rounding, Cause.average_rounding, Cause.accumulation_rounding}
     assert {cause for _, _, cause, _ in CAUSES.values()} == set(Cause) - of_accumulators
+
+
+def test_what_is_lost_below_half_a_gap_is_rounding() -> None:
+    half = tensor(0.5, lost=0.5, headroom_histogram=histogram(-3, -2, 3, 4))
+    assert verdict(half).cause is Cause.weight_rounding
 
 
 @pytest.mark.parametrize("name", [name for name in CAUSES if "drift" not in name and name != "skipped_steps"])
@@ -273,6 +284,26 @@ def test_no_change_under_stochastic_rounding_means_nothing_until_some_was_to_be_
     )
     # 128 steps * 64 elements * 2^-9.5 = 11 changes expected per window, 100 wanted
     assert [t.health for t in verdicts(*[tiny] * 10)] == [*[Health.unknown] * 8, *[Health.stalled] * 2]
+
+
+def test_one_element_without_a_change_says_nothing_where_something_might_carry_the_rest() -> None:
+    single = tensor(0.0, numel=1, scheme="unknown", lost=1.0, headroom_histogram=histogram(-4))
+    # 128 steps * 1 element * 2^-4.5 = 6 changes expected per window, 100 wanted: more than 16 windows have
+    assert {t.health for t in verdicts(*[single] * 20)} == {Health.unknown}
+
+
+def test_half_a_displacement_after_a_good_one_must_be_seen_twice_too() -> None:
+    good, half = (
+        tensor(0.4, scheme="unknown", displacement_efficiency=x, lost=0.6, headroom_histogram=histogram(-2))
+        for x in (0.9, 0.5)
+    )
+    assert [str(t.health) for t in verdicts(good, half, half)] == ["healthy", "healthy", "stalling"]
+
+
+def test_evidence_from_before_a_rest_is_not_pooled() -> None:
+    few = tensor(0.0, steps=16, measured_steps=4, **GONE)
+    found = verdicts(few, tensor(zero_gradient_fraction=1.0), few, few)
+    assert [str(t.health) for t in found] == ["unknown", "idle", "unknown", "stalled"]
 
 
 def test_a_low_displacement_overrules_a_good_efficiency_only_after_four_windows() -> None:
@@ -426,6 +457,8 @@ def test_the_state_is_blamed_by_name() -> None:
     text = verdict(tensor(state_factor=0.45, accumulators=both)).advice
     assert text.startswith("Optimizer state exp_avg_sq in BF16 rounds its decay away at 1 - beta = 0.001")
     assert "the updates are 0.45 of what FP32 state would give" in text
+    both = {**STUCK_STATE, **accumulator("exp_avg", decay=0.5, rate=0.1)}
+    assert "exp_avg_sq in BF16" in verdict(tensor(state_factor=0.45, accumulators=both)).advice
     counter = accumulator("step", value=256.0)
     text = verdict(tensor(state_factor=0.45, accumulators={**STUCK_STATE, **counter})).advice
     assert text.startswith("Optimizer state step in BF16 has stopped at 256")
@@ -495,7 +528,8 @@ def test_the_state_does_not_grow_with_the_windows() -> None:
             [],
             TypeError,
             (
-                "Diagnosis.load_state_dict(list) needs a dict: pass what state_dict() gave, or leave the state out to start"
+                "Diagnosis.load_state_dict(list) needs a dict: pass what state_dict() gave, or leave the state out"
+                " to start"
                 " anew."
             ),
         ),
@@ -503,7 +537,8 @@ def test_the_state_does_not_grow_with_the_windows() -> None:
             {"version": 7, "tensors": {}},
             ValueError,
             (
-                "Diagnosis.load_state_dict: version=7, 1 expected: pass what state_dict() gave, or leave the state out to"
+                "Diagnosis.load_state_dict: version=7, 1 expected: pass what state_dict() gave, or leave the state"
+                " out to"
                 " start anew."
             ),
         ),
@@ -511,7 +546,8 @@ def test_the_state_does_not_grow_with_the_windows() -> None:
             {"version": 1, "tensors": None},
             TypeError,
             (
-                "Diagnosis.load_state_dict: tensors=None is not a Mapping: pass what state_dict() gave, or leave the state"
+                "Diagnosis.load_state_dict: tensors=None is not a Mapping: pass what state_dict() gave, or leave the"
+                " state"
                 " out to start anew."
             ),
         ),
@@ -598,13 +634,22 @@ def test_two_thousand_tensors_are_judged_fast() -> None:
         for k in range(1, 6)
     ]
     diagnosis = Diagnosis(Thresholds())
-    times = []
+
+    def copied(t: TensorReport) -> TensorReport:
+        parts = {name: dataclasses.replace(a) for name, a in t.accumulators.items()}
+        return dataclasses.replace(t, accumulators=parts)
+
+    judging, copying = [], []
     for w in evidence:
         start = time.perf_counter()
-        diagnosis.judge(w)
-        times.append(time.perf_counter() - start)
-    # 0.05 s on an idle core; the margin is for a busy one
-    assert min(times) < 0.2
+        report = diagnosis.judge(w)
+        middle = time.perf_counter()
+        copies = [copied(t) for t in report.tensors]
+        judging.append(middle - start)
+        copying.append(time.perf_counter() - middle)
+        assert len(copies) == 2000
+    # measured 0.06 s where copying takes 0.05: the copy stands for the speed of the machine
+    assert min(judging) < 3 * min(copying)
 
 
 # --- whatever comes --------------------------------------------------------------------------------

@@ -108,9 +108,11 @@ HEADLINES = [
             tensor(0.0, name="e.w", lost=1.0, headroom_histogram=histogram(4)),
             healthy("f.w", accumulators=accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)),
         ),
-        "2 of 6 tensors are stalled since step 1: BF16 weights without an FP32 master round the updates away (efficiency"
+        "2 of 6 tensors are stalled since step 1: BF16 weights without an FP32 master round the updates away"
+        " (efficiency"
         " 0.00, 100% lost); keep FP32 master weights (precision='bf16-mixed') or use stochastic rounding (torchao) or"
-        " Kahan summation (optimi); also 1 stalled (not_written), 1 stalling (weight_rounding), exp_avg_sq of 1 stalled.",
+        " Kahan summation (optimi); also 1 stalled (not_written), 1 stalling (weight_rounding), exp_avg_sq of 1"
+        " stalled.",
         id="several-causes",
     ),
     pytest.param(
@@ -119,8 +121,10 @@ HEADLINES = [
             healthy("b.w", accumulators=accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)),
             healthy("c.w", accumulators=accumulator("average:ema", 0.0, rate=0.001)),
         ),
-        "exp_avg_sq is stalled in 2 of 3 tensors: Optimizer state exp_avg_sq in BF16 rounds its decay away at 1 - beta ="
-        " 0.001 (efficiency of the decay 0.00), so it can grow but not shrink; keep the optimizer state in FP32 or use a"
+        "exp_avg_sq is stalled in 2 of 3 tensors: Optimizer state exp_avg_sq in BF16 rounds its decay away at 1 -"
+        " beta ="
+        " 0.001 (efficiency of the decay 0.00), so it can grow but not shrink; keep the optimizer state in FP32 or"
+        " use a"
         " beta of at most 0.9961; also average:ema of 1 stalled.",
         id="accumulators-only",
     ),

@@ -50,7 +50,7 @@ def test_thresholds_cannot_be_changed() -> None:
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )
 def test_a_wrong_value_is_named_with_its_remedy(fields: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="Thresholds") as error:
         Thresholds(**fields)  # type: ignore[arg-type]
     assert str(error.value) == message
 

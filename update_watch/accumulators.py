@@ -4,27 +4,28 @@ An accumulator is judged by its own numbers; the tensor's health stays with its 
 
 | kind | name | stalled when | cause |
 |---|---|---|---|
-| state | any other name | its decay is lost, or its growth. One efficiency over both would hide it: large increments pass | state_rounding |
+| state | any other name | its decay is lost, or its growth (both in one would hide it) | state_rounding |
 | counter | any other name, with a `value` | it stands at 2^bits of its dtype | state_rounding |
 | decay | weight_decay | efficiency | decay_rounding |
 | average | average:... | efficiency, or a finding of its own (`note`) | average_rounding |
 | gradient | grad | efficiency | accumulation_rounding |
 
-Lost changes are not always harm. `x <- (1 - c) x + c y` in a format of b bits stops where |y - x| < 2^-(b+1)..2^-b |x| / c:
-at c = 0.1 that is within 3% of the goal and nobody minds. So a state is only accused where c is below 2^-b, or, where
-c is not known, where growth passes while decay does not; an average is never accused from c = 0.1 on, a weight decay
-never below 1e-7 per step, and nothing that is kept in FP32, where what is lost is as small.
+Lost changes are not always harm. `x <- (1 - c) x + c y` in a format of b bits stops where |y - x| is less than
+2^-(b+1)..2^-b |x| / c: at c = 0.1 that is within 3% of the goal and nobody minds. So a state is only accused where c is
+below 2^-b, or, where c is not known, where growth passes while decay does not; an average is never accused from c = 0.1
+on, a weight decay never below 1e-7 per step, and nothing that is kept in FP32, where what is lost is as small.
 """
 
 from __future__ import annotations
 
 from update_watch.advice import SIGNIFICANT_BITS, Seen, not_measured, one_window, say, too_few_steps, unknown
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
-from update_watch.memory import AccumulatorMemory
+from update_watch.memory import HEALTHY, STALLED, STALLING, UNKNOWN, AccumulatorMemory
 from update_watch.report import AccumulatorReport, Cause, Health, Level
 from update_watch.score import grade, known, share
 from update_watch.thresholds import Thresholds
 
+_AT_REST = (Health.frozen, Health.idle, Health.broken)
 _HARMLESS_AVERAGE_RATE = 0.1
 _HARMLESS_DECAY_RATE = 1e-7  # 1% in 100,000 steps
 _MINIMUM_WANTED = 0.05  # share of a state's elements that want to shrink (or to grow), for it to say something
@@ -36,11 +37,11 @@ def judge_accumulator(
 ) -> AccumulatorReport:
     """The verdict on one accumulator of a tensor whose own health is `health`."""
     name = evidence.name
-    if health in (Health.frozen, Health.idle, Health.broken):
+    if health in _AT_REST:
         memory.acquit()
         return _report(evidence, health)
     if evidence.reason:
-        return _report(evidence, Health.unknown, advice=unknown(evidence.reason))
+        return _report(evidence, UNKNOWN, advice=unknown(evidence.reason))
     steps = tensor.measured_steps or tensor.steps
     if name == "weight_decay":
         return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.decay_rounding)
@@ -49,7 +50,7 @@ def judge_accumulator(
     if name.startswith("average:"):
         return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.average_rounding)
     if tensor.scheme == f"carried:{name}":  # it holds what rounding took from the weight: small changes are its nature
-        return _report(evidence, Health.healthy)
+        return _report(evidence, HEALTHY)
     if evidence.value is not None:
         return _counter(evidence, memory, tensor.steps)
     return _state(evidence, tensor, memory, limits, steps)
@@ -65,15 +66,13 @@ def alert_level(accumulator: AccumulatorReport) -> Level | None:
 
     A lost decay of state or weight is an early warning. A lost average or gradient is the loss itself.
     """
-    if accumulator.health is Health.stalled:
-        is_loss = accumulator.cause in (Cause.average_rounding, Cause.accumulation_rounding)
+    health = accumulator.health
+    if health is not STALLED and health is not STALLING:
+        return None
+    is_loss = accumulator.cause in (Cause.average_rounding, Cause.accumulation_rounding)
+    if health is STALLED:
         return Level.error if is_loss else Level.warn
-    if accumulator.health is Health.stalling and accumulator.cause in (
-        Cause.average_rounding,
-        Cause.accumulation_rounding,
-    ):
-        return Level.warn
-    return None
+    return Level.warn if is_loss else None
 
 
 def _by_efficiency(
@@ -95,8 +94,8 @@ def _by_efficiency(
     if not _can_matter(evidence, tensor, cause):
         value = 1.0
     verdict = grade(value, memory.grade, limits)
-    if evidence.note and verdict is Health.healthy:
-        verdict = Health.stalling
+    if evidence.note and verdict is HEALTHY:
+        verdict = STALLING
     return _settle(evidence, tensor, memory, limits, steps, verdict, cause)
 
 
@@ -121,27 +120,20 @@ def _decay_rate(tensor: TensorEvidence) -> float | None:
 def _state(
     evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorMemory, limits: Thresholds, steps: int
 ) -> AccumulatorReport:
-    growth, decay = _if_wanted(evidence.growth), _if_wanted(evidence.decay)
-    if growth is None and decay is None:
-        memory.acquit()
-        if known(evidence.numbers.efficiency) is None:
-            return _nothing_wanted(evidence, steps)
-        return _report(evidence, Health.healthy)
     bits = SIGNIFICANT_BITS.get(evidence.dtype)
     rate = known(evidence.rate)
-    value = 1.0
-    if rate is not None:
-        if bits is not None and rate < 2.0**-bits:
-            value = min(x for x in (growth, decay) if x is not None)
-        verdict = grade(value, memory.grade, limits)
-    else:
+    verdict = HEALTHY
+    if bits is not None and bits < 24 and (rate is None or rate < 2.0**-bits):
+        growth, decay = _if_wanted(evidence.growth), _if_wanted(evidence.decay)
+        if rate is not None:
+            verdict = grade(min((x for x in (growth, decay) if x is not None), default=1.0), memory.grade, limits)
         # once convicted, it need not grow any more to stay so
-        is_one_way = memory.grade is Health.stalled or (growth is not None and growth >= _PASSES)
-        if is_one_way and decay is not None and bits is not None and bits < 24:
-            value = decay
-        verdict = grade(value, memory.grade, limits)
-        if verdict is Health.stalling:
-            verdict = Health.healthy
+        elif memory.grade is STALLED or (growth is not None and growth >= _PASSES):
+            verdict = grade(1.0 if decay is None else decay, memory.grade, limits)
+            verdict = HEALTHY if verdict is STALLING else verdict
+    if verdict is HEALTHY and evidence.numbers.efficiency is None and evidence.decay.efficiency is None:
+        memory.acquit()
+        return _nothing_wanted(evidence, steps)
     # where a compensation may hold the rest, a first window can mislead
     windows = 2 if rate is None or tensor.scheme.startswith("carried") else 1
     return _settle(evidence, tensor, memory, limits, steps, verdict, Cause.state_rounding, windows)
@@ -158,12 +150,12 @@ def _counter(evidence: AccumulatorEvidence, memory: AccumulatorMemory, steps: in
     memory.value = value
     bits = SIGNIFICANT_BITS.get(evidence.dtype)
     has_stopped = bits is not None and value is not None and value == before and value == 2.0**bits and steps > 0
-    memory.grade = Health.stalled if has_stopped else Health.healthy
+    memory.grade = STALLED if has_stopped else HEALTHY
     if not has_stopped:
-        return _report(evidence, Health.healthy)
+        return _report(evidence, HEALTHY)
     seen = Seen(dtype=evidence.dtype, accumulator=evidence.name, counter=value)
     advice = say(Cause.state_rounding, seen)
-    return _report(evidence, Health.stalled, Cause.state_rounding, advice)
+    return _report(evidence, STALLED, Cause.state_rounding, advice)
 
 
 def _settle(
@@ -177,16 +169,16 @@ def _settle(
     windows: int = 1,
 ) -> AccumulatorReport:
     """Believe a bad verdict only once enough steps and windows in a row speak for it."""
-    if verdict is Health.healthy:
+    if verdict is HEALTHY:
         memory.acquit()
         memory.grade = verdict
         return _report(evidence, verdict)
     memory.bad_steps += steps
     memory.bad_windows += 1
     if memory.bad_steps < limits.minimum_steps:
-        return _report(evidence, Health.unknown, advice=unknown(too_few_steps(memory.bad_steps, limits.minimum_steps)))
+        return _report(evidence, UNKNOWN, advice=unknown(too_few_steps(memory.bad_steps, limits.minimum_steps)))
     if memory.bad_windows < windows:
-        return _report(evidence, Health.unknown, advice=unknown(one_window()))
+        return _report(evidence, UNKNOWN, advice=unknown(one_window()))
     memory.grade = verdict
     return _report(evidence, verdict, cause, say(cause, _seen(evidence, tensor, cause)))
 
@@ -212,7 +204,7 @@ def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -
 
 def _nothing_wanted(evidence: AccumulatorEvidence, steps: int) -> AccumulatorReport:
     if not steps:
-        return _report(evidence, Health.unknown, advice=unknown(not_measured(0)))
+        return _report(evidence, UNKNOWN, advice=unknown(not_measured(0)))
     return _report(evidence, Health.idle)
 
 

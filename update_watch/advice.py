@@ -102,8 +102,8 @@ def one_window() -> str:
 
 def too_noisy(efficiency: float, error: float, windows: int) -> str:
     return (
-        f"its efficiency of {fixed(efficiency)} has a standard error of {fixed(error)} after {plural(windows, 'window')};"
-        " windows are pooled until that is small enough"
+        f"its efficiency of {fixed(efficiency)} has a standard error of {fixed(error)} after"
+        f" {plural(windows, 'window')}; windows are pooled until that is small enough"
     )
 
 
@@ -122,7 +122,10 @@ def remainder_unclear(efficiency: float) -> str:
 
 
 def rising_lr(lr: float) -> str:
-    return f"the learning rate has just risen threefold or more, to {number(lr)}: too early to call its lost updates a stall"
+    return (
+        f"the learning rate has just risen threefold or more, to {number(lr)}: too early to call its lost updates a"
+        " stall"
+    )
 
 
 def unexplained(efficiency: float, lost: float | None) -> str:

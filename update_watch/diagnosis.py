@@ -2,26 +2,26 @@
 
 A tensor is judged by the first line that fits:
 
-| # | what was seen | health | cause |
-|---|---|---|---|
-| 1 | requires_grad is False | frozen | requires_grad_off |
-| 2 | NaN or infinity (in windows with skipped steps: once nearly all steps have been skipped for several windows) | broken | non_finite |
-| 3 | no optimizer holds it | idle | not_in_optimizer |
-| 4 | nearly all steps skipped, several windows in a row; before that `unknown` | idle | skipped_steps |
-| 5 | its optimizer took no step | unknown | |
-| 6 | its gradient was None in every step | idle | no_gradient |
-| 7 | every sampled gradient was 0 (what momentum and decay still do is not a signal) | idle | zero_gradient |
-| 8 | learning rate 0 in every step | idle | zero_learning_rate |
-| 9 | the update cannot be replayed | unknown | not_replayable |
+|    | what was seen | health | cause |
+|----|---|---|---|
+| 1  | requires_grad is False | frozen | requires_grad_off |
+| 2  | NaN or infinity; with skipped steps, once they persist as in 4 | broken | non_finite |
+| 3  | no optimizer holds it | idle | not_in_optimizer |
+| 4  | nearly all steps skipped, several windows in a row; till then unknown | idle | skipped_steps |
+| 5  | its optimizer took no step | unknown | |
+| 6  | its gradient was None in every step | idle | no_gradient |
+| 7  | every sampled gradient was 0; what momentum and decay do is no signal | idle | zero_gradient |
+| 8  | learning rate 0 in every step | idle | zero_learning_rate |
+| 9  | the update cannot be replayed | unknown | not_replayable |
 | 10 | measured, and no update intended | idle | |
-| 11 | fewer measured steps, or a wider interval, than a verdict needs, over all pooled windows | unknown | |
-| 12 | not healthy by its score, but rounding cannot be the reason (next to nothing lost; moved backwards) | unknown | |
-| 13 | not healthy by its score, but the learning rate has run out (a thousandth of its peak) | idle | zero_learning_rate |
-| 14 | not healthy by its score, but the learning rate has just risen threefold or more (warm-up) | unknown | |
-| 15 | not healthy by its score, and updates well above half a gap are lost too | stalled, stalling | not_written |
-| 16 | not healthy by its score | stalled, stalling | weight_rounding |
-| 17 | state factor outside the band in two windows running | stalling | state_rounding |
-| 18 | else | healthy | |
+| 11 | fewer measured steps or more noise than a verdict allows, even pooled | unknown | |
+| 12 | score not healthy, but not by rounding: hardly any lost, or backwards | unknown | |
+| 13 | score not healthy, but the learning rate has run out | idle | zero_learning_rate |
+| 14 | score not healthy, but the learning rate has just risen threefold | unknown | |
+| 15 | score not healthy, and updates well above half a gap are lost too | stalled, stalling | not_written |
+| 16 | score not healthy | stalled, stalling | weight_rounding |
+| 17 | state factor outside its band in two windows running | stalling | state_rounding |
+| 18 | none of these | healthy | |
 
 The score is explained in `update_watch.score`, the accumulators in `update_watch.accumulators`.
 """
@@ -37,7 +37,7 @@ from update_watch import advice
 from update_watch.accumulators import alert_level, is_state, judge_accumulator
 from update_watch.advice import SIGNIFICANT_BITS, Seen, say
 from update_watch.evidence import TensorEvidence, WindowEvidence
-from update_watch.memory import GRADES, Memory, check_state
+from update_watch.memory import GRADES, HEALTHY, STALLING, UNKNOWN, Memory, check_state
 from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport
 from update_watch.rollup import headline, roll_up, run_health
 from update_watch.score import Score, known, score, share
@@ -48,7 +48,7 @@ _NEARLY_ALL = 0.9  # of the steps, skipped
 _STEEP = 3.0  # rise of the learning rate within a window, or since the one before, that makes it a warm-up
 _WELL_ABOVE = 2 - HEADROOM_LOW  # first bin of the headroom histogram at four half gaps or more
 
-_GOOD = (Health.healthy, None, "")
+_GOOD = (HEALTHY, None, "")
 _Verdict = tuple[Health, Cause | None, str]
 
 
@@ -123,7 +123,7 @@ class Diagnosis:
         verdict = self._without_signal(e, memory, window)
         if verdict is None:
             verdict = self._by_score(e, memory)
-            if verdict[0] is Health.healthy:
+            if verdict[0] is HEALTHY:
                 verdict = self._by_state(e, memory) or verdict
         else:
             memory.forget_evidence()
@@ -136,7 +136,7 @@ class Diagnosis:
         for name, accumulator in e.accumulators.items():
             judged = judge_accumulator(accumulator, e, health, memory.accumulator(name), self._limits)
             accumulators[name] = judged
-            if health is Health.healthy and not text and alert_level(judged) is not None:
+            if health is HEALTHY and not text and alert_level(judged) is not None:
                 text = judged.advice
         return TensorReport(
             name=e.name,
@@ -177,16 +177,16 @@ class Diagnosis:
         is_persistent = memory.skipped_windows >= self._limits.skipped_windows
         if not e.finite:
             if skipped and not is_persistent:
-                return Health.unknown, None, advice.unknown(advice.overflow(skipped, steps))
+                return UNKNOWN, None, advice.unknown(advice.overflow(skipped, steps))
             return _verdict(Health.broken, Cause.non_finite, Seen())
         if not e.optimizer_group:
             return _verdict(Health.idle, Cause.not_in_optimizer, Seen())
         if nearly_all:
             if is_persistent:
                 return _verdict(Health.idle, Cause.skipped_steps, Seen(skipped=skipped, steps=steps))
-            return Health.unknown, None, advice.unknown(advice.overflow(skipped, steps))
+            return UNKNOWN, None, advice.unknown(advice.overflow(skipped, steps))
         if not e.steps:
-            return Health.unknown, None, advice.unknown(advice.not_measured(0))
+            return UNKNOWN, None, advice.unknown(advice.not_measured(0))
         if e.gradless_steps >= e.steps:
             return _verdict(Health.idle, Cause.no_gradient, Seen(steps=e.steps))
         zero = known(e.zero_gradient_fraction)
@@ -195,7 +195,7 @@ class Diagnosis:
         if (known(e.lr_max) if e.lr_max is not None else known(e.lr)) == 0:
             return _verdict(Health.idle, Cause.zero_learning_rate, Seen(steps=e.steps))
         if e.reason:
-            return _verdict(Health.unknown, Cause.not_replayable, Seen(reason=e.reason))
+            return _verdict(UNKNOWN, Cause.not_replayable, Seen(reason=e.reason))
         if e.measured_steps and e.numbers.wanted_fraction == 0:
             return Health.idle, None, advice.nothing_intended(e.measured_steps)
         return None
@@ -203,10 +203,10 @@ class Diagnosis:
     def _by_score(self, e: TensorEvidence, memory: Memory) -> _Verdict:
         """Lines 11 to 16 of the table."""
         found = score(e, memory, self._limits)
-        if found.health is Health.unknown:
-            return Health.unknown, None, advice.unknown(found.reason)
-        if found.health is Health.healthy:
-            memory.grade = Health.healthy
+        if found.health is UNKNOWN:
+            return UNKNOWN, None, advice.unknown(found.reason)
+        if found.health is HEALTHY:
+            memory.grade = HEALTHY
             return _GOOD
         return self._accuse(e, memory, found)
 
@@ -218,10 +218,11 @@ class Diagnosis:
         if memory.lr is not None and (start is None or memory.lr < start):
             start = memory.lr
         if lr and lr == lr_max and start is not None and lr >= _STEEP * start:
-            return Health.unknown, None, advice.unknown(advice.rising_lr(lr))
+            return UNKNOWN, None, advice.unknown(advice.rising_lr(lr))
         memory.grade = found.health
         above = _share_well_above(e.headroom_histogram)
-        is_unwritten = found.drift is None and above is not None and above >= 0.5 and found.lost > 1 - above / 2
+        # rounding loses none of the updates well above half a gap; a tenth for the histogram's coarser sample
+        is_unwritten = found.drift is None and above is not None and found.lost > 1 - above + 0.1
         seen = Seen(
             dtype=e.dtype,
             efficiency=found.efficiency,
@@ -261,7 +262,7 @@ class Diagnosis:
                 blamed = Seen(
                     dtype=a.dtype, accumulator=a.name, efficiency=decay, rate=known(a.rate), state_factor=factor
                 )
-        return _verdict(Health.stalling, Cause.state_rounding, blamed)
+        return _verdict(STALLING, Cause.state_rounding, blamed)
 
 
 def _verdict(health: Health, cause: Cause, seen: Seen) -> _Verdict:
@@ -277,7 +278,7 @@ def _since(memory: Memory, health: Health, first_step: int) -> int:
         memory.graded, memory.graded_since = health, memory.since
     else:
         memory.since = first_step
-        if health is not Health.unknown:
+        if health is not UNKNOWN:
             memory.graded = None
     memory.health = health
     return memory.since

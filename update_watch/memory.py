@@ -8,7 +8,9 @@ from typing import Any
 
 from update_watch.report import Health
 
-GRADES = (Health.healthy, Health.stalling, Health.stalled)
+# looking a member up on its enum costs more than what is done with it, thousands of times per window
+HEALTHY, STALLING, STALLED, UNKNOWN = Health.healthy, Health.stalling, Health.stalled, Health.unknown
+GRADES = (HEALTHY, STALLING, STALLED)
 
 
 class AccumulatorMemory:
@@ -17,7 +19,7 @@ class AccumulatorMemory:
     __slots__ = ("bad_steps", "bad_windows", "grade", "value")
 
     def __init__(self) -> None:
-        self.grade = Health.healthy
+        self.grade = HEALTHY
         self.bad_steps = 0  # measured steps in the unbroken run of windows that spoke against it
         self.bad_windows = 0  # in that run
         self.value: float | None = None  # of a counter, in the window before
@@ -61,7 +63,7 @@ class Memory:
     def __init__(self) -> None:
         self.health: Health | None = None  # of the last report
         self.since = 0  # first step of the window in which `health` began
-        self.grade = Health.healthy  # last of healthy, stalling, stalled: what hysteresis starts from
+        self.grade = HEALTHY  # last of healthy, stalling, stalled: what hysteresis starts from
         self.graded: Health | None = None  # last reported of healthy, stalling, stalled, and since when;
         self.graded_since = 0  # None after a time without signal
         # latest windows, oldest first: measured steps, efficiency, standard error, lost fraction, expected changes

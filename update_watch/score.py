@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from update_watch import advice
 from update_watch.evidence import TensorEvidence
-from update_watch.memory import Memory
+from update_watch.memory import HEALTHY, STALLED, STALLING, UNKNOWN, Memory
 from update_watch.report import HEADROOM_LOW, Health
 from update_watch.thresholds import Thresholds
 
@@ -72,11 +72,11 @@ def share(value: float | None) -> float | None:
 
 def grade(value: float, previous: Health, limits: Thresholds) -> Health:
     """Healthy, stalling or stalled, with hysteresis: what was worse must come back further."""
-    if value < (limits.stalled_exit if previous is Health.stalled else limits.stalled):
-        return Health.stalled
-    if value < (limits.stalling if previous is Health.healthy else limits.stalling_exit):
-        return Health.stalling
-    return Health.healthy
+    if value < (limits.stalled_exit if previous is STALLED else limits.stalled):
+        return STALLED
+    if value < (limits.stalling if previous is HEALTHY else limits.stalling_exit):
+        return STALLING
+    return HEALTHY
 
 
 def is_exact(scheme: str) -> bool:
@@ -97,19 +97,19 @@ def score(e: TensorEvidence, memory: Memory, limits: Thresholds) -> Score:
         if memory.age > limits.pool_windows:
             memory.forget_evidence()
         if not memory.pool:
-            return Score(Health.unknown, advice.not_measured(e.steps))
+            return Score(UNKNOWN, advice.not_measured(e.steps))
     if displacement is not None:
         memory.drift.append(displacement)
         del memory.drift[: -2 * limits.drift_windows]
         memory.proven = displacement >= limits.stalling or (memory.proven and displacement >= limits.stalling / 2)
     pooled = _pool(memory, limits)
     if pooled.steps < limits.minimum_steps:
-        return Score(Health.unknown, advice.too_few_steps(pooled.steps, limits.minimum_steps))
+        return Score(UNKNOWN, advice.too_few_steps(pooled.steps, limits.minimum_steps))
     if is_exact(e.scheme) or e.scheme == "stochastic":
         result = _by_steps(pooled, displacement, memory, limits, is_exact(e.scheme))
     else:
         result = _by_displacement(pooled, displacement, memory, limits, e.scheme == "carried")
-    if result.health is Health.healthy:
+    if result.health is HEALTHY:
         drift = _lost_drift(memory, limits)
         if drift is not None:
             result = Score(grade(drift, memory.grade, limits), "", pooled.efficiency, pooled.lost, drift)
@@ -121,20 +121,20 @@ def _by_steps(pooled: Pooled, displacement: float | None, memory: Memory, limits
     margin = (_SURE if exact else _SURER) * error
     health = grade(efficiency + margin, memory.grade, limits)  # at best
     if error > limits.maximum_error:
-        if health is Health.healthy and grade(efficiency - margin, memory.grade, limits) is not Health.healthy:
-            return Score(Health.unknown, advice.too_noisy(efficiency, error, pooled.windows))
-    elif memory.grade is not Health.healthy:  # the margin protects from accusing, it is no way out
+        if health is HEALTHY and grade(efficiency - margin, memory.grade, limits) is not HEALTHY:
+            return Score(UNKNOWN, advice.too_noisy(efficiency, error, pooled.windows))
+    elif memory.grade is not HEALTHY:  # the margin protects from accusing, it is no way out
         health = grade(efficiency, memory.grade, limits)
     if exact and efficiency - margin > _ROUNDED_MOST:
-        return Score(Health.unknown, advice.unexplained(efficiency, None))
-    if health is not Health.healthy and displacement is not None and displacement > efficiency:
+        return Score(UNKNOWN, advice.unexplained(efficiency, None))
+    if health is not HEALTHY and displacement is not None and displacement > efficiency:
         health = grade(displacement, memory.grade, limits)
-    if health is Health.healthy:
+    if health is HEALTHY:
         return Score(health, "", efficiency, lost)
     if not exact and pooled.expected < _EXPECTED_CHANGES:
-        return Score(Health.unknown, advice.too_small())
+        return Score(UNKNOWN, advice.too_small())
     if exact and (efficiency < _BACKWARDS or (efficiency < _ROUNDED_LEAST and lost < _UNLOST)):
-        return Score(Health.unknown, advice.unexplained(efficiency, lost))
+        return Score(UNKNOWN, advice.unexplained(efficiency, lost))
     return Score(health, "", efficiency, lost)
 
 
@@ -143,22 +143,22 @@ def _by_displacement(
 ) -> Score:
     efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
     margin = _SURER * error
-    if error <= limits.maximum_error and grade(efficiency - margin, memory.grade, limits) is Health.healthy:
-        return Score(Health.healthy, "", efficiency, lost)
+    if error <= limits.maximum_error and grade(efficiency - margin, memory.grade, limits) is HEALTHY:
+        return Score(HEALTHY, "", efficiency, lost)
     if displacement is None:
         if is_carried or memory.proven:
-            return Score(Health.healthy, "", efficiency, lost)
-        return Score(Health.unknown, advice.remainder_unclear(efficiency))
+            return Score(HEALTHY, "", efficiency, lost)
+        return Score(UNKNOWN, advice.remainder_unclear(efficiency))
     value = displacement
     if displacement >= limits.stalled and len(memory.drift) > 1:
         value = max(displacement, memory.drift[-2])
     health = grade(max(value, efficiency), memory.grade, limits)
-    if health is Health.stalling and len(memory.drift) < 2:
-        return Score(Health.unknown, advice.remainder_unclear(efficiency))
-    if health is not Health.healthy and efficiency + margin >= limits.stalling:
-        return Score(Health.unknown, advice.too_noisy(efficiency, error, pooled.windows))
-    if health is not Health.healthy and pooled.expected < _EXPECTED_CHANGES:
-        return Score(Health.unknown, advice.too_small())
+    if health is STALLING and len(memory.drift) < 2:
+        return Score(UNKNOWN, advice.remainder_unclear(efficiency))
+    if health is not HEALTHY and efficiency + margin >= limits.stalling:
+        return Score(UNKNOWN, advice.too_noisy(efficiency, error, pooled.windows))
+    if health is not HEALTHY and pooled.expected < _EXPECTED_CHANGES:
+        return Score(UNKNOWN, advice.too_small())
     return Score(health, "", efficiency, lost)
 
 
@@ -203,7 +203,7 @@ def _lost_drift(memory: Memory, limits: Thresholds) -> float | None:
     n = len(drift)
     if n < limits.drift_windows:
         return None
-    was_healthy = memory.grade is Health.healthy
+    was_healthy = memory.grade is HEALTHY
     limit = limits.stalling if was_healthy else limits.stalling_exit
     if was_healthy and drift[-1] >= limit:
         return None
