@@ -8,6 +8,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -17,14 +18,14 @@ FOLDERS = ("update_watch", "callbacks", "dashboards")
 pytestmark = pytest.mark.slow
 
 
-def source_files() -> set[str]:
+def source_files(repository: Path) -> set[str]:
     """Every file of the package as it should lie in a distribution: 'update_watch/callbacks/lightning.py'."""
     found = set()
     for folder in FOLDERS:
         prefix = "" if folder == "update_watch" else "update_watch/"
-        for path in (ROOT / folder).rglob("*"):  # does not follow the links
+        for path in (repository / folder).rglob("*"):  # does not follow the links
             if path.is_file() and path.suffix != ".pyc":
-                found.add(prefix + path.relative_to(ROOT).as_posix())
+                found.add(prefix + path.relative_to(repository).as_posix())
     return found
 
 
@@ -46,36 +47,42 @@ def copy_of_the_repository(to: Path) -> Path:
     return to
 
 
+class Built(NamedTuple):
+    repository: Path
+    wheel: Path
+    sdist: Path
+
+
 @pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The wheel and the sdist; the wheel is built from the sdist, as an installer without wheels would."""
     folder = tmp_path_factory.mktemp("packaging")
     repository = copy_of_the_repository(folder / "repository")
     run(sys.executable, "-m", "build", "--outdir", folder / "dist", cwd=repository)
     [wheel], [sdist] = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
-    return wheel, sdist
+    return Built(repository, wheel, sdist)
 
 
 @pytest.fixture(scope="module")
-def installed(distributions: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the wheel, and nothing else, is installed."""
     target = tmp_path_factory.mktemp("installed")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, distributions[0]]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, built.wheel]
     run(*pip, cwd=target)
     return target
 
 
-def test_the_wheel_holds_every_file_of_the_package_and_no_other_package(distributions: tuple[Path, Path]) -> None:
-    names = {name for name in zipfile.ZipFile(distributions[0]).namelist() if ".dist-info/" not in name}
-    assert names == source_files()
+def test_the_wheel_holds_every_file_of_the_package_and_no_other_package(built: Built) -> None:
+    names = {name for name in zipfile.ZipFile(built.wheel).namelist() if ".dist-info/" not in name}
+    assert names == source_files(built.repository)
     assert {"update_watch/callbacks/__init__.py", "update_watch/dashboards/__init__.py"} <= names
     assert "update_watch/py.typed" in names
 
 
-def test_the_sdist_holds_real_files_instead_of_links(distributions: tuple[Path, Path]) -> None:
-    with tarfile.open(distributions[1]) as archive:
+def test_the_sdist_holds_real_files_instead_of_links(built: Built) -> None:
+    with tarfile.open(built.sdist) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
-    assert source_files() <= members.keys()
+    assert source_files(built.repository) <= members.keys()
     assert [name for name, member in members.items() if member.issym() or member.islnk()] == []
 
 
