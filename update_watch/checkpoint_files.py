@@ -1,0 +1,158 @@
+"""Tensors from checkpoint files, without running anything in them.
+
+safetensors files hold no code and are read here: a header in JSON, then the bytes. Torch files are pickles and are read
+with `weights_only=True`, which builds tensors and plain data and refuses everything else. Both are mapped into memory,
+so a large file costs only what is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+_MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
+# where training loops put the weights, beside optimizer, counters and settings
+_WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be read as a checkpoint; the message names it and says why."""
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, on the CPU.
+
+    Args:
+        path: a safetensors file, a folder of such, or a file written by `torch.save`. Where weights lie under
+            "state_dict" or "model" in it, only those are returned.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is no checkpoint, it is damaged, or it could only be read by running what is in it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    tensors = _read_folder(path) if path.is_dir() else _read_file(path)
+    if not tensors:
+        raise CheckpointError(f"{path}: there are no tensors in it")
+    return {_clean(name): tensor.detach() for name, tensor in tensors.items()}
+
+
+def _read_folder(path: Path) -> dict[str, Tensor]:
+    if (path / ".metadata").exists():
+        raise CheckpointError(
+            f"{path}: a folder of torch.distributed.checkpoint, whose index is a pickle and is not read; convert it"
+            " with `python -m torch.distributed.checkpoint.format_utils dcp_to_torch`"
+        )
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path}: a folder without *.safetensors files; name the file itself")
+    return {name: tensor for file in files for name, tensor in _read_safetensors(file).items()}
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        start = file.read(9)
+    # 8 bytes of header length, then JSON: neither a zip archive nor a pickle begins like that
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        return _read_safetensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: it is damaged, or holds objects other than tensors and plain data, which could run code and are"
+            f" not loaded; save the model's state_dict() by itself ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
+    if isinstance(content, Mapping):
+        for key in _WEIGHTS:
+            weights = dict(_flatten(content.get(key)))
+            if weights:
+                return weights
+    return dict(_flatten(content))
+
+
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _flatten(item, f"{name}.{index}" if name else str(index))
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    if size < 8:
+        raise CheckpointError(f"{path}: damaged: {size} bytes are too few for a safetensors file")
+    with path.open("rb") as file:
+        # a private copy: torch wants memory that may be written to
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    length = int.from_bytes(memory[:8], "little")
+    if length > min(size - 8, _MAX_HEADER):
+        raise CheckpointError(f"{path}: damaged: a header of {length} bytes in a file of {size}")
+    try:
+        header = json.loads(memory[8 : 8 + length])
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        return {name: _tensor(memory, 8 + length, entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: damaged: {_first_line(error)}") from error
+
+
+def _tensor(memory: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"a format that torch does not have: {entry['dtype']!r}")
+    dtype, shape = _DTYPES[entry["dtype"]], [int(length) for length in entry["shape"]]
+    first, last = entry["data_offsets"]
+    if not 0 <= first <= last <= len(memory) - start or last - first != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"bytes {first} to {last} cannot hold a {entry['dtype']} tensor of shape {shape}")
+    if first == last:
+        return torch.empty(shape, dtype=dtype)
+    data = torch.frombuffer(memory, dtype=torch.uint8, count=last - first, offset=start + first)
+    if (start + first) % dtype.itemsize:
+        data = data.clone()  # torch wants aligned numbers
+    return data.view(dtype).reshape(shape)
+
+
+def _clean(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return text or type(error).__name__
