@@ -1,6 +1,7 @@
 """update-watch: did the stored weights receive what the optimizer intended, and if not, why?"""
 
 from update_watch import formats
+from update_watch.audit import Audit, audit
 from update_watch.evidence import WindowEvidence
 from update_watch.report import (
     AccumulatorReport,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccumulatorReport",
     "Alert",
+    "Audit",
     "Cause",
     "Health",
     "LayerReport",
@@ -29,6 +31,7 @@ __all__ = [
     "Thresholds",
     "Watch",
     "WindowEvidence",
+    "audit",
     "formats",
     "watch",
 ]

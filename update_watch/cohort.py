@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch import formats
+from update_watch.decay import decay_sums
 from update_watch.formats import Format
 from update_watch.probe import Kind
 from update_watch.replay import Run, Twin
@@ -23,7 +24,8 @@ from update_watch.sampling import gather, local, mask
 from update_watch.tally import Tally
 from update_watch.twin_copy import ReplayError
 
-_HEADROOM_EVERY = 8  # measured steps between two looks at the headroom: it changes slowly
+_HEADROOM_EVERY = 8  # measured steps between two looks at headroom and decay: they change slowly
+_DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 _WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
 
 
@@ -44,7 +46,8 @@ class Cohort:
         self.optimizer, self.twin, self.rows, self.samples = optimizer, twin, rows, samples
         self.device = local(rows[0].param).device
         self.samplers = [row.sampler for row in rows if row.sampler is not None]
-        self.states = sorted(set().union(*(row.rule.element_states for row in rows)))
+        carriers = {row.scheme.carrier for row in rows if row.scheme.carrier}
+        self.states = sorted(carriers.union(*(row.rule.element_states for row in rows)))
         self._slots = {name: 1 + i for i, name in enumerate(self.states)}
         self._zero = torch.zeros((), device=self.device)
         self._padding = mask(self.samplers, self.device)
@@ -58,7 +61,11 @@ class Cohort:
 
     def open_window(self) -> None:
         """Start new sums."""
+        old = getattr(self, "tally", None)
         self.tally = Tally(1 + len(self.states), len(self.rows), self.samples, self.device)
+        if old is not None:
+            # a decay far below one step of the format shows only over many windows: they are pooled, the old ones less
+            self.tally.decay_5n.copy_(old.decay_5n).mul_(_DECAY_MEMORY)
         self.live_steps = [0] * len(self.rows)
         self.gradless_steps = [0] * len(self.rows)
 
@@ -78,6 +85,8 @@ class Cohort:
             before_AnK[0, i].add_(before_AnK[self._slots[name], i])
             before_AnK[self._slots[name], i].zero_()  # joined: an FP32 weight has no remainder
         intended_AnK = before_AnK.clone()
+        for row, state in zip(self.rows, states, strict=True):
+            row.check(state)
         live = [g is not None and row.is_measured for g, row in zip(grads, self.rows, strict=True)]
         self._replay_samples(intended_AnK, grad_nK, states, live)
         self._replay_whole(intended_AnK, states, live)
@@ -173,6 +182,8 @@ class Cohort:
             start = stop
         if not runs:
             return
+        if self.tally.steps % _HEADROOM_EVERY == 0:
+            self._look_at_decay(runs, spans, states)
         try:
             results = self.twin.replay(runs)
         except ReplayError as error:
@@ -188,6 +199,21 @@ class Cohort:
                 if isinstance(replayed, Tensor) and replayed is not run.state.get(name):
                     intended_AnK[slot, start:stop].copy_(replayed.view(stop - start, -1))
 
+    def _look_at_decay(self, runs: list[Run], spans: list[tuple[int, int]], states: list[dict[str, Any]]) -> None:
+        for run, (start, stop) in zip(runs, spans, strict=True):
+            row = self.rows[start]
+            dtype = local(row.param).dtype
+            decay = self.optimizer.param_groups[row.group].get("weight_decay")
+            if not row.decouples_decay or not isinstance(decay, (int, float)) or not decay > 0:
+                continue
+            dtypes = {k: v.dtype for k, v in states[start].items() if isinstance(v, Tensor)}
+            try:
+                sums_5n = decay_sums(self.twin, row.group, dtype, run, dtypes, stop - start)
+            except ReplayError:
+                row.decouples_decay = False  # the rule does not run on copies in the stored format
+                continue
+            self.tally.decay_5n[:, start:stop].add_(sums_5n)
+
     def _sample_run(
         self, intended_AnK: Tensor, grad_nK: Tensor, state: dict[str, Any], start: int, stop: int
     ) -> Run:
@@ -195,7 +221,7 @@ class Cohort:
         shape = (stop - start, self.samples) if row.rule.rows else (-1,)
         copied: dict[str, Any] = {}
         for name, value in state.items():
-            if name in row.rule.element_states:
+            if name in self._slots:
                 copied[name] = value if value is None else intended_AnK[self._slots[name], start:stop].view(shape)
             else:
                 copied[name] = value.clone() if isinstance(value, Tensor) else value
@@ -241,7 +267,7 @@ def _step_likeness(row: Row, state: dict[str, Any]) -> tuple[Any, ...]:
     """Rows equal in this can be replayed as one: same group, same form, same scalar state (step counters)."""
     scalars: list[Any] = []
     for name, value in state.items():
-        if name in row.rule.element_states:
+        if name in row.rule.element_states or name == row.scheme.carrier:
             scalars.append(value is None)
         elif isinstance(value, Tensor):
             # a counter on the device is not read: equal histories have equal counters

@@ -15,7 +15,7 @@ import random
 import sys
 import types
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -81,14 +81,14 @@ class Twin:
         for group in optimizer.param_groups:
             settings_of(group, [], Copier(_LIMIT, optimizer=optimizer))
 
-    def replay(self, runs: Sequence[Run]) -> list[Run]:
-        """Run the rule on copies.
+    def replay(self, runs: Sequence[Run], changes: Mapping[str, Any] | None = None) -> list[Run]:
+        """Run the rule on copies, with some settings of its groups changed (`{"weight_decay": 0.0}`).
 
         `param`, `grad` and `state` tensors are updated in place where the rule does so; read the returned runs, which
         hold whatever the rule left. Containers in `state` are copied first. Raises `ReplayError` when the rule fails.
         """
         copier = Copier(None)
-        return self._run([Run(r.group, r.param, r.grad, _own(r.state, copier)) for r in runs])
+        return self._run([Run(r.group, r.param, r.grad, _own(r.state, copier)) for r in runs], changes)
 
     def replay_whole(self, group: int, param: Tensor, grad: Tensor, state: dict[str, Any]) -> Run:
         """Run the rule on FP32 copies of a whole parameter, its gradient and all of its state; nothing is overwritten.
@@ -101,7 +101,7 @@ class Twin:
         run = Run(group, _widened(param.detach()), _widened(grad.detach()), copies)
         return self._run([run])[0]
 
-    def _run(self, runs: Sequence[Run]) -> list[Run]:
+    def _run(self, runs: Sequence[Run], changes: Mapping[str, Any] | None = None) -> list[Run]:
         members: dict[int, list[Tensor]] = {}
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         params: list[torch.nn.Parameter] = []
@@ -116,6 +116,8 @@ class Twin:
             copier = Copier(_LIMIT, optimizer=self._optimizer)
             real = self._optimizer.param_groups
             groups = [settings_of(real[i], group, copier) for i, group in members.items()]
+            for group in groups if changes else ():
+                group.update(changes or {})
             twin = shell(self._optimizer, groups, state, copier)
             if self._is_native:
                 self._rule(twin)

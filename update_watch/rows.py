@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch import rehearsal
 from update_watch.probe import Kind, Rule, probe
 from update_watch.sampling import Sampler, local, unsamplable
 from update_watch.scheme import Scheme, find_scheme
 from update_watch.synthetic import mimic
+from update_watch.twin_copy import ReplayError
 
 # whole-tensor replays of more elements than this would cost too much memory and time in one step
 WHOLE_LIMIT = 2**24
@@ -21,16 +23,32 @@ WHOLE_LIMIT = 2**24
 class Row:
     """One parameter of one optimizer."""
 
-    __slots__ = ("_views", "group", "lived", "names", "param", "reason", "rule", "sampler", "scheme")
+    __slots__ = (
+        "_checked",
+        "_views",
+        "decouples_decay",
+        "group",
+        "lived",
+        "names",
+        "param",
+        "rates",
+        "reason",
+        "rule",
+        "sampler",
+        "scheme",
+    )
 
     def __init__(
         self, param: Tensor, names: tuple[str, ...], group: int, rule: Rule, scheme: Scheme, samples: int
     ) -> None:
         self.param, self.names, self.group, self.rule, self.scheme = param, names, group, rule, scheme
+        self.decouples_decay = False  # weight decay acts on the weight, and its rounding may be looked at
+        self.rates: dict[str, float] = {}  # state -> 1 - beta of `x <- beta x + ...`
         self.lived: Any = 0  # steps with a gradient: parameters equal here have equal step counters
         self.reason = why_unknown(param, rule)
         self.sampler: Sampler | None = None if unsamplable(local(param)) else Sampler(local(param), samples)
         self._views: dict[str, tuple[int, Tensor]] = {}
+        self._checked: tuple[str, ...] = ()
 
     @property
     def is_measured(self) -> bool:
@@ -48,6 +66,16 @@ class Row:
         if self.sampler.shares_layout(tensor):  # else it is a gathered copy, to be made anew each step
             self._views[slot] = (address, view)
         return view
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Does what the probe found hold for the states this parameter really has? Looked at when they change."""
+        if not state or self._checked == tuple(state):
+            return
+        self._checked = tuple(state)
+        known = {name: value for name, value in state.items() if name != self.scheme.carrier}
+        problem = self.rule.misfit(self.param, known)
+        if problem and not self.reason:
+            self.reason = problem
 
     def forget_views(self) -> None:
         """Drop kept views (positions changed, or memory is to be let go)."""
@@ -93,9 +121,31 @@ def build_rows(
             if scheme_key not in found:
                 found[scheme_key] = find_scheme(optimizer, index, param.dtype, len(shape))
             known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
-            rows.append(Row(param, known, index, found[rule_key], found[scheme_key], samples))
+            row = Row(param, known, index, found[rule_key], found[scheme_key], samples)
+            if row.is_measured and param.dtype in (torch.bfloat16, torch.float16):
+                _rehearse(row, optimizer, found)
+            rows.append(row)
     rows.sort(key=_likeness)
     return rows
+
+
+def _rehearse(row: Row, optimizer: Optimizer, found: dict[Any, Any]) -> None:
+    """What rounding may do to decay and states, from a rehearsal on synthetic parameters."""
+    param, ndim = local(row.param), min(row.param.dim(), 2)
+    key = ("rehearsal", id(optimizer), row.group, param.dtype, ndim)
+    if key not in found:
+        try:
+            seen = rehearsal.rehearse(optimizer, row.group, param.dtype, ndim)
+            # joined with the gradient's part before rounding, decay arrives as that does
+            decouples = seen.decouples_decay and not seen.merges_decay
+        except ReplayError:
+            decouples = False
+        try:
+            states = rehearsal.states(optimizer, row.group, param)
+        except ReplayError:
+            states = {}
+        found[key] = decouples, {k: 1 - s.decay for k, s in states.items() if s.decay is not None}
+    row.decouples_decay, row.rates = found[key]
 
 
 def _likeness(row: Row) -> tuple[Any, ...]:

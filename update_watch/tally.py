@@ -25,6 +25,7 @@ from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
 DOT, WANT, WANTED, LOST, MOVED, STORED, UNCHANGED, SHRINK = 0, 1, 2, 3, 4, 5, 6, 7
 F = 11
 _THIN = 4
+_DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
 _VARIANCE = 3  # sums over steps of dot^2, dot * want, want^2 of the weight: how much a step's efficiency spreads
 
 
@@ -40,6 +41,7 @@ class Tally:
         self._nonzero_n = torch.zeros(rows, device=device)
         self._headroom_nB = torch.zeros(rows, HEADROOM_BINS, device=device)
         self._what_if_2n = torch.zeros(2, rows, device=device)
+        self.decay_5n = torch.zeros(5, rows, device=device)  # see decay.decay_sums
         # sum applied, sum intended; of the states every fourth sample, to hold little between steps
         self._path_2nK = torch.zeros(2, rows, samples, device=device)
         thin = len(range(0, samples, _THIN))
@@ -132,6 +134,7 @@ class Tally:
             displacement_2An,
             evidence_n,
             scale,
+            self.decay_5n,
         )
         return torch.cat([part.reshape(-1) for part in parts])
 
@@ -158,6 +161,7 @@ class Sums(NamedTuple):
     displacement_2An: npt.NDArray[np.float64]
     evidence_n: npt.NDArray[np.float64]
     scale_An: npt.NDArray[np.float64]
+    decay_5n: npt.NDArray[np.float64]
 
     @classmethod
     def unpack(cls, flat: npt.NDArray[np.float64], accumulators: int, rows: int) -> Sums:
@@ -170,6 +174,7 @@ class Sums(NamedTuple):
             (2, accumulators, rows),
             (rows,),
             (accumulators, rows),
+            (5, rows),
         )
         parts, start = [], 0
         for shape in shapes:
@@ -205,6 +210,13 @@ class Sums(NamedTuple):
         decay = s[SHRINK:]
         growth = s[: LOST + 1] - decay
         return _numbers(*growth, sampled), _numbers(*decay, sampled)
+
+    def weight_decay(self, row: int, sampled: float) -> Numbers | None:
+        """The numbers of the decay alone; None when too little of it was to be seen."""
+        dot, want, wanted, lost, expected = self.decay_5n[:, row]
+        if not expected >= _DECAY_EVIDENCE:
+            return None
+        return _numbers(dot, want, wanted, lost, wanted)
 
     def root_mean_squares(self, row: int, sampled: float) -> tuple[float, float, float]:
         """rms of the weight's (intended, applied, before), per element and step."""

@@ -17,7 +17,8 @@ class RowFacts:
     evidence: TensorEvidence  # identity, settings and counters; no numbers yet
     size: int  # real samples per step
     live_steps: int
-    state_dtypes: tuple[str, ...]  # "" for a state that does not exist
+    state_dtypes: tuple[str, ...]  # "" for a state that does not exist or whose replay is not exact
+    state_rates: tuple[float | None, ...]  # 1 - beta, where it is known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +75,15 @@ def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: 
     if sums.what_if_2n[1, i] > 0:
         what_if = {"bfloat16": float(sums.what_if_2n[0, i] / sums.what_if_2n[1, i])}
     accumulators = {
-        name: _state(sums, 1 + k, i, name, dtype, sampled)
-        for k, (name, dtype) in enumerate(zip(cohort.states, facts.state_dtypes, strict=True))
+        name: _state(sums, 1 + k, i, name, dtype, rate, sampled)
+        for k, (name, dtype, rate) in enumerate(
+            zip(cohort.states, facts.state_dtypes, facts.state_rates, strict=True)
+        )
         if dtype
     }
+    decay = sums.weight_decay(i, sampled)
+    if decay is not None:
+        accumulators["weight_decay"] = AccumulatorEvidence("weight_decay", base.dtype, decay)
     return dataclasses.replace(
         base,
         measured_steps=facts.live_steps,
@@ -96,7 +102,7 @@ def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: 
     )
 
 
-def _state(sums: Sums, slot: int, i: int, name: str, dtype: str, sampled: float) -> AccumulatorEvidence:
+def _state(sums: Sums, slot: int, i: int, name: str, dtype: str, rate: float | None, sampled: float) -> AccumulatorEvidence:
     growth, decay = sums.growth_and_decay(slot, i, sampled)
-    return AccumulatorEvidence(name, dtype, sums.numbers(slot, i, sampled), growth, decay)
+    return AccumulatorEvidence(name, dtype, sums.numbers(slot, i, sampled), growth, decay, rate=rate)
 
