@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.alerts import Alerts
+from update_watch.averages import Averages
 from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import TensorEvidence
 from update_watch.report import Report
@@ -61,6 +62,7 @@ class Watch:
         self._sinks = Sinks(list(sinks))
         self._judge = Worker("judging", self._judge_window)
         self._post = Worker("sink", self._sinks)
+        self._averages = Averages(averages, self._named, samples, self._rng)
         self._tap = StepTap(self._before, self._after, self._fail)
         self._handles: list[Any] = []
         for optimizer in optimizers:
@@ -109,7 +111,10 @@ class Watch:
 
     def _before(self, optimizer: Optimizer) -> Any:
         started = time.perf_counter()
-        measured = self._watched[id(optimizer)].before()
+        watched = self._watched[id(optimizer)]
+        if watched.index == 0:
+            self._averages.look()
+        measured = watched.before()
         self._seconds += time.perf_counter() - started
         return (measured,)
 
@@ -144,6 +149,7 @@ class Watch:
                 cohorts += parts[0]
                 others += parts[1]
                 skipped += parts[2]
+            averages = tuple(self._averages.close_window())
         held = {id(row.param) for watched in self._watched.values() for row in watched.rows}
         seen: set[int] = set()
         for _, tensor in self._named:
@@ -153,7 +159,7 @@ class Watch:
         order = {name: i for i, (name, _) in enumerate(self._named)}
         cost = 1e3 * self._seconds / steps if steps else None
         self._seconds = 0.0
-        self._judge.put(Window(self.step, steps, tuple(cohorts), tuple(others), order, cost, tuple(skipped)))
+        self._judge.put(Window(self.step, steps, tuple(cohorts), tuple(others), order, cost, tuple(skipped), averages))
 
     def _judge_window(self, window: Window) -> None:
         try:
@@ -240,7 +246,8 @@ def watch(
         samples: elements looked at per parameter.
         sinks: callables that take a `Report`; they run on a background thread, a failing one is dropped.
         thresholds: limits of the verdicts.
-        averages: further accumulators to watch, `{"ema": averaged_model}`.
+        averages: further accumulators to watch, `{"ema": averaged_model}` or, where the decay cannot be told from the
+            object, `{"ema": (averaged_model, 0.999)}`.
         seed: of the choice of samples. No global random state is used.
         step: gives the trainer's global step, to number reports; without it optimizer steps are counted.
 

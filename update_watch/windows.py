@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 
+from update_watch.averages import AverageWindow
+from update_watch.averages import read as read_average
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence
 from update_watch.tally import UNCHANGED, Sums, median_headroom
 from update_watch.transfer import Transfer
@@ -43,6 +45,7 @@ class Window:
     order: dict[str, int]  # name -> place in the report
     cost_ms: float | None
     skipped: tuple[Transfer, ...] = ()
+    averages: tuple[AverageWindow, ...] = ()
     time: float = dataclasses.field(default_factory=time.time)
 
 
@@ -54,6 +57,14 @@ def read(window: Window) -> WindowEvidence:
         sums = Sums.unpack(cohort.transfer.wait(), 1 + len(cohort.states), len(cohort.rows))
         for i, facts in enumerate(cohort.rows):
             tensors.append(_tensor(sums, i, facts, cohort, skipped))
+    for average in window.averages:
+        found = read_average(average)
+        tensors = [
+            dataclasses.replace(t, accumulators={**t.accumulators, found[t.name].name: found[t.name]})
+            if t.name in found
+            else t
+            for t in tensors
+        ]
     tensors.sort(key=lambda t: window.order.get(t.name, len(window.order)))
     return WindowEvidence(window.step, window.window, tuple(tensors), window.time, window.cost_ms, skipped)
 
