@@ -159,7 +159,7 @@ class Session:
             facts = {"window": self._options.window, "samples": self._options.samples, "audit": found.to_dict()}
             for sink in dashboards:
                 sink.describe(facts)
-        except Exception as error:  # noqa: BLE001  without an audit the steps can still be watched
+        except Exception as error:
             logger.warning("update-watch: no audit: %r", error)
 
     def finish(self, timeout: float = FLUSH_SECONDS) -> list[Report]:

@@ -11,7 +11,10 @@ OnStall = Literal["warn", "stop", "raise"] | Callable[[Report], Any]
 
 
 class StalledError(RuntimeError):
-    """Raised in the training loop with `on_stall="raise"`. `report` is the window that showed it, on the rank that did."""
+    """Raised in the training loop with `on_stall="raise"`.
+
+    `report` is the window that showed the stall; None on ranks that did not see it themselves.
+    """
 
     def __init__(self, message: str, report: Report | None = None) -> None:
         super().__init__(message)

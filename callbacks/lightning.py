@@ -107,6 +107,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         self._names: Names | None = None
         self._session: Session | None = None
         self._response: StallResponse | None = None
+        self._step = 0  # of the batch that runs, or ran last
 
     @classmethod
     def _of_environment(cls) -> UpdateWatch:
@@ -131,8 +132,10 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         averages = average_models(trainer.callbacks, self._options.averages, pl_module)
         is_leader = trainer.is_global_zero
         dashboards = [wandb_sink(run, "trainer/global_step") for run in _wandb_runs(trainer)] if is_leader else []
-        step = functools.partial(_logged_step, trainer)
-        session = Session(self._options, self._names, trainer.optimizers, step, averages, dashboards, is_leader)
+        self._step = _logged_step(trainer)
+        session = Session(
+            self._options, self._names, trainer.optimizers, lambda: self._step, averages, dashboards, is_leader
+        )
         self._session = session
         session.watch.enabled = False
         is_same_model = self._model is None or self._model() is pl_module
@@ -160,6 +163,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Steps count from here. Optimizers made since are watched too."""
         if self._session is not None:
+            self._step = _logged_step(trainer)
             self._session.follow(trainer.optimizers)
             self._session.watch.enabled = True
 
@@ -250,8 +254,9 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
 
     def __getstate__(self) -> dict[str, Any]:
         """Without threads, hooks and references: strategies that spawn processes pickle their callbacks."""
-        fresh = {"_session": None, "_response": None, "_names": None, "_model": None}
-        return {**self.__dict__, **fresh, "_state": self.state_dict()}
+        fresh = {"_session": None, "_response": None, "_names": None, "_model": None, "_state": self.state_dict()}
+        lightnings = ("log", "log_dict")  # set by every Trainer, bound to its module
+        return {**{name: value for name, value in self.__dict__.items() if name not in lightnings}, **fresh}
 
 
 def _logged_step(trainer: Any) -> int:
@@ -289,7 +294,7 @@ def _stop(trainer: Any) -> None:
     path = os.path.join(folder, f"stalled-step={trainer.global_step}.ckpt")
     try:
         trainer.save_checkpoint(path)
-    except Exception as error:  # noqa: BLE001  the run is to end in good order all the same
+    except Exception as error:
         logger.error("update-watch: training is stopped because tensors stalled; no checkpoint: %r", error)
     else:
         logger.warning("update-watch: training is stopped because tensors stalled; checkpoint: %s", path)

@@ -90,7 +90,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         """Attach: weights, optimizer state and the Trainer's state are restored."""
         self._end(state)
         # the Trainer looks up every stateful callback here when it saves, also after resuming a run without this one
-        stored = state.stateful_callbacks.setdefault("UpdateWatch", self.state())
+        stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         model, is_leader = kwargs["model"], state.is_world_process_zero
         averages = average_models((), self._options.averages, model)
         dashboards = [wandb_sink(run, "train/global_step") for run in _wandb_runs(args)] if is_leader else []

@@ -1,0 +1,274 @@
+"""UpdateWatch in Hugging Face's Trainer, on small models with random weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from update_watch.callbacks._stall import StalledError
+from update_watch.report import Report
+from update_watch.thresholds import Thresholds
+
+transformers = pytest.importorskip("transformers", minversion="5")
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402  after importorskip
+
+from update_watch.callbacks.transformers import UpdateWatch  # noqa: E402
+
+FAST = Thresholds(minimum_steps=2)
+LOW = 1e-6
+WIDTH, BATCH = 8, 4
+
+pytestmark = [pytest.mark.filterwarnings("ignore:.*pin_memory.*")]
+
+
+class Model(nn.Module):
+    """A regression whose weights lie around 1 in the norm, around 0.1 elsewhere."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(WIDTH, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 1)).to(dtype)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = self.net(x.to(self.net[0].weight.dtype)).float()
+        return {"loss": (out - x.sum(1, keepdim=True)).pow(2).mean()}
+
+
+class Watched(UpdateWatch):
+    """Keeps every report, and prints nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        self.reports: list[Report] = []
+        super().__init__(**{"window": 4, "sinks": [self.reports.append], "print_audit": False, **options})
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., Trainer]:
+    def run(model: nn.Module, *callbacks: Any, steps: int = 12, resume: Any = None, **options: Any) -> Trainer:
+        arguments: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": steps,
+            "per_device_train_batch_size": BATCH,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "logging_steps": 4,
+        }
+        data = torch.randn(400 * BATCH, WIDTH, generator=torch.Generator().manual_seed(1))
+        trainer = Trainer(
+            model,
+            TrainingArguments(**{**arguments, **options}),
+            train_dataset=[{"x": row} for row in data],  # type: ignore[arg-type]
+            callbacks=list(callbacks),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return run
+
+
+def stalled_names(report: Report) -> set[str]:
+    return {t.name for t in report.tensors if t.health == "stalled"}
+
+
+def inner(trainer: Trainer) -> torch.optim.Optimizer:
+    assert trainer.optimizer is not None
+    found: torch.optim.Optimizer = trainer.optimizer.optimizer  # type: ignore[attr-defined]
+    return found
+
+
+Train = Callable[..., Trainer]
+
+
+def test_reports_are_numbered_by_the_global_step_and_kept_in_the_log_history(train: Train) -> None:
+    watch = Watched()
+    trainer = train(Model(), watch)
+    assert [(r.step, r.window) for r in watch.reports] == [(4, 4), (8, 4), (12, 4)]
+    assert watch.last == watch.reports[-1]
+    ours = [entry for entry in trainer.state.log_history if "update_watch/efficiency" in entry]
+    assert [entry["step"] for entry in ours] == [4, 8, 12]
+    assert [entry["update_watch/efficiency"] for entry in ours] == [r.efficiency for r in watch.reports]
+    assert all(0.98 < entry["update_watch/efficiency"] < 1.02 for entry in ours)
+
+
+def test_gradient_accumulation_counts_updates(train: Train) -> None:
+    watch = Watched()
+    train(Model(), watch, steps=8, gradient_accumulation_steps=3)
+    assert [(r.step, r.window) for r in watch.reports] == [(4, 4), (8, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_training_is_bit_identical_with_and_without(train: Train, dtype: torch.dtype, accumulate: int) -> None:
+    states = []
+    for callbacks in ([], [Watched()]):
+        model = Model(dtype)
+        optimizer = inner(train(model, *callbacks, gradient_accumulation_steps=accumulate))
+        tensors = [torch.as_tensor(v) for state in optimizer.state.values() for v in state.values()]
+        states.append([*model.state_dict().values(), *tensors, torch.get_rng_state()])
+    assert len(states[0]) == len(states[1]) > 18
+    assert all(map(torch.equal, *states))
+
+
+def test_weights_loaded_in_bfloat16_lose_what_a_full_comparison_says_they_lose(train: Train) -> None:
+    class Full(TrainerCallback):  # type: ignore[misc]
+        """Elements of the norm's weight that moved, of 12 steps; all of them were to move."""
+
+        def __init__(self) -> None:
+            self.changed = self.total = 0
+
+        def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            self.before = model.net[1].weight.detach().clone()
+
+        def on_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+            self.changed += int((model.net[1].weight != self.before).sum())
+            self.total += self.before.numel()
+
+    watch, full = Watched(window=128), Full()
+    train(Model(torch.bfloat16), watch, full, learning_rate=2e-3)
+    (report,) = watch.reports
+    norm = next(t for t in report.tensors if t.name == "net.1.weight")
+    assert 0 < full.changed < full.total
+    assert norm.lost_fraction == pytest.approx(1 - full.changed / full.total, abs=0.03)
+
+
+def test_nothing_stays_attached_after_training(train: Train) -> None:
+    optimizer = inner(train(Model(), Watched()))
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_training_twice_is_watched_twice_and_once_each(train: Train) -> None:
+    watch = Watched()
+    model = Model()
+    train(model, watch)
+    train(model, watch)
+    assert [r.window for r in watch.reports] == [4] * 6
+
+
+def test_a_scheduler_and_clipping_are_seen_as_they_are(train: Train) -> None:
+    watch = Watched(window=12)
+    train(Model(), watch, lr_scheduler_type="linear", max_grad_norm=1e-3)
+    (report,) = watch.reports
+    assert report.efficiency == pytest.approx(1.0, abs=0.02)
+    assert {t.lr for t in report.tensors} == {pytest.approx(1e-3 / 12)}
+
+
+# --- state ---------------------------------------------------------------------------------------------
+
+
+def test_state_goes_through_the_trainers_checkpoint(train: Train, tmp_path: Path) -> None:
+    first = Watched(thresholds=FAST)
+    train(Model(torch.bfloat16), first, learning_rate=LOW, save_strategy="steps", save_steps=12)
+    told = {name for report in first.reports for alert in report.alerts for name in alert.tensors}
+    assert told
+    path = tmp_path / "run" / "checkpoint-12"
+    stored = json.loads((path / "trainer_state.json").read_text())
+    assert stored["stateful_callbacks"]["Watched"]["attributes"]["memory"]
+    assert any("update_watch/efficiency" in entry for entry in stored["log_history"])
+
+    resumed = Watched(thresholds=FAST)
+    train(Model(torch.bfloat16), resumed, steps=24, learning_rate=LOW, resume=str(path))
+    assert [r.step for r in resumed.reports] == [16, 20, 24]
+    again = [a for r in resumed.reports for a in r.alerts if a.level == "ERROR" and set(a.tensors) <= told]
+    assert stalled_names(resumed.reports[-1]) and not again
+
+
+def test_a_run_begun_without_it_can_be_resumed_and_saved_with_it(train: Train, tmp_path: Path) -> None:
+    train(Model(), save_strategy="steps", save_steps=12)
+    watch = Watched()
+    train(Model(), watch, steps=16, resume=str(tmp_path / "run" / "checkpoint-12"), save_strategy="steps", save_steps=4)
+    assert [r.step for r in watch.reports] == [16]
+    assert (tmp_path / "run" / "checkpoint-16" / "trainer_state.json").exists()
+
+
+def test_the_trainer_can_restore_the_callback_itself(train: Train, tmp_path: Path) -> None:
+    train(Model(), UpdateWatch(window=6, on_stall="stop"), save_strategy="steps", save_steps=12)
+    trainer = train(
+        Model(),
+        UpdateWatch(window=3),
+        steps=24,
+        resume=str(tmp_path / "run" / "checkpoint-12"),
+        restore_callback_states_from_checkpoint=True,
+    )
+    (restored,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, UpdateWatch)]
+    assert restored._options.window == 6 and restored._options.on_stall == "stop"
+    assert restored.last is not None and restored.last.step == 24
+
+
+# --- what it tells ----------------------------------------------------------------------------------------
+
+
+def test_printed_lines_have_efficiency_and_stalled(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Watched(thresholds=FAST)
+    train(Model(torch.bfloat16), watch, steps=24, learning_rate=LOW)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "'loss'" in line]
+    assert len(lines) == 6
+    assert "'efficiency': " in lines[-1] and f"'stalled': {len(stalled_names(watch.reports[-2]))}" in lines[-1]
+
+
+def test_printed_lines_stay_as_they_are_without_the_entry(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    train(Model(), Watched(progress_bar=False))
+    out = capsys.readouterr().out
+    assert "'loss'" in out and "efficiency" not in out
+
+
+def test_audit_is_printed_once(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    train(Model(), UpdateWatch(window=4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "update-watch" in line]
+    assert lines == ["update-watch: 6 tensors watched; nothing in their formats will stall."]
+    train(Model(torch.bfloat16), UpdateWatch(window=4), learning_rate=LOW)
+    out = capsys.readouterr().out
+    assert out.count("update-watch:") == 1 and "nothing in their formats will stall" not in out
+
+
+# --- on_stall --------------------------------------------------------------------------------------------
+
+
+def test_stop_ends_the_run_with_a_checkpoint(train: Train, tmp_path: Path) -> None:
+    watch = Watched(thresholds=FAST, on_stall="stop")
+    trainer = train(Model(torch.bfloat16), watch, steps=400, learning_rate=LOW, save_strategy="steps", save_steps=1000)
+    stopped = trainer.state.global_step
+    assert 4 <= stopped < 400
+    assert (tmp_path / "run" / f"checkpoint-{stopped}" / "trainer_state.json").exists()
+
+
+def test_raise_raises_with_the_report(train: Train) -> None:
+    with pytest.raises(StalledError, match=r"update-watch: .*stalled") as caught:
+        train(Model(torch.bfloat16), Watched(thresholds=FAST, on_stall="raise"), steps=400, learning_rate=LOW)
+    assert caught.value.report is not None and stalled_names(caught.value.report)
+
+
+@pytest.mark.parametrize("answer", [True, None])
+def test_a_function_decides(train: Train, answer: bool | None) -> None:
+    heard: list[Report] = []
+
+    def on_stall(report: Report) -> bool | None:
+        heard.append(report)
+        return answer
+
+    watch = Watched(thresholds=FAST, on_stall=on_stall)
+    trainer = train(Model(torch.bfloat16), watch, steps=60, learning_rate=LOW)
+    assert (trainer.state.global_step < 60) == (answer is True)
+    assert heard and all(stalled_names(report) for report in heard)
+
+
+def test_a_healthy_twin_is_not_stopped(train: Train) -> None:
+    trainer = train(Model(), Watched(thresholds=FAST, on_stall="stop"), steps=24)
+    assert trainer.state.global_step == 24
+
+
+def test_an_error_of_ours_does_not_reach_training(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    watch = Watched(averages={"ema": "no.such"})
+    trainer = train(Model(), watch)
+    assert trainer.state.global_step == 12 and watch.last is None
+    assert "UpdateWatch(averages={'ema': 'no.such'}): Model has no attribute 'no.such'" in caplog.text
