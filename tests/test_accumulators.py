@@ -37,6 +37,7 @@ HEALTHY = {
     "state-at-the-edge-of-bf16": accumulator("exp_avg_sq", 0.3, growth=0.9, decay=0.05, rate=2.0**-8),
     "beta2-0.995": accumulator("exp_avg_sq", 0.5, decay=0.05, rate=1 - 0.995),
     "state-fp32": accumulator("exp_avg_sq", 0.9, decay=0.0, dtype="float32", rate=0.001),
+    "state-fp32-at-an-unknown-rate": accumulator("exp_avg_sq", 0.9, decay=0.0, dtype="float32"),
     "state-fp16-at-0.999": accumulator("exp_avg_sq", 0.9, decay=0.05, dtype="float16", rate=0.001),
     "hardly-any-decay-wanted": accumulator(
         "exp_avg_sq", 0.9, decay_numbers=Numbers(0.0, wanted_fraction=0.04), rate=0.001

@@ -104,6 +104,15 @@ def test_getting_worse_is_told_and_getting_better_is_not_until_well(alerts: Aler
     ]
 
 
+def test_what_was_an_error_is_not_told_again_before_it_was_well(alerts: Alerts, clock: Clock) -> None:
+    course = [Health.stalled, Health.stalling, Health.stalled, Health.stalling, Health.stalled]
+    counts = []
+    for health in course:
+        clock.now += 1000
+        counts.append(len(told(alerts, tensor("a.w", health))))
+    assert counts == [1, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("rest", [Health.idle, Health.frozen, Health.unknown])
 def test_a_stall_interrupted_by_rest_is_not_told_again(alerts: Alerts, rest: Health) -> None:
     told(alerts, tensor("a.w", Health.stalled))
@@ -352,11 +361,14 @@ def test_a_resume_keeps_budget_cooldown_and_what_was_held_back(clock: Clock) -> 
     assert alert.text.splitlines()[-1].startswith("2 other changes of state were held back")
 
 
-def test_a_clock_that_was_set_back_does_not_silence_the_alerts(alerts: Alerts, clock: Clock) -> None:
+def test_a_clock_that_was_set_back_does_not_silence_the_alerts(clock: Clock) -> None:
+    alerts = Alerts(Thresholds(alerts_per_hour=2), clock)
     told(alerts, tensor("a.w", Health.stalled))
     told(alerts, tensor("a.w", Health.healthy))
+    told(alerts, tensor("b.w", Health.stalled))
     clock.now -= 1e5
-    assert levels(told(alerts, tensor("a.w", Health.stalled))) == [("ERROR", ("a.w",))]
+    both = (tensor("a.w", Health.stalled), tensor("c.w", Health.stalled))
+    assert levels(told(alerts, *both)) == [("ERROR", ("a.w", "c.w"))]
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,12 @@ def test_an_efficiency_within_its_error_of_the_limit_does_not_accuse() -> None:
     assert verdicts(tensor(0.75, efficiency_error=0.02))[0].health is Health.stalling
 
 
+def test_under_stochastic_rounding_the_error_counts_more() -> None:
+    rare = {"scheme": "stochastic", "lost": 0.8, "headroom_histogram": histogram(-3), "displacement_evidence": 0.0}
+    assert verdicts(tensor(0.75, efficiency_error=0.02, **rare))[0].health is Health.healthy
+    assert verdicts(tensor(0.75, efficiency_error=0.01, **rare))[0].health is Health.stalling
+
+
 def test_the_error_is_no_way_out_of_a_verdict() -> None:
     first, second = verdicts(tensor(0.5, lost=0.5), tensor(0.85, efficiency_error=0.05))
     assert (first.health, second.health) == (Health.stalling, Health.stalling)

@@ -73,8 +73,6 @@ class Alerts:
                 is_cooling = 0 <= now - self._told_at.get(state.key, -math.inf) < self._limits.alert_cooldown
                 if told is not None or not is_cooling:
                     news[state.level].append(state)
-            elif state.level is not told:
-                self._told[state.key] = state.level  # better, but not well: nothing to tell yet
         alerts = []
         for level, states in news.items():
             if not states:

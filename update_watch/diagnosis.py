@@ -71,7 +71,7 @@ class Diagnosis:
             step=evidence.step,
             window=evidence.window,
             health=run_health(tensors),
-            headline=headline(tensors, self._limits),
+            headline=headline(tensors),
             tensors=tensors,
             layers=roll_up(tensors),
             time=evidence.time,

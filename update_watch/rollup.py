@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from update_watch.accumulators import alert_level
 from update_watch.advice import Seen, advise, brief, fixed, plural, why
 from update_watch.report import SEVERITY, AccumulatorReport, Cause, Health, LayerReport, TensorReport, weighted_mean
-from update_watch.thresholds import Thresholds
+from update_watch.score import known
 
 _BAD = (Health.broken, Health.stalled, Health.stalling)
 _RANK = {health: i for i, health in enumerate(SEVERITY)}
@@ -45,7 +45,7 @@ def worst_first(tensors: Iterable[TensorReport]) -> list[TensorReport]:
     return sorted(tensors, key=lambda t: (_RANK[t.health], 1.0 if t.efficiency is None else t.efficiency, -t.numel))
 
 
-def headline(tensors: Sequence[TensorReport], limits: Thresholds) -> str:
+def headline(tensors: Sequence[TensorReport]) -> str:
     """One sentence: what is wrong with how many tensors since when, and the cure; or that all is well."""
     if not tensors:
         return "No tensors are watched."
@@ -143,6 +143,9 @@ def _words(name: str) -> set[str]:
 
 
 def _layer(name: str, members: list[TensorReport]) -> LayerReport:
+    if len(members) == 1:
+        (only,) = members
+        return LayerReport(name, only.health, (only.name,), known(only.efficiency))
     worst = min((t.health for t in members), key=_RANK.__getitem__)
     names = tuple(t.name for t in members if t.health is worst)
     return LayerReport(name, worst, names, weighted_mean((t.efficiency, t.numel) for t in members))
