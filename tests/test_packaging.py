@@ -42,7 +42,7 @@ def copy_of_the_repository(to: Path) -> Path:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, to / folder, symlinks=True, ignore=ignored)
     for path in ROOT.iterdir():
-        if path.is_file() and path.suffix in {".toml", ".md", ""}:
+        if path.is_file() and path.suffix in {".toml", ".md", ".in", ""}:
             shutil.copy(path, to)
     return to
 
