@@ -1,7 +1,8 @@
 """update-watch: did the stored weights receive what the optimizer intended, and if not, why?"""
 
 from update_watch import formats
-from update_watch.audit import Audit, audit
+from update_watch.audit import audit
+from update_watch.audit_table import Audit
 from update_watch.evidence import WindowEvidence
 from update_watch.report import (
     AccumulatorReport,
