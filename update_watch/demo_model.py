@@ -1,9 +1,9 @@
 """What the demo trains: a small byte-level GPT and a text that every Python ships.
 
-Weights are stored in one number format and computed with in FP32 (`round` below): a matrix product of BF16 matrices on
-a CPU is many times slower than one of FP32 matrices. `round` is also what makes the two runs of the demo comparable:
-a weight kept in FP32 is rounded to the low format before it is used, as mixed precision does, so that
-forward and backward see the same values in both runs until their stored weights part.
+Weights are stored in one number format and computed with in FP32 (`rounded` below), because a product of BF16 matrices
+takes a CPU many times longer than one of FP32 matrices. It is also what makes the two runs of the demo comparable: a
+weight kept in FP32 is rounded to the low format before it is used, as mixed precision does, so that forward and
+backward see the same values in both runs until their stored weights part.
 
 Legend: B sequences, T bytes, D width, H heads.
 """
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CONTEXT = 96  # bytes
-WIDTH = 96
+CONTEXT = 64  # bytes
+WIDTH = 64
 HEADS = 4
 BLOCKS = 2
 VOCABULARY = 256
@@ -116,15 +116,17 @@ class GPT(nn.Module):
 
 
 @functools.lru_cache(maxsize=1)
-def text() -> Tensor:
-    """Python's own documentation as one tensor of bytes."""
+def text() -> tuple[Tensor, Tensor]:
+    """Python's own documentation as bytes: what is trained on, and the last twentieth, which is held back."""
     from pydoc_data.topics import topics
 
     joined = "\n\n".join(topics[name] for name in sorted(topics))
-    return torch.frombuffer(bytearray(joined.encode()), dtype=torch.uint8)
+    whole = torch.frombuffer(bytearray(joined.encode()), dtype=torch.uint8)
+    cut = len(whole) * 19 // 20
+    return whole[:cut], whole[cut:]
 
 
-def batch(size: int, generator: torch.Generator) -> Tensor:
-    """`size` random pieces of the text, (size, CONTEXT + 1), int64."""
-    starts = torch.randint(len(text()) - CONTEXT - 1, (size, 1), generator=generator)
-    return text()[starts + torch.arange(CONTEXT + 1)].long()
+def batch(source: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """`size` random pieces of a text, (size, CONTEXT + 1), int64."""
+    starts = torch.randint(len(source) - CONTEXT - 1, (size, 1), generator=generator)
+    return source[starts + torch.arange(CONTEXT + 1)].long()
