@@ -125,7 +125,7 @@ class Cohort:
     # --- gathering ------------------------------------------------------------------------------
 
     def _gather_weights(self, out_nK: Tensor) -> None:
-        gather([row.view("weight", row.param.detach()) for row in self.rows], self.samplers, out_nK)
+        gather([row.view("weight", row.param) for row in self.rows], self.samplers, out_nK)
 
     def _gather_states(self, states: list[dict[str, Any]], out_AnK: Tensor) -> None:
         for name, slot in self._slots.items():
