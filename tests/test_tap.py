@@ -218,14 +218,27 @@ def test_compiled_step_is_seen_without_a_warning(
     assert not [w for w in recwarn.list if "_getframe" in str(w.message)]
 
 
-def test_before_and_after_run_without_autograd(param: torch.nn.Parameter) -> None:
+@pytest.mark.parametrize("fails", [False, True], ids=["well", "failing"])
+def test_before_and_after_run_outside_of_the_steps_precision_context(param: torch.nn.Parameter, fails: bool) -> None:
     seen = []
-    tap = StepTap(lambda opt: seen.append(torch.is_grad_enabled()), lambda opt, _: seen.append(torch.is_grad_enabled()))
+
+    def look(opt: Optimizer, snapshot: Any = None) -> None:
+        seen.append((torch.is_grad_enabled(), torch.zeros(1).dtype, (param[:, None] @ param[None]).dtype))
+        if fails:
+            raise ValueError
+
+    tap = StepTap(look, look, lambda error: None)
     opt = SGD([param], lr=LR)
     tap.attach(opt)
-    opt.step(make_closure(param, opt))  # type: ignore[arg-type]
-    assert seen == [False, False]
-    assert torch.is_grad_enabled()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            opt.step(make_closure(param, opt))  # type: ignore[arg-type]
+            assert torch.is_grad_enabled() and torch.zeros(1).dtype is torch.bfloat16
+            assert (param.detach()[:, None] @ param.detach()[None]).dtype is torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen == [(False, torch.float32, torch.float32)] * (1 if fails else 2)
 
 
 def test_snapshot_none_is_a_snapshot(param: torch.nn.Parameter) -> None:
@@ -568,3 +581,14 @@ def test_unwrap_of_accelerates_and_lightnings_wrappers(param: torch.nn.Parameter
     wrapped = object.__new__(accelerate.AcceleratedOptimizer)
     wrapped.__dict__["optimizer"] = opt
     assert unwrap(wrapped) is opt
+
+
+def test_parameters_on_a_device_without_autocast_are_seen() -> None:
+    param = torch.nn.Parameter(torch.ones(3, device="meta"))
+    opt = SGD([param], lr=LR)
+    seen: list[Any] = []
+    tap = StepTap(lambda opt: param.shape, lambda opt, shape: seen.append(shape))
+    tap.attach(opt)
+    param.grad = torch.ones_like(param)
+    opt.step()
+    assert tap.error is None and seen == [(3,)]

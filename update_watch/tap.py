@@ -35,8 +35,8 @@ OnError = Callable[[Exception], Any]
 class StepTap:
     """Calls `before(optimizer)` and `after(optimizer, snapshot)` around every step of the attached optimizers.
 
-    `snapshot` is what `before` returned for this step. Both run without autograd and are never traced by
-    `torch.compile`. `before` sees this step's gradients, clipped and unscaled where that happens before the rule;
+    `snapshot` is what `before` returned for this step. Both run without autograd and autocast, with FP32 as default
+    dtype, and are never traced by `torch.compile`. `before` sees this step's gradients, clipped and unscaled where that happens before the rule;
     gradients must not be read in `after`, since some rules overwrite them.
 
     An exception from either does not reach training: the tap detaches itself, ignores later `attach` calls, keeps the
@@ -147,7 +147,7 @@ class StepTap:
         self._depth += 1
         self._thread = threading.get_ident()
         try:
-            with torch.no_grad():
+            with _PlainTorch(opt):
                 step.snapshot = self._before(opt)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
@@ -160,7 +160,7 @@ class StepTap:
             return
         self._depth += 1
         try:
-            with torch.no_grad():
+            with _PlainTorch(opt):
                 self._after(opt, step.snapshot)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
@@ -177,6 +177,37 @@ class StepTap:
             self._on_error(error)
         except Exception as second:
             logger.error("update-watch: on_error failed: %r", second, exc_info=second)
+
+
+class _PlainTorch:
+    """No autograd, no autocast, FP32 as default dtype; what was before comes back.
+
+    A step taken inside a trainer's step (Lightning's manual optimization) runs in its precision context: under
+    "bf16-true" `torch.zeros(1)` is BF16 there, under "bf16-mixed" a product of FP32 tensors is.
+    """
+
+    __slots__ = ("_autocast", "_dtype", "_grad")
+
+    def __init__(self, opt: Optimizer) -> None:
+        first = next((p for group in opt.param_groups for p in group["params"]), None)
+        kinds = {"cpu"} if first is None else {"cpu", first.device.type}
+        available = filter(torch.amp.is_autocast_available, kinds)
+        self._autocast = [kind for kind in available if torch.is_autocast_enabled(kind)]
+
+    def __enter__(self) -> None:
+        self._grad, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+        torch.set_grad_enabled(False)
+        self._set(False, torch.float32)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(True, self._dtype)
+        torch.set_grad_enabled(self._grad)
+
+    def _set(self, is_autocast: bool, dtype: torch.dtype) -> None:
+        for kind in self._autocast:
+            torch.set_autocast_enabled(kind, is_autocast)
+        if torch.get_default_dtype() is not dtype:
+            torch.set_default_dtype(dtype)
 
 
 class _Step:
