@@ -41,6 +41,10 @@ class JournalError(ValueError):
     """A file that is not a journal this version can use."""
 
 
+class EmptyJournalError(JournalError):
+    """A journal without a window so far."""
+
+
 class Journal:
     """A sink that appends every report to a journal.
 
@@ -62,7 +66,9 @@ class Journal:
         self, path: str | os.PathLike[str], run: Mapping[str, Any] | None = None, max_bytes: int | None = MAX_BYTES
     ) -> None:
         if max_bytes is not None and (isinstance(max_bytes, bool) or max_bytes <= 0):
-            raise ValueError(f"Journal(max_bytes={max_bytes!r}) must be a positive number of bytes, or None for no limit.")
+            raise ValueError(
+                f"Journal(max_bytes={max_bytes!r}) must be a positive number of bytes, or None for no limit."
+            )
         try:
             self.run = json.loads(json.dumps(dict(run or {}), allow_nan=False))
         except (TypeError, ValueError) as error:
@@ -187,8 +193,13 @@ class JournalReader:
         self.run: dict[str, Any] = {}  # what the last header says about the run
         self.damaged: list[tuple[int, str]] = []  # (line number, what is wrong)
 
-    def frames(self, wanted: Callable[[int], bool] | None = None) -> Iterator[Frame]:
-        """The windows, one after the other; only those on lines whose number is `wanted`."""
+    def frames(
+        self, wanted: Callable[[int], bool] | None = None, is_whole: Callable[[int], bool] = lambda number: True
+    ) -> Iterator[Frame]:
+        """The windows, one after the other; only those on lines whose number is `wanted`.
+
+        Where a line is not asked for as a whole, sentences, headroom and accumulators are left out.
+        """
         tables: dict[str, TensorTable] = {}
         self.run, self.damaged = {}, []
         lines = 0
@@ -209,7 +220,7 @@ class JournalReader:
                     elif kind == "tensors":
                         tables[str(line.get("table"))] = table_of(line)
                     elif kind == "window":
-                        yield frame_of_line(line, tables)
+                        yield frame_of_line(line, tables, is_whole(number))
                     # other kinds carry nothing a window needs
                     is_ours = True
                 except JournalError:

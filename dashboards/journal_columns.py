@@ -6,6 +6,7 @@ TypeError, KeyError, IndexError, AttributeError, OverflowError, which `journal_l
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ _SHARE = 10_000  # headroom shares are stored as whole ten-thousandths
 _SPARSE = 0.6  # from this share on, a column is stored as the exceptions from its most common value
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 _SLOT = "\x1f"  # where a number stood in a sentence
+
 
 def short(value: float | None) -> float | None:
     """Four significant digits."""
@@ -67,13 +69,12 @@ def _float(value: Any) -> float:
 
 
 def indices_of(values: Any, count: int) -> Any:
-    indices = np.array([whole_of(v) for v in values], dtype=np.int64)
+    indices = np.array(values, dtype=None if len(values) else np.int64)
+    if indices.dtype.kind not in "iu" or indices.ndim != 1:
+        raise ValueError("damaged window (indices that are no whole numbers)")
     if len(indices) and (indices.min() < 0 or indices.max() >= count):
         raise ValueError("damaged window (index of a tensor)")
     return indices
-
-
-# --- headroom ------------------------------------------------------------------------------------------
 
 
 def headroom_lines(headroom: Floats) -> list[list[int] | None]:
@@ -82,29 +83,31 @@ def headroom_lines(headroom: Floats) -> list[list[int] | None]:
     filled = shares > 0
     known = filled.any(axis=1) & ~np.isnan(headroom).any(axis=1)
     first, beyond = filled.argmax(axis=1), HEADROOM_BINS - filled[:, ::-1].argmax(axis=1)
-    return [
-        [a, *row[a:b]] if is_known else None
-        for is_known, a, b, row in zip(known.tolist(), first.tolist(), beyond.tolist(), shares.tolist(), strict=True)
-    ]
+    rows: list[list[int]] = shares.tolist()
+    return [[int(first[i]), *row[first[i] : beyond[i]]] if known[i] else None for i, row in enumerate(rows)]
 
 
 def headroom_of(rows: Any, count: int) -> Floats:
-    if len(rows) != count:
-        raise ValueError("damaged window (number of histograms)")
+    known = [i for i, row in enumerate(rows) if row is not None]
+    lengths = np.array([len(rows[i]) - 1 for i in known], dtype=np.int64)
+    first = np.array([whole_of(rows[i][0]) for i in known], dtype=np.int64)
+    shares = np.array(list(itertools.chain.from_iterable(rows[i][1:] for i in known)), dtype=np.float64)
     headroom = np.full((count, HEADROOM_BINS), np.nan)
-    for i, row in enumerate(rows):
-        if row is None:
-            continue
-        first, shares = whole_of(row[0]), np.array(row[1:], dtype=np.float64)
-        total = float(shares.sum())
-        if first < 0 or first + len(shares) > HEADROOM_BINS or not total > 0 or not np.isfinite(total):
-            raise ValueError("damaged window (histogram)")
-        headroom[i] = 0.0
-        headroom[i, first : first + len(shares)] = shares / total
+    if len(rows) != count or shares.ndim != 1 or not np.isfinite(shares).all():
+        raise ValueError("damaged window (histograms)")
+    if not known:
+        return headroom
+    if (first < 0).any() or (first + lengths > HEADROOM_BINS).any():
+        raise ValueError("damaged window (bins of a histogram)")
+    filled = np.zeros((len(known), HEADROOM_BINS))
+    row = np.repeat(np.arange(len(known)), lengths)
+    within = np.arange(len(shares)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    filled[row, first[row] + within] = shares
+    total = filled.sum(axis=1, keepdims=True)
+    if not (total > 0).all() or not np.isfinite(total).all():
+        raise ValueError("damaged window (an empty histogram)")
+    headroom[known] = filled / total
     return headroom
-
-
-# --- sentences -----------------------------------------------------------------------------------------
 
 
 def advice_lines(advice: Mapping[int, str]) -> list[list[Any]]:

@@ -148,8 +148,16 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
     return line
 
 
-def frame_of_line(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
-    """The frame in a "window" line; ValueError when it is damaged or its table is missing."""
+def frame_of_line(line: Mapping[str, Any], tables: Mapping[str, TensorTable], is_whole: bool = True) -> Frame:
+    """The frame in a "window" line; ValueError when it is damaged or its table is missing.
+
+    Not `is_whole`: without sentences, headroom, accumulators and what-ifs, which is many times faster.
+    """
+    if not is_whole:
+        line = {key: value for key, value in line.items() if key not in ("headroom", "what_if")}
+        line["accumulators"] = {}
+        if isinstance(line.get("tensors"), dict):
+            line["tensors"] = {key: value for key, value in line["tensors"].items() if key != "advice"}
     try:
         return _frame(line, tables)
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
@@ -234,7 +242,12 @@ def _alert_lines(alerts: Sequence[Alert], table: TensorTable) -> list[dict[str, 
     places = {name: i for i, name in enumerate(table.name)} if alerts else {}
     lines = []
     for alert in alerts:
-        line: dict[str, Any] = {"step": alert.step, "level": alert.level.value, "title": alert.title, "text": alert.text}
+        line: dict[str, Any] = {
+            "step": alert.step,
+            "level": alert.level.value,
+            "title": alert.title,
+            "text": alert.text,
+        }
         line["tensors"] = [places.get(name, name) for name in alert.tensors]
         lines.append(line if alert.cause is None else {**line, "cause": alert.cause.value})
     return lines

@@ -130,6 +130,4 @@ def _rewrite(source: BinaryIO, target: BinaryIO, width: int, joinable: int) -> N
 
 def _can_join(first: Frame, second: Frame, width: int) -> bool:
     # a step that goes back is a run resumed from an earlier checkpoint
-    return (
-        first.table == second.table and second.step > first.step and first.windows + second.windows <= width
-    )
+    return first.table == second.table and second.step > first.step and first.windows + second.windows <= width
