@@ -102,10 +102,10 @@ HEADLINES = [
     pytest.param(
         (
             healthy("a.w"),
-            stalled("b.w"),
+            tensor(0.0, name="e.w", lost=1.0, headroom_histogram=histogram(4)),
+            stalled("b.w", accumulators=accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)),
             stalled("c.w"),
             tensor(0.5, name="d.w", lost=0.5),
-            tensor(0.0, name="e.w", lost=1.0, headroom_histogram=histogram(4)),
             healthy("f.w", accumulators=accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)),
         ),
         "2 of 6 tensors are stalled since step 1: BF16 weights without an FP32 master round the updates away"

@@ -73,15 +73,16 @@ class Alerts:
                 is_cooling = 0 <= now - self._told_at.get(state.key, -math.inf) < self._limits.alert_cooldown
                 if told is not None or not is_cooling:
                     news[state.level].append(state)
-        alerts = []
+        sending = []
         for level, states in news.items():
-            if not states:
-                continue
-            if len(self._sent) >= self._budget(level):
+            if states and len(self._sent) < self._budget(level):
+                self._sent.append(now)
+                sending.append((level, states))
+            else:
                 self._held.update(state.key for state in states)
-                continue
-            alerts.append(self._alert(level, states, report))
-            self._sent.append(now)
+        self._held -= {state.key for _, states in sending for state in states}
+        alerts = [self._alert(level, states, report) for level, states in sending]
+        for level, states in sending:
             for state in states:
                 if level is Level.info:
                     del self._told[state.key]
@@ -105,8 +106,7 @@ class Alerts:
             rest = [state.key for state in states[limit : 2 * limit]]
             dots = ", ..." if len(states) > 2 * limit else ""
             lines.append(f"and {len(states) - limit} more: {', '.join(rest)}{dots}")
-        held = self._held - {state.key for state in states}
-        self._held = set()
+        held, self._held = self._held, set()
         if held:
             lines.append(
                 f"{plural(len(held), 'other change')} of state {'was' if len(held) == 1 else 'were'} held back by the"
