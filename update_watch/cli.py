@@ -90,14 +90,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from update_watch.dashboards.html import write_report
-    from update_watch.dashboards.journal import JournalError
-
     if not options.live:  # that one waits for them
         for journal in options.journals:
             _need_file(journal)
     if options.out.is_dir():
         raise UsageError(f"--output {options.out} is a folder; name a file in it")
+    from update_watch.dashboards.html import write_report
+    from update_watch.dashboards.journal import JournalError
+
     try:
         write_report(options.journals, options.out, live=options.live, png=options.png)
     except JournalError as error:
@@ -110,10 +110,10 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _top(options: argparse.Namespace) -> None:
+    _need_file(options.journal)
     from update_watch.dashboards.journal import JournalError
     from update_watch.dashboards.terminal import top
 
-    _need_file(options.journal)
     try:
         top(options.journal, once=options.once)
     except JournalError as error:

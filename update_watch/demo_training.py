@@ -47,8 +47,9 @@ class Settings:
 
     @property
     def window(self) -> int:
-        """Steps per report."""
-        return max(self.steps // _WINDOWS, 8)
+        """Steps per report: about a twentieth of all, so that the last window is as full as possible."""
+        fitting = range(max(self.steps // _WINDOWS, 8), max(self.steps // 12, 16) + 1)
+        return max(fitting, key=lambda window: ((self.steps - 1) % window + 1) / window)
 
 
 class Training:
@@ -99,10 +100,9 @@ def trainings(settings: Settings) -> list[Training]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = GPT(stored, compute=stored)
-    label = settings.precision.upper()
-    found = [Training(settings.precision, f"{label} weights", model, settings)]
-    if stored is not torch.float32:
         twin = GPT(torch.float32, compute=stored)
+    found = [Training(settings.precision, f"{settings.precision.upper()} weights", model, settings)]
+    if stored is not torch.float32:
         twin.load_state_dict(model.state_dict())
         found.append(Training(MASTERS, "FP32 masters", twin, settings))
     return found
