@@ -1,0 +1,230 @@
+"""The terminal's table and `top`: what is shown at every width, and that nothing from a run is obeyed."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_samples import large, synthetic_run
+
+from update_watch.dashboards.journal import EmptyJournalError, Journal
+from update_watch.dashboards.terminal import read_last, table, top
+from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
+
+rich_console = pytest.importorskip("rich.console")
+ROOT = Path(__file__).parents[2]
+
+
+def shown(renderable: Any, width: int = 100, **options: Any) -> str:
+    file = io.StringIO()
+    rich_console.Console(file=file, width=width, legacy_windows=False, **options).print(renderable)
+    return file.getvalue()
+
+
+def names_in_order(text: str, report: Report) -> list[str]:
+    names = {t.name for t in report.tensors}
+    return [line.split()[0] for line in text.splitlines() if line.split() and line.split()[0] in names]
+
+
+def small(*tensors: TensorReport, **fields: Any) -> Report:
+    return Report(100, 10, Health.stalled, "1 of 2 tensors is stalled.", tensors, **fields)
+
+
+STALLED = TensorReport(
+    "h.0.norm.weight",
+    Health.stalled,
+    Cause.weight_rounding,
+    "BF16 weights round the updates away (efficiency 0.03, 97% lost); keep FP32 master weights.",
+    efficiency=0.0312,
+    lost_fraction=0.97,
+    update_ratio=0.000123,
+    numel=10,
+)
+HEALTHY = TensorReport("h.0.attn.weight", Health.healthy, efficiency=0.998, lost_fraction=0.001, update_ratio=0.01, numel=90)
+
+
+def test_the_table_shows_verdict_numbers_cause_and_advice():
+    text = shown(table(small(HEALTHY, STALLED, cost_ms=0.25)), width=160)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0] == "stalled 1 of 2 tensors is stalled."
+    assert lines[1] == "step 100 · 2 tensors: 1 stalled, 1 healthy · efficiency 0.90 · 0.25 ms/step for watching"
+    (head,) = (line for line in lines if line.startswith("tensor"))
+    assert head == "tensor health efficiency lost update ratio cause advice"
+    assert any(line.startswith("h.0.norm.weight stalled 0.03 97% 1.2e-04 weight rounding BF16 weights") for line in lines)
+    assert "h.0.attn.weight healthy 1.00 <1% 1.0e-02" in lines
+
+
+def test_the_worst_come_first_and_the_rest_are_counted():
+    report = next(synthetic_run(large(2000), windows=1, peak=2e-4, has_states=False))
+    text = shown(table(report, rows=12), width=120)
+    names = names_in_order(text, report)
+    by_name = {t.name: t for t in report.tensors}
+    assert len(names) == 12
+    efficiencies = [by_name[name].efficiency for name in names]
+    assert {by_name[name].health for name in names} == {Health.stalled}
+    assert efficiencies == sorted(t.efficiency for t in report.tensors if t.health is Health.stalled)[:12]
+    counts = dict(report.counts)
+    rest = f"1,988 tensors: {counts['stalled'] - 12:,} stalled, {counts['stalling']:,} stalling, {counts['healthy']:,} healthy"
+    assert f"not shown: {rest}" in text
+
+
+def test_without_a_limit_every_tensor_is_shown():
+    report = next(synthetic_run(windows=1))
+    assert set(names_in_order(shown(table(report, rows=None), width=120), report)) == {t.name for t in report.tensors}
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 150, 200])
+def test_no_line_is_wider_than_the_terminal(width):
+    report = next(synthetic_run(windows=1))
+    assert max(len(line) for line in shown(table(report), width=width).splitlines()) <= width
+
+
+def test_the_usual_80_columns_still_show_the_cause():
+    assert "weight rounding" in shown(table(small(STALLED)), width=80)
+
+
+def test_a_narrow_terminal_keeps_name_health_and_efficiency_and_says_the_advice_below():
+    text = shown(table(small(STALLED)), width=50)
+    assert "h.0.norm.weight   stalled     0.03    97%" in text
+    assert "keep FP32 master weights" in " ".join(text.split())
+
+
+def test_a_long_name_keeps_its_end():
+    name = "model." + "very_long_module." * 6 + "norm.weight"
+    text = shown(table(small(TensorReport(name, Health.stalled, efficiency=0.0))), width=60)
+    (line,) = (line for line in text.splitlines() if "norm.weight" in line)
+    assert line.startswith("…")
+
+
+@pytest.mark.parametrize("name", ["[bold red]x[/]", "[/nothing]", "a\x1b[2Jb", "a\nb\rc\x07"], ids=repr)
+def test_markup_and_escape_sequences_in_names_are_not_obeyed(name):
+    tensor = TensorReport(name, Health.stalled, Cause.weight_rounding, name, efficiency=0.5, layer=name)
+    report = Report(1, 1, Health.stalled, name, (tensor,), alerts=(Alert(1, Level.warn, name, name),))
+    text = shown(table(report), width=160, force_terminal=True, color_system=None)
+    assert "".join(c if c.isprintable() else "�" for c in name) in text
+    assert not set(text) & {"\x1b", "\r", "\x07"}
+
+
+def test_a_terminal_without_unicode_gets_ascii():
+    name = "größe." + "x" * 80
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    rich_console.Console(file=file, width=70).print(table(small(TensorReport(name, Health.stalled), HEALTHY)))
+    file.flush()
+    assert b"..." in file.buffer.getvalue()
+
+
+def test_output_that_is_no_terminal_has_no_escape_sequences():
+    assert "\x1b" not in shown(table(small(STALLED)))
+
+
+def test_a_report_without_tensors_shows_its_headline_only():
+    text = shown(table(Report(1, 1, Health.unknown, "No tensors are watched.", ())))
+    assert text.splitlines()[0] == "unknown No tensors are watched."
+    assert "efficiency" not in text
+
+
+# --- top -------------------------------------------------------------------------------------------------
+
+
+def journal(path: Path, windows: int = 3) -> list[Report]:
+    reports = list(synthetic_run(windows=windows))
+    sink = Journal(path, run={"name": "gpt"})
+    for report in reports:
+        sink(report)
+    return reports
+
+
+def test_top_once_shows_the_last_window_and_the_last_alerts(tmp_path):
+    reports = journal(tmp_path / "j.jsonl", windows=20)
+    file = io.StringIO()
+    top(tmp_path / "j.jsonl", once=True, console=rich_console.Console(file=file, width=120))
+    text = file.getvalue()
+    assert f"gpt · step {reports[-1].step:,} ·" in text
+    assert " ".join(reports[-1].headline.split()) in " ".join(text.split())
+    alerts = [a for r in reports for a in r.alerts]
+    newest = [f"alert at step {a.step:,}: {a.title}" for a in alerts[:-4:-1]]
+    assert [line.strip() for line in text.splitlines() if line.startswith("alert")] == newest
+
+
+def test_the_last_window_read_alone_is_the_last_of_all(tmp_path):
+    from update_watch.dashboards.journal import read_journal
+
+    journal(tmp_path / "j.jsonl", windows=12)
+    assert read_last(tmp_path / "j.jsonl").report == list(read_journal(tmp_path / "j.jsonl"))[-1]
+
+
+def test_a_damaged_last_line_leaves_the_one_before(tmp_path):
+    path = tmp_path / "j.jsonl"
+    reports = journal(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1].replace(b'"efficiency":', b'"efficiency":"x"'))
+    assert read_last(path).report.step == reports[-2].step
+
+
+def test_top_without_a_window_says_so(tmp_path):
+    path = tmp_path / "j.jsonl"
+    journal(path)
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    with pytest.raises(EmptyJournalError, match="holds no window yet"):
+        top(path, once=True)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True], ids=["piped", "terminal"])
+def test_top_waits_for_the_journal_and_follows_it(tmp_path, monkeypatch, is_terminal):
+    monkeypatch.setattr("update_watch.dashboards.terminal._POLL_SECONDS", 0.02)
+    path = tmp_path / "j.jsonl"
+    file = io.StringIO()
+    console = rich_console.Console(file=file, width=120, height=40, force_terminal=is_terminal)
+    is_going = True
+    follower = threading.Thread(target=top, args=(path, False, console, lambda: is_going))
+    follower.start()
+    try:
+        sink = Journal(path)
+        for report in synthetic_run(windows=2):
+            sink(report)
+            deadline = time.monotonic() + 20
+            while f"step {report.step:,} ·" not in file.getvalue() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert f"step {report.step:,} ·" in file.getvalue()
+    finally:
+        is_going = False
+        follower.join(20)
+    assert not follower.is_alive()
+
+
+def test_a_live_table_fits_the_height_of_the_terminal(tmp_path, monkeypatch):
+    from update_watch.dashboards.terminal import _view
+
+    journal(tmp_path / "j.jsonl")
+    for height in (24, 50):
+        text = shown(_view(tmp_path / "j.jsonl", None), width=120, height=height, force_terminal=True)
+        assert len(text.splitlines()) <= height
+
+
+def test_a_missing_rich_is_named_with_its_install_command():
+    script = """
+import sys
+sys.modules["rich"] = None
+from update_watch.dashboards.terminal import table
+try:
+    table(None)
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "needs rich: pip install 'update-watch[report]'" in done.stdout
