@@ -124,7 +124,14 @@ class Session:
         names.optimizers = watchable
         settings = options.for_watch()
         settings["sinks"] = [self._inbox.append, *sinks, *options.sinks] if is_leader else [self._inbox.append]
-        self.watch: Watch = watch(names, watchable, **settings, averages=dict(averages), step=step)
+        settings["step"] = step
+        try:
+            self.watch: Watch = watch(names, watchable, averages=dict(averages), **settings)
+        except (TypeError, ValueError) as error:
+            if not averages:
+                raise
+            logger.warning("update-watch: averaged models are not watched: %s", error)
+            self.watch = watch(names, watchable, **settings)
 
     def follow(self, optimizers: Sequence[Any]) -> None:
         """Watch these optimizers from now on; does nothing while they are the ones that are watched."""
@@ -245,14 +252,22 @@ def _audit(names: Names, averages: Mapping[str, Any]) -> tuple[Any, str]:
 def average_models(callbacks: Iterable[Any], chosen: Mapping[str, Any] | None, model: Any) -> dict[str, Any]:
     """Averaged models by name: those the user named, and those of Lightning's averaging callbacks.
 
-    A text names an attribute of the model ("ema" or "teacher.net").
-
-    Raises:
-        AttributeError: the model has no such attribute.
+    A text names an attribute of the model ("ema" or "teacher.net"), alone or as the first of (text, decay). One that is
+    not there is said and left out.
     """
     averages: dict[str, Any] = {}
     for name, value in (chosen or {}).items():
-        averages[name] = _attribute(model, name, value) if isinstance(value, str) else value
+        found, *decay = value if isinstance(value, (tuple, list)) else [value]
+        try:
+            found = functools.reduce(getattr, found.split("."), model) if isinstance(found, str) else found
+        except AttributeError:
+            logger.warning(
+                "UpdateWatch(averages={%r: %r}): %s has no attribute %r; give the path of the averaged model on it, or "
+                "the averaged model itself",
+                *(name, value, type(model).__name__, found),
+            )
+            continue
+        averages[name] = (found, *decay) if decay else found
     for callback in callbacks:
         # WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging of either namespace
         averaged = vars(callback).get("_average_model")
@@ -264,18 +279,6 @@ def average_models(callbacks: Iterable[Any], chosen: Mapping[str, Any] | None, m
                 name, number = f"{base}{number}", number + 1
             averages[name] = averaged
     return averages
-
-
-def _attribute(model: Any, name: str, path: str) -> Any:
-    value = model
-    for part in path.split("."):
-        if not hasattr(value, part):
-            raise AttributeError(
-                f"UpdateWatch(averages={{{name!r}: {path!r}}}): {type(model).__name__} has no attribute {path!r}; "
-                "give the path of the averaged model on the module, or the averaged model itself"
-            )
-        value = getattr(value, part)
-    return value
 
 
 def wandb_sink(run: Any, step_key: str) -> Any:

@@ -71,8 +71,8 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         samples: elements looked at per parameter.
         sinks: functions that take a `Report`, called on a background thread of rank 0.
         thresholds: limits of the verdicts and alerts; None for the defaults.
-        averages: further averaged models by name, as a module or as the path of an attribute of the LightningModule.
-            Those of Lightning's WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging are found without it.
+        averages: further averaged models by name, as a module or as the path of an attribute of the LightningModule;
+            with its decay where the module does not tell, as in {"ema": ("ema", 0.999)}. Those of Lightning's WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging are found without it.
         seed: of the choice of samples. No global random state is used.
         on_stall: what to do when a tensor stalls. "warn": log it, nothing else. "stop": save a checkpoint and end the
             run in good order. "raise": raise StalledError. A function: called with the Report on rank 0, in the

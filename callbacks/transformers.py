@@ -52,7 +52,8 @@ class UpdateWatch(TrainerCallback, ExportableState):
         samples: elements looked at per parameter.
         sinks: functions that take a `Report`, called on a background thread of rank 0.
         thresholds: limits of the verdicts and alerts; None for the defaults.
-        averages: averaged models by name, as a module or as the path of an attribute of the model.
+        averages: averaged models by name, as a module or as the path of an attribute of the model; with its decay where
+            the module does not tell, as in {"ema": ("ema", 0.999)}.
         seed: of the choice of samples. No global random state is used.
         on_stall: what to do when a tensor stalls. "warn": log it, nothing else. "stop": save a checkpoint and end the
             run in good order. "raise": raise StalledError. A function: called with the Report on rank 0, in the
@@ -140,6 +141,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         self.last = report
         state.log_history.append({**run_numbers(report), "step": report.step})
 
+    @harmless
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add to the line that is printed; the Trainer's progress bar and printer come after this callback."""
         if self._options.progress_bar and self.last is not None and logs is not None and "loss" in logs:
