@@ -90,13 +90,15 @@ class Twin:
         copier = Copier(None)
         return self._run([Run(r.group, r.param, r.grad, _own(r.state, copier)) for r in runs], changes)
 
-    def replay_whole(self, group: int, param: Tensor, grad: Tensor, state: dict[str, Any]) -> Run:
+    def replay_whole(
+        self, group: int, param: Tensor, grad: Tensor, state: dict[str, Any], *, widen: bool = True
+    ) -> Run:
         """Run the rule on FP32 copies of a whole parameter, its gradient and all of its state; nothing is overwritten.
 
-        State below FP32 is widened as well, also inside lists and objects; integers and tensor subclasses
+        `widen`: state below FP32 is widened as well, also inside lists and objects. Integers and tensor subclasses
         (quantised state) are copied as they are. Raises `ReplayError` when the rule fails.
         """
-        copier = Copier(None, widen=True)
+        copier = Copier(None, widen=widen)
         copies = {name: copier.copy(value, f"state '{name}'") for name, value in state.items()}
         run = Run(group, _widened(param.detach()), _widened(grad.detach()), copies)
         return self._run([run])[0]

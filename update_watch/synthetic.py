@@ -21,7 +21,22 @@ from update_watch.replay import rule_of, settings_of, shell
 from update_watch.twin_copy import Copier, ReplayError
 
 SAMPLES = 96  # elements looked at in each parameter
-_SCALES = (1.0, 0.3, 1.0, 10.0, 1.0, 1e-2, 1.0, 1e-3, 1.0, 0.0, 1.0)  # of the gradients, by step
+# gradients by step: their scale, and how they lie to those of the step before and to the weights
+_GRADIENTS = (
+    (1.0, "new"),
+    (0.3, "same"),
+    (1.0, "nearly orthogonal"),  # to each row of the weights: what AdamP and SGDP project
+    (10.0, "new"),
+    (1.0, "same"),  # a steady direction lets learning rates grow that adapt themselves
+    (1.0, "same"),
+    (1e-2, "new"),
+    (1.0, "along"),
+    (1e-3, "new"),
+    (1.0, "nearly orthogonal"),
+    (0.0, "new"),
+    (1.0, "same"),
+    (1.0, "new"),
+)
 _WEIGHTS = (0.05, 0.2)  # rms of the two parameters: small, so that FP32 resolves their updates
 _RESOLVED = 1e-3  # of the weights' rms; smaller updates drown in rounding, and every rule looks like any other
 _FAR = 1000  # a step that divides by most of what rules count in
@@ -45,6 +60,8 @@ class Settings(NamedTuple):
     device: torch.device
     instead: Mapping[str, Any] = {}  # group settings replaced; a value of None leaves the setting out
     lr_factor: float = 1.0
+    gradient: float = 1.0  # scale of all gradients
+    is_gentle: bool = False  # fresh gradients of one scale only, for rules that break on others
 
 
 class World:
@@ -71,7 +88,13 @@ class World:
         group = settings_of(optimizer.param_groups[settings.group], list(self.params), copier)
         _adapt(group, settings)
         self.optimizer = shell(optimizer, [group], None, copier)
+        for key, value in optimizer.state.items():
+            if not isinstance(key, Tensor):  # state of all parameters together
+                self.optimizer.state[key] = copier.copy(value, f"state '{key}'")
+        self._gradients = ((1.0, "new"),) if settings.is_gentle else _GRADIENTS
+        self._scale = settings.gradient
         self.steps = 0
+        self._start = 0
 
     @property
     def group(self) -> dict[str, Any]:
@@ -83,7 +106,7 @@ class World:
         return [self.optimizer.state.get(param) or {} for param in self.params]
 
     def form(self, name: str) -> str:
-        """"element": one FP value per weight; "scalar": one number or None; "other": anything else."""
+        """ "element": one FP value per weight; "scalar": one number or None; "other": anything else."""
         forms = {_form(s[name], p) for s, p in zip(self.states(), self.params, strict=True) if name in s}
         forms = forms - {"none"} or {"scalar"}
         return forms.pop() if len(forms) == 1 else "other"
@@ -105,13 +128,19 @@ class World:
 
     def set_gradients(self) -> None:
         """Gradients of the next step."""
-        scale = _SCALES[self.steps % len(_SCALES)]
+        scale, direction = self._gradients[self.steps % len(self._gradients)]
+        scale *= self._scale
+        if direction != "same":
+            self._start = self.steps * 131 % 512
         for i, (param, factor) in enumerate(zip(self.params, (1.0, 20.0), strict=True)):
-            start = (self.steps * 131 + i * 517) % 1024
-            if self.steps % 4 > 1:  # the same gradient for some steps: learning rates that adapt themselves grow
-                start = 0
+            start = self._start + 512 * i
             noise = self._noise[start : start + param.numel()].view(param.shape)
-            param.grad = (noise * self._profiles[i]).mul_(scale * factor).to(self.device)
+            grad = (noise * self._profiles[i]).mul_(scale * factor).to(self.device)
+            if direction == "along":
+                grad = param.detach() * (scale * factor)
+            elif direction == "nearly orthogonal":
+                grad = _turned(grad, param.detach())
+            param.grad = grad
 
     def step(self) -> None:
         """One step of the rule. Raises `RuleError` when it fails."""
@@ -120,6 +149,8 @@ class World:
         except Exception as error:
             raise RuleError(f"{self.name} fails on a plain FP32 parameter: {error!r}") from error
         self.steps += 1
+        if not all(bool(param.isfinite().all()) for param in self.params):
+            raise RuleError(f"{self.name} makes a plain FP32 parameter infinite or NaN")
 
     def can_step(self) -> bool:
         """The rule itself still runs."""
@@ -137,7 +168,7 @@ class World:
         for i, place in enumerate((self.group, vars(self.optimizer), *self.states())):
             for name, value in place.items():
                 if isinstance(value, Tensor) and value.numel() == 1 and type(value) is Tensor and value.dim() == 0:
-                    found[i, name] = (float(value), value.fill_)
+                    found[i, name] = (float(value), _filler(value))
                 elif isinstance(value, (int, float)) and not isinstance(value, bool):
                     found[i, name] = (float(value), _setter(place, name, type(value)))
         return found
@@ -164,7 +195,7 @@ def small(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _bounded(shape: tuple[int, ...], size_limit: int, limit: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    sizes = [min(size, size_limit) for size in shape] or [1]
+    sizes: list[int] = [min(size, size_limit) for size in shape] or [1]
     while math.prod(sizes) > limit:
         largest = sizes.index(max(sizes))
         sizes[largest] = (sizes[largest] + 1) // 2
@@ -237,6 +268,18 @@ def _profile(shape: tuple[int, ...], normal: Callable[..., Tensor]) -> Tensor:
     return profile
 
 
+def _turned(grad: Tensor, weight: Tensor) -> Tensor:
+    """`grad` with cosines of 0.03 / sqrt(row length) to the rows of the weight."""
+    weight_RC, grad_RC = (t.reshape(len(t), -1) if t.dim() > 1 else t.reshape(1, -1) for t in (weight, grad))
+    if grad_RC.shape[1] == 1:
+        return grad
+    unit_RC = weight_RC / weight_RC.norm(dim=1, keepdim=True)
+    across_RC = grad_RC - (grad_RC * unit_RC).sum(1, keepdim=True) * unit_RC
+    along_R1 = across_RC.norm(dim=1, keepdim=True) * (0.03 / math.sqrt(grad_RC.shape[1]))
+    turned: Tensor = (across_RC + along_R1 * unit_RC).view(weight.shape)
+    return turned
+
+
 def _draw(numel: int, generator: torch.Generator) -> Tensor:
     # small parameters are read whole and padded with their first element, as in the samples of real ones
     drawn = torch.randperm(numel, generator=generator, device="cpu")[:SAMPLES]
@@ -256,6 +299,13 @@ def _form(value: Any, param: Tensor) -> str:
 def _setter(place: dict[str, Any], name: str, kind: type) -> Callable[[float], None]:
     def put(value: float) -> None:
         place[name] = kind(value)
+
+    return put
+
+
+def _filler(tensor: Tensor) -> Callable[[float], None]:
+    def put(value: float) -> None:
+        tensor.fill_(value)
 
     return put
 

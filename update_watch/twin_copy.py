@@ -17,6 +17,27 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+
+class ReplayError(RuntimeError):
+    """The rule cannot be run on copies; the message says why."""
+
+
+class _Absent:
+    """Stands in the twin for something that cannot be copied; using it in a step is refused."""
+
+    def __init__(self, original: Any) -> None:
+        self.__dict__["_kind"] = type(original).__name__
+
+    def __getattr__(self, name: str) -> Any:
+        raise ReplayError(f"its step uses a {self._kind} ('{name}') that a replay cannot have")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__getattr__(name)
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        self.__getattr__("__call__")
+
+
 # values that nobody can write to, by exact type
 _PLAIN = frozenset(
     {
@@ -34,15 +55,12 @@ _PLAIN = frozenset(
         torch.Size,
         types.BuiltinFunctionType,
         types.ModuleType,
+        _Absent,
     }
 )
 _LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
 _DEPTH = 6  # containers in containers
 _ITEMS = 1024  # entries of one container
-
-
-class ReplayError(RuntimeError):
-    """The rule cannot be run on copies; the message says why."""
 
 
 def is_plain(value: Any) -> bool:
@@ -98,10 +116,9 @@ class Copier:
         if isinstance(value, torch.Generator):
             self.replace(value, value.clone_state())
             return ""
-        if isinstance(value, Optimizer):
-            return f"an optimizer of its own ({type(value).__name__})"
-        if isinstance(value, torch.nn.Module):
-            return f"a model ({type(value).__name__})"
+        if isinstance(value, (Optimizer, torch.nn.Module)):
+            self.replace(value, _Absent(value))  # may never be used in a step; to be copied they are too large
+            return ""
         if depth == _DEPTH:
             return "containers nested too deeply"
         if isinstance(value, types.FunctionType):
