@@ -36,6 +36,7 @@ class _Watched:
     reports: list[Report]
     journal: Path
     wandb_run: Any = None
+    announced: int = 0  # reports whose alerts were shown
 
 
 def run(settings: Settings, screen: Screen | None = None) -> dict[str, list[Report]]:
@@ -57,6 +58,7 @@ def run(settings: Settings, screen: Screen | None = None) -> dict[str, list[Repo
         _train(runs, settings, screen)
         for one in runs:
             one.watch.flush()
+            _announce(one, screen)
         _show(runs, screen)
     # the journals and W&B runs are whole only now
     _show_files(runs, settings, screen)
@@ -114,19 +116,23 @@ def _open_wandb(training: Training, settings: Settings, facts: dict[str, Any], s
 
 def _train(runs: list[_Watched], settings: Settings, screen: Screen) -> None:
     next_piece = pieces(settings)
-    announced = [0 for _ in runs]
     with screen.progress([one.training.title for one in runs], settings.steps):
         for step in range(1, settings.steps + 1):
             piece = next_piece()
             for row, one in enumerate(runs):
                 one.training.step(piece)
                 screen.advance(row, step, f"loss {one.training.recent_loss:.2f}  {verdict(one.watch.last)}")
-                while announced[row] < len(one.reports):  # the list is filled by the watch's thread
-                    for alert in one.reports[announced[row]].alerts:
-                        screen.line(f"step {alert.step}: {one.training.title}: {alert.level}: {alert.title}")
-                    announced[row] += 1
+                _announce(one, screen)
                 if one.wandb_run is not None and step % 10 == 0:
                     one.wandb_run.log({"train/loss": one.training.recent_loss, _STEP_KEY: step})
+
+
+def _announce(one: _Watched, screen: Screen) -> None:
+    """Show alerts that are new; the list of reports is filled by the watch's thread."""
+    while one.announced < len(one.reports):
+        for alert in one.reports[one.announced].alerts:
+            screen.line(f"step {alert.step}: {one.training.title}: {alert.level}: {alert.title}")
+        one.announced += 1
 
 
 def _show(runs: list[_Watched], screen: Screen) -> None:
@@ -135,7 +141,6 @@ def _show(runs: list[_Watched], screen: Screen) -> None:
     screen.line()
     screen.line(f"{watched.training.title}, steps {last.step - last.window + 1} to {last.step}:")
     screen.table(last)
-    screen.line(last.headline)
     for one in runs[1:]:
         screen.line(f"Beside it, the same run with {one.training.title}: {one.reports[-1].headline}")
     screen.line()

@@ -24,7 +24,7 @@ class Screen(Protocol):
         """Row `row` has done `done` of the total; `text` is its verdict by now."""
 
     def table(self, report: Report) -> None:
-        """The tensors of a report."""
+        """The headline and the tensors of a report."""
 
 
 def open_screen() -> Screen:
@@ -106,6 +106,7 @@ class PlainScreen:
             self.line(f"step {done}: {self._names[row]}: {text}")
 
     def table(self, report: Report) -> None:
+        self.line(report.headline)
         width = max((len(t.name) for t in report.tensors), default=6)
         self.line(f"{'tensor':{width}}  {'health':8}  {'efficiency':>10}  {'lost':>9}  {'update':>8}  cause and advice")
         for t in sorted(report.tensors, key=lambda t: SEVERITY.index(t.health)):
