@@ -301,6 +301,9 @@ def test_what_was_held_back_and_passed_is_counted_but_not_told(clock: Clock) -> 
     assert told(alerts, tensor("a.w", Health.stalling), tensor("b.w", Health.healthy)) == ()
     (alert,) = told(alerts, tensor("c.w", Health.stalling))
     assert alert.text.splitlines()[-1] == "1 other change of state was held back by the budget of 1 alert per hour."
+    clock.now += 3601
+    (alert,) = told(alerts, tensor("d.w", Health.stalling))
+    assert "held back" not in alert.text
 
 
 @settings(max_examples=60, deadline=None)
