@@ -8,6 +8,7 @@ Legend: A accumulators (0 the weight, then states), n rows, K samples.
 
 from __future__ import annotations
 
+import random
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from update_watch.tally import Tally
 from update_watch.twin_copy import ReplayError
 
 _HEADROOM_EVERY = 8  # measured steps between two looks at headroom and decay: they change slowly
+_PATH_EVERY = 4  # measured steps between two at the window's own positions
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 _WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
 
@@ -42,7 +44,8 @@ class Snapshot(NamedTuple):
 class Cohort:
     """Rows of one optimizer on one device, measured together."""
 
-    def __init__(self, optimizer: Optimizer, twin: Twin, rows: list[Row], samples: int) -> None:
+    def __init__(self, optimizer: Optimizer, twin: Twin, rows: list[Row], samples: int, rng: random.Random) -> None:
+        self._rng = rng
         self.optimizer, self.twin, self.rows, self.samples = optimizer, twin, rows, samples
         self.device = local(rows[0].param).device
         self.samplers = [row.sampler for row in rows if row.sampler is not None]
@@ -73,6 +76,7 @@ class Cohort:
 
     def before(self) -> Snapshot:
         """Gather and replay; call when gradients are final and the rule has not run."""
+        self._move(None if self._keeps_place() else self._rng)
         states = [self.optimizer.state.get(row.param) or {} for row in self.rows]
         grads = [row.param.grad for row in self.rows]
         before_AnK = torch.empty(1 + len(self.states), len(self.rows), self.samples, device=self.device)
@@ -97,6 +101,14 @@ class Cohort:
             self.gradless_steps[i] += grad is None
         return Snapshot(before_AnK, intended_AnK, grad_nK, self._current_mask(tuple(live)), tuple(live))
 
+    def _keeps_place(self) -> bool:
+        # a path over the window needs the same elements again; all other sums gain from other elements
+        return self.tally.steps % _PATH_EVERY == 0
+
+    def _move(self, rng: random.Random | None) -> None:
+        for row in self.rows:
+            row.move(rng)
+
     def after(self, snapshot: Snapshot) -> None:
         """Gather what was stored and add the step to the tally."""
         after_AnK = torch.empty_like(snapshot.before_AnK)
@@ -105,8 +117,15 @@ class Cohort:
         for i, name in self._carriers:
             after_AnK[0, i].add_(after_AnK[self._slots[name], i])
             after_AnK[self._slots[name], i].zero_()
-        look = self.tally.steps % _HEADROOM_EVERY == 0
-        self.tally.add(snapshot.before_AnK, snapshot.intended_AnK, after_AnK, snapshot.grad_nK, snapshot.mask_nK)
+        look = self.tally.steps == 0 or self.tally.steps % _HEADROOM_EVERY == _HEADROOM_EVERY - 1
+        self.tally.add(
+            snapshot.before_AnK,
+            snapshot.intended_AnK,
+            after_AnK,
+            snapshot.grad_nK,
+            snapshot.mask_nK,
+            path=self._keeps_place(),
+        )
         if look:
             intended_nK = snapshot.intended_AnK[0]
             if snapshot.mask_nK is not None:
@@ -118,6 +137,7 @@ class Cohort:
 
     def pack(self) -> Tensor:
         """The window's sums in one vector on the device; see `tally.Sums`."""
+        self._move(None)
         stored_nK = torch.empty(len(self.rows), self.samples, device=self.device)
         self._gather_weights(stored_nK)
         return self.tally.pack(stored_nK, self._formats)
@@ -214,9 +234,7 @@ class Cohort:
                 continue
             self.tally.decay_5n[:, start:stop].add_(sums_5n)
 
-    def _sample_run(
-        self, intended_AnK: Tensor, grad_nK: Tensor, state: dict[str, Any], start: int, stop: int
-    ) -> Run:
+    def _sample_run(self, intended_AnK: Tensor, grad_nK: Tensor, state: dict[str, Any], start: int, stop: int) -> Run:
         row = self.rows[start]
         shape = (stop - start, self.samples) if row.rule.rows else (-1,)
         copied: dict[str, Any] = {}
@@ -226,9 +244,7 @@ class Cohort:
             else:
                 copied[name] = value.clone() if isinstance(value, Tensor) else value
         # the rule may write into the gradient
-        return Run(
-            row.group, intended_AnK[0, start:stop].view(shape), grad_nK[start:stop].clone().view(shape), copied
-        )
+        return Run(row.group, intended_AnK[0, start:stop].view(shape), grad_nK[start:stop].clone().view(shape), copied)
 
     def _replay_whole(self, intended_AnK: Tensor, states: list[dict[str, Any]], live: list[bool]) -> None:
         """Replay a bounded number of elements as whole tensors, in turn; the other such rows sit this step out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ class Row:
 
     __slots__ = (
         "_checked",
+        "_is_straying",
         "_views",
         "decouples_decay",
         "group",
@@ -49,6 +51,7 @@ class Row:
         self.sampler: Sampler | None = None if unsamplable(local(param)) else Sampler(local(param), samples)
         self._views: dict[str, tuple[int, Tensor]] = {}
         self._checked: tuple[str, ...] = ()
+        self._is_straying = False
 
     @property
     def is_measured(self) -> bool:
@@ -58,6 +61,8 @@ class Row:
         """The samples of `tensor`, whose view is kept as long as its memory stays where it is."""
         assert self.sampler is not None
         tensor = local(tensor)
+        if self._is_straying:
+            return self.sampler.view(tensor)
         address = address_of(tensor)
         kept = self._views.get(slot)
         if kept is not None and address and kept[0] == address:
@@ -76,6 +81,16 @@ class Row:
         problem = self.rule.misfit(self.param, known)
         if problem and not self.reason:
             self.reason = problem
+
+    def move(self, rng: random.Random | None) -> None:
+        """Look at positions of this one step (`rng`), or at those of the window again (None)."""
+        if self.sampler is None or self.sampler.is_whole:
+            return
+        self._is_straying = rng is not None
+        if rng is None:
+            self.sampler.settle()
+        else:
+            self.sampler.stray(rng)
 
     def forget_views(self) -> None:
         """Drop kept views (positions changed, or memory is to be let go)."""

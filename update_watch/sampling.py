@@ -80,7 +80,19 @@ class Sampler:
     that are real (K, or the parameter's size if that is smaller).
     """
 
-    __slots__ = ("_block", "_blocks", "_numel", "_offset", "_row", "_shape", "_step", "_strides", "samples", "size")
+    __slots__ = (
+        "_block",
+        "_blocks",
+        "_kept",
+        "_numel",
+        "_offset",
+        "_row",
+        "_shape",
+        "_step",
+        "_strides",
+        "samples",
+        "size",
+    )
 
     def __init__(self, param: Tensor, samples: int) -> None:
         self.samples = samples
@@ -92,6 +104,7 @@ class Sampler:
         self._block = max(b for b in range(1, math.isqrt(samples) + 1) if samples % b == 0)
         self._blocks = samples // self._block
         self._offset, self._step = 0, 0
+        self._kept = 0, 0
         self.redraw(None)
 
     @property
@@ -120,6 +133,17 @@ class Sampler:
         slack = room - (self._blocks - 1) * step
         self._offset = rng.randint(0, slack) if rng is not None else slack // 2
         self._step = step
+        self._kept = self._offset, self._step
+
+    def stray(self, rng: random.Random) -> None:
+        """Look at other positions for now: which updates are lost differs by element and hardly by step."""
+        kept = self._kept
+        self.redraw(rng)
+        self._kept = kept
+
+    def settle(self) -> None:
+        """Back to the positions of the last `redraw`."""
+        self._offset, self._step = self._kept
 
     def view(self, tensor: Tensor) -> Tensor:
         """Samples of a tensor with this parameter's shape.

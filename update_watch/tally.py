@@ -55,8 +55,9 @@ class Tally:
         after_AnK: Tensor,
         grad_nK: Tensor,
         mask_nK: Tensor | None,
+        path: bool = True,
     ) -> None:
-        """Add one step. `intended_AnK` is the replayed value; it is overwritten with the intended update.
+        """Add one step; to the path as well if it is at the positions the path is of. `intended_AnK` is the replayed value; it is overwritten with the intended update.
 
         `mask` is 0 for padding and for rows that took no part in this step. No host read, no copy between devices.
         """
@@ -69,9 +70,10 @@ class Tally:
             applied_AnK = torch.where(mask_nK > 0, applied_AnK, zero)
             before_AnK = torch.where(mask_nK > 0, before_AnK, zero)
             grad_nK = torch.where(mask_nK > 0, grad_nK, zero)
-        self._path_2nK[0].add_(applied_AnK[0])
-        self._path_2nK[1].add_(intended_AnK[0])
-        if self.accumulators > 1:
+        if path:
+            self._path_2nK[0].add_(applied_AnK[0])
+            self._path_2nK[1].add_(intended_AnK[0])
+        if path and self.accumulators > 1:
             self._state_path_2SnJ[0].add_(applied_AnK[1:, :, ::_THIN])
             self._state_path_2SnJ[1].add_(intended_AnK[1:, :, ::_THIN])
         if self._scale_An1 is None:
@@ -117,7 +119,9 @@ class Tally:
 
         `stored_nK`: the weights' last values, to tell which summed updates exceed half a gap.
         """
-        displacement_2An = torch.cat([_displacement(self._path_2nK.unsqueeze(1)), _displacement(self._state_path_2SnJ)], 1)
+        displacement_2An = torch.cat(
+            [_displacement(self._path_2nK.unsqueeze(1)), _displacement(self._state_path_2SnJ)], 1
+        )
         evidence_n = torch.zeros(self.rows, device=self.device)
         if stored_nK is not None:
             for rows, fmt in formats:

@@ -70,7 +70,9 @@ class Watched:
         for device in dict.fromkeys(local(row.param).device for row in self.rows):
             rows = [r for r in self.rows if r.is_measured and local(r.param).device == device]
             turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT))
-            self.cohorts += [Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)]
+            self.cohorts += [
+                Cohort(self.optimizer, self._twin, rows[k::turns], self._samples, self._rng) for k in range(turns)
+            ]
         self.redraw()
 
     def redraw(self) -> None:
