@@ -81,7 +81,7 @@ def headroom_lines(headroom: Floats) -> list[list[int] | None]:
     """Per tensor the first bin that is not empty, then ten-thousandths from there to the last that is not."""
     shares = np.rint(np.nan_to_num(headroom) * _SHARE).astype(int)
     filled = shares > 0
-    known: list[bool] = (filled.any(axis=1) & ~np.isnan(headroom).any(axis=1)).tolist()
+    known = np.logical_and(filled.any(axis=1), ~np.isnan(headroom).any(axis=1))
     first, beyond = filled.argmax(axis=1), HEADROOM_BINS - filled[:, ::-1].argmax(axis=1)
     rows: list[list[int]] = shares.tolist()
     return [[int(first[i]), *row[first[i] : beyond[i]]] if known[i] else None for i, row in enumerate(rows)]

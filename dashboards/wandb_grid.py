@@ -44,13 +44,13 @@ class LayerGrid:
         return [
             [layer, begin, step, column[layer]]
             for layer in layers
-            for (begin, step), column in zip(self.spans, self._cells)
+            for (begin, step), column in zip(self.spans, self._cells, strict=False)
             if layer in column
         ]
 
     def _halve(self) -> None:
-        self._cells = [_join(a, b) for a, b in zip(self._cells[::2], self._cells[1::2])]
-        self.spans = [(a[0], b[1]) for a, b in zip(self.spans[::2], self.spans[1::2])]
+        self._cells = [_join(a, b) for a, b in zip(self._cells[::2], self._cells[1::2], strict=False)]
+        self.spans = [(a[0], b[1]) for a, b in zip(self.spans[::2], self.spans[1::2], strict=False)]
         self._span *= 2
 
 

@@ -50,7 +50,7 @@ def group_names(layer_of: Mapping[str, str], limit: int) -> dict[str, str]:
     """
     if len(layer_of) <= limit:
         return {name: name for name in layer_of}
-    return dict(zip(layer_of, _shorten(layer_of.values(), limit)))
+    return dict(zip(layer_of, _shorten(layer_of.values(), limit), strict=False))
 
 
 def _shorten(paths: Iterable[str], limit: int) -> list[str]:

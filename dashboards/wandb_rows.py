@@ -79,7 +79,8 @@ def _headroom_counts(tensors: Sequence[TensorReport]) -> np.ndarray[Any, np.dtyp
         return np.zeros(HEADROOM_BINS)
     wanted = [t.numel * (1.0 if t.wanted_fraction is None else t.wanted_fraction) for t in known]
     counts: np.ndarray[Any, np.dtype[np.float64]] = np.array(wanted) @ np.array([t.headroom_histogram for t in known])
-    return counts.round()
+    rounded: np.ndarray[Any, np.dtype[np.float64]] = counts.round()
+    return rounded
 
 
 def headroom(report: Report) -> dict[str, Any]:

@@ -61,7 +61,12 @@ def _train(make: Any, dtype: torch.dtype, watched: bool, mode: str) -> list[byte
     result += [_bits(p.grad) for p in model.parameters() if p.grad is not None]
     for p in model.parameters():
         result += [_bits(v) if isinstance(v, Tensor) else repr(v).encode() for v in optimizer.state[p].values()]
-    return [*result, _bits(torch.get_rng_state()), repr(random.getstate()).encode(), repr(np.random.get_state()).encode()]
+    return [
+        *result,
+        _bits(torch.get_rng_state()),
+        repr(random.getstate()).encode(),
+        repr(np.random.get_state()).encode(),
+    ]
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())

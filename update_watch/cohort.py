@@ -26,7 +26,7 @@ from update_watch.tally import Tally
 from update_watch.twin_copy import ReplayError
 
 _HEADROOM_EVERY = 8  # measured steps between two looks at headroom and decay: they change slowly
-_PATH_EVERY = 4  # measured steps between two at the window's own positions
+_PATH_EVERY = 8  # measured steps between two at the window's own positions
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 _WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import Enum
 from typing import Any
@@ -25,11 +25,10 @@ from update_watch.synthetic import RuleError, Settings, World, mimic, resolving,
 from update_watch.trial import STEPS, TOLERANCE, Trial, Way
 from update_watch.twin_copy import ReplayError
 
-_STEPS_SMALL = 4
+_STEPS_SMALL = 6
 _FEW = 256  # elements
 _TINY_GRADIENT = 1e-5  # scale at which decay, epsilons and averages over tensors show
 _TYPICAL: dict[int, tuple[int, ...]] = {0: (1,), 1: (4096,), 2: (128, 128), 3: (32, 16, 32), 4: (32, 32, 3, 3)}
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class Kind(Enum):
@@ -48,7 +47,7 @@ class Rule:
     element_states: frozenset[str] = frozenset()  # states with one value per weight
     error: float = 0.0  # largest difference seen, as a share of the largest update
     exact_states: frozenset[str] = frozenset()  # of `element_states`, those whose replay may be judged as well
-    forms: Mapping[str, str] = dataclasses.field(default_factory=dict)  # state -> "element", "scalar" or "other"
+    forms: Mapping[str, str] = dataclasses.field(default_factory=dict)  # state -> as of `synthetic.World.form`
     widens: bool = True  # False: low-precision state must be replayed in its own format (`Twin.replay_whole`)
     apart: bool = False  # scalar state differs by parameter, beyond step counts: replay each parameter on its own
 
@@ -66,6 +65,8 @@ class Rule:
                 continue
             if expected == "element" and (value.shape != param.shape or type(value) not in plain):
                 return f"state '{name}' is a {type(value).__name__} of shape {tuple(value.shape)}, not one value per weight"
+            if expected == "none":
+                return f"state '{name}' is a tensor, but was None when the rule was probed"
             if expected == "scalar" and value.numel() != 1:
                 return f"state '{name}' has {value.numel()} values, but was one number when the rule was probed"
         return ""
@@ -106,19 +107,16 @@ def _find(settings: Settings, shape: tuple[int, ...]) -> Rule:
 def _first_right(settings: Settings, shape: tuple[int, ...]) -> Rule:
     """The first way that is right in every world."""
     starts = _starts(settings)
-    # a few elements show little: what is said of them has to hold for a parameter of some size as well
-    sizes = [] if math.prod(shape) >= _FEW else [small(_TYPICAL[min(len(shape), 4)])]
     reason: ReplayError | None = None
     for way in Way:
         if way is Way.rows and len(shape) < 2:
             continue
         try:
-            rules = []
-            for start in starts:
-                rules += [_right(start._replace(shapes=s), way) for s in (*sizes, small(shape))]
-                if way is not Way.whole and start.gradient == 1.0:
-                    rules.append(_right(start._replace(shapes=mimic(shape)), way))
-            return _merged(rules)
+            trials = []
+            for world, steps in _worlds(starts, way, shape):
+                trials.append(Trial(world, way))
+                trials[-1].run(steps)
+            return _rule(way, trials, widens=_widens(trials[-1]))
         except RuleError:
             raise
         except ReplayError as error:
@@ -127,59 +125,71 @@ def _first_right(settings: Settings, shape: tuple[int, ...]) -> Rule:
 
 
 def _starts(settings: Settings) -> list[Settings]:
-    """Worlds with large and tiny gradients, with the group's counters at their start and as they are now.
+    """With the group's counters at their start, and as they are now if that differs and the rule runs with them.
 
-    Raises `RuleError` when the rule runs in none of them.
+    Raises `RuleError` when it runs with neither.
     """
-    starts: list[Settings] = []
-    problems: list[RuleError] = []
-    for change in (uncounted, lambda unchanged: unchanged):
+    candidates = [settings]
+    problem: RuleError | None = None
+    try:
+        fresh = uncounted(settings)
+        candidates = [fresh, settings] if fresh.instead else candidates
+    except RuleError as error:
+        problem = error
+    starts = []
+    for candidate in candidates:
         try:
-            start = change(settings)
-            for scale in (_TINY_GRADIENT, 1.0):
-                resolved = resolving(start._replace(gradient=scale))
-                starts += [resolved] if resolved not in starts else []
+            starts.append(resolving(candidate))
         except RuleError as error:
-            problems.append(error)
+            problem = error
     if not starts:
-        raise problems[-1]
+        raise problem or RuleError()
     return starts
 
 
-def _right(settings: Settings, way: Way) -> Rule:
-    trial = Trial(settings, way)
-    trial.run(STEPS)
-    elements = frozenset(name for name, form in trial.forms.items() if form == "element")
-    rule = Rule(
+def _worlds(starts: list[Settings], way: Way, shape: tuple[int, ...]) -> Iterator[tuple[Settings, int]]:
+    """Worlds and the steps to run in them, the cheap ones first; the last one is the most like the parameter."""
+    for start in starts:
+        yield resolving(start._replace(gradient=_TINY_GRADIENT, lr_factor=1.0)), _STEPS_SMALL
+        if math.prod(shape) < _FEW:
+            # a few elements show little: what is said of them has to hold for a parameter of some size as well
+            yield start._replace(shapes=small(_TYPICAL[min(len(shape), 4)])), STEPS
+        if way is Way.whole:
+            yield start, STEPS
+        else:
+            yield start, _STEPS_SMALL
+            yield start._replace(shapes=mimic(shape)), STEPS
+
+
+def _widens(trial: Trial) -> bool:
+    """Low-precision state, if there is any, can be replayed in FP32."""
+    if not trial.keeps_low_precision():
+        return True
+    try:
+        Trial(trial.settings, trial.way, widen=True).run(_STEPS_SMALL)
+    except ReplayError:
+        if trial.way is not Way.whole:
+            raise
+        return False
+    return True
+
+
+def _rule(way: Way, trials: list[Trial], widens: bool) -> Rule:
+    """What holds in all worlds."""
+    forms: dict[str, str] = {}
+    for trial in trials:
+        forms.update({name: form for name, form in trial.forms.items() if form != "none" or name not in forms})
+    elements = {n for n in forms if {t.forms.get(n, "none") for t in trials} - {"none"} == {"element"}}
+    exact = {n for n in elements if all(trial.state_errors.get(n, 0.0) <= TOLERANCE for trial in trials)}
+    return Rule(
         Kind.whole if way is Way.whole else Kind.elementwise,
         rows=way is Way.rows,
-        element_states=elements,
-        error=trial.error,
-        exact_states=frozenset(n for n in elements if trial.state_errors.get(n, math.inf) <= TOLERANCE),
-        forms=trial.forms,
-        apart=trial.apart,
-    )
-    if not trial.keeps_low_precision():
-        return rule
-    try:
-        Trial(settings, way, widen=True).run(_STEPS_SMALL)
-    except ReplayError:
-        if way is not Way.whole:
-            raise
-        return dataclasses.replace(rule, widens=False)
-    return rule
-
-
-def _merged(rules: list[Rule]) -> Rule:
-    """What holds in all worlds; the last one is the one with the parameter's own shape."""
-    return dataclasses.replace(
-        rules[-1],
-        error=max(rule.error for rule in rules),
-        element_states=frozenset.intersection(*(rule.element_states for rule in rules)),
-        exact_states=frozenset.intersection(*(rule.exact_states for rule in rules)),
-        forms={name: form for rule in rules for name, form in rule.forms.items()},
-        widens=all(rule.widens for rule in rules),
-        apart=any(rule.apart for rule in rules),
+        element_states=frozenset(elements),
+        error=max(trial.error for trial in trials),
+        exact_states=frozenset(exact),
+        forms=forms,
+        widens=widens,
+        apart=any(trial.apart for trial in trials),
     )
 
 

@@ -196,7 +196,8 @@ class Report:
         tensors = tuple(_tensor(t) for t in data["tensors"])
         layers = tuple(_build(LayerReport, layer, health=Health) for layer in data.get("layers", ()))
         alerts = tuple(_build(Alert, a, level=Level, cause=Cause) for a in data.get("alerts", ()))
-        return _build(cls, {**data, "tensors": tensors, "layers": layers, "alerts": alerts}, health=Health)
+        report: Report = _build(cls, {**data, "tensors": tensors, "layers": layers, "alerts": alerts}, health=Health)
+        return report
 
 
 def weighted_mean(pairs: Any) -> float | None:

@@ -106,9 +106,9 @@ class World:
         return [self.optimizer.state.get(param) or {} for param in self.params]
 
     def form(self, name: str) -> str:
-        """ "element": one FP value per weight; "scalar": one number or None; "other": anything else."""
+        """ "element": one FP value per weight; "scalar": one number; "none": None so far; "other": anything else."""
         forms = {_form(s[name], p) for s, p in zip(self.states(), self.params, strict=True) if name in s}
-        forms = forms - {"none"} or {"scalar"}
+        forms = forms - {"none"} or {"none"}
         return forms.pop() if len(forms) == 1 else "other"
 
     def forms(self) -> dict[str, str]:
@@ -215,7 +215,7 @@ def resolving(settings: Settings) -> Settings:
     """The settings with a learning rate that makes updates large enough for FP32 to resolve."""
     world = World(settings)
     largest = 0.0
-    for _ in range(3):
+    for _ in range(2):
         before = [p.detach().clone() for p in world.params]
         world.set_gradients()
         world.step()

@@ -213,7 +213,10 @@ class Sums(NamedTuple):
         s = self.sums_FAn[:, accumulator, row]
         decay = s[SHRINK:]
         growth = s[: LOST + 1] - decay
-        return _numbers(*growth, sampled), _numbers(*decay, sampled)
+        return (
+            _numbers(growth[DOT], growth[WANT], growth[WANTED], growth[LOST], sampled),
+            _numbers(decay[DOT], decay[WANT], decay[WANTED], decay[LOST], sampled),
+        )
 
     def weight_decay(self, row: int, sampled: float) -> Numbers | None:
         """The numbers of the decay alone; None when too little of it was to be seen."""

@@ -33,7 +33,7 @@ class Trial:
 
     def __init__(self, settings: Settings, way: Way, widen: bool = False) -> None:
         self.world = World(settings)
-        self.way, self.widen = way, widen
+        self.settings, self.way, self.widen = settings, way, widen
         self.twin = Twin(self.world.optimizer)
         self.error = 0.0
         self.state_errors: dict[str, float] = {}
@@ -81,7 +81,8 @@ class Trial:
         replayed = self._replay()
         world.step()
         for name, form in world.forms().items():
-            self.forms[name] = form if self.forms.get(name, form) == form else "other"
+            known = self.forms.get(name, "none")
+            self.forms[name] = form if known in (form, "none") else known if form == "none" else "other"
         for seen, start, after in zip(replayed, before, world.look(), strict=True):
             for name, stored in after.items():
                 error = _difference(seen[name], stored, start.get(name)) if name in seen else math.inf

@@ -95,7 +95,7 @@ class Copier:
 
     def copy(self, value: Any, owner: str) -> Any:
         """A copy; raises `ReplayError` naming `owner` for what must not be copied."""
-        if type(value) is dict and all(map(is_plain, value.values())):
+        if type(value) is dict and all(map(is_plain, value)) and all(map(is_plain, value.values())):
             if id(value) not in self._memo:
                 self.replace(value, dict(value))
             return self._memo[id(value)]

@@ -268,13 +268,13 @@ def watch(
     sinks = list(sinks)
     for sink in sinks:
         if not callable(sink):
-            raise TypeError(f"watch(sinks=[{sink!r}]): a sink is a callable that takes a Report, such as a list's append")
+            raise TypeError(
+                f"watch(sinks=[{sink!r}]): a sink is a callable that takes a Report, such as a list's append"
+            )
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers:
         raise ValueError("watch(optimizer=[]): give at least one torch optimizer")
-    return Watch(
-        model, optimizers, window, samples, sinks, thresholds or Thresholds(), averages or {}, seed, step
-    )
+    return Watch(model, optimizers, window, samples, sinks, thresholds or Thresholds(), averages or {}, seed, step)
 
 
 def _named(model: Any) -> list[tuple[str, Tensor]]:

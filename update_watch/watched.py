@@ -23,7 +23,7 @@ from update_watch.windows import CohortWindow, RowFacts
 
 # Tensors measured in one step. More tensors are split into cohorts that take turns, so that the cost of a step
 # stops growing; with 8 cohorts every tensor is still measured in an eighth of the steps.
-_COHORT = 12
+_COHORT = 16
 _MAX_COHORTS = 8
 
 

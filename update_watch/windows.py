@@ -87,9 +87,7 @@ def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: 
         what_if = {"bfloat16": float(sums.what_if_2n[0, i] / sums.what_if_2n[1, i])}
     accumulators = {
         name: _state(sums, 1 + k, i, name, dtype, rate, sampled)
-        for k, (name, dtype, rate) in enumerate(
-            zip(cohort.states, facts.state_dtypes, facts.state_rates, strict=True)
-        )
+        for k, (name, dtype, rate) in enumerate(zip(cohort.states, facts.state_dtypes, facts.state_rates, strict=True))
         if dtype
     }
     decay = sums.weight_decay(i, sampled)
@@ -113,7 +111,8 @@ def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: 
     )
 
 
-def _state(sums: Sums, slot: int, i: int, name: str, dtype: str, rate: float | None, sampled: float) -> AccumulatorEvidence:
+def _state(
+    sums: Sums, slot: int, i: int, name: str, dtype: str, rate: float | None, sampled: float
+) -> AccumulatorEvidence:
     growth, decay = sums.growth_and_decay(slot, i, sampled)
     return AccumulatorEvidence(name, dtype, sums.numbers(slot, i, sampled), growth, decay, rate=rate)
-

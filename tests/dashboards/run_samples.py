@@ -207,7 +207,17 @@ def _states(spec: Spec, lr: float, kind: str, z: np.ndarray) -> dict[str, Accumu
             "so it can grow but not shrink; keep the optimizer state in FP32 or use a beta of at most 0.9961."
         )
         second = AccumulatorReport(
-            "exp_avg_sq", dtype, Health.stalled, Cause.state_rounding, text, 0.62 + 0.02 * z[1], 0.5, 0.9, 1.0, 0.94, 0.03
+            "exp_avg_sq",
+            dtype,
+            Health.stalled,
+            Cause.state_rounding,
+            text,
+            0.62 + 0.02 * z[1],
+            0.5,
+            0.9,
+            1.0,
+            0.94,
+            0.03,
         )
         text = (
             f"Weight decay (lr * weight_decay = {lr * 0.1:.2g} per step) is lost in BF16 weights (efficiency 0.00, 100% "
@@ -281,7 +291,7 @@ def _histogram(mean: float, spread: float) -> tuple[float, ...]:
     edges = [HEADROOM_LOW + i for i in range(HEADROOM_BINS + 1)]
     below = [_normal_below((edge - mean) / spread) for edge in edges]
     below[0], below[-1] = 0.0, 1.0
-    return tuple(b - a for a, b in zip(below, below[1:]))
+    return tuple(b - a for a, b in zip(below, below[1:], strict=False))
 
 
 def fully_filled_report() -> Report:

@@ -86,7 +86,9 @@ def test_what_is_not_finite_comes_back_as_not_known(tmp_path, value):
     assert back.cost_ms is None
 
 
-@pytest.mark.parametrize("name", ["</script><img src=x onerror=alert(1)>", "gewicht-ü-权重", 'a"b\\c\n\x00\x1f', "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["</script><img src=x onerror=alert(1)>", "gewicht-ü-权重", 'a"b\\c\n\x00\x1f', "\ud800"]
+)
 def test_any_name_and_sentence_comes_back(tmp_path, name):
     tensor = TensorReport(name, Health.stalled, Cause.weight_rounding, f"{name} lost 97% at 1e-3", layer=name)
     report = Report(10, 10, Health.stalled, name, (tensor,), alerts=(Alert(10, Level.warn, name, name, (name,)),))
@@ -101,7 +103,9 @@ def test_a_report_without_tensors_comes_back(tmp_path):
 
 
 def test_tensors_that_change_over_the_run_come_back_as_they_were(tmp_path):
-    grown = dataclasses.replace(tiny(20), tensors=(*tiny(20).tensors, TensorReport("c", Health.frozen, trainable=False)))
+    grown = dataclasses.replace(
+        tiny(20), tensors=(*tiny(20).tensors, TensorReport("c", Health.frozen, trainable=False))
+    )
     run = [tiny(10), grown, tiny(30)]
     assert list(read_journal(write(tmp_path / "j.jsonl", *run))) == run
 
@@ -225,7 +229,9 @@ def test_a_journal_of_a_newer_version_is_neither_read_nor_continued(tmp_path):
     path = write(tmp_path / "j.jsonl", tiny(10))
     text = path.read_text().replace('"schema":1', '"schema":7')
     path.write_text(text)
-    message = r"j\.jsonl was written by a newer update-watch: its schema is version 7, .* up to 1\. Upgrade: pip install -U"
+    message = (
+        r"j\.jsonl was written by a newer update-watch: its schema is version 7, .* up to 1\. Upgrade: pip install -U"
+    )
     with pytest.raises(JournalError, match=message):
         steps(path)
     with pytest.raises(JournalError, match=message):
@@ -241,9 +247,15 @@ def test_lines_of_a_kind_not_known_are_passed_over(tmp_path):
 
 
 def _mutations() -> Any:
-    garbage = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.just([]), st.just({}))
-    deeper = st.recursive(garbage, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3))
-    return st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(0, 30), max_size=5), deeper), min_size=1, max_size=3)
+    garbage = st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4), st.just([]), st.just({})
+    )
+    deeper = st.recursive(
+        garbage, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x, max_size=3)
+    )
+    return st.lists(
+        st.tuples(st.integers(0, 2), st.lists(st.integers(0, 30), max_size=5), deeper), min_size=1, max_size=3
+    )
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -310,7 +322,9 @@ def test_a_full_disk_raises_once_and_leaves_a_readable_file(tmp_path):
         assert len(seen) == 1 and "OSError(27" in str(seen[0].message), seen
     """
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(script), str(tmp_path / "j.jsonl")]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -336,7 +350,9 @@ def test_a_failing_journal_is_dropped_with_one_warning_and_the_other_sinks_go_on
 
 def _long_run(windows: int) -> list[Report]:
     run = [tiny(10 * n, efficiency=0.97 + 0.001 * (n % 7), cost_ms=1.0) for n in range(1, windows + 1)]
-    run[100] = tiny(1010, Health.stalled, 0.03, alerts=(Alert(1010, Level.error, "1 of 2 stalled", "a stalled", ("a",)),))
+    run[100] = tiny(
+        1010, Health.stalled, 0.03, alerts=(Alert(1010, Level.error, "1 of 2 stalled", "a stalled", ("a",)),)
+    )
     run[101] = tiny(1020, alerts=(Alert(1020, Level.info, "1 of 2 recovered", "a recovered", ("a",)),))
     return run
 

@@ -78,7 +78,7 @@ def test_the_headroom_histogram_counts_wanted_elements_per_octave(start_run: Any
     assert histogram["_type"] == "histogram"
     assert histogram["bins"] == list(range(-16, 17))
     # 300 elements three octaves above the edge, 50 of 100 wanted ones four below it
-    assert {b: n for b, n in zip(histogram["bins"], histogram["values"]) if n} == {3: 300, -4: 50}
+    assert {b: n for b, n in zip(histogram["bins"], histogram["values"], strict=False) if n} == {3: 300, -4: 50}
 
 
 def test_tables_hold_the_heatmap_the_headroom_by_layer_and_the_unwell_tensors(start_run: Any) -> None:
@@ -94,7 +94,7 @@ def test_tables_hold_the_heatmap_the_headroom_by_layer_and_the_unwell_tensors(st
     headroom = offline.read_table(row["update_watch/headroom_layers"])
     assert headroom["data"] == [["blocks.0.attn", 3, 1.0], ["blocks.0.norm", -4, 1.0]]
     tensors = offline.read_table(row["update_watch/tensors"])
-    (found,) = (dict(zip(tensors["columns"], values)) for values in tensors["data"])
+    (found,) = (dict(zip(tensors["columns"], values, strict=False)) for values in tensors["data"])
     assert found == {
         "tensor": "blocks.0.norm.weight",
         "health": "stalled",
@@ -305,7 +305,7 @@ def test_a_second_run_of_the_process_gets_its_own_definitions_and_rows(start_run
         runs.append(start_run())
         sink(sample_report(step))
         wandb.finish()
-    for run, step in zip(runs, (128, 256)):
+    for run, step in zip(runs, (128, 256), strict=False):
         offline = OfflineRun(run)
         assert [row[STEP] for row in offline.history] == [step]
         assert "update_watch/efficiency" in offline.metrics

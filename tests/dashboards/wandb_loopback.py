@@ -98,7 +98,7 @@ class LoopbackServer:
         names = [m.get("1") or m.get("2") for m in packed]
         return {
             name: {"step_metric": m.get("4") or (names[m["5"] - 1] if "5" in m else None)}
-            for name, m in zip(names, packed)
+            for name, m in zip(names, packed, strict=False)
         }
 
     # faults
