@@ -108,12 +108,13 @@ def _first_right(settings: Settings, shape: tuple[int, ...]) -> Rule:
     """The first way that is right in every world."""
     starts = _starts(settings)
     reason: ReplayError | None = None
+    size_matters = False  # something is right on few elements that is not on many
     for way in Way:
         if way is Way.rows and len(shape) < 2:
             continue
+        trials: list[Trial] = []
         try:
-            trials = []
-            for world, steps in _worlds(starts, way, shape):
+            for world, steps in _worlds(starts, way, shape, size_matters):
                 trials.append(Trial(world, way))
                 trials[-1].run(steps)
             return _rule(way, trials, widens=_widens(trials[-1]))
@@ -121,6 +122,7 @@ def _first_right(settings: Settings, shape: tuple[int, ...]) -> Rule:
             raise
         except ReplayError as error:
             reason = error
+            size_matters |= bool(trials) and trials[-1].settings.shapes == mimic(shape)
     raise reason or ReplayError(f"{type(settings.optimizer).__name__} has no parameter to be tried on")
 
 
@@ -147,7 +149,9 @@ def _starts(settings: Settings) -> list[Settings]:
     return starts
 
 
-def _worlds(starts: list[Settings], way: Way, shape: tuple[int, ...]) -> Iterator[tuple[Settings, int]]:
+def _worlds(
+    starts: list[Settings], way: Way, shape: tuple[int, ...], size_matters: bool
+) -> Iterator[tuple[Settings, int]]:
     """Worlds and the steps to run in them, the cheap ones first; the last one is the most like the parameter."""
     for start in starts:
         yield resolving(start._replace(gradient=_TINY_GRADIENT, lr_factor=1.0)), _STEPS_SMALL
@@ -156,6 +160,8 @@ def _worlds(starts: list[Settings], way: Way, shape: tuple[int, ...]) -> Iterato
             yield start._replace(shapes=small(_TYPICAL[min(len(shape), 4)])), STEPS
         if way is Way.whole:
             yield start, STEPS
+            if size_matters:
+                yield start._replace(shapes=mimic(shape)), STEPS
         else:
             yield start, _STEPS_SMALL
             yield start._replace(shapes=mimic(shape)), STEPS

@@ -148,10 +148,12 @@ class Copier:
             self._left -= value.numel()
             if self._left < 0:
                 return f"tensors outside optimizer.state that are too large to copy at every step ({value.numel()})"
-        copied = value.detach()
-        low = self._widen and type(value) is Tensor and value.dtype in _LOW_PRECISION
-        self.has_widened |= low
-        copied = copied.to(torch.float32) if low else copied.clone()
+        try:
+            copied = _cloned(value.detach())
+        except Exception as error:
+            return f"a {type(value).__name__} that cannot be copied ({error!r})"
+        if self._widen and type(value) is Tensor and value.dtype in _LOW_PRECISION:
+            copied, self.has_widened = copied.to(torch.float32), True
         self.replace(value, torch.nn.Parameter(copied) if isinstance(value, torch.nn.Parameter) else copied)
         return ""
 
@@ -169,3 +171,13 @@ class Copier:
             if isinstance(content, types.FunctionType) and (problem := self._visit_closure(content, depth + 1)):
                 return problem
         return ""
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    if type(tensor) is Tensor or not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.clone()
+    # wrappers of plain tensors (quantised state) need not know how to clone themselves
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: _cloned(getattr(tensor, name)) for name in names}
+    cloned: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
+    return cloned
