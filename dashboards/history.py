@@ -1,6 +1,6 @@
 """A whole run in bounded size: what the HTML report is drawn from.
 
-Windows are joined to spans of equal length, at most about `SPANS` of them, each tensor as in its worst window of the
+Windows are joined to spans of about equal length, `SPANS` to twice as many, each tensor as in its worst window of the
 span: a stall of one window stays visible in a run of any length. Values of the run as a whole are means over a span.
 P is the number of tensors, H the number of spans; NaN stands for "not known".
 """

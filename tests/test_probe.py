@@ -280,6 +280,35 @@ def test_random_draws_closures_and_divergence_are_unknown_with_their_reason() ->
     assert "closure" in reason
 
 
+def test_a_rule_that_breaks_on_odd_gradients_is_known_for_ordinary_ones() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            before = optimizer.state[param].get("before")
+            if before is not None and float((param.grad * before).sum()) > 0.5 * float(before.square().sum()):
+                raise ArithmeticError("singular")
+            optimizer.state[param]["before"] = param.grad.clone()
+            descend(group, param, param.grad)
+
+    assert probed(update).kind is not Kind.unknown
+
+
+def test_a_state_that_is_none_at_first_is_a_state_per_element_later() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            state = optimizer.state[param]
+            if state.setdefault("momentum") is None:
+                state["momentum"] = param.grad.clone() if optimizer.count(param) == 3 else None
+            else:
+                state["momentum"].lerp_(param.grad, 0.1)
+            descend(group, param, param.grad if state["momentum"] is None else state["momentum"])
+
+    rule = probed(update)
+    assert (rule.kind, rule.element_states) == (Kind.elementwise, {"momentum"})
+    never = Rule(Kind.elementwise, forms={"momentum": "none"})
+    assert never.misfit(parameter(2), {"momentum": None}) == ""
+    assert "was None when the rule was probed" in never.misfit(parameter(2), {"momentum": torch.zeros(2)})
+
+
 @pytest.mark.parametrize("lr", [0.0, 1e-12, 1e-7, torch.tensor(0.0)], ids=str)
 def test_a_learning_rate_too_small_to_see_does_not_hide_a_trust_ratio(lr: Any) -> None:
     def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:

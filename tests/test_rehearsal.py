@@ -48,6 +48,29 @@ class Stochastic(optim.Optimizer):
                 p.copy_(exact.view(torch.float32))
 
 
+class Tenfold(optim.Optimizer):
+    """Steps of ten times the learning rate."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign(), alpha=10 * group["lr"])
+
+
+class SignTimesNorm(Tenfold):
+    """Steps of one size for all elements, which grows with the gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign(), alpha=group["lr"] * float(p.grad.abs().max()))
+
+
 def weights(dtype: torch.dtype = torch.bfloat16, *shape: int) -> list[Tensor]:
     return [torch.nn.Parameter(torch.full(shape or (32, 24), 0.02).to(dtype))]
 
@@ -62,6 +85,8 @@ def weights(dtype: torch.dtype = torch.bfloat16, *shape: int) -> list[Tensor]:
         pytest.param(lambda p: optim.NAdam(p), 1.0, id="NAdam"),
         pytest.param(lambda p: optim.SGD(p, lr=0.1), None, id="SGD"),
         pytest.param(lambda p: optim.SGD(p, lr=0.1, momentum=0.9), None, id="SGD-momentum"),
+        pytest.param(Tenfold, None, id="ten-times-as-large"),
+        pytest.param(SignTimesNorm, None, id="grows-with-the-gradient"),
         pytest.param(lambda p: optim.Adagrad(p), None, id="Adagrad-which-shrinks"),
         pytest.param(lambda p: optim.Adafactor(p), None, id="Adafactor-relative-to-the-weights"),
         pytest.param(lambda p: optim.Muon(p), None, id="Muon-looks-at-the-matrix"),

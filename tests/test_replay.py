@@ -243,6 +243,7 @@ def test_attributes_containers_generators_and_state_are_not_written() -> None:
     assert grad is not None
     kept = grad.clone()
     Twin(optimizer).replay_whole(0, param, grad, optimizer.state[param])
+    Twin(optimizer).replay([Run(0, param.detach().clone(), grad.clone(), optimizer.state[param])])
     assert vars(optimizer)["count"] == 0
     assert not optimizer.history
     assert optimizer.table == {"inner": []}
@@ -272,6 +273,24 @@ def test_what_points_back_to_the_optimizer_points_to_the_twin() -> None:
     replayed(optimizer, param)
     assert vars(optimizer)["count"] == 0
     assert "seen" not in optimizer.param_groups[0]
+
+
+def test_a_compiled_method_kept_on_the_instance_gives_way_to_the_classs_own() -> None:
+    class Compiling(Plain):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.update(self.param_groups[0])
+
+        def update(self, group: dict[str, Any]) -> None:
+            vars(self)["count"] += 1
+            for param in group["params"]:
+                param.add_(param.grad, alpha=-group["lr"])
+
+    param = parameter(8)
+    optimizer = Compiling([param], count=0)
+    vars(optimizer)["update"] = functools.partial(Compiling.update, optimizer)
+    torch.testing.assert_close(replayed(optimizer, param), param.detach() - 0.1 * param.grad)
+    assert vars(optimizer)["count"] == 0
 
 
 def test_slots_are_copied() -> None:

@@ -142,8 +142,6 @@ def _tensor(memory: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:
     if first == last:
         return torch.empty(shape, dtype=dtype)
     data = torch.frombuffer(memory, dtype=torch.uint8, count=last - first, offset=start + first)
-    if (start + first) % dtype.itemsize:
-        data = data.clone()  # torch wants aligned numbers
     return data.view(dtype).reshape(shape)
 
 

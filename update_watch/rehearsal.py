@@ -11,15 +11,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.replay import RandomStates, ReplayError, rule_of, settings_of, shell, without_effects
+from update_watch.replay import ReplayError, rule_of, settings_of, shell, without_effects
 from update_watch.twin_copy import Copier
 
 _LIMIT = 2**20  # elements of tensors the optimizer keeps outside its state
@@ -146,18 +146,11 @@ class _Trial:
         return self.param.detach().to("cpu", torch.float64, copy=True)
 
 
-@contextmanager
-def _undisturbed(optimizer: Optimizer, device: torch.device) -> Iterator[None]:
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        with without_effects(device):
-            yield
-        return
-    # torch's own rules call no hook and compile nothing; keeping those away would import the compiler: seconds
-    random_states = RandomStates(device)
-    try:
-        yield
-    finally:
-        random_states.restore()
+def _undisturbed(optimizer: Optimizer, device: torch.device) -> AbstractContextManager[Any]:
+    # torch's own rules draw no random numbers, call no hook and compile nothing; keeping compilation from happening
+    # would import the compiler: seconds
+    is_native = type(optimizer).__module__.startswith("torch.optim")
+    return nullcontext() if is_native else without_effects(device)
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -176,7 +169,7 @@ def _step_size(optimizer: Optimizer, group: int, shape: tuple[int, ...]) -> floa
             if time.perf_counter() - started > _SECONDS:
                 return None
         size = (trial.value() - before).abs() / _LR
-        if not bool(torch.isfinite(size).all()) or not _ABOUT[0] <= float(size.min()) <= float(size.max()) <= _ABOUT[1]:
+        if not _ABOUT[0] <= float(size.min()) <= float(size.max()) <= _ABOUT[1]:
             return None
         found.append(float(size.mean()))
     return sum(found) / len(found)

@@ -152,14 +152,6 @@ class World:
         if not all(bool(param.isfinite().all()) for param in self.params):
             raise RuleError(f"{self.name} makes a plain FP32 parameter infinite or NaN")
 
-    def can_step(self) -> bool:
-        """The rule itself still runs."""
-        try:
-            self.step()
-        except RuleError:
-            return False
-        return True
-
     # --- counting ---------------------------------------------------------------------------------
 
     def numbers(self) -> Numbers:

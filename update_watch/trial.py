@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from update_watch.replay import Run, Twin
-from update_watch.synthetic import Numbers, Settings, World, sampled
+from update_watch.synthetic import Numbers, RuleError, Settings, World, sampled
 from update_watch.twin_copy import Copier, ReplayError
 
 STEPS = 13  # past the switches of RAdam (5), Lookahead (5, 6) and the like
@@ -62,10 +62,8 @@ class Trial:
             for _ in range(_STEPS_THERE):
                 try:
                     self._step()
-                except ReplayError:
-                    if self.world.can_step():
-                        raise
-                    return  # the rule itself fails there, as schedules of fixed length do
+                except RuleError:
+                    return  # as schedules of fixed length do
 
     def keeps_low_precision(self) -> bool:
         """Some state is kept in fewer bits than FP32."""
@@ -78,7 +76,11 @@ class Trial:
         world = self.world
         world.set_gradients()
         before = world.look()
-        replayed = self._replay()
+        try:
+            replayed = self._replay()
+        except ReplayError:
+            world.step()  # if the rule itself fails here, that is the reason
+            raise
         world.step()
         for name, form in world.forms().items():
             known = self.forms.get(name, "none")

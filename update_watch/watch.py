@@ -58,6 +58,7 @@ class Watch:
         self._watched: dict[int, Watched] = {}
         self._seconds, self._base_step = 0.0, 0
         self._closed = False
+        self._windows = 0  # closed so far
         self._diagnosis, self._alerts = Diagnosis(thresholds), Alerts(thresholds)
         self._sinks = Sinks(list(sinks))
         self._judge = Worker("judging", self._judge_window)
@@ -139,6 +140,7 @@ class Watch:
     # --- windows -----------------------------------------------------------------------------------
 
     def _close_window(self) -> None:
+        self._windows += 1
         steps = max((w.window_steps for w in self._watched.values()), default=0)
         cohorts: list[Any] = []
         others: list[TensorEvidence] = []
@@ -174,7 +176,7 @@ class Watch:
     def flush(self, timeout: float | None = None) -> Report | None:
         """Close the window now and wait for device and sinks, at most `timeout` seconds. Returns the last report."""
         started = time.monotonic()
-        if any(w.window_steps for w in self._watched.values()) or (self.last is None and self._watched):
+        if any(w.window_steps for w in self._watched.values()) or (self._windows == 0 and self._watched):
             self._close_window()
         if self._judge.wait(timeout):
             left = None if timeout is None else max(timeout - (time.monotonic() - started), 0.0)
@@ -187,7 +189,8 @@ class Watch:
             return
         self._closed = True
         try:
-            self.flush(timeout)
+            if self._windows or any(w.window_steps for w in self._watched.values()):
+                self.flush(timeout)
         finally:
             self.detach()
             self._judge.stop()
