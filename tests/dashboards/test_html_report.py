@@ -577,7 +577,7 @@ def test_two_thousand_tensors_and_ten_thousand_windows_open_in_two_seconds(brows
     assert len(text.encode()) < 10e6
     for view in ("kind", "layer", "worst"):
         cells = page_data(text)["charts"][f"heatmap-0-{view}"]["data"]["values"]
-        assert any(c["verdict"] == "stalled" and c["begin"] < 640_000 < c["end"] + 12_800 for c in cells), view
+        assert any(c["verdict"] == "stalled" and c["begin"] < 646_400 <= c["end"] for c in cells), view
     # Time of the page's main thread on the processor: what other programs do meanwhile does not count.
     browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
     page = Page(browser, to_file(tmp_path, text))
