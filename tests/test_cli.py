@@ -272,9 +272,15 @@ def test_an_interrupt_is_quiet(factory: Path, capsys: pytest.CaptureFixture[str]
 def test_a_closed_pipe_is_quiet(checkpoints: tuple[Path, Path]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     try:
         done = subprocess.run(
-            [*COMMAND, "diff", *map(str, checkpoints)], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120
+            [*COMMAND, "diff", *map(str, checkpoints)],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env=buffered,
         )
     finally:
         os.close(writing)
