@@ -139,6 +139,14 @@ def test_audit_takes_a_module_of_the_current_folder_and_averages(
     ]  # fmt: skip
 
 
+def test_a_file_named_like_a_library_does_not_take_its_place(factory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = factory.rename(factory.with_name("statistics.py"))
+    import statistics
+
+    assert main(["audit", f"{path}:make"]) == 0
+    assert sys.modules["statistics"] is statistics
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
