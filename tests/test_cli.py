@@ -44,6 +44,11 @@ number = 3
 """
 
 
+@pytest.fixture(autouse=True)
+def _import_path_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command may add to it: its process ends with it
+
+
 @pytest.fixture
 def factory(tmp_path: Path) -> Path:
     path = tmp_path / "training_setup.py"
