@@ -21,7 +21,7 @@ class Sharded(lightning.LightningModule):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
-            for module in (self.net[0], self.net[3], self):
+            for module in (self.net[0], self.net[3], self.net):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
