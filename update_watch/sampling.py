@@ -63,8 +63,9 @@ def _is_plain_subclass(tensor: Tensor) -> bool:
     cls = type(tensor)
     if cls.__name__ == "FakeTensor":
         return True
-    return cls.__torch_dispatch__ is Tensor.__torch_dispatch__ and cls.__torch_function__ in (
-        Tensor.__torch_function__,
+    function = getattr(cls.__torch_function__, "__func__", cls.__torch_function__)  # bound to each class anew
+    return cls.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in (
+        Tensor.__torch_function__.__func__,  # type: ignore[attr-defined]
         torch._C._disabled_torch_function_impl,
     )
 

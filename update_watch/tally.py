@@ -63,6 +63,11 @@ class Tally:
         """
         intended_AnK.sub_(before_AnK)
         applied_AnK = after_AnK.sub_(before_AnK)
+        if self._scale_An1 is None:
+            # before masking: a row that sits out the first step needs its unit too
+            largest = torch.maximum(intended_AnK.abs().amax(-1), before_AnK.abs().amax(-1).mul_(2**-10))
+            known = (largest > 0) & largest.isfinite()
+            self._scale_An1 = torch.where(known, largest.reciprocal(), torch.ones_like(largest)).unsqueeze(-1)
         if mask_nK is not None:
             # where, not multiplication: a row that took no part may hold anything
             zero = intended_AnK.new_zeros(())
@@ -76,9 +81,6 @@ class Tally:
         if path and self.accumulators > 1:
             self._state_path_2SnJ[0].add_(applied_AnK[1:, :, ::_THIN])
             self._state_path_2SnJ[1].add_(intended_AnK[1:, :, ::_THIN])
-        if self._scale_An1 is None:
-            largest = torch.maximum(intended_AnK.abs().amax(-1), before_AnK.abs().amax(-1).mul_(2**-10))
-            self._scale_An1 = torch.where(largest > 0, largest.reciprocal(), torch.ones_like(largest)).unsqueeze(-1)
         d, a, w = intended_AnK * self._scale_An1, applied_AnK.mul(self._scale_An1), before_AnK * self._scale_An1
         products = torch.empty(F, *d.shape, device=self.device)
         torch.mul(a, d, out=products[DOT])
@@ -180,14 +182,11 @@ class Sums(NamedTuple):
             (accumulators, rows),
             (5, rows),
         )
-        parts, start = [], 0
-        for shape in shapes:
-            size = int(np.prod(shape))
-            parts.append(flat[start : start + size].reshape(shape))
-            start += size
-        if start != flat.size:
-            raise ValueError(f"tally vector has {flat.size} values, {start} expected")
-        return cls(*parts)
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+        if ends[-1] != flat.size:
+            raise ValueError(f"tally vector has {flat.size} values, {ends[-1]} expected")
+        parts = np.split(flat, ends[:-1])
+        return cls(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
 
     def numbers(self, accumulator: int, row: int, sampled: float) -> Numbers:
         """The four numbers of one accumulator of one row. `sampled`: elements looked at over the window."""
