@@ -211,7 +211,7 @@ def test_a_rule_that_draws_random_numbers_is_refused_and_no_generator_moves() ->
             replayed(optimizer, param)
         assert torch.equal(torch.get_rng_state(), before[0])
         assert random.getstate() == before[1]
-    optimizer = Noisy([param], draw=np.random.standard_normal)
+    optimizer = Noisy([param], draw=lambda: np.random.standard_normal())
     expected = np.random.RandomState()
     expected.set_state(np.random.get_state())
     replayed(optimizer, param)

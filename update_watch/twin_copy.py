@@ -28,6 +28,9 @@ class _Absent:
     def __init__(self, original: Any) -> None:
         self.__dict__["_kind"] = type(original).__name__
 
+    def __deepcopy__(self, _: Any) -> Any:
+        return self
+
     def __getattr__(self, name: str) -> Any:
         raise ReplayError(f"its step uses a {self._kind} ('{name}') that a replay cannot have")
 
