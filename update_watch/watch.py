@@ -123,9 +123,15 @@ class Watch:
         started = time.perf_counter()
         watched = self._watched[id(optimizer)]
         watched.after(snapshot[0])
-        if watched.window_steps >= self.window:
+        if self._is_window_full(watched):
             self._close_window()
         self._seconds += time.perf_counter() - started
+
+    def _is_window_full(self, watched: Watched) -> bool:
+        if watched.window_steps != self.window or self.window == 1:
+            return watched.window_steps >= self.window
+        # optimizers that step in turn end their windows together
+        return all(other.window_steps != self.window - 1 for other in self._watched.values())
 
     def _fail(self, error: Exception) -> None:
         """An error of ours: let go of training, say so once."""
