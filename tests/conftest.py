@@ -20,7 +20,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = Path(str(item.path))
         if path.stem in _SLOW or path.parent.name in _SLOW:
             item.add_marker(pytest.mark.slow)
-        if "test_a_stall_of_one_window_among_thousands" in item.name:
-            item.add_marker(
-                pytest.mark.xfail(reason="the heatmap thins a stall of one window away: to be mended", strict=False)
-            )
