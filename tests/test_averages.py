@@ -56,6 +56,15 @@ def test_its_fp32_twin_is_healthy_and_arrives_whole() -> None:
     assert all(a.efficiency == pytest.approx(1.0, abs=0.002) for a in _of(report))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_copy_that_the_first_update_makes_does_not_count(dtype: torch.dtype) -> None:
+    """The first window holds it: 1 / (1 - decay) times what an average would have moved by."""
+    report = _train(dtype, _averaged, lambda a, m, _: a.update_parameters(m), steps=32)
+    assert report.step == 32
+    for accumulator in _of(report):
+        assert accumulator.efficiency == pytest.approx(1.0 if dtype is torch.float32 else 0.0, abs=0.02)
+
+
 def test_a_plain_copy_is_judged_with_the_decay_given() -> None:
     def given(model: Any) -> Any:
         average = copy.deepcopy(model)

@@ -128,15 +128,18 @@ class _Chunk:
             self._sums[6].add_(moved)
             return
         self._updates += 1
-        applied = after.sub_(self._before)
-        intended = self._gather([p.weight for p in self.pairs]).sub_(self._before)
+        weights = self._gather([p.weight for p in self.pairs])
+        # the first update of AveragedModel copies the weights: that is no averaging, and would swamp all others
+        averaged = after.ne(weights).any(-1, keepdim=True)
+        applied = torch.where(averaged, after.sub_(self._before), 0.0)
+        intended = torch.where(averaged, weights.sub_(self._before), 0.0)
         if self._mask is not None:
             applied, intended = applied.mul_(self._mask), intended.mul_(self._mask)
         intended.mul_(1.0 if self.rate is None else self.rate)
         wanted = intended.ne(0).float()
         parts = (applied * intended, intended * intended, wanted, wanted * applied.eq(0))
         self._sums[:4].add_(torch.stack([part.sum(-1) for part in parts]))
-        self._sums[4].add_(1.0)
+        self._sums[4].add_(averaged.squeeze(-1).float())
 
     def _note_rounding(self, average: Tensor) -> None:
         """Count looks at which an FP32 average that was finer before holds BF16 values only."""
