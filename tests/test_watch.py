@@ -38,7 +38,9 @@ RATES = {"sgd-momentum": {BF16: (3e-3, 1e-4), FP16: (3e-4, 1e-5)}}
 USUAL = {BF16: (3e-4, 1e-5), FP16: (3e-5, 1e-6)}
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["partly", "nearly-all"])
+@pytest.mark.parametrize(
+    "which", [pytest.param(0, id="partly"), pytest.param(1, id="nearly-all", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", RULES)
 def test_efficiency_and_lost_fraction_are_those_of_all_elements(name: str, dtype: torch.dtype, which: int) -> None:
