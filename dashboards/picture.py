@@ -41,10 +41,11 @@ def find_browser() -> str:
     )
 
 
-def write_picture(page: Path, png: Path, width: int = 1240, scale: float = 2.0) -> None:
-    """Picture of the whole of the local file `page`, `width` pixels wide in the page's units.
+def write_picture(page: Path, png: Path, width: int = 1240, scale: float = 2.0, height: int | None = None) -> None:
+    """Picture of the local file `page`, `width` pixels wide in the page's units.
 
     Args:
+        height: pixels from the top in the page's units; None: the whole page.
         scale: picture pixels per pixel of the page.
 
     Raises:
@@ -63,7 +64,7 @@ def write_picture(page: Path, png: Path, width: int = 1240, scale: float = 2.0) 
         found = re.search(r'data-height="(\d+)"', dumped)
         if not found:
             raise RuntimeError(f"{browser} did not finish drawing {page}; open it in a browser to see why.")
-        height = min(int(found[1]), _TALLEST)
+        height = min(height or _TALLEST, int(found[1]), _TALLEST)
         shot = Path(profile) / "picture.png"
         window = f"--window-size={width},{height}"
         _run([browser, *flags, window, f"--force-device-scale-factor={scale:g}", f"--screenshot={shot}", url])

@@ -306,4 +306,4 @@ def _need_rich() -> None:
     try:
         import rich  # noqa: F401
     except ImportError as error:
-        raise ImportError("The terminal's table needs rich: pip install 'update-watch[report]'") from error
+        raise ImportError("The terminal's table needs rich: pip install 'update-watch[terminal]'") from error

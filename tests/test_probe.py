@@ -188,6 +188,7 @@ def test_factors_of_large_matrices_are_found_on_the_real_size() -> None:
     assert "state 'row' for it, which was not met" in rule.misfit(large, {"row": torch.zeros(200, 1)})
     assert rule.misfit(large, {"full": torch.zeros(200, 300)}) == ""
     assert "not one value per weight" in rule.misfit(large, {"full": torch.zeros(200, 1)})
+    assert probed(update, (200, 300)).misfit(large, {"full": torch.zeros(200, 1)}) == ""
 
 
 def test_what_large_tensors_do_together_is_found_on_the_real_size() -> None:

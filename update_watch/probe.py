@@ -55,11 +55,14 @@ class Rule:
         """Why what was found out does not hold for this parameter, judged by its state; "" when it fits.
 
         A rule may treat large parameters otherwise (factored, quantised): it then keeps other state than in the probe.
+        Whole tensors are replayed with whatever state there is.
         """
+        if self.kind is Kind.whole:
+            return ""
         plain = (Tensor, torch.nn.Parameter, type(param), type(param.data))
         for name, value in state.items():
             expected = self.forms.get(name)
-            if expected is None and self.kind is Kind.elementwise:
+            if expected is None:
                 return f"its optimizer keeps state '{name}' for it, which was not met when the rule was probed"
             if not isinstance(value, Tensor):
                 continue

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from run_samples import fully_filled_report, gpt, large, synthetic_run
 
 from update_watch.dashboards.frame import frame_of, join, report_of
-from update_watch.dashboards.journal import SCHEMA, Journal, JournalError, read_journal
+from update_watch.dashboards.journal import SCHEMA, Journal, JournalError, JournalReader, read_journal
 from update_watch.dashboards.journal_lines import HEALTH_LETTERS
-from update_watch.dashboards.thinning import KEPT
+from update_watch.dashboards.thinning import KEPT, thin
 from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
 from update_watch.worker import Sinks
 
@@ -162,6 +162,15 @@ def test_a_line_cut_short_at_any_byte_is_left_out_and_the_next_process_goes_on_b
             continue
         with pytest.warns(UserWarning, match=r"1 damaged line was skipped \(line 4;"):
             assert steps(path) == [10, 30]
+
+
+def test_the_header_written_behind_half_a_line_is_not_lost(tmp_path):
+    path = write(tmp_path / "j.jsonl", tiny(10), run={"name": "first"})
+    path.write_bytes(path.read_bytes()[:-30])
+    write(path, tiny(20), run={"name": "second"})
+    reader = JournalReader(path)
+    assert [frame.step for frame in reader.frames()] == [20]
+    assert reader.run == {"name": "second"}
 
 
 def test_a_file_that_was_moved_away_is_begun_anew(tmp_path):
@@ -377,6 +386,18 @@ def test_thinning_keeps_an_even_resolution(tmp_path):
     back = list(read_journal(write(tmp_path / "j.jsonl", *_long_run(2000), max_bytes=100_000)))
     joined = [report.window for report in back if report.window > 10]
     assert sum(2 * steps >= max(joined) for steps in joined) >= 0.9 * len(joined)
+    assert max(joined) in (80, 160, 320)  # 8, 16 or 32 windows of 10 steps: no line is wider than was decided
+
+
+def test_thinning_joins_no_more_than_it_must_and_leaves_the_last_windows_alone(tmp_path):
+    run = [tiny(10 * n) for n in range(1, 401)]
+    path = write(tmp_path / "j.jsonl", *run)
+    before = path.stat().st_size
+    assert thin(path, before) == path.stat().st_size
+    assert before / 4 < path.stat().st_size <= before / 2
+    back = list(read_journal(path))
+    assert back[-KEPT:] == run[-KEPT:]
+    assert all(report.window > 10 for report in back[:-KEPT])
 
 
 def test_thinning_does_not_join_a_resumed_run_with_the_steps_it_repeats(tmp_path):
@@ -388,6 +409,17 @@ def test_thinning_does_not_join_a_resumed_run_with_the_steps_it_repeats(tmp_path
     assert found[turn - 1] == 4000
     assert found[turn] >= 2000
     assert sum(r.window for r in read_journal(path)) == 7000
+
+
+def test_thinning_does_not_join_steps_repeated_within_one_process(tmp_path):
+    run = [tiny(10 * n) for n in (*range(1, 201), *range(100, 300))]
+    path = write(tmp_path / "j.jsonl", *run)
+    thin(path, path.stat().st_size // 4)
+    found = [(report.step - report.window, report.step) for report in read_journal(path)]
+    assert sum(begin > before for (_, before), (begin, _) in zip(found, found[1:], strict=False)) == 0
+    (turn,) = (i for i in range(1, len(found)) if found[i][1] <= found[i - 1][1])
+    assert found[turn - 1][1] == 2000
+    assert found[turn][0] == 990
 
 
 def test_thinning_leaves_damaged_and_unknown_lines_for_the_reader_to_name(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import sys
 import threading
@@ -81,10 +82,22 @@ def test_without_a_limit_every_tensor_is_shown():
     assert set(names_in_order(shown(table(report, rows=None), width=120), report)) == {t.name for t in report.tensors}
 
 
+def test_every_health_comes_before_the_next_better_one():
+    order = [Health.broken, Health.stalled, Health.stalling, Health.unknown, Health.idle, Health.frozen, Health.healthy]
+    tensors = [TensorReport(h.value, h, efficiency=0.5 if h is Health.stalled else None) for h in reversed(order)]
+    text = shown(table(small(*tensors)))
+    names = [line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] == line.split()[1]]
+    assert names == [h.value for h in order]
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 150, 200])
-def test_no_line_is_wider_than_the_terminal(width):
+def test_health_and_efficiency_can_be_read_at_every_width(width):
     report = next(synthetic_run(windows=1))
-    assert max(len(line) for line in shown(table(report), width=width).splitlines()) <= width
+    lines = [line.split() for line in shown(table(report, rows=None), width=width).splitlines()]
+    rows = [line for line in lines if len(line) > 3 and line[1] in {"stalled", "stalling", "healthy"}]
+    assert sorted((row[1], row[2]) for row in rows) == sorted(
+        (t.health.value, f"{t.efficiency:.2f}") for t in report.tensors
+    )
 
 
 def test_the_usual_80_columns_still_show_the_cause():
@@ -114,7 +127,7 @@ def test_markup_and_escape_sequences_in_names_are_not_obeyed(name):
 
 
 def test_a_terminal_without_unicode_gets_ascii():
-    name = "größe." + "x" * 80
+    name = "x" * 80 + ".größe"
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     rich_console.Console(file=file, width=70).print(table(small(TensorReport(name, Health.stalled), HEALTHY)))
     file.flush()
@@ -163,10 +176,13 @@ def test_the_last_window_read_alone_is_the_last_of_all(tmp_path):
 
 def test_a_damaged_last_line_leaves_the_one_before(tmp_path):
     path = tmp_path / "j.jsonl"
-    reports = journal(path)
+    sink = Journal(path)
+    for step in (10, 20, 30):
+        sink(dataclasses.replace(small(STALLED, HEALTHY), step=step))
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]) + lines[-1].replace(b'"efficiency":', b'"efficiency":"x"'))
-    assert read_last(path).report.step == reports[-2].step
+    last = read_last(path)
+    assert (last.report.step, last.report.tensors[0].advice) == (20, STALLED.advice)
 
 
 def test_top_without_a_window_says_so(tmp_path):
@@ -211,5 +227,5 @@ def test_a_live_table_fits_the_height_of_the_terminal(tmp_path, monkeypatch):
 
 def test_a_missing_rich_is_named_with_its_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
-    with pytest.raises(ImportError, match=r"needs rich: pip install 'update-watch\[report\]'"):
+    with pytest.raises(ImportError, match=r"needs rich: pip install 'update-watch\[terminal\]'"):
         table(small(STALLED))
