@@ -86,7 +86,8 @@ def test_every_health_comes_before_the_next_better_one():
     order = [Health.broken, Health.stalled, Health.stalling, Health.unknown, Health.idle, Health.frozen, Health.healthy]
     tensors = [TensorReport(h.value, h, efficiency=0.5 if h is Health.stalled else None) for h in reversed(order)]
     text = shown(table(small(*tensors)))
-    names = [line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] == line.split()[1]]
+    starts = [line.split()[:2] for line in text.splitlines()]
+    names = [start[0] for start in starts if len(start) == 2 and start[0] == start[1]]
     assert names == [h.value for h in order]
 
 
