@@ -166,21 +166,19 @@ def test_gather_puts_every_row_in_its_place_whatever_its_size_and_dtype() -> Non
         torch.randn(300).half(),
     ]
     samplers = [Sampler(t, K) for t in tensors]
-    out_nK = torch.full((len(tensors), K), float("nan"))
-    gather([s.view(t) for s, t in zip(samplers, tensors, strict=True)], samplers, out_nK)
+    out_nK = gather([s.view(t) for s, t in zip(samplers, tensors, strict=True)], samplers)
+    assert out_nK.shape == (len(tensors), K) and out_nK.dtype is torch.float32
     for row, sampler, tensor in zip(out_nK, samplers, tensors, strict=True):
         assert torch.equal(row[: sampler.size], sampler.view(tensor).flatten().float())
         assert (row[sampler.size :] == row[0]).all()  # padding holds no value of its own
 
 
 def test_gathering_does_not_write_into_the_tensors() -> None:
-    tensors = [torch.randn(30, 30), torch.randn(5)]
-    copies = [t.clone() for t in tensors]
-    samplers = [Sampler(t, K) for t in tensors]
-    out_nK = torch.empty(2, K)
-    gather([s.view(t) for s, t in zip(samplers, tensors, strict=True)], samplers, out_nK)
-    out_nK.zero_()
-    assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
+    for tensors in ([torch.randn(30, 30), torch.randn(5)], [torch.randn(30, 30)], [torch.randn(K)]):
+        copies = [t.clone() for t in tensors]
+        samplers = [Sampler(t, K) for t in tensors]
+        gather([s.view(t) for s, t in zip(samplers, tensors, strict=True)], samplers).zero_()
+        assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
 
 
 class Hidden(Tensor):

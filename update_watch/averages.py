@@ -98,7 +98,6 @@ class _Chunk:
         self.label, self.pairs, self.rate, self._rng = label, pairs, rate, rng
         self._samplers = [pair.sampler for pair in pairs]
         self._device = local(pairs[0].average).device
-        self._shape = (len(pairs), samples)
         self._mask = mask(self._samplers, self._device)
         self._sums = torch.zeros(_SUMS, len(pairs), device=self._device)
         self._was_finer = torch.zeros(len(pairs), dtype=torch.bool, device=self._device)
@@ -110,10 +109,7 @@ class _Chunk:
             sampler.redraw(self._rng)
 
     def _gather(self, tensors: list[Tensor]) -> Tensor:
-        out = torch.empty(self._shape, device=self._device)
-        views = [s.view(local(t.detach())) for s, t in zip(self._samplers, tensors, strict=True)]
-        gather(views, self._samplers, out)
-        return out
+        return gather([s.view(local(t.detach())) for s, t in zip(self._samplers, tensors, strict=True)], self._samplers)
 
     def start(self) -> None:
         self._before = self._gather([p.average for p in self.pairs])

@@ -26,7 +26,8 @@ from update_watch.tally import Tally
 from update_watch.twin_copy import ReplayError
 
 _HEADROOM_EVERY = 8  # measured steps between two looks at headroom and decay: they change slowly
-_PATH_EVERY = 8  # measured steps between two at the window's own positions
+_PATH_EVERY = 8  # measured steps between two at the window's own positions; these are full steps
+_FULL_EVERY = 2  # measured steps between two in which states and gradients are compared and not weights alone
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 _WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
 
@@ -36,7 +37,7 @@ class Snapshot(NamedTuple):
 
     before_AnK: Tensor
     intended_AnK: Tensor  # the replayed values
-    grad_nK: Tensor
+    nonzero_nK: Tensor | None  # gradients other than zero; None: this step compares weights alone
     mask_nK: Tensor | None
     live: tuple[bool, ...]
 
@@ -53,6 +54,9 @@ class Cohort:
         self.states = sorted(carriers.union(*(row.rule.element_states for row in rows)))
         self._slots = {name: 1 + i for i, name in enumerate(self.states)}
         self._zero = torch.zeros((), device=self.device)
+        self._zeros = [
+            self._zero.to(local(row.param).dtype).expand(row.sampler.view_shape) for row in rows if row.sampler
+        ]
         self._padding = mask(self.samplers, self.device)
         self._mask: Tensor | None = self._padding
         self._masked: tuple[bool, ...] = (True,) * len(rows)
@@ -70,6 +74,7 @@ class Cohort:
             # a decay far below one step of the format shows only over many windows: they are pooled, the old ones less
             self.tally.decay_5n.copy_(old.decay_5n).mul_(_DECAY_MEMORY)
         self.live_steps = [0] * len(self.rows)
+        self.full_steps = [0] * len(self.rows)
         self.gradless_steps = [0] * len(self.rows)
 
     # --- in the step -----------------------------------------------------------------------------
@@ -79,12 +84,11 @@ class Cohort:
         self._move(None if self._keeps_place() else self._rng)
         states = [self.optimizer.state.get(row.param) or {} for row in self.rows]
         grads = [row.param.grad for row in self.rows]
-        before_AnK = torch.empty(1 + len(self.states), len(self.rows), self.samples, device=self.device)
-        self._gather_weights(before_AnK[0])
-        self._gather_states(states, before_AnK)
-        grad_nK = torch.empty_like(before_AnK[0])
-        views = [self._zeros(i) if g is None else self.rows[i].view("grad", g) for i, g in enumerate(grads)]
-        gather(views, self.samplers, grad_nK)
+        views = self._weights() + self._states(states)
+        views += [self._zeros[i] if g is None else self.rows[i].view(g) for i, g in enumerate(grads)]
+        held = self._gathered(views)
+        before_AnK, grad_nK = held[:-1], held[-1]
+        nonzero_nK = grad_nK.ne(0) if self._is_full() else None  # now: the rule may write into the gradient
         for i, name in self._carriers:
             before_AnK[0, i].add_(before_AnK[self._slots[name], i])
             before_AnK[self._slots[name], i].zero_()  # joined: an FP32 weight has no remainder
@@ -99,11 +103,14 @@ class Cohort:
             intended_AnK[self._slots[name], i].zero_()
         for i, grad in enumerate(grads):
             self.gradless_steps[i] += grad is None
-        return Snapshot(before_AnK, intended_AnK, grad_nK, self._current_mask(tuple(live)), tuple(live))
+        return Snapshot(before_AnK, intended_AnK, nonzero_nK, self._current_mask(tuple(live)), tuple(live))
 
     def _keeps_place(self) -> bool:
         # a path over the window needs the same elements again; all other sums gain from other elements
         return self.tally.steps % _PATH_EVERY == 0
+
+    def _is_full(self) -> bool:
+        return not self.states or self.tally.steps % _FULL_EVERY == 0
 
     def _move(self, rng: random.Random | None) -> None:
         for row in self.rows:
@@ -111,18 +118,21 @@ class Cohort:
 
     def after(self, snapshot: Snapshot) -> None:
         """Gather what was stored and add the step to the tally."""
-        after_AnK = torch.empty_like(snapshot.before_AnK)
-        self._gather_weights(after_AnK[0])
-        self._gather_states([self.optimizer.state.get(row.param) or {} for row in self.rows], after_AnK)
+        full = snapshot.nonzero_nK is not None
+        views = self._weights()
+        if full or self._carriers:
+            views += self._states([self.optimizer.state.get(row.param) or {} for row in self.rows])
+        after_AnK = self._gathered(views)
         for i, name in self._carriers:
             after_AnK[0, i].add_(after_AnK[self._slots[name], i])
             after_AnK[self._slots[name], i].zero_()
         look = self.tally.steps == 0 or self.tally.steps % _HEADROOM_EVERY == _HEADROOM_EVERY - 1
+        present = len(after_AnK) if full else 1
         self.tally.add(
-            snapshot.before_AnK,
-            snapshot.intended_AnK,
-            after_AnK,
-            snapshot.grad_nK,
+            snapshot.before_AnK[:present],
+            snapshot.intended_AnK[:present],
+            after_AnK[:present],
+            snapshot.nonzero_nK,
             snapshot.mask_nK,
             path=self._keeps_place(),
         )
@@ -134,38 +144,32 @@ class Cohort:
                 self.tally.add_headroom(snapshot.before_AnK[0], intended_nK, rows, fmt)
         for i, is_live in enumerate(snapshot.live):
             self.live_steps[i] += is_live
+            self.full_steps[i] += is_live and full
 
     def pack(self) -> Tensor:
         """The window's sums in one vector on the device; see `tally.Sums`."""
         self._move(None)
-        stored_nK = torch.empty(len(self.rows), self.samples, device=self.device)
-        self._gather_weights(stored_nK)
-        return self.tally.pack(stored_nK, self._formats)
+        return self.tally.pack(self._gathered(self._weights())[0], self._formats)
 
     # --- gathering ------------------------------------------------------------------------------
 
-    def _gather_weights(self, out_nK: Tensor) -> None:
-        gather([row.view("weight", row.param) for row in self.rows], self.samplers, out_nK)
+    def _weights(self) -> list[Tensor]:
+        return [row.view(row.param) for row in self.rows]
 
-    def _gather_states(self, states: list[dict[str, Any]], out_AnK: Tensor) -> None:
-        for name, slot in self._slots.items():
-            found = False
-            views = []
+    def _states(self, states: list[dict[str, Any]]) -> list[Tensor]:
+        """Views of all states, in the order of the slots; zeros for those that do not exist (yet)."""
+        views = []
+        for name in self._slots:
             for i, (row, state) in enumerate(zip(self.rows, states, strict=True)):
                 tensor = state.get(name)
-                if isinstance(tensor, Tensor) and local(tensor).shape == local(row.param).shape:
-                    views.append(row.view(name, tensor))
-                    found = True
-                else:
-                    views.append(self._zeros(i))
-            if found:
-                gather(views, self.samplers, out_AnK[slot])
-            else:
-                out_AnK[slot].zero_()
+                is_like = isinstance(tensor, Tensor) and local(tensor).shape == local(row.param).shape
+                views.append(row.view(tensor) if is_like else self._zeros[i])
+        return views
 
-    def _zeros(self, i: int) -> Tensor:
-        sampler = self.samplers[i]
-        return self._zero.expand(sampler.view_shape)
+    def _gathered(self, views: list[Tensor]) -> Tensor:
+        """[accumulators, n, K] FP32 from one view per accumulator and row."""
+        n = len(self.rows)
+        return gather(views, self.samplers * (len(views) // n)).view(-1, n, self.samples)
 
     def _current_mask(self, live: tuple[bool, ...]) -> Tensor | None:
         if live != self._masked:
@@ -243,8 +247,7 @@ class Cohort:
                 copied[name] = value if value is None else intended_AnK[self._slots[name], start:stop].view(shape)
             else:
                 copied[name] = value.clone() if isinstance(value, Tensor) else value
-        # the rule may write into the gradient
-        return Run(row.group, intended_AnK[0, start:stop].view(shape), grad_nK[start:stop].clone().view(shape), copied)
+        return Run(row.group, intended_AnK[0, start:stop].view(shape), grad_nK[start:stop].view(shape), copied)
 
     def _replay_whole(self, intended_AnK: Tensor, states: list[dict[str, Any]], live: list[bool]) -> None:
         """Replay a bounded number of elements as whole tensors, in turn; the other such rows sit this step out."""
@@ -271,11 +274,11 @@ class Cohort:
                 row.reason = str(error)
                 continue
             assert row.sampler is not None
-            gather([row.sampler.view(result.param)], [row.sampler], intended_AnK[0, i : i + 1])
+            intended_AnK[0, i] = gather([row.sampler.view(result.param)], [row.sampler])[0]
             for name, slot in self._slots.items():
                 value = result.state.get(name)
                 if isinstance(value, Tensor) and value.shape == result.param.shape:
-                    gather([row.sampler.view(value)], [row.sampler], intended_AnK[slot, i : i + 1])
+                    intended_AnK[slot, i] = gather([row.sampler.view(value)], [row.sampler])[0]
             live[i] = True
 
 

@@ -77,7 +77,8 @@ class Twin:
         self._name = type(optimizer).__name__
         # torch's own rules draw no random numbers, compile nothing and call no other step
         self._is_native = type(optimizer).__module__.startswith("torch.optim")
-        shell(optimizer, [])
+        self._shell = shell(optimizer, [])
+        self._seen = dict(vars(optimizer))
         for group in optimizer.param_groups:
             settings_of(group, [], Copier(_LIMIT, optimizer=optimizer))
 
@@ -120,10 +121,10 @@ class Twin:
             groups = [settings_of(real[i], group, copier) for i, group in members.items()]
             for group in groups if changes else ():
                 group.update(changes or {})
-            twin = shell(self._optimizer, groups, state, copier)
             if self._is_native:
-                self._rule(twin)
+                self._rule(self._native(groups, state, copier))
             else:
+                twin = shell(self._optimizer, groups, state, copier)
                 for key, value in self._optimizer.state.items():
                     if not isinstance(key, Tensor):  # state of all parameters together: MADGRAD's counter
                         state[key] = copier.copy(value, f"state '{key}'")
@@ -139,6 +140,26 @@ class Twin:
             Run(run.group, param.detach(), run.grad, dict(state.get(param, ())))
             for run, param in zip(runs, params, strict=True)
         ]
+
+    def _native(
+        self, groups: list[dict[str, Any]], state: defaultdict[Tensor, dict[str, Any]], copier: Copier
+    ) -> Optimizer:
+        """The shell with groups and state of this step. torch's own rules write to no other attribute, so the rest of it is
+        kept, but for what has changed in the real optimizer (a GradScaler sets some for one step).
+        """
+        now = vars(self._optimizer)
+        for name in [*now, *self._seen] if now.keys() != self._seen.keys() else now:
+            if name not in now:
+                self._shell.__dict__.pop(name, None)
+            elif (
+                name not in _OWN
+                and now[name] is not self._seen.get(name, self)
+                and not _shadows_method(type(self._optimizer), name, now[name])
+            ):
+                setattr(self._shell, name, copier.copy(now[name], f"{self._name}.{name}"))
+        self._seen = dict(now)
+        self._shell.param_groups, self._shell.state = groups, state
+        return self._shell
 
 
 def shell(

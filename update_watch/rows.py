@@ -26,8 +26,6 @@ class Row:
 
     __slots__ = (
         "_checked",
-        "_is_straying",
-        "_views",
         "decouples_decay",
         "group",
         "lived",
@@ -49,28 +47,16 @@ class Row:
         self.lived: Any = 0  # steps with a gradient: parameters equal here have equal step counters
         self.reason = why_unknown(param, rule)
         self.sampler: Sampler | None = None if unsamplable(local(param)) else Sampler(local(param), samples)
-        self._views: dict[str, tuple[int, Tensor]] = {}
         self._checked: tuple[str, ...] = ()
-        self._is_straying = False
 
     @property
     def is_measured(self) -> bool:
         return not self.reason
 
-    def view(self, slot: str, tensor: Tensor) -> Tensor:
-        """The samples of `tensor`, whose view is kept as long as its memory stays where it is."""
+    def view(self, tensor: Tensor) -> Tensor:
+        """The samples of `tensor`: a view, for this step only. One that is kept would keep the memory of what training lets go."""
         assert self.sampler is not None
-        tensor = local(tensor)
-        if self._is_straying:
-            return self.sampler.view(tensor)
-        address = address_of(tensor)
-        kept = self._views.get(slot)
-        if kept is not None and address and kept[0] == address:
-            return kept[1]
-        view = self.sampler.view(tensor)
-        if self.sampler.shares_layout(tensor):  # else it is a gathered copy, to be made anew each step
-            self._views[slot] = (address, view)
-        return view
+        return self.sampler.view(local(tensor))
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Does what the probe found hold for the states this parameter really has? Looked at when they change."""
@@ -86,23 +72,10 @@ class Row:
         """Look at positions of this one step (`rng`), or at those of the window again (None)."""
         if self.sampler is None or self.sampler.is_whole:
             return
-        self._is_straying = rng is not None
         if rng is None:
             self.sampler.settle()
         else:
             self.sampler.stray(rng)
-
-    def forget_views(self) -> None:
-        """Drop kept views (positions changed, or memory is to be let go)."""
-        self._views.clear()
-
-
-def address_of(tensor: Tensor) -> int:
-    """Where the tensor's memory starts; 0 for fake tensors, which have none."""
-    kind = type(tensor)
-    if kind is not Tensor and kind is not torch.nn.Parameter and kind.__name__ == "FakeTensor":
-        return 0
-    return tensor.data_ptr()
 
 
 def why_unknown(param: Tensor, rule: Rule) -> str:

@@ -77,8 +77,9 @@ def _name(dtype: torch.dtype) -> str:
 class Sampler:
     """The sample positions of one parameter.
 
-    `view(t)` reads the samples of a tensor laid out like the parameter. `size` is the number of samples
-    that are real (K, or the parameter's size if that is smaller).
+    `view(t)` reads the samples of a tensor laid out like the parameter, in the shape `view_shape`. `size` is the number of
+    samples that are real (K, or the parameter's size if that is smaller); `is_whole`: there are too few elements to choose
+    from, all are read.
     """
 
     __slots__ = (
@@ -91,8 +92,11 @@ class Sampler:
         "_shape",
         "_step",
         "_strides",
+        "_view_strides",
+        "is_whole",
         "samples",
         "size",
+        "view_shape",
     )
 
     def __init__(self, param: Tensor, samples: int) -> None:
@@ -104,19 +108,12 @@ class Sampler:
         self._row = self._shape[-1] if self._shape else 1
         self._block = max(b for b in range(1, math.isqrt(samples) + 1) if samples % b == 0)
         self._blocks = samples // self._block
-        self._offset, self._step = 0, 0
-        self._kept = 0, 0
+        self._offset, self._step = 0, 1
+        self._kept = 0, 1
+        self.is_whole = self._numel <= samples
+        self.view_shape = (self._numel,) if self.is_whole else (self._blocks, self._block)
+        self._view_strides: tuple[int, ...] = (1,)
         self.redraw(None)
-
-    @property
-    def is_whole(self) -> bool:
-        """The parameter has too few elements to choose from: all are read."""
-        return self._numel <= self.samples
-
-    @property
-    def view_shape(self) -> tuple[int, ...]:
-        """Shape of what `view` returns."""
-        return (self._numel,) if self.is_whole else (self._blocks, self._block)
 
     def redraw(self, rng: random.Random | None) -> None:
         """Choose new positions; `rng=None` gives the evenly spread ones."""
@@ -132,9 +129,9 @@ class Sampler:
                 step = candidate
                 break
         slack = room - (self._blocks - 1) * step
-        self._offset = rng.randint(0, slack) if rng is not None else slack // 2
-        self._step = step
-        self._kept = self._offset, self._step
+        self._offset = int((slack + 1) * rng.random()) if rng is not None else slack // 2
+        self._kept = self._offset, step
+        self.settle()
 
     def stray(self, rng: random.Random) -> None:
         """Look at other positions for now: which updates are lost differs by element and hardly by step."""
@@ -144,19 +141,18 @@ class Sampler:
 
     def settle(self) -> None:
         """Back to the positions of the last `redraw`."""
-        self._offset, self._step = self._kept
+        if not self.is_whole:
+            self._offset, self._step = self._kept
+            self._view_strides = (self._step, 1)
 
     def view(self, tensor: Tensor) -> Tensor:
         """Samples of a tensor with this parameter's shape.
 
         Shape [nb, B], or [size] for a parameter read whole. A view where the layouts agree, else a gathered copy.
         """
-        if not self.shares_layout(tensor):
+        if tensor.stride() != self._strides and not self.shares_layout(tensor):
             return self._gather_other_layout(tensor)
-        start = tensor.storage_offset()
-        if self.is_whole:
-            return tensor.as_strided((self._numel,), (1,), start)
-        return tensor.as_strided((self._blocks, self._block), (self._step, 1), start + self._offset)
+        return tensor.as_strided(self.view_shape, self._view_strides, tensor.storage_offset() + self._offset)
 
     def shares_layout(self, tensor: Tensor) -> bool:
         """The tensor's elements lie in memory in the parameter's order."""
@@ -185,31 +181,37 @@ class Sampler:
         return picked if self.is_whole else picked.view(self._blocks, self._block)
 
 
-def gather(views: Sequence[Tensor], samplers: Sequence[Sampler], out_nK: Tensor) -> None:
-    """Copy the samples `views[i]` into row i of `out_nK` (FP32), a constant number of operators per run of alike rows.
+def gather(views: Sequence[Tensor], samplers: Sequence[Sampler]) -> Tensor:
+    """[n, K] FP32: the samples `views[i]` in row i, by a constant number of operators per run of alike rows.
 
     Rows of one dtype that lie next to each other are stacked in one operator. Padding repeats a row's first
     element, so a rule run over it meets no value it would not meet anyway.
     """
+    samples = samplers[0].samples
+    dtype = views[0].dtype
+    if all(view.dtype is dtype for view in views) and not any(sampler.is_whole for sampler in samplers):
+        return torch.stack(list(views)).to(torch.float32).view(len(views), samples)
     n = len(views)
+    out_nK = torch.empty(n, samples, device=views[0].device)
     start = 0
     while start < n:
         dtype, whole = views[start].dtype, samplers[start].is_whole
         stop = start + 1
-        while stop < n and views[stop].dtype == dtype and samplers[stop].is_whole == whole:
+        while stop < n and views[stop].dtype is dtype and samplers[stop].is_whole == whole:
             stop += 1
         if whole:
             pieces: list[Tensor] = []
             for i in range(start, stop):
                 view = views[i]
                 pieces.append(view)
-                if samplers[i].size < samplers[i].samples:
-                    pieces.append(view[:1].expand(samplers[i].samples - samplers[i].size))
+                if samplers[i].size < samples:
+                    pieces.append(view[:1].expand(samples - samplers[i].size))
             packed = torch.cat(pieces)
         else:
             packed = torch.stack(list(views[start:stop]))
         out_nK[start:stop].copy_(packed.view(stop - start, -1))
         start = stop
+    return out_nK
 
 
 def mask(samplers: Sequence[Sampler], device: torch.device) -> Tensor | None:

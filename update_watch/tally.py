@@ -21,24 +21,31 @@ from update_watch.evidence import Numbers
 from update_watch.formats import BF16, Format
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
 
-# the F sums; those of SHRINK repeat the first four over changes towards zero only
-DOT, WANT, WANTED, LOST, MOVED, STORED, UNCHANGED, SHRINK = 0, 1, 2, 3, 4, 5, 6, 7
-F = 11
+# the F sums; those of SHRINK repeat the first four over changes towards zero only, of the states
+DOT, WANT, WANTED, LOST, MOVED, UNCHANGED, SHRINK = 0, 1, 2, 3, 4, 5, 6
+F = 10
 _THIN = 4
 _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
 _VARIANCE = 3  # sums over steps of dot^2, dot * want, want^2 of the weight: how much a step's efficiency spreads
+_STEPS = 16  # steps whose sums are kept apart before they are added up: fewer operators per step
 
 
 class Tally:
-    """Sums of one group of rows over one window. `add` runs on the device, `pack` ends the window."""
+    """Sums of one group of rows over one window. `add` runs on the device, `pack` ends the window.
+
+    A full step counts all accumulators, the gradients and the size of the weights; any other step the weights' changes
+    alone, which is half the work. The first step is a full one.
+    """
 
     def __init__(self, accumulators: int, rows: int, samples: int, device: torch.device) -> None:
         self.steps = 0
         self.rows, self.samples, self.accumulators = rows, samples, accumulators
         self.device = device
         self._sums_FAn = torch.zeros(F, accumulators, rows, device=device)
+        self._recent_TFAn = torch.zeros(_STEPS, SHRINK, accumulators, rows, device=device)
         self._variance_3n = torch.zeros(_VARIANCE, rows, device=device)
-        self._nonzero_n = torch.zeros(rows, device=device)
+        self._nonzero_n = torch.zeros(rows, device=device)  # gradients
+        self._stored_n = torch.zeros(rows, device=device)  # squared weights
         self._headroom_nB = torch.zeros(rows, HEADROOM_BINS, device=device)
         self._what_if_2n = torch.zeros(2, rows, device=device)
         self.decay_5n = torch.zeros(5, rows, device=device)  # see decay.decay_sums
@@ -53,13 +60,15 @@ class Tally:
         before_AnK: Tensor,
         intended_AnK: Tensor,
         after_AnK: Tensor,
-        grad_nK: Tensor,
+        nonzero_nK: Tensor | None,
         mask_nK: Tensor | None,
         path: bool = True,
     ) -> None:
-        """Add one step; to the path as well if it is at the positions the path is of. `intended_AnK` is the replayed value; it is overwritten with the intended update.
+        """Add one step; to the path as well if it is at the positions the path is of.
 
-        `mask` is 0 for padding and for rows that took no part in this step. No host read, no copy between devices.
+        `intended_AnK` is the replayed value. It is overwritten with the intended update, `after_AnK` with anything.
+        `nonzero_nK`: gradients other than zero; None for a step that is not full (then A is 1). `mask` is 0 for
+        padding and for rows that took no part in this step. No host read, no copy between devices.
         """
         intended_AnK.sub_(before_AnK)
         applied_AnK = after_AnK.sub_(before_AnK)
@@ -70,34 +79,46 @@ class Tally:
             self._scale_An1 = torch.where(known, largest.reciprocal(), torch.ones_like(largest)).unsqueeze(-1)
         if mask_nK is not None:
             # where, not multiplication: a row that took no part may hold anything
-            zero = intended_AnK.new_zeros(())
-            intended_AnK = torch.where(mask_nK > 0, intended_AnK, zero)
-            applied_AnK = torch.where(mask_nK > 0, applied_AnK, zero)
-            before_AnK = torch.where(mask_nK > 0, before_AnK, zero)
-            grad_nK = torch.where(mask_nK > 0, grad_nK, zero)
+            valid_nK, zero = mask_nK > 0, intended_AnK.new_zeros(())
+            intended_AnK = torch.where(valid_nK, intended_AnK, zero)
+            applied_AnK = torch.where(valid_nK, applied_AnK, zero)
+            before_AnK = torch.where(valid_nK, before_AnK, zero)
+            nonzero_nK = None if nonzero_nK is None else nonzero_nK & valid_nK
+        present = len(intended_AnK)  # accumulators
         if path:
             self._path_2nK[0].add_(applied_AnK[0])
             self._path_2nK[1].add_(intended_AnK[0])
-        if path and self.accumulators > 1:
-            self._state_path_2SnJ[0].add_(applied_AnK[1:, :, ::_THIN])
-            self._state_path_2SnJ[1].add_(intended_AnK[1:, :, ::_THIN])
-        d, a, w = intended_AnK * self._scale_An1, applied_AnK.mul(self._scale_An1), before_AnK * self._scale_An1
-        products = torch.empty(F, *d.shape, device=self.device)
+            if present > 1:
+                self._state_path_2SnJ[0].add_(applied_AnK[1:, :, ::_THIN])
+                self._state_path_2SnJ[1].add_(intended_AnK[1:, :, ::_THIN])
+        scale_An1 = self._scale_An1[:present]
+        d, a = intended_AnK * scale_An1, applied_AnK.mul_(scale_An1)
+        products = torch.empty(SHRINK, *d.shape, device=self.device)
         torch.mul(a, d, out=products[DOT])
         torch.mul(d, d, out=products[WANT])
         torch.ne(d, 0, out=products[WANTED])
+        torch.mul(a, a, out=products[MOVED])
         torch.eq(a, 0, out=products[UNCHANGED])
         torch.mul(products[WANTED], products[UNCHANGED], out=products[LOST])
-        torch.mul(a, a, out=products[MOVED])
-        torch.mul(w, w, out=products[STORED])
-        torch.mul(products[DOT : LOST + 1], (d * w < 0), out=products[SHRINK:])
-        sums_FAn = products.sum(-1)
-        self._sums_FAn.add_(sums_FAn)
-        dot_want_2n, want_n = sums_FAn[:2, 0], sums_FAn[WANT, 0]
-        self._variance_3n[:2].addcmul_(dot_want_2n, sums_FAn[DOT, 0])
-        self._variance_3n[2].addcmul_(want_n, want_n)
-        self._nonzero_n.add_(grad_nK.ne(0).sum(-1))
+        torch.sum(products, -1, out=self._recent_TFAn[self.steps % _STEPS, :, :present])
+        if nonzero_nK is not None:
+            self._nonzero_n.add_(nonzero_nK.sum(-1))
+            self._stored_n.add_(before_AnK[0].square().sum(-1))
+            if present > 1:
+                falling_SnK = d[1:].mul_(before_AnK[1:]) < 0
+                self._sums_FAn[SHRINK:, 1:].add_(products[: LOST + 1, 1:].mul_(falling_SnK).sum(-1))
         self.steps += 1
+        if self.steps % _STEPS == 0:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        recent_TFAn = self._recent_TFAn
+        self._sums_FAn[:SHRINK].add_(recent_TFAn.sum(0))
+        dot_Tn, want_Tn = recent_TFAn[:, DOT, 0], recent_TFAn[:, WANT, 0]
+        self._variance_3n.add_(
+            torch.stack([(x * y).sum(0) for x, y in ((dot_Tn, dot_Tn), (dot_Tn, want_Tn), (want_Tn, want_Tn))])
+        )
+        recent_TFAn.zero_()
 
     def add_headroom(self, before_nK: Tensor, intended_nK: Tensor, rows: slice, fmt: Format) -> None:
         """Count the rows' headroom log2(|intended| / half gap) in one-octave bins; zero updates are not counted.
@@ -121,6 +142,7 @@ class Tally:
 
         `stored_nK`: the weights' last values, to tell which summed updates exceed half a gap.
         """
+        self._add_up()
         displacement_2An = torch.cat(
             [_displacement(self._path_2nK.unsqueeze(1)), _displacement(self._state_path_2SnJ)], 1
         )
@@ -135,6 +157,7 @@ class Tally:
             self._sums_FAn,
             self._variance_3n,
             self._nonzero_n,
+            self._stored_n,
             self._headroom_nB,
             self._what_if_2n,
             displacement_2An,
@@ -162,6 +185,7 @@ class Sums(NamedTuple):
     sums_FAn: npt.NDArray[np.float64]
     variance_3n: npt.NDArray[np.float64]
     nonzero_n: npt.NDArray[np.float64]
+    stored_n: npt.NDArray[np.float64]
     headroom_nB: npt.NDArray[np.float64]
     what_if_2n: npt.NDArray[np.float64]
     displacement_2An: npt.NDArray[np.float64]
@@ -174,6 +198,7 @@ class Sums(NamedTuple):
         shapes = (
             (F, accumulators, rows),
             (_VARIANCE, rows),
+            (rows,),
             (rows,),
             (rows, HEADROOM_BINS),
             (2, rows),
@@ -208,7 +233,7 @@ class Sums(NamedTuple):
         )
 
     def growth_and_decay(self, accumulator: int, row: int, sampled: float) -> tuple[Numbers, Numbers]:
-        """The same, apart for changes away from zero and towards zero."""
+        """The same of a state, apart for changes away from zero and towards zero."""
         s = self.sums_FAn[:, accumulator, row]
         decay = s[SHRINK:]
         growth = s[: LOST + 1] - decay
@@ -224,12 +249,16 @@ class Sums(NamedTuple):
             return None
         return _numbers(dot, want, wanted, lost, wanted)
 
-    def root_mean_squares(self, row: int, sampled: float) -> tuple[float, float, float]:
-        """rms of the weight's (intended, applied, before), per element and step."""
+    def root_mean_squares(self, row: int, sampled: float) -> tuple[float, float]:
+        """rms of the weight's intended and applied change, per element and step."""
         s, scale = self.sums_FAn[:, 0, row], self.scale_An[0, row]
         if not sampled or not scale:
-            return 0.0, 0.0, 0.0
-        return tuple(float(np.sqrt(s[i] / sampled) / scale) for i in (WANT, MOVED, STORED))  # type: ignore[return-value]
+            return 0.0, 0.0
+        return tuple(float(np.sqrt(s[i] / sampled) / scale) for i in (WANT, MOVED))  # type: ignore[return-value]
+
+    def stored(self, row: int, sampled: float) -> float:
+        """rms of the weight before the steps. `sampled`: elements looked at in full steps."""
+        return float(np.sqrt(self.stored_n[row] / sampled)) if sampled else 0.0
 
     def is_finite(self, row: int) -> bool:
         return bool(np.isfinite(self.sums_FAn[:, 0, row]).all())

@@ -23,7 +23,7 @@ from update_watch.windows import CohortWindow, RowFacts
 
 # Tensors measured in one step. More tensors are split into cohorts that take turns, so that the cost of a step
 # stops growing; with 8 cohorts every tensor is still measured in an eighth of the steps.
-_COHORT = 16
+_COHORT = 8
 _MAX_COHORTS = 8
 
 
@@ -80,7 +80,6 @@ class Watched:
         for row in self.rows:
             if row.sampler is not None:
                 row.sampler.redraw(self._rng)
-                row.forget_views()
 
     def read_counters(self) -> None:
         """Learn which parameters are at the same step. Reads device values: not for use inside a step."""
@@ -181,7 +180,7 @@ class Watched:
             gradless_steps=cohort.gradless_steps[i],
             accumulators=_counters(row, state),
         )
-        return RowFacts(evidence, cohort.samplers[i].size, cohort.live_steps[i], dtypes, rates)
+        return RowFacts(evidence, cohort.samplers[i].size, cohort.live_steps[i], cohort.full_steps[i], dtypes, rates)
 
 
 def _counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEvidence]:

@@ -19,6 +19,7 @@ class RowFacts:
     evidence: TensorEvidence  # identity, settings and counters; no numbers yet
     size: int  # real samples per step
     live_steps: int
+    full_steps: int  # of these, the ones in which states, gradients and the weights' size were looked at
     state_dtypes: tuple[str, ...]  # "" for a state that does not exist or whose replay is not exact
     state_rates: tuple[float | None, ...]  # 1 - beta, where it is known
 
@@ -75,7 +76,9 @@ def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: 
     if not sampled or base.reason:
         return dataclasses.replace(base, skipped_steps=skipped)
     numbers = sums.numbers(0, i, sampled)
-    intended, applied, before = sums.root_mean_squares(i, sampled)
+    in_full = float(facts.size * facts.full_steps)
+    intended, applied = sums.root_mean_squares(i, sampled)
+    before = sums.stored(i, in_full)
     # padding and steps the row sat out were counted as unchanged
     idle = cohort.samples * cohort.steps - sampled
     changed = 1 - (float(sums.sums_FAn[UNCHANGED, 0, i]) - idle) / sampled
@@ -86,7 +89,7 @@ def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: 
     if sums.what_if_2n[1, i] > 0:
         what_if = {"bfloat16": float(sums.what_if_2n[0, i] / sums.what_if_2n[1, i])}
     accumulators = {
-        name: _state(sums, 1 + k, i, name, dtype, rate, sampled)
+        name: _state(sums, 1 + k, i, name, dtype, rate, in_full)
         for k, (name, dtype, rate) in enumerate(zip(cohort.states, facts.state_dtypes, facts.state_rates, strict=True))
         if dtype
     }
@@ -97,7 +100,7 @@ def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: 
         base,
         measured_steps=facts.live_steps,
         skipped_steps=skipped,
-        zero_gradient_fraction=1 - float(sums.nonzero_n[i]) / sampled,
+        zero_gradient_fraction=1 - float(sums.nonzero_n[i]) / in_full if in_full else None,
         finite=sums.is_finite(i),
         numbers=numbers,
         changed_fraction=min(max(changed, 0.0), 1.0),
