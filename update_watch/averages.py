@@ -19,7 +19,7 @@ from torch import Tensor
 
 from update_watch.evidence import AccumulatorEvidence, Numbers
 from update_watch.sampling import Sampler, gather, local, mask, unsamplable
-from update_watch.transfer import Transfer
+from update_watch.transfer import Batch, Part
 
 _CHUNK = 12  # tensors looked at in one step
 _SUMS = 7  # dot, want, wanted, lost, looks, rounded looks, moved
@@ -40,7 +40,7 @@ class AverageWindow(NamedTuple):
     dtypes: tuple[str, ...]
     sizes: tuple[int, ...]
     rate: float | None
-    transfer: Transfer
+    transfer: Part
     updates: int  # writes to the average that were seen
 
 
@@ -87,10 +87,10 @@ class Averages:
             self._open.finish()
             self._open = None
 
-    def close_window(self) -> list[AverageWindow]:
-        """Send the sums on their way and start new ones."""
+    def close_window(self, batch: Batch) -> list[AverageWindow]:
+        """Hand the sums to `batch` and start new ones."""
         self._open = None
-        return [chunk.close() for chunk in self._chunks]
+        return [chunk.close(batch) for chunk in self._chunks]
 
 
 class _Chunk:
@@ -143,14 +143,14 @@ class _Chunk:
         self._sums[5].add_((coarse & self._was_finer).float())
         self._was_finer.logical_or_(~coarse)
 
-    def close(self) -> AverageWindow:
+    def close(self, batch: Batch) -> AverageWindow:
         window = AverageWindow(
             self.label,
             tuple(p.name for p in self.pairs),
             tuple(str(p.average.dtype).removeprefix("torch.") for p in self.pairs),
             tuple(s.size for s in self._samplers),
             self.rate,
-            Transfer(self._sums.reshape(-1).clone()),
+            batch.add(self._sums.reshape(-1).clone()),
             self._updates,
         )
         self._sums.zero_()

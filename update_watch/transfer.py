@@ -15,6 +15,7 @@ class Transfer:
 
     def __init__(self, vector: Tensor) -> None:
         self._event: Any = None
+        self._values: npt.NDArray[np.float64] | None = None
         if vector.device.type == "cpu":
             self._host = vector
             return
@@ -29,6 +30,45 @@ class Transfer:
 
     def wait(self) -> npt.NDArray[np.float64]:
         """The values, in FP64; waits for the device (this thread only)."""
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host.numpy().astype(np.float64)
+        if self._values is None:
+            if self._event is not None:
+                self._event.synchronize()
+            self._values = self._host.numpy().astype(np.float64)
+        return self._values
+
+
+class Part:
+    """One vector of a `Batch`. `wait` runs on the background thread, after the batch was sent."""
+
+    def __init__(self) -> None:
+        self.transfer: Transfer | None = None
+        self.span = slice(0, 0)
+
+    def wait(self) -> npt.NDArray[np.float64]:
+        """The vector's values, in FP64; waits for the device (this thread only)."""
+        if self.transfer is None:
+            raise RuntimeError("Part.wait: its batch was not sent; call Batch.send first")
+        return self.transfer.wait()[self.span]
+
+
+class Batch:
+    """Vectors that leave together: one transfer per device, however many there are."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[torch.device, list[tuple[Part, Tensor]]] = {}
+
+    def add(self, vector: Tensor) -> Part:
+        """Take an FP32 vector along."""
+        part = Part()
+        self._waiting.setdefault(vector.device, []).append((part, vector))
+        return part
+
+    def send(self) -> None:
+        """Send all that was added, without waiting."""
+        for members in self._waiting.values():
+            transfer = Transfer(torch.cat([vector for _, vector in members]))
+            start = 0
+            for part, vector in members:
+                part.transfer, part.span = transfer, slice(start, start + vector.numel())
+                start += vector.numel()
+        self._waiting = {}

@@ -24,7 +24,9 @@ from update_watch.evidence import TensorEvidence
 from update_watch.report import Report
 from update_watch.rows import names_of
 from update_watch.tap import StepTap, unwrap
+from update_watch.shadow import ShadowWindow
 from update_watch.thresholds import Thresholds
+from update_watch.transfer import Batch
 from update_watch.watched import Watched, describe
 from update_watch.windows import Window, read
 from update_watch.worker import Sink, Sinks, Worker
@@ -151,13 +153,18 @@ class Watch:
         cohorts: list[Any] = []
         others: list[TensorEvidence] = []
         skipped: list[Any] = []
+        shadows: list[ShadowWindow] = []
+        batch = Batch()
         with torch.no_grad():
             for watched in self._watched.values():
-                parts = watched.close_window()
+                parts = watched.close_window(batch)
                 cohorts += parts[0]
                 others += parts[1]
                 skipped += parts[2]
-            averages = tuple(self._averages.close_window())
+                shadow = watched.shadow.close_window(batch)
+                shadows += [] if shadow is None else [shadow]
+            averages = tuple(self._averages.close_window(batch))
+            batch.send()
         held = {id(row.param) for watched in self._watched.values() for row in watched.rows}
         seen: set[int] = set()
         for _, tensor in self._named:
@@ -167,7 +174,8 @@ class Watch:
         order = {name: i for i, (name, _) in enumerate(self._named)}
         cost = 1e3 * self._seconds / steps if steps else None
         self._seconds = 0.0
-        self._judge.put(Window(self.step, steps, tuple(cohorts), tuple(others), order, cost, tuple(skipped), averages))
+        sums = tuple(cohorts), tuple(others), order, cost, tuple(skipped), averages, tuple(shadows)
+        self._judge.put(Window(self.step, steps, *sums))
 
     def _judge_window(self, window: Window) -> None:
         try:

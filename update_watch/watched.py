@@ -18,7 +18,8 @@ from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
 from update_watch.replay import ReplayError, Twin
 from update_watch.rows import Row, build_rows
 from update_watch.sampling import local
-from update_watch.transfer import Transfer
+from update_watch.shadow import Shadow
+from update_watch.transfer import Batch, Part
 from update_watch.windows import CohortWindow, RowFacts
 
 # Tensors measured in one step. More tensors are split into cohorts that take turns, so that the cost of a step
@@ -50,6 +51,7 @@ class Watched:
             self._twin: Twin | None = Twin(optimizer)
         except ReplayError as error:
             self._twin, self._twin_error = None, str(error)
+        self.shadow = Shadow(optimizer, self._twin, rng, found)
         self._plan()
         self.read_counters()
 
@@ -97,6 +99,8 @@ class Watched:
         members = _members(self.optimizer)
         if len(members) != len(self._members) or not all(map(operator.is_, members, self._members)):
             self._plan()
+            self.shadow.replan()
+        self.shadow.before()
         if not self.cohorts:
             return None
         if not self._queue:
@@ -110,6 +114,7 @@ class Watched:
         if measured is not None:
             cohort, snapshot = measured
             cohort.after(snapshot)
+        self.shadow.after(self.rows)
         if self._counts_lives:
             for row in self.rows:
                 if row.param.grad is not None:
@@ -128,8 +133,8 @@ class Watched:
 
     # --- at the end of a window --------------------------------------------------------------------
 
-    def close_window(self) -> tuple[list[CohortWindow], list[TensorEvidence], list[Transfer]]:
-        """Send the sums on their way and start a new window."""
+    def close_window(self, batch: Batch) -> tuple[list[CohortWindow], list[TensorEvidence], list[Part]]:
+        """Hand the sums to `batch` and start a new window."""
         cohorts: list[CohortWindow] = []
         others: list[TensorEvidence] = []
         in_cohort: set[int] = set()
@@ -138,13 +143,13 @@ class Watched:
                 continue
             facts = tuple(self._facts(cohort, i) for i in range(len(cohort.rows)))
             in_cohort.update(id(row) for row in cohort.rows)
-            transfer = Transfer(cohort.pack())
+            transfer = batch.add(cohort.pack())
             cohorts.append(CohortWindow(transfer, facts, tuple(cohort.states), self._samples, cohort.tally.steps))
             cohort.open_window()
         for row in self.rows:
             if id(row) not in in_cohort:
                 others.append(self._identity(row))
-        skipped = [Transfer(total.reshape(1).float()) for total in self._skipped.values()]
+        skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]
         self._skipped, self._lrs, self.window_steps = {}, {}, 0
         self.redraw()
         return cohorts, others, skipped

@@ -8,8 +8,10 @@ import time
 from update_watch.averages import AverageWindow
 from update_watch.averages import read as read_average
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence
+from update_watch.shadow import ShadowWindow
+from update_watch.shadow import read as read_shadow
 from update_watch.tally import UNCHANGED, Sums, median_headroom
-from update_watch.transfer import Transfer
+from update_watch.transfer import Part, Transfer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class RowFacts:
 class CohortWindow:
     """A cohort's closed window on its way to the background thread."""
 
-    transfer: Transfer
+    transfer: Transfer | Part
     rows: tuple[RowFacts, ...]
     states: tuple[str, ...]
     samples: int
@@ -45,8 +47,9 @@ class Window:
     others: tuple[TensorEvidence, ...]  # tensors that are not measured
     order: dict[str, int]  # name -> place in the report
     cost_ms: float | None
-    skipped: tuple[Transfer, ...] = ()
+    skipped: tuple[Transfer | Part, ...] = ()
     averages: tuple[AverageWindow, ...] = ()
+    shadows: tuple[ShadowWindow, ...] = ()
     time: float = dataclasses.field(default_factory=time.time)
 
 
@@ -66,6 +69,13 @@ def read(window: Window) -> WindowEvidence:
             else t
             for t in tensors
         ]
+    factors = {name: factor for shadow in window.shadows for name, factor in read_shadow(shadow).items()}
+    tensors = [
+        dataclasses.replace(t, state_factor=factors[t.name][0], state_factor_steps=factors[t.name][1])
+        if t.name in factors
+        else t
+        for t in tensors
+    ]
     tensors.sort(key=lambda t: window.order.get(t.name, len(window.order)))
     return WindowEvidence(window.step, window.window, tuple(tensors), window.time, window.cost_ms, skipped)
 
