@@ -120,6 +120,7 @@ def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
         rest = WINDOWS * (WINDOW - 1)
         decay = any(row.decouples_decay for row in watched.rows)
         cohorts = len(watched.cohorts)
+        shadow = watched.shadow._copy
     error = watch._tap.error
     return {
         "ops": {name: n / rest - plain.ops[name] for name, n in steps.items()},
@@ -128,6 +129,7 @@ def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
         "windows": len(windows),
         "cohorts": cohorts,
         "decay": decay,
+        "shadow_steps": shadow.steps if shadow is not None else 0,
         "error": repr(error) if error else "",
     }
 

@@ -327,9 +327,9 @@ class _Copy:
             parts = tuple(self._part(start, stop, i, scalar) for i, scalar in enumerate(scalars))
             self._spans.append(_Span(start, stop, parts))
             start = stop
-        parts = [part for span in self._spans for part in span.parts]
+        every = [part for span in self._spans for part in span.parts]
         is_native = type(self._optimizer).__module__.startswith("torch.optim")
-        self._rule = _Standing(self._optimizer, parts) if is_native else _Fresh(self._twin)
+        self._rule: _Standing | _Fresh = _Standing(self._optimizer, every) if is_native else _Fresh(self._twin)
 
     def _part(self, start: int, stop: int, half: int, scalars: dict[str, Any]) -> _Part:
         row = self.rows[start]
@@ -353,9 +353,9 @@ class _Copy:
             spans.append(([self.rows[i] for i in staying], scalars))
             kept += staying
         old_Sn2K, old_n2 = self._states_Sn2K, self._sums_n2
-        self.rows, self._samplers, self._marked = (
-            [items[i] for i in kept] for items in (self.rows, self._samplers, self._marked)
-        )
+        self.rows = [self.rows[i] for i in kept]
+        self._samplers = [self._samplers[i] for i in kept]
+        self._marked = [self._marked[i] for i in kept]
         self._states_Sn2K = self._buffer(len(self._names))
         self._sums_n2 = torch.stack([old_n2[i] for i in kept])
         for k, i in enumerate(kept):
