@@ -19,6 +19,9 @@ class Numbers:
     displacement_efficiency: float | None = None  # <sum applied, sum intended> / |sum intended|^2
     wanted_fraction: float | None = None  # elements with intended != 0, of those sampled
     lost_fraction: float | None = None  # of the wanted ones, those whose stored value did not change
+    # what the ratios weigh when those of several ranks are joined; None: taken as alike on all ranks
+    weight: float | None = None  # <intended, intended> per element and step
+    path_weight: float | None = None  # |sum intended|^2 over the window, per element and step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,8 @@ class TensorEvidence:
     displacement_evidence: float | None = None
     accumulators: Mapping[str, AccumulatorEvidence] = dataclasses.field(default_factory=dict)
     what_if: Mapping[str, float] | None = None
+    held: int | None = None  # elements of it that lie on this rank; None: all
+    stored: float | None = None  # rms of the weights before the steps
 
 
 @dataclasses.dataclass(frozen=True)

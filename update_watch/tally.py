@@ -143,7 +143,7 @@ class Tally:
         `stored_nK`: the weights' last values, to tell which summed updates exceed half a gap.
         """
         self._add_up()
-        displacement_2An = torch.cat(
+        displacement_3An = torch.cat(
             [_displacement(self._path_2nK.unsqueeze(1)), _displacement(self._state_path_2SnJ)], 1
         )
         evidence_n = torch.zeros(self.rows, device=self.device)
@@ -152,7 +152,7 @@ class Tally:
                 total = self._path_2nK[1, rows]
                 reached = total.abs() >= fmt.half_gap(stored_nK[rows], total)
                 evidence_n[rows] = (reached & total.ne(0)).sum(-1).to(torch.float32)
-        scale = self._scale_An1 if self._scale_An1 is not None else torch.ones_like(displacement_2An[0])
+        scale = self._scale_An1 if self._scale_An1 is not None else torch.ones_like(displacement_3An[0])
         parts = (
             self._sums_FAn,
             self._variance_3n,
@@ -160,7 +160,7 @@ class Tally:
             self._stored_n,
             self._headroom_nB,
             self._what_if_2n,
-            displacement_2An,
+            displacement_3An,
             evidence_n,
             scale,
             self.decay_5n,
@@ -169,14 +169,14 @@ class Tally:
 
 
 def _displacement(path_2AnK: Tensor) -> Tensor:
-    """<sum applied, sum intended> and |sum intended|^2 per row, [2, A, n], each row in a unit of its own."""
+    """<sum applied, sum intended> and |sum intended|^2 per row in a unit of its own, and 1 / unit: [3, A, n]."""
     applied, intended = path_2AnK
     if not intended.numel():
-        return path_2AnK.new_zeros(path_2AnK.shape[:-1])
+        return path_2AnK.new_zeros(3, *intended.shape[:-1])
     peak = intended.abs().amax(-1, keepdim=True)
     unit = torch.where(peak > 0, peak.reciprocal(), torch.ones_like(peak))
     d, a = intended * unit, applied * unit
-    return torch.stack([(a * d).sum(-1), (d * d).sum(-1)])
+    return torch.stack([(a * d).sum(-1), (d * d).sum(-1), unit.squeeze(-1)])
 
 
 class Sums(NamedTuple):
@@ -188,7 +188,7 @@ class Sums(NamedTuple):
     stored_n: npt.NDArray[np.float64]
     headroom_nB: npt.NDArray[np.float64]
     what_if_2n: npt.NDArray[np.float64]
-    displacement_2An: npt.NDArray[np.float64]
+    displacement_3An: npt.NDArray[np.float64]
     evidence_n: npt.NDArray[np.float64]
     scale_An: npt.NDArray[np.float64]
     decay_5n: npt.NDArray[np.float64]
@@ -202,7 +202,7 @@ class Sums(NamedTuple):
             (rows,),
             (rows, HEADROOM_BINS),
             (2, rows),
-            (2, accumulators, rows),
+            (3, accumulators, rows),
             (rows,),
             (accumulators, rows),
             (5, rows),
@@ -214,10 +214,10 @@ class Sums(NamedTuple):
         return cls(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
 
     def numbers(self, accumulator: int, row: int, sampled: float) -> Numbers:
-        """The four numbers of one accumulator of one row. `sampled`: elements looked at over the window."""
+        """The numbers of one accumulator of one row. `sampled`: elements looked at over the window."""
         s = self.sums_FAn[:, accumulator, row]
-        dot, want = self.displacement_2An[:, accumulator, row]
-        numbers = _numbers(s[DOT], s[WANT], s[WANTED], s[LOST], sampled)
+        dot, want, unit = self.displacement_3An[:, accumulator, row]
+        numbers = _numbers(s[DOT], s[WANT], s[WANTED], s[LOST], sampled, self.scale_An[accumulator, row])
         error = None
         if accumulator == 0 and numbers.efficiency is not None:
             dot2, dot_want, want2 = self.variance_3n[:, row]
@@ -230,16 +230,18 @@ class Sums(NamedTuple):
             _ratio(dot, want),
             numbers.wanted_fraction,
             numbers.lost_fraction,
+            numbers.weight,
+            float(want / unit**2 / sampled) if unit and sampled else None,
         )
 
     def growth_and_decay(self, accumulator: int, row: int, sampled: float) -> tuple[Numbers, Numbers]:
         """The same of a state, apart for changes away from zero and towards zero."""
-        s = self.sums_FAn[:, accumulator, row]
+        s, unit = self.sums_FAn[:, accumulator, row], self.scale_An[accumulator, row]
         decay = s[SHRINK:]
         growth = s[: LOST + 1] - decay
         return (
-            _numbers(growth[DOT], growth[WANT], growth[WANTED], growth[LOST], sampled),
-            _numbers(decay[DOT], decay[WANT], decay[WANTED], decay[LOST], sampled),
+            _numbers(growth[DOT], growth[WANT], growth[WANTED], growth[LOST], sampled, unit),
+            _numbers(decay[DOT], decay[WANT], decay[WANTED], decay[LOST], sampled, unit),
         )
 
     def weight_decay(self, row: int, sampled: float) -> Numbers | None:
@@ -264,11 +266,12 @@ class Sums(NamedTuple):
         return bool(np.isfinite(self.sums_FAn[:, 0, row]).all())
 
 
-def _numbers(dot: float, want: float, wanted: float, lost: float, sampled: float) -> Numbers:
+def _numbers(dot: float, want: float, wanted: float, lost: float, sampled: float, unit: float | None = None) -> Numbers:
     return Numbers(
         efficiency=_ratio(dot, want),
         wanted_fraction=_ratio(wanted, sampled),
         lost_fraction=_ratio(lost, wanted),
+        weight=float(want / unit**2 / sampled) if unit and sampled else None,
     )
 
 

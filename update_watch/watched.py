@@ -213,6 +213,7 @@ def describe(param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
         "dtype": str(param.dtype).removeprefix("torch."),
         "shape": tuple(param.shape),
         "numel": param.numel(),
+        "held": local(param).numel(),
         "trainable": param.requires_grad,
     }
 

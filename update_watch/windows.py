@@ -121,6 +121,7 @@ def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: 
         displacement_evidence=float(sums.evidence_n[i]) / facts.size,
         accumulators={**base.accumulators, **accumulators},
         what_if=what_if,
+        stored=before,
     )
 
 
