@@ -21,10 +21,11 @@ from update_watch.alerts import Alerts
 from update_watch.averages import Averages
 from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import TensorEvidence
+from update_watch.ranks import Ranks
 from update_watch.report import Report
 from update_watch.rows import names_of
-from update_watch.tap import StepTap, unwrap
 from update_watch.shadow import ShadowWindow
+from update_watch.tap import StepTap, unwrap
 from update_watch.thresholds import Thresholds
 from update_watch.transfer import Batch
 from update_watch.watched import Watched, describe
@@ -49,13 +50,15 @@ class Watch:
         averages: Mapping[str, Any],
         seed: int,
         step: Callable[[], int] | None,
+        join: Any = True,
     ) -> None:
         self.window, self.samples = window, samples
         self.last: Report | None = None
         self._model, self._step = model, step
         self._named = _named(model)
         self._names = names_of(self._named)
-        self._rng = random.Random(seed)
+        self._ranks = Ranks(join)
+        self._rng = random.Random(seed + 1_000_003 * self._ranks.rank)  # replicas look at different elements
         self._found: dict[Any, Any] = {}  # what probes found out
         self._watched: dict[int, Watched] = {}
         self._seconds, self._base_step = 0.0, 0
@@ -140,6 +143,7 @@ class Watch:
         self.detach()
         message = f"update-watch met an error of its own and stopped watching; training goes on unwatched: {error!r}"
         logger.error(message, exc_info=error)
+        self._judge.put(self._ranks.leave)
         try:
             warnings.warn(message, stacklevel=2)
         except Warning:  # the user's filters turn warnings into errors: not in the training step
@@ -177,9 +181,12 @@ class Watch:
         sums = tuple(cohorts), tuple(others), order, cost, tuple(skipped), averages, tuple(shadows)
         self._judge.put(Window(self.step, steps, *sums))
 
-    def _judge_window(self, window: Window) -> None:
+    def _judge_window(self, window: Window | Callable[[], None]) -> None:
+        if not isinstance(window, Window):
+            window()
+            return
         try:
-            report = self._alerts.update(self._diagnosis.judge(read(window)))
+            report = self._alerts.update(self._diagnosis.judge(self._ranks.join(read(window))))
         except Exception as error:
             self._tap.enabled = False
             self._fail(error)
@@ -207,6 +214,8 @@ class Watch:
                 self.flush(timeout)
         finally:
             self.detach()
+            if self._ranks.is_joining:
+                self._judge.put(self._ranks.close)
             self._judge.stop()
             self._post.stop()
 
@@ -253,6 +262,7 @@ def watch(
     averages: Mapping[str, Any] | None = None,
     seed: int = 0,
     step: Callable[[], int] | None = None,
+    join: Any = True,
 ) -> Watch:
     """Watch what the stored weights receive of the updates the optimizer computes.
 
@@ -267,6 +277,8 @@ def watch(
             object, `{"ema": (averaged_model, 0.999)}`.
         seed: of the choice of samples. No global random state is used.
         step: gives the trainer's global step, to number reports; without it optimizer steps are counted.
+        join: where torch.distributed runs, all ranks put together what they saw, and have the same reports. False: each
+            rank reports its own shards. A process group: its ranks join. See docs/ranks.md.
 
     Raises:
         ValueError, TypeError: for arguments that cannot be used; the message names argument, value and remedy.
@@ -291,7 +303,9 @@ def watch(
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers:
         raise ValueError("watch(optimizer=[]): give at least one torch optimizer")
-    return Watch(model, optimizers, window, samples, sinks, thresholds or Thresholds(), averages or {}, seed, step)
+    return Watch(
+        model, optimizers, window, samples, sinks, thresholds or Thresholds(), averages or {}, seed, step, join
+    )
 
 
 def _named(model: Any) -> list[tuple[str, Tensor]]:
