@@ -21,10 +21,10 @@ from update_watch.alerts import Alerts
 from update_watch.averages import Averages
 from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import TensorEvidence
+from update_watch.full_states import ShadowWindow
 from update_watch.ranks import Ranks
 from update_watch.report import Report
 from update_watch.rows import names_of
-from update_watch.shadow import ShadowWindow
 from update_watch.tap import StepTap, unwrap
 from update_watch.thresholds import Thresholds
 from update_watch.transfer import Batch

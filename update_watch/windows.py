@@ -8,7 +8,7 @@ import time
 from update_watch.averages import AverageWindow
 from update_watch.averages import read as read_average
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence
-from update_watch.shadow import ShadowWindow
+from update_watch.full_states import ShadowWindow
 from update_watch.shadow import read as read_shadow
 from update_watch.tally import UNCHANGED, Sums, median_headroom
 from update_watch.transfer import Part, Transfer

@@ -1,0 +1,327 @@
+"""The states of a few parameters in FP32, advanced by the optimizer's own rule beside the stored ones; see `shadow`.
+
+Legend: A gradients and, where they are needed, weights, n rows (parameters), S states, K samples per row, 2: from stored
+states, from FP32 states.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.probe import Kind
+from update_watch.replay import Run, Twin, rule_of, settings_of, shell
+from update_watch.rows import Row
+from update_watch.sampling import Sampler, gather, local, mask
+from update_watch.transfer import Batch, Part
+from update_watch.twin_copy import Copier
+
+_SAMPLES = 64
+_COMPARE_EVERY = 8  # steps
+_SCALER = ("grad_scale", "found_inf")  # attributes an optimizer has within a GradScaler's fused step only
+_LIMIT = 4096  # elements of tensors an optimizer may keep as attributes
+
+Settings = tuple[dict[int, dict[str, Any]], dict[str, Any]]  # of groups, of the scaler
+
+
+class ShadowWindow(NamedTuple):
+    """One window's sums on their way to the host."""
+
+    names: tuple[str, ...]
+    steps: int  # that the copy has run since it began
+    sums: Part
+
+
+def short_states(row: Row, state: dict[str, Any]) -> list[str]:
+    """The states of a row that are stored below FP32 and can be kept in FP32 as well."""
+    row.check(state)
+    if not row.is_measured or row.rule.kind is not Kind.elementwise or row.sampler is None:
+        return []
+    return [
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+        and value.dtype.is_floating_point
+        and value.dtype.itemsize < 4
+        and (name in row.rule.element_states or row.rule.forms.get(name) == "scalar")
+        and name != row.scheme.carrier
+    ]
+
+
+def form(row: Row, state: dict[str, Any]) -> tuple[Any, ...]:
+    """Rows of one copy agree in this."""
+    names = tuple(n for n, v in state.items() if is_element(row, n) and isinstance(v, Tensor))
+    return local(row.param).device, names, row.scheme.carrier
+
+
+def is_element(row: Row, name: str) -> bool:
+    return name in row.rule.element_states or name == row.scheme.carrier
+
+
+class _Part:
+    """What is replayed as one parameter, in views of the copy's buffers. `state` holds scalars as well."""
+
+    def __init__(self, group: int, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        self.group, self.param, self.grad, self.state = group, param, grad, state
+
+
+class _Span(NamedTuple):
+    """Rows with one history: `start` to `stop` of the copy's rows."""
+
+    start: int
+    stop: int
+    parts: tuple[_Part, ...]  # one; where counters are rounded too: of stored states, of FP32 states
+
+
+class _Step(NamedTuple):
+    """A step that is still to be replayed: many in a row cost less than each on its own."""
+
+    held_AnK: Tensor  # gradients and, where they are needed, weights
+    spans: list[_Span]  # with gradients
+    settings: Settings
+
+
+class FullStates:
+    """The states of some rows in FP32, at positions that stay."""
+
+    def __init__(
+        self, optimizer: Optimizer, twin: Twin, spans: list[list[Row]], rng: random.Random, needs_weight: bool
+    ) -> None:
+        self._optimizer, self._twin, self._needs_weight = optimizer, twin, needs_weight
+        self.steps = 0
+        self._waiting: list[_Step] = []
+        self.rows = [row for rows in spans for row in rows]
+        self._samplers = [Sampler(local(row.param), _SAMPLES) for row in self.rows]
+        for sampler in self._samplers:
+            sampler.redraw(rng)
+        self._device, self._names, self._carrier = form(self.rows[0], optimizer.state[self.rows[0].param])
+        short = {name for row in self.rows for name in short_states(row, optimizer.state[row.param])}
+        self._is_split = not short.issubset(self._names)
+        self._sums_n2 = torch.zeros(len(self.rows), 2, device=self._device)
+        self._states_Sn2K = self._buffer(len(self._names))
+        self._lay_out([(rows, tuple(self._scalars(rows[0]) for _ in range(1 + self._is_split))) for rows in spans])
+        self._take_states()
+        self._states_Sn2K[:, :, 1].copy_(self._states_Sn2K[:, :, 0])
+        self.mark()
+
+    # --- in the step -----------------------------------------------------------------------------
+
+    def mark(self) -> None:
+        """Remember how the rule has left the states."""
+        self._marks: list[Any] | None = self._versions()
+
+    def is_disturbed(self) -> bool:
+        """Whether somebody has written to the states since, or a step has failed."""
+        return self._marks is None or self._marks != self._versions()
+
+    def advance(self) -> None:
+        """Take the step that the optimizer is about to take."""
+        live = [row.param.grad is not None for row in self.rows]
+        if any(len({*live[span.start : span.stop]}) > 1 for span in self._spans):
+            self._replay(compare=False)
+            self._drop_idle(live)
+            live = [row.param.grad is not None for row in self.rows]
+        self._marks = None
+        self.steps += 1
+        compare = self.steps % _COMPARE_EVERY == 0
+        grads = [row.param if row.param.grad is None else row.param.grad for row in self.rows]  # of idle ones: anything
+        weights = [row.param for row in self.rows] if compare or self._needs_weight else []
+        held_AnK = self._gather([s.view(local(t)) for s, t in zip(self._samplers * 2, grads + weights, strict=False)])
+        if self._carrier and weights:  # joined: an FP32 weight has no remainder
+            held_AnK[1:].add_(self._gather(self._views(self._carrier)))
+        spans = [span for span in self._spans if live[span.start]]
+        self._waiting.append(_Step(held_AnK, spans, self._rule.settings()))
+        if compare or not self._rule.can_wait:
+            self._replay(compare)
+
+    def _replay(self, compare: bool) -> None:
+        """Run the steps that wait; with `compare` the last one from the stored states as well."""
+        while self._waiting:
+            step = self._waiting.pop(0)
+            is_compared = compare and not self._waiting
+            if is_compared:
+                self._take_states()
+            if self._carrier:
+                self._remainder().zero_()
+            self._values_2n2K[: len(step.held_AnK)].copy_(step.held_AnK.unsqueeze(2))
+            parts = [part for span in step.spans for part in span.parts[0 if is_compared else -1 :]]
+            self._rule.run(parts, step.settings)
+            if is_compared:
+                self._add(step.held_AnK[1])
+
+    def _add(self, before_nK: Tensor) -> None:
+        moved_n2K = self._values_2n2K[1] - before_nK.unsqueeze(1)
+        if self._carrier:
+            moved_n2K.add_(self._remainder())
+        products_n2K = moved_n2K * moved_n2K[:, 1:]
+        if self._mask_n1K is not None:
+            products_n2K.mul_(self._mask_n1K)
+        self._sums_n2.add_(products_n2K.sum(-1))
+
+    def _take_states(self) -> None:
+        """Start the half of the stored states from them."""
+        self._states_Sn2K[:, :, 0].copy_(self._gather([view for name in self._names for view in self._views(name)]))
+        if self._is_split:
+            for span in self._spans:
+                stored = self._optimizer.state[self.rows[span.start].param].items()
+                span.parts[0].state.update({k: _own(v, widen=False) for k, v in stored if k not in self._names})
+
+    # --- at the end of a window --------------------------------------------------------------------
+
+    def close(self, batch: Batch) -> ShadowWindow:
+        """Hand the sums to `batch` and start new ones."""
+        names = tuple(row.names[0] for row in self.rows)
+        window = ShadowWindow(names, self.steps, batch.add(self._sums_n2.reshape(-1).clone()))
+        self._sums_n2.zero_()
+        return window
+
+    # --- buffers and views -------------------------------------------------------------------------
+
+    def _buffer(self, count: int) -> Tensor:
+        """[count, n, 2, K]. What is replayed as one parameter is one block of it: halves of a row, or rows of a half."""
+        n = len(self.rows)
+        if self._is_split:
+            return torch.zeros(count, 2, n, _SAMPLES, device=self._device).transpose(1, 2)
+        return torch.zeros(count, n, 2, _SAMPLES, device=self._device)
+
+    def _lay_out(self, spans: list[tuple[list[Row], tuple[dict[str, Any], ...]]]) -> None:
+        """Buffers and parts of `spans`: rows, and scalar state for each part."""
+        self._values_2n2K = self._buffer(2)  # gradients, weights
+        valid_nK = mask(self._samplers, self._device)
+        self._mask_n1K = None if valid_nK is None else valid_nK.unsqueeze(1)
+        self._spans: list[_Span] = []
+        start = 0
+        for rows, scalars in spans:
+            stop = start + len(rows)
+            parts = tuple(self._part(start, stop, i, scalar) for i, scalar in enumerate(scalars))
+            self._spans.append(_Span(start, stop, parts))
+            start = stop
+        # who writes to states writes to all of them: a look at each span's last row is enough
+        last = [self.rows[span.stop - 1] for span in self._spans]
+        self._marked = [(row.param, short_states(row, self._optimizer.state[row.param])[0]) for row in last]
+        every = [part for span in self._spans for part in span.parts]
+        is_native = type(self._optimizer).__module__.startswith("torch.optim")
+        self._rule: _Standing | _Fresh = _Standing(self._optimizer, every) if is_native else _Fresh(self._twin)
+
+    def _part(self, start: int, stop: int, half: int, scalars: dict[str, Any]) -> _Part:
+        row = self.rows[start]
+        shape = (-1, _SAMPLES) if row.rule.rows else (-1,)
+
+        def view(buffer_n2K: Tensor) -> Tensor:
+            block = buffer_n2K[start:stop, half] if self._is_split else buffer_n2K[start:stop]
+            return block.view(shape)
+
+        state = {name: view(self._states_Sn2K[k]) for k, name in enumerate(self._names)}
+        grads_n2K, weights_n2K = self._values_2n2K
+        return _Part(row.group, view(weights_n2K), view(grads_n2K), {**state, **scalars})
+
+    def _drop_idle(self, live: list[bool]) -> None:
+        """Let go of rows whose gradient is None where that of like rows is not: they have histories of their own now."""
+        kept, spans = [], []
+        for span in self._spans:
+            inside = range(span.start, span.stop)
+            staying = [i for i in inside if live[i]] or list(inside)
+            scalars = tuple({k: v for k, v in part.state.items() if k not in self._names} for part in span.parts)
+            spans.append(([self.rows[i] for i in staying], scalars))
+            kept += staying
+        old_Sn2K, old_n2 = self._states_Sn2K, self._sums_n2
+        self.rows = [self.rows[i] for i in kept]
+        self._samplers = [self._samplers[i] for i in kept]
+        self._states_Sn2K = self._buffer(len(self._names))
+        self._sums_n2 = torch.stack([old_n2[i] for i in kept])
+        for k, i in enumerate(kept):
+            self._states_Sn2K[:, k].copy_(old_Sn2K[:, i])
+        self._lay_out(spans)
+
+    def _scalars(self, row: Row) -> dict[str, Any]:
+        return {k: _own(v) for k, v in self._optimizer.state[row.param].items() if k not in self._names}
+
+    def _views(self, name: str) -> list[Tensor]:
+        stored = self._optimizer.state
+        return [s.view(local(stored[row.param][name])) for s, row in zip(self._samplers, self.rows, strict=True)]
+
+    def _gather(self, views: list[Tensor]) -> Tensor:
+        n = len(self.rows)
+        return gather(views, self._samplers * (len(views) // n)).view(-1, n, _SAMPLES)
+
+    def _remainder(self) -> Tensor:
+        return self._states_Sn2K[self._names.index(self._carrier)]
+
+    def _versions(self) -> list[Any]:
+        tensors = [(self._optimizer.state.get(param) or {}).get(name) for param, name in self._marked]
+        return [(id(t), t._version) if isinstance(t, Tensor) else None for t in tensors]
+
+
+def _own(value: Any, widen: bool = True) -> Any:
+    """A scalar state of one's own; containers are copied by the replay itself."""
+    if not isinstance(value, Tensor):
+        return value
+    is_short = value.dtype.is_floating_point and value.dtype.itemsize < 4
+    return value.to(torch.float32 if widen and is_short else value.dtype, copy=True)
+
+
+class _Standing:
+    """A twin that stays from step to step: torch's own rules hold nothing but states and the settings of groups."""
+
+    can_wait = True
+
+    def __init__(self, optimizer: Optimizer, parts: list[_Part]) -> None:
+        self._optimizer, self._parts = optimizer, parts
+        self._rule = rule_of(optimizer)
+        self._params = [torch.nn.Parameter(part.param) for part in parts]
+        copier = Copier(_LIMIT, optimizer=optimizer)
+        real = optimizer.param_groups
+        groups = [settings_of(real[q.group], [p], copier) for p, q in zip(self._params, parts, strict=True)]
+        state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+        state.update({p: q.state for p, q in zip(self._params, parts, strict=True)})
+        self._twin: Any = shell(optimizer, groups, state, copier)
+
+    def settings(self) -> Settings:
+        """The groups' settings and what a scaler has left, as they are in this step."""
+        real, given = self._optimizer.param_groups, vars(self._optimizer)
+        groups = {
+            part.group: {k: _own(v) for k, v in real[part.group].items() if k not in ("params", "differentiable")}
+            for part in self._parts
+        }
+        return groups, {name: _own(given.get(name)) for name in _SCALER}
+
+    def run(self, parts: list[_Part], settings: Settings) -> None:
+        """One step of the rule for some of the parts."""
+        groups, scaler = settings
+        used = {id(part) for part in parts}
+        for part, param, group in zip(self._parts, self._params, self._twin.param_groups, strict=True):
+            param.grad = part.grad if id(part) in used else None
+            group.update(groups[part.group])
+        for name, value in scaler.items():
+            setattr(self._twin, name, value)
+        self._rule(self._twin)
+
+
+class _Fresh:
+    """A new twin at every step, for the rules of others: they may keep anything, so no step can wait."""
+
+    can_wait = False
+
+    def __init__(self, twin: Twin) -> None:
+        self._twin = twin
+
+    def settings(self) -> Settings:
+        """None: the twin is made with those of its step."""
+        return {}, {}
+
+    def run(self, parts: list[_Part], settings: Settings) -> None:
+        """As `_Standing.run`."""
+        results = self._twin.replay([Run(part.group, part.param, part.grad, part.state) for part in parts])
+        for part, result in zip(parts, results, strict=True):
+            part.param.copy_(result.param)
+            for name, value in result.state.items():
+                ours = part.state.get(name)
+                if isinstance(ours, Tensor) and isinstance(value, Tensor) and ours.shape == value.shape:
+                    ours.copy_(value)  # into the buffer, whatever the rule has put in its place
+                else:
+                    part.state[name] = value
