@@ -22,7 +22,7 @@ from update_watch.transfer import Batch, Part
 from update_watch.twin_copy import Copier
 
 _SAMPLES = 64
-_COMPARE_EVERY = 8  # steps
+_COMPARE_EVERY = 16  # steps
 _SCALER = ("grad_scale", "found_inf")  # attributes an optimizer has within a GradScaler's fused step only
 _LIMIT = 4096  # elements of tensors an optimizer may keep as attributes
 
@@ -273,6 +273,7 @@ class _Standing:
     def __init__(self, optimizer: Optimizer, parts: list[_Part]) -> None:
         self._optimizer, self._parts = optimizer, parts
         self._rule = rule_of(optimizer)
+        self._indices = {part.group for part in parts}
         self._params = [torch.nn.Parameter(part.param) for part in parts]
         copier = Copier(_LIMIT, optimizer=optimizer)
         real = optimizer.param_groups
@@ -283,12 +284,14 @@ class _Standing:
 
     def settings(self) -> Settings:
         """The groups' settings and what a scaler has left, as they are in this step."""
-        real, given = self._optimizer.param_groups, vars(self._optimizer)
-        groups = {
-            part.group: {k: _own(v) for k, v in real[part.group].items() if k not in ("params", "differentiable")}
-            for part in self._parts
-        }
-        return groups, {name: _own(given.get(name)) for name in _SCALER}
+        groups = {index: dict(self._optimizer.param_groups[index]) for index in self._indices}
+        given = vars(self._optimizer)
+        scaler = {name: given.get(name) for name in _SCALER}
+        for settings in (*groups.values(), scaler):
+            for name, value in settings.items():
+                if isinstance(value, Tensor):  # written to in place by the next step
+                    settings[name] = value.clone()
+        return groups, scaler
 
     def run(self, parts: list[_Part], settings: Settings) -> None:
         """One step of the rule for some of the parts."""
@@ -297,6 +300,9 @@ class _Standing:
         for part, param, group in zip(self._parts, self._params, self._twin.param_groups, strict=True):
             param.grad = part.grad if id(part) in used else None
             group.update(groups[part.group])
+            group["params"] = [param]
+            if group.get("differentiable"):
+                group["differentiable"] = False
         for name, value in scaler.items():
             setattr(self._twin, name, value)
         self._rule(self._twin)

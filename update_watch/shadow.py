@@ -2,8 +2,8 @@
 
 A second moment that can only grow, a momentum that no longer decays, a step counter stuck at 256: every single step looks
 right, since it starts from the states that are stored. Only a copy that was never rounded shows how far they have gone.
-So at some elements of at most 16 tensors the states are kept in FP32 too and advanced by the optimizer's own rule, at
-every step, with the real gradients. At every eighth step the same replay starts from the stored states as well:
+So at some elements of at most 8 tensors the states are kept in FP32 too and advanced by the optimizer's own rule, at
+every step, with the real gradients. At every sixteenth step the same replay starts from the stored states as well:
 
     state factor = sum <from stored states, from FP32 states> / sum <from FP32 states, from FP32 states>
 
@@ -35,7 +35,7 @@ from update_watch.twin_copy import ReplayError
 
 logger = logging.getLogger("update_watch")
 
-_ROWS = 16
+_ROWS = 8
 _SPANS = 2  # with and without weight decay, say: each costs the operators of one update
 _SAME = 1e-4  # states that do not depend on the weight differ by rounding alone
 
