@@ -57,6 +57,8 @@ class Cohort:
         self._zeros = [
             self._zero.to(local(row.param).dtype).expand(row.sampler.view_shape) for row in rows if row.sampler
         ]
+        self._view = [sampler.view for sampler in self.samplers]
+        self._is_sharded = any(local(row.param) is not row.param for row in rows)
         self._padding = mask(self.samplers, self.device)
         self._mask: Tensor | None = self._padding
         self._masked: tuple[bool, ...] = (True,) * len(rows)
@@ -82,10 +84,11 @@ class Cohort:
     def before(self) -> Snapshot:
         """Gather and replay; call when gradients are final and the rule has not run."""
         self._move(None if self._keeps_place() else self._rng)
-        states = [self.optimizer.state.get(row.param) or {} for row in self.rows]
+        states = self._states()
         grads = [row.param.grad for row in self.rows]
-        views = self._weights() + self._states(states)
-        views += [self._zeros[i] if g is None else self.rows[i].view(g) for i, g in enumerate(grads)]
+        for row, state in zip(self.rows, states, strict=True):
+            row.check(state)
+        views = self._weight_views() + self._state_views(states) + self._views(grads)
         held = self._gathered(views)
         before_AnK, grad_nK = held[:-1], held[-1]
         nonzero_nK = grad_nK.ne(0) if self._is_full() else None  # now: the rule may write into the gradient
@@ -93,16 +96,15 @@ class Cohort:
             before_AnK[0, i].add_(before_AnK[self._slots[name], i])
             before_AnK[self._slots[name], i].zero_()  # joined: an FP32 weight has no remainder
         intended_AnK = before_AnK.clone()
-        for row, state in zip(self.rows, states, strict=True):
-            row.check(state)
         live = [g is not None and row.is_measured for g, row in zip(grads, self.rows, strict=True)]
         self._replay_samples(intended_AnK, grad_nK, states, live)
         self._replay_whole(intended_AnK, states, live)
         for i, name in self._carriers:
             intended_AnK[0, i].add_(intended_AnK[self._slots[name], i])
             intended_AnK[self._slots[name], i].zero_()
-        for i, grad in enumerate(grads):
-            self.gradless_steps[i] += grad is None
+        if not all(live):
+            for i, grad in enumerate(grads):
+                self.gradless_steps[i] += grad is None
         return Snapshot(before_AnK, intended_AnK, nonzero_nK, self._current_mask(tuple(live)), tuple(live))
 
     def _keeps_place(self) -> bool:
@@ -119,9 +121,9 @@ class Cohort:
     def after(self, snapshot: Snapshot) -> None:
         """Gather what was stored and add the step to the tally."""
         full = snapshot.nonzero_nK is not None
-        views = self._weights()
+        views = self._weight_views()
         if full or self._carriers:
-            views += self._states([self.optimizer.state.get(row.param) or {} for row in self.rows])
+            views += self._state_views(self._states())
         after_AnK = self._gathered(views)
         for i, name in self._carriers:
             after_AnK[0, i].add_(after_AnK[self._slots[name], i])
@@ -149,22 +151,34 @@ class Cohort:
     def pack(self) -> Tensor:
         """The window's sums in one vector on the device; see `tally.Sums`."""
         self._move(None)
-        return self.tally.pack(self._gathered(self._weights())[0], self._formats)
+        return self.tally.pack(self._gathered(self._weight_views())[0], self._formats)
 
     # --- gathering ------------------------------------------------------------------------------
 
-    def _weights(self) -> list[Tensor]:
-        return [row.view(row.param) for row in self.rows]
+    def _states(self) -> list[dict[str, Any]]:
+        found = self.optimizer.state
+        return [found.get(row.param) or {} for row in self.rows]
 
-    def _states(self, states: list[dict[str, Any]]) -> list[Tensor]:
+    def _weight_views(self) -> list[Tensor]:
+        return self._views([row.param for row in self.rows])
+
+    def _state_views(self, states: list[dict[str, Any]]) -> list[Tensor]:
         """Views of all states, in the order of the slots; zeros for those that do not exist (yet)."""
-        views = []
+        views: list[Tensor] = []
         for name in self._slots:
-            for i, (row, state) in enumerate(zip(self.rows, states, strict=True)):
-                tensor = state.get(name)
-                is_like = isinstance(tensor, Tensor) and local(tensor).shape == local(row.param).shape
-                views.append(row.view(tensor) if is_like else self._zeros[i])
+            views += self._views(
+                [state.get(name) if name in row.shaped else None for row, state in zip(self.rows, states, strict=True)]
+            )
         return views
+
+    def _views(self, tensors: list[Tensor | None]) -> list[Tensor]:
+        """One view per row. For this step only: kept, it would keep the memory of what training lets go."""
+        if self._is_sharded:
+            tensors = [None if tensor is None else local(tensor) for tensor in tensors]
+        return [
+            zeros if tensor is None else view(tensor)
+            for view, zeros, tensor in zip(self._view, self._zeros, tensors, strict=True)
+        ]
 
     def _gathered(self, views: list[Tensor]) -> Tensor:
         """[accumulators, n, K] FP32 from one view per accumulator and row."""
@@ -286,15 +300,14 @@ def _step_likeness(row: Row, state: dict[str, Any]) -> tuple[Any, ...]:
     """Rows equal in this can be replayed as one: same group, same form, same scalar state (step counters)."""
     scalars: list[Any] = []
     for name, value in state.items():
-        if name in row.rule.element_states or name == row.scheme.carrier:
+        if name in row.shaped or value is None:
             scalars.append(value is None)
         elif isinstance(value, Tensor):
             # a counter on the device is not read: equal histories have equal counters
-            scalars.append(value.item() if value.device.type == "cpu" and value.numel() == 1 else row.lived)
+            scalars.append(value.item() if value.is_cpu and value.numel() == 1 else row.lived)
         else:
             scalars.append(value)
-    apart = id(row) if row.rule.apart else 0
-    return (row.group, row.rule.rows, row.rule.kind, row.is_measured, apart, tuple(state), tuple(scalars))
+    return row.form, scalars
 
 
 def _replay_whole(twin: Twin, row: Row, state: dict[str, Any]) -> Run:

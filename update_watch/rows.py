@@ -27,6 +27,7 @@ class Row:
     __slots__ = (
         "_checked",
         "decouples_decay",
+        "form",
         "group",
         "lived",
         "names",
@@ -36,6 +37,7 @@ class Row:
         "rule",
         "sampler",
         "scheme",
+        "shaped",
     )
 
     def __init__(
@@ -48,21 +50,27 @@ class Row:
         self.reason = why_unknown(param, rule)
         self.sampler: Sampler | None = None if unsamplable(local(param)) else Sampler(local(param), samples)
         self._checked: tuple[str, ...] = ()
+        self.shaped: frozenset[str] = frozenset()  # states of the parameter's shape
+        self.form: tuple[Any, ...] = (group, rule.rows, rule.kind, id(self) if rule.apart else 0, ())
 
     @property
     def is_measured(self) -> bool:
         return not self.reason
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """The samples of `tensor`: a view, for this step only. One that is kept would keep the memory of what training lets go."""
-        assert self.sampler is not None
-        return self.sampler.view(local(tensor))
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Does what the probe found hold for the states this parameter really has? Looked at when they change."""
         if not state or self._checked == tuple(state):
             return
         self._checked = tuple(state)
+        shape = local(self.param).shape
+        elements = {*self.rule.element_states, self.scheme.carrier}
+        # a state that is None may become a tensor later
+        self.shaped = frozenset(
+            name
+            for name, value in state.items()
+            if (isinstance(value, Tensor) and local(value).shape == shape) or (value is None and name in elements)
+        )
+        self.form = (self.group, self.rule.rows, self.rule.kind, id(self) if self.rule.apart else 0, self._checked)
         known = {name: value for name, value in state.items() if name != self.scheme.carrier}
         problem = self.rule.misfit(self.param, known)
         if problem and not self.reason:

@@ -188,8 +188,7 @@ def gather(views: Sequence[Tensor], samplers: Sequence[Sampler]) -> Tensor:
     element, so a rule run over it meets no value it would not meet anyway.
     """
     samples = samplers[0].samples
-    dtype = views[0].dtype
-    if all(view.dtype is dtype for view in views) and not any(sampler.is_whole for sampler in samplers):
+    if len({view.dtype for view in views}) == 1 and not any([sampler.is_whole for sampler in samplers]):
         return torch.stack(list(views)).to(torch.float32).view(len(views), samples)
     n = len(views)
     out_nK = torch.empty(n, samples, device=views[0].device)

@@ -189,10 +189,11 @@ class _PlainTorch:
     __slots__ = ("_autocast", "_dtype", "_grad")
 
     def __init__(self, opt: Optimizer) -> None:
-        first = next((p for group in opt.param_groups for p in group["params"]), None)
-        kinds = {"cpu"} if first is None else {"cpu", first.device.type}
-        available = filter(torch.amp.is_autocast_available, kinds)
-        self._autocast = [kind for kind in available if torch.is_autocast_enabled(kind)]
+        self._autocast: list[str] = []
+        if torch._C._is_any_autocast_enabled():
+            kinds = {"cpu", *(p.device.type for group in opt.param_groups for p in group["params"][:1])}
+            available = filter(torch.amp.is_autocast_available, kinds)
+            self._autocast = [kind for kind in available if torch.is_autocast_enabled(kind)]
 
     def __enter__(self) -> None:
         self._grad, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
