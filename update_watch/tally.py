@@ -27,7 +27,7 @@ F = 10
 _THIN = 4
 _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
 _VARIANCE = 3  # sums over steps of dot^2, dot * want, want^2 of the weight: how much a step's efficiency spreads
-_STEPS = 16  # steps whose sums are kept apart before they are added up: fewer operators per step
+_STEPS = 8  # steps whose sums are kept apart before they are added up: fewer operators per step
 
 
 class Tally:
@@ -94,12 +94,13 @@ class Tally:
         scale_An1 = self._scale_An1[:present]
         d, a = intended_AnK * scale_An1, applied_AnK.mul_(scale_An1)
         products = torch.empty(SHRINK, *d.shape, device=self.device)
-        torch.mul(a, d, out=products[DOT])
-        torch.mul(d, d, out=products[WANT])
-        torch.ne(d, 0, out=products[WANTED])
-        torch.mul(a, a, out=products[MOVED])
-        torch.eq(a, 0, out=products[UNCHANGED])
-        torch.mul(products[WANTED], products[UNCHANGED], out=products[LOST])
+        dot, want, wanted, lost, moved, unchanged = products.unbind(0)
+        torch.mul(a, d, out=dot)
+        torch.mul(d, d, out=want)
+        torch.ne(d, 0, out=wanted)
+        torch.mul(a, a, out=moved)
+        torch.eq(a, 0, out=unchanged)
+        torch.mul(wanted, unchanged, out=lost)
         torch.sum(products, -1, out=self._recent_TFAn[self.steps % _STEPS, :, :present])
         if nonzero_nK is not None:
             self._nonzero_n.add_(nonzero_nK.sum(-1))
