@@ -73,6 +73,14 @@ SENTENCES = [
     ),
     pytest.param(
         Cause.state_rounding,
+        Seen(dtype="bfloat16", accumulator="exp_avg_sq", efficiency=0.0, rate=0.001, state_factor=0.97),
+        "Optimizer state exp_avg_sq in BF16 rounds its decay away at 1 - beta = 0.001 (efficiency of the decay 0.00),"
+        " so it can grow but not shrink (so far the updates are 0.97 of what FP32 state would give); keep the optimizer"
+        " state in FP32 or use a beta of at most 0.9961.",
+        id="state_rounding-so-far",
+    ),
+    pytest.param(
+        Cause.state_rounding,
         Seen(state_factor=1.8),
         "The optimizer state has lost part of what it should hold to rounding, and the updates are 1.80 of what FP32"
         " state would give; keep the optimizer state in FP32; that multiplies the effective learning rate by about"

@@ -52,7 +52,7 @@ def judge_accumulator(
     if tensor.scheme == f"carried:{name}":  # it holds what rounding took from the weight: small changes are its nature
         return _report(evidence, HEALTHY)
     if evidence.value is not None:
-        return _counter(evidence, memory, tensor.steps)
+        return _counter(evidence, tensor, memory, limits)
     return _state(evidence, tensor, memory, limits, steps)
 
 
@@ -145,15 +145,18 @@ def _if_wanted(part: Numbers) -> float | None:
     return None if wanted is not None and wanted < _MINIMUM_WANTED else known(part.efficiency)
 
 
-def _counter(evidence: AccumulatorEvidence, memory: AccumulatorMemory, steps: int) -> AccumulatorReport:
+def _counter(
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorMemory, limits: Thresholds
+) -> AccumulatorReport:
     value, before = known(evidence.value), memory.value
     memory.value = value
     bits = SIGNIFICANT_BITS.get(evidence.dtype)
-    has_stopped = bits is not None and value is not None and value == before and value == 2.0**bits and steps > 0
+    has_stopped = bits is not None and value is not None and value == before and value == 2.0**bits and tensor.steps > 0
     memory.grade = STALLED if has_stopped else HEALTHY
     if not has_stopped:
         return _report(evidence, HEALTHY)
-    seen = Seen(dtype=evidence.dtype, accumulator=evidence.name, counter=value)
+    factor = _factor(tensor, limits)
+    seen = Seen(dtype=evidence.dtype, accumulator=evidence.name, counter=value, state_factor=factor)
     advice = say(Cause.state_rounding, seen)
     return _report(evidence, STALLED, Cause.state_rounding, advice)
 
@@ -180,10 +183,10 @@ def _settle(
     if memory.bad_windows < windows:
         return _report(evidence, UNKNOWN, advice=unknown(one_window()))
     memory.grade = verdict
-    return _report(evidence, verdict, cause, say(cause, _seen(evidence, tensor, cause)))
+    return _report(evidence, verdict, cause, say(cause, _seen(evidence, tensor, limits, cause)))
 
 
-def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -> Seen:
+def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, limits: Thresholds, cause: Cause) -> Seen:
     """The numbers an accumulator's advice speaks of."""
     numbers, is_growth = evidence.numbers, False
     if cause is Cause.state_rounding:
@@ -198,8 +201,14 @@ def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -
         rate=known(evidence.rate),
         decay_rate=_decay_rate(tensor),
         is_growth=is_growth,
+        state_factor=_factor(tensor, limits) if cause is Cause.state_rounding else None,
         reason=evidence.note,
     )
+
+
+def _factor(tensor: TensorEvidence, limits: Thresholds) -> float | None:
+    """What the states' rounding does to the update, once enough steps speak for it."""
+    return known(tensor.state_factor) if tensor.state_factor_steps >= limits.minimum_steps else None
 
 
 def _nothing_wanted(evidence: AccumulatorEvidence, steps: int) -> AccumulatorReport:

@@ -183,12 +183,15 @@ def _state_rounding(seen: Seen) -> Advice:
         floor = _smallest_rate(seen.dtype)
         if floor is not None and (seen.rate is None or seen.rate < floor):
             cure += f" or use a beta of at most {1 - floor:.4g}"
-    if seen.state_factor is None:
+    factor = fixed(seen.state_factor)
+    if seen.state_factor is None or abs(seen.state_factor - 1) < _HARDLY:
         one_way = "" if seen.counter is not None or seen.is_growth else ", so it can grow but not shrink"
-        return Advice(f"{finding}{one_way}", cure)
+        is_seen = seen.state_factor is not None and abs(seen.state_factor - 1) >= _NOTHING
+        so_far = f" (so far the updates are {factor} of what FP32 state would give)" if is_seen else ""
+        return Advice(f"{finding}{one_way}{so_far}", cure)
     if not seen.accumulator:
         finding = "the optimizer state has lost part of what it should hold to rounding"
-    finding += f", and the updates are {fixed(seen.state_factor)} of what FP32 state would give"
+    finding += f", and the updates are {factor} of what FP32 state would give"
     caution = ""
     if seen.state_factor > 0:
         caution = f"that multiplies the effective learning rate by about {number(1 / seen.state_factor)}, so retune it"
@@ -318,6 +321,8 @@ _ADVICE: dict[Cause, Callable[[Seen], Advice]] = {
 
 # --- words and numbers ---------------------------------------------------------------------------
 
+_NOTHING = 0.02  # a state factor so close to 1 is 1
+_HARDLY = 0.1  # a change of the effective learning rate that nobody need retune for
 _FULL = frozenset({"float32", "float64"})
 _SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 # significant bits, the hidden one included: a value x loses x * c to rounding for all c <= 2^-(bits + 1), and for

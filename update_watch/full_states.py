@@ -201,9 +201,8 @@ class FullStates:
             parts = tuple(self._part(start, stop, i, scalar) for i, scalar in enumerate(scalars))
             self._spans.append(_Span(start, stop, parts))
             start = stop
-        # who writes to states writes to all of them: a look at each span's last row is enough
-        last = [self.rows[span.stop - 1] for span in self._spans]
-        self._marked = [(row.param, short_states(row, self._optimizer.state[row.param])[0]) for row in last]
+        # who writes to states writes to those of all parameters: a look at each span's last row is enough
+        self._marked = [self.rows[span.stop - 1].param for span in self._spans]
         every = [part for span in self._spans for part in span.parts]
         is_native = type(self._optimizer).__module__.startswith("torch.optim")
         self._rule: _Standing | _Fresh = _Standing(self._optimizer, every) if is_native else _Fresh(self._twin)
@@ -253,8 +252,9 @@ class FullStates:
         return self._states_Sn2K[self._names.index(self._carrier)]
 
     def _versions(self) -> list[Any]:
-        tensors = [(self._optimizer.state.get(param) or {}).get(name) for param, name in self._marked]
-        return [(id(t), t._version) if isinstance(t, Tensor) else None for t in tensors]
+        """Identity and number of writes of every state tensor looked at."""
+        states = [self._optimizer.state.get(param) or {} for param in self._marked]
+        return [(id(v), v._version) for state in states for v in state.values() if isinstance(v, Tensor)]
 
 
 def _own(value: Any, widen: bool = True) -> Any:

@@ -9,8 +9,8 @@ every step, with the real gradients. At every sixteenth step the same replay sta
 
 says by what factor the updates differ. The stored weight is taken anew at each step: only the update's size matters.
 
-The copy begins with the states as they are stored when it begins, and counts the steps it has run since. It ends when
-somebody else writes to the states (a checkpoint is loaded), and a new one begins with the next window. Where all states
+The copy begins with the states as they are stored when it begins, and counts the steps it has run since. When somebody
+else writes to the states (a checkpoint is loaded) it ends and a new one begins, at most once per window. Where all states
 are stored in FP32 there is none, and nothing is spent.
 """
 
@@ -68,7 +68,7 @@ class Shadow:
             if self._copy is not None:
                 self._copy.mark()
             elif any(self._optimizer.state.get(row.param) for row in rows):
-                self._may_begin = False  # one look per window
+                self._may_begin = False  # once per window
                 self._copy = _begin(self._optimizer, self._twin, rows, self._rng, self._found)
         except Exception as error:  # noqa: BLE001  as above
             self._give_up(error)
