@@ -5,11 +5,12 @@ Run by tests/test_ranks*.py through `launch`: one start of the processes for man
 
 from __future__ import annotations
 
+import faulthandler
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class Case:
             "truth": {name: [v[0] / v[1], v[3] / v[2]] for name, v in truth.items() if v[1]},
             "collectives": watch._ranks.collectives,
             "joined": watch._ranks.joined,
-            "weights": sum(float(local(p).double().abs().sum()) for _, p in named),
+            "weights": sum(float(local(p).double().abs().sum()) for p in (q.detach() for _, q in named)),
         }
         watch.close()
         return found
@@ -193,7 +194,9 @@ def pipeline() -> Case:
     """Each rank has other parameters."""
     rank = dist.get_rank()
     net = Net(48 + rank, 64, 40)
-    return Case(net, _adamw(net, LR * 4**-rank), 48 + rank, [(f"stage{rank}.{n}", p) for n, p in net.named_parameters()])
+    return Case(
+        net, _adamw(net, LR * 4**-rank), 48 + rank, [(f"stage{rank}.{n}", p) for n, p in net.named_parameters()]
+    )
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -207,17 +210,18 @@ CASES: dict[str, Callable[[], Case]] = {
 
 def _process(rank: int, size: int, names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    faulthandler.dump_traceback_later(25, exit=True)  # rather than hang
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=20)
+    )
     found = {}
     for name in names:
         try:
             found[name] = CASES[name]().run() if name in CASES else globals()[name]()
         except Exception:
-            found[name] = {"error": traceback.format_exc()}
-            break
+            print(f"rank {rank}, {name}:", traceback.format_exc(), file=sys.stderr, flush=True)
+            raise
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -12,6 +12,8 @@ they have, and the window is joined again. Nothing is ever unpickled: JSON and n
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import dataclasses
 import hashlib
 import itertools
@@ -19,6 +21,7 @@ import json
 import logging
 import time
 import warnings
+import weakref
 from datetime import timedelta
 from typing import Any
 
@@ -64,7 +67,9 @@ class Group:
         self._backend: Any = None
         self.sums = 0  # collectives that added a window up
         self.exchanges = 0
+        self._pending: Any = None  # a collective that waits for other ranks
         self._store.add("here", 1)
+        _OPEN.add(self)
 
     def connect(self) -> None:
         """Wait for the other ranks. Raises _Parted when one is missing after `WAIT` seconds."""
@@ -89,14 +94,14 @@ class Group:
     def sum(self, vector: Vector) -> Vector:
         """The sum of all ranks' vectors, the same bits on every rank."""
         total = torch.from_numpy(vector.copy())
-        self._backend.allreduce([total]).wait()
+        self._finish(self._backend.allreduce([total]))
         self.sums += 1
         return total.numpy()
 
     def gather(self, row: Tensor) -> Tensor:
         """Every rank's `row`: [ranks, ...]."""
         rows = [torch.empty_like(row) for _ in range(self.size)]
-        self._backend.allgather([rows], [row]).wait()
+        self._finish(self._backend.allgather([rows], [row]))
         return torch.stack(rows)
 
     def exchange(self, text: str) -> list[str]:
@@ -117,13 +122,38 @@ class Group:
                 buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if size else buffer
             options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = root, 0
-            self._backend.broadcast([buffer], options).wait()
+            self._finish(self._backend.broadcast([buffer], options))
             texts[other] = bytes(buffer.numpy()).decode()
         return [texts[one] for one in labels]
 
+    def _finish(self, work: Any) -> None:
+        # not in C++: a daemon thread that comes back from there while Python shuts down brings the process down
+        self._pending, pause = work, 1e-4
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL)
+        self._pending = None
+        work.wait()  # raises if it failed
+
     def close(self) -> None:
         """Let go of the connections; a rank that still waits for this one is told at once."""
-        self._backend = None
+        _OPEN.discard(self)
+        backend, self._backend = self._backend, None
+        if backend is not None and self._pending is not None and not self._pending.is_completed():
+            _keep_for_ever(backend)  # its end would wait for the other ranks
+
+
+_OPEN: weakref.WeakSet[Group] = weakref.WeakSet()
+
+
+def _keep_for_ever(thing: Any) -> None:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+@atexit.register
+def _at_exit() -> None:
+    for group in list(_OPEN):
+        group.close()
 
 
 class Ranks:

@@ -95,6 +95,8 @@ def why_unknown(param: Tensor, rule: Rule) -> str:
         return "no element of it is on this rank"
     if rule.kind is Kind.unknown:
         return rule.reason
+    if rule.kind is Kind.whole and shard.numel() < param.numel():
+        return f"its rule needs the whole tensor, and this rank holds {shard.numel():,} of {param.numel():,} elements"
     if rule.kind is Kind.whole and shard.numel() > WHOLE_LIMIT:
         return f"its rule needs the whole tensor, and {shard.numel():,} elements are over the limit of {WHOLE_LIMIT:,}"
     if shard.dtype.is_complex:
@@ -112,7 +114,8 @@ def build_rows(
             shape = tuple(local(param).shape)
             rule_key = ("rule", id(optimizer), index, mimic(shape))
             if rule_key not in found:
-                found[rule_key] = probe(optimizer, index, len(shape), shape=shape)
+                is_empty = 0 in shape  # an empty shard has no updates to find the rule with
+                found[rule_key] = Rule(Kind.unknown) if is_empty else probe(optimizer, index, len(shape), shape=shape)
             scheme_key = ("scheme", id(optimizer), index, param.dtype, min(len(shape), 2))
             if scheme_key not in found:
                 found[scheme_key] = find_scheme(optimizer, index, param.dtype, len(shape))

@@ -260,7 +260,8 @@ def _nothing(*_: Any) -> None:
 def unwrap(optimizer: Any) -> Optimizer:
     """The optimizer that runs torch's step hooks, behind the wrappers of Lightning, Fabric, Accelerate and DeepSpeed.
 
-    Optimizers that contain another but step themselves (ZeroRedundancyOptimizer, Lookahead) are returned as they are.
+    Of a ZeroRedundancyOptimizer it is the optimizer of this rank's share. Others that contain one but step themselves
+    (Lookahead) are returned as they are.
 
     Raises:
         TypeError: there is no torch optimizer in it.
@@ -277,4 +278,7 @@ def unwrap(optimizer: Any) -> Optimizer:
                 f"{type(optimizer).__name__} has no torch optimizer with step hooks in it: give a torch.optim.Optimizer, "
                 "or a wrapper that keeps one in `.optimizer` or `._optimizer`"
             )
+    share = vars(inner).get("optim")
+    if type(inner).__name__ == "ZeroRedundancyOptimizer" and isinstance(share, Optimizer):
+        return share
     return inner  # type: ignore[no-any-return]

@@ -214,8 +214,8 @@ class Watch:
                 self.flush(timeout)
         finally:
             self.detach()
-            if self._ranks.is_joining:
-                self._judge.put(self._ranks.close)
+            if self._judge.wait(0.0):
+                self._ranks.close()  # else the group goes when the process ends
             self._judge.stop()
             self._post.stop()
 
