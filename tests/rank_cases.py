@@ -124,6 +124,10 @@ class Case:
         return found
 
 
+def _clean(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name.replace("_fsdp_wrapped_module.", ""), p) for name, p in model.named_parameters())
+
+
 def _adamw(model: nn.Module, lr: float = LR) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=lr)
 
@@ -158,7 +162,7 @@ def fsdp2_empty() -> Case:
 def fsdp1() -> Case:
     net = Net(48, 64, 40)
     model = FullyShardedDataParallel(net, use_orig_params=True, device_id=torch.device("cpu"))
-    return Case(model, _adamw(model), 48)
+    return Case(model, _adamw(model), 48, [(n, p) for n, p in _clean(model)])
 
 
 def tensor_parallel() -> Case:
@@ -210,7 +214,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 def _process(rank: int, size: int, names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(25, exit=True)  # rather than hang
+    faulthandler.dump_traceback_later(100, exit=True)  # rather than hang
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=20)
     )

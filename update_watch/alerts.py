@@ -53,6 +53,7 @@ class Alerts:
 
     def __init__(self, thresholds: Thresholds, clock: Callable[[], float] = time.time) -> None:
         self._limits, self._clock = thresholds, clock
+        self.is_logging = True  # False: another rank, which has the same reports, logs them
         self._told: dict[str, Level] = {}  # WARN or ERROR, by key
         self._told_at: dict[str, float] = {}  # when a key was last told as WARN or ERROR
         self._sent: list[float] = []  # times of the alerts of the last hour
@@ -88,7 +89,7 @@ class Alerts:
                     del self._told[state.key]
                 else:
                     self._told[state.key], self._told_at[state.key] = level, now
-        for alert in alerts:
+        for alert in alerts if self.is_logging else ():
             logging.getLogger("update_watch").log(_LOGGING[alert.level], "%s: %s", alert.title, alert.text)
         return dataclasses.replace(report, alerts=tuple(alerts))
 

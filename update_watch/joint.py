@@ -78,6 +78,7 @@ def catalogue(evidence: WindowEvidence) -> list[Entry]:
             "scheme": t.scheme,
             "reason": t.reason if _held(t) else "",
             "is_held": bool(_held(t) and t.optimizer_group),
+            "is_whole": _held(t) == t.numel,
             "accumulators": {
                 name: {"dtype": a.dtype, "reason": a.reason, "rate": a.rate, "note": a.note}
                 for name, a in t.accumulators.items()
@@ -95,6 +96,10 @@ class Plan:
         for entries in catalogues:
             for entry in entries:
                 self._add(entry)
+        for entry in self._entries.values():
+            if len(set(entry["pieces"])) > 1:
+                entry["numel"] = sum(entry["pieces"])
+                entry["shape"] = [entry["numel"]]
         self._names = _distinct_names(list(self._entries))
         self._places: dict[_Key, int] = {}
         self.length = 0
@@ -108,8 +113,13 @@ class Plan:
     def _add(self, entry: Entry) -> None:
         known = self._entries.get(_key(entry))
         if known is None:
-            self._entries[_key(entry)] = {**entry, "accumulators": dict(entry["accumulators"])}
+            self._entries[_key(entry)] = {
+                **entry,
+                "accumulators": dict(entry["accumulators"]),
+                "pieces": [entry["numel"]],
+            }
             return
+        known["pieces"].append(entry["numel"])
         if entry["is_held"] and not known["is_held"]:  # who holds elements of it knows more of it
             known.update({k: v for k, v in entry.items() if k != "accumulators"})
         known["reason"] = known["reason"] or entry["reason"]
@@ -155,11 +165,16 @@ class Plan:
 
 
 def _key(entry: Entry) -> _Key:
-    return entry["name"], entry["dtype"], tuple(entry["shape"])
+    return _key_from(entry["name"], entry["dtype"], tuple(entry["shape"]), entry["is_whole"])
 
 
 def _key_of(tensor: TensorEvidence) -> _Key:
-    return tensor.name, tensor.dtype, tensor.shape
+    return _key_from(tensor.name, tensor.dtype, tensor.shape, _held(tensor) == tensor.numel)
+
+
+def _key_from(name: str, dtype: str, shape: tuple[int, ...], is_whole: bool) -> _Key:
+    # plain vectors of one name and different lengths: FSDP1 gives every rank a flat piece of the parameter
+    return name, dtype, (-1,) if is_whole and len(shape) == 1 else shape
 
 
 def _distinct_names(keys: list[_Key]) -> dict[_Key, str]:

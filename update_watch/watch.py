@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch.accumulation import AccumulationWindow
 from update_watch.alerts import Alerts
 from update_watch.averages import Averages
 from update_watch.diagnosis import Diagnosis
@@ -95,6 +96,8 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for watched in self._watched.values():
+            watched.accumulation.remove()
         self._watched.clear()
 
     @property
@@ -158,6 +161,7 @@ class Watch:
         others: list[TensorEvidence] = []
         skipped: list[Any] = []
         shadows: list[ShadowWindow] = []
+        accumulations: list[AccumulationWindow] = []
         batch = Batch()
         with torch.no_grad():
             for watched in self._watched.values():
@@ -167,6 +171,8 @@ class Watch:
                 skipped += parts[2]
                 shadow = watched.shadow.close_window(batch)
                 shadows += [] if shadow is None else [shadow]
+                accumulation = watched.accumulation.close_window(batch)
+                accumulations += [] if accumulation is None else [accumulation]
             averages = tuple(self._averages.close_window(batch))
             batch.send()
         held = {id(row.param) for watched in self._watched.values() for row in watched.rows}
@@ -175,10 +181,10 @@ class Watch:
             if id(tensor) not in held and id(tensor) not in seen:
                 seen.add(id(tensor))
                 others.append(TensorEvidence(**describe(tensor, self._names[id(tensor)]), steps=steps))
-        order = {name: i for i, (name, _) in enumerate(self._named)}
+        order = {self._names[id(tensor)][0]: i for i, (_, tensor) in reversed(list(enumerate(self._named)))}
         cost = 1e3 * self._seconds / steps if steps else None
         self._seconds = 0.0
-        sums = tuple(cohorts), tuple(others), order, cost, tuple(skipped), averages, tuple(shadows)
+        sums = tuple(cohorts), tuple(others), order, cost, tuple(skipped), averages, tuple(shadows), tuple(accumulations)
         self._judge.put(Window(self.step, steps, *sums))
 
     def _judge_window(self, window: Window | Callable[[], None]) -> None:
@@ -186,7 +192,9 @@ class Watch:
             window()
             return
         try:
-            report = self._alerts.update(self._diagnosis.judge(self._ranks.join(read(window))))
+            evidence = self._ranks.join(read(window))
+            self._alerts.is_logging = self._ranks.rank == 0 or not self._ranks.is_joining
+            report = self._alerts.update(self._diagnosis.judge(evidence))
         except Exception as error:
             self._tap.enabled = False
             self._fail(error)
