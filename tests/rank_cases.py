@@ -6,9 +6,12 @@ Run by tests/test_ranks*.py through `launch`: one start of the processes for man
 from __future__ import annotations
 
 import faulthandler
+import hashlib
 import json
 import sys
+import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -201,6 +204,85 @@ def pipeline() -> Case:
     return Case(
         net, _adamw(net, LR * 4**-rank), 48 + rank, [(f"stage{rank}.{n}", p) for n, p in net.named_parameters()]
     )
+
+
+def _digest(model: nn.Module, optimizer: Any) -> str:
+    tensors = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    parts = [local(t.detach()).contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in tensors]
+    return hashlib.sha256(b"".join([*parts, torch.get_rng_state().numpy().tobytes()])).hexdigest()
+
+
+def is_identical() -> dict[str, Any]:
+    """48 steps of FSDP2, watched with windows of 8 steps and not."""
+    found: dict[str, Any] = {}
+    for watched in (False, True):
+        case = fsdp2(48, 65, 40)
+        start = _digest(case.model, case.optimizer)
+        watch = uw.watch(case.model, case.optimizer, window=8) if watched else None
+        for x in case.batches(48):
+            case.backward(x)
+            case.optimizer.step()
+        found["watched" if watched else "unwatched"] = _digest(case.model, case.optimizer)
+        found["moved"] = found["unwatched"] != start
+        if watch is not None:
+            watch.flush()
+            found["collectives"], found["joined"] = watch._ranks.collectives, watch._ranks.joined
+            watch.close()
+    return found
+
+
+def fails_in_a_hook() -> dict[str, Any]:
+    """Rank 1's watch raises in its 20th step; windows of 8, 40 steps."""
+    case = fsdp2(48, 64, 40)
+    reports: list[Any] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
+        started, steps = time.monotonic(), 0
+        for x in case.batches(40):
+            case.backward(x)
+            if dist.get_rank() == 1 and steps == 19:
+                for watched in watch._watched.values():
+                    watched.cohorts = watched._queue = [Planted()]  # type: ignore[list-item]
+            case.optimizer.step()
+            steps += 1
+        watch.flush()
+        seconds = time.monotonic() - started
+        watch.close()
+    texts = [str(w.message) for w in caught if "update-watch" in str(w.message)]
+    return {
+        "joined": watch._ranks.joined,
+        "steps": steps,
+        "reports": len(reports),
+        "seconds": seconds,
+        "warnings": texts,
+    }
+
+
+class Planted:
+    """A cohort that fails."""
+
+    def before(self) -> None:
+        raise RuntimeError("planted")
+
+
+def one_flushes_alone() -> dict[str, Any]:
+    """Windows of 8; after 11 steps rank 0 alone closes one, and at 16 both."""
+    case = ddp()
+    reports: list[Any] = []
+    watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
+    for steps, x in enumerate(case.batches(24), 1):
+        case.backward(x)
+        case.optimizer.step()
+        if steps == 11 and dist.get_rank() == 0:
+            watch._close_window()
+        if steps == 16 and dist.get_rank() == 0:
+            watch._close_window()
+    watch.flush()
+    watch.close()
+    windows = [[r.window, r.step] for r in reports]
+    return {"windows": windows, "measured": reports[-1].to_dict()["tensors"], "joined": watch._ranks.joined}
 
 
 CASES: dict[str, Callable[[], Case]] = {

@@ -79,7 +79,7 @@ class TensorEvidence:
     displacement_evidence: float | None = None
     accumulators: Mapping[str, AccumulatorEvidence] = dataclasses.field(default_factory=dict)
     what_if: Mapping[str, float] | None = None
-    held: int | None = None  # elements of it that lie on this rank; None: all
+    held: int | None = None  # elements of it that lie on this rank, of a DTensor
     stored: float | None = None  # rms of the weights before the steps
 
 

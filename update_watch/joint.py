@@ -78,7 +78,7 @@ def catalogue(evidence: WindowEvidence) -> list[Entry]:
             "scheme": t.scheme,
             "reason": t.reason if _held(t) else "",
             "is_held": bool(_held(t) and t.optimizer_group),
-            "is_whole": _held(t) == t.numel,
+            "is_plain": t.held is None,
             "accumulators": {
                 name: {"dtype": a.dtype, "reason": a.reason, "rate": a.rate, "note": a.note}
                 for name, a in t.accumulators.items()
@@ -165,16 +165,16 @@ class Plan:
 
 
 def _key(entry: Entry) -> _Key:
-    return _key_from(entry["name"], entry["dtype"], tuple(entry["shape"]), entry["is_whole"])
+    return _key_from(entry["name"], entry["dtype"], tuple(entry["shape"]), entry["is_plain"])
 
 
 def _key_of(tensor: TensorEvidence) -> _Key:
-    return _key_from(tensor.name, tensor.dtype, tensor.shape, _held(tensor) == tensor.numel)
+    return _key_from(tensor.name, tensor.dtype, tensor.shape, tensor.held is None)
 
 
-def _key_from(name: str, dtype: str, shape: tuple[int, ...], is_whole: bool) -> _Key:
+def _key_from(name: str, dtype: str, shape: tuple[int, ...], is_plain: bool) -> _Key:
     # plain vectors of one name and different lengths: FSDP1 gives every rank a flat piece of the parameter
-    return name, dtype, (-1,) if is_whole and len(shape) == 1 else shape
+    return name, dtype, (-1,) if is_plain and len(shape) == 1 else shape
 
 
 def _distinct_names(keys: list[_Key]) -> dict[_Key, str]:

@@ -228,7 +228,7 @@ class Ranks:
             if sums["leaving"]:
                 raise _Parted(_left(sums, group.size))
             if not _is_same_window(sums):
-                if not self._waits_for_others(evidence.step, group):
+                if not self._waits_for_others(evidence, group):
                     return evidence
                 continue
             if sums["unplanned"]:
@@ -241,13 +241,16 @@ class Ranks:
             return _with_head(joint, sums)
         raise _Parted("they do not agree on what is watched")
 
-    def _waits_for_others(self, step: int, group: Group) -> bool:
-        """Ranks are at different windows: those that are behind report theirs alone, the others try again."""
+    def _waits_for_others(self, evidence: WindowEvidence, group: Group) -> bool:
+        """Ranks are at different windows: those that are behind report theirs alone, the others try again.
+
+        Windows that end together but began apart are reported alone by all.
+        """
         self._out_of_step += 1
         if self._out_of_step >= _TRIES:
             raise _Parted("their windows end at different steps; flush and resume the watch on every rank alike")
-        latest = int(group.gather(torch.tensor([step])).max())
-        return step == latest
+        steps = group.gather(torch.tensor([evidence.step]))
+        return bool((steps != evidence.step).any()) and evidence.step == int(steps.max())
 
     def leave(self) -> None:
         """This rank cannot watch any more: tell the others in the window they wait with."""
@@ -315,12 +318,13 @@ def _is_distributed() -> bool:
 
 
 def _head(evidence: WindowEvidence | None, unplanned: bool = False, leaver: int | None = None) -> dict[str, float]:
-    """The first numbers of the vector. Steps are sent as two remainders: their squares must be exact in FP64."""
+    """The first numbers of the vector. Windows are told apart by two remainders: their squares must be exact in FP64."""
     head = {"ranks": 1.0, "unplanned": float(unplanned)}
     if leaver is not None:
         head.update(leaving=1.0, leaver=float(leaver))
     if evidence is not None:
-        a, b = float(evidence.step % 4093), float(evidence.step % 4091)
+        window = evidence.step * 131 + evidence.window
+        a, b = float(window % 4093), float(window % 4091)
         cost = evidence.cost_ms
         head.update(a=a, a2=a * a, b=b, b2=b * b, time=evidence.time, skipped=float(evidence.skipped_steps))
         head.update(cost=cost or 0.0, costs=float(cost is not None))
@@ -332,7 +336,7 @@ def _values(head: dict[str, float]) -> Vector:
 
 
 def _is_same_window(sums: dict[str, float]) -> bool:
-    """All ranks sent the same step: the variance is 0."""
+    """All ranks sent the same window: the variance is 0."""
     n = sums["ranks"]
     return n * sums["a2"] == sums["a"] ** 2 and n * sums["b2"] == sums["b"] ** 2
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch.accumulation import Accumulation
 from update_watch.cohort import Cohort, Snapshot
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
 from update_watch.replay import ReplayError, Twin
@@ -22,10 +23,12 @@ from update_watch.shadow import Shadow
 from update_watch.transfer import Batch, Part
 from update_watch.windows import CohortWindow, RowFacts
 
-# Tensors measured in one step. More tensors are split into cohorts that take turns, so that the cost of a step
+# Up to so many tensors are measured in every step. More are split into cohorts that take turns, so that the cost of a step
 # stops growing; with 8 cohorts every tensor is still measured in an eighth of the steps.
+_ALL = 16
 _COHORT = 8
 _MAX_COHORTS = 8
+_WAITING = 4  # measured steps that are added together; they hold a few kilobytes
 
 
 class Watched:
@@ -51,12 +54,14 @@ class Watched:
             self._twin: Twin | None = Twin(optimizer)
         except ReplayError as error:
             self._twin, self._twin_error = None, str(error)
+        self.accumulation = Accumulation(rng)
         self.shadow = Shadow(optimizer, self._twin, rng, found)
         self._plan()
         self.read_counters()
 
     def _plan(self) -> None:
         """Rows and cohorts for the parameters the optimizer holds now."""
+        self._waiting: list[tuple[Cohort, Snapshot]] = []  # measured steps that are not added yet
         self._members = _members(self.optimizer)
         label = f"optimizer{self.index}." if self.index else ""
         lived = {id(row.param): row.lived for row in getattr(self, "rows", [])}
@@ -71,7 +76,7 @@ class Watched:
             return
         for device in dict.fromkeys(local(row.param).device for row in self.rows):
             rows = [r for r in self.rows if r.is_measured and local(r.param).device == device]
-            turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT))
+            turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT)) if len(rows) > _ALL else 1
             self.cohorts += [
                 Cohort(self.optimizer, self._twin, rows[k::turns], self._samples, self._rng) for k in range(turns)
             ]
@@ -101,6 +106,7 @@ class Watched:
             self._plan()
             self.shadow.replan()
         self.shadow.before()
+        self.accumulation.before(self.rows)
         if not self.cohorts:
             return None
         if not self._queue:
@@ -113,8 +119,14 @@ class Watched:
         """Add the step, just after the rule has run."""
         if measured is not None:
             cohort, snapshot = measured
-            cohort.after(snapshot)
+            if cohort.after(snapshot):
+                self._waiting.append(measured)
+                if len(self._waiting) == _WAITING:
+                    self._add_waiting()
+            else:
+                cohort.add(snapshot)
         self.shadow.after(self.rows)
+        self.accumulation.after()
         if self._counts_lives:
             for row in self.rows:
                 if row.param.grad is not None:
@@ -131,6 +143,11 @@ class Watched:
         self.steps += 1
         self.window_steps += 1
 
+    def _add_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for cohort, snapshot in waiting:
+            cohort.add(snapshot)
+
     # --- at the end of a window --------------------------------------------------------------------
 
     def close_window(self, batch: Batch) -> tuple[list[CohortWindow], list[TensorEvidence], list[Part]]:
@@ -138,6 +155,7 @@ class Watched:
         cohorts: list[CohortWindow] = []
         others: list[TensorEvidence] = []
         in_cohort: set[int] = set()
+        self._add_waiting()
         for cohort in self.cohorts:
             if cohort.tally.steps == 0:
                 continue
@@ -213,7 +231,7 @@ def describe(param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
         "dtype": str(param.dtype).removeprefix("torch."),
         "shape": tuple(param.shape),
         "numel": param.numel(),
-        "held": local(param).numel(),
+        "held": None if local(param) is param else local(param).numel(),
         "trainable": param.requires_grad,
     }
 

@@ -1,0 +1,108 @@
+"""Ranks that join their windows, against a full comparison of all elements of all ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from tests.rank_cases import launch
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is not built in")
+
+Found = list[dict[str, Any]]
+# each list is one start of the processes
+_ON_TWO = ["ddp", "fsdp2_empty", "fails_in_a_hook", "is_identical"]
+_ON_TWO_TOO = ["fsdp2_even", "fsdp2_uneven", "tensor_parallel", "fsdp1", "zero1", "pipeline", "one_flushes_alone"]
+_TENSORS = {"fsdp2_uneven": 6, "fsdp2_empty": 6, "zero1": 6, "pipeline": 8}
+_ON_FOUR = ["fsdp2_uneven", "fsdp2_empty", "hybrid", "two_dimensional", "tensor_parallel", "zero1"]
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return launch(2, _ON_TWO, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def on_two_too(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return launch(2, _ON_TWO_TOO, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def on_four(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return launch(4, _ON_FOUR, tmp_path_factory.mktemp("four"))
+
+
+def check(ranks: Found, case: str) -> None:
+    """Every tensor's numbers are the truth's within 0.03, and the same on all ranks."""
+    first = ranks[0][case]
+    assert len(first["report"]["tensors"]) == _TENSORS.get(case, 4)
+    for t in first["report"]["tensors"]:
+        efficiency, lost = first["truth"][t["name"]]
+        assert t["efficiency"] == pytest.approx(efficiency, abs=0.03), t["name"]
+        assert t["lost_fraction"] == pytest.approx(lost, abs=0.03), t["name"]
+    assert all(other[case]["report"] == first["report"] for other in ranks)
+    assert {other[case]["joined"] for other in ranks} == {1}
+
+
+@pytest.mark.parametrize("case", _ON_TWO[:2])
+def test_two_ranks_report_the_truth_of_all_elements(on_two: Found, case: str) -> None:
+    check(on_two, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _ON_TWO_TOO[:-1])
+def test_two_ranks_report_the_truth_of_other_ways_to_share(on_two_too: Found, case: str) -> None:
+    check(on_two_too, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _ON_FOUR)
+def test_four_ranks_report_the_truth_of_all_elements(on_four: Found, case: str) -> None:
+    check(on_four, case)
+
+
+@pytest.mark.slow
+def test_every_rank_reports_the_parameters_of_all_stages(on_two_too: Found) -> None:
+    names = [t["name"] for t in on_two_too[1]["pipeline"]["report"]["tensors"]]
+    assert names == [f"stage{s}.layers.{i}.{what}" for s in (0, 1) for i in (0, 1) for what in ("weight", "bias")]
+
+
+def test_shards_are_reported_as_one_tensor_of_the_whole_size(on_two: Found) -> None:
+    sizes = {t["name"]: (t["numel"], t["shape"]) for t in on_two[0]["fsdp2_empty"]["report"]["tensors"]}
+    assert sizes["layers.0.weight"] == (600, [1, 600])
+    assert sizes["layers.1.bias"] == (65, [65])
+
+
+def test_one_window_is_one_collective(on_two: Found) -> None:
+    """Six windows; in the first the ranks learn of each other, so it is joined twice."""
+    for rank in on_two:
+        assert rank["is_identical"]["collectives"] == [6 + 1, 1]
+        assert rank["is_identical"]["joined"] == 6
+
+
+def test_training_is_the_same_to_the_bit_with_and_without(on_two: Found) -> None:
+    for rank in on_two:
+        assert rank["is_identical"]["watched"] == rank["is_identical"]["unwatched"]
+        assert rank["is_identical"]["moved"]
+
+
+def test_a_rank_that_fails_ends_the_joining_in_the_same_window(on_two: Found) -> None:
+    failed, other = on_two[1]["fails_in_a_hook"], on_two[0]["fails_in_a_hook"]
+    assert failed["joined"] == other["joined"] == 2
+    assert failed["steps"] == other["steps"] == 40  # training went on
+    assert failed["reports"] == 2 and other["reports"] == 5  # the other goes on with what it sees
+    assert other["seconds"] < 5
+    assert [w for w in other["warnings"] if "rank 1 of 2 stopped watching" in w] == other["warnings"]
+    assert len(failed["warnings"]) == 1 and "planted" in failed["warnings"][0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_ahead_is_not_mixed_with_the_others(on_two_too: Found) -> None:
+    """Rank 0 closes a window of its own after 3 steps; the next ends where rank 1's does, but is shorter."""
+    first, second = (rank["one_flushes_alone"] for rank in on_two_too)
+    assert first["windows"] == [[8, 8], [3, 11], [5, 16], [8, 24]]
+    assert second["windows"] == [[8, 8], [8, 16], [8, 24]]
+    assert first["joined"] == second["joined"] == 2
+    assert first["measured"] == second["measured"]
