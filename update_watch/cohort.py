@@ -1,7 +1,8 @@
 """A group of an optimizer's parameters that is measured in the same steps.
 
-`before` gathers weights, gradients and states just before the rule runs and replays the rule on them in FP32; `after`
-gathers what was stored and adds both to the tally. Everything between is arithmetic on small tensors on the device.
+`before` gathers weights, gradients and states just before the rule runs, `after` what was stored; `add` replays the rule
+on them in FP32 and adds both to the tally. `add` may wait for a few steps: several in a row cost half as much as each on
+its own, in caches that training has used since. Everything is arithmetic on small tensors on the device.
 
 Legend: A accumulators (0 the weight, then states), n rows, K samples.
 """
@@ -19,9 +20,9 @@ from update_watch import formats
 from update_watch.decay import decay_sums
 from update_watch.formats import Format
 from update_watch.probe import Kind
-from update_watch.replay import Run, Twin
+from update_watch.replay import Run, Settings, Twin
 from update_watch.rows import Row
-from update_watch.sampling import gather, local, mask
+from update_watch.sampling import gather, local, mask, pack_views
 from update_watch.tally import Tally
 from update_watch.twin_copy import ReplayError
 
@@ -32,14 +33,39 @@ _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 _WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
 
 
-class Snapshot(NamedTuple):
-    """What `before` leaves for `after`."""
+class Span(NamedTuple):
+    """Neighbouring rows that are replayed as one."""
 
-    before_AnK: Tensor
-    intended_AnK: Tensor  # the replayed values
-    nonzero_nK: Tensor | None  # gradients other than zero; None: this step compares weights alone
-    mask_nK: Tensor | None
-    live: tuple[bool, ...]
+    start: int
+    stop: int
+    scalars: dict[str, Any]  # state that is not per element, as it was before the step
+    dtypes: dict[str, torch.dtype]  # of state tensors
+
+
+class Snapshot:
+    """One step of a cohort, from `before` to `add`."""
+
+    __slots__ = (
+        "after",
+        "before_AnK",
+        "full",
+        "grad_nK",
+        "held",
+        "intended_AnK",
+        "live",
+        "look",
+        "path",
+        "settings",
+        "spans",
+    )
+
+    def __init__(self, held: Tensor, live: list[bool], spans: list[Span], settings: Settings | None) -> None:
+        self.held, self.live, self.spans, self.settings = held, live, spans, settings
+        self.full = self.path = self.look = False
+        self.after: Tensor | None = None
+        self.before_AnK: Tensor | None = None
+        self.intended_AnK: Tensor | None = None  # the replayed values
+        self.grad_nK: Tensor | None = None
 
 
 class Cohort:
@@ -66,6 +92,8 @@ class Cohort:
         self._formats = _format_runs(rows)
         # states that hold what rounding took from the weight (Kahan summation): the stored value is their sum
         self._carriers = [(i, row.scheme.carrier) for i, row in enumerate(rows) if row.scheme.carrier]
+        self._steps = 0  # measured in this window, those that are still to be added included
+        self._can_wait = twin.can_wait and all(row.rule.kind is Kind.elementwise for row in rows)
         self.open_window()
 
     def open_window(self) -> None:
@@ -75,6 +103,7 @@ class Cohort:
         if old is not None:
             # a decay far below one step of the format shows only over many windows: they are pooled, the old ones less
             self.tally.decay_5n.copy_(old.decay_5n).mul_(_DECAY_MEMORY)
+        self._steps = 0
         self.live_steps = [0] * len(self.rows)
         self.full_steps = [0] * len(self.rows)
         self.gradless_steps = [0] * len(self.rows)
@@ -82,76 +111,100 @@ class Cohort:
     # --- in the step -----------------------------------------------------------------------------
 
     def before(self) -> Snapshot:
-        """Gather and replay; call when gradients are final and the rule has not run."""
-        self._move(None if self._keeps_place() else self._rng)
+        """Gather; call when gradients are final and the rule has not run."""
+        steps = self._steps
+        path = steps % _PATH_EVERY == 0
+        # a path over the window needs the same elements again; all other sums gain from other elements
+        self._move(None if path else self._rng)
         states = self._states()
         grads = [row.param.grad for row in self.rows]
         for row, state in zip(self.rows, states, strict=True):
             row.check(state)
-        views = self._weight_views() + self._state_views(states) + self._views(grads)
-        held = self._gathered(views)
-        before_AnK, grad_nK = held[:-1], held[-1]
-        nonzero_nK = grad_nK.ne(0) if self._is_full() else None  # now: the rule may write into the gradient
-        for i, name in self._carriers:
-            before_AnK[0, i].add_(before_AnK[self._slots[name], i])
-            before_AnK[self._slots[name], i].zero_()  # joined: an FP32 weight has no remainder
-        intended_AnK = before_AnK.clone()
+        held = pack_views(self._weight_views() + self._state_views(states) + self._views(grads), self.samplers)
         live = [g is not None and row.is_measured for g, row in zip(grads, self.rows, strict=True)]
-        self._replay_samples(intended_AnK, grad_nK, states, live)
-        self._replay_whole(intended_AnK, states, live)
-        for i, name in self._carriers:
-            intended_AnK[0, i].add_(intended_AnK[self._slots[name], i])
-            intended_AnK[self._slots[name], i].zero_()
+        spans = self._spans(states, live)
+        can_wait = self._can_wait and not hasattr(self.optimizer, "found_inf")
+        settings = self.twin.settings({self.rows[span.start].group for span in spans}) if can_wait else None
+        snapshot = Snapshot(held, live, spans, settings)
+        snapshot.path = path
+        snapshot.full = not self.states or steps % _FULL_EVERY == 0
+        snapshot.look = steps == 0 or steps % _HEADROOM_EVERY == _HEADROOM_EVERY - 1
         if not all(live):
             for i, grad in enumerate(grads):
                 self.gradless_steps[i] += grad is None
-        return Snapshot(before_AnK, intended_AnK, nonzero_nK, self._current_mask(tuple(live)), tuple(live))
+        if not can_wait:
+            self._replay(snapshot, states)
+        return snapshot
 
-    def _keeps_place(self) -> bool:
-        # a path over the window needs the same elements again; all other sums gain from other elements
-        return self.tally.steps % _PATH_EVERY == 0
-
-    def _is_full(self) -> bool:
-        return not self.states or self.tally.steps % _FULL_EVERY == 0
+    def after(self, snapshot: Snapshot) -> bool:
+        """Gather what was stored. True: `add` may wait for the next steps."""
+        views = self._weight_views()
+        if snapshot.full or self._carriers:
+            views += self._state_views(self._states())
+        snapshot.after = pack_views(views, self.samplers)
+        self._steps += 1
+        return snapshot.settings is not None
 
     def _move(self, rng: random.Random | None) -> None:
         for row in self.rows:
             row.move(rng)
 
-    def after(self, snapshot: Snapshot) -> None:
-        """Gather what was stored and add the step to the tally."""
-        full = snapshot.nonzero_nK is not None
-        views = self._weight_views()
-        if full or self._carriers:
-            views += self._state_views(self._states())
-        after_AnK = self._gathered(views)
+    # --- now or some steps later -------------------------------------------------------------------
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Replay the step and add it to the tally."""
+        if snapshot.intended_AnK is None:
+            self._replay(snapshot, None)
+        before_AnK, intended_AnK, grad_nK = snapshot.before_AnK, snapshot.intended_AnK, snapshot.grad_nK
+        assert (
+            before_AnK is not None and intended_AnK is not None and grad_nK is not None and snapshot.after is not None
+        )
+        after_AnK = self._widened(snapshot.after)
         for i, name in self._carriers:
             after_AnK[0, i].add_(after_AnK[self._slots[name], i])
             after_AnK[self._slots[name], i].zero_()
-        look = self.tally.steps == 0 or self.tally.steps % _HEADROOM_EVERY == _HEADROOM_EVERY - 1
+        live, full = tuple(snapshot.live), snapshot.full
         present = len(after_AnK) if full else 1
+        mask_nK = self._current_mask(live)
+        intended_AnK = intended_AnK[:present]
         self.tally.add(
-            snapshot.before_AnK[:present],
-            snapshot.intended_AnK[:present],
+            before_AnK[:present],
+            intended_AnK,
             after_AnK[:present],
-            snapshot.nonzero_nK,
-            snapshot.mask_nK,
-            path=self._keeps_place(),
+            grad_nK if full else None,
+            mask_nK,
+            path=snapshot.path,
         )
-        if look:
-            intended_nK = snapshot.intended_AnK[0]
-            if snapshot.mask_nK is not None:
-                intended_nK = torch.where(snapshot.mask_nK > 0, intended_nK, self._zero)
+        if snapshot.look:
+            intended_nK = intended_AnK[0]
+            if mask_nK is not None:
+                intended_nK = torch.where(mask_nK > 0, intended_nK, self._zero)
             for rows, fmt in self._formats:
-                self.tally.add_headroom(snapshot.before_AnK[0], intended_nK, rows, fmt)
-        for i, is_live in enumerate(snapshot.live):
+                self.tally.add_headroom(before_AnK[0], intended_nK, rows, fmt)
+        for i, is_live in enumerate(live):
             self.live_steps[i] += is_live
             self.full_steps[i] += is_live and full
+
+    def _replay(self, snapshot: Snapshot, states: list[dict[str, Any]] | None) -> None:
+        held_AnK = self._widened(snapshot.held)
+        before_AnK, grad_nK = held_AnK[:-1], held_AnK[-1]
+        # before the rule, which may write into the gradient
+        snapshot.before_AnK, snapshot.grad_nK = before_AnK, grad_nK.ne(0) if snapshot.full else grad_nK
+        for i, name in self._carriers:
+            before_AnK[0, i].add_(before_AnK[self._slots[name], i])
+            before_AnK[self._slots[name], i].zero_()  # joined: an FP32 weight has no remainder
+        intended_AnK = snapshot.intended_AnK = before_AnK.clone()
+        self._replay_samples(snapshot, intended_AnK, grad_nK)
+        if states is not None:
+            self._replay_whole(intended_AnK, states, snapshot.live)
+        for i, name in self._carriers:
+            intended_AnK[0, i].add_(intended_AnK[self._slots[name], i])
+            intended_AnK[self._slots[name], i].zero_()
 
     def pack(self) -> Tensor:
         """The window's sums in one vector on the device; see `tally.Sums`."""
         self._move(None)
-        return self.tally.pack(self._gathered(self._weight_views())[0], self._formats)
+        return self.tally.pack(gather(self._weight_views(), self.samplers), self._formats)
 
     # --- gathering ------------------------------------------------------------------------------
 
@@ -180,10 +233,9 @@ class Cohort:
             for view, zeros, tensor in zip(self._view, self._zeros, tensors, strict=True)
         ]
 
-    def _gathered(self, views: list[Tensor]) -> Tensor:
-        """[accumulators, n, K] FP32 from one view per accumulator and row."""
-        n = len(self.rows)
-        return gather(views, self.samplers * (len(views) // n)).view(-1, n, self.samples)
+    def _widened(self, packed: Tensor) -> Tensor:
+        """[accumulators, n, K] FP32 from one row per accumulator and parameter."""
+        return packed.to(torch.float32).view(-1, len(self.rows), self.samples)
 
     def _current_mask(self, live: tuple[bool, ...]) -> Tensor | None:
         if live != self._masked:
@@ -201,10 +253,9 @@ class Cohort:
 
     # --- replaying ------------------------------------------------------------------------------
 
-    def _replay_samples(
-        self, intended_AnK: Tensor, grad_nK: Tensor, states: list[dict[str, Any]], live: list[bool]
-    ) -> None:
-        runs, spans = [], []
+    def _spans(self, states: list[dict[str, Any]], live: list[bool]) -> list[Span]:
+        """Runs of rows that can be replayed as one, with their scalar state."""
+        spans = []
         n, start = len(self.rows), 0
         while start < n:
             row = self.rows[start]
@@ -215,53 +266,65 @@ class Cohort:
             stop = start + 1
             while stop < n and live[stop] and _step_likeness(self.rows[stop], states[stop]) == likeness:
                 stop += 1
-            runs.append(self._sample_run(intended_AnK, grad_nK, states[start], start, stop))
-            spans.append((start, stop))
+            scalars: dict[str, Any] = {}
+            dtypes = {}
+            for name, value in states[start].items():
+                is_tensor = isinstance(value, Tensor)
+                if name in self._slots:
+                    scalars[name] = value if value is None else self._slots[name]
+                else:
+                    scalars[name] = value.clone() if is_tensor else value
+                if is_tensor:
+                    dtypes[name] = value.dtype
+            spans.append(Span(start, stop, scalars, dtypes))
             start = stop
-        if not runs:
+        return spans
+
+    def _replay_samples(self, snapshot: Snapshot, intended_AnK: Tensor, grad_nK: Tensor) -> None:
+        if not snapshot.spans:
             return
-        if self.tally.steps % _HEADROOM_EVERY == 0:
-            self._look_at_decay(runs, spans, states)
+        runs = [self._sample_run(span, intended_AnK, grad_nK) for span in snapshot.spans]
+        if snapshot.path:
+            self._look_at_decay(runs, snapshot)
         try:
-            results = self.twin.replay(runs)
+            results = self.twin.replay(runs, settings=snapshot.settings)
         except ReplayError as error:
-            for start, stop in spans:
-                for i in range(start, stop):
-                    self.rows[i].reason, live[i] = str(error), False
+            for span in snapshot.spans:
+                for i in range(span.start, span.stop):
+                    self.rows[i].reason, snapshot.live[i] = str(error), False
             return
-        for run, result, (start, stop) in zip(runs, results, spans, strict=True):
+        for run, result, span in zip(runs, results, snapshot.spans, strict=True):
+            rows = slice(span.start, span.stop)
+            count = span.stop - span.start
             if result.param.untyped_storage()._cdata != run.param.untyped_storage()._cdata:  # p.data was replaced
-                intended_AnK[0, start:stop].copy_(result.param.view(stop - start, -1))
+                intended_AnK[0, rows].copy_(result.param.view(count, -1))
             for name, slot in self._slots.items():
                 replayed = result.state.get(name)
                 if isinstance(replayed, Tensor) and replayed is not run.state.get(name):
-                    intended_AnK[slot, start:stop].copy_(replayed.view(stop - start, -1))
+                    intended_AnK[slot, rows].copy_(replayed.view(count, -1))
 
-    def _look_at_decay(self, runs: list[Run], spans: list[tuple[int, int]], states: list[dict[str, Any]]) -> None:
-        for run, (start, stop) in zip(runs, spans, strict=True):
-            row = self.rows[start]
-            dtype = local(row.param).dtype
+    def _look_at_decay(self, runs: list[Run], snapshot: Snapshot) -> None:
+        for run, span in zip(runs, snapshot.spans, strict=True):
+            row = self.rows[span.start]
             decay = self.optimizer.param_groups[row.group].get("weight_decay")
             if not row.decouples_decay or not isinstance(decay, (int, float)) or not decay > 0:
                 continue
-            dtypes = {k: v.dtype for k, v in states[start].items() if isinstance(v, Tensor)}
+            dtype, count = local(row.param).dtype, span.stop - span.start
             try:
-                sums_5n = decay_sums(self.twin, row.group, dtype, run, dtypes, stop - start)
+                sums_5n = decay_sums(self.twin, row.group, dtype, run, span.dtypes, count, snapshot.settings)
             except ReplayError:
                 row.decouples_decay = False  # the rule does not run on copies in the stored format
                 continue
-            self.tally.decay_5n[:, start:stop].add_(sums_5n)
+            self.tally.decay_5n[:, span.start : span.stop].add_(sums_5n)
 
-    def _sample_run(self, intended_AnK: Tensor, grad_nK: Tensor, state: dict[str, Any], start: int, stop: int) -> Run:
-        row = self.rows[start]
-        shape = (stop - start, self.samples) if row.rule.rows else (-1,)
-        copied: dict[str, Any] = {}
-        for name, value in state.items():
-            if name in self._slots:
-                copied[name] = value if value is None else intended_AnK[self._slots[name], start:stop].view(shape)
-            else:
-                copied[name] = value.clone() if isinstance(value, Tensor) else value
-        return Run(row.group, intended_AnK[0, start:stop].view(shape), grad_nK[start:stop].view(shape), copied)
+    def _sample_run(self, span: Span, intended_AnK: Tensor, grad_nK: Tensor) -> Run:
+        row, rows = self.rows[span.start], slice(span.start, span.stop)
+        shape = (span.stop - span.start, self.samples) if row.rule.rows else (-1,)
+        state = {
+            name: intended_AnK[value, rows].view(shape) if name in self._slots and value is not None else value
+            for name, value in span.scalars.items()
+        }
+        return Run(row.group, intended_AnK[0, rows].view(shape), grad_nK[rows].view(shape), state)
 
     def _replay_whole(self, intended_AnK: Tensor, states: list[dict[str, Any]], live: list[bool]) -> None:
         """Replay a bounded number of elements as whole tensors, in turn; the other such rows sit this step out."""

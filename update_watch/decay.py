@@ -12,11 +12,17 @@ import torch
 from torch import Tensor
 
 from update_watch import formats
-from update_watch.replay import Run, Twin
+from update_watch.replay import Run, Settings, Twin
 
 
 def decay_sums(
-    twin: Twin, group: int, dtype: torch.dtype, run: Run, state_dtypes: dict[str, torch.dtype], rows: int
+    twin: Twin,
+    group: int,
+    dtype: torch.dtype,
+    run: Run,
+    state_dtypes: dict[str, torch.dtype],
+    rows: int,
+    settings: Settings | None = None,
 ) -> Tensor:
     """[5, rows]: <applied, intended>, <intended, intended>, wanted, lost, expected changes of the decay alone, per row.
 
@@ -33,7 +39,7 @@ def decay_sums(
                 {name: _copied(value, name, kind, state_dtypes) for name, value in run.state.items()},
             )
             changes: dict[str, Any] | None = None if with_decay else {"weight_decay": 0.0}
-            results[kind, with_decay] = twin.replay([copy], changes)[0].param.float().view(rows, -1)
+            results[kind, with_decay] = twin.replay([copy], changes, settings)[0].param.float().view(rows, -1)
     intended = results[torch.float32, True] - results[torch.float32, False]
     applied = results[dtype, True] - results[dtype, False]
     largest = intended.abs().amax(-1, keepdim=True)

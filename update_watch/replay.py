@@ -15,7 +15,7 @@ import random
 import sys
 import types
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from torch.optim import optimizer as _torch_optimizer
 
 from update_watch.twin_copy import Copier, ReplayError, is_plain
 
-__all__ = ["ReplayError", "Run", "Twin", "rule_of", "settings_of", "shell", "without_effects"]
+__all__ = ["ReplayError", "Run", "Settings", "Twin", "rule_of", "settings_of", "shell", "without_effects"]
 
 # attributes of torch.optim.Optimizer that the twin gets anew
 _HOOKS = (
@@ -42,6 +42,9 @@ _OWN = frozenset({"param_groups", "state", *_HOOKS})
 # every function wrapped by torch to call step hooks runs this code
 _HOOKED_CODE = Optimizer.profile_hook_step(lambda _: None).__code__
 _LIMIT = 4096  # elements of tensor attributes; more would be too much to copy at every step
+
+
+Settings = dict[int, dict[str, Any]]  # index in optimizer.param_groups -> copies of the group's settings
 
 
 class Run(NamedTuple):
@@ -82,14 +85,27 @@ class Twin:
         for group in optimizer.param_groups:
             settings_of(group, [], Copier(_LIMIT, optimizer=optimizer))
 
-    def replay(self, runs: Sequence[Run], changes: Mapping[str, Any] | None = None) -> list[Run]:
+    @property
+    def can_wait(self) -> bool:
+        """A step can be replayed later, given the `settings` it was taken with: the rule depends on nothing else."""
+        return self._is_native
+
+    def settings(self, groups: Iterable[int]) -> Settings:
+        """Settings of some groups as they are now, for a later `replay`."""
+        copier = Copier(_LIMIT, optimizer=self._optimizer)
+        return {i: settings_of(self._optimizer.param_groups[i], [], copier) for i in groups}
+
+    def replay(
+        self, runs: Sequence[Run], changes: Mapping[str, Any] | None = None, settings: Settings | None = None
+    ) -> list[Run]:
         """Run the rule on copies, with some settings of its groups changed (`{"weight_decay": 0.0}`).
 
+        `settings`: those of an earlier step; None: as they are now.
         `param`, `grad` and `state` tensors are updated in place where the rule does so; read the returned runs, which
         hold whatever the rule left. Containers in `state` are copied first. Raises `ReplayError` when the rule fails.
         """
         copier = Copier(None)
-        return self._run([Run(r.group, r.param, r.grad, _own(r.state, copier)) for r in runs], changes)
+        return self._run([Run(r.group, r.param, r.grad, _own(r.state, copier)) for r in runs], changes, settings)
 
     def replay_whole(
         self, group: int, param: Tensor, grad: Tensor, state: dict[str, Any], *, widen: bool = True
@@ -104,7 +120,9 @@ class Twin:
         run = Run(group, _widened(param.detach()), _widened(grad.detach()), copies)
         return self._run([run])[0]
 
-    def _run(self, runs: Sequence[Run], changes: Mapping[str, Any] | None = None) -> list[Run]:
+    def _run(
+        self, runs: Sequence[Run], changes: Mapping[str, Any] | None = None, settings: Settings | None = None
+    ) -> list[Run]:
         members: dict[int, list[Tensor]] = {}
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         params: list[torch.nn.Parameter] = []
@@ -118,7 +136,10 @@ class Twin:
         try:
             copier = Copier(_LIMIT, optimizer=self._optimizer)
             real = self._optimizer.param_groups
-            groups = [settings_of(real[i], group, copier) for i, group in members.items()]
+            if settings is None:
+                groups = [settings_of(real[i], group, copier) for i, group in members.items()]
+            else:
+                groups = [{**settings[i], "params": group} for i, group in members.items()]
             for group in groups if changes else ():
                 group.update(changes or {})
             if self._is_native:

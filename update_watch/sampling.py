@@ -182,29 +182,36 @@ class Sampler:
 
 
 def gather(views: Sequence[Tensor], samplers: Sequence[Sampler]) -> Tensor:
-    """[n, K] FP32: the samples `views[i]` in row i, by a constant number of operators per run of alike rows.
+    """[n, K] FP32: the samples `views[i]` in row i; see `pack_views`."""
+    return pack_views(views, samplers).to(torch.float32)
 
-    Rows of one dtype that lie next to each other are stacked in one operator. Padding repeats a row's first
-    element, so a rule run over it meets no value it would not meet anyway.
+
+def pack_views(views: Sequence[Tensor], samplers: Sequence[Sampler]) -> Tensor:
+    """[n, K]: the samples `views[i]` in row i, by a constant number of operators per run of alike rows.
+
+    In the views' dtype if they have one in common, else FP32. There may be several views per sampler: `views[i]` is
+    shaped like `samplers[i % len(samplers)]`. Rows of one dtype that lie next to each other are stacked in one operator.
+    Padding repeats a row's first element, so a rule run over it meets no value it would not meet anyway.
     """
-    samples = samplers[0].samples
-    if len({view.dtype for view in views}) == 1 and not any([sampler.is_whole for sampler in samplers]):
-        return torch.stack(list(views)).to(torch.float32).view(len(views), samples)
-    n = len(views)
-    out_nK = torch.empty(n, samples, device=views[0].device)
+    n, samples = len(views), samplers[0].samples
+    is_one = len({view.dtype for view in views}) == 1
+    if is_one and not any([sampler.is_whole for sampler in samplers]):
+        return torch.stack(list(views)).view(n, samples)
+    out_nK = torch.empty(n, samples, dtype=views[0].dtype if is_one else torch.float32, device=views[0].device)
+    matching = list(samplers) * (n // len(samplers))
     start = 0
     while start < n:
-        dtype, whole = views[start].dtype, samplers[start].is_whole
+        dtype, whole = views[start].dtype, matching[start].is_whole
         stop = start + 1
-        while stop < n and views[stop].dtype is dtype and samplers[stop].is_whole == whole:
+        while stop < n and views[stop].dtype is dtype and matching[stop].is_whole == whole:
             stop += 1
         if whole:
             pieces: list[Tensor] = []
             for i in range(start, stop):
                 view = views[i]
                 pieces.append(view)
-                if samplers[i].size < samples:
-                    pieces.append(view[:1].expand(samples - samplers[i].size))
+                if matching[i].size < samples:
+                    pieces.append(view[:1].expand(samples - matching[i].size))
             packed = torch.cat(pieces)
         else:
             packed = torch.stack(list(views[start:stop]))
