@@ -8,7 +8,7 @@ An accumulator is judged by its own numbers; the tensor's health stays with its 
 | counter | any other name, with a `value` | it stands at 2^bits of its dtype | state_rounding |
 | decay | weight_decay | efficiency | decay_rounding |
 | average | average:... | efficiency, or a finding of its own (`note`) | average_rounding |
-| gradient | grad | efficiency | accumulation_rounding |
+| gradient | grad | displacement efficiency of the whole sum | accumulation_rounding |
 
 Lost changes are not always harm. `x <- (1 - c) x + c y` in a format of b bits stops where |y - x| is less than
 2^-(b+1)..2^-b |x| / c: at c = 0.1 that is within 3% of the goal and nobody minds. So a state is only accused where c is
@@ -89,8 +89,8 @@ def _by_efficiency(
         return _nothing_wanted(evidence, steps)
     displacement = known(evidence.numbers.displacement_efficiency)
     value = efficiency if efficiency is not None else 1.0
-    if displacement is not None and displacement > value:
-        value = displacement  # the rest arrived later: it is carried somewhere
+    if displacement is not None and (displacement > value or cause is Cause.accumulation_rounding):
+        value = displacement  # the rest arrived later: it is carried somewhere. Of gradients only the whole sum is used
     if not _can_matter(evidence, tensor, cause):
         value = 1.0
     verdict = grade(value, memory.grade, limits)
@@ -193,9 +193,12 @@ def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, limits: Thresho
         growth, decay = _if_wanted(evidence.growth), _if_wanted(evidence.decay)
         is_growth = growth is not None and (decay is None or growth < decay)
         numbers = evidence.growth if is_growth else evidence.decay
+    efficiency = known(numbers.efficiency)
+    if cause is Cause.accumulation_rounding and (of_the_sum := known(numbers.displacement_efficiency)) is not None:
+        efficiency = of_the_sum
     return Seen(
         dtype=evidence.dtype,
-        efficiency=known(numbers.efficiency),
+        efficiency=efficiency,
         lost=share(numbers.lost_fraction),
         accumulator=evidence.name,
         rate=known(evidence.rate),

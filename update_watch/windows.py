@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 
+from update_watch.accumulation import AccumulationWindow
+from update_watch.accumulation import read as read_accumulation
 from update_watch.averages import AverageWindow
 from update_watch.averages import read as read_average
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence
@@ -50,6 +52,7 @@ class Window:
     skipped: tuple[Transfer | Part, ...] = ()
     averages: tuple[AverageWindow, ...] = ()
     shadows: tuple[ShadowWindow, ...] = ()
+    accumulations: tuple[AccumulationWindow, ...] = ()
     time: float = dataclasses.field(default_factory=time.time)
 
 
@@ -61,8 +64,9 @@ def read(window: Window) -> WindowEvidence:
         sums = Sums.unpack(cohort.transfer.wait(), 1 + len(cohort.states), len(cohort.rows))
         for i, facts in enumerate(cohort.rows):
             tensors.append(_tensor(sums, i, facts, cohort, skipped))
-    for average in window.averages:
-        found = read_average(average)
+    others = [read_average(average) for average in window.averages]
+    others += [read_accumulation(accumulation) for accumulation in window.accumulations]
+    for found in others:
         tensors = [
             dataclasses.replace(t, accumulators={**t.accumulators, found[t.name].name: found[t.name]})
             if t.name in found
