@@ -36,6 +36,7 @@ CAUSE_WORDS = {
     Cause.skipped_steps: "steps skipped",
     Cause.not_written: "optimizer does not write its updates",
     Cause.non_finite: "NaN or infinity",
+    Cause.replicas_differ: "differs between ranks",
     Cause.not_replayable: "update cannot be replayed",
 }
 

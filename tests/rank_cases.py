@@ -83,14 +83,14 @@ class Case:
         self.optimizer.zero_grad()
         self.model(x).float().pow(2).mean().backward()
 
-    def run(self, warm: int = 4, **options: Any) -> dict[str, Any]:
+    def run(self, warm: int = 4) -> dict[str, Any]:
         """Names -> efficiency and lost fraction, found and true; and what the watch said of itself."""
         for x in self.batches(warm, seed=1):
             self.backward(x)
             self.optimizer.step()
         stepping = getattr(self.optimizer, "optim", self.optimizer)  # ZeRO holds an optimizer of its shard
         named = self.named
-        watch = uw.watch(named, self.optimizer, window=STEPS, **options)
+        watch = uw.watch(named, self.optimizer, window=STEPS, check_replicas=True)
         sums = {name: torch.zeros(4, dtype=torch.float64) for name, _ in named}
         group = self.optimizer.param_groups[0]
         for x in self.batches(STEPS):
@@ -219,7 +219,7 @@ def is_identical() -> dict[str, Any]:
     for watched in (False, True):
         case = fsdp2(48, 65, 40)
         start = _digest(case.model, case.optimizer)
-        watch = uw.watch(case.model, case.optimizer, window=8) if watched else None
+        watch = uw.watch(case.model, case.optimizer, window=8, check_replicas=True) if watched else None
         for x in case.batches(48):
             case.backward(x)
             case.optimizer.step()
@@ -258,6 +258,27 @@ def fails_in_a_hook() -> dict[str, Any]:
         "seconds": seconds,
         "warnings": texts,
     }
+
+
+def drifts(make: Callable[[], Case] | None = None) -> dict[str, Any]:
+    """Windows of 8; after 12 steps the last rank alone writes to one tensor."""
+    case = ddp() if make is None else make()
+    reports: list[Any] = []
+    watch = uw.watch(case.named, case.optimizer, window=8, sinks=[reports.append], check_replicas=True)
+    for steps, x in enumerate(case.batches(24), 1):
+        case.backward(x)
+        case.optimizer.step()
+        if steps == 12 and dist.get_rank() == dist.get_world_size() - 1:
+            with torch.no_grad():
+                local(case.named[2][1]).mul_(1.25)
+    watch.flush()
+    watch.close()
+    broken = [{t.name: str(t.cause) for t in r.tensors if t.health == "broken"} for r in reports]
+    return {"broken": broken, "alerts": [a.text for r in reports for a in r.alerts if "differ" in a.text]}
+
+
+def hybrid_drifts() -> dict[str, Any]:
+    return drifts(hybrid)
 
 
 class Planted:

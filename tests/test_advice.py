@@ -196,6 +196,14 @@ SENTENCES = [
         id="non_finite",
     ),
     pytest.param(
+        Cause.replicas_differ,
+        Seen(),
+        "Its stored values differ between ranks that should hold the same; these ranks train different models: check"
+        " that all load the same checkpoint, that its gradient is reduced over all of them, and that nothing writes to"
+        " it on one rank only.",
+        id="replicas_differ",
+    ),
+    pytest.param(
         Cause.not_replayable,
         Seen(reason="the optimizer overwrites its gradient"),
         "Unknown, because the optimizer overwrites its gradient.",

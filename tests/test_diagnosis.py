@@ -27,6 +27,7 @@ STUCK_STATE = accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)
 CAUSES = {
     "requires_grad_off": (tensor(trainable=False), Health.frozen, Cause.requires_grad_off, tensor()),
     "non_finite": (tensor(None, finite=False), Health.broken, Cause.non_finite, tensor()),
+    "replicas_differ": (tensor(replicas_differ=True), Health.broken, Cause.replicas_differ, tensor()),
     "not_in_optimizer": (tensor(optimizer_group=""), Health.idle, Cause.not_in_optimizer, tensor()),
     "no_gradient": (tensor(None, gradless_steps=128), Health.idle, Cause.no_gradient, tensor(gradless_steps=127)),
     "zero_gradient": (

@@ -13,10 +13,10 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is no
 
 Found = list[dict[str, Any]]
 # each list is one start of the processes
-_ON_TWO = ["ddp", "fsdp2_empty", "fails_in_a_hook", "is_identical"]
+_ON_TWO = ["ddp", "fsdp2_empty", "fails_in_a_hook", "is_identical", "drifts"]
 _ON_TWO_TOO = ["fsdp2_even", "fsdp2_uneven", "tensor_parallel", "fsdp1", "zero1", "pipeline", "one_flushes_alone"]
 _TENSORS = {"fsdp2_uneven": 6, "fsdp2_empty": 6, "zero1": 6, "pipeline": 8}
-_ON_FOUR = ["fsdp2_uneven", "fsdp2_empty", "hybrid", "two_dimensional", "tensor_parallel", "zero1"]
+_ON_FOUR = ["fsdp2_uneven", "fsdp2_empty", "hybrid", "two_dimensional", "tensor_parallel", "zero1", "hybrid_drifts"]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def check(ranks: Found, case: str) -> None:
         efficiency, lost = first["truth"][t["name"]]
         assert t["efficiency"] == pytest.approx(efficiency, abs=0.03), t["name"]
         assert t["lost_fraction"] == pytest.approx(lost, abs=0.03), t["name"]
+        assert t["health"] != "broken"  # replicas agree
     assert all(other[case]["report"] == first["report"] for other in ranks)
     assert {other[case]["joined"] for other in ranks} == {1}
 
@@ -58,7 +59,7 @@ def test_two_ranks_report_the_truth_of_other_ways_to_share(on_two_too: Found, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", _ON_FOUR)
+@pytest.mark.parametrize("case", _ON_FOUR[:-1])
 def test_four_ranks_report_the_truth_of_all_elements(on_four: Found, case: str) -> None:
     check(on_four, case)
 
@@ -86,6 +87,18 @@ def test_training_is_the_same_to_the_bit_with_and_without(on_two: Found) -> None
     for rank in on_two:
         assert rank["is_identical"]["watched"] == rank["is_identical"]["unwatched"]
         assert rank["is_identical"]["moved"]
+
+
+def test_a_tensor_whose_replicas_drift_apart_is_broken_and_named(on_two: Found) -> None:
+    for rank in on_two:
+        assert rank["drifts"]["broken"] == [{}] + 2 * [{"layers.1.weight": "replicas_differ"}]
+        assert len(rank["drifts"]["alerts"]) == 1 and "layers.1.weight" in rank["drifts"]["alerts"][0]
+
+
+@pytest.mark.slow
+def test_one_shard_that_differs_from_its_replica_is_enough(on_four: Found) -> None:
+    for rank in on_four:
+        assert rank["hybrid_drifts"]["broken"] == [{}] + 2 * [{"layers.1.weight": "replicas_differ"}]
 
 
 def test_a_rank_that_fails_ends_the_joining_in_the_same_window(on_two: Found) -> None:

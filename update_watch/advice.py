@@ -297,6 +297,14 @@ def _non_finite(seen: Seen) -> Advice:
     )
 
 
+def _replicas_differ(seen: Seen) -> Advice:
+    return Advice(
+        "its stored values differ between ranks that should hold the same",
+        "these ranks train different models: check that all load the same checkpoint, that its gradient is reduced over"
+        " all of them, and that nothing writes to it on one rank only",
+    )
+
+
 def _not_replayable(seen: Seen) -> Advice:
     return Advice(f"{_UNKNOWN}{seen.reason or 'its update cannot be replayed'}")
 
@@ -315,6 +323,7 @@ _ADVICE: dict[Cause, Callable[[Seen], Advice]] = {
     Cause.skipped_steps: _skipped_steps,
     Cause.not_written: _not_written,
     Cause.non_finite: _non_finite,
+    Cause.replicas_differ: _replicas_differ,
     Cause.not_replayable: _not_replayable,
 }
 

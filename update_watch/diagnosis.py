@@ -6,6 +6,7 @@ A tensor is judged by the first line that fits:
 |----|---|---|---|
 | 1  | requires_grad is False | frozen | requires_grad_off |
 | 2  | NaN or infinity; with skipped steps, once they persist as in 4 | broken | non_finite |
+|    | replicas of it differ between ranks | broken | replicas_differ |
 | 3  | no optimizer holds it | idle | not_in_optimizer |
 | 4  | nearly all steps skipped, several windows in a row; till then unknown | idle | skipped_steps |
 | 5  | its optimizer took no step | unknown | |
@@ -179,6 +180,8 @@ class Diagnosis:
             if skipped and not is_persistent:
                 return UNKNOWN, None, advice.unknown(advice.overflow(skipped, steps))
             return _verdict(Health.broken, Cause.non_finite, Seen())
+        if e.replicas_differ:
+            return _verdict(Health.broken, Cause.replicas_differ, Seen())
         if not e.optimizer_group:
             return _verdict(Health.idle, Cause.not_in_optimizer, Seen())
         if nearly_all:

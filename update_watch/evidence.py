@@ -81,6 +81,9 @@ class TensorEvidence:
     what_if: Mapping[str, float] | None = None
     held: int | None = None  # elements of it that lie on this rank, of a DTensor
     stored: float | None = None  # rms of the weights before the steps
+    part: str | None = None  # which part of it this rank holds, where replicas are compared
+    checksum: int | None = None  # of stored values at fixed positions
+    replicas_differ: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ _Key = tuple[str, str, tuple[int, ...]]
 
 _NOTHING = 1e-6  # what an empty shard weighs where it is asked for its steps
 _TENSOR = (
-    *("present", "frozen", "in_optimizer", "broken", "measured"),
+    *("present", "frozen", "in_optimizer", "broken", "measured", "difference"),
     *("steps", "gradless_steps", "skipped_steps", "zero_gradient_fraction"),
     *("efficiency", "error", "displacement", "wanted", "lost", "weight", "path_weight"),
     *("changed", "intended", "applied", "stored"),
@@ -79,6 +79,7 @@ def catalogue(evidence: WindowEvidence) -> list[Entry]:
             "reason": t.reason if _held(t) else "",
             "is_held": bool(_held(t) and t.optimizer_group),
             "is_plain": t.held is None,
+            "part": t.part,
             "accumulators": {
                 name: {"dtype": a.dtype, "reason": a.reason, "rate": a.rate, "note": a.note}
                 for name, a in t.accumulators.items()
@@ -91,11 +92,14 @@ def catalogue(evidence: WindowEvidence) -> list[Entry]:
 class Plan:
     """Which number of the vector means what. The same on all ranks."""
 
-    def __init__(self, catalogues: Iterable[list[Entry]] = ()) -> None:
+    def __init__(self, catalogues: Iterable[list[Entry]] = (), rank: int = 0) -> None:
+        """`catalogues`: by rank. `rank`: this one."""
+        self._rank = rank
         self._entries: dict[_Key, Entry] = {}
-        for entries in catalogues:
+        self._replicas: dict[_Key, dict[str, list[int]]] = {}  # tensor -> part -> ranks that hold it
+        for holder, entries in enumerate(catalogues):
             for entry in entries:
-                self._add(entry)
+                self._add(entry, holder)
         for entry in self._entries.values():
             if len(set(entry["pieces"])) > 1:
                 entry["numel"] = sum(entry["pieces"])
@@ -110,7 +114,9 @@ class Plan:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _add(self, entry: Entry) -> None:
+    def _add(self, entry: Entry, rank: int) -> None:
+        if entry["part"] is not None:
+            self._replicas.setdefault(_key(entry), {}).setdefault(entry["part"], []).append(rank)
         known = self._entries.get(_key(entry))
         if known is None:
             self._entries[_key(entry)] = {
@@ -133,6 +139,9 @@ class Plan:
             if entry is not None:
                 means, bins, accumulators = self._parts(vector, _key_of(tensor), entry)
                 _put_tensor(tensor, means, bins)
+                if tensor.checksum is not None and tensor.part is not None:
+                    ranks = self._replicas.get(_key_of(tensor), {}).get(tensor.part, [])
+                    self._put_checksum(tensor.checksum, ranks, means)
                 for name, part in accumulators.items():
                     if name in tensor.accumulators:
                         _put_accumulator(tensor.accumulators[name], float(_held(tensor)), part)
@@ -149,8 +158,23 @@ class Plan:
                     for name, part in accumulators.items()
                     if part.weight("present")
                 }
-                tensors.append(_read_tensor(self._names[key], entry, means, bins, found))
+                tensor = _read_tensor(self._names[key], entry, means, bins, found)
+                if self._has_difference(key, means):
+                    tensor = dataclasses.replace(tensor, replicas_differ=True)
+                tensors.append(tensor)
         return dataclasses.replace(own, tensors=tuple(tensors))
+
+    def _put_checksum(self, checksum: int, ranks: list[int], means: _Means) -> None:
+        """Terms that add up to 0 over the ranks that hold the same part, if their checksums are the same."""
+        if len(ranks) > 1 and self._rank in ranks:
+            is_first = self._rank == ranks[0]
+            # another factor for each part, or two differences could cancel each other; all stays exact in FP64
+            factor = 1 + ranks[0] % 1021
+            means.put("difference", float(factor * checksum * (len(ranks) - 1 if is_first else -1)), 1.0)
+
+    def _has_difference(self, key: _Key, means: _Means) -> bool:
+        expected = sum(len(ranks) for ranks in self._replicas.get(key, {}).values() if len(ranks) > 1)
+        return expected > 0 and means.weight("difference") == expected and means.get("difference") != 0.0
 
     def _parts(self, vector: Vector, key: _Key, entry: Entry) -> tuple[_Means, Vector, dict[str, _Means]]:
         start = self._places[key]

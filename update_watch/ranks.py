@@ -233,7 +233,7 @@ class Ranks:
                 continue
             if sums["unplanned"]:
                 texts = group.exchange(json.dumps(entries))
-                self._plan, self._own = Plan(json.loads(text) for text in texts), _Own(entries)
+                self._plan, self._own = Plan((json.loads(text) for text in texts), group.rank), _Own(entries)
                 continue
             self.joined += 1
             self._out_of_step = 0

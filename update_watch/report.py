@@ -62,6 +62,7 @@ class Cause(str, Enum):
     skipped_steps = "skipped_steps"
     not_written = "not_written"
     non_finite = "non_finite"
+    replicas_differ = "replicas_differ"
     not_replayable = "not_replayable"
 
     def __str__(self) -> str:

@@ -24,6 +24,7 @@ from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import TensorEvidence
 from update_watch.full_states import ShadowWindow
 from update_watch.ranks import Ranks
+from update_watch.replicas import Checksums
 from update_watch.report import Report
 from update_watch.rows import names_of
 from update_watch.tap import StepTap, unwrap
@@ -52,6 +53,7 @@ class Watch:
         seed: int,
         step: Callable[[], int] | None,
         join: Any = True,
+        check_replicas: bool = False,
     ) -> None:
         self.window, self.samples = window, samples
         self.last: Report | None = None
@@ -59,6 +61,7 @@ class Watch:
         self._named = _named(model)
         self._names = names_of(self._named)
         self._ranks = Ranks(join)
+        self._checksums = Checksums() if check_replicas else None
         self._rng = random.Random(seed + 1_000_003 * self._ranks.rank)  # replicas look at different elements
         self._found: dict[Any, Any] = {}  # what probes found out
         self._watched: dict[int, Watched] = {}
@@ -174,8 +177,10 @@ class Watch:
                 accumulation = watched.accumulation.close_window(batch)
                 accumulations += [] if accumulation is None else [accumulation]
             averages = tuple(self._averages.close_window(batch))
+            rows = [row for watched in self._watched.values() for row in watched.rows]
+            checksums = () if self._checksums is None else tuple(self._checksums.take(rows, batch))
             batch.send()
-        held = {id(row.param) for watched in self._watched.values() for row in watched.rows}
+        held = {id(row.param) for row in rows}
         seen: set[int] = set()
         for _, tensor in self._named:
             if id(tensor) not in held and id(tensor) not in seen:
@@ -184,7 +189,17 @@ class Watch:
         order = {self._names[id(tensor)][0]: i for i, (_, tensor) in reversed(list(enumerate(self._named)))}
         cost = 1e3 * self._seconds / steps if steps else None
         self._seconds = 0.0
-        sums = tuple(cohorts), tuple(others), order, cost, tuple(skipped), averages, tuple(shadows), tuple(accumulations)
+        sums = (
+            tuple(cohorts),
+            tuple(others),
+            order,
+            cost,
+            tuple(skipped),
+            averages,
+            tuple(shadows),
+            tuple(accumulations),
+            checksums,
+        )
         self._judge.put(Window(self.step, steps, *sums))
 
     def _judge_window(self, window: Window | Callable[[], None]) -> None:
@@ -271,6 +286,7 @@ def watch(
     seed: int = 0,
     step: Callable[[], int] | None = None,
     join: Any = True,
+    check_replicas: bool = False,
 ) -> Watch:
     """Watch what the stored weights receive of the updates the optimizer computes.
 
@@ -287,6 +303,8 @@ def watch(
         step: gives the trainer's global step, to number reports; without it optimizer steps are counted.
         join: where torch.distributed runs, all ranks put together what they saw, and have the same reports. False: each
             rank reports its own shards. A process group: its ranks join. See docs/ranks.md.
+        check_replicas: compare, once a window, what ranks store that should be the same to the bit; a tensor whose
+            replicas differ is reported `broken`.
 
     Raises:
         ValueError, TypeError: for arguments that cannot be used; the message names argument, value and remedy.
@@ -312,7 +330,17 @@ def watch(
     if not optimizers:
         raise ValueError("watch(optimizer=[]): give at least one torch optimizer")
     return Watch(
-        model, optimizers, window, samples, sinks, thresholds or Thresholds(), averages or {}, seed, step, join
+        model,
+        optimizers,
+        window,
+        samples,
+        sinks,
+        thresholds or Thresholds(),
+        averages or {},
+        seed,
+        step,
+        join,
+        check_replicas,
     )
 
 

@@ -11,6 +11,8 @@ from update_watch.averages import AverageWindow
 from update_watch.averages import read as read_average
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence
 from update_watch.full_states import ShadowWindow
+from update_watch.replicas import ChecksumWindow
+from update_watch.replicas import read as read_checksums
 from update_watch.shadow import read as read_shadow
 from update_watch.tally import UNCHANGED, Sums, median_headroom
 from update_watch.transfer import Part, Transfer
@@ -53,6 +55,7 @@ class Window:
     averages: tuple[AverageWindow, ...] = ()
     shadows: tuple[ShadowWindow, ...] = ()
     accumulations: tuple[AccumulationWindow, ...] = ()
+    checksums: tuple[ChecksumWindow, ...] = ()
     time: float = dataclasses.field(default_factory=time.time)
 
 
@@ -78,6 +81,11 @@ def read(window: Window) -> WindowEvidence:
         dataclasses.replace(t, state_factor=factors[t.name][0], state_factor_steps=factors[t.name][1])
         if t.name in factors
         else t
+        for t in tensors
+    ]
+    sums_of = read_checksums(window.checksums)
+    tensors = [
+        dataclasses.replace(t, part=sums_of[t.name][0], checksum=sums_of[t.name][1]) if t.name in sums_of else t
         for t in tensors
     ]
     tensors.sort(key=lambda t: window.order.get(t.name, len(window.order)))
