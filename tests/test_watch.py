@@ -546,6 +546,22 @@ def test_a_state_of_another_version_is_refused_with_a_remedy(state: Any) -> None
         watch.load_state_dict(state)
 
 
+def test_sparse_gradients_are_unknown_with_the_reason_and_the_other_tensors_are_measured() -> None:
+    net = torch.nn.Sequential(torch.nn.Embedding(32, 48, sparse=True), torch.nn.Linear(48, 64))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)
+    with uw.watch(net, optimizer) as watch:
+        for _ in range(8):
+            optimizer.zero_grad()
+            net(torch.tensor([1, 2, 3])).square().sum().backward()
+            optimizer.step()
+        report = watch.flush()
+    assert report is not None and watch._tap.error is None
+    embedding, *others = report.tensors
+    assert (embedding.health, embedding.cause) == (Health.unknown, Cause.not_replayable)
+    assert "its gradients are sparse (torch.sparse_coo)" in embedding.advice
+    assert [str(t.health) for t in others] == ["healthy", "healthy"]
+
+
 # --- arguments ---------------------------------------------------------------------------------------------
 
 

@@ -120,7 +120,12 @@ class Cohort:
         grads = [row.param.grad for row in self.rows]
         for row, state in zip(self.rows, states, strict=True):
             row.check(state)
-        held = pack_views(self._weight_views() + self._state_views(states) + self._views(grads), self.samplers)
+        dense = grads
+        if any([g is not None and g.layout is not torch.strided for g in grads]):
+            dense = [g if g is None or g.layout is torch.strided else None for g in grads]
+            for row, g, d in zip(self.rows, grads, dense, strict=True):
+                row.reason = row.reason if g is d else f"its gradients are sparse ({g.layout})"  # type: ignore[union-attr]
+        held = pack_views(self._weight_views() + self._state_views(states) + self._views(dense), self.samplers)
         live = [g is not None and row.is_measured for g, row in zip(grads, self.rows, strict=True)]
         spans = self._spans(states, live)
         can_wait = self._can_wait and not hasattr(self.optimizer, "found_inf")
