@@ -7,7 +7,6 @@ states, from FP32 states.
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from typing import Any, NamedTuple
 
 import torch
@@ -15,18 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.probe import Kind
-from update_watch.replay import Run, Twin, rule_of, settings_of, shell
+from update_watch.replay import Run, Settings, Twin
 from update_watch.rows import Row
 from update_watch.sampling import Sampler, gather, local, mask
 from update_watch.transfer import Batch, Part
-from update_watch.twin_copy import Copier
 
 _SAMPLES = 64
 _COMPARE_EVERY = 16  # steps
-_SCALER = ("grad_scale", "found_inf")  # attributes an optimizer has within a GradScaler's fused step only
-_LIMIT = 4096  # elements of tensors an optimizer may keep as attributes
-
-Settings = tuple[dict[int, dict[str, Any]], dict[str, Any]]  # of groups, of the scaler
 
 
 class ShadowWindow(NamedTuple):
@@ -83,7 +77,7 @@ class _Step(NamedTuple):
 
     held_AnK: Tensor  # gradients and, where they are needed, weights
     spans: list[_Span]  # with gradients
-    settings: Settings
+    settings: Settings | None  # of the groups; None: as they are when it is replayed, at once
 
 
 class FullStates:
@@ -116,8 +110,8 @@ class FullStates:
         self._marks: list[Any] | None = self._versions()
 
     def is_disturbed(self) -> bool:
-        """Whether somebody has written to the states since, or a step has failed."""
-        return self._marks is None or self._marks != self._versions()
+        """Whether somebody has written to the states since, or a step has failed, or came to wait for too long."""
+        return self._marks is None or self._marks != self._versions() or bool(self._waiting and self._is_scaled())
 
     def advance(self) -> None:
         """Take the step that the optimizer is about to take."""
@@ -135,8 +129,9 @@ class FullStates:
         if self._carrier and weights:  # joined: an FP32 weight has no remainder
             held_AnK[1:].add_(self._gather(self._views(self._carrier)))
         spans = [span for span in self._spans if live[span.start]]
-        self._waiting.append(_Step(held_AnK, spans, self._rule.settings()))
-        if compare or not self._rule.can_wait:
+        can_wait = self._twin.can_wait and not self._is_scaled()
+        self._waiting.append(_Step(held_AnK, spans, self._twin.settings(self._groups) if can_wait else None))
+        if compare or not can_wait:
             self._replay(compare)
 
     def _replay(self, compare: bool) -> None:
@@ -150,9 +145,25 @@ class FullStates:
                 self._remainder().zero_()
             self._values_2n2K[: len(step.held_AnK)].copy_(step.held_AnK.unsqueeze(2))
             parts = [part for span in step.spans for part in span.parts[0 if is_compared else -1 :]]
-            self._rule.run(parts, step.settings)
+            self._run(parts, step.settings)
             if is_compared:
                 self._add(step.held_AnK[1])
+
+    def _run(self, parts: list[_Part], settings: Settings | None) -> None:
+        runs = [Run(part.group, part.param, part.grad, part.state) for part in parts]
+        for part, result in zip(parts, self._twin.replay(runs, settings=settings) if runs else (), strict=True):
+            if result.param.untyped_storage()._cdata != part.param.untyped_storage()._cdata:  # p.data was replaced
+                part.param.copy_(result.param)
+            for name, value in result.state.items():
+                ours = part.state.get(name)
+                if name not in self._names:
+                    part.state[name] = value
+                elif value is not ours and isinstance(ours, Tensor):
+                    ours.copy_(value)  # into the buffer, whatever the rule has put in its place
+
+    def _is_scaled(self) -> bool:
+        # in a GradScaler's fused step the optimizer has attributes that the rule reads
+        return hasattr(self._optimizer, "found_inf")
 
     def _add(self, before_nK: Tensor) -> None:
         moved_n2K = self._values_2n2K[1] - before_nK.unsqueeze(1)
@@ -203,9 +214,7 @@ class FullStates:
             start = stop
         # who writes to states writes to those of all parameters: a look at each span's last row is enough
         self._marked = [self.rows[span.stop - 1].param for span in self._spans]
-        every = [part for span in self._spans for part in span.parts]
-        is_native = type(self._optimizer).__module__.startswith("torch.optim")
-        self._rule: _Standing | _Fresh = _Standing(self._optimizer, every) if is_native else _Fresh(self._twin)
+        self._groups = {part.group for span in self._spans for part in span.parts}
 
     def _part(self, start: int, stop: int, half: int, scalars: dict[str, Any]) -> _Part:
         row = self.rows[start]
@@ -263,71 +272,3 @@ def _own(value: Any, widen: bool = True) -> Any:
         return value
     is_short = value.dtype.is_floating_point and value.dtype.itemsize < 4
     return value.to(torch.float32 if widen and is_short else value.dtype, copy=True)
-
-
-class _Standing:
-    """A twin that stays from step to step: torch's own rules hold nothing but states and the settings of groups."""
-
-    can_wait = True
-
-    def __init__(self, optimizer: Optimizer, parts: list[_Part]) -> None:
-        self._optimizer, self._parts = optimizer, parts
-        self._rule = rule_of(optimizer)
-        self._indices = {part.group for part in parts}
-        self._params = [torch.nn.Parameter(part.param) for part in parts]
-        copier = Copier(_LIMIT, optimizer=optimizer)
-        real = optimizer.param_groups
-        groups = [settings_of(real[q.group], [p], copier) for p, q in zip(self._params, parts, strict=True)]
-        state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
-        state.update({p: q.state for p, q in zip(self._params, parts, strict=True)})
-        self._twin: Any = shell(optimizer, groups, state, copier)
-
-    def settings(self) -> Settings:
-        """The groups' settings and what a scaler has left, as they are in this step."""
-        groups = {index: dict(self._optimizer.param_groups[index]) for index in self._indices}
-        given = vars(self._optimizer)
-        scaler = {name: given.get(name) for name in _SCALER}
-        for settings in (*groups.values(), scaler):
-            for name, value in settings.items():
-                if isinstance(value, Tensor):  # written to in place by the next step
-                    settings[name] = value.clone()
-        return groups, scaler
-
-    def run(self, parts: list[_Part], settings: Settings) -> None:
-        """One step of the rule for some of the parts."""
-        groups, scaler = settings
-        used = {id(part) for part in parts}
-        for part, param, group in zip(self._parts, self._params, self._twin.param_groups, strict=True):
-            param.grad = part.grad if id(part) in used else None
-            group.update(groups[part.group])
-            group["params"] = [param]
-            if group.get("differentiable"):
-                group["differentiable"] = False
-        for name, value in scaler.items():
-            setattr(self._twin, name, value)
-        self._rule(self._twin)
-
-
-class _Fresh:
-    """A new twin at every step, for the rules of others: they may keep anything, so no step can wait."""
-
-    can_wait = False
-
-    def __init__(self, twin: Twin) -> None:
-        self._twin = twin
-
-    def settings(self) -> Settings:
-        """None: the twin is made with those of its step."""
-        return {}, {}
-
-    def run(self, parts: list[_Part], settings: Settings) -> None:
-        """As `_Standing.run`."""
-        results = self._twin.replay([Run(part.group, part.param, part.grad, part.state) for part in parts])
-        for part, result in zip(parts, results, strict=True):
-            part.param.copy_(result.param)
-            for name, value in result.state.items():
-                ours = part.state.get(name)
-                if isinstance(ours, Tensor) and isinstance(value, Tensor) and ours.shape == value.shape:
-                    ours.copy_(value)  # into the buffer, whatever the rule has put in its place
-                else:
-                    part.state[name] = value
