@@ -173,6 +173,13 @@ def test_gradients_in_fp32_are_left_alone() -> None:
     assert all("grad" not in t.accumulators for t in report.tensors)
 
 
+def test_gradients_are_asked_for_their_format_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(accumulation, "_is_eligible", lambda row: asked.append(row))
+    accumulate(parameters(48, 4096), 1, steps=300)
+    assert len(asked) == 2 * 2  # two parameters, twice in 300 steps
+
+
 def test_one_backward_pass_per_step_is_counted_once_and_then_costs_nothing() -> None:
     params = parameters(48, 4096)
     counts: list[int] = []

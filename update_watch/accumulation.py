@@ -5,7 +5,7 @@ it is one, nothing else happens until it is counted again, `_RECOUNT` steps late
 step is looked at: hooks on a few parameters sample each contribution, and what the gradient was before and after it. They
 are gone when the optimizer steps, and compare before anybody averages, clips or unscales the sum.
 
-Gradients kept in FP32 and sharded ones (whose sums are not formed by autograd on the parameter) are left alone.
+Gradients kept in FP32, sparse and sharded ones (whose sums are not formed by autograd on the parameter) are left alone.
 
 Legend: M contributions to one parameter, K samples, F sums.
 """
@@ -74,7 +74,10 @@ class Accumulation:
             if self._has_several:
                 self._add_up()
             self._looks = []
-        self._eligible = [row for row in rows if _is_eligible(row)] if self._wait <= 0 else []
+        if self._wait <= 0:
+            self._eligible = [row for row in rows if _is_eligible(row)]
+            if not self._eligible:
+                self._wait = _RECOUNT
 
     def after(self) -> None:
         """Call just after the rule has run: what is added to gradients from here on belongs to the next step."""
