@@ -88,6 +88,12 @@ def compare(case: str, dtype: torch.dtype, lr: float, steps: int) -> list[tuple[
     torch.manual_seed(0)
     model = Model().to(dtype)
     optimizer = make(model.parameters(), lr)
+    # Adam's eps and small second moments are zero in FP16: as in real FP16 training, the loss is scaled (Adam does not mind)
+    is_adam_in_fp16 = dtype is torch.float16 and "betas" in optimizer.defaults and "eps" in optimizer.defaults
+    scale = 2.0**12 if is_adam_in_fp16 else 1.0
+    if is_adam_in_fp16:
+        for group in optimizer.param_groups:
+            group["eps"] = 1e-6
     text = torch.tensor(list("\n".join(topics.values()).encode()), dtype=torch.long)
     names = dict(model.named_parameters())
     full: Full = {name: [0.0] * 4 for name in names}
@@ -96,7 +102,7 @@ def compare(case: str, dtype: torch.dtype, lr: float, steps: int) -> list[tuple[
         at = torch.randint(0, len(text) - CONTEXT - 1, (BATCH,))
         batch = torch.stack([text[i : i + CONTEXT + 1] for i in at])
         optimizer.zero_grad()
-        F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()).backward()
+        (scale * F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())).backward()
 
     for _ in range(20):  # past the first steps, which are all alike
         train()
