@@ -109,29 +109,61 @@ def build_rows(
 ) -> list[Row]:
     """Rows of all parameters of an optimizer, alike ones next to each other. `found` remembers probes."""
     rows: list[Row] = []
+    kind = found.setdefault(("kind", id(optimizer)), _kind_of(optimizer))
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             shape = tuple(local(param).shape)
-            rule_key = ("rule", id(optimizer), index, mimic(shape))
+            rule_key = ("rule", kind, index, mimic(shape))
             if rule_key not in found:
                 is_empty = 0 in shape  # an empty shard has no updates to find the rule with
                 found[rule_key] = Rule(Kind.unknown) if is_empty else probe(optimizer, index, len(shape), shape=shape)
-            scheme_key = ("scheme", id(optimizer), index, param.dtype, min(len(shape), 2))
+            scheme_key = ("scheme", kind, index, param.dtype, min(len(shape), 2))
             if scheme_key not in found:
                 found[scheme_key] = find_scheme(optimizer, index, param.dtype, len(shape))
             known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
             row = Row(param, known, index, found[rule_key], found[scheme_key], samples)
             if row.is_measured and param.dtype in (torch.bfloat16, torch.float16):
-                _rehearse(row, optimizer, found)
+                _rehearse(row, optimizer, kind, found)
             rows.append(row)
     rows.sort(key=_likeness)
     return rows
 
 
-def _rehearse(row: Row, optimizer: Optimizer, found: dict[Any, Any]) -> None:
+# attributes of torch's optimizers and schedulers that say nothing of the rule
+_BOOKKEEPING = ("state", "param_groups", "step", "defaults", "_optimizer_", "_zero_grad", "_opt_called", "_warned")
+
+
+def _kind_of(optimizer: Optimizer) -> Any:
+    """Optimizers that are equal in this behave alike, and one trial is enough for all of them.
+
+    One optimizer per parameter (stepped in the backward pass) makes hundreds. What cannot be compared stays apart.
+    """
+    settings = {k: v for k, v in vars(optimizer).items() if not k.startswith(_BOOKKEEPING)}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    states = [optimizer.state.get(p) or {} for group in optimizer.param_groups for p in group["params"]]
+    marks = [sorted(vars(p)) for group in optimizer.param_groups for p in group["params"]]
+    if len(states) > 1 or not all(map(_is_plain, (settings, *groups))) or any(marks):
+        return id(optimizer)
+    counters = [(k, v.item() if _is_counter(v) else type(v).__name__) for state in states for k, v in state.items()]
+    return (type(optimizer), repr(settings), repr(groups), repr(counters))
+
+
+def _is_counter(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _rehearse(row: Row, optimizer: Optimizer, kind: Any, found: dict[Any, Any]) -> None:
     """What rounding may do to decay and states, from a rehearsal on synthetic parameters."""
     param, ndim = local(row.param), min(row.param.dim(), 2)
-    key = ("rehearsal", id(optimizer), row.group, param.dtype, ndim)
+    key = ("rehearsal", kind, row.group, param.dtype, ndim)
     if key not in found:
         try:
             seen = rehearsal.rehearse(optimizer, row.group, param.dtype, ndim)

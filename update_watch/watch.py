@@ -30,7 +30,7 @@ from update_watch.rows import names_of
 from update_watch.tap import StepTap, unwrap
 from update_watch.thresholds import Thresholds
 from update_watch.transfer import Batch
-from update_watch.watched import Watched, describe
+from update_watch.watched import Watched, describe, share_turns
 from update_watch.windows import Window, read
 from update_watch.worker import Sink, Sinks, Worker
 
@@ -90,6 +90,7 @@ class Watch:
             with torch.no_grad():
                 watched = Watched(inner, len(self._watched), self._names, self.samples, self._rng, self._found)
             self._watched[id(inner)] = watched
+            share_turns(list(self._watched.values()))
             self._handles.append(inner.register_load_state_dict_post_hook(lambda _: watched.read_counters()))
         self._tap.attach(inner)
 
@@ -124,6 +125,8 @@ class Watch:
     def _before(self, optimizer: Optimizer) -> Any:
         started = time.perf_counter()
         watched = self._watched[id(optimizer)]
+        if watched.window_steps >= self.window:  # one that was waited for did not step
+            self._close_window()
         if watched.index == 0:
             self._averages.look()
         measured = watched.before()
@@ -139,10 +142,10 @@ class Watch:
         self._seconds += time.perf_counter() - started
 
     def _is_window_full(self, watched: Watched) -> bool:
-        if watched.window_steps != self.window or self.window == 1:
-            return watched.window_steps >= self.window
         # optimizers that step in turn end their windows together
-        return all(other.window_steps != self.window - 1 for other in self._watched.values())
+        return watched.window_steps >= self.window and all(
+            other.window_steps != self.window - 1 for other in self._watched.values()
+        )
 
     def _fail(self, error: Exception) -> None:
         """An error of ours: let go of training, say so once."""

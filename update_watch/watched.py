@@ -6,7 +6,7 @@ import dataclasses
 import math
 import operator
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from update_watch.windows import CohortWindow, RowFacts
 _ALL = 16
 _COHORT = 8
 _MAX_COHORTS = 8
+_MAX_TURNS = 16
+_SHADOWED = 4  # optimizers whose states are compared with FP32 ones
 _WAITING = 4  # measured steps that are added together; they hold a few kilobytes
 
 
@@ -56,6 +58,8 @@ class Watched:
             self._twin, self._twin_error = None, str(error)
         self.accumulation = Accumulation(rng)
         self.shadow = Shadow(optimizer, self._twin, rng, found)
+        self.turns = 1  # it is measured in one of so many steps
+        self.is_shadowed = True
         self._plan()
         self.read_counters()
 
@@ -70,7 +74,7 @@ class Watched:
             row.lived = lived.get(id(row.param), 0)
         self._counts_lives = any(local(row.param).device.type != "cpu" for row in self.rows)
         self.cohorts: list[Cohort] = []
-        self._queue: list[Cohort] = []
+        self._queue: list[Cohort | None] = []
         self._skipped: dict[torch.device, Tensor] = {}
         if self._twin is None:
             return
@@ -105,15 +109,17 @@ class Watched:
         if len(members) != len(self._members) or not all(map(operator.is_, members, self._members)):
             self._plan()
             self.shadow.replan()
-        self.shadow.before()
+        if self.is_shadowed:
+            self.shadow.before()
         self.accumulation.before(self.rows)
         if not self.cohorts:
             return None
         if not self._queue:
             # a fixed order could beat in time with an oscillating gradient
-            self._queue = self._rng.sample(self.cohorts, len(self.cohorts))
+            rests = [None] * (self.turns - len(self.cohorts))
+            self._queue = self._rng.sample([*self.cohorts, *rests], len(self.cohorts) + len(rests))
         cohort = self._queue.pop()
-        return cohort, cohort.before()
+        return None if cohort is None else (cohort, cohort.before())
 
     def after(self, measured: tuple[Cohort, Snapshot] | None) -> None:
         """Add the step, just after the rule has run."""
@@ -125,7 +131,8 @@ class Watched:
                     self._add_waiting()
             else:
                 cohort.add(snapshot)
-        self.shadow.after(self.rows)
+        if self.is_shadowed:
+            self.shadow.after(self.rows)
         self.accumulation.after()
         if self._counts_lives:
             for row in self.rows:
@@ -204,6 +211,18 @@ class Watched:
             accumulators=_counters(row, state),
         )
         return RowFacts(evidence, cohort.samplers[i].size, cohort.live_steps[i], cohort.full_steps[i], dtypes, rates)
+
+
+def share_turns(all_watched: Sequence[Watched]) -> None:
+    """Let many optimizers take turns, as the tensors of one do.
+
+    With one optimizer per parameter, stepped in the backward pass, hundreds of optimizers make one step.
+    """
+    tensors = sum(len(watched.rows) for watched in all_watched)
+    turns = min(_MAX_TURNS, math.ceil(tensors / _COHORT)) if tensors > _ALL and len(all_watched) > _COHORT else 1
+    every = math.ceil(len(all_watched) / _SHADOWED)
+    for i, watched in enumerate(all_watched):
+        watched.turns, watched.is_shadowed = turns, i % every == 0
 
 
 def _counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEvidence]:
