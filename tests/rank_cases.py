@@ -5,9 +5,11 @@ Run by tests/test_ranks*.py through `launch`: one start of the processes for man
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import hashlib
 import json
+import logging
 import sys
 import time
 import traceback
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -32,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import update_watch as uw
 from tests.watch_nets import adamw
+from update_watch import ranks
 
 STEPS = 48
 LR = 1e-3  # a part of the updates is lost
@@ -288,6 +292,71 @@ class Planted:
         raise RuntimeError("planted")
 
 
+PLACES = ("before", "after", "close_window", "read", "catalogue", "encode", "judge")
+
+
+def fails_at(place: str, rank: int, step: int) -> dict[str, Any]:
+    """`rank` raises in our code in or after `step`, at one of PLACES; windows of 4, 24 steps of FSDP2."""
+    case = fsdp2(24, 40, 16)
+    watch = uw.watch(case.model, case.optimizer, window=4)
+    started, steps = time.monotonic(), 0
+    logger = logging.getLogger("update_watch")
+    logger.disabled = True
+    with warnings.catch_warnings(), mock.patch.object(ranks, "catalogue", ranks.catalogue):
+        warnings.simplefilter("ignore")
+        for x in case.batches(24):
+            case.backward(x)
+            if steps == step and dist.get_rank() == rank:
+                _plant(place, watch)
+            case.optimizer.step()
+            steps += 1
+        watch.flush()
+        seconds = time.monotonic() - started
+        watch.close()
+    logger.disabled = False
+    return {"seconds": seconds, "steps": steps, "joining": watch._ranks.is_joining, "joined": watch._ranks.joined}
+
+
+def _plant(place: str, watch: Any) -> None:
+    def planted(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("planted")
+
+    (watched,) = watch._watched.values()
+    if place in ("before", "after", "close_window"):
+        setattr(watched, place, planted)
+    elif place == "read":
+        read = watch._judge._handle
+        watch._judge._handle = lambda window: read(
+            dataclasses.replace(window, cohorts=(None,)) if hasattr(window, "cohorts") else window
+        )
+    elif place == "catalogue":
+        ranks.catalogue = planted  # of the mock above
+    elif place == "encode":
+        watch._ranks._plan.encode = planted
+    else:
+        watch._diagnosis.judge = planted
+
+
+def fail_anywhere() -> list[dict[str, Any]]:
+    """Each place once, at either rank in turn."""
+    return [fails_at(place, i % 2, 5 + i) for i, place in enumerate(PLACES)]
+
+
+def many_faults(runs: int) -> list[dict[str, Any]]:
+    """Runs with faults at changing places, ranks and steps."""
+    return [fails_at(PLACES[i % len(PLACES)], (i // 3) % dist.get_world_size(), i % 23) for i in range(runs)]
+
+
+def ends_without_closing() -> dict[str, Any]:
+    """A window ends with the last step, and nobody waits for it."""
+    case = fsdp2(24, 40, 16)
+    uw.watch(case.model, case.optimizer, window=4)
+    for x in case.batches(24):
+        case.backward(x)
+        case.optimizer.step()
+    return {}
+
+
 def one_flushes_alone() -> dict[str, Any]:
     """Windows of 8; after 11 steps rank 0 alone closes one, and at 16 both."""
     case = ddp()
@@ -315,16 +384,23 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def _process(rank: int, size: int, names: list[str], folder: str) -> None:
+def _run(name: str) -> Any:
+    if name in CASES:
+        return CASES[name]().run()
+    function, _, count = name.partition(":")
+    return globals()[function](*([int(count)] if count else []))
+
+
+def _process(rank: int, size: int, names: list[str], folder: str, limit: int) -> None:
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(100, exit=True)  # rather than hang
+    faulthandler.dump_traceback_later(limit, exit=True)  # rather than hang
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=20)
     )
     found = {}
     for name in names:
         try:
-            found[name] = CASES[name]().run() if name in CASES else globals()[name]()
+            found[name] = _run(name)
         except Exception:
             print(f"rank {rank}, {name}:", traceback.format_exc(), file=sys.stderr, flush=True)
             raise
@@ -332,7 +408,7 @@ def _process(rank: int, size: int, names: list[str], folder: str) -> None:
     dist.destroy_process_group()
 
 
-def launch(size: int, names: list[str], folder: Path) -> list[dict[str, Any]]:
-    """Run the cases in `size` processes; what each rank found."""
-    mp.start_processes(_process, (size, names, str(folder)), nprocs=size, start_method="spawn")
+def launch(size: int, names: list[str], folder: Path, limit: int = 120) -> list[dict[str, Any]]:
+    """Run the cases in `size` processes, for at most `limit` seconds; what each rank found."""
+    mp.start_processes(_process, (size, names, str(folder), limit), nprocs=size, start_method="spawn")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from tests.rank_cases import launch
+from tests.rank_cases import PLACES, launch
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is not built in")
 
 Found = list[dict[str, Any]]
 # each list is one start of the processes
-_ON_TWO = ["ddp", "fsdp2_empty", "fails_in_a_hook", "is_identical", "drifts"]
+_ON_TWO = ["ddp", "fsdp2_empty", "fails_in_a_hook", "is_identical", "drifts", "fail_anywhere"]
 _ON_TWO_TOO = ["fsdp2_even", "fsdp2_uneven", "tensor_parallel", "fsdp1", "zero1", "pipeline", "one_flushes_alone"]
 _TENSORS = {"fsdp2_uneven": 6, "fsdp2_empty": 6, "zero1": 6, "pipeline": 8}
 _ON_FOUR = ["fsdp2_uneven", "fsdp2_empty", "hybrid", "two_dimensional", "tensor_parallel", "zero1", "hybrid_drifts"]
@@ -99,6 +100,22 @@ def test_a_tensor_whose_replicas_drift_apart_is_broken_and_named(on_two: Found) 
 def test_one_shard_that_differs_from_its_replica_is_enough(on_four: Found) -> None:
     for rank in on_four:
         assert rank["hybrid_drifts"]["broken"] == [{}] + 2 * [{"layers.1.weight": "replicas_differ"}]
+
+
+def test_wherever_a_rank_fails_nobody_hangs_and_training_goes_on(on_two: Found) -> None:
+    for rank in on_two:
+        for run, place in zip(rank["fail_anywhere"], PLACES, strict=True):
+            assert run["steps"] == 24, place
+            assert run["seconds"] < 10, place
+            assert not run["joining"], place
+            assert 1 <= run["joined"] <= 3, place
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_without_closing_its_watch_ends_well(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / str(i)).mkdir()
+        launch(2, ["ends_without_closing"], tmp_path / str(i))  # raises for an exit code other than 0
 
 
 def test_a_rank_that_fails_ends_the_joining_in_the_same_window(on_two: Found) -> None:
