@@ -229,6 +229,33 @@ def test_a_counter_that_stops_is_seen_in_the_updates() -> None:
     assert found[14] == [pytest.approx(expected, abs=0.01)] * 2
 
 
+class Kahan(Optimizer):
+    """Momentum with a remainder in every format, FP32 too."""
+
+    def __init__(self, params: Any, lr: float = 1e-5) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"], state["remainder"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 0.5)
+                update = state["remainder"] - group["lr"] * state["momentum"]
+                before = p.clone()
+                p.add_(update)
+                state["remainder"].copy_(update - (p - before))
+
+
+def test_a_remainder_of_the_weight_is_no_part_of_the_update() -> None:
+    """Updates a hundredth of half a gap: what is carried is far larger than they are."""
+    reports, _, _ = run(Kahan, parameters(64, 2048), 4 * WINDOW, steady)
+    assert "remainder" in reports[0].tensors[1].accumulators
+    assert shown(reports) == [[pytest.approx(1, abs=0.02)] * 2] * 4
+
+
 def test_a_stall_of_the_state_is_said_of_the_tensor_with_its_factor_and_its_cure() -> None:
     """Updates far above half an ulp: the weights take all, and all of it is too small."""
     params = parameters(2048)

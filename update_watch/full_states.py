@@ -126,8 +126,6 @@ class FullStates:
         grads = [row.param if row.param.grad is None else row.param.grad for row in self.rows]  # of idle ones: anything
         weights = [row.param for row in self.rows] if compare or self._needs_weight else []
         held_AnK = self._gather([s.view(local(t)) for s, t in zip(self._samplers * 2, grads + weights, strict=False)])
-        if self._carrier and weights:  # joined: an FP32 weight has no remainder
-            held_AnK[1:].add_(self._gather(self._views(self._carrier)))
         spans = [span for span in self._spans if live[span.start]]
         can_wait = self._twin.can_wait and not self._is_scaled()
         self._waiting.append(_Step(held_AnK, spans, self._twin.settings(self._groups) if can_wait else None))
@@ -141,8 +139,6 @@ class FullStates:
             is_compared = compare and not self._waiting
             if is_compared:
                 self._take_states()
-            if self._carrier:
-                self._remainder().zero_()
             self._values_2n2K[: len(step.held_AnK)].copy_(step.held_AnK.unsqueeze(2))
             parts = [part for span in step.spans for part in span.parts[0 if is_compared else -1 :]]
             self._run(parts, step.settings)
@@ -167,8 +163,6 @@ class FullStates:
 
     def _add(self, before_nK: Tensor) -> None:
         moved_n2K = self._values_2n2K[1] - before_nK.unsqueeze(1)
-        if self._carrier:
-            moved_n2K.add_(self._remainder())
         products_n2K = moved_n2K * moved_n2K[:, 1:]
         if self._mask_n1K is not None:
             products_n2K.mul_(self._mask_n1K)
@@ -177,6 +171,8 @@ class FullStates:
     def _take_states(self) -> None:
         """Start the half of the stored states from them."""
         self._states_Sn2K[:, :, 0].copy_(self._gather([view for name in self._names for view in self._views(name)]))
+        if self._carrier:  # an FP32 weight has no remainder that would have to be added to the update
+            self._states_Sn2K[self._names.index(self._carrier), :, 0].zero_()
         if self._is_split:
             for span in self._spans:
                 stored = self._optimizer.state[self.rows[span.start].param].items()
@@ -256,9 +252,6 @@ class FullStates:
     def _gather(self, views: list[Tensor]) -> Tensor:
         n = len(self.rows)
         return gather(views, self._samplers * (len(views) // n)).view(-1, n, _SAMPLES)
-
-    def _remainder(self) -> Tensor:
-        return self._states_Sn2K[self._names.index(self._carrier)]
 
     def _versions(self) -> list[Any]:
         """Identity and number of writes of every state tensor looked at."""

@@ -147,17 +147,18 @@ class _Dependence(NamedTuple):
 def _dependence(optimizer: Optimizer, row: Row, found: dict[Any, Any]) -> _Dependence:
     """Found out on synthetic weights; once for all parameters alike."""
     ndim = min(row.param.dim(), 2)
-    key = ("dependence", id(optimizer), row.group, ndim)
+    key = ("dependence", id(optimizer), row.group, ndim, row.scheme.carrier)
     if key not in found:
-        shape = (48,) if ndim < 2 else (6, 8)
-        found[key] = _Dependence(*(_differ_with_weight(optimizer, row.group, shape, decay) for decay in (0.0, 1.0)))
+        trial = optimizer, row.group, (48,) if ndim < 2 else (6, 8), row.scheme.carrier
+        found[key] = _Dependence(*(_differ_with_weight(*trial, decay) for decay in (0.0, 1.0)))
     dependence: _Dependence = found[key]
     return dependence
 
 
-def _differ_with_weight(optimizer: Optimizer, group: int, shape: tuple[int, ...], decay: float) -> bool:
-    start = torch.linspace(-1, 1, 48).reshape(shape)
-    grad = torch.linspace(0.1, 1, 48).reshape(shape)
+def _differ_with_weight(optimizer: Optimizer, group: int, shape: tuple[int, ...], carrier: str, decay: float) -> bool:
+    """Whether a state, other than the remainders of the weight in `carrier`, differs where the weight does."""
+    start = torch.linspace(-1, 1, 48, device="cpu").reshape(shape)
+    grad = torch.linspace(0.1, 1, 48, device="cpu").reshape(shape)
     ends: list[dict[str, Tensor]] = []
     try:
         with rehearsal._undisturbed(optimizer, torch.device("cpu")):
@@ -165,7 +166,8 @@ def _differ_with_weight(optimizer: Optimizer, group: int, shape: tuple[int, ...]
                 trial = rehearsal._Trial(optimizer, group, start + shift, torch.float32, weight_decay=decay)
                 for scale in (1.0, -0.5, 0.25):
                     trial.step(scale * grad)
-                ends.append({k: v.clone() for k, v in trial.state.items() if isinstance(v, Tensor)})
+                states = trial.state.items()
+                ends.append({k: v.double() for k, v in states if isinstance(v, Tensor) and k != carrier})
     except ReplayError:
         return True
-    return any(not torch.allclose(ends[0][k].double(), ends[1][k].double(), rtol=_SAME, atol=1e-30) for k in ends[0])
+    return any(not torch.allclose(ends[0][k], ends[1][k], rtol=_SAME, atol=1e-30) for k in ends[0])
