@@ -50,7 +50,7 @@ def _differences(found: dict[str, Any]) -> list[float]:
 def faults(runs: int) -> int:
     """How many of the runs hung."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = launch(2, [f"many_faults:{runs}"], Path(folder), limit=60 + 4 * runs)
+        ranks = launch(2, [f"many_faults:{runs}"], Path(folder), limit=60 + 10 * runs)
     found = [run for rank in ranks for run in rank[f"many_faults:{runs}"]]
     hung = sum(run["seconds"] > 10 or run["steps"] != 24 for run in found)
     slowest = max(run["seconds"] for run in found)
