@@ -207,8 +207,7 @@ class _Look:
         self._held: list[Tensor] = []
         device = row.param.device
         self.sums_F = torch.zeros(_SUMS, device=device)
-        # of the sum that is being formed: contributions, what arrived, the gradient as it was left
-        self._whole_3K = torch.zeros(3, self.size, device=device)
+        self._whole_2K = torch.zeros(2, self.size, device=device)  # sums of what arrived, of contributions
 
     def take(self, contribution: Tensor) -> None:
         """Just before autograd adds `contribution` to the gradient."""
@@ -228,11 +227,9 @@ class _Look:
                 self._fold()
 
     def fold(self) -> None:
-        """Add up all that is held, and the sum that has been formed."""
+        """Add up all that is held, and the sums that have been formed."""
         self._fold()
-        if self._unit is not None:
-            whole_2K = self._whole_3K[:2] * self._unit
-            self.sums_F[4:].add_((whole_2K * whole_2K[0]).sum(-1).flip(0))
+        self.sums_F[4:].add_((self._whole_2K * self._whole_2K[1]).sum(-1))
 
     def _fold(self) -> None:
         if not self._held:
@@ -240,21 +237,13 @@ class _Look:
         held_M3K = torch.stack(self._held).to(torch.float32)
         self._held = []
         given_MK, before_MK, after_MK = held_M3K.unbind(1)
-        applied_MK = after_MK - before_MK
-        # whether the gradient was as it was left: not zeroed, clipped or averaged in between. What came before that
-        # is no part of the sum any more
-        left_MK = torch.cat([self._whole_3K[2:], after_MK[:-1]])
-        goes_on_M = (before_MK == left_MK).all(-1).to(torch.float32)
-        counts_M = goes_on_M.flip(0).cumprod(0).flip(0)  # those up to which the sum goes back, and the one before
-        self._whole_3K[:2].mul_(counts_M[0])
-        part_M1 = torch.cat([counts_M[1:], counts_M.new_ones(1)]).unsqueeze(-1)
-        self._whole_3K[0].add_((given_MK * part_M1).sum(0))
-        self._whole_3K[1].add_((applied_MK * part_M1).sum(0))
-        self._whole_3K[2].copy_(after_MK[-1])
         if self._unit is None:  # squares of gradients near 1e-20 would underflow
             peak = given_MK.abs().amax()
             self._unit = torch.where(peak > 0, peak.reciprocal(), 1.0)
-        given_MK, applied_MK = given_MK * self._unit, applied_MK * self._unit
+        given_MK = given_MK * self._unit
+        # what this contribution has moved it by, whatever anybody else does to the gradient in between
+        applied_MK = (after_MK - before_MK) * self._unit
+        self._whole_2K.add_(torch.stack([applied_MK.sum(0), given_MK.sum(0)]))
         wanted_MK = given_MK.ne(0)
         self.sums_F[:4].add_(
             torch.stack(
