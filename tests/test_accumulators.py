@@ -213,3 +213,10 @@ def test_an_accumulator_somebody_must_hear_of_makes_the_run_stalling() -> None:
     stuck, partly = (tensor(accumulators=accumulator("exp_avg_sq", 0.9, decay=x, rate=0.001)) for x in (0.0, 0.5))
     assert reports(stuck)[0].health is Health.stalling
     assert reports(partly)[0].health is Health.healthy
+
+
+def test_of_a_sum_of_gradients_the_whole_counts_and_not_how_single_contributions_fared() -> None:
+    evidence = accumulator("grad", numbers=numbers(0.95, displacement_efficiency=0.5))
+    found = verdict(tensor(accumulators=evidence)).accumulators["grad"]
+    assert (found.health, found.cause) == (Health.stalling, Cause.accumulation_rounding)
+    assert "(efficiency 0.50, " in found.advice
