@@ -1,6 +1,6 @@
 """Run as a script by test_device_only.py: whole windows on a fake device, every operator and every crossing recorded.
 
-    python tests/fake_window.py COUNT IMPLEMENTATION [none] [overflow] [copy] [read]
+    python tests/fake_window.py COUNT IMPLEMENTATION [none] [overflow] [accumulate] [copy] [read]
 
 Unlike fake_device.py it goes through window ends, rehearses decay, leaves gradients out and skips steps. `copy` and `read`
 plant what must not be there. Prints one line of JSON.
@@ -72,6 +72,17 @@ def rehearsals_outside(real: Optimizer) -> None:
     rows._rehearse = original  # probes_outside leaves it out
 
 
+def contribute(params: list[torch.nn.Parameter]) -> None:
+    """What autograd does in two backward passes, hooks included: it has no engine for a device that is not there."""
+    for param in params * 2:
+        if param.grad is not None:
+            for hook in (param._backward_hooks or {}).values():
+                hook(param.grad)
+            param.grad.add_(1)
+            for hook in (param._post_accumulate_grad_hooks or {}).values():
+                hook(param)
+
+
 def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
     make = MAKE[implementation]
     real = make([torch.nn.Parameter(torch.randn(64, 64, dtype=torch.bfloat16))])
@@ -90,6 +101,7 @@ def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
         watch.enabled = True
         watched = next(iter(watch._watched.values()))
         windows: list[Any] = []
+        looked = 0
         watch._judge.put = windows.append  # type: ignore[method-assign, assignment]  # fake sums cannot be judged
         before = watched.before
 
@@ -111,7 +123,10 @@ def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
                 optimizer.grad_scale = torch.ones((), device=DEVICE)
                 optimizer.found_inf = torch.zeros((), device=DEVICE)
             with Crossings() as one:
+                if "accumulate" in extras:
+                    contribute(params)
                 optimizer.step()
+            looked += len(watched.accumulation._looks)
             if (i + 1) % WINDOW == 0:
                 ends.append(dict(one.crossings))
             else:
@@ -129,6 +144,7 @@ def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
         "windows": len(windows),
         "cohorts": cohorts,
         "decay": decay,
+        "looked": 0 if watched.accumulation._is_over else looked,
         "shadow_steps": shadow.steps if shadow is not None else 0,
         "error": repr(error) if error else "",
     }

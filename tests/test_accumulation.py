@@ -237,8 +237,8 @@ def test_clipping_and_unscaling_after_the_sum_is_no_loss() -> None:
 
 
 @pytest.mark.parametrize("how", ["clipped", "zeroed", "none"])
-def test_what_is_done_to_the_sum_in_between_begins_a_new_one(how: str) -> None:
-    """Half way through, the gradient is written to by somebody else: what it was before is no part of the sum."""
+def test_what_somebody_does_to_the_sum_in_between_is_no_loss(how: str) -> None:
+    """Half way through, the gradient is written to by somebody else."""
     params = parameters(48)
 
     def interfere(step: int, i: int) -> None:

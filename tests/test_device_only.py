@@ -35,6 +35,7 @@ CASES = [
     pytest.param("foreach", (), id="foreach", marks=pytest.mark.slow),
     pytest.param("fused", ("none", "overflow"), id="fused-gaps-overflow", marks=pytest.mark.slow),
     pytest.param("capturable", ("none",), id="capturable-gaps", marks=pytest.mark.slow),
+    pytest.param("fused", ("accumulate",), id="fused-accumulate", marks=pytest.mark.slow),
     pytest.param("sgd", (), id="sgd", marks=pytest.mark.slow),
 ]
 
@@ -50,6 +51,7 @@ def test_a_window_reads_nothing_and_copies_only_its_sums_at_its_end(
     assert found["ends"] == [{"aten.copy_.default": 1}] * 2  # all cohorts' sums and the overflows in one vector
     assert found["ops"]["aten.sum.dim_IntList"] >= 1  # it did measure
     assert found["shadow_steps"] >= 31  # states in FP32 ran along
+    assert found["looked"] == (8 if "accumulate" in extras else 0)
     # the decay's replay too, where the rule rounds decay apart (fused rules do not)
     assert found["decay"] == (implementation == "foreach")
 
