@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.accumulation import AccumulationWindow
+from update_watch import masters
 from update_watch.alerts import Alerts
 from update_watch.averages import Averages
 from update_watch.diagnosis import Diagnosis
@@ -64,6 +65,7 @@ class Watch:
         self._checksums = Checksums() if check_replicas else None
         self._rng = random.Random(seed + 1_000_003 * self._ranks.rank)  # replicas look at different elements
         self._found: dict[Any, Any] = {}  # what probes found out
+        self._instead: dict[int, str] = {}  # id of a parameter that no optimizer holds -> what is said of it
         self._watched: dict[int, Watched] = {}
         self._seconds, self._base_step = 0.0, 0
         self._closed = False
@@ -87,12 +89,19 @@ class Watch:
             if any(id(p) not in self._names for g in inner.param_groups for p in g["params"]):
                 self._named = _named(self._model)  # parameters made since
                 self._names.update(names_of(self._named))
+                self._find_masters(inner)
             with torch.no_grad():
                 watched = Watched(inner, len(self._watched), self._names, self.samples, self._rng, self._found)
             self._watched[id(inner)] = watched
             share_turns(list(self._watched.values()))
             self._handles.append(inner.register_load_state_dict_post_hook(lambda _: watched.read_counters()))
         self._tap.attach(inner)
+
+    def _find_masters(self, optimizer: Optimizer) -> None:
+        """Name what the optimizer steps instead of the model's own tensors."""
+        found = masters.find(self._named, self._names, optimizer)
+        self._names.update(found.names)
+        self._instead.update(found.instead)
 
     def detach(self) -> None:
         """Remove every hook; `attach` puts them back."""
@@ -186,9 +195,14 @@ class Watch:
         held = {id(row.param) for row in rows}
         seen: set[int] = set()
         for _, tensor in self._named:
-            if id(tensor) not in held and id(tensor) not in seen:
-                seen.add(id(tensor))
-                others.append(TensorEvidence(**describe(tensor, self._names[id(tensor)]), steps=steps))
+            if id(tensor) in held or id(tensor) in seen or self._instead.get(id(tensor)) == "":
+                continue
+            seen.add(id(tensor))
+            reason = self._instead.get(id(tensor), "")
+            identity = describe(tensor, self._names[id(tensor)])
+            others.append(
+                TensorEvidence(**identity, steps=steps, reason=reason, optimizer_group="0/0" if reason else "")
+            )
         order = {self._names[id(tensor)][0]: i for i, (_, tensor) in reversed(list(enumerate(self._named)))}
         cost = 1e3 * self._seconds / steps if steps else None
         self._seconds = 0.0

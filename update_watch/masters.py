@@ -1,0 +1,91 @@
+"""Optimizers that step other tensors than the model's: FP32 master copies, flat partitions. Whose are they?
+
+Mixed-precision wrappers (Apex, Megatron, DeepSpeed, hand-written loops) keep FP32 weights of their own, let the optimizer
+step those, and copy the result into the model. What arrives is then to be seen in the master, under the parameter's name.
+A master is known by what its wrapper says (Megatron's `main_param`, DeepSpeed's `_hp_mapping`), or by having the shape
+and, rounded, the values of exactly one parameter. What cannot be told stays unknown, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.sampling import local
+
+_ELSEWHERE = "its optimizer steps other tensors than the model's, and which of them hold this parameter is not known"
+
+
+class Masters(NamedTuple):
+    """What was found out about the tensors of one optimizer that are not the model's."""
+
+    names: dict[int, tuple[str, ...]]  # id of a stepped tensor -> the parameters it holds
+    instead: dict[int, str]  # id of a model's parameter -> why it is not measured itself; "": its master has its name
+
+
+def find(named: Sequence[tuple[str, Tensor]], known: dict[int, tuple[str, ...]], optimizer: Optimizer) -> Masters:
+    """Look for the model's parameters behind what the optimizer steps. Compares values: not for use inside a step."""
+    found = Masters({}, {})
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    held = {id(p) for p in stepped}
+    strangers = [p for p in stepped if id(p) not in known]
+    left = [p for _, p in named if id(p) not in held and p.requires_grad]
+    left = list({id(p): p for p in left}.values())
+    if not strangers or not left:
+        return found
+    names = {id(p): known[id(p)] for p in left}
+    free = {id(p): p for p in strangers}
+    for param in left:
+        master = getattr(param, "main_param", None)
+        if isinstance(master, Tensor) and id(master) in free:
+            found.names[id(free.pop(id(master)))] = names[id(param)]
+            found.instead[id(param)] = ""
+    _by_mapping(left, names, free, found)
+    _by_value([p for p in left if id(p) not in found.instead], names, free, found)
+    for param in left:
+        if free:
+            found.instead.setdefault(id(param), _ELSEWHERE)
+    return found
+
+
+def _by_mapping(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[int, Tensor], found: Masters) -> None:
+    """DeepSpeed: a parameter knows the fragment of the flat FP32 partition that holds it, or a part of it."""
+    flats = {flat.untyped_storage()._cdata: flat for flat in free.values() if not flat.is_meta}
+    members: dict[int, list[Tensor]] = {}
+    for param in left:
+        fragment = getattr(getattr(param, "_hp_mapping", None), "hp_fragment", None)
+        if isinstance(fragment, Tensor) and fragment.untyped_storage()._cdata in flats:
+            members.setdefault(fragment.untyped_storage()._cdata, []).append(param)
+    for place, params in members.items():
+        flat = flats[place]
+        held = [names[id(param)][0] for param in params]
+        label = held[0] if len(held) == 1 else f"{held[0]} .. {held[-1]} ({len(held)} parameters in one partition)"
+        found.names[id(flat)] = (label, *held)
+        free.pop(id(flat))
+        for param in params:
+            found.instead[id(param)] = (
+                "" if len(held) == 1 else f"its optimizer steps a flat partition, which is reported as '{label}'"
+            )
+
+
+def _by_value(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[int, Tensor], found: Masters) -> None:
+    masters = list(free.values())
+    # the whole list in the model's order is worth more than the values of zeros and ones
+    in_order = len(masters) == len(left) and all(map(_is_copy, masters, left))
+    for i, master in enumerate(masters):
+        alike = [left[i]] if in_order else [param for param in left if _is_copy(master, param)]
+        rivals = 1 if in_order or len(alike) != 1 else sum(_is_copy(other, alike[0]) for other in masters)
+        if len(alike) == 1 and rivals == 1:
+            found.names[id(free.pop(id(master)))] = names[id(alike[0])]
+            found.instead[id(alike[0])] = ""
+
+
+def _is_copy(master: Any, param: Tensor) -> bool:
+    a, b = local(master.detach()), local(param.detach())
+    if a.shape != b.shape or a.device != b.device or a.is_meta or not a.numel():
+        return False
+    return bool(torch.equal(a.to(b.dtype), b))
