@@ -94,6 +94,15 @@ class StepTap:
         """The optimizers whose steps are seen."""
         return tuple(hooked.optimizer for hooked in self._hooked.values())
 
+    @property
+    def is_running(self) -> bool:
+        """Whether one of our hooks is on the stack."""
+        return self._depth > 0
+
+    def replace(self, before: Before) -> None:
+        """From now on call `before` instead."""
+        self._before = before
+
     def _sweep(self) -> None:
         if self._depth == 0 and self._thread in (None, threading.get_ident()):
             for hook in self._leftover:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import random
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch import endings, masters
 from update_watch.accumulation import AccumulationWindow
-from update_watch import masters
 from update_watch.alerts import Alerts
 from update_watch.averages import Averages
 from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import TensorEvidence
 from update_watch.full_states import ShadowWindow
+from update_watch.memory import check_state
 from update_watch.ranks import Ranks
 from update_watch.replicas import Checksums
 from update_watch.report import Report
@@ -33,7 +33,7 @@ from update_watch.thresholds import Thresholds
 from update_watch.transfer import Batch
 from update_watch.watched import Watched, describe, share_turns
 from update_watch.windows import Window, read
-from update_watch.worker import Sink, Sinks, Worker
+from update_watch.worker import Sink, Sinks, Worker, warn
 
 logger = logging.getLogger("update_watch")
 _STATE_VERSION = 1
@@ -69,6 +69,7 @@ class Watch:
         self._watched: dict[int, Watched] = {}
         self._seconds, self._base_step = 0.0, 0
         self._closed = False
+        self._is_closing_window = False
         self._windows = 0  # closed so far
         self._diagnosis, self._alerts = Diagnosis(thresholds), Alerts(thresholds)
         self._sinks = Sinks(list(sinks))
@@ -79,11 +80,19 @@ class Watch:
         self._handles: list[Any] = []
         for optimizer in optimizers:
             self.attach(optimizer)
+        endings.add(self)
 
     # --- attaching -------------------------------------------------------------------------------
 
     def attach(self, optimizer: Any) -> None:
-        """Watch one more optimizer; one that is watched already stays as it is. Wrappers are looked through."""
+        """Watch one more optimizer; one that is watched already stays as it is. Wrappers are looked through.
+
+        Raises:
+            TypeError: there is no torch optimizer in it.
+            RuntimeError: the watch is closed.
+        """
+        if self._closed:
+            raise RuntimeError("Watch.attach: this watch is closed; make another with update_watch.watch")
         inner = unwrap(optimizer)
         if id(inner) not in self._watched:
             if any(id(p) not in self._names for g in inner.param_groups for p in g["params"]):
@@ -162,10 +171,7 @@ class Watch:
         message = f"update-watch met an error of its own and stopped watching; training goes on unwatched: {error!r}"
         logger.error(message, exc_info=error)
         self._judge.put(self._ranks.leave)
-        try:
-            warnings.warn(message, stacklevel=2)
-        except Warning:  # the user's filters turn warnings into errors: not in the training step
-            pass
+        warn(message)
 
     # --- windows -----------------------------------------------------------------------------------
 
@@ -236,17 +242,28 @@ class Watch:
 
     def flush(self, timeout: float | None = None) -> Report | None:
         """Close the window now and wait for device and sinks, at most `timeout` seconds. Returns the last report."""
-        started = time.monotonic()
         if any(w.window_steps for w in self._watched.values()) or (self._windows == 0 and self._watched):
-            self._close_window()
+            self._is_closing_window = True
+            try:
+                self._close_window()
+            except Exception as error:
+                self._fail(error)
+            finally:
+                self._is_closing_window = False
+        self._settle(timeout)
+        return self.last
+
+    def _settle(self, timeout: float | None) -> None:
+        """Wait for device and sinks, at most `timeout` seconds."""
+        started = time.monotonic()
         if self._judge.wait(timeout):
             left = None if timeout is None else max(timeout - (time.monotonic() - started), 0.0)
             self._post.wait(left)
-        return self.last
 
     def close(self, timeout: float = 5.0) -> None:
         """Report the window that is open, detach everything, stop the threads. May be called again."""
         if self._closed:
+            self._settle(timeout)
             return
         self._closed = True
         try:
@@ -256,8 +273,31 @@ class Watch:
             self.detach()
             if self._judge.wait(0.0):
                 self._ranks.close()  # else the group goes when the process ends
+                self._post.stop()
+            else:
+                self._judge.put(self._post.stop)  # behind the report that is still to come
             self._judge.stop()
-            self._post.stop()
+            endings.remove(self)
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the training thread is in the middle of a measurement."""
+        return self._tap.is_running or self._is_closing_window
+
+    def leave_to_parent(self) -> None:
+        """In a forked process: the one it was forked from goes on reporting, this copy does nothing more."""
+        self._closed = True
+        self._judge, self._post = Worker("judging", self._judge_window), Worker("sink", Sinks([]))
+        self._tap.replace(self._tell_to_watch_anew)
+
+    def _tell_to_watch_anew(self, optimizer: Optimizer) -> None:
+        self.detach()
+        message = (
+            "update-watch: this process was forked from one that watches, and trains. What it trains is not watched: "
+            "call update_watch.watch in it"
+        )
+        logger.warning(message)
+        warn(message)
 
     def __enter__(self) -> Watch:
         return self
@@ -278,17 +318,31 @@ class Watch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken. Raises ValueError for data this version cannot read."""
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            TypeError, ValueError: data this version cannot read; nothing is changed then.
+        """
         if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION:
             version = state.get("version") if isinstance(state, Mapping) else type(state).__name__
             raise ValueError(
                 f"Watch.load_state_dict: version {version!r} cannot be read, {_STATE_VERSION} is expected; "
                 "leave the state out to start the watch's memory anew"
             )
+        check_state("Watch", state, _STATE_VERSION, {"diagnosis": Mapping, "alerts": Mapping, "step": int})
+        if isinstance(state["step"], bool) or state["step"] < 0:
+            raise ValueError(
+                f"Watch.load_state_dict: step={state['step']!r} is not a step; pass what state_dict() gave"
+            )
         self._judge.wait(5.0)
-        self._diagnosis.load_state_dict(state["diagnosis"])
+        alerts = self._alerts.state_dict()
         self._alerts.load_state_dict(state["alerts"])
-        self._base_step = int(state["step"])
+        try:
+            self._diagnosis.load_state_dict(state["diagnosis"])
+        except (TypeError, ValueError):
+            self._alerts.load_state_dict(alerts)  # all or nothing
+            raise
+        self._base_step = state["step"]
 
 
 def watch(
@@ -337,15 +391,34 @@ def watch(
         raise ValueError(f"watch(samples={samples!r}): the number of elements per parameter must be 4 or more")
     if thresholds is not None and not isinstance(thresholds, Thresholds):
         raise TypeError(f"watch(thresholds={thresholds!r}): expected update_watch.Thresholds or None")
+    if isinstance(sinks, str) or not isinstance(sinks, Iterable):
+        raise TypeError(f"watch(sinks={sinks!r}): expected a list of sinks, as in sinks=[Journal('run.jsonl')]")
     sinks = list(sinks)
     for sink in sinks:
         if not callable(sink):
             raise TypeError(
                 f"watch(sinks=[{sink!r}]): a sink is a callable that takes a Report, such as a list's append"
             )
+    if averages is not None and not isinstance(averages, Mapping):
+        raise TypeError(
+            f"watch(averages={_short(averages)}): expected names and averaged models, as {{'ema': ema_model}}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"watch(seed={seed!r}): expected a whole number")
+    if step is not None and not callable(step):
+        raise TypeError(f"watch(step={step!r}): expected a function that returns the trainer's step, or None")
+    if isinstance(join, (str, int, float)) and not isinstance(join, bool):
+        raise TypeError(f"watch(join={join!r}): expected True, False or a process group")
+    if not isinstance(check_replicas, bool):
+        raise TypeError(f"watch(check_replicas={check_replicas!r}): expected True or False")
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers:
         raise ValueError("watch(optimizer=[]): give at least one torch optimizer")
+    for one in optimizers:
+        try:
+            unwrap(one)
+        except TypeError as error:
+            raise TypeError(f"watch(optimizer={_short(one)}): {error}") from None
     return Watch(
         model,
         optimizers,
@@ -361,6 +434,12 @@ def watch(
     )
 
 
+def _short(value: Any) -> str:
+    """For messages: small values as they are, of others the type."""
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else type(value).__name__
+
+
 def _named(model: Any) -> list[tuple[str, Tensor]]:
     if isinstance(model, torch.nn.Module):
         return list(model.named_parameters(remove_duplicate=False))
@@ -369,5 +448,8 @@ def _named(model: Any) -> list[tuple[str, Tensor]]:
     except (TypeError, ValueError):
         pairs = None  # type: ignore[assignment]
     if pairs is None or not all(isinstance(tensor, Tensor) for _, tensor in pairs):
-        raise TypeError(f"watch(model={type(model).__name__}): expected a torch module or (name, tensor) pairs")
+        raise TypeError(
+            f"watch(model={_short(model)}): expected a torch module or (name, tensor) pairs, as model.named_parameters()"
+            " gives"
+        )
     return pairs

@@ -80,6 +80,8 @@ class Watched:
             return
         for device in dict.fromkeys(local(row.param).device for row in self.rows):
             rows = [r for r in self.rows if r.is_measured and local(r.param).device == device]
+            if not rows:  # on the meta device, say
+                continue
             turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT)) if len(rows) > _ALL else 1
             self.cohorts += [
                 Cohort(self.optimizer, self._twin, rows[k::turns], self._samples, self._rng) for k in range(turns)

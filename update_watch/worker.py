@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,49 +16,62 @@ from update_watch.report import Report
 logger = logging.getLogger("update_watch")
 
 Sink = Callable[[Report], Any]
+_Job = tuple[Callable[[Any], None], Any]
 
 
 class Worker:
     """One daemon thread that calls a function with items in order. Started with the first item.
 
     `put` never blocks: when `capacity` items wait, the new item is dropped, counted in `dropped` and warned of once.
+    While the thread has nothing to do it refers to nobody: a worker that is let go of takes its thread with it.
     """
 
     def __init__(self, name: str, handle: Callable[[Any], None], capacity: int = 64) -> None:
-        self._name, self._handle = name, handle
-        self._queue: queue.Queue[Any] = queue.Queue(capacity)
+        self._name, self._handle, self._capacity = name, handle, capacity
+        self._line = _Line()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self.dropped = 0
+        end = weakref.finalize(self, self._line.jobs.put, None)
+        end.atexit = False
 
     def put(self, item: Any) -> bool:
         """Hand over an item; False when it had to be dropped."""
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._run, name=f"update-watch {self._name}", daemon=True)
-                self._thread.start()
-        try:
-            self._queue.put_nowait(item)
-        except queue.Full:
+        with self._line.changed:
+            is_full = self._line.waiting >= self._capacity
+            if not is_full:
+                self._line.waiting += 1
+        if is_full:
             self.dropped += 1
             if self.dropped == 1:
-                warnings.warn(
-                    f"update-watch: its {self._name} thread is {self._queue.maxsize} windows behind; "
-                    "windows are dropped until it catches up. Use faster sinks or a longer window.",
-                    stacklevel=2,
+                warn(
+                    f"update-watch: its {self._name} thread is {self._capacity} windows behind; "
+                    "windows are dropped until it catches up. Use faster sinks or a longer window."
                 )
             return False
+        self._line.jobs.put((self._handle, item))
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(
+                    target=_serve, args=(self._line,), name=f"update-watch {self._name}", daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # the interpreter is ending: no more threads
+                    _serve(self._line, is_waiting=False)
+                    return True
+                self._thread = thread
         return True
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until everything handed over was handled; False when `timeout` (s) ran out first."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._queue.all_tasks_done:
-            while self._queue.unfinished_tasks:
+        with self._line.changed:
+            while self._line.waiting:
                 remaining = None if deadline is None else deadline - time.monotonic()
                 if remaining is not None and remaining <= 0:
                     return False
-                self._queue.all_tasks_done.wait(remaining)
+                self._line.changed.wait(remaining)
         return True
 
     def stop(self) -> None:
@@ -65,20 +79,33 @@ class Worker:
         with self._lock:
             thread, self._thread = self._thread, None
         if thread is not None and thread.is_alive():
-            try:
-                self._queue.put_nowait(None)
-            except queue.Full:
-                pass  # a daemon thread: it ends with the process
+            self._line.jobs.put(None)
 
-    def _run(self) -> None:
-        while True:
-            item = self._queue.get()
-            try:
-                if item is None:
-                    return
-                self._handle(item)
-            finally:
-                self._queue.task_done()
+
+class _Line:
+    """What waits for a worker's thread; all that the thread itself holds."""
+
+    def __init__(self) -> None:
+        # of the queues the one whose `put` may be called while garbage is collected
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.waiting = 0  # jobs not finished
+        self.changed = threading.Condition()
+
+
+def _serve(line: _Line, is_waiting: bool = True) -> None:
+    while is_waiting or not line.jobs.empty():
+        job = line.jobs.get()
+        if job is None:
+            return
+        handle, item = job
+        try:
+            handle(item)
+        except BaseException as error:  # one lost item, not a lost thread
+            logger.error("update-watch: a background thread met an error: %r", error, exc_info=error)
+        del job, handle, item
+        with line.changed:
+            line.waiting -= 1
+            line.changed.notify_all()
 
 
 class Sinks:
@@ -91,15 +118,19 @@ class Sinks:
         for sink in list(self._sinks):
             try:
                 sink(report)
-            except Exception as error:
+            except BaseException as error:  # SystemExit too: it would end this thread and no process
                 self._sinks.remove(sink)
                 message = f"update-watch: sink {describe(sink)} failed and is dropped: {error!r}"
                 logger.warning(message, exc_info=True)
-                # a warning turned into an error by the user's filters must not end this thread
-                try:
-                    warnings.warn(message, stacklevel=2)
-                except Warning:
-                    pass
+                warn(message)
+
+
+def warn(message: str) -> None:
+    """A warning that stays one where the user's filters turn warnings into errors: it must not end a thread or a step."""
+    try:
+        warnings.warn(message, stacklevel=3)
+    except Warning:
+        pass
 
 
 def describe(sink: Any) -> str:

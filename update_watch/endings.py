@@ -1,0 +1,114 @@
+"""A process ends or splits while watches are open: what was measured is reported, once, by the process that measured it.
+
+- The interpreter ends, also after an exception or Ctrl-C that nobody caught: open watches are closed, within `WAIT`.
+- SIGTERM, where nobody handles it: the same, and the process ends by the signal as it would have. The handler compares
+  equal to `SIG_DFL`, so that frameworks which look for an earlier handler (Lightning) find none; one that somebody
+  else has set, before or later, is left alone.
+- A fork: the child shares files and connections but has none of the threads. Its copies of the watches are closed
+  without a word, and say so if it trains.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import threading
+import time
+import weakref
+from contextlib import suppress
+from types import FrameType
+from typing import Protocol
+
+WAIT = 4.0  # seconds for all open watches
+_POLL = 0.002  # s
+
+
+class Ending(Protocol):
+    """What an open watch can do."""
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the training thread is inside one of its hooks."""
+
+    def close(self, timeout: float = ...) -> None: ...
+
+    def leave_to_parent(self) -> None:
+        """This process is a fork of the one that watches."""
+
+
+_OPEN: weakref.WeakSet[Ending] = weakref.WeakSet()
+
+
+def add(watch: Ending) -> None:
+    """Close `watch` when the process ends."""
+    _OPEN.add(watch)
+    # who registered last is called first: before the loggers that the sinks write to
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
+    _set(signal.SIG_DFL, _TERMINATE)
+
+
+def remove(watch: Ending) -> None:
+    """`watch` is closed."""
+    _OPEN.discard(watch)
+    if not _OPEN:
+        _set(_TERMINATE, signal.SIG_DFL)
+
+
+def _set(expected: object, handler: object) -> None:
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is expected:
+        with suppress(ValueError):  # not the main interpreter
+            signal.signal(signal.SIGTERM, handler)  # type: ignore[arg-type]
+
+
+def _close_all() -> None:
+    deadline = time.monotonic() + WAIT
+    for watch in list(_OPEN):
+        watch.close(max(deadline - time.monotonic(), 0.0))
+
+
+class _Terminate:
+    """The default action of SIGTERM, after the open watches are closed."""
+
+    def __init__(self) -> None:
+        self._deadline: float | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._deadline = self._deadline or time.monotonic() + WAIT / 4
+        if any(watch.is_measuring for watch in _OPEN) and time.monotonic() < self._deadline:
+            # half a step's sums are no measurement: let the hook end
+            threading.Thread(target=_send_again, name="update-watch ending", daemon=True).start()
+            return
+        # in a thread: the training thread may hold a lock that closing needs, and must not wait for ever
+        closing = threading.Thread(target=_close_all, name="update-watch ending", daemon=True)
+        closing.start()
+        closing.join(WAIT)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is signal.SIG_DFL
+
+    def __hash__(self) -> int:
+        return hash(signal.SIG_DFL)
+
+
+_TERMINATE = _Terminate()
+
+
+def _send_again() -> None:
+    time.sleep(_POLL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _after_fork() -> None:
+    watches = list(_OPEN)
+    _OPEN.clear()
+    _set(_TERMINATE, signal.SIG_DFL)
+    for watch in watches:
+        watch.leave_to_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
