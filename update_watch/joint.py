@@ -42,26 +42,32 @@ _ACCUMULATOR = (
 )
 
 
-class _Means:
-    """Weighted means under names, in a part of a vector: [weight, weight x value] each."""
+_PLACE_OF_TENSOR = {name: 2 * i for i, name in enumerate(_TENSOR)}
+_PLACE_OF_ACCUMULATOR = {name: 2 * i for i, name in enumerate(_ACCUMULATOR)}
 
-    def __init__(self, names: Sequence[str], values: Vector) -> None:
-        self._at = {name: 2 * i for i, name in enumerate(names)}
-        self._values = values
+
+class _Means:
+    """Weighted means under names, in a part of a list of numbers: weight and weight x value of each."""
+
+    __slots__ = ("_places", "_start", "_values")
+
+    def __init__(self, places: Mapping[str, int], values: list[float], start: int) -> None:
+        self._places, self._values, self._start = places, values, start
 
     def put(self, name: str, value: float | None, weight: float | None) -> None:
         if value is None or weight is None or not weight > 0 or not math.isfinite(value) or not math.isfinite(weight):
             return
-        at = self._at[name]
+        at = self._start + self._places[name]
         self._values[at] += weight
         self._values[at + 1] += weight * value
 
     def get(self, name: str) -> float | None:
-        weight, total = self._values[self._at[name] : self._at[name] + 2]
-        return float(total / weight) if weight > 0 else None
+        at = self._start + self._places[name]
+        weight = self._values[at]
+        return self._values[at + 1] / weight if weight > 0 else None
 
     def weight(self, name: str) -> float:
-        return float(self._values[self._at[name]])
+        return self._values[self._start + self._places[name]]
 
 
 def catalogue(evidence: WindowEvidence) -> list[Entry]:
@@ -133,32 +139,33 @@ class Plan:
 
     def encode(self, evidence: WindowEvidence) -> Vector:
         """A rank's own part of the sum. Tensors that are not in the plan are left out."""
-        vector = np.zeros(self.length)
+        values = [0.0] * self.length
         for tensor in evidence.tensors:
             entry = self._entries.get(_key_of(tensor))
             if entry is not None:
-                means, bins, accumulators = self._parts(vector, _key_of(tensor), entry)
-                _put_tensor(tensor, means, bins)
+                means, bins, accumulators = self._parts(values, _key_of(tensor), entry)
+                _put_tensor(tensor, means)
+                _put_histogram(tensor, values, bins)
                 if tensor.checksum is not None and tensor.part is not None:
                     ranks = self._replicas.get(_key_of(tensor), {}).get(tensor.part, [])
                     self._put_checksum(tensor.checksum, ranks, means)
                 for name, part in accumulators.items():
                     if name in tensor.accumulators:
                         _put_accumulator(tensor.accumulators[name], float(_held(tensor)), part)
-        return vector
+        return np.array(values)
 
     def decode(self, vector: Vector, own: WindowEvidence) -> WindowEvidence:
         """The evidence of all ranks. `own`: this rank's, for what is the same on all."""
-        tensors = []
+        tensors, values = [], vector.tolist()
         for key, entry in self._entries.items():
-            means, bins, accumulators = self._parts(vector, key, entry)
+            means, bins, accumulators = self._parts(values, key, entry)
             if means.weight("present"):
                 found = {
                     name: _read_accumulator(name, entry["accumulators"][name], part)
                     for name, part in accumulators.items()
                     if part.weight("present")
                 }
-                tensor = _read_tensor(self._names[key], entry, means, bins, found)
+                tensor = _read_tensor(self._names[key], entry, means, values[bins : bins + 1 + HEADROOM_BINS], found)
                 if self._has_difference(key, means):
                     tensor = dataclasses.replace(tensor, replicas_differ=True)
                 tensors.append(tensor)
@@ -176,16 +183,17 @@ class Plan:
         expected = sum(len(ranks) for ranks in self._replicas.get(key, {}).values() if len(ranks) > 1)
         return expected > 0 and means.weight("difference") == expected and means.get("difference") != 0.0
 
-    def _parts(self, vector: Vector, key: _Key, entry: Entry) -> tuple[_Means, Vector, dict[str, _Means]]:
+    def _parts(self, values: list[float], key: _Key, entry: Entry) -> tuple[_Means, int, dict[str, _Means]]:
+        """A tensor's means, where its histogram begins, and the means of its accumulators."""
         start = self._places[key]
         bins = start + 2 * len(_TENSOR)
         after = bins + 1 + HEADROOM_BINS
         size = 2 * len(_ACCUMULATOR)
         accumulators = {
-            name: _Means(_ACCUMULATOR, vector[after + i * size : after + (i + 1) * size])
+            name: _Means(_PLACE_OF_ACCUMULATOR, values, after + i * size)
             for i, name in enumerate(entry["accumulators"])
         }
-        return _Means(_TENSOR, vector[start:bins]), vector[bins:after], accumulators
+        return _Means(_PLACE_OF_TENSOR, values, start), bins, accumulators
 
 
 def _key(entry: Entry) -> _Key:
@@ -217,7 +225,7 @@ def _times(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a * b
 
 
-def _put_tensor(t: TensorEvidence, means: _Means, bins: Vector) -> None:
+def _put_tensor(t: TensorEvidence, means: _Means) -> None:
     held = float(_held(t))
     means.put("present", 1.0, 1.0)
     means.put("frozen", float(not t.trainable), 1.0)
@@ -250,9 +258,14 @@ def _put_tensor(t: TensorEvidence, means: _Means, bins: Vector) -> None:
     means.put("state_factor_steps", float(t.state_factor_steps), held if t.state_factor is not None else None)
     means.put("displacement_evidence", t.displacement_evidence, held)
     means.put("what_if", (t.what_if or {}).get("bfloat16"), wanted)
+
+
+def _put_histogram(t: TensorEvidence, values: list[float], start: int) -> None:
+    """The weight, then the bins."""
+    wanted = _times(t.numbers.wanted_fraction, float(_held(t)))
     if t.headroom_histogram is not None and wanted:
-        bins[0] += wanted
-        bins[1:] += wanted * np.asarray(t.headroom_histogram)
+        values[start] = wanted
+        values[start + 1 : start + 1 + HEADROOM_BINS] = [wanted * share for share in t.headroom_histogram]
 
 
 def _put_accumulator(a: AccumulatorEvidence, held: float, means: _Means) -> None:
@@ -271,10 +284,10 @@ def _or(value: float | None, instead: float) -> float:
 
 
 def _read_tensor(
-    name: str, entry: Entry, means: _Means, bins: Vector, accumulators: Mapping[str, AccumulatorEvidence]
+    name: str, entry: Entry, means: _Means, bins: Sequence[float], accumulators: Mapping[str, AccumulatorEvidence]
 ) -> TensorEvidence:
-    histogram = bins[1:] / bins[0] if bins[0] > 0 else None
-    headroom = None if histogram is None else median_headroom(histogram)
+    histogram = tuple(share / bins[0] for share in bins[1:]) if bins[0] > 0 else None
+    headroom = None if histogram is None else median_headroom(np.array(histogram))
     lr, what_if = _setting(means.get("lr")), means.get("what_if")
     stored = _root(means.get("stored"))
     steps, gradless = means.get("steps") or 0.0, means.get("gradless_steps") or 0.0
@@ -309,7 +322,7 @@ def _read_tensor(
         changed_fraction=means.get("changed"),
         update_ratio=_over(_root(means.get("intended")), stored),
         applied_ratio=_over(_root(means.get("applied")), stored),
-        headroom_histogram=None if histogram is None else tuple(float(x) for x in histogram),
+        headroom_histogram=histogram,
         lr=lr,
         lr_max=_setting(means.get("lr_max")),
         lr_min=_setting(means.get("lr_min")),
