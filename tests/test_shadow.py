@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import update_watch as uw
+from update_watch import shadow
 from update_watch.full_states import FullStates
 from update_watch.report import Cause, Health, Report, TensorReport
 
@@ -180,6 +181,18 @@ def test_fp32_states_need_no_copy() -> None:
     reports, _, watch = run(make, parameters(64, 2048, dtype=torch.float32), WINDOW)
     assert shown(reports) == [[None, None]]
     assert watch.copies == [None]  # type: ignore[attr-defined]
+
+
+def test_states_are_asked_for_their_format_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def ask(row: Any, state: Any) -> list[str]:
+        asked.append(row)
+        return []
+
+    monkeypatch.setattr(shadow, "short_states", ask)
+    run(lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), parameters(64), 12 * WINDOW)
+    assert len(asked) == 4  # in windows 0, 1, 3 and 7
 
 
 def test_states_that_follow_the_weight_are_left_out() -> None:
@@ -377,17 +390,17 @@ def test_a_step_costs_few_operators_however_many_tensors_there_are(options: dict
     groups = [{"params": params[:30]}, {"params": params[30:], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, **options)
     with uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=10**6) as watch:
-        shadow = next(iter(watch._watched.values())).shadow
+        running = next(iter(watch._watched.values())).shadow
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
-        assert shadow._copy is not None and len(shadow._copy.rows) == 8 and len(shadow._copy._spans) == 2
+        assert running._copy is not None and len(running._copy.rows) == 8 and len(running._copy._spans) == 2
         counted = []
         for _ in range(32):
             with torch.no_grad(), Count() as count:
-                shadow.before()
+                running.before()
             counted.append(len(count.seen))
-            shadow._copy.mark()
+            running._copy.mark()
     assert max(counted[:15]) <= 3  # gradients are taken and wait
     assert sum(counted) / len(counted) <= 30
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from update_watch.probe import Kind
 from update_watch.replay import Run, Settings, Twin
 from update_watch.rows import Row
-from update_watch.sampling import Sampler, gather, local, mask
+from update_watch.sampling import Sampler, local, mask, pack_views
 from update_watch.transfer import Batch, Part
 
 _SAMPLES = 64
@@ -251,7 +251,7 @@ class FullStates:
 
     def _gather(self, views: list[Tensor]) -> Tensor:
         n = len(self.rows)
-        return gather(views, self._samplers * (len(views) // n)).view(-1, n, _SAMPLES)
+        return pack_views(views, self._samplers).view(-1, n, _SAMPLES)
 
     def _versions(self) -> list[Any]:
         """Identity and number of writes of every state tensor looked at."""

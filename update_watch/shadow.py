@@ -37,6 +37,7 @@ logger = logging.getLogger("update_watch")
 
 _ROWS = 8
 _SPANS = 2  # with and without weight decay, say: each costs the operators of one update
+_LONGEST_PAUSE = 64  # windows
 _SAME = 1e-4  # states that do not depend on the weight differ by rounding alone
 
 
@@ -47,6 +48,7 @@ class Shadow:
         self._optimizer, self._twin, self._rng, self._found = optimizer, twin, rng, found
         self._copy: FullStates | None = None
         self._may_begin = True
+        self._rest, self._pause = 0, 1  # windows until the states are looked at again, where there was nothing to copy
 
     def before(self) -> None:
         """Advance by this step; call when gradients are final and the rule has not run."""
@@ -70,6 +72,8 @@ class Shadow:
             elif any(self._optimizer.state.get(row.param) for row in rows):
                 self._may_begin = False  # once per window
                 self._copy = _begin(self._optimizer, self._twin, rows, self._rng, self._found)
+                if self._copy is None:
+                    self._rest, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
         except Exception as error:  # noqa: BLE001  as above
             self._give_up(error)
 
@@ -84,7 +88,8 @@ class Shadow:
 
     def close_window(self, batch: Batch) -> ShadowWindow | None:
         """Hand the sums to `batch` and start new ones."""
-        self._may_begin = True
+        self._rest -= 1
+        self._may_begin = self._rest <= 0
         return None if self._copy is None else self._copy.close(batch)
 
     def _give_up(self, error: Exception) -> None:
