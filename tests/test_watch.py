@@ -574,7 +574,7 @@ BAD = [
     ({"sinks": [3]}, TypeError, r"sinks=\[3\].*takes a Report"),
     ({"thresholds": 0.1}, TypeError, r"thresholds=0\.1.*Thresholds"),
     ({"model": 7}, TypeError, r"model=7.*\(name, tensor\) pairs"),
-    ({"model": [("a", 1)]}, TypeError, r"model=\[\('a', 1\)\]: .*\(name, tensor\) pairs"),
+    ({"model": [("a", 1)]}, TypeError, r"model=\[\('a', 1\)\]\): .*\(name, tensor\) pairs"),
     ({"optimizer": []}, ValueError, "at least one torch optimizer"),
     ({"optimizer": "adam"}, TypeError, "adam|str"),
     ({"windows": 3}, TypeError, "windows"),
