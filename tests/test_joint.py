@@ -125,6 +125,19 @@ def test_an_empty_shard_weighs_nothing_and_does_not_make_it_unknown() -> None:
     assert found.numbers.efficiency == 0.5
 
 
+def test_a_tensor_without_elements_still_has_steps_and_a_group() -> None:
+    nothing = {"held": 0, "numel": 0, "shape": (0,), "measured_steps": 0}
+    (found,) = joined([tensor(optimizer_group="", **nothing)], [tensor(**nothing)])  # type: ignore[arg-type]
+    assert (found.steps, found.optimizer_group) == (8, "0/0")
+
+
+def test_what_one_rank_cannot_replay_is_known_from_the_others() -> None:
+    a = tensor(held=50, reason="its state was of another form", measured_steps=0)
+    b = tensor(held=50, numbers=Numbers(0.5, wanted_fraction=1.0, weight=1.0))
+    (found,) = joined([a], [b])
+    assert (found.reason, found.numbers.efficiency) == ("", 0.5)
+
+
 def test_what_nobody_measures_keeps_its_reason() -> None:
     (found,) = joined(*[[tensor(held=50, reason="its rule needs the whole tensor", measured_steps=0)]] * 2)
     assert found.reason == "its rule needs the whole tensor"
@@ -186,6 +199,11 @@ def test_checksums_of_different_parts_are_not_compared() -> None:
     assert not joined(*parts)[0].replicas_differ
     parts[3] = [tensor(held=50, part="1:1", checksum=7)]
     assert joined(*parts)[0].replicas_differ
+
+
+def test_differences_of_two_parts_do_not_cancel() -> None:
+    ranks = [("1:0", 5), ("1:1", 6), ("1:0", 6), ("1:1", 5)]
+    assert joined(*[[tensor(held=50, part=part, checksum=c)] for part, c in ranks])[0].replicas_differ
 
 
 def test_a_checksum_that_is_missing_accuses_nobody() -> None:

@@ -29,7 +29,7 @@ _Key = tuple[str, str, tuple[int, ...]]
 
 _NOTHING = 1e-6  # what an empty shard weighs where it is asked for its steps
 _TENSOR = (
-    *("present", "frozen", "in_optimizer", "broken", "measured", "difference"),
+    *("present", "frozen", "broken", "measured", "difference"),
     *("steps", "gradless_steps", "skipped_steps", "zero_gradient_fraction"),
     *("efficiency", "error", "displacement", "wanted", "lost", "weight", "path_weight"),
     *("changed", "intended", "applied", "stored"),
@@ -134,7 +134,8 @@ class Plan:
         known["pieces"].append(entry["numel"])
         if entry["is_held"] and not known["is_held"]:  # who holds elements of it knows more of it
             known.update({k: v for k, v in entry.items() if k != "accumulators"})
-        known["reason"] = known["reason"] or entry["reason"]
+        for field in ("reason", "group"):
+            known[field] = known[field] or entry[field]
         known["accumulators"] = {**entry["accumulators"], **known["accumulators"]}
 
     def encode(self, evidence: WindowEvidence) -> Vector:
@@ -231,7 +232,6 @@ def _put_tensor(t: TensorEvidence, means: _Means) -> None:
     means.put("frozen", float(not t.trainable), 1.0)
     means.put("broken", float(not t.finite), 1.0)
     if t.optimizer_group:
-        means.put("in_optimizer", 1.0, 1.0)
         for name in ("lr", "lr_max", "lr_min", "weight_decay"):
             means.put(name, getattr(t, name), 1.0)
         for name in ("steps", "gradless_steps", "skipped_steps"):
@@ -297,7 +297,7 @@ def _read_tensor(
         numel=entry["numel"],
         names=tuple(entry["names"]),
         layer=entry["layer"],
-        optimizer_group=entry["group"] if means.weight("in_optimizer") else "",
+        optimizer_group=entry["group"],
         shape=tuple(entry["shape"]),
         trainable=means.get("frozen") != 1.0,
         reason="" if means.weight("measured") else entry["reason"],
