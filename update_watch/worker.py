@@ -120,7 +120,9 @@ class Sinks:
                 sink(report)
             except BaseException as error:  # SystemExit too: it would end this thread and no process
                 self._sinks.remove(sink)
-                message = f"update-watch: sink {describe(sink)} failed and is dropped: {error!r}"
+                path = getattr(sink, "path", None)
+                place = "" if path is None else f" ({path})"
+                message = f"update-watch: sink {describe(sink)} failed and is dropped: {error!r}{place}"
                 logger.warning(message, exc_info=True)
                 warn(message)
 
