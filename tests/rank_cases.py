@@ -347,6 +347,32 @@ def many_faults(runs: int) -> list[dict[str, Any]]:
     return [fails_at(PLACES[i % len(PLACES)], (i // 3) % dist.get_world_size(), i % 23) for i in range(runs)]
 
 
+def one_watches_late() -> dict[str, Any]:
+    """Rank 0 watches from the start, rank 1 only when rank 0 has given up waiting; windows of 8, 32 steps."""
+    case = fsdp2(24, 41, 16)
+    reports: list[Any] = []
+    watch = None
+    with warnings.catch_warnings(record=True) as caught, mock.patch.object(ranks, "MEET", 0.5):
+        warnings.simplefilter("always")
+        if dist.get_rank() == 0:
+            watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
+        for steps, x in enumerate(case.batches(32), 1):
+            case.backward(x)
+            case.optimizer.step()
+            if steps == 16:
+                if watch is not None:
+                    watch.flush()
+                dist.barrier()
+                started = time.monotonic()
+                watch = watch or uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
+        assert watch is not None
+        watch.flush()
+        seconds = time.monotonic() - started
+        watch.close()
+    texts = [str(w.message) for w in caught if "update-watch" in str(w.message)]
+    return {"reports": len(reports), "warnings": texts, "seconds": seconds, "collectives": watch._ranks.collectives}
+
+
 def ends_without_closing() -> dict[str, Any]:
     """A window ends with the last step, and nobody waits for it."""
     case = fsdp2(24, 40, 16)
@@ -408,7 +434,7 @@ def _process(rank: int, size: int, names: list[str], folder: str, limit: int) ->
     dist.destroy_process_group()
 
 
-def launch(size: int, names: list[str], folder: Path, limit: int = 120) -> list[dict[str, Any]]:
+def launch(size: int, names: list[str], folder: Path, limit: int = 300) -> list[dict[str, Any]]:
     """Run the cases in `size` processes, for at most `limit` seconds; what each rank found."""
     mp.start_processes(_process, (size, names, str(folder), limit), nprocs=size, start_method="spawn")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is no
 
 Found = list[dict[str, Any]]
 # each list is one start of the processes
-_ON_TWO = ["fsdp2_empty", "fails_in_a_hook", "is_identical", "drifts", "fail_anywhere:2"]
+_ON_TWO = ["fsdp2_empty", "fails_in_a_hook", "is_identical", "drifts", "fail_anywhere:2", "one_watches_late"]
 _ON_TWO_TOO = [
     "ddp",
     "fsdp2_even",
@@ -122,6 +122,15 @@ def check_faults(ranks: Found, case: str, places: tuple[str, ...]) -> None:
 
 def test_where_a_rank_fails_nobody_hangs_and_training_goes_on(on_two: Found) -> None:
     check_faults(on_two, "fail_anywhere:2", PLACES[:2])
+
+
+def test_a_rank_that_does_not_watch_keeps_nobody_waiting_for_long(on_two: Found) -> None:
+    first, second = (rank["one_watches_late"] for rank in on_two)
+    assert (first["reports"], second["reports"]) == (4, 2)  # each its own shards
+    assert len(first["warnings"]) == 1 and "not all of the 2 ranks are watching" in first["warnings"][0]
+    assert second["warnings"] == []  # said once
+    assert first["seconds"] < 5 and second["seconds"] < 5
+    assert first["collectives"] == second["collectives"] == [0, 0]
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ from update_watch.joint import Entry, Plan, Vector, catalogue
 logger = logging.getLogger("update_watch")
 
 WAIT = 60.0  # seconds the ranks wait for each other, in the background
+MEET = 20.0  # seconds for a rank's first window to come; by then the others have made their watches
 _POLL = 0.02  # s
 _TRIES = 4  # exchanges for one window, or windows out of step, before the ranks stop joining
 _HEAD = ("ranks", "a", "a2", "b", "b2", "unplanned", "leaving", "leaver", "cost", "costs", "time", "skipped")
@@ -72,10 +73,10 @@ class Group:
         _OPEN.add(self)
 
     def connect(self) -> None:
-        """Wait for the other ranks. Raises _Parted when one is missing after `WAIT` seconds."""
+        """Wait for the other ranks. Raises _Parted when one is missing after `MEET` seconds."""
         import torch.distributed as dist
 
-        deadline = time.monotonic() + WAIT
+        deadline = time.monotonic() + MEET
         while (here := self._store.add("here", 0)) < self.size:
             if time.monotonic() > deadline:
                 self._store.add("here", -self.size)  # who comes later finds out at once
