@@ -183,6 +183,20 @@ def test_fp32_states_need_no_copy() -> None:
     assert watch.copies == [None]  # type: ignore[attr-defined]
 
 
+def test_a_copy_that_begins_late_begins_with_the_states_as_they_are() -> None:
+    """What they had lost by then is not known; what they lose from then on is."""
+    params = parameters(64, 2048)
+    optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.99))
+    rng = torch.Generator().manual_seed(2)
+    for _ in range(200):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=rng).to(p.dtype)
+        optimizer.step()
+    reports, _, watch = run(lambda _: optimizer, params, WINDOW, steady)
+    assert shown(reports) == [[pytest.approx(1, abs=0.02)] * 2]
+    assert watch.copies[0].steps == WINDOW - 1  # type: ignore[attr-defined]
+
+
 def test_states_are_asked_for_their_format_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
