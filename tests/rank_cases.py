@@ -347,6 +347,17 @@ def many_faults(runs: int) -> list[dict[str, Any]]:
     return [fails_at(PLACES[i % len(PLACES)], (i // 3) % dist.get_world_size(), i % 23) for i in range(runs)]
 
 
+def whole_rules() -> dict[str, str]:
+    """A rule that needs the whole tensor, on shards and on a tensor that is whole here."""
+    net = nn.ModuleList([nn.Linear(24, 40, bias=False), nn.Linear(24, 16, bias=False)]).bfloat16()
+    fully_shard(net[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    watch = uw.watch(net, torch.optim.Muon(net.parameters(), lr=1e-3), window=4)
+    (watched,) = watch._watched.values()
+    reasons = {row.names[0]: row.reason for row in watched.rows}
+    watch.close()
+    return reasons
+
+
 def one_watches_late() -> dict[str, Any]:
     """Rank 0 watches from the start, rank 1 only when rank 0 has given up waiting; windows of 8, 32 steps."""
     case = fsdp2(24, 41, 16)

@@ -14,18 +14,9 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is no
 
 Found = list[dict[str, Any]]
 # each list is one start of the processes
-_ON_TWO = ["fsdp2_empty", "fails_in_a_hook", "is_identical", "drifts", "fail_anywhere:2", "one_watches_late"]
-_ON_TWO_TOO = [
-    "ddp",
-    "fsdp2_even",
-    "fsdp2_uneven",
-    "tensor_parallel",
-    "fsdp1",
-    "zero1",
-    "pipeline",
-    "one_flushes_alone",
-    "fail_anywhere:7",
-]
+_ON_TWO = ["fsdp2_empty", "is_identical", "fails_in_a_hook", "fail_anywhere:2"]
+_SHARED = ["ddp", "fsdp2_even", "fsdp2_uneven", "tensor_parallel", "fsdp1", "zero1", "pipeline"]
+_ON_TWO_TOO = [*_SHARED, "drifts", "one_watches_late", "whole_rules", "one_flushes_alone", "fail_anywhere:7"]
 _TENSORS = {"fsdp2_uneven": 6, "fsdp2_empty": 6, "zero1": 6, "pipeline": 8}
 _ON_FOUR = ["fsdp2_uneven", "fsdp2_empty", "hybrid", "two_dimensional", "tensor_parallel", "zero1", "hybrid_drifts"]
 
@@ -63,7 +54,7 @@ def test_two_ranks_report_the_truth_of_all_elements(on_two: Found) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", _ON_TWO_TOO[:-2])
+@pytest.mark.parametrize("case", _SHARED)
 def test_two_ranks_report_the_truth_of_other_ways_to_share(on_two_too: Found, case: str) -> None:
     check(on_two_too, case)
 
@@ -99,8 +90,9 @@ def test_training_is_the_same_to_the_bit_with_and_without(on_two: Found) -> None
         assert rank["is_identical"]["moved"]
 
 
-def test_a_tensor_whose_replicas_drift_apart_is_broken_and_named(on_two: Found) -> None:
-    for rank in on_two:
+@pytest.mark.slow
+def test_a_tensor_whose_replicas_drift_apart_is_broken_and_named(on_two_too: Found) -> None:
+    for rank in on_two_too:
         assert rank["drifts"]["broken"] == [{}] + 2 * [{"layers.1.weight": "replicas_differ"}]
         assert len(rank["drifts"]["alerts"]) == 1 and "layers.1.weight" in rank["drifts"]["alerts"][0]
 
@@ -109,6 +101,13 @@ def test_a_tensor_whose_replicas_drift_apart_is_broken_and_named(on_two: Found) 
 def test_one_shard_that_differs_from_its_replica_is_enough(on_four: Found) -> None:
     for rank in on_four:
         assert rank["hybrid_drifts"]["broken"] == [{}] + 2 * [{"layers.1.weight": "replicas_differ"}]
+
+
+@pytest.mark.slow
+def test_a_rule_that_needs_the_whole_tensor_is_not_replayed_on_a_shard(on_two_too: Found) -> None:
+    for rank in on_two_too:
+        reason = "its rule needs the whole tensor, and this rank holds 480 of 960 elements"
+        assert rank["whole_rules"] == {"0.weight": reason, "1.weight": ""}
 
 
 def check_faults(ranks: Found, case: str, places: tuple[str, ...]) -> None:
@@ -124,8 +123,9 @@ def test_where_a_rank_fails_nobody_hangs_and_training_goes_on(on_two: Found) -> 
     check_faults(on_two, "fail_anywhere:2", PLACES[:2])
 
 
-def test_a_rank_that_does_not_watch_keeps_nobody_waiting_for_long(on_two: Found) -> None:
-    first, second = (rank["one_watches_late"] for rank in on_two)
+@pytest.mark.slow
+def test_a_rank_that_does_not_watch_keeps_nobody_waiting_for_long(on_two_too: Found) -> None:
+    first, second = (rank["one_watches_late"] for rank in on_two_too)
     assert (first["reports"], second["reports"]) == (4, 2)  # each its own shards
     assert len(first["warnings"]) == 1 and "not all of the 2 ranks are watching" in first["warnings"][0]
     assert second["warnings"] == []  # said once
