@@ -347,6 +347,26 @@ def many_faults(runs: int) -> list[dict[str, Any]]:
     return [fails_at(PLACES[i % len(PLACES)], (i // 3) % dist.get_world_size(), i % 23) for i in range(runs)]
 
 
+def one_closes_alone() -> dict[str, Any]:
+    """After 12 steps rank 0 closes its watch; windows of 8, 24 steps. Rank 1 closes at the end."""
+    case = fsdp2(24, 41, 16)
+    reports: list[Any] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
+        slowest = 0.0
+        for steps, x in enumerate(case.batches(24), 1):
+            case.backward(x)
+            case.optimizer.step()
+            if steps == 12 and dist.get_rank() == 0:
+                started = time.monotonic()
+                watch.close(2.0)
+                slowest = time.monotonic() - started
+        watch.close()
+    texts = [str(w.message) for w in caught if "update-watch" in str(w.message)]
+    return {"windows": [[r.window, r.step] for r in reports], "seconds": slowest, "warnings": texts}
+
+
 def whole_rules() -> dict[str, str]:
     """A rule that needs the whole tensor, on shards and on a tensor that is whole here."""
     net = nn.ModuleList([nn.Linear(24, 40, bias=False), nn.Linear(24, 16, bias=False)]).bfloat16()

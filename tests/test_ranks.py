@@ -16,7 +16,15 @@ Found = list[dict[str, Any]]
 # each list is one start of the processes
 _ON_TWO = ["fsdp2_empty", "is_identical", "fails_in_a_hook", "fail_anywhere:2"]
 _SHARED = ["ddp", "fsdp2_even", "fsdp2_uneven", "tensor_parallel", "fsdp1", "zero1", "pipeline"]
-_ON_TWO_TOO = [*_SHARED, "drifts", "one_watches_late", "whole_rules", "one_flushes_alone", "fail_anywhere:7"]
+_ON_TWO_TOO = [
+    *_SHARED,
+    "drifts",
+    "one_watches_late",
+    "one_closes_alone",
+    "whole_rules",
+    "one_flushes_alone",
+    "fail_anywhere:7",
+]
 _TENSORS = {"fsdp2_uneven": 6, "fsdp2_empty": 6, "zero1": 6, "pipeline": 8}
 _ON_FOUR = ["fsdp2_uneven", "fsdp2_empty", "hybrid", "two_dimensional", "tensor_parallel", "zero1", "hybrid_drifts"]
 
@@ -131,6 +139,15 @@ def test_a_rank_that_does_not_watch_keeps_nobody_waiting_for_long(on_two_too: Fo
     assert second["warnings"] == []  # said once
     assert first["seconds"] < 5 and second["seconds"] < 5
     assert first["collectives"] == second["collectives"] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_closes_early_reports_what_it_has_and_does_not_wait(on_two_too: Found) -> None:
+    first, second = (rank["one_closes_alone"] for rank in on_two_too)
+    assert first["windows"] == [[8, 8], [4, 12]]
+    assert second["windows"] == [[8, 8], [8, 16], [8, 24]]
+    assert first["seconds"] < 2.5
+    assert first["warnings"] == []
 
 
 @pytest.mark.slow

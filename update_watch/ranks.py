@@ -19,6 +19,8 @@ import hashlib
 import itertools
 import json
 import logging
+import math
+import os
 import time
 import warnings
 import weakref
@@ -69,6 +71,7 @@ class Group:
         self.sums = 0  # collectives that added a window up
         self.exchanges = 0
         self._pending: Any = None  # a collective that waits for other ranks
+        self.deadline = math.inf  # s, of `time.monotonic`: this rank's process or watch ends then
         self._store.add("here", 1)
         _OPEN.add(self)
 
@@ -80,6 +83,7 @@ class Group:
         while (here := self._store.add("here", 0)) < self.size:
             if time.monotonic() > deadline:
                 self._store.add("here", -self.size)  # who comes later finds out at once
+            self._check_deadline()
             if time.monotonic() > deadline or here < 0:
                 raise _Parted(
                     f"not all of the {self.size} ranks are watching. Call update_watch.watch on every rank, "
@@ -131,10 +135,15 @@ class Group:
         # not in C++: a daemon thread that comes back from there while Python shuts down brings the process down
         self._pending, pause = work, 1e-4
         while not work.is_completed():
+            self._check_deadline()
             time.sleep(pause)
             pause = min(2 * pause, _POLL)
         self._pending = None
         work.wait()  # raises if it failed
+
+    def _check_deadline(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise _Parted("this one ends, and the others are not there")
 
     def close(self) -> None:
         """Let go of the connections; a rank that still waits for this one is told at once."""
@@ -157,6 +166,16 @@ def _at_exit() -> None:
         group.close()
 
 
+def _after_fork() -> None:
+    for group in list(_OPEN):  # its threads are in the parent only
+        _keep_for_ever(group)
+    _OPEN.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class Ranks:
     """Joins windows with those of the other ranks, as long as all take part."""
 
@@ -166,6 +185,7 @@ class Ranks:
         self._of = None if isinstance(join, bool) else join
         self._group: Group | None = None
         self._is_over = join is False
+        self._is_ending = False
         self._out_of_step = 0
         self._plan, self._own = Plan(), _Own([])
         self._find()
@@ -253,6 +273,12 @@ class Ranks:
         steps = group.gather(torch.tensor([evidence.step]))
         return bool((steps != evidence.step).any()) and evidence.step == int(steps.max())
 
+    def hurry(self, seconds: float) -> None:
+        """This rank ends: wait for others no longer than this."""
+        self._is_ending = True
+        if self._group is not None:
+            self._group.deadline = time.monotonic() + seconds
+
     def leave(self) -> None:
         """This rank cannot watch any more: tell the others in the window they wait with."""
         group, was_over = self._group, self._is_over
@@ -283,7 +309,7 @@ class Ranks:
         message = f"update-watch: ranks are not joined any more, each reports what it sees itself: {reason}"
         # where every rank holds everything, nothing is missed by looking at one
         if group is None or group.rank == 0 or "rank 0 " in reason:
-            if is_partial:
+            if is_partial and not self._is_ending:
                 logger.warning(message)
                 try:
                     warnings.warn(message, stacklevel=2)

@@ -266,6 +266,7 @@ class Watch:
             self._settle(timeout)
             return
         self._closed = True
+        self._ranks.hurry(timeout / 2)
         try:
             if self._windows or any(w.window_steps for w in self._watched.values()):
                 self.flush(timeout)
