@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     "net.0.weight": [65, 40],
     "net.0.bias": [65],

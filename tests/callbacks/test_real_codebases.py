@@ -245,8 +245,10 @@ class Images(lightning.LightningModule):
         return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=8)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_resnet"])
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("vit_tiny_patch16_224", "bf16-true"), ("test_resnet", "bf16-true"), ("test_resnet", "bf16-mixed")],
+)
 def test_timms_models_in_lightning(timm: Any, name: str, precision: Any) -> None:
     torch.manual_seed(0)
     options = {"img_size": 32, "depth": 2} if name.startswith("vit") else {}
