@@ -54,8 +54,16 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"UpdateWatch({name}={value!r}) must be a whole number of at least {least}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"UpdateWatch(seed={self.seed!r}) must be a whole number")
+        for name in ("progress_bar", "print_audit"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"UpdateWatch({name}={getattr(self, name)!r}) must be True or False")
         if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"UpdateWatch(thresholds={self.thresholds!r}) must be update_watch.Thresholds or None")
+        if isinstance(self.sinks, str) or not isinstance(self.sinks, Iterable):
+            raise TypeError(f"UpdateWatch(sinks={self.sinks!r}) must be a list of sinks")
+        object.__setattr__(self, "sinks", tuple(self.sinks))
         for sink in self.sinks:
             if not callable(sink):
                 raise TypeError(f"UpdateWatch(sinks=[{sink!r}]): a sink is a callable that takes a Report")
@@ -134,7 +142,10 @@ class Session:
             self.watch = watch(names, watchable, **settings)
 
     def follow(self, optimizers: Sequence[Any]) -> None:
-        """Watch these optimizers from now on; does nothing while they are the ones that are watched."""
+        """Watch these optimizers from now on; does nothing while they are the ones that are watched.
+
+        The window that is open when they change is dropped.
+        """
         if len(optimizers) == len(self.optimizers) and all(map(_is, optimizers, self.optimizers)):
             return
         self.optimizers = list(optimizers)

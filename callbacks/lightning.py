@@ -97,9 +97,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         print_audit: bool = True,
     ) -> None:
         super().__init__()
-        self._options = Options(
-            window, samples, tuple(sinks), thresholds, averages, seed, on_stall, progress_bar, print_audit
-        )
+        self._options = Options(window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit)
         self.last: Report | None = None
         self._is_automatic = False
         self._state: dict[str, Any] = {}

@@ -78,9 +78,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         progress_bar: bool = True,
         print_audit: bool = True,
     ) -> None:
-        self._options = Options(
-            window, samples, tuple(sinks), thresholds, averages, seed, on_stall, progress_bar, print_audit
-        )
+        self._options = Options(window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit)
         self.last: Report | None = None
         self.memory: dict[str, Any] = {}
         self._session: Session | None = None

@@ -65,9 +65,15 @@ class Journal:
     def __init__(
         self, path: str | os.PathLike[str], run: Mapping[str, Any] | None = None, max_bytes: int | None = MAX_BYTES
     ) -> None:
-        if max_bytes is not None and (isinstance(max_bytes, bool) or max_bytes <= 0):
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise TypeError(f"Journal(path={path!r}) must name the file to write, such as 'run.jsonl'.")
+        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0):
             raise ValueError(
                 f"Journal(max_bytes={max_bytes!r}) must be a positive number of bytes, or None for no limit."
+            )
+        if run is not None and not isinstance(run, Mapping):
+            raise ValueError(
+                f"Journal(run=...) must be plain JSON data by name, such as {{'name': 'gpt'}}, not {run!r}."
             )
         try:
             self.run = json.loads(json.dumps(dict(run or {}), allow_nan=False))

@@ -75,10 +75,16 @@ class WandbSink:
             import wandb  # noqa: F401 here, where a missing package can still be reported to the caller
         except ImportError as error:
             raise ImportError(INSTALL_HINT) from error
-        if max_tensors < 1:
-            raise ValueError(f"WandbSink(max_tensors={max_tensors}) must be at least 1")
-        if not step_key:
-            raise ValueError("WandbSink(step_key='') must name the trainer's step, such as 'trainer/global_step'")
+        if isinstance(max_tensors, bool) or not isinstance(max_tensors, int) or max_tensors < 1:
+            raise ValueError(f"WandbSink(max_tensors={max_tensors!r}) must be a whole number of at least 1")
+        if not step_key or not isinstance(step_key, str):
+            raise ValueError(
+                f"WandbSink(step_key={step_key!r}) must name the trainer's step, such as 'trainer/global_step'"
+            )
+        if run is not None and not callable(getattr(run, "log", None)):
+            raise TypeError(
+                f"WandbSink(run={run!r}) must be a W&B run, as wandb.init() gives, or None for the active one"
+            )
         self._run = run
         self._step_key = step_key
         self._max_tensors = max_tensors

@@ -355,7 +355,10 @@ def test_a_disabled_run_takes_everything_in_silence(caplog: pytest.LogCaptureFix
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"max_tensors": 0}, r"max_tensors=0\) must be at least 1"), ({"step_key": ""}, "must name the trainer's step")],
+    [
+        ({"max_tensors": 0}, r"max_tensors=0\) must be a whole number of at least 1"),
+        ({"step_key": ""}, "must name the trainer's step"),
+    ],
     ids=["max_tensors", "step_key"],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
