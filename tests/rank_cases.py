@@ -354,17 +354,16 @@ def one_closes_alone() -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
-        slowest = 0.0
+        told = 0
         for steps, x in enumerate(case.batches(24), 1):
             case.backward(x)
             case.optimizer.step()
             if steps == 12 and dist.get_rank() == 0:
-                started = time.monotonic()
-                watch.close(2.0)
-                slowest = time.monotonic() - started
+                watch.close(4.0)
+                told = len(reports)
         watch.close()
     texts = [str(w.message) for w in caught if "update-watch" in str(w.message)]
-    return {"windows": [[r.window, r.step] for r in reports], "seconds": slowest, "warnings": texts}
+    return {"windows": [[r.window, r.step] for r in reports], "told": told, "warnings": texts}
 
 
 def whole_rules() -> dict[str, str]:

@@ -13,6 +13,7 @@ from tests.rank_cases import PLACES, launch
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is not built in")
 
 Found = list[dict[str, Any]]
+HANGS = 30  # seconds: half of what ranks wait for each other
 # each list is one start of the processes
 _ON_TWO = ["fsdp2_empty", "is_identical", "fails_in_a_hook", "fail_anywhere:2"]
 _SHARED = ["ddp", "fsdp2_even", "fsdp2_uneven", "tensor_parallel", "fsdp1", "zero1", "pipeline"]
@@ -122,7 +123,7 @@ def check_faults(ranks: Found, case: str, places: tuple[str, ...]) -> None:
     for rank in ranks:
         for run, place in zip(rank[case], places, strict=True):
             assert run["steps"] == 24, place
-            assert run["seconds"] < 10, place
+            assert run["seconds"] < HANGS, place
             assert not run["joining"], place
             assert 1 <= run["joined"] <= 3, place
 
@@ -137,7 +138,7 @@ def test_a_rank_that_does_not_watch_keeps_nobody_waiting_for_long(on_two_too: Fo
     assert (first["reports"], second["reports"]) == (4, 2)  # each its own shards
     assert len(first["warnings"]) == 1 and "not all of the 2 ranks are watching" in first["warnings"][0]
     assert second["warnings"] == []  # said once
-    assert first["seconds"] < 5 and second["seconds"] < 5
+    assert first["seconds"] < HANGS and second["seconds"] < HANGS
     assert first["collectives"] == second["collectives"] == [0, 0]
 
 
@@ -146,7 +147,7 @@ def test_a_rank_that_closes_early_reports_what_it_has_and_does_not_wait(on_two_t
     first, second = (rank["one_closes_alone"] for rank in on_two_too)
     assert first["windows"] == [[8, 8], [4, 12]]
     assert second["windows"] == [[8, 8], [8, 16], [8, 24]]
-    assert first["seconds"] < 2.5
+    assert first["told"] == 2  # when close() returned
     assert first["warnings"] == []
 
 
@@ -167,7 +168,7 @@ def test_a_rank_that_fails_ends_the_joining_in_the_same_window(on_two: Found) ->
     assert failed["joined"] == other["joined"] == 2
     assert failed["steps"] == other["steps"] == 40  # training went on
     assert failed["reports"] == 2 and other["reports"] == 5  # the other goes on with what it sees
-    assert other["seconds"] < 5
+    assert other["seconds"] < HANGS
     assert [w for w in other["warnings"] if "rank 1 of 2 stopped watching" in w] == other["warnings"]
     assert len(failed["warnings"]) == 1 and "planted" in failed["warnings"][0]
 
