@@ -660,13 +660,24 @@ class TellAtEnd(Callback):
 
 
 @pytest.mark.slow
-def test_ranks_stop_together(tmp_path: Path) -> None:
-    watch = UpdateWatch(window=4, on_stall="stop", thresholds=FAST, print_audit=False)
+def test_ranks_stop_together_with_a_checkpoint_and_one_of_them_prints(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watch = UpdateWatch(window=4, on_stall="stop", thresholds=FAST)
     fitted = trainer(
-        callbacks=[watch, TellAtEnd(tmp_path)], devices=2, strategy="ddp_spawn", max_epochs=100, precision="bf16-true"
+        callbacks=[watch, TellAtEnd(tmp_path), ModelCheckpoint(tmp_path / "checkpoints", save_top_k=0)],
+        enable_checkpointing=True,
+        devices=2,
+        strategy="ddp_spawn",
+        max_epochs=100,
+        precision="bf16-true",
     )
     torch.manual_seed(0)
     fitted.fit(Module(lr=LOW))
     first, second = ((tmp_path / str(rank)).read_text().split() for rank in (0, 1))
     assert first[0] == second[0] and int(first[0]) < 600
     assert first[2] == second[2] == "0"
+    (path,) = (tmp_path / "checkpoints").glob("stalled-step=*.ckpt")
+    stored = torch.load(path, weights_only=True)
+    assert stored["global_step"] == int(first[0]) and stored["callbacks"]["UpdateWatch"]
+    assert capfd.readouterr().out.count("update-watch:") == 1

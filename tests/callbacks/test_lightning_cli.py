@@ -98,6 +98,15 @@ def test_command_line_sets_options(cli: Cli, name: str) -> None:
     assert (watch_of(made)._options.window, watch_of(made)._options.on_stall) == (7, "raise")
 
 
+def test_on_stall_may_name_a_function(cli: Cli) -> None:
+    made = cli(
+        "--trainer.logger=false",
+        "--trainer.callbacks+=UpdateWatch",
+        "--trainer.callbacks.on_stall=test_lightning_cli.keep",
+    )
+    assert watch_of(made)._options.on_stall is keep
+
+
 @pytest.mark.parametrize("option", ["window=0", "window=many", "on_stall=explode", "thresholds.stalled=7"])
 def test_a_wrong_option_is_refused_with_its_name(cli: Cli, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises((SystemExit, ValueError)) as caught:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_models import FullComparison
 from torch import Tensor, nn
 
 from update_watch.callbacks._stall import StalledError
@@ -107,11 +108,27 @@ def test_gradient_accumulation_counts_updates(train: Train) -> None:
     assert [(r.step, r.window) for r in watch.reports] == [(4, 4), (8, 4)]
 
 
+class Full(TrainerCallback):  # type: ignore[misc]
+    """Compares every element of every step."""
+
+    def __init__(self) -> None:
+        self.comparison = FullComparison()
+
+    def on_pre_optimizer_step(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        self.comparison.before(optimizer.optimizer)
+
+    def on_optimizer_step(self, *_: Any, optimizer: Any, model: Any, **__: Any) -> None:
+        self.comparison.after(optimizer.optimizer, {id(p): name for name, p in model.named_parameters()})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_training_is_bit_identical_with_and_without(train: Train, dtype: torch.dtype, accumulate: int) -> None:
+def test_the_report_equals_the_full_comparison_and_training_is_bit_identical(
+    train: Train, dtype: torch.dtype, accumulate: int
+) -> None:
     states = []
-    for callbacks in ([], [Watched()]):
+    watch, full = Watched(window=128), Full()
+    for callbacks in ([], [watch, full]):
         model = Model(dtype)
         optimizer = inner(train(model, *callbacks, gradient_accumulation_steps=accumulate))
         tensors = [torch.as_tensor(v) for state in optimizer.state.values() for v in state.values()]
@@ -119,27 +136,12 @@ def test_training_is_bit_identical_with_and_without(train: Train, dtype: torch.d
     assert len(states[0]) == len(states[1]) > 18
     assert all(map(torch.equal, *states))
 
-
-def test_weights_loaded_in_bfloat16_lose_what_a_full_comparison_says_they_lose(train: Train) -> None:
-    class Full(TrainerCallback):  # type: ignore[misc]
-        """Elements of the norm's weight that moved, of 12 steps; all of them were to move."""
-
-        def __init__(self) -> None:
-            self.changed = self.total = 0
-
-        def on_pre_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-            self.before = model.net[1].weight.detach().clone()
-
-        def on_optimizer_step(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
-            self.changed += int((model.net[1].weight != self.before).sum())
-            self.total += self.before.numel()
-
-    watch, full = Watched(window=128), Full()
-    train(Model(torch.bfloat16), watch, full, learning_rate=2e-3)
     (report,) = watch.reports
-    norm = next(t for t in report.tensors if t.name == "net.1.weight")
-    assert 0 < full.changed < full.total
-    assert norm.lost_fraction == pytest.approx(1 - full.changed / full.total, abs=0.03)
+    assert {t.name for t in report.tensors} == set(full.comparison.sums) and len(report.tensors) == 6
+    for t in report.tensors:
+        assert t.efficiency == pytest.approx(full.comparison.efficiency(t.name), abs=0.03), t.name
+        assert t.lost_fraction == pytest.approx(full.comparison.lost_fraction(t.name), abs=0.03), t.name
+    assert (min(t.efficiency or 0.0 for t in report.tensors) < 0.5) == (dtype == torch.bfloat16)
 
 
 def test_nothing_stays_attached_after_training(train: Train) -> None:
@@ -229,6 +231,24 @@ def test_audit_is_printed_once(train: Train, capsys: pytest.CaptureFixture[str])
     train(Model(torch.bfloat16), UpdateWatch(window=4), learning_rate=LOW)
     out = capsys.readouterr().out
     assert out.count("update-watch:") == 1 and "nothing in their formats will stall" not in out
+
+
+@pytest.mark.slow
+def test_the_trainers_wandb_run_gets_everything_on_its_axis(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    watch = Watched()
+    train(Model(), watch, report_to="wandb")
+    assert wandb.run is not None
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert summary["train/global_step"] == watch.reports[-1].step == 12
+    assert summary["update_watch/efficiency"] == pytest.approx(watch.reports[-1].efficiency)
+    assert {"update_watch/heatmap", "update_watch/worst_tensor", "update_watch/audit_health"} <= set(summary)
+    assert "trainer/global_step" not in summary
 
 
 # --- on_stall --------------------------------------------------------------------------------------------
