@@ -6,7 +6,7 @@
 | Hugging Face's Trainer | `from update_watch.callbacks.transformers import UpdateWatch` |
 | Fabric, Accelerate, plain torch | `update_watch.watch(model, optimizer)` |
 
-No trainer is imported before the name is asked for.
+No trainer is imported before the name is asked for. `StalledError` is what `on_stall="raise"` raises.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from update_watch.callbacks._stall import StalledError
     from update_watch.callbacks.lightning import UpdateWatch
 
-__all__ = ["UpdateWatch"]
+__all__ = ["StalledError", "UpdateWatch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,6 +25,10 @@ def __getattr__(name: str) -> Any:
         from update_watch.callbacks.lightning import UpdateWatch
 
         return UpdateWatch
+    if name == "StalledError":
+        from update_watch.callbacks._stall import StalledError
+
+        return StalledError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

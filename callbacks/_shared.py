@@ -41,6 +41,7 @@ class Options:
     on_stall: OnStall
     progress_bar: bool
     print_audit: bool
+    check_replicas: bool
 
     def __post_init__(self) -> None:
         if self.on_stall not in ("warn", "stop", "raise") and not callable(self.on_stall):
@@ -56,7 +57,7 @@ class Options:
                 raise ValueError(f"UpdateWatch({name}={value!r}) must be a whole number of at least {least}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"UpdateWatch(seed={self.seed!r}) must be a whole number")
-        for name in ("progress_bar", "print_audit"):
+        for name in ("progress_bar", "print_audit", "check_replicas"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"UpdateWatch({name}={getattr(self, name)!r}) must be True or False")
         if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
@@ -70,7 +71,7 @@ class Options:
 
     def for_watch(self) -> dict[str, Any]:
         """Keyword arguments of `update_watch.watch`."""
-        names = ("window", "samples", "sinks", "thresholds", "seed")
+        names = ("window", "samples", "sinks", "thresholds", "seed", "check_replicas")
         return {name: getattr(self, name) for name in names}
 
 

@@ -72,13 +72,15 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         sinks: functions that take a `Report`, called on a background thread of rank 0.
         thresholds: limits of the verdicts and alerts; None for the defaults.
         averages: further averaged models by name, as a module or as the path of an attribute of the LightningModule;
-            with its decay where the module does not tell, as in {"ema": ("ema", 0.999)}. Those of Lightning's WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging are found without it.
+            with its decay where the module does not tell, as in {"ema": ("ema", 0.999)}. Those of Lightning's
+            WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging are found without it.
         seed: of the choice of samples. No global random state is used.
         on_stall: what to do when a tensor stalls. "warn": log it, nothing else. "stop": save a checkpoint and end the
             run in good order. "raise": raise StalledError. A function: called with the Report on rank 0, in the
             training thread; the run is stopped as with "stop" when it returns True.
         progress_bar: show `efficiency` and `stalled` in the progress bar.
         print_audit: print once, when training begins, what will stall, or that nothing will.
+        check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
 
     Attributes:
         last: the last Report, or None; on rank 0, also after fit. Processes that `fit` spawns keep theirs.
@@ -95,9 +97,12 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         on_stall: OnStall = "warn",
         progress_bar: bool = True,
         print_audit: bool = True,
+        check_replicas: bool = False,
     ) -> None:
         super().__init__()
-        self._options = Options(window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit)
+        self._options = Options(
+            window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit, check_replicas
+        )
         self.last: Report | None = None
         self._is_automatic = False
         self._state: dict[str, Any] = {}

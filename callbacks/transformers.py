@@ -60,6 +60,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
             training thread; the run is stopped as with "stop" when it returns True.
         progress_bar: add `efficiency` and `stalled` to the lines the Trainer prints.
         print_audit: print once, when training begins, what will stall, or that nothing will.
+        check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
 
     Attributes:
         last: the last Report, or None; on rank 0, also after training.
@@ -77,8 +78,11 @@ class UpdateWatch(TrainerCallback, ExportableState):
         on_stall: OnStall = "warn",
         progress_bar: bool = True,
         print_audit: bool = True,
+        check_replicas: bool = False,
     ) -> None:
-        self._options = Options(window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit)
+        self._options = Options(
+            window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit, check_replicas
+        )
         self.last: Report | None = None
         self.memory: dict[str, Any] = {}
         self._session: Session | None = None
@@ -168,7 +172,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         With `restore_callback_states_from_checkpoint=True` the Trainer makes a new callback from this, without sinks,
         thresholds, averages and functions, which no checkpoint can hold.
         """
-        names = ("window", "samples", "seed", "on_stall", "progress_bar", "print_audit")
+        names = ("window", "samples", "seed", "on_stall", "progress_bar", "print_audit", "check_replicas")
         args = {name: getattr(self._options, name) for name in names}
         if callable(args["on_stall"]):
             args["on_stall"] = "warn"

@@ -29,8 +29,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner.tuning import Tuner
 from lightning_models import Module, everything, same, trainer
 
-from update_watch.callbacks import UpdateWatch
-from update_watch.callbacks._stall import StalledError
+from update_watch.callbacks import StalledError, UpdateWatch
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,7 @@ trainer:
         on_stall: stop
         progress_bar: false
         print_audit: false
+        check_replicas: true
 model:
   batches: 10
 """
@@ -80,11 +82,24 @@ def test_yaml_sets_every_option_and_the_run_uses_them(cli: Cli, tmp_path: Path) 
     watch = watch_of(cli(f"--config={tmp_path / 'config.yaml'}", run=True))
     options = watch._options
     assert (options.window, options.samples, options.seed, options.on_stall) == (5, 64, 3, "stop")
-    assert (options.progress_bar, options.print_audit) == (False, False)
+    assert (options.progress_bar, options.print_audit, options.check_replicas) == (False, False, True)
     assert options.thresholds == Thresholds(stalled=0.05, minimum_steps=2)
     assert options.averages == {"ema": ["twin", 0.5]}
     assert [report.window for report in KEPT] == [5, 5] and watch.last == KEPT[-1]
     assert "average:ema" in KEPT[-1].tensors[0].accumulators
+
+
+def test_the_yaml_and_the_options_of_the_docs_are_true(cli: Cli, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "lightning.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "config.yaml").write_text(block)
+    options = watch_of(cli("--trainer.logger=false", f"--config={tmp_path / 'config.yaml'}"))._options
+    assert (options.window, options.on_stall, options.averages) == (64, "stop", {"ema": ["twin", 0.999]})
+    assert options.thresholds == Thresholds(stalled=0.05)
+
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| .{20,} \|$", text, re.MULTILINE)
+    parameters = inspect.signature(UpdateWatch).parameters.values()
+    assert rows == [(p.name, repr(p.default).replace("'", '"')) for p in parameters]
 
 
 @pytest.mark.parametrize("name", ["update_watch.callbacks.UpdateWatch", "UpdateWatch"], ids=["path", "short-name"])

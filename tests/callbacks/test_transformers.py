@@ -12,7 +12,7 @@ import torch
 from lightning_models import FullComparison
 from torch import Tensor, nn
 
-from update_watch.callbacks._stall import StalledError
+from update_watch.callbacks import StalledError
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 
