@@ -7,6 +7,7 @@ where the training comes to its end.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -95,6 +96,22 @@ def run_hanging_sink(folder: Path, steps: int, sinks: list[Any]) -> None:
         time.sleep(3600)
 
     run_bare(folder, steps, [*sinks, hang])
+
+
+def run_signal_in_hook(folder: Path, steps: int, sinks: list[Any]) -> None:
+    """SIGTERM comes while the watch is in the middle of measuring step 12."""
+    from update_watch.watched import Watched
+
+    after = Watched.after
+
+    def interrupted(self: Any, measured: Any) -> None:
+        if self.window_steps == 3 and self.steps == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        after(self, measured)
+
+    Watched.after = interrupted  # type: ignore[method-assign]
+    run_bare(folder, steps, sinks)
 
 
 def run_forking(folder: Path, steps: int, sinks: list[Any]) -> None:

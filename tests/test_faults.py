@@ -84,6 +84,13 @@ def test_sigterm_reports_the_open_window_and_ends_the_process_by_the_signal(tmp_
 
 
 @pytest.mark.slow
+def test_a_sigterm_that_comes_while_a_step_is_measured_waits_for_its_measurement(tmp_path: Path) -> None:
+    status, err, _ = end(start(tmp_path, "signal_in_hook", 100))
+    assert status == -signal.SIGTERM, err
+    assert [(r.step, r.window) for r in windows(tmp_path)] == [(8, 8), (12, 4)]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["bare", "context"])
 def test_sigint_reports_the_open_window_and_ends_in_keyboard_interrupt(tmp_path: Path, how: str) -> None:
     process = start(tmp_path, how, 100_000)
