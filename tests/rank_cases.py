@@ -361,9 +361,12 @@ def one_closes_alone() -> dict[str, Any]:
             if steps == 12 and dist.get_rank() == 0:
                 watch.close(4.0)
                 told = len(reports)
+        started = time.monotonic()
+        watch.flush()
+        seconds = time.monotonic() - started
         watch.close()
     texts = [str(w.message) for w in caught if "update-watch" in str(w.message)]
-    return {"windows": [[r.window, r.step] for r in reports], "told": told, "warnings": texts}
+    return {"windows": [[r.window, r.step] for r in reports], "seconds": seconds, "told": told, "warnings": texts}
 
 
 def whole_rules() -> dict[str, str]:

@@ -136,8 +136,8 @@ def test_where_a_rank_fails_nobody_hangs_and_training_goes_on(on_two: Found) -> 
 def test_a_rank_that_does_not_watch_keeps_nobody_waiting_for_long(on_two_too: Found) -> None:
     first, second = (rank["one_watches_late"] for rank in on_two_too)
     assert (first["reports"], second["reports"]) == (4, 2)  # each its own shards
-    assert len(first["warnings"]) == 1 and "not all of the 2 ranks are watching" in first["warnings"][0]
-    assert second["warnings"] == []  # said once
+    for rank in (first, second):  # either may be the one that is not there to say it
+        assert len(rank["warnings"]) == 1 and "not all of the 2 ranks are watching" in rank["warnings"][0]
     assert first["seconds"] < HANGS and second["seconds"] < HANGS
     assert first["collectives"] == second["collectives"] == [0, 0]
 
@@ -148,6 +148,7 @@ def test_a_rank_that_closes_early_reports_what_it_has_and_does_not_wait(on_two_t
     assert first["windows"] == [[8, 8], [4, 12]]
     assert second["windows"] == [[8, 8], [8, 16], [8, 24]]
     assert first["told"] == 2  # when close() returned
+    assert second["seconds"] < HANGS and len(second["warnings"]) == 1
     assert first["warnings"] == []
 
 

@@ -24,6 +24,7 @@ import os
 import time
 import warnings
 import weakref
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +40,7 @@ logger = logging.getLogger("update_watch")
 WAIT = 60.0  # seconds the ranks wait for each other, in the background
 MEET = 20.0  # seconds for a rank's first window to come; by then the others have made their watches
 _POLL = 0.02  # s
+_LOOK = 1.0  # s between two looks whether another rank has given up
 _TRIES = 4  # exchanges for one window, or windows out of step, before the ranks stop joining
 _HEAD = ("ranks", "a", "a2", "b", "b2", "unplanned", "leaving", "leaver", "cost", "costs", "time", "skipped")
 _COUNT = itertools.count()  # watches of this process: the n-th of one rank joins the n-th of the others
@@ -82,7 +84,7 @@ class Group:
         deadline = time.monotonic() + MEET
         while (here := self._store.add("here", 0)) < self.size:
             if time.monotonic() > deadline:
-                self._store.add("here", -self.size)  # who comes later finds out at once
+                self._store.add("here", -2 * self.size)  # who comes later finds out at once
             self._check_deadline()
             if time.monotonic() > deadline or here < 0:
                 raise _Parted(
@@ -98,6 +100,7 @@ class Group:
 
     def sum(self, vector: Vector) -> Vector:
         """The sum of all ranks' vectors, the same bits on every rank."""
+        self._check_others()
         total = torch.from_numpy(vector.copy())
         self._finish(self._backend.allreduce([total]))
         self.sums += 1
@@ -134,8 +137,12 @@ class Group:
     def _finish(self, work: Any) -> None:
         # not in C++: a daemon thread that comes back from there while Python shuts down brings the process down
         self._pending, pause = work, 1e-4
+        look = time.monotonic() + _LOOK
         while not work.is_completed():
             self._check_deadline()
+            if time.monotonic() > look:
+                self._check_others()
+                look = time.monotonic() + _LOOK
             time.sleep(pause)
             pause = min(2 * pause, _POLL)
         self._pending = None
@@ -145,12 +152,25 @@ class Group:
         if time.monotonic() > self.deadline:
             raise _Parted("this one ends, and the others are not there")
 
+    def _check_others(self) -> None:
+        """Raise _Parted if one has given up. Its connections may still be open."""
+        try:
+            is_over = self._store.check(["over"])
+        except RuntimeError:  # the process that holds the store has ended
+            return
+        if is_over:
+            raise _Parted("another one has ended or given up waiting")
+
     def close(self) -> None:
-        """Let go of the connections; a rank that still waits for this one is told at once."""
+        """Let go of the connections; a rank that still waits for this one is told."""
         _OPEN.discard(self)
         backend, self._backend = self._backend, None
-        if backend is not None and self._pending is not None and not self._pending.is_completed():
-            _keep_for_ever(backend)  # its end would wait for the other ranks
+        if backend is None:
+            return
+        if self._pending is not None and not self._pending.is_completed():
+            _keep_for_ever(backend)  # its end would wait for the other ranks, and nothing else breaks the connection
+            with suppress(RuntimeError):
+                self._store.set("over", "1")
 
 
 _OPEN: weakref.WeakSet[Group] = weakref.WeakSet()
@@ -308,7 +328,8 @@ class Ranks:
             group.close()
         message = f"update-watch: ranks are not joined any more, each reports what it sees itself: {reason}"
         # where every rank holds everything, nothing is missed by looking at one
-        if group is None or group.rank == 0 or "rank 0 " in reason:
+        rank = torch.distributed.get_rank() if group is None else group.rank
+        if rank in _speakers(reason):
             if is_partial and not self._is_ending:
                 logger.warning(message)
                 try:
@@ -317,6 +338,13 @@ class Ranks:
                     pass
                 return
         logger.info(message)
+
+
+def _speakers(reason: str) -> tuple[int, ...]:
+    """The ranks that warn: the first that is certainly there."""
+    if "stopped watching" not in reason:
+        return (0, 1)  # the first may be the one that is gone
+    return (1,) if reason.startswith("rank 0 ") else (0,)
 
 
 class _Own:
