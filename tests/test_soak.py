@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from update_watch.dashboards.journal import Journal, read_journal
+from update_watch.report import Cause, Health, Report, TensorReport
+
 SOAK = Path(__file__).resolve().parents[1] / "bench" / "soak.py"
 
 
@@ -33,3 +36,26 @@ def test_many_windows_leave_memory_flat_and_the_disk_within_its_limit(tmp_path: 
     assert found["stalled_windows"] > 1_000  # the run is not one in which nothing happens
     assert 0 < found["alerts"] == found["alerts_kept"]
     assert found["remembered_bytes"] < 20_000
+
+
+def test_a_journal_stays_within_its_limit_where_joined_windows_are_longer_than_single_ones(tmp_path: Path) -> None:
+    """Every sixteenth window is bad and long; a joined one is as its worst."""
+    path, limit, largest = tmp_path / "j.jsonl", 600_000, 0
+    journal = Journal(path, max_bytes=limit)
+    for n in range(1, 3001):
+        bad = n % 16 == 0
+        tensors = tuple(
+            TensorReport(
+                f"w{i}",
+                Health.stalled if bad else Health.healthy,
+                Cause.weight_rounding if bad else None,
+                f"Updates of w{i} are rounded away in window {n}. " * 40 if bad else "",
+                efficiency=0.01 if bad else 1.0,
+            )
+            for i in range(8)
+        )
+        journal(Report(8 * n, 8, Health.stalled if bad else Health.healthy, "", tensors))
+        largest = max(largest, path.stat().st_size)
+    journal.close()
+    assert limit - 30_000 < largest <= limit + 20_000  # one window more, then it is thinned
+    assert sum(report.window for report in read_journal(path)) == 24_000
