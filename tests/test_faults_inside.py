@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import resource
+import signal
 import threading
 import time
 import warnings
@@ -22,6 +23,7 @@ import torch
 from watch_nets import Net, train
 
 import update_watch as uw
+from update_watch import endings
 from update_watch.dashboards.journal import Journal, read_journal
 from update_watch.report import Health, Report
 from update_watch.worker import Worker
@@ -139,6 +141,13 @@ def test_windows_behind_a_sink_that_hangs_are_bounded_counted_and_warned_of_once
     assert worker.wait(10) and seen == list(range(8))
     assert worker.put(50) and worker.wait(10) and seen[-1] == 50  # it has caught up
     worker.stop()
+    go.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strict = Worker("sink", hanging, capacity=2)
+        assert [strict.put(n) for n in range(4)] == [True, True, False, False]  # and nothing is raised
+    go.set()
+    strict.stop()
 
 
 def test_where_warnings_are_errors_an_overflow_ends_neither_training_nor_the_thread() -> None:
@@ -159,6 +168,33 @@ def test_where_warnings_are_errors_an_overflow_ends_neither_training_nor_the_thr
         watch.close(30)
     assert seen[:3] == [1, 2, 3] and 60 <= len(seen) < 90
     assert len(seen) + watch._post.dropped == 90
+
+
+# --- signals -------------------------------------------------------------------------------------------
+
+
+def test_the_handler_of_sigterm_passes_for_the_default_and_goes_with_the_last_watch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(endings, "_OPEN", weakref.WeakSet())
+    earlier = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    model = Net()
+    optimizer = adamw(model)
+    try:
+        with uw.watch(model, optimizer), uw.watch(model, optimizer) as second:
+            found = signal.getsignal(signal.SIGTERM)
+            assert found is not signal.SIG_DFL
+            assert found in (None, signal.SIG_DFL)  # how Lightning asks whether there is one
+            second.close()
+            assert signal.getsignal(signal.SIGTERM) is found
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        theirs = lambda *_: None  # noqa: E731
+        signal.signal(signal.SIGTERM, theirs)
+        with uw.watch(model, optimizer):
+            assert signal.getsignal(signal.SIGTERM) is theirs
+        assert signal.getsignal(signal.SIGTERM) is theirs
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 # --- clocks --------------------------------------------------------------------------------------------
