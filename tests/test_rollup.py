@@ -7,7 +7,8 @@ from evidence_samples import accumulator, histogram, tensor, window
 
 from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import TensorEvidence
-from update_watch.report import Health, LayerReport, Report
+from update_watch.report import Cause, Health, LayerReport, Report, TensorReport
+from update_watch.rollup import headline
 from update_watch.thresholds import Thresholds
 
 GONE = {"lost": 1.0, "headroom_histogram": histogram(-8, -7)}
@@ -151,3 +152,12 @@ def test_a_common_word_is_told_only_where_it_tells_the_bad_from_the_good() -> No
     assert ", all those with 'norm' in their name:" in headline("l0.norm1.weight", "l0.norm2.weight", "norm.bias")
     assert " in their name" not in headline("l1.attn.bias", "l0.mlp.bias", "l2.mlp.weight")
     assert " in their name" not in headline("l0.norm1.weight")
+
+
+def test_tensors_that_did_not_begin_together_are_given_the_range_of_their_steps() -> None:
+    def stalled_since(name: str, step: int) -> TensorReport:
+        return TensorReport(name, Health.stalled, Cause.weight_rounding, dtype="bfloat16", since_step=step)
+
+    tensors = [stalled_since("a.w", 551), stalled_since("b.w", 1), TensorReport("c.w", Health.healthy)]
+    assert headline(tensors).startswith("2 of 3 tensors are stalled since steps 1 to 551: ")
+    assert headline(tensors[:1] * 2).startswith("2 of 2 tensors are stalled since step 551: ")

@@ -71,6 +71,8 @@ def _group(health: Health, cause: Cause | None, members: list[TensorReport], ten
     count = f"{len(members)} of {plural(len(tensors), 'tensor')} {'is' if len(members) == 1 else 'are'} {health}"
     since = [t.since_step for t in members if t.since_step is not None]
     when = f" since step {min(since)}" if since else ""
+    if since and max(since) > min(since):  # they did not begin together
+        when = f" since steps {min(since)} to {max(since)}"
     trait = _trait(members, tensors)
     if cause is None:
         return f"{count}{when}{trait}"
