@@ -142,7 +142,7 @@ def test_the_headline_tells_since_when() -> None:
     diagnosis.judge(window(healthy("a.w"), healthy("b.w")))
     diagnosis.judge(window(stalled("a.w"), healthy("b.w"), step=256))
     found = diagnosis.judge(window(stalled("a.w"), stalled("b.w"), step=384))
-    assert found.headline.startswith("2 of 2 tensors are stalled since step 129: ")
+    assert found.headline.startswith("2 of 2 tensors are stalled since steps 129 to 257: ")
 
 
 def test_a_common_word_is_told_only_where_it_tells_the_bad_from_the_good() -> None:
