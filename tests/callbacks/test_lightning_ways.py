@@ -52,23 +52,25 @@ def test_a_compiled_lightning_module_is_watched_under_its_plain_names() -> None:
 
 def test_an_optimizer_replaced_in_the_middle_of_a_batch_is_watched_from_its_second_step() -> None:
     class Replace(Callback):
-        batches = 0
+        backwards = 0
 
         def on_before_backward(self, trainer: Any, *_: Any) -> None:
-            self.batches += 1
-            if self.batches == 5:
+            self.backwards += 1
+            if self.backwards == 9:  # the first of the fifth batch
                 trainer.strategy.setup_optimizers(trainer)
 
     class Manual(Module):
         def training_step(self, batch: Any, batch_idx: int) -> None:
-            self.manual_backward(self.loss(0, batch))
-            optimizer = self.optimizers()
-            optimizer.step()  # type: ignore[union-attr]
-            optimizer.zero_grad()  # type: ignore[union-attr]
+            for _ in range(2):
+                self.manual_backward(self.loss(0, batch))
+                optimizer = self.optimizers()
+                optimizer.step()  # type: ignore[union-attr]
+                optimizer.zero_grad()  # type: ignore[union-attr]
 
     watch, reports = keep(window=128)
     trainer(callbacks=[Replace(), watch]).fit(Manual(manual=True))
-    assert windows(reports) == [(11, 7)]  # the four steps of the old one belong to a window that never ended
+    # the eight steps of the old one belong to a window that never ended
+    assert windows(reports) == [(11, 15)]
 
 
 def test_a_step_that_the_scaler_skips_is_no_stall_and_changes_nothing() -> None:

@@ -251,7 +251,7 @@ class Images(lightning.LightningModule):
 )
 def test_timms_models_in_lightning(timm: Any, name: str, precision: Any) -> None:
     torch.manual_seed(0)
-    options = {"img_size": 32, "depth": 2} if name.startswith("vit") else {}
+    options = {"img_size": 32, "depth": 2, "embed_dim": 96} if name.startswith("vit") else {}
     module = Images(timm.create_model(name, pretrained=False, num_classes=4, **options), lr=1e-4)
     start = {key: w.to(torch.bfloat16) if precision == "bf16-true" else w for key, w in weights(module).items()}
     watch = UpdateWatch(window=WINDOW, print_audit=False)
