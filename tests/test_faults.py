@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,3 +184,16 @@ def test_data_loader_workers_begun_in_mid_window_disturb_nothing(tmp_path: Path,
     assert [r.step for r in windows(tmp_path)] == [8, 16, 24]
     headers = [line for line in (tmp_path / "journal.jsonl").read_text().splitlines() if "header" in line[:20]]
     assert len(headers) == 1 and json.loads(headers[0])["schema"] == 1
+
+
+def test_every_row_of_the_table_names_tests_that_exist() -> None:
+    rows = [line for line in (HERE.parent / "docs" / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    sources = {path.name: path.read_text() for path in HERE.rglob("test_*.py")}
+    named = 0
+    for row in rows:
+        file = ""
+        for place, name in re.findall(r"`(test_\w+\.py|\.\.\.)::(test_\w+)`", row):
+            file = file if place == "..." else place
+            assert f"def {name}(" in sources[file], name
+            named += 1
+    assert named > 30

@@ -24,8 +24,9 @@ from watch_nets import Net, train
 
 import update_watch as uw
 from update_watch import endings
+from update_watch.alerts import Alerts
 from update_watch.dashboards.journal import Journal, read_journal
-from update_watch.report import Health, Report
+from update_watch.report import Health, Report, TensorReport
 from update_watch.worker import Worker
 
 
@@ -222,6 +223,25 @@ def test_a_clock_that_is_set_back_or_forth_changes_no_verdict_and_no_alert(tmp_p
         assert (a.step, a.window, a.health, a.headline) == (b.step, b.window, b.health, b.headline)
         assert [(x.level, x.title, x.tensors) for x in a.alerts] == [(x.level, x.title, x.tensors) for x in b.alerts]
     assert any(r.alerts for r in steady)
+
+
+def test_alerts_of_a_time_that_is_still_to_come_hold_nothing_back() -> None:
+    now = [2e9]
+    alerts = Alerts(uw.Thresholds(alerts_per_hour=1), lambda: now[0])
+
+    def told(*healths: Health) -> list[tuple[str, ...]]:
+        cause = uw.Cause.weight_rounding
+        tensors = (TensorReport(f"w{i}", h, None if h is Health.healthy else cause) for i, h in enumerate(healths))
+        report = alerts.update(Report(1, 1, Health.stalled, "", tuple(tensors)))
+        return [alert.tensors for alert in report.alerts]
+
+    assert told(Health.stalled, Health.healthy) == [("w0",)]
+    now[0] = 1e9
+    assert told(Health.stalled, Health.stalled) == [("w1",)]  # the budget of this hour
+    now[0] -= 1e6
+    assert told(Health.healthy, Health.stalled) == [("w0",)]  # recovered
+    now[0] -= 1e6
+    assert told(Health.stalled, Health.stalled) == [("w0",)]  # and not cooling down
 
 
 # --- several watches, and what they leave behind -----------------------------------------------------------
