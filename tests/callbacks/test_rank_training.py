@@ -26,7 +26,7 @@ _FOUND: dict[str, list[dict[str, Any]]] = {}
 def run(kind: str, folder: Path) -> list[dict[str, Any]]:
     if kind not in _FOUND:
         command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("rank_training.py")), kind, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "Traceback" not in done.stderr and "update-watch:" not in done.stderr, done.stderr[-3000:]
         _FOUND[kind] = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
