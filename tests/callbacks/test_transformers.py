@@ -234,17 +234,14 @@ def test_audit_is_printed_once(train: Train, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_the_trainers_wandb_run_gets_everything_on_its_axis(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_trainers_wandb_run_gets_everything_on_its_axis(train: Train, tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb")
-    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
+    # the Trainer uses a run that is there
+    run = wandb.init(mode="offline", dir=tmp_path, project="p", settings=wandb.Settings(silent=True, console="off"))
     watch = Watched()
     train(Model(), watch, report_to="wandb")
-    assert wandb.run is not None
-    summary = dict(wandb.run.summary)
-    wandb.finish()
+    summary = dict(run.summary)
+    run.finish()
     assert summary["train/global_step"] == watch.reports[-1].step == 12
     assert summary["update_watch/efficiency"] == pytest.approx(watch.reports[-1].efficiency)
     assert {"update_watch/heatmap", "update_watch/worst_tensor", "update_watch/audit_health"} <= set(summary)
