@@ -105,6 +105,7 @@ GOOD_OPTIONS: dict[str, Any] = {
     "on_stall": "warn",
     "progress_bar": True,
     "print_audit": True,
+    "check_replicas": False,
 }
 
 
