@@ -76,12 +76,22 @@ def _by_value(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[
     masters = list(free.values())
     # the whole list in the model's order is worth more than the values of zeros and ones
     in_order = len(masters) == len(left) and all(map(_is_copy, masters, left))
+    pairs: list[tuple[Tensor, Tensor]] = []
     for i, master in enumerate(masters):
         alike = [left[i]] if in_order else [param for param in left if _is_copy(master, param)]
         rivals = 1 if in_order or len(alike) != 1 else sum(_is_copy(other, alike[0]) for other in masters)
         if len(alike) == 1 and rivals == 1:
-            found.names[id(free.pop(id(master)))] = names[id(alike[0])]
-            found.instead[id(alike[0])] = ""
+            pairs.append((master, alike[0]))
+    # zeros and ones are found in any model: they count beside values that are not
+    if in_order or not all(_is_constant(param) for _, param in pairs):
+        for master, param in pairs:
+            found.names[id(free.pop(id(master)))] = names[id(param)]
+            found.instead[id(param)] = ""
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    values = local(tensor.detach()).reshape(-1)
+    return bool((values == values[0]).all())
 
 
 def _is_copy(master: Any, param: Tensor) -> bool:
