@@ -107,61 +107,8 @@ def test_an_ordinary_optimizer_of_some_parameters_has_no_masters() -> None:
 
 
 def test_ones_alone_do_not_make_an_optimizer_that_of_the_model() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8))
-    other = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.RMSNorm(8))
+    model = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8))
+    other = nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8))
     found = find_in(model, list(other.parameters()))
-    assert found.names == {}
-    assert all("not known" in found.instead[id(p)] for p in model.parameters())
-
-
-def test_megatrons_parameters_name_their_masters() -> None:
-    model = nn.Linear(6, 4).bfloat16()
-    shards = [torch.randn(12, requires_grad=True), torch.randn(2, requires_grad=True)]
-    for p, shard in zip(model.parameters(), shards, strict=True):
-        p.main_param = shard  # type: ignore[attr-defined]
-    found = find_in(model, shards)
-    assert found.names == {id(shards[0]): ("weight",), id(shards[1]): ("bias",)}
-    assert set(found.instead.values()) == {""}
-
-
-def test_deepspeeds_partition_is_named_by_what_it_holds() -> None:
-    model = nn.Linear(6, 4).bfloat16()
-    flat = torch.randn(28, requires_grad=True)
-    for p, start in zip(model.parameters(), (0, 24), strict=True):
-        p._hp_mapping = SimpleNamespace(hp_fragment=flat.detach()[start : start + p.numel()])  # type: ignore[attr-defined]
-    found = find_in(model, [flat])
-    assert found.names == {id(flat): ("weight .. bias (2 parameters in one partition)", "weight", "bias")}
-    assert all("flat partition" in reason for reason in found.instead.values())
-
-
-def test_parameters_behind_an_unknown_partition_are_unknown_and_not_idle() -> None:
-    model = Net(torch.bfloat16)
-    flat = torch.randn(100, requires_grad=True)
-    optimizer = torch.optim.AdamW([flat], lr=1e-3)
-    with uw.watch(model, optimizer, window=8) as watch:
-        for _ in range(8):
-            flat.grad = torch.randn(100)
-            optimizer.step()
-        report = watch.flush()
-    assert report is not None
-    found = {t.name: (str(t.health), str(t.cause), t.advice) for t in report.tensors}
-    assert found.pop("group0.param0")[0] == "healthy"
-    assert len(found) == 4
-    for health, cause, advice in found.values():
-        assert (health, cause) == ("unknown", "not_replayable")
-        assert "steps other tensors than the model's" in advice
-
-
-def test_an_ordinary_optimizer_of_some_parameters_has_no_masters() -> None:
-    model = Net()
-    assert find_in(model, list(model.parameters())[:2]) == ({}, {})
-
-
-def test_ones_alone_do_not_make_an_optimizer_that_of_the_model() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.RMSNorm(8))
-    other = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.RMSNorm(8))
-    found = masters.find(
-        list(model.named_parameters()), names_of(model), torch.optim.SGD(other.parameters(), lr=0.1)
-    )
     assert found.names == {}
     assert found.instead and all(found.instead.values())
