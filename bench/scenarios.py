@@ -371,6 +371,52 @@ def healthy_stochastic_rounding_of_torchao() -> Run:
     return Run(model, optimizer, trainer(model, optimizer), windows=6)
 
 
+class SplitSGD(torch.optim.Optimizer):
+    """SGD on weights split in two: the parameter holds the upper 16 bits of the FP32 value, a buffer the lower ones."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.dtype is not BF16:
+                    p.sub_(p.grad.float(), alpha=group["lr"])
+                    continue
+                state = self.state[p]
+                if "mantissa" not in state:
+                    state["mantissa"] = torch.zeros_like(p, dtype=torch.uint16)
+                upper = p.view(torch.int16).to(torch.int32) << 16
+                whole = (upper | state["mantissa"].to(torch.int32)).view(torch.float32) - group["lr"] * p.grad.float()
+                bits = whole.view(torch.int32)
+                state["mantissa"].copy_((bits & 0xFFFF).to(torch.uint16))
+                p.copy_((bits & ~0xFFFF).view(torch.float32))
+
+
+@scenario
+def healthy_split_weights() -> Run:
+    model = Net().to(BF16)
+    optimizer = SplitSGD(model.parameters(), lr=0.02)
+    return Run(model, optimizer, trainer(model, optimizer), windows=8)
+
+
+@scenario
+def norms_at_one_in_fp16() -> Run:
+    model = Net().to(torch.float16)
+    optimizer = adamw(model.parameters(), lr=1e-4, eps=1e-4)
+
+    def step(_: int) -> None:
+        x = torch.randn(16, 40)
+        model.zero_grad()
+        (model(x) - x.roll(1, -1)).pow(2).mean().mul(1024).backward()  # the loss is scaled; Adam does not mind
+        optimizer.step()
+
+    return Run(model, optimizer, step, planted={"norm.weight": Cause.weight_rounding})
+
+
 @scenario
 def healthy_lora_b_from_zero() -> Run:
     class Lora(nn.Module):
