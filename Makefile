@@ -37,6 +37,8 @@ bench: $(STAMP)
 	$(PY) bench/overhead.py
 	$(PY) bench/truth.py
 	$(PY) bench/coverage.py
+	$(PY) bench/scenarios.py
+	$(PY) bench/ranks.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-out
