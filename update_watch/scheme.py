@@ -45,7 +45,7 @@ def find_scheme(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int)
     if fmt.mantissa_bits >= formats.FP32.mantissa_bits:
         return Scheme("plain")
     device = torch.device("cpu")
-    lr = fmt.epsilon / 32
+    lr = fmt.epsilon / 37  # no power of two: a carrier would be empty just after so many steps
     try:
         with undisturbed(optimizer, device):
             for _ in range(_TRIES):
