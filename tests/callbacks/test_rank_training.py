@@ -42,7 +42,7 @@ def test_both_ranks_report_all_of_the_model_and_one_tells_it(kind: str, tmp_path
     assert all(t["efficiency"] is not None for t in first["report"]["tensors"])
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "zero1", "transformers"])
+@pytest.mark.parametrize("kind", ["fsdp2", "zero1"])  # the HF Trainer gives each rank other batches
 def test_what_is_shared_does_not_change_the_numbers(kind: str, tmp_path: Path) -> None:
     """DDP holds all elements on both ranks; the same training with shards gives the same numbers."""
     for name in ("ddp", kind):
