@@ -65,7 +65,7 @@ def test_straying_is_for_one_step() -> None:
     sampler.redraw(rng)
     home = sampler.view(values).clone()
     for _ in range(3):
-        sampler.stray(rng)
+        sampler.stray()
         assert not torch.equal(sampler.view(values), home)
     sampler.settle()
     assert torch.equal(sampler.view(values), home)

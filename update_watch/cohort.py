@@ -9,7 +9,6 @@ Legend: A accumulators (0 the weight, then states), n rows, K samples.
 
 from __future__ import annotations
 
-import random
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from update_watch.tally import Tally
 from update_watch.twin_copy import ReplayError
 
 _HEADROOM_EVERY = 8  # measured steps between two looks at headroom and decay: they change slowly
-_PATH_EVERY = 8  # measured steps between two at the window's own positions; these are full steps
+_PATH_EVERY = 8  # of so many measured steps one is at the window's own positions; it is a full step
 _FULL_EVERY = 2  # measured steps between two in which states and gradients are compared and not weights alone
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 _WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
@@ -48,6 +47,7 @@ class Snapshot:
     __slots__ = (
         "after",
         "before_AnK",
+        "counts_all",
         "full",
         "grad_nK",
         "held",
@@ -62,6 +62,7 @@ class Snapshot:
     def __init__(self, held: Tensor, live: list[bool], spans: list[Span], settings: Settings | None) -> None:
         self.held, self.live, self.spans, self.settings = held, live, spans, settings
         self.full = self.path = self.look = False
+        self.counts_all = True
         self.after: Tensor | None = None
         self.before_AnK: Tensor | None = None
         self.intended_AnK: Tensor | None = None  # the replayed values
@@ -71,14 +72,22 @@ class Snapshot:
 class Cohort:
     """Rows of one optimizer on one device, measured together."""
 
-    def __init__(self, optimizer: Optimizer, twin: Twin, rows: list[Row], samples: int, rng: random.Random) -> None:
-        self._rng = rng
+    def __init__(self, optimizer: Optimizer, twin: Twin, rows: list[Row], samples: int) -> None:
         self.optimizer, self.twin, self.rows, self.samples = optimizer, twin, rows, samples
         self.device = local(rows[0].param).device
         self.samplers = [row.sampler for row in rows if row.sampler is not None]
         carriers = {row.scheme.carrier for row in rows if row.scheme.carrier}
         self.states = sorted(carriers.union(*(row.rule.element_states for row in rows)))
         self._slots = {name: 1 + i for i, name in enumerate(self.states)}
+        # rows that count at the path's positions too: [n, 1], or true or false for all of them
+        self._counts = [row.is_whole or row.rule.kind is Kind.whole for row in rows]
+        self._counts_n1: Tensor | bool = all(self._counts)
+        if any(self._counts) and not all(self._counts):
+            self._counts_n1 = torch.zeros(len(rows), 1, dtype=torch.bool, device=self.device)
+            for i, counts in enumerate(self._counts):
+                if counts:
+                    self._counts_n1[i].fill_(True)
+        self._moving = [sampler for sampler in self.samplers if not sampler.is_whole]
         self._zero = torch.zeros((), device=self.device)
         self._zeros = [
             self._zero.to(local(row.param).dtype).expand(row.sampler.view_shape) for row in rows if row.sampler
@@ -92,7 +101,7 @@ class Cohort:
         self._formats = _format_runs(rows)
         # states that hold what rounding took from the weight (Kahan summation): the stored value is their sum
         self._carriers = [(i, row.scheme.carrier) for i, row in enumerate(rows) if row.scheme.carrier]
-        self._steps = 0  # measured in this window, those that are still to be added included
+        self.steps = 0  # measured in this window, those that are still to be added included
         self._can_wait = twin.can_wait and all(row.rule.kind is Kind.elementwise for row in rows)
         self.open_window()
 
@@ -103,7 +112,7 @@ class Cohort:
         if old is not None:
             # a decay far below one step of the format shows only over many windows: they are pooled, the old ones less
             self.tally.decay_5n.copy_(old.decay_5n).mul_(_DECAY_MEMORY)
-        self._steps = 0
+        self.steps = 0
         self.live_steps = [0] * len(self.rows)
         self.full_steps = [0] * len(self.rows)
         self.gradless_steps = [0] * len(self.rows)
@@ -112,10 +121,11 @@ class Cohort:
 
     def before(self) -> Snapshot:
         """Gather; call when gradients are final and the rule has not run."""
-        steps = self._steps
-        path = steps % _PATH_EVERY == 0
+        steps = self.steps
+        # not always the same one of eight: some parameters are trained in every eighth step only
+        path = steps % _PATH_EVERY == 6 * (steps // _PATH_EVERY) % _PATH_EVERY
         # a path over the window needs the same elements again; all other sums gain from other elements
-        self._move(None if path else self._rng)
+        self._move(path)
         states = self._states()
         grads = [row.param.grad for row in self.rows]
         for row, state in zip(self.rows, states, strict=True):
@@ -132,6 +142,8 @@ class Cohort:
         settings = self.twin.settings({self.rows[span.start].group for span in spans}) if can_wait else None
         snapshot = Snapshot(held, live, spans, settings)
         snapshot.path = path
+        # the path's elements are met in many steps: in the sums they would outweigh all others
+        snapshot.counts_all = not path or steps == 0
         snapshot.full = not self.states or steps % _FULL_EVERY == 0
         snapshot.look = steps == 0 or steps % _HEADROOM_EVERY == _HEADROOM_EVERY - 1
         if not all(live):
@@ -147,12 +159,15 @@ class Cohort:
         if snapshot.full or self._carriers:
             views += self._state_views(self._states())
         snapshot.after = pack_views(views, self.samplers)
-        self._steps += 1
+        self.steps += 1
         return snapshot.settings is not None
 
-    def _move(self, rng: random.Random | None) -> None:
-        for row in self.rows:
-            row.move(rng)
+    def _move(self, path: bool) -> None:
+        for sampler in self._moving:
+            if path:
+                sampler.settle()
+            else:
+                sampler.stray()
 
     # --- now or some steps later -------------------------------------------------------------------
 
@@ -179,6 +194,7 @@ class Cohort:
             grad_nK if full else None,
             mask_nK,
             path=snapshot.path,
+            counted=snapshot.counts_all or self._counts_n1,
         )
         if snapshot.look:
             intended_nK = intended_AnK[0]
@@ -187,8 +203,9 @@ class Cohort:
             for rows, fmt in self._formats:
                 self.tally.add_headroom(before_AnK[0], intended_nK, rows, fmt)
         for i, is_live in enumerate(live):
-            self.live_steps[i] += is_live
-            self.full_steps[i] += is_live and full
+            if is_live and (snapshot.counts_all or self._counts[i]):
+                self.live_steps[i] += 1
+                self.full_steps[i] += full
 
     def _replay(self, snapshot: Snapshot, states: list[dict[str, Any]] | None) -> None:
         held_AnK = self._widened(snapshot.held)
@@ -208,7 +225,7 @@ class Cohort:
 
     def pack(self) -> Tensor:
         """The window's sums in one vector on the device; see `tally.Sums`."""
-        self._move(None)
+        self._move(path=True)
         return self.tally.pack(gather(self._weight_views(), self.samplers), self._formats)
 
     # --- gathering ------------------------------------------------------------------------------

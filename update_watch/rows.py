@@ -76,14 +76,10 @@ class Row:
         if problem and not self.reason:
             self.reason = problem
 
-    def move(self, rng: random.Random | None) -> None:
-        """Look at positions of this one step (`rng`), or at those of the window again (None)."""
-        if self.sampler is None or self.sampler.is_whole:
-            return
-        if rng is None:
-            self.sampler.settle()
-        else:
-            self.sampler.stray(rng)
+    @property
+    def is_whole(self) -> bool:
+        """All its elements are looked at, in every measured step."""
+        return self.sampler is not None and self.sampler.is_whole
 
 
 def why_unknown(param: Tensor, rule: Rule) -> str:

@@ -74,6 +74,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_BLOCK = 16  # neighbours: a whole sector of memory in 16-bit formats
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill the unit interval most evenly
+
+
 class Sampler:
     """The sample positions of one parameter.
 
@@ -83,12 +87,14 @@ class Sampler:
     """
 
     __slots__ = (
+        "_base",
         "_block",
         "_blocks",
         "_kept",
         "_numel",
         "_offset",
-        "_row",
+        "_phase",
+        "_reach",
         "_shape",
         "_step",
         "_strides",
@@ -105,45 +111,48 @@ class Sampler:
         self.size = min(samples, self._numel)
         self._shape = tuple(param.shape)
         self._strides = param.stride()
-        self._row = self._shape[-1] if self._shape else 1
-        self._block = max(b for b in range(1, math.isqrt(samples) + 1) if samples % b == 0)
+        self._block = max(b for b in range(1, min(math.isqrt(samples), _BLOCK) + 1) if samples % b == 0)
         self._blocks = samples // self._block
-        self._offset, self._step = 0, 1
-        self._kept = 0, 1
         self.is_whole = self._numel <= samples
         self.view_shape = (self._numel,) if self.is_whole else (self._blocks, self._block)
-        self._view_strides: tuple[int, ...] = (1,)
+        self._step = 1 if self.is_whole else _distance(self._numel, self._row_length(), self._blocks, self._block)
+        self._view_strides = (1,) if self.is_whole else (self._step, 1)
+        self._base, self._reach = 0, 1  # offsets from `_base` on, so many of them
+        self._offset = self._kept = 0
+        self._phase = 0.0
         self.redraw(None)
+
+    def _row_length(self) -> int:
+        """Elements of the dimension that lies contiguous in memory."""
+        return next((n for n, stride in zip(self._shape, self._strides, strict=True) if stride == 1 and n > 1), 1)
 
     def redraw(self, rng: random.Random | None) -> None:
         """Choose new positions; `rng=None` gives the evenly spread ones."""
         if self.is_whole:
             return
-        room = self._numel - self._block
-        step = max(room // max(self._blocks - 1, 1), 1)
-        if rng is not None and self._blocks > 1:
-            step = max(int(step * (1 - 0.25 * rng.random())), min(step, self._block))
-        # a distance that shares factors with the row length would visit the same few columns
-        for candidate in range(step, max(step - 16, 0), -1):
-            if math.gcd(candidate, self._row) == 1:
-                step = candidate
-                break
-        slack = room - (self._blocks - 1) * step
-        self._offset = int((slack + 1) * rng.random()) if rng is not None else slack // 2
-        self._kept = self._offset, step
-        self.settle()
+        room = self._numel - (self._blocks - 1) * self._step - self._block + 1
+        # as many offsets as let each element between two blocks be met equally often
+        self._reach = min(self._step + self._block - 1, room)
+        spare = room - self._reach
+        self._base = spare // 2 if rng is None else rng.randint(0, spare)
+        self._phase = 0.5 if rng is None else rng.random()
+        self._kept = self._base + int((0.5 if rng is None else rng.random()) * self._reach)
+        self._offset = self._kept
 
-    def stray(self, rng: random.Random) -> None:
-        """Look at other positions for now: which updates are lost differs by element and hardly by step."""
-        kept = self._kept
-        self.redraw(rng)
-        self._kept = kept
+    def stray(self) -> None:
+        """Look at other positions for now. Which updates are lost differs by element and hardly by step.
+
+        Straying again and again sweeps the tensor: after any number of steps all elements were met about equally often,
+        and after `reach / B` steps each was. Where a few elements make most of a tensor's update (the rows of frequent
+        tokens), positions drawn at random would meet them too often or too seldom.
+        """
+        if not self.is_whole:
+            self._phase = (self._phase + _GOLDEN) % 1.0
+            self._offset = self._base + int(self._phase * self._reach)
 
     def settle(self) -> None:
         """Back to the positions of the last `redraw`."""
-        if not self.is_whole:
-            self._offset, self._step = self._kept
-            self._view_strides = (self._step, 1)
+        self._offset = self._kept
 
     def view(self, tensor: Tensor) -> Tensor:
         """Samples of a tensor with this parameter's shape.
@@ -179,6 +188,27 @@ class Sampler:
         flat = tensor.as_strided((span,), (1,), tensor.storage_offset())
         picked = flat.index_select(0, address)
         return picked if self.is_whole else picked.view(self._blocks, self._block)
+
+
+def _distance(numel: int, row: int, blocks: int, block: int) -> int:
+    """Elements between the beginnings of two blocks.
+
+    Large enough to span the tensor; within that, the blocks begin in different columns, evenly spread: a distance that
+    shares factors with the row length would visit the same few columns.
+    """
+    most = max((numel - 2 * block) // blocks, block)
+    least = max(most - most // 32, block)
+    if row == 1 or most == least:
+        return most
+    shift = round(_GOLDEN * row)
+    while math.gcd(shift, row) != 1:
+        shift += 1
+    distance = most - (most - shift) % row
+    if distance >= least:
+        return distance
+    tried = range(most, least - 1, -max((most - least) // 64, 1))
+    coprime = [d for d in tried if math.gcd(d, row) == 1] or [most]
+    return min(coprime, key=lambda d: abs(abs(d % row / row - 0.5) - (_GOLDEN - 0.5)))
 
 
 def gather(views: Sequence[Tensor], samplers: Sequence[Sampler]) -> Tensor:

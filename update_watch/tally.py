@@ -63,8 +63,11 @@ class Tally:
         nonzero_nK: Tensor | None,
         mask_nK: Tensor | None,
         path: bool = True,
+        counted: Tensor | bool = True,
     ) -> None:
         """Add one step; to the path as well if it is at the positions the path is of.
+
+        `counted`: which rows are added to the sums, all, none, or where a [n, 1] tensor is true.
 
         `intended_AnK` is the replayed value. It is overwritten with the intended update, `after_AnK` with anything.
         `nonzero_nK`: gradients other than zero; None for a step that is not full (then A is 1). `mask` is 0 for
@@ -91,6 +94,14 @@ class Tally:
             if present > 1:
                 self._state_path_2SnJ[0].add_(applied_AnK[1:, :, ::_THIN])
                 self._state_path_2SnJ[1].add_(intended_AnK[1:, :, ::_THIN])
+        if counted is False:
+            return
+        if isinstance(counted, Tensor):
+            zero = intended_AnK.new_zeros(())
+            intended_AnK = torch.where(counted, intended_AnK, zero)
+            applied_AnK = torch.where(counted, applied_AnK, zero)
+            before_AnK = torch.where(counted, before_AnK, zero)
+            nonzero_nK = None if nonzero_nK is None else nonzero_nK & counted
         scale_An1 = self._scale_An1[:present]
         d, a = intended_AnK * scale_An1, applied_AnK.mul_(scale_An1)
         products = torch.empty(SHRINK, *d.shape, device=self.device)

@@ -26,6 +26,7 @@ from update_watch.windows import CohortWindow, RowFacts
 # Up to so many tensors are measured in every step. More are split into cohorts that take turns, so that the cost of a step
 # stops growing; with 8 cohorts every tensor is still measured in an eighth of the steps.
 _ALL = 16
+_FEW = 8  # so many times the samples where the whole model has no more tensors than that: there is time for them
 _COHORT = 8
 _MAX_COHORTS = 8
 _MAX_TURNS = 16
@@ -48,7 +49,7 @@ class Watched:
         self.optimizer, self.index = optimizer, index
         self.steps = 0  # seen since attached
         self.window_steps = 0
-        self._names, self._samples, self._rng, self._found = names, samples, rng, found
+        self._names, self._asked, self._rng, self._found = names, samples, rng, found
         self._members: list[Tensor] = []
         self._lrs: dict[int, list[float]] = {}
         self._twin_error = ""
@@ -69,6 +70,7 @@ class Watched:
         self._members = _members(self.optimizer)
         label = f"optimizer{self.index}." if self.index else ""
         lived = {id(row.param): row.lived for row in getattr(self, "rows", [])}
+        self._samples = self._asked * (_FEW if len(self._names) <= _ALL else 1)
         self.rows = build_rows(self.optimizer, self._names, self._samples, label, self._found)
         for row in self.rows:
             row.lived = lived.get(id(row.param), 0)
@@ -84,7 +86,7 @@ class Watched:
                 continue
             turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT)) if len(rows) > _ALL else 1
             self.cohorts += [
-                Cohort(self.optimizer, self._twin, rows[k::turns], self._samples, self._rng) for k in range(turns)
+                Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)
             ]
         self.redraw()
 
@@ -166,7 +168,7 @@ class Watched:
         in_cohort: set[int] = set()
         self._add_waiting()
         for cohort in self.cohorts:
-            if cohort.tally.steps == 0:
+            if cohort.steps == 0:
                 continue
             facts = tuple(self._facts(cohort, i) for i in range(len(cohort.rows)))
             in_cohort.update(id(row) for row in cohort.rows)
@@ -208,7 +210,7 @@ class Watched:
         rates = tuple(row.rates.get(name) for name in cohort.states)
         evidence = dataclasses.replace(
             self._identity(row),
-            steps=cohort.tally.steps,
+            steps=cohort.steps,
             gradless_steps=cohort.gradless_steps[i],
             accumulators=_counters(row, state),
         )
