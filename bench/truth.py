@@ -1,6 +1,6 @@
 """Sampled numbers against the full comparison of all elements in FP64, tensor by tensor, over one window.
 
-    python bench/truth.py [--quick]
+    python bench/truth.py [--quick] [--seed N] [--blocks N]
 
 A small byte-level language model on text that Python ships, weights in BF16 or FP16, compute in FP32. The full side clones
 every weight, gradient and state before each step and applies the rule to all elements in FP64 by formulas of its own. Exit
@@ -28,14 +28,14 @@ Full = dict[str, list[float]]
 
 
 class Model(nn.Module):
-    """Embedding, two blocks of norm and MLP, norm, head; stored low, computed in FP32."""
+    """Embedding, blocks of norm and MLP, norm, head; stored low, computed in FP32."""
 
-    def __init__(self) -> None:
+    def __init__(self, blocks: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, WIDTH)
-        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(3))
-        self.up = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH) for _ in range(2))
-        self.down = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH) for _ in range(2))
+        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(blocks + 1))
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH) for _ in range(blocks))
+        self.down = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH) for _ in range(blocks))
         self.head = nn.Linear(WIDTH, 256, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
@@ -46,7 +46,7 @@ class Model(nn.Module):
             h = F.rms_norm(x, (WIDTH,), norm.weight.float())
             h = F.gelu(F.linear(h, up.weight.float(), up.bias.float()))
             x = x + F.linear(h, down.weight.float(), down.bias.float())
-        return F.linear(F.rms_norm(x, (WIDTH,), self.norms[2].weight.float()), self.head.weight.float())
+        return F.linear(F.rms_norm(x, (WIDTH,), self.norms[-1].weight.float()), self.head.weight.float())
 
 
 def adamw(p: Tensor, g: Tensor, s: dict[str, Any], h: dict[str, Any]) -> Tensor:
@@ -84,13 +84,11 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
 }
 
 
-def compare(
-    case: str, dtype: torch.dtype, lr: float, steps: int, seed: int = 0, samples: int = 256
-) -> list[tuple[float, str]]:
+def compare(case: str, dtype: torch.dtype, lr: float, given: argparse.Namespace) -> list[tuple[float, str]]:
     """Differences of efficiency and lost fraction, the largest first."""
     make, rule = CASES[case]
-    torch.manual_seed(seed)
-    model = Model().to(dtype)
+    torch.manual_seed(given.seed)
+    model = Model(given.blocks).to(dtype)
     optimizer = make(model.parameters(), lr)
     # Adam's eps and small second moments are zero in FP16: as in real FP16 training, the loss is scaled (Adam does not mind)
     is_adam_in_fp16 = dtype is torch.float16 and "betas" in optimizer.defaults and "eps" in optimizer.defaults
@@ -103,16 +101,20 @@ def compare(
     full: Full = {name: [0.0] * 4 for name in names}
 
     def train() -> None:
+        nonlocal scale
         at = torch.randint(0, len(text) - CONTEXT - 1, (BATCH,))
         batch = torch.stack([text[i : i + CONTEXT + 1] for i in at])
         optimizer.zero_grad()
         (scale * F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())).backward()
+        if not all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()):
+            scale /= 2  # as a scaler does: the step is skipped
+            train()
 
     for _ in range(20):  # past the first steps, which are all alike
         train()
         optimizer.step()
-    watch = uw.watch(model, optimizer, window=10**9, seed=seed, samples=samples)
-    for _ in range(steps):
+    watch = uw.watch(model, optimizer, window=10**9, seed=given.seed, samples=given.samples)
+    for _ in range(given.steps):
         train()
         before = {n: p.detach().double().clone() for n, p in names.items()}
         intended = {}
@@ -122,7 +124,7 @@ def compare(
         optimizer.step()
         for name, p in names.items():
             applied, d = p.detach().double() - before[name], intended[name]
-            wanted = d != 0
+            wanted = (before[name] + d).float() != before[name]  # what not even FP32 would move is not lost by the format
             for i, part in enumerate((applied * d, d * d, wanted.double(), (wanted & (applied == 0)).double())):
                 full[name][i] += float(part.sum())
     report = watch.flush()
@@ -145,6 +147,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0, help="of training and of the sample positions")
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--blocks", type=int, default=2, help="of the model; more than 2 are measured in turns")
     arguments = parser.parse_args()
     logging.getLogger("update_watch").setLevel(logging.CRITICAL)  # the alerts are not the point here
     torch.set_num_threads(1)
@@ -155,7 +158,7 @@ def main() -> int:
     for case in CASES:
         for dtype in dtypes:
             for lr in rates:
-                difference, where = compare(case, dtype, lr, arguments.steps, arguments.seed, arguments.samples)[0]
+                difference, where = compare(case, dtype, lr, arguments)[0]
                 worst = max(worst, difference)
                 print(f"{case:14} {str(dtype)[6:]:9} {lr:7.0e} {difference:19.4f}  {where}", flush=True)
     print(f"worst {worst:.4f}, bar {BAR}")
