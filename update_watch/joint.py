@@ -86,13 +86,21 @@ def catalogue(evidence: WindowEvidence) -> list[Entry]:
             "is_held": bool(_held(t) and t.optimizer_group),
             "is_plain": t.held is None,
             "part": t.part,
-            "accumulators": {
+            "accumulators": _foreseen(t)
+            | {
                 name: {"dtype": a.dtype, "reason": a.reason, "rate": a.rate, "note": a.note}
                 for name, a in t.accumulators.items()
             },
         }
         for t in evidence.tensors
     ]
+
+
+def _foreseen(tensor: TensorEvidence) -> dict[str, Any]:
+    """Decay is reported once enough of it was to be seen, at another window for each tensor: one plan is made for all."""
+    if not tensor.weight_decay or not _held(tensor) or tensor.dtype not in ("bfloat16", "float16"):
+        return {}
+    return {"weight_decay": {"dtype": tensor.dtype, "reason": "", "rate": None, "note": ""}}
 
 
 class Plan:
