@@ -55,7 +55,7 @@ class _Stochastic(torch.optim.SGD):
                 p.copy_(exact)
 
 
-class _Hidden(torch.optim.SGD):
+class _Masters(torch.optim.SGD):
     """Keeps FP32 masters in its state and stores a rounded copy."""
 
     @torch.no_grad()
@@ -67,8 +67,25 @@ class _Hidden(torch.optim.SGD):
                 p.copy_(master)
 
 
+class _Hidden(torch.optim.SGD):
+    """The same, but the masters are no states of its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.master = getattr(p, "master", p.float().clone())
+                p.master.sub_(group["lr"] * p.grad.float())
+                p.copy_(p.master)
+
+
 def test_stochastic_rounding_is_recognised() -> None:
     assert find_scheme(_Stochastic(_params(torch.bfloat16), lr=0.1), 0, torch.bfloat16, 1) == Scheme("stochastic")
+
+
+def test_masters_in_the_state_are_named() -> None:
+    optimizer = _Masters(_params(torch.bfloat16), lr=0.1)
+    assert find_scheme(optimizer, 0, torch.bfloat16, 1) == Scheme("carried:master", master="master")
 
 
 def test_a_remainder_kept_elsewhere_is_recognised() -> None:

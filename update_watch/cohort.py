@@ -76,7 +76,7 @@ class Cohort:
         self.optimizer, self.twin, self.rows, self.samples = optimizer, twin, rows, samples
         self.device = local(rows[0].param).device
         self.samplers = [row.sampler for row in rows if row.sampler is not None]
-        carriers = {row.scheme.carrier for row in rows if row.scheme.carrier}
+        carriers = {name for row in rows for name in (row.scheme.carrier, row.scheme.master) if name}
         self.states = sorted(carriers.union(*(row.rule.element_states for row in rows)))
         self._slots = {name: 1 + i for i, name in enumerate(self.states)}
         # rows that count at the path's positions too: [n, 1], or true or false for all of them
@@ -101,6 +101,9 @@ class Cohort:
         self._formats = _format_runs(rows)
         # states that hold what rounding took from the weight (Kahan summation): the stored value is their sum
         self._carriers = [(i, row.scheme.carrier) for i, row in enumerate(rows) if row.scheme.carrier]
+        # states that are the weight in full (masters)
+        self._masters = [(i, row.scheme.master) for i, row in enumerate(rows) if row.scheme.master]
+        self._fresh = list(range(len(rows)))  # rows that had no state yet
         self.steps = 0  # measured in this window, those that are still to be added included
         self._can_wait = twin.can_wait and all(row.rule.kind is Kind.elementwise for row in rows)
         self.open_window()
@@ -156,8 +159,13 @@ class Cohort:
     def after(self, snapshot: Snapshot) -> bool:
         """Gather what was stored. True: `add` may wait for the next steps."""
         views = self._weight_views()
-        if snapshot.full or self._carriers:
-            views += self._state_views(self._states())
+        if snapshot.full or self._carriers or self._masters:
+            states = self._states()
+            if self._fresh and self.states:  # made in this step: what was in them before is nothing
+                for i in self._fresh:
+                    self.rows[i].check(states[i])
+                self._fresh = [i for i in self._fresh if not states[i]]
+            views += self._state_views(states)
         snapshot.after = pack_views(views, self.samplers)
         self.steps += 1
         return snapshot.settings is not None
@@ -183,6 +191,7 @@ class Cohort:
         for i, name in self._carriers:
             after_AnK[0, i].add_(after_AnK[self._slots[name], i])
             after_AnK[self._slots[name], i].zero_()
+        self._take_masters(after_AnK)
         live, full = tuple(snapshot.live), snapshot.full
         present = len(after_AnK) if full else 1
         mask_nK = self._current_mask(live)
@@ -215,6 +224,7 @@ class Cohort:
         for i, name in self._carriers:
             before_AnK[0, i].add_(before_AnK[self._slots[name], i])
             before_AnK[self._slots[name], i].zero_()  # joined: an FP32 weight has no remainder
+        self._take_masters(before_AnK, keep=True)
         intended_AnK = snapshot.intended_AnK = before_AnK.clone()
         self._replay_samples(snapshot, intended_AnK, grad_nK)
         if states is not None:
@@ -222,6 +232,18 @@ class Cohort:
         for i, name in self._carriers:
             intended_AnK[0, i].add_(intended_AnK[self._slots[name], i])
             intended_AnK[self._slots[name], i].zero_()
+        self._take_masters(intended_AnK)
+        for i, name in self._masters:
+            before_AnK[self._slots[name], i].zero_()
+
+    def _take_masters(self, values_AnK: Tensor, keep: bool = False) -> None:
+        """Put the full weights in the place of the rounded ones; their own place is emptied, or kept for the rule."""
+        for i, name in self._masters:
+            master_K = values_AnK[self._slots[name], i]
+            # there is none before the first step; where one is 0, so is the weight
+            values_AnK[0, i].copy_(torch.where(master_K == 0, values_AnK[0, i], master_K))
+            if not keep:
+                master_K.zero_()
 
     def pack(self) -> Tensor:
         """The window's sums in one vector on the device; see `tally.Sums`."""

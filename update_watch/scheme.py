@@ -2,8 +2,9 @@
 
 Found out by a trial: a twin of the optimizer trains a small low-precision parameter with updates far below half an ulp,
 beside an FP32 one. If the low-precision weight stays behind, rounding takes the updates ("plain"). If it keeps up, either
-the rule rounds at random ("stochastic"), or something carries the remainder: a state s with weight + s exactly on the
-FP32 path is named ("carried:s", Kahan summation), anything else is only known to exist ("carried").
+the rule rounds at random ("stochastic"), or something carries the remainder: a state s is named ("carried:s") if weight + s
+is exactly on the FP32 path (Kahan summation), or s itself is and the weight is s rounded (master weights); anything else is
+only known to exist ("carried").
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ _ON_THE_PATH = 0.02  # distance to the FP32 path, as a share of the displacement
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """`name` as in `TensorEvidence.scheme`; `carrier`: the state to add to the weight, or ""."""
+    """`name` as in `TensorEvidence.scheme`; `carrier`: the state to add to the weight; `master`: to use instead; or ""."""
 
     name: str
     carrier: str = ""
+    master: str = ""
 
 
 def find_scheme(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int) -> Scheme:
@@ -88,11 +90,12 @@ def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: fl
     for name, value in low.state.items():
         if isinstance(value, Tensor) and value.shape == start.shape and value.dtype.is_floating_point:
             rest = value.detach().float()
+            if value.dtype.itemsize > dtype.itemsize and torch.equal(rest.to(dtype), low.param.detach()):
+                if _is_on(rest - start, reference):
+                    return Scheme(f"carried:{name}", master=name)
             if float(rest.abs().max()) > 2 * fmt.epsilon:
                 continue  # more than rounding a weight below 2 can take
-            joined = stored + rest
-            on_path = float((joined - reference).square().sum() / size) ** 0.5 < _ON_THE_PATH
-            if on_path and float(rest.abs().max()) > 0:
+            if _is_on(stored + rest, reference) and float(rest.abs().max()) > 0:
                 return Scheme(f"carried:{name}", name)
     if share < _STAYS_BEHIND:
         return Scheme("plain")
@@ -101,3 +104,7 @@ def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: fl
     if share < _KEEPS_UP:
         return Scheme("unknown")
     return Scheme("stochastic" if draws else "carried")
+
+
+def _is_on(path: Tensor, reference: Tensor) -> bool:
+    return bool((path - reference).norm() < _ON_THE_PATH * reference.norm())
