@@ -631,6 +631,17 @@ def test_one_percent_and_all_of_the_tensors_stalled_are_counted(stalled: int) ->
     )
 
 
+@pytest.mark.parametrize("efficiency", [0.98, 0.0])
+def test_reports_are_whole_as_if_made_in_the_usual_way(efficiency: float) -> None:
+    found = verdict(tensor(efficiency, accumulators=accumulator("exp_avg", rate=0.1)))
+    for value in (found, *found.accumulators.values()):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        assert list(vars(value)) == list(fields)
+        assert value == type(value)(**fields)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            value.health = Health.healthy  # type: ignore[misc]
+
+
 def test_two_thousand_tensors_are_judged_fast() -> None:
     states = {
         **accumulator("exp_avg", rate=0.1),

@@ -21,7 +21,7 @@ from __future__ import annotations
 from update_watch.advice import SIGNIFICANT_BITS, Seen, not_measured, one_window, say, too_few_steps, unknown
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
 from update_watch.memory import HEALTHY, STALLED, STALLING, UNKNOWN, AccumulatorMemory
-from update_watch.report import AccumulatorReport, Cause, Health, Level
+from update_watch.report import AccumulatorReport, Cause, Health, Level, quick
 from update_watch.score import grade, known, share
 from update_watch.thresholds import Thresholds
 
@@ -91,9 +91,9 @@ def _by_efficiency(
     value = efficiency if efficiency is not None else 1.0
     if displacement is not None and (displacement > value or cause is Cause.accumulation_rounding):
         value = displacement  # the rest arrived later: it is carried somewhere. Of gradients only the whole sum is used
-    if not _can_matter(evidence, tensor, cause):
-        value = 1.0
     verdict = grade(value, memory.grade, limits)
+    if verdict is not HEALTHY and not _can_matter(evidence, tensor, cause):
+        verdict = HEALTHY
     if evidence.note and verdict is HEALTHY:
         verdict = STALLING
     return _settle(evidence, tensor, memory, limits, steps, verdict, cause)
@@ -126,14 +126,19 @@ def _state(
     if bits is not None and bits < 24 and (rate is None or rate < 2.0**-bits):
         growth, decay = _if_wanted(evidence.growth), _if_wanted(evidence.decay)
         if rate is not None:
-            verdict = grade(min((x for x in (growth, decay) if x is not None), default=1.0), memory.grade, limits)
+            worst = 1.0 if growth is None else growth
+            worst = worst if decay is None or decay > worst else decay
+            verdict = grade(worst, memory.grade, limits)
         # once convicted, it need not grow any more to stay so
         elif memory.grade is STALLED or (growth is not None and growth >= _PASSES):
             verdict = grade(1.0 if decay is None else decay, memory.grade, limits)
             verdict = HEALTHY if verdict is STALLING else verdict
-    if verdict is HEALTHY and evidence.numbers.efficiency is None and evidence.decay.efficiency is None:
+    if verdict is HEALTHY:
         memory.acquit()
-        return _nothing_wanted(evidence, steps)
+        if evidence.numbers.efficiency is None and evidence.decay.efficiency is None:
+            return _nothing_wanted(evidence, steps)
+        memory.grade = HEALTHY
+        return _report(evidence, HEALTHY)
     # where a compensation may hold the rest, a first window can mislead
     windows = 2 if rate is None or tensor.scheme.startswith("carried") else 1
     return _settle(evidence, tensor, memory, limits, steps, verdict, Cause.state_rounding, windows)
@@ -224,16 +229,17 @@ def _report(
     evidence: AccumulatorEvidence, health: Health, cause: Cause | None = None, advice: str = ""
 ) -> AccumulatorReport:
     numbers = evidence.numbers
-    return AccumulatorReport(
-        evidence.name,
-        evidence.dtype,
-        health,
-        cause,
-        advice,
-        numbers.efficiency,
-        numbers.displacement_efficiency,
-        numbers.lost_fraction,
-        numbers.wanted_fraction,
-        evidence.growth.efficiency,
-        evidence.decay.efficiency,
+    return quick(
+        AccumulatorReport,
+        name=evidence.name,
+        dtype=evidence.dtype,
+        health=health,
+        cause=cause,
+        advice=advice,
+        efficiency=numbers.efficiency,
+        displacement_efficiency=numbers.displacement_efficiency,
+        lost_fraction=numbers.lost_fraction,
+        wanted_fraction=numbers.wanted_fraction,
+        growth_efficiency=evidence.growth.efficiency,
+        decay_efficiency=evidence.decay.efficiency,
     )

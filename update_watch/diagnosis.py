@@ -39,7 +39,7 @@ from update_watch.accumulators import alert_level, is_state, judge_accumulator
 from update_watch.advice import SIGNIFICANT_BITS, Seen, say
 from update_watch.evidence import TensorEvidence, WindowEvidence
 from update_watch.memory import GRADES, HEALTHY, STALLING, UNKNOWN, Memory, check_state
-from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport
+from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport, quick
 from update_watch.rollup import headline, roll_up, run_health
 from update_watch.score import Score, known, score, share
 from update_watch.thresholds import Thresholds
@@ -139,7 +139,8 @@ class Diagnosis:
             accumulators[name] = judged
             if health is HEALTHY and not text and alert_level(judged) is not None:
                 text = judged.advice
-        return TensorReport(
+        return quick(
+            TensorReport,
             name=e.name,
             health=health,
             cause=cause,
@@ -242,13 +243,13 @@ class Diagnosis:
         limits, factor = self._limits, known(e.state_factor)
         if factor is None or e.state_factor_steps < limits.minimum_steps:
             return None
-        states = [a for a in e.accumulators.values() if is_state(a.name)]
-        # FP32 state has nothing to lose: then the shadow differs for another reason (state edited, restored)
-        if states and all(a.dtype in ("float32", "float64") for a in states):
-            return None
         inside = 1 + limits.state_margin if memory.bad_state_windows >= 2 else 1.0
         if limits.state_low * inside <= factor <= limits.state_high / inside:
             memory.bad_state_windows = 0
+            return None
+        states = [a for a in e.accumulators.values() if is_state(a.name)]
+        # FP32 state has nothing to lose: then the shadow differs for another reason (state edited, restored)
+        if states and all(a.dtype in ("float32", "float64") for a in states):
             return None
         memory.bad_state_windows += 1
         if memory.bad_state_windows < 2:

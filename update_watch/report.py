@@ -14,7 +14,9 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 SCHEMA_VERSION = 1
 
@@ -199,6 +201,17 @@ class Report:
         alerts = tuple(_build(Alert, a, level=Level, cause=Cause) for a in data.get("alerts", ()))
         report: Report = _build(cls, {**data, "tensors": tensors, "layers": layers, "alerts": alerts}, health=Health)
         return report
+
+
+def quick(cls: type[_T], **fields: Any) -> _T:
+    """An instance of one of these types, of which every field must be given: as `cls(**fields)`, in half of the time.
+
+    A frozen dataclass sets its fields one by one past its own lock, which for the thousands of values of a window costs
+    more than judging them does.
+    """
+    made = object.__new__(cls)
+    made.__dict__.update(fields)
+    return made
 
 
 def weighted_mean(pairs: Any) -> float | None:

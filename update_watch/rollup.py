@@ -96,8 +96,10 @@ def _accumulator_findings(tensors: Sequence[TensorReport]) -> list[tuple[str, st
     """(in a word, in a sentence) per kind of accumulator that is not well, loudest and most frequent first."""
     groups: dict[tuple[str, Health, Cause | None], list[tuple[TensorReport, AccumulatorReport]]] = {}
     for tensor in tensors:
+        if tensor.health in _BAD:
+            continue
         for accumulator in tensor.accumulators.values():
-            if alert_level(accumulator) is not None and tensor.health not in _BAD:
+            if alert_level(accumulator) is not None:
                 key = (accumulator.name, accumulator.health, accumulator.cause)
                 groups.setdefault(key, []).append((tensor, accumulator))
     found = []
@@ -132,12 +134,14 @@ def _trait(members: list[TensorReport], tensors: Sequence[TensorReport]) -> str:
     """What the names of several tensors have in common and those of the others have not."""
     if len(members) < 2 or len(members) == len(tensors):
         return ""
-    shared = set.intersection(*(_words(t.name) for t in members))
     inside = {id(t) for t in members}
+    shared = _words(members[0].name)
     for tensor in tensors:
-        if id(tensor) not in inside:
-            shared -= _words(tensor.name)
-    return f", all those with '{max(shared, key=lambda word: (len(word), word))}' in their name" if shared else ""
+        words = _words(tensor.name)
+        shared = shared & words if id(tensor) in inside else shared - words
+        if not shared:
+            return ""
+    return f", all those with '{max(shared, key=lambda word: (len(word), word))}' in their name"
 
 
 def _words(name: str) -> set[str]:

@@ -86,10 +86,10 @@ def is_exact(scheme: str) -> bool:
 
 def score(e: TensorEvidence, memory: Memory, limits: Thresholds) -> Score:
     """Add a window's evidence to the memory and say what all of it shows."""
-    displacement = None
+    displacement, exact = None, is_exact(e.scheme)
     efficiency = known(e.numbers.efficiency)
     if e.measured_steps and efficiency is not None:
-        _remember(e, efficiency, memory)
+        _remember(e, efficiency, memory, exact)
         if (known(e.displacement_evidence) or 0.0) >= limits.displacement_evidence:
             displacement = known(e.numbers.displacement_efficiency)
     else:
@@ -105,8 +105,8 @@ def score(e: TensorEvidence, memory: Memory, limits: Thresholds) -> Score:
     pooled = _pool(memory, limits)
     if pooled.steps < limits.minimum_steps:
         return Score(UNKNOWN, advice.too_few_steps(pooled.steps, limits.minimum_steps))
-    if is_exact(e.scheme) or e.scheme == "stochastic":
-        result = _by_steps(pooled, displacement, memory, limits, is_exact(e.scheme))
+    if exact or e.scheme == "stochastic":
+        result = _by_steps(pooled, displacement, memory, limits, exact)
     else:
         result = _by_displacement(pooled, displacement, memory, limits, e.scheme == "carried")
     if result.health is HEALTHY:
@@ -162,7 +162,7 @@ def _by_displacement(
     return Score(health, "", efficiency, lost)
 
 
-def _remember(e: TensorEvidence, efficiency: float, memory: Memory) -> None:
+def _remember(e: TensorEvidence, efficiency: float, memory: Memory, exact: bool) -> None:
     memory.age = 0
     memory.pool.append(
         (
@@ -170,7 +170,7 @@ def _remember(e: TensorEvidence, efficiency: float, memory: Memory) -> None:
             efficiency,
             abs(known(e.numbers.efficiency_error) or 0.0),
             share(e.numbers.lost_fraction) or 0.0,
-            _ALWAYS if is_exact(e.scheme) else _expected_changes(e),
+            _ALWAYS if exact else _expected_changes(e),
         )
     )
 
