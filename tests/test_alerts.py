@@ -431,7 +431,14 @@ def test_alerts_are_logged(alerts: Alerts, caplog: pytest.LogCaptureFixture, hea
     caplog.clear()
     caplog.set_level(logging.INFO, "update_watch")
     (alert,) = told(alerts, tensor("a.w", health))
-    assert caplog.record_tuples == [("update_watch", level, f"{alert.title}: {alert.text}")]
+    assert alert.text.startswith("- ") and "\n" not in alert.text  # one tensor: one line
+    assert caplog.record_tuples == [("update_watch", level, f"{alert.title}: {alert.text[2:]}")]
+
+
+def test_a_logged_list_begins_on_a_line_of_its_own(alerts: Alerts, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "update_watch")
+    (alert,) = alerts.update(report(tensor("a", Health.stalled), tensor("b", Health.stalled))).alerts
+    assert caplog.messages == [f"{alert.title}:\n{alert.text}"] and caplog.messages[0].count("\n- ") == 2
 
 
 def test_two_watches_do_not_share_what_they_told(clock: Clock) -> None:

@@ -90,7 +90,8 @@ class Alerts:
                 else:
                     self._told[state.key], self._told_at[state.key] = level, now
         for alert in alerts if self.is_logging else ():
-            logging.getLogger("update_watch").log(_LOGGING[alert.level], "%s: %s", alert.title, alert.text)
+            text = "\n" + alert.text if "\n" in alert.text else " " + alert.text.removeprefix("- ")
+            logging.getLogger("update_watch").log(_LOGGING[alert.level], "%s:%s", alert.title, text)
         return dataclasses.replace(report, alerts=tuple(alerts))
 
     def _budget(self, level: Level) -> int:
