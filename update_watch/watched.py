@@ -85,9 +85,7 @@ class Watched:
             if not rows:  # on the meta device, say
                 continue
             turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT)) if len(rows) > _ALL else 1
-            self.cohorts += [
-                Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)
-            ]
+            self.cohorts += [Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)]
         self.redraw()
 
     def redraw(self) -> None:
