@@ -124,7 +124,8 @@ def compare(case: str, dtype: torch.dtype, lr: float, given: argparse.Namespace)
         optimizer.step()
         for name, p in names.items():
             applied, d = p.detach().double() - before[name], intended[name]
-            wanted = (before[name] + d).float() != before[name]  # what not even FP32 would move is not lost by the format
+            # what would not move even in FP32 is not lost by the format
+            wanted = (before[name] + d).float() != before[name]
             for i, part in enumerate((applied * d, d * d, wanted.double(), (wanted & (applied == 0)).double())):
                 full[name][i] += float(part.sum())
     report = watch.flush()
