@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
+import importlib
+import logging
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from update_watch.report import Cause
+from update_watch.report import Cause, Health, TensorReport
 
-_spec = importlib.util.spec_from_file_location("scenarios", Path(__file__).parents[1] / "bench" / "scenarios.py")
-assert _spec is not None and _spec.loader is not None
-scenarios = importlib.util.module_from_spec(_spec)
-sys.modules["scenarios"] = scenarios  # dataclasses look their module up
-_spec.loader.exec_module(scenarios)
+sys.path.append(str(Path(__file__).parents[1] / "bench"))  # at the end: bench/coverage.py is not the package
+scenarios: Any = importlib.import_module("scenarios")
+kit: Any = importlib.import_module("scenario_kit")
+truths: Any = importlib.import_module("scenario_truth")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's, on import
-NAMES = list(scenarios.SCENARIOS)
+NAMES: list[str] = list(scenarios.SCENARIOS)
+QUICK: list[str] = scenarios.chosen("", quick=True)
 
 
 def mistakes(name: str, samples: int = 256, seed: int = 0, change: Callable[[Any], None] | None = None) -> list[str]:
@@ -33,7 +38,7 @@ def mistakes(name: str, samples: int = 256, seed: int = 0, change: Callable[[Any
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICK)
 def test_what_was_planted_is_found_within_two_windows_and_nothing_else(name: str) -> None:
     assert mistakes(name) == []
 
@@ -45,23 +50,142 @@ def test_few_and_many_samples_come_to_the_same_verdicts(name: str, samples: int)
     assert mistakes(name, samples, seed=1) == []
 
 
-def test_every_cause_of_a_single_process_is_planted() -> None:
-    planted = {cause for build in scenarios.SCENARIOS.values() for cause in build().planted.values()}
-    # gradients summed in BF16 and replicas that differ have scenarios of their own, in their tests
-    assert set(Cause) - planted == {Cause.accumulation_rounding, Cause.replicas_differ}
+def test_every_cause_of_a_single_process_is_planted_in_the_quick_ones_too() -> None:
+    for names in (NAMES, QUICK):
+        planted = {cause for name in names for cause in scenarios.SCENARIOS[name]().planted.values()}
+        # replicas that differ take two processes: tests/test_ranks.py
+        assert set(Cause) - planted == {Cause.replicas_differ}
+
+
+def _plant(**planted: Cause) -> Callable[[Any], None]:
+    return lambda run: run.planted.update({name.replace("__", "."): cause for name, cause in planted.items()})
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
+    ("name", "change", "said"),
     [
-        ("norms at one in bf16", lambda run: run.planted.update({"norm.weight": Cause.not_written})),
-        ("norms at one in bf16", lambda run: run.planted.clear()),
-        ("second moment that cannot decay", lambda run: run.planted.clear()),
-        ("average kept in bf16", lambda run: run.planted.clear()),
-        ("healthy fp32", lambda run: run.planted.update({"enter.weight": Cause.weight_rounding})),
-        ("stall late in a decaying schedule", lambda run: setattr(run, "onset", 1)),
-        ("all tensors stalled", lambda run: setattr(run, "ends", 2)),
+        ("norms at one in bf16", _plant(norm__weight=Cause.not_written), "missed not_written of norm.weight"),
+        ("norms at one in bf16", lambda run: run.planted.clear(), "norm.weight called weight_rounding"),
+        (
+            "norms at one in bf16",
+            lambda run: run.planted.clear(),
+            "not healthy: norm.weight: of what was meant, only 0",
+        ),
+        ("norms at one in bf16", lambda run: run.planted.clear(), "false alarm '1 of 3 tensors stalled"),
+        ("second moment that cannot decay", lambda run: run.planted.clear(), "exp_avg_sq called state_rounding"),
+        ("average kept in bf16", lambda run: run.planted.clear(), "weight/average:ema: of what was meant, only 0"),
+        ("healthy fp32", _plant(enter__weight=Cause.weight_rounding), "weight_rounding of enter.weight is not there"),
+        ("healthy fp32", _plant(enter__weight=Cause.weight_rounding), "weight_rounding of enter.weight is no longer"),
+        ("stall late in a decaying schedule", lambda run: setattr(run, "onset", 1), "missed weight_rounding of"),
+        ("all tensors stalled", lambda run: setattr(run, "ends", 2), "window 2: enter.weight called weight_rounding"),
     ],
 )
-def test_wrong_verdicts_would_be_seen(name: str, change: Callable[[Any], None]) -> None:
-    assert mistakes(name, change=change)
+def test_wrong_verdicts_and_wrong_scenarios_would_be_seen(name: str, change: Callable[[Any], None], said: str) -> None:
+    assert any(said in line for line in mistakes(name, change=change))
+
+
+def test_a_verdict_that_stays_away_is_a_mistake() -> None:
+    def without_verdicts(report: Any) -> Any:
+        tensors = tuple(TensorReport(t.name, Health.unknown) for t in report.tensors)
+        return dataclasses.replace(report, tensors=tensors, alerts=())
+
+    run, reports, truth = scenarios.play(scenarios.SCENARIOS["healthy fp32"], 64, 0)
+    found = scenarios.mistakes(run, [without_verdicts(report) for report in reports], truth)
+    assert found == [f"last window: {name} is unknown" for name in ("enter.weight", "norm.weight", "leave.weight")]
+    assert scenarios.mistakes(run, reports[:-1], truth) == ["3 reports of 4 windows"]
+
+
+# --- the full comparison ----------------------------------------------------------------------------------
+
+
+def _followed(dtype: torch.dtype, steps: list[float], weight: float = 1.0) -> Any:
+    """The full comparison of SGD on two equal weights, by updates that are given."""
+    p = nn.Parameter(torch.full((2,), weight, dtype=dtype))
+    optimizer = torch.optim.SGD([p], lr=1.0)
+
+    def step(t: int) -> None:
+        p.grad = torch.full((2,), -steps[t], dtype=dtype)
+        optimizer.step()
+
+    run = kit.Run([("w", p)], optimizer, step, rule="sgd")
+    truth = truths.Truth(run)
+    for t in range(len(steps)):
+        with truth.step(t):
+            run.step(t)
+    return truth
+
+
+def test_the_full_comparison_counts_what_is_lost() -> None:
+    # half a step of BF16 at 1 is 2^-8: the first is kept, the second lost
+    truth = _followed(torch.bfloat16, [2.0**-7, 2.0**-9])
+    assert truth.over("w", [1]).efficiency == pytest.approx(16 / 17)
+    assert truth.over("w", [1]).displacement == pytest.approx(4 / 5)
+    assert not truth.confirms("w", Cause.weight_rounding, 1)
+    lost = _followed(torch.bfloat16, [2.0**-9] * 4)
+    assert lost.over("w", [1]).arrived == 0.0
+    assert lost.confirms("w", Cause.weight_rounding, 1) and not lost.confirms("w", Cause.not_written, 1)
+    assert lost.onset("w") == 1 and truth.onset("w") == 2
+    assert lost.unhealthy() == ["w: of what was meant, only 0.000 arrived"]
+
+
+def test_the_full_comparison_of_fp32_finds_nothing() -> None:
+    truth = _followed(torch.float32, [2.0**-9] * 40)
+    assert truth.over("w", [1, 2]).arrived == pytest.approx(1.0)
+    assert truth.unhealthy() == [] and truth.onset("w") == 3
+    causes = [cause for cause in Cause if cause is not Cause.replicas_differ]
+    assert [cause for cause in causes if truth.confirms("w", cause, 2)] == []
+
+
+# --- the tables -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("update_watch")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("_quiet")
+def test_the_table_counts_planted_by_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--only", "norms at one in bf16", "--samples", "64", "--seeds", "2"]
+    monkeypatch.setattr(sys, "argv", ["scenarios.py", *arguments])
+    assert scenarios.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[-5:-3]] == [["nothing", ".", "16"], ["weight_rounding", "2", "."]]
+    assert lines[-3].split() == ["a", "weight_rounding", "b", "healthy"]
+    assert lines[-1].startswith("2 runs of 1 scenarios, 18 tensors and accumulators, 72 verdicts: 0 wrong, in 0 runs;")
+
+
+@pytest.mark.usefixtures("_quiet")
+def test_a_wrong_verdict_is_told_counted_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong() -> Any:
+        run = scenarios.SCENARIOS["norms at one in bf16"]()
+        run.planted = {"enter.weight": Cause.not_written}
+        return run
+
+    monkeypatch.setattr(scenarios, "SCENARIOS", {"wrong": wrong, **scenarios.SCENARIOS})
+    monkeypatch.setattr(sys, "argv", ["scenarios.py", "--only", "wrong", "--samples", "64"])
+    assert scenarios.main() == 1
+    text = capsys.readouterr().out
+    assert "wrong (samples 64, seed 0): missed not_written of enter.weight: ['healthy', 'healthy']" in text
+    assert re.search(r"^wrong +0 +1$", text, re.MULTILINE)
+    table = text[text.index("planted (rows)") :].splitlines()
+    assert [line.split() for line in table[2:4]] == [["nothing", "1", "7"], ["not_written", ".", "1"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"), [(["--seeds", "0"], "--seeds and --jobs must be 1"), (["--only", "xyz"], "no scenario has")]
+)
+def test_options_that_make_no_sense_are_refused(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["scenarios.py", *arguments])
+    with pytest.raises(SystemExit):
+        scenarios.main()
+    assert said in capsys.readouterr().err
