@@ -71,6 +71,23 @@ def test_straying_is_for_one_step() -> None:
     assert torch.equal(sampler.view(values), home)
 
 
+@pytest.mark.parametrize("shape", [(256, 64), (64, 256), (50_000,), (3, 10_007), (129, 33)], ids=str)
+def test_straying_meets_all_elements_equally_often(shape: tuple[int, ...]) -> None:
+    values, rng = indices(*shape), random.Random(0)
+    sampler = Sampler(values, K)
+    sampler.redraw(rng)
+    met = torch.zeros(values.numel())
+    steps = 16 * values.numel() // K
+    for _ in range(steps):
+        sampler.stray()
+        met[sampler.view(values).flatten().long()] += 1
+    first, last = met.nonzero().min(), met.nonzero().max()
+    between = met[first + 16 : last - 15]
+    assert len(between) > 0.93 * values.numel()
+    # 16 times each; positions drawn at random would differ by 4 (one standard deviation) and by 15 at most
+    assert between.std() < 1.5 and between.min() >= 10 and between.max() <= 22
+
+
 @pytest.mark.parametrize("row", [16, 64, 768, 1024, 4096, 30, 210])
 def test_positions_are_never_aligned_with_the_rows(row: int) -> None:
     values, rng = indices(512, row), random.Random(1)

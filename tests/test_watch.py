@@ -587,3 +587,35 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exceptio
     good = {"model": model, "optimizer": adamw(model.parameters())}
     with pytest.raises(error, match=match):
         uw.watch(**{**good, **arguments})
+
+
+@pytest.mark.parametrize(("layers", "samples"), [(8, 8 * 64), (9, 64)])
+def test_a_model_of_few_tensors_is_looked_at_more_closely(layers: int, samples: int) -> None:
+    model = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(layers))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with uw.watch(model, optimizer, samples=64) as watch:
+        (watched,) = watch._watched.values()
+        sizes = {row.sampler.size for row in watched.rows if row.sampler is not None}
+    assert sizes == {samples, 64}  # biases have no more than 64 elements
+
+
+def test_elements_that_are_met_again_and_again_count_once_in_the_sums() -> None:
+    """At the path's positions every update is lost, elsewhere it arrives: only the first step may count the path."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with uw.watch([("w", weight)], optimizer, window=10**6, samples=16) as watch:
+        (cohort,) = next(iter(watch._watched.values())).cohorts
+        (sampler,) = cohort.samplers
+        for step in range(16):
+            weight.data.fill_(1.0)
+            weight.grad = torch.full_like(weight, -(2.0**-6))
+            sampler.settle()
+            sampler.view(weight.grad).fill_(-(2.0**-10))
+            optimizer.step()
+            del step
+        report = watch.flush()
+    assert report is not None
+    (tensor,) = report.tensors
+    # two of the sixteen steps are at the path: the first counts
+    assert cohort.live_steps == [0] and tensor.lost_fraction == pytest.approx(1 / 15, abs=0.01)

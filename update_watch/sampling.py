@@ -131,8 +131,7 @@ class Sampler:
         if self.is_whole:
             return
         room = self._numel - (self._blocks - 1) * self._step - self._block + 1
-        # as many offsets as let each element between two blocks be met equally often
-        self._reach = min(self._step + self._block - 1, room)
+        self._reach = min(self._step, room)  # further on, a block would be where its neighbour began
         spare = room - self._reach
         self._base = spare // 2 if rng is None else rng.randint(0, spare)
         self._phase = 0.5 if rng is None else rng.random()
