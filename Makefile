@@ -19,10 +19,10 @@ demo: $(STAMP)
 	$(VENV)/bin/update-watch demo --out demo-out $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest -q $(ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-slow: $(STAMP)
-	$(PY) -m pytest -q -m "slow and not gpu" $(ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "slow and not gpu" $(ARGS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff format --check .
