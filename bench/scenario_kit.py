@@ -191,6 +191,20 @@ class HiddenKahanSGD(KahanSGD):
         return rest
 
 
+class HiddenMasterSGD(Rule):
+    """FP32 masters that are not among the optimizer's states."""
+
+    def write(self, p: Tensor, update: Tensor) -> None:
+        p.copy_(self.whole(p).add_(update))
+
+    def whole(self, p: Tensor) -> Tensor:
+        master: Tensor | None = getattr(p, "master", None)
+        if master is None:
+            master = p.detach().float().clone()
+            p.master = master  # type: ignore[attr-defined]
+        return master
+
+
 class MasterAdam(torch.optim.Optimizer):
     """AdamW whose FP32 weights live in its state as `master_param`, as in Apex and Transformer Engine; state is FP32."""
 

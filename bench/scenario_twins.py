@@ -7,6 +7,7 @@ from scenario_kit import (
     BF16,
     WINDOW,
     HiddenKahanSGD,
+    HiddenMasterSGD,
     KahanSGD,
     MasterAdam,
     Net,
@@ -130,6 +131,18 @@ def healthy_fp32_masters_in_the_optimizer_s_state() -> Run:
         return master
 
     return Run(model, optimizer, trainer(model, optimizer), windows=8, whole=whole)
+
+
+@scenario
+def healthy_fp32_masters_out_of_sight() -> Run:
+    model = Net().to(BF16)
+    optimizer = HiddenMasterSGD(model.parameters(), lr=0.02)
+    params = dict(model.named_parameters())
+
+    def whole(name: str, _: Tensor) -> Tensor:
+        return optimizer.whole(params[name])
+
+    return Run(model, optimizer, trainer(model, optimizer), windows=8, whole=whole, rule="sgd")
 
 
 @scenario

@@ -106,11 +106,28 @@ def mistakes(run: Run, reports: list[Report], truth: Truth) -> list[str]:
             is_on = _onset(run, truth, name) <= i and not (run.ends and i >= run.ends)
             if found[0] in BAD and not (is_on and found[1] is run.planted.get(name)):
                 wrong.append(f"window {i}: {name} called {_word(found)}")
+            if "/" not in name and name not in run.noisy and (problem := _contradiction(found, truth, name, i)):
+                wrong.append(f"window {i}: {name} called {found[0]}, and {problem}")
     if all(cause in QUIET for cause in run.planted.values()):
         for name, found in windows[-1].items():
-            if found == (Health.unknown, None) and "/" not in name and name not in run.unknown:
+            if found[0] is Health.unknown and not {name, name.partition("/")[0]} & {*run.unknown, *run.planted}:
                 wrong.append(f"last window: {name} is unknown")
     return wrong + list(_false_alarms(run, reports, truth))
+
+
+def _contradiction(found: Verdict, truth: Truth, name: str, window: int) -> str:
+    """What the full comparison of this window and the one before says against a verdict on a weight; "" if nothing."""
+    known = [truth.over(name, [at]).arrived for at in (window - 1, window) if at]
+    arrived = [x for x in known if x is not None]
+    health, cause = found
+    accuses = cause in (Cause.weight_rounding, Cause.not_written)
+    if health is Health.stalled and accuses and not min(arrived, default=1.0) < 0.2:
+        return f"{arrived} of what was meant arrived"
+    if health is Health.stalling and accuses and not 0.05 < min(arrived, default=1.0) < 0.9:
+        return f"{arrived} of what was meant arrived"
+    if health is Health.healthy and arrived and not max(arrived) >= 0.7:
+        return f"only {arrived} of what was meant arrived"
+    return ""
 
 
 def _false_alarms(run: Run, reports: list[Report], truth: Truth) -> Iterator[str]:
@@ -142,7 +159,8 @@ def confusion(run: Run, reports: list[Report], truth: Truth) -> Counter[tuple[st
     """(planted, verdict) of every tensor and accumulator.
 
     Of what was planted, the right verdict if it came within two windows, else the latest of these two; of what was not,
-    the first that accuses, else that of the last window.
+    the first that accuses, else that of the last window. What is beside a tensor that is not well shares its fate, and is
+    left out then.
     """
     windows = [verdicts(report) for report in reports]
     table: Counter[tuple[str, str]] = Counter()
@@ -150,8 +168,9 @@ def confusion(run: Run, reports: list[Report], truth: Truth) -> Counter[tuple[st
         cause = run.planted.get(name)
         if cause is None:
             seen = [window[name] for window in windows if name in window]
-            accused = [found for found in seen if found[0] in BAD]
-            table[NOTHING, _word((accused or seen[-1:])[0])] += 1
+            accused = [found for found in seen if found[0] in BAD and found[1] is not None]
+            if accused or name.partition("/")[0] not in run.planted:
+                table[NOTHING, _word((accused or seen[-1:])[0])] += 1
             continue
         onset = _onset(run, truth, name)
         seen = [window[name] for window in windows[onset - 1 : onset + 1] if name in window]
@@ -231,10 +250,13 @@ def main() -> int:
     work = [(name, k, seed) for seed in range(given.seeds) for k in given.samples for name in names]
     outcomes = []
     with multiprocessing.get_context("spawn").Pool(given.jobs) if given.jobs > 1 else _Here() as pool:
-        for outcome in pool.imap(_judge, work, chunksize=4):
-            outcomes.append(outcome)
-            for line in outcome.wrong[:5]:
-                print(f"{outcome.name} (samples {outcome.samples}, seed {outcome.seed}): {line}", flush=True)
+        try:
+            for outcome in pool.imap(_judge, work, chunksize=4):
+                outcomes.append(outcome)
+                for line in outcome.wrong[:5]:
+                    print(f"{outcome.name} (samples {outcome.samples}, seed {outcome.seed}): {line}", flush=True)
+        except KeyboardInterrupt:
+            print(f"interrupted after {len(outcomes)} of {len(work)} runs")
     print_tables(outcomes)
     seconds = time.monotonic() - started
     subjects = sum(sum(outcome.confusion.values()) for outcome in outcomes)
