@@ -83,7 +83,10 @@ def _attach(training: Training, settings: Settings, screen: Screen, stack: ExitS
         sink = WandbSink(wandb_run, step_key=_STEP_KEY)
         sink.describe({"audit": expected.to_dict(), "demo": facts})
         sinks.append(sink)
-    watched = watch(training.model, training.optimizer, window=settings.window, seed=settings.seed, sinks=sinks)
+    # a step of this model takes less time than the usual look at it would: 256 elements of each tensor are enough
+    watched = watch(
+        training.model, training.optimizer, window=settings.window, samples=32, seed=settings.seed, sinks=sinks
+    )
     return _Watched(training, stack.enter_context(watched), reports, journal, wandb_run)
 
 
