@@ -54,7 +54,9 @@ def _tensor(i: int, efficiency: float, rng: random.Random) -> TensorEvidence:
     heights = [rng.random() for _ in range(HEADROOM_BINS)]
     rates = {"exp_avg": 0.1, "exp_avg_sq": 0.05, "weight_decay": None}
     parts = {
-        state: AccumulatorEvidence(state, "bfloat16", _numbers(0.99, rng), _numbers(0.99, rng), _numbers(0.98, rng), "", r)
+        state: AccumulatorEvidence(
+            state, "bfloat16", _numbers(0.99, rng), _numbers(0.99, rng), _numbers(0.98, rng), "", r
+        )
         for state, r in rates.items()
     }
     return TensorEvidence(

@@ -562,7 +562,9 @@ def test_unwrap_keeps_an_optimizer_that_contains_another(param: torch.nn.Paramet
     assert unwrap(opt) is opt
 
 
-@pytest.mark.parametrize("thing", [None, 3, "adam", _Wrapper("optimizer", None), object()], ids=lambda thing: type(thing).__name__)
+@pytest.mark.parametrize(
+    "thing", [None, 3, "adam", _Wrapper("optimizer", None), object()], ids=lambda thing: type(thing).__name__
+)
 def test_unwrap_names_what_it_was_given_and_the_remedy(thing: Any) -> None:
     with pytest.raises(TypeError, match=rf"{type(thing).__name__} has no torch optimizer .* give a torch.optim.Opt"):
         unwrap(thing)

@@ -451,7 +451,9 @@ def test_progress_bar_shows_the_last_report_in_every_epoch() -> None:
     assert watch.last is not None
     # the first report is judged on another thread; how soon depends on the machine
     known = [s for s in shown if s]
-    assert shown[-len(known) :] == known and len(known) > len(shown) / 2  # once there, it stays, in the second epoch too
+    assert (
+        shown[-len(known) :] == known and len(known) > len(shown) / 2
+    )  # once there, it stays, in the second epoch too
     assert set(known[0]) == {"efficiency", "stalled"}
     assert known[-1]["efficiency"] < 0.3 and known[-1]["stalled"] == len(stalled_names(watch.reports[-2]))
 
