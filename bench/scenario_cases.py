@@ -80,6 +80,14 @@ def recovery_after_the_rate_is_raised() -> Run:
 
 
 @scenario
+def a_rule_of_whole_tensors_stalled() -> Run:
+    model = Net().to(BF16)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=5e-4)  # of the weights' size; half a step is 2e-3 of that
+    planted = {name: Cause.weight_rounding for name, _ in model.named_parameters()}
+    return Run(model, optimizer, trainer(model, optimizer), planted=planted, rule="adafactor")
+
+
+@scenario
 def an_optimizer_that_does_not_write() -> Run:
     model = Net(norm=False).to(BF16)
     optimizer = Forgetful(model.parameters(), lr=1.0)

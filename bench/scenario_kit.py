@@ -37,7 +37,9 @@ class Run:
     may_alert: bool = False  # a planted fault of which nobody need be woken
     unknown: tuple[str, ...] = ()  # what stays unknown, rightly, in a healthy twin
     # for the full comparison
-    rule: str = "adamw"  # the rule by which updates are meant: "adamw", "sgd", or "" where it is not compared
+    rule: str = (
+        "adamw"  # the rule by which updates are meant: "adamw", "sgd", "adafactor", or "" where it is not compared
+    )
     masters: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # what the optimizer steps instead, by name
     whole: Callable[[str, Tensor], Tensor] | None = None  # (name, stored) -> stored with what is carried elsewhere
     noisy: tuple[str, ...] = ()  # tensors so small that random rounding drowns what arrives

@@ -90,6 +90,7 @@ class Truth:
         self._tensors = dict(run.named)
         self._held = {name: run.masters.get(name, p) for name, p in run.named}
         self._steps = dict.fromkeys(self._tensors, 0)
+        self._moments: dict[str, list[Tensor]] = {}  # of Adafactor
 
     @contextmanager
     def step(self, t: int) -> Iterator[None]:
@@ -150,6 +151,8 @@ class Truth:
         """Whether the fault is there in this window, counted from 1; None where this cannot tell."""
         sums, tensor = self.over(name, [window]), name.partition("/")[0]
         signals = self.signals[window - 1][tensor]
+        if cause is Cause.weight_rounding and not self.run.rule:
+            return None
         if cause in (Cause.weight_rounding, Cause.decay_rounding):
             return sums.arrived is not None and sums.arrived < ARRIVES
         if cause is Cause.not_written:
@@ -228,6 +231,8 @@ class Truth:
         if self.run.rule == "sgd":
             buffer = state.get("momentum_buffer")
             return -lr * (float(group["momentum"]) * buffer.double() + g if isinstance(buffer, Tensor) else g)
+        if self.run.rule == "adafactor":
+            return self._adafactor(name, w, g, group)
         b1, b2 = _betas(group)
         t = float(state["step"]) + 1 if "step" in state else self._steps[name]
         m = b1 * _of(state, "exp_avg", g) + (1 - b1) * g
@@ -235,6 +240,19 @@ class Truth:
         update = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + float(group["eps"]))
         meant: Tensor = -lr * (float(group.get("weight_decay", 0.0)) * w + update)
         return meant
+
+    def _adafactor(self, name: str, w: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
+        t, (eps, least) = self._steps[name], group["eps"]
+        eps = torch.finfo(self._tensors[name].dtype).eps if eps is None else eps
+        new = t ** group["beta2_decay"]
+        means = [g.square().mean(dim, keepdim=True) for dim in (-1, -2)] if g.dim() > 1 else [g.square()]
+        old = self._moments.get(name, [torch.zeros_like(mean) for mean in means])
+        self._moments[name] = moments = [x + new * (mean - x) for x, mean in zip(old, means, strict=True)]
+        variance = moments[0] if g.dim() == 1 else moments[0] @ moments[1] / moments[0].mean(-2, True).clamp_min(eps)
+        update = g / variance.clamp_min(eps * eps).sqrt()
+        rms = float(update.square().mean().sqrt())
+        size: float = max(least, float(w.square().mean().sqrt())) * min(float(group["lr"]), t**-0.5)
+        return update * -(size / max(1.0, rms / float(group["d"])))
 
     def _states(self, name: str, old: dict[str, Any], new: dict[str, Any], g: Tensor, group: dict[str, Any]) -> None:
         def judge(state: str, intended: Tensor, applied: Tensor) -> None:

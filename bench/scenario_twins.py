@@ -67,6 +67,35 @@ def healthy_fp32_norms_in_a_bf16_model() -> Run:
 
 
 @scenario
+def healthy_fp32_under_a_rule_of_whole_tensors() -> Run:
+    model = Net()
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-3)
+    return Run(model, optimizer, trainer(model, optimizer), windows=6, rule="adafactor")
+
+
+@scenario
+def healthy_bf16_under_a_rule_that_asks_for_the_format() -> Run:
+    model = Net(norm=False).to(BF16)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.1)  # its eps is that of BF16
+    return Run(model, optimizer, trainer(model, optimizer), windows=6, rule="adafactor")
+
+
+@scenario
+def healthy_weights_normalised_after_every_step() -> Run:
+    model = Net(norm=False).to(BF16)
+    optimizer = adamw(model.parameters(), lr=2e-3)
+    inner = trainer(model, optimizer)
+
+    def step(t: int) -> None:
+        inner(t)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(F.normalize(p.float()) * 0.06)
+
+    return Run(model, optimizer, step, windows=8, rule="")  # what is undone afterwards had arrived
+
+
+@scenario
 def healthy_scaler_in_fp16_autocast() -> Run:
     model = Net()
     optimizer = adamw(model.parameters(), lr=1e-4)
@@ -276,6 +305,26 @@ def healthy_average_in_fp32() -> Run:
         with torch.no_grad():
             for a, p in zip(average.parameters(), model.parameters(), strict=True):
                 a.lerp_(p.float(), 1e-3)
+
+    return Run(model, optimizer, step, windows=6, averages={"ema": (average, 0.999)})
+
+
+@scenario
+def healthy_average_swapped_in_and_out() -> Run:
+    model, average = Net(0.3, norm=False), Net(0.3, norm=False)
+    average.load_state_dict(model.state_dict())
+    optimizer = adamw(model.parameters(), lr=5e-3)
+    inner = trainer(model, optimizer)
+
+    def step(t: int) -> None:
+        inner(t)
+        with torch.no_grad():
+            for a, p in zip(average.parameters(), model.parameters(), strict=True):
+                a.lerp_(p, 1e-3)
+                if t % 8 == 7:  # a validation with the averaged weights in FP32
+                    kept = p.clone()
+                    p.copy_(a)
+                    p.copy_(kept)
 
     return Run(model, optimizer, step, windows=6, averages={"ema": (average, 0.999)})
 

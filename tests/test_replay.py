@@ -474,3 +474,15 @@ def test_a_wrapper_that_shares_its_groups_is_refused() -> None:
 
     with pytest.raises(ReplayError, match="Wrapper cannot be built from its attributes"):
         shell(Wrapper(torch.optim.SGD([parameter(8)], lr=0.1)))
+
+
+def test_an_eps_that_asks_for_the_format_is_that_of_the_stored_weight() -> None:
+    weight = torch.linspace(0.5, 1.0, 64).reshape(8, 8).bfloat16()
+    grad = torch.linspace(1e-5, 2e-5, 64).reshape(8, 8).bfloat16()  # far below the eps of BF16, far above that of FP32
+
+    def moved(eps: float | None) -> Tensor:
+        optimizer = torch.optim.Adafactor([torch.nn.Parameter(weight.clone())], lr=0.1, eps=(eps, 1e-3))
+        return Twin(optimizer).replay_whole(0, weight, grad, {}).param - weight.float()
+
+    assert torch.equal(moved(None), moved(torch.finfo(torch.bfloat16).eps))
+    assert moved(None).norm() < 0.1 * moved(torch.finfo(torch.float32).eps).norm()

@@ -118,7 +118,7 @@ class Twin:
         copier = Copier(None, widen=widen)
         copies = {name: copier.copy(value, f"state '{name}'") for name, value in state.items()}
         run = Run(group, _widened(param.detach()), _widened(grad.detach()), copies)
-        return self._run([run])[0]
+        return self._run([run], _eps_of(self._optimizer.param_groups[group], param.dtype))[0]
 
     def _run(
         self, runs: Sequence[Run], changes: Mapping[str, Any] | None = None, settings: Settings | None = None
@@ -229,6 +229,14 @@ def settings_of(group: dict[str, Any], params: list[Tensor], copier: Copier) -> 
         copied["differentiable"] = False
     copied["params"] = params
     return copied
+
+
+def _eps_of(group: dict[str, Any], dtype: torch.dtype) -> dict[str, Any] | None:
+    """An eps left open (torch's Adafactor) means that of the weight's format, which is no longer that of an FP32 copy."""
+    eps = group.get("eps")
+    if not isinstance(eps, (tuple, list)) or None not in eps or not dtype.is_floating_point:
+        return None
+    return {"eps": tuple(torch.finfo(dtype).eps if value is None else value for value in eps)}
 
 
 def _attributes(optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
