@@ -252,7 +252,8 @@ class Truth:
         update = g / variance.clamp_min(eps * eps).sqrt()
         rms = float(update.square().mean().sqrt())
         size: float = max(least, float(w.square().mean().sqrt())) * min(float(group["lr"]), t**-0.5)
-        return update * -(size / max(1.0, rms / float(group["d"])))
+        meant: Tensor = update * -(size / max(1.0, rms / float(group["d"])))
+        return meant
 
     def _states(self, name: str, old: dict[str, Any], new: dict[str, Any], g: Tensor, group: dict[str, Any]) -> None:
         def judge(state: str, intended: Tensor, applied: Tensor) -> None:
