@@ -194,6 +194,8 @@ def shell(
     Raises `ReplayError` for attributes that cannot or must not be copied.
     """
     cls = type(optimizer)
+    if hasattr(cls, "__del__"):  # DeepSpeedCPUAdam frees C++ state that a copy would share
+        raise ReplayError(f"{cls.__name__} has a finalizer (__del__): the end of a copy could end what it uses itself")
     twin: Optimizer = object.__new__(cls)
     groups = [] if groups is None else groups
     state = defaultdict(dict) if state is None else state
