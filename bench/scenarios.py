@@ -35,6 +35,7 @@ from update_watch.report import Cause, Health, Level, Report
 QUIET = {Cause.requires_grad_off, Cause.zero_learning_rate, Cause.not_replayable}
 BAD = {Health.stalled, Health.stalling, Health.broken}
 NOTHING = "nothing"  # planted
+CROWD = "crowd."  # tensors beside the model
 QUICK_TWINS = ("masters in", "own buffer", "split", "64 elements", "average in fp32", "now and then", "warm up from")
 
 Verdict = tuple[Health, Cause | None]
@@ -57,14 +58,21 @@ def play(build: Callable[[], Run], samples: int, seed: int) -> tuple[Run, list[R
     torch.manual_seed(seed)
     run = build()
     reports: list[Report] = []
+
+    def take(report: Report) -> None:
+        tensors = tuple(t for t in report.tensors if not t.name.startswith(CROWD))
+        reports.append(dataclasses.replace(report, tensors=tensors))
+
+    # of models of few tensors more than `samples` elements would be looked at
+    crowd = [(f"{CROWD}{i}", torch.zeros(1)) for i in range(17)]
     with uw.watch(
-        run.model,
+        [*run.named, *crowd],
         run.optimizer,
         window=WINDOW,
         samples=samples,
         seed=seed,
         averages=run.averages,
-        sinks=[reports.append],
+        sinks=[take],
     ) as watch:
         truth = Truth(run)
         for t in range(run.windows * WINDOW):
