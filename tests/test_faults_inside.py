@@ -372,10 +372,13 @@ def test_a_resumed_run_tells_no_alert_again_and_goes_on_in_the_same_journal(tmp_
         with uw.watch(model, optimizer, window=8, sinks=[Journal(path), seen.append]) as watch:
             if state is not None:
                 torch.save(state, tmp_path / "state.pt")
-                watch.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+                state = torch.load(tmp_path / "state.pt", weights_only=True)
+                watch.load_state_dict(state["watch"])
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
             train(model, optimizer, 32)
             watch.flush()
-            kept = watch.state_dict()
+            kept = {"watch": watch.state_dict(), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         return kept, [alert.title for report in seen for alert in report.alerts]
 
     state, first = run(None)
