@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import update_watch as uw
 from tests.watch_nets import Net, backward, batches
 from update_watch.masters import find
+from update_watch.partitions import Piece
 from update_watch.rows import names_of
 
 
@@ -65,22 +66,25 @@ def test_equal_values_name_nobody() -> None:
 
 def test_megatrons_parameters_name_their_masters() -> None:
     model = nn.Linear(6, 4).bfloat16()
-    shards = [torch.randn(12, requires_grad=True), torch.randn(2, requires_grad=True)]
+    shards = [torch.randn(12, requires_grad=True), torch.randn(4, requires_grad=True)]
     for p, shard in zip(model.parameters(), shards, strict=True):
         p.main_param = shard  # type: ignore[attr-defined]
     found = find_in(model, shards)
     assert found.names == {id(shards[0]): ("weight",), id(shards[1]): ("bias",)}
+    assert found.pieces == {id(shards[0]): [Piece(("weight",), (4, 6), 0, 12)]}
     assert set(found.instead.values()) == {""}
 
 
-def test_deepspeeds_partition_is_named_by_what_it_holds() -> None:
-    model = nn.Linear(6, 4).bfloat16()
+def test_deepspeeds_partition_has_a_piece_of_each_parameter() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)).bfloat16()
+    enter, leave = model
     flat = torch.randn(28, requires_grad=True)
-    for p, start in zip(model.parameters(), (0, 24), strict=True):
-        p._hp_mapping = SimpleNamespace(hp_fragment=flat.detach()[start : start + p.numel()])  # type: ignore[attr-defined]
+    for p, start in ((enter.weight, 0), (enter.bias, 24)):
+        p._hp_mapping = SimpleNamespace(hp_fragment=flat.detach()[start : start + p.numel()])
+    leave.weight._hp_mapping = leave.bias._hp_mapping = None  # in another rank's partition
     found = find_in(model, [flat])
-    assert found.names == {id(flat): ("weight .. bias (2 parameters in one partition)", "weight", "bias")}
-    assert all("flat partition" in reason for reason in found.instead.values())
+    assert found.pieces == {id(flat): [Piece(("0.weight",), (4, 6), 0, 24), Piece(("0.bias",), (4,), 24, 4)]}
+    assert found.instead == dict.fromkeys(map(id, model.parameters()), "")
 
 
 def test_parameters_behind_an_unknown_partition_are_unknown_and_not_idle() -> None:
@@ -103,7 +107,7 @@ def test_parameters_behind_an_unknown_partition_are_unknown_and_not_idle() -> No
 
 def test_an_ordinary_optimizer_of_some_parameters_has_no_masters() -> None:
     model = Net()
-    assert find_in(model, list(model.parameters())[:2]) == ({}, {})
+    assert find_in(model, list(model.parameters())[:2]) == ({}, {}, {})
 
 
 def test_ones_alone_do_not_make_an_optimizer_that_of_the_model() -> None:

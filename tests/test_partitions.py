@@ -5,9 +5,7 @@ from __future__ import annotations
 import gc
 from typing import Any
 
-import pytest
 import torch
-from torch import Tensor
 
 import update_watch as uw
 from tests.watch_nets import Net, backward, batches

@@ -173,6 +173,7 @@ def _is_eligible(row: Row) -> bool:
         and param.requires_grad
         and param.is_leaf
         and row.sampler is not None
+        and row.piece is None  # gradients of flat partitions are assigned, not accumulated
         and not unsamplable(param)
         and not unsamplable(grad)
     )

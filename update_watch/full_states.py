@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from update_watch.probe import Kind
 from update_watch.replay import Run, Settings, Twin
 from update_watch.rows import Row
-from update_watch.sampling import Sampler, local, mask, pack_views
+from update_watch.sampling import local, mask, pack_views
 from update_watch.transfer import Batch, Part
 
 _SAMPLES = 64
@@ -90,7 +90,7 @@ class FullStates:
         self.steps = 0
         self._waiting: list[_Step] = []
         self.rows = [row for rows in spans for row in rows]
-        self._samplers = [Sampler(local(row.param), _SAMPLES) for row in self.rows]
+        self._samplers = [row.sampler_of(_SAMPLES) for row in self.rows]
         for sampler in self._samplers:
             sampler.redraw(rng)
         self._device, self._names, self._carrier = form(self.rows[0], optimizer.state[self.rows[0].param])

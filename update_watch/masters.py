@@ -2,8 +2,8 @@
 
 Mixed-precision wrappers (Apex, Megatron, DeepSpeed, hand-written loops) keep FP32 weights of their own, let the optimizer
 step those, and copy the result into the model. What arrives is then to be seen in the master, under the parameter's name.
-A master is known by what its wrapper says (Megatron's `main_param`, DeepSpeed's `_hp_mapping`), or by having the shape
-and, rounded, the values of exactly one parameter. What cannot be told stays unknown, with the reason.
+A master is known by what its wrapper says (`partitions`), or by having the shape and, rounded, the values of exactly one
+parameter. What cannot be told stays unknown, with the reason.
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch import partitions
+from update_watch.partitions import Piece
 from update_watch.sampling import local
 
 _ELSEWHERE = "its optimizer steps other tensors than the model's, and which of them hold this parameter is not known"
+_ZERO_3 = (
+    "DeepSpeed ZeRO-3 steps a flat partition instead, and which one holds this parameter is not known: give the watch "
+    "`engine.optimizer`, not the optimizer inside it; a partition that is swapped out cannot be watched"
+)
 
 
 class Masters(NamedTuple):
@@ -25,51 +31,61 @@ class Masters(NamedTuple):
 
     names: dict[int, tuple[str, ...]]  # id of a stepped tensor -> the parameters it holds
     instead: dict[int, str]  # id of a model's parameter -> why it is not measured itself; "": its master has its name
+    pieces: dict[int, list[Piece]]  # id of a flat tensor that is stepped -> what lies in it
 
 
-def find(named: Sequence[tuple[str, Tensor]], known: dict[int, tuple[str, ...]], optimizer: Optimizer) -> Masters:
-    """Look for the model's parameters behind what the optimizer steps. Compares values: not for use inside a step."""
-    found = Masters({}, {})
+def find(
+    named: Sequence[tuple[str, Tensor]],
+    known: dict[int, tuple[str, ...]],
+    optimizer: Optimizer,
+    wrappers: Sequence[Any] = (),
+) -> Masters:
+    """Look for the model's parameters behind what the optimizer steps. Compares values: not for use inside a step.
+
+    `wrappers`: what the optimizer came wrapped in.
+    """
+    found = Masters({}, {}, {})
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     held = {id(p) for p in stepped}
-    strangers = [p for p in stepped if id(p) not in known]
     left = [p for _, p in named if id(p) not in held and p.requires_grad]
     left = list({id(p): p for p in left}.values())
-    if not strangers or not left:
-        return found
     names = {id(p): known[id(p)] for p in left}
-    free = {id(p): p for p in strangers}
+    for wrapper in wrappers:
+        pieces, absent = partitions.sub_groups(wrapper, names)
+        found.pieces.update(pieces)
+        found.instead.update(dict.fromkeys(absent, ""))  # it lies in other ranks' partitions
+    free = {id(p): p for p in stepped if id(p) not in known and id(p) not in found.pieces}
+    if free:
+        _by_mark(left, names, free, found)
+        _by_value([p for p in left if id(p) not in found.instead], names, free, found)
+    in_pieces = {name for pieces in found.pieces.values() for piece in pieces for name in piece.names}
     for param in left:
-        master = getattr(param, "main_param", None)
-        if isinstance(master, Tensor) and id(master) in free:
-            found.names[id(free.pop(id(master)))] = names[id(param)]
+        if not in_pieces.isdisjoint(names[id(param)]):
             found.instead[id(param)] = ""
-    _by_mapping(left, names, free, found)
-    _by_value([p for p in left if id(p) not in found.instead], names, free, found)
-    for param in left:
-        if free:
+        elif hasattr(param, "ds_tensor"):
+            found.instead.setdefault(id(param), _ZERO_3)
+        elif free:
             found.instead.setdefault(id(param), _ELSEWHERE)
     return found
 
 
-def _by_mapping(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[int, Tensor], found: Masters) -> None:
-    """DeepSpeed: a parameter knows the fragment of the flat FP32 partition that holds it, or a part of it."""
-    flats = {flat.untyped_storage()._cdata: flat for flat in free.values() if not flat.is_meta}
-    members: dict[int, list[Tensor]] = {}
+def _by_mark(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[int, Tensor], found: Masters) -> None:
+    """Parameters that tell where their master is."""
     for param in left:
-        fragment = getattr(getattr(param, "_hp_mapping", None), "hp_fragment", None)
-        if isinstance(fragment, Tensor) and fragment.untyped_storage()._cdata in flats:
-            members.setdefault(fragment.untyped_storage()._cdata, []).append(param)
-    for place, params in members.items():
-        flat = flats[place]
-        held = [names[id(param)][0] for param in params]
-        label = held[0] if len(held) == 1 else f"{held[0]} .. {held[-1]} ({len(held)} parameters in one partition)"
-        found.names[id(flat)] = (label, *held)
-        free.pop(id(flat))
-        for param in params:
-            found.instead[id(param)] = (
-                "" if len(held) == 1 else f"its optimizer steps a flat partition, which is reported as '{label}'"
-            )
+        master = getattr(param, "main_param", None)
+        if isinstance(master, Tensor) and id(master) in free:
+            piece = partitions.shard(param, names[id(param)], master)
+            if piece is not None:
+                found.pieces[id(master)] = [piece]
+            found.names[id(free.pop(id(master)))] = names[id(param)]
+            found.instead[id(param)] = ""
+    fragments = partitions.fragments(left, names, free.values())
+    found.pieces.update(fragments)
+    for flat in fragments:
+        free.pop(flat)
+    for param in left if fragments else ():
+        if getattr(param, "_hp_mapping", fragments) is None:
+            found.instead[id(param)] = ""  # all of it lies in other ranks' partitions
 
 
 def _by_value(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[int, Tensor], found: Masters) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch import rehearsal
+from update_watch.partitions import Piece, PieceSampler
 from update_watch.probe import Kind, Rule, probe
 from update_watch.sampling import Sampler, local, unsamplable
 from update_watch.scheme import Scheme, find_scheme
@@ -31,6 +32,7 @@ class Row:
         "lived",
         "names",
         "param",
+        "piece",
         "rates",
         "reason",
         "rule",
@@ -40,17 +42,31 @@ class Row:
     )
 
     def __init__(
-        self, param: Tensor, names: tuple[str, ...], group: int, rule: Rule, scheme: Scheme, samples: int
+        self,
+        param: Tensor,
+        names: tuple[str, ...],
+        group: int,
+        rule: Rule,
+        scheme: Scheme,
+        samples: int,
+        piece: Piece | None = None,
     ) -> None:
         self.param, self.names, self.group, self.rule, self.scheme = param, names, group, rule, scheme
+        self.piece = piece  # the part of `param` that is looked at; None: all of it
         self.decouples_decay = False  # weight decay acts on the weight, and its rounding may be looked at
         self.rates: dict[str, float] = {}  # state -> 1 - beta of `x <- beta x + ...`
         self.lived: Any = 0  # steps with a gradient: parameters equal here have equal step counters
         self.reason = why_unknown(param, rule)
-        self.sampler: Sampler | None = None if unsamplable(local(param)) else Sampler(local(param), samples)
+        self.sampler: Sampler | None = None if unsamplable(local(param)) else self.sampler_of(samples)
         self._checked: tuple[str, ...] = ()
         self.shaped: frozenset[str] = frozenset()  # states of the parameter's shape
         self.form: tuple[Any, ...] = (group, rule.rows, rule.kind, id(self) if rule.apart else 0, ())
+
+    def sampler_of(self, samples: int) -> Sampler:
+        """Sample positions of their own."""
+        if self.piece is not None:
+            return PieceSampler(self.param, self.piece, samples)
+        return Sampler(local(self.param), samples)
 
     @property
     def is_measured(self) -> bool:
@@ -100,9 +116,17 @@ def why_unknown(param: Tensor, rule: Rule) -> str:
 
 
 def build_rows(
-    optimizer: Optimizer, names: dict[int, tuple[str, ...]], samples: int, label: str, found: dict[Any, Any]
+    optimizer: Optimizer,
+    names: dict[int, tuple[str, ...]],
+    samples: int,
+    label: str,
+    found: dict[Any, Any],
+    pieces: Mapping[int, Sequence[Piece]] | None = None,
 ) -> list[Row]:
-    """Rows of all parameters of an optimizer, alike ones next to each other. `found` remembers probes."""
+    """Rows of all parameters of an optimizer, alike ones next to each other. `found` remembers probes.
+
+    A flat tensor with `pieces` has a row for each.
+    """
     rows: list[Row] = []
     kind = found.setdefault(("kind", id(optimizer)), _kind_of(optimizer))
     for index, group in enumerate(optimizer.param_groups):
@@ -116,10 +140,12 @@ def build_rows(
             if scheme_key not in found:
                 found[scheme_key] = find_scheme(optimizer, index, param.dtype, len(shape))
             known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
-            row = Row(param, known, index, found[rule_key], found[scheme_key], samples)
-            if row.is_measured and param.dtype in (torch.bfloat16, torch.float16):
-                _rehearse(row, optimizer, kind, found)
-            rows.append(row)
+            for piece in (pieces or {}).get(id(param), (None,)):
+                called = known if piece is None else piece.names
+                row = Row(param, called, index, found[rule_key], found[scheme_key], samples, piece)
+                if row.is_measured and param.dtype in (torch.bfloat16, torch.float16):
+                    _rehearse(row, optimizer, kind, found)
+                rows.append(row)
     rows.sort(key=_likeness)
     return rows
 

@@ -24,6 +24,8 @@ from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import TensorEvidence
 from update_watch.full_states import ShadowWindow
 from update_watch.memory import check_state
+from update_watch.partitions import Piece, wrappers
+from update_watch.parts import Parts
 from update_watch.ranks import Ranks
 from update_watch.replicas import Checksums
 from update_watch.report import Report
@@ -66,7 +68,9 @@ class Watch:
         self._rng = random.Random(seed + 1_000_003 * self._ranks.rank)  # replicas look at different elements
         self._found: dict[Any, Any] = {}  # what probes found out
         self._instead: dict[int, str] = {}  # id of a parameter that no optimizer holds -> what is said of it
-        self._watched: dict[int, Watched] = {}
+        self._pieces: dict[int, Sequence[Piece]] = {}  # id of a flat tensor that is stepped -> what lies in it
+        self._parts: dict[int, Parts] = {}  # id of an optimizer -> the parts it is stepped in
+        self._watched: dict[tuple[int, int], Watched] = {}  # all of them, by optimizer and part
         self._seconds, self._base_step = 0.0, 0
         self._closed = False
         self._is_closing_window = False
@@ -94,23 +98,33 @@ class Watch:
         if self._closed:
             raise RuntimeError("Watch.attach: this watch is closed; make another with update_watch.watch")
         inner = unwrap(optimizer)
-        if id(inner) not in self._watched:
-            if any(id(p) not in self._names for g in inner.param_groups for p in g["params"]):
+        if id(inner) not in self._parts:
+            held = [param for group in inner.param_groups for param in group["params"]]
+            if not held or any(id(param) not in self._names for param in held):
                 self._named = _named(self._model)  # parameters made since
                 self._names.update(names_of(self._named))
-                self._find_masters(inner)
-            with torch.no_grad():
-                watched = Watched(inner, len(self._watched), self._names, self.samples, self._rng, self._found)
-            self._watched[id(inner)] = watched
-            share_turns(list(self._watched.values()))
-            self._handles.append(inner.register_load_state_dict_post_hook(lambda _: watched.read_counters()))
+                self._find_masters(inner, wrappers(optimizer))
+            index, groups = len(self._parts), inner.param_groups
+
+            def make(part: int, found: dict[Any, Any]) -> Watched:
+                with torch.no_grad():
+                    watched = Watched(
+                        *(inner, index, self._names, self.samples, self._rng, found, self._pieces, part, groups)
+                    )
+                self._watched[id(inner), part] = watched
+                share_turns(list(self._watched.values()))
+                return watched
+
+            parts = self._parts[id(inner)] = Parts(make(0, self._found), make)
+            self._handles.append(inner.register_load_state_dict_post_hook(lambda _: parts.read_counters()))
         self._tap.attach(inner)
 
-    def _find_masters(self, optimizer: Optimizer) -> None:
+    def _find_masters(self, optimizer: Optimizer, wrapped_in: Sequence[Any]) -> None:
         """Name what the optimizer steps instead of the model's own tensors."""
-        found = masters.find(self._named, self._names, optimizer)
+        found = masters.find(self._named, self._names, optimizer, wrapped_in)
         self._names.update(found.names)
         self._instead.update(found.instead)
+        self._pieces.update(found.pieces)
 
     def detach(self) -> None:
         """Remove every hook; `attach` puts them back."""
@@ -121,6 +135,7 @@ class Watch:
         for watched in self._watched.values():
             watched.accumulation.remove()
         self._watched.clear()
+        self._parts.clear()
 
     @property
     def enabled(self) -> bool:
@@ -142,19 +157,19 @@ class Watch:
 
     def _before(self, optimizer: Optimizer) -> Any:
         started = time.perf_counter()
-        watched = self._watched[id(optimizer)]
+        watched = self._parts[id(optimizer)].current(optimizer)
         if watched.window_steps >= self.window:  # one that was waited for did not step
             self._close_window()
-        if watched.index == 0:
+        if watched.index == 0 and watched.part == 0:
             self._averages.look()
         measured = watched.before()
         self._seconds += time.perf_counter() - started
-        return (measured,)
+        return watched, measured
 
     def _after(self, optimizer: Optimizer, snapshot: Any) -> None:
         started = time.perf_counter()
-        watched = self._watched[id(optimizer)]
-        watched.after(snapshot[0])
+        watched, measured = snapshot
+        watched.after(measured)
         if self._is_window_full(watched):
             self._close_window()
         self._seconds += time.perf_counter() - started
@@ -184,6 +199,10 @@ class Watch:
         shadows: list[ShadowWindow] = []
         accumulations: list[AccumulationWindow] = []
         batch = Batch()
+        for key, optimizer_parts in self._parts.items():
+            for unused in optimizer_parts.forget_unused():
+                unused.accumulation.remove()
+                del self._watched[key, unused.part]
         with torch.no_grad():
             for watched in self._watched.values():
                 parts = watched.close_window(batch)
@@ -196,7 +215,8 @@ class Watch:
                 accumulations += [] if accumulation is None else [accumulation]
             averages = tuple(self._averages.close_window(batch))
             rows = [row for watched in self._watched.values() for row in watched.rows]
-            checksums = () if self._checksums is None else tuple(self._checksums.take(rows, batch))
+            whole = [row for row in rows if row.piece is None]
+            checksums = () if self._checksums is None else tuple(self._checksums.take(whole, batch))
             batch.send()
         held = {id(row.param) for row in rows}
         seen: set[int] = set()

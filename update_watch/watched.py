@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from update_watch.accumulation import Accumulation
 from update_watch.cohort import Cohort, Snapshot
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
+from update_watch.partitions import Piece
 from update_watch.replay import ReplayError, Twin
 from update_watch.rows import Row, build_rows
 from update_watch.sampling import local
@@ -35,7 +36,7 @@ _WAITING = 4  # measured steps that are added together; they hold a few kilobyte
 
 
 class Watched:
-    """Plans and measures one optimizer. `names`: id(parameter) -> its names."""
+    """Plans and measures one optimizer, or one part of it (see `parts`). `names`: id(parameter) -> its names."""
 
     def __init__(
         self,
@@ -45,11 +46,18 @@ class Watched:
         samples: int,
         rng: random.Random,
         found: dict[Any, Any],
+        pieces: Mapping[int, Sequence[Piece]] | None = None,
+        part: int = 0,
+        all_groups: list[dict[str, Any]] | None = None,
     ) -> None:
-        self.optimizer, self.index = optimizer, index
+        """`pieces`: id(flat tensor) -> what lies in it. `all_groups`: those of all parts."""
+        self.optimizer, self.index, self.part = optimizer, index, part
+        self.groups = optimizer.param_groups  # a part's are not to be found there when it is not stepped
+        self._all_groups = self.groups if all_groups is None else all_groups
+        self._pieces = pieces
         self.steps = 0  # seen since attached
         self.window_steps = 0
-        self._names, self._asked, self._rng, self._found = names, samples, rng, found
+        self._names, self._asked, self._rng, self.found = names, samples, rng, found
         self._members: list[Tensor] = []
         self._lrs: dict[int, list[float]] = {}
         self._twin_error = ""
@@ -68,10 +76,12 @@ class Watched:
         """Rows and cohorts for the parameters the optimizer holds now."""
         self._waiting: list[tuple[Cohort, Snapshot]] = []  # measured steps that are not added yet
         self._members = _members(self.optimizer)
-        label = f"optimizer{self.index}." if self.index else ""
+        self.groups = self.optimizer.param_groups
+        self.ids = frozenset(map(id, self._members))
+        label = (f"optimizer{self.index}." if self.index else "") + (f"part{self.part}." if self.part else "")
         lived = {id(row.param): row.lived for row in getattr(self, "rows", [])}
         self._samples = self._asked * (_FEW if len(self._names) <= _ALL else 1)
-        self.rows = build_rows(self.optimizer, self._names, self._samples, label, self._found)
+        self.rows = build_rows(self.optimizer, self._names, self._samples, label, self.found, self._pieces)
         for row in self.rows:
             row.lived = lived.get(id(row.param), 0)
         self._counts_lives = any(local(row.param).device.type != "cpu" for row in self.rows)
@@ -87,6 +97,11 @@ class Watched:
             turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT)) if len(rows) > _ALL else 1
             self.cohorts += [Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)]
         self.redraw()
+
+    @property
+    def first(self) -> Tensor | None:
+        """The first parameter, by which a part is known."""
+        return self._members[0] if self._members else None
 
     def redraw(self) -> None:
         """New sample positions for the next window."""
@@ -111,6 +126,7 @@ class Watched:
         if len(members) != len(self._members) or not all(map(operator.is_, members, self._members)):
             self._plan()
             self.shadow.replan()
+        self.groups = self.optimizer.param_groups
         if self.is_shadowed:
             self.shadow.before()
         self.accumulation.before(self.rows)
@@ -182,12 +198,16 @@ class Watched:
         return cohorts, others, skipped
 
     def _identity(self, row: Row) -> TensorEvidence:
-        group = self.optimizer.param_groups[row.group]
+        group = self.groups[row.group]
         lr = self._lrs.get(row.group)
         identity = describe(row.param, row.names)
+        if row.piece is not None:
+            shape = row.piece.shape
+            identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held}
+        number = next((i for i, other in enumerate(self._all_groups) if other is group), row.group)
         return TensorEvidence(
             **identity,
-            optimizer_group=f"{self.index}/{row.group}",
+            optimizer_group=f"{self.index}/{number}",
             reason=row.reason or self._twin_error,
             steps=self.window_steps,
             lr=lr[0] if lr else None,
