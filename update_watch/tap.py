@@ -35,8 +35,8 @@ OnError = Callable[[Exception], Any]
 class StepTap:
     """Calls `before(optimizer)` and `after(optimizer, snapshot)` around every step of the attached optimizers.
 
-    `snapshot` is what `before` returned for this step. Both run without autograd and autocast, with FP32 as default
-    dtype, and are never traced by `torch.compile`. `before` sees this step's gradients, clipped and unscaled where that happens before the rule;
+    `snapshot` is what `before` returned for this step. Both run in plain torch (`PlainTorch`) and are
+    never traced by `torch.compile`. `before` sees this step's gradients, clipped and unscaled where that happens before the rule;
     gradients must not be read in `after`, since some rules overwrite them.
 
     An exception from either does not reach training: the tap detaches itself, ignores later `attach` calls, keeps the
@@ -156,7 +156,7 @@ class StepTap:
         self._depth += 1
         self._thread = threading.get_ident()
         try:
-            with _PlainTorch(opt):
+            with PlainTorch(opt):
                 step.snapshot = self._before(opt)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
@@ -169,7 +169,7 @@ class StepTap:
             return
         self._depth += 1
         try:
-            with _PlainTorch(opt):
+            with PlainTorch(opt):
                 self._after(opt, step.snapshot)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
@@ -188,23 +188,29 @@ class StepTap:
             logger.error("update-watch: on_error failed: %r", second, exc_info=second)
 
 
-class _PlainTorch:
-    """No autograd, no autocast, FP32 as default dtype; what was before comes back.
+class PlainTorch:
+    """No autograd, no autocast, no inference mode, FP32 as default dtype; what was before comes back.
 
     A step taken inside a trainer's step (Lightning's manual optimization) runs in its precision context: under
-    "bf16-true" `torch.zeros(1)` is BF16 there, under "bf16-mixed" a product of FP32 tensors is.
+    "bf16-true" `torch.zeros(1)` is BF16 there, under "bf16-mixed" a product of FP32 tensors is. And what is made in
+    inference mode, where trainers validate, can never be written to outside of it.
     """
 
-    __slots__ = ("_autocast", "_dtype", "_grad")
+    __slots__ = ("_autocast", "_dtype", "_grad", "_inference")
 
-    def __init__(self, opt: Optimizer) -> None:
+    def __init__(self, *optimizers: Optimizer) -> None:
         self._autocast: list[str] = []
+        self._inference: Any = None
         if torch._C._is_any_autocast_enabled():
-            kinds = {"cpu", *(p.device.type for group in opt.param_groups for p in group["params"][:1])}
+            groups = [group for opt in optimizers for group in opt.param_groups]
+            kinds = {"cpu", *(p.device.type for group in groups for p in group["params"][:1])}
             available = filter(torch.amp.is_autocast_available, kinds)
             self._autocast = [kind for kind in available if torch.is_autocast_enabled(kind)]
 
     def __enter__(self) -> None:
+        if torch.is_inference_mode_enabled():
+            self._inference = torch.inference_mode(False)
+            self._inference.__enter__()
         self._grad, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
         torch.set_grad_enabled(False)
         self._set(False, torch.float32)
@@ -212,6 +218,8 @@ class _PlainTorch:
     def __exit__(self, *_: object) -> None:
         self._set(True, self._dtype)
         torch.set_grad_enabled(self._grad)
+        if self._inference is not None:
+            self._inference.__exit__(None, None, None)
 
     def _set(self, is_autocast: bool, dtype: torch.dtype) -> None:
         for kind in self._autocast:

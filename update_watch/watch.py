@@ -30,7 +30,7 @@ from update_watch.ranks import Ranks
 from update_watch.replicas import Checksums
 from update_watch.report import Report
 from update_watch.rows import names_of
-from update_watch.tap import StepTap, unwrap
+from update_watch.tap import PlainTorch, StepTap, unwrap
 from update_watch.thresholds import Thresholds
 from update_watch.transfer import Batch
 from update_watch.watched import Watched, describe, share_turns
@@ -79,7 +79,8 @@ class Watch:
         self._sinks = Sinks(list(sinks))
         self._judge = Worker("judging", self._judge_window)
         self._post = Worker("sink", self._sinks)
-        self._averages = Averages(averages, self._named, samples, self._rng)
+        with PlainTorch():
+            self._averages = Averages(averages, self._named, samples, self._rng)
         self._tap = StepTap(self._before, self._after, self._fail)
         self._handles: list[Any] = []
         for optimizer in optimizers:
@@ -107,7 +108,7 @@ class Watch:
             index, groups = len(self._parts), inner.param_groups
 
             def make(part: int, found: dict[Any, Any]) -> Watched:
-                with torch.no_grad():
+                with PlainTorch(inner):
                     watched = Watched(
                         *(inner, index, self._names, self.samples, self._rng, found, self._pieces, part, groups)
                     )
@@ -265,7 +266,8 @@ class Watch:
         if any(w.window_steps for w in self._watched.values()) or (self._windows == 0 and self._watched):
             self._is_closing_window = True
             try:
-                self._close_window()
+                with PlainTorch(*(watched.optimizer for watched in self._watched.values())):
+                    self._close_window()
             except Exception as error:
                 self._fail(error)
             finally:
