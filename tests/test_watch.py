@@ -619,3 +619,34 @@ def test_elements_that_are_met_again_and_again_count_once_in_the_sums() -> None:
     (tensor,) = report.tensors
     # two of the sixteen steps are at the path: the first counts
     assert cohort.live_steps == [0] and tensor.lost_fraction == pytest.approx(1 / 15, abs=0.01)
+
+
+def test_parameters_that_are_grouped_anew_are_replayed_with_the_settings_of_their_group() -> None:
+    torch.manual_seed(0)
+    model = Net(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with uw.watch(model, optimizer, window=10**6) as watch:
+        train(model, optimizer, 10)
+        (group,), parameters = optimizer.param_groups, list(model.parameters())
+        halves = {**group, "params": parameters[:2], "lr": 1e-2}, {**group, "params": parameters[2:], "maximize": True}
+        optimizer.param_groups = list(halves)
+        train(model, optimizer, 10)
+        report = watch.flush()
+    assert report is not None
+    assert [t.efficiency for t in report.tensors] == pytest.approx([1.0] * len(report.tensors), abs=1e-6)
+
+
+def test_a_watch_that_is_detached_inside_a_step_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    model = Net(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    watch = uw.watch(model, optimizer)
+
+    def closure() -> float:
+        backward(model, next(iter(batches(1))))
+        watch.detach()
+        return 0.0
+
+    optimizer.step(closure)
+    train(model, optimizer, 3)
+    watch.close()
+    assert [w for w in recwarn if "update-watch" in str(w.message)] == []

@@ -158,6 +158,8 @@ class Watch:
 
     def _before(self, optimizer: Optimizer) -> Any:
         started = time.perf_counter()
+        if id(optimizer) not in self._parts:  # detached in the step's closure
+            return None
         watched = self._parts[id(optimizer)].current(optimizer)
         if watched.window_steps >= self.window:  # one that was waited for did not step
             self._close_window()
@@ -168,6 +170,8 @@ class Watch:
         return watched, measured
 
     def _after(self, optimizer: Optimizer, snapshot: Any) -> None:
+        if snapshot is None:
+            return
         started = time.perf_counter()
         watched, measured = snapshot
         watched.after(measured)

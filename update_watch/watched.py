@@ -75,7 +75,7 @@ class Watched:
     def _plan(self) -> None:
         """Rows and cohorts for the parameters the optimizer holds now."""
         self._waiting: list[tuple[Cohort, Snapshot]] = []  # measured steps that are not added yet
-        self._members = _members(self.optimizer)
+        self._members, self._sizes = _members(self.optimizer), _sizes(self.optimizer)
         self.groups = self.optimizer.param_groups
         self.ids = frozenset(map(id, self._members))
         label = (f"optimizer{self.index}." if self.index else "") + (f"part{self.part}." if self.part else "")
@@ -122,8 +122,8 @@ class Watched:
 
     def before(self) -> tuple[Cohort, Snapshot] | None:
         """Measure the cohort whose turn it is, just before the rule runs."""
-        members = _members(self.optimizer)
-        if len(members) != len(self._members) or not all(map(operator.is_, members, self._members)):
+        members, sizes = _members(self.optimizer), _sizes(self.optimizer)
+        if sizes != self._sizes or not all(map(operator.is_, members, self._members)):
             self._plan()
             self.shadow.replan()
         self.groups = self.optimizer.param_groups
@@ -279,6 +279,10 @@ def describe(param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _members(optimizer: Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _sizes(optimizer: Optimizer) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
 
 
 def _number(value: Any) -> float | None:
