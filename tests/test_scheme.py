@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from update_watch.scheme import Scheme, find_scheme
+from update_watch.scheme import Join, Scheme, find_scheme
 
 
 def _params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
@@ -85,7 +85,7 @@ def test_stochastic_rounding_is_recognised() -> None:
 
 def test_masters_in_the_state_are_named() -> None:
     optimizer = _Masters(_params(torch.bfloat16), lr=0.1)
-    assert find_scheme(optimizer, 0, torch.bfloat16, 1) == Scheme("carried:master", master="master")
+    assert find_scheme(optimizer, 0, torch.bfloat16, 1) == Scheme("carried:master", "master", Join.master)
 
 
 def test_a_remainder_kept_elsewhere_is_recognised() -> None:

@@ -22,6 +22,7 @@ from update_watch.probe import Kind
 from update_watch.replay import Run, Settings, Twin
 from update_watch.rows import Row
 from update_watch.sampling import gather, local, mask, pack_views
+from update_watch.scheme import Join
 from update_watch.tally import Tally
 from update_watch.twin_copy import ReplayError
 
@@ -76,7 +77,7 @@ class Cohort:
         self.optimizer, self.twin, self.rows, self.samples = optimizer, twin, rows, samples
         self.device = local(rows[0].param).device
         self.samplers = [row.sampler for row in rows if row.sampler is not None]
-        carriers = {name for row in rows for name in (row.scheme.carrier, row.scheme.master) if name}
+        carriers = {row.scheme.carrier for row in rows if row.scheme.carrier}
         self.states = sorted(carriers.union(*(row.rule.element_states for row in rows)))
         self._slots = {name: 1 + i for i, name in enumerate(self.states)}
         # rows that count at the path's positions too: [n, 1], or true or false for all of them
@@ -99,10 +100,8 @@ class Cohort:
         self._masked: tuple[bool, ...] = (True,) * len(rows)
         self._turn = 0
         self._formats = _format_runs(rows)
-        # states that hold what rounding took from the weight (Kahan summation): the stored value is their sum
-        self._carriers = [(i, row.scheme.carrier) for i, row in enumerate(rows) if row.scheme.carrier]
-        # states that are the weight in full (masters)
-        self._masters = [(i, row.scheme.master) for i, row in enumerate(rows) if row.scheme.master]
+        # rows with a state that holds what rounding took from the weight: what is stored is both together
+        self._carried = [(i, self._slots[row.scheme.carrier], row) for i, row in enumerate(rows) if row.scheme.carrier]
         self._fresh = list(range(len(rows)))  # rows that had no state yet
         self.steps = 0  # measured in this window, those that are still to be added included
         self._can_wait = twin.can_wait and all(row.rule.kind is Kind.elementwise for row in rows)
@@ -159,7 +158,7 @@ class Cohort:
     def after(self, snapshot: Snapshot) -> bool:
         """Gather what was stored. True: `add` may wait for the next steps."""
         views = self._weight_views()
-        if snapshot.full or self._carriers or self._masters:
+        if snapshot.full or self._carried:
             states = self._states()
             if self._fresh and self.states:  # made in this step: what was in them before is nothing
                 for i in self._fresh:
@@ -188,10 +187,7 @@ class Cohort:
             before_AnK is not None and intended_AnK is not None and grad_nK is not None and snapshot.after is not None
         )
         after_AnK = self._widened(snapshot.after)
-        for i, name in self._carriers:
-            after_AnK[0, i].add_(after_AnK[self._slots[name], i])
-            after_AnK[self._slots[name], i].zero_()
-        self._take_masters(after_AnK)
+        self._join(after_AnK)
         live, full = tuple(snapshot.live), snapshot.full
         present = len(after_AnK) if full else 1
         mask_nK = self._current_mask(live)
@@ -221,29 +217,26 @@ class Cohort:
         before_AnK, grad_nK = held_AnK[:-1], held_AnK[-1]
         # before the rule, which may write into the gradient
         snapshot.before_AnK, snapshot.grad_nK = before_AnK, grad_nK.ne(0) if snapshot.full else grad_nK
-        for i, name in self._carriers:
-            before_AnK[0, i].add_(before_AnK[self._slots[name], i])
-            before_AnK[self._slots[name], i].zero_()  # joined: an FP32 weight has no remainder
-        self._take_masters(before_AnK, keep=True)
+        self._join(before_AnK)
         intended_AnK = snapshot.intended_AnK = before_AnK.clone()
+        for i, slot, row in self._carried:
+            if row.scheme.join is Join.master:
+                intended_AnK[slot, i].copy_(before_AnK[0, i])  # the rule may step it instead of the weight
         self._replay_samples(snapshot, intended_AnK, grad_nK)
         if states is not None:
             self._replay_whole(intended_AnK, states, snapshot.live)
-        for i, name in self._carriers:
-            intended_AnK[0, i].add_(intended_AnK[self._slots[name], i])
-            intended_AnK[self._slots[name], i].zero_()
-        self._take_masters(intended_AnK)
-        for i, name in self._masters:
-            before_AnK[self._slots[name], i].zero_()
+        for i, slot, row in self._carried:
+            if row.scheme.addend:
+                intended_AnK[0, i].add_(intended_AnK[slot, i])
+            intended_AnK[slot, i].zero_()
 
-    def _take_masters(self, values_AnK: Tensor, keep: bool = False) -> None:
-        """Put the full weights in the place of the rounded ones; their own place is emptied, or kept for the rule."""
-        for i, name in self._masters:
-            master_K = values_AnK[self._slots[name], i]
-            # there is none before the first step; where one is 0, so is the weight
-            values_AnK[0, i].copy_(torch.where(master_K == 0, values_AnK[0, i], master_K))
-            if not keep:
-                master_K.zero_()
+    def _join(self, values_AnK: Tensor) -> None:
+        """Make the stored weights whole; the states that held the rest are empty then, as in FP32."""
+        for i, slot, row in self._carried:
+            fmt = formats.of(local(row.param).dtype)
+            assert fmt is not None  # else there is no scheme
+            values_AnK[0, i].copy_(row.scheme.joined(values_AnK[0, i], values_AnK[slot, i], fmt))
+            values_AnK[slot, i].zero_()
 
     def pack(self) -> Tensor:
         """The window's sums in one vector on the device; see `tally.Sums`."""
@@ -313,6 +306,8 @@ class Cohort:
             scalars: dict[str, Any] = {}
             dtypes = {}
             for name, value in states[start].items():
+                if name in row.left_out:
+                    continue
                 is_tensor = isinstance(value, Tensor)
                 if name in self._slots:
                     scalars[name] = value if value is None else self._slots[name]
@@ -421,7 +416,17 @@ def _replay_whole(twin: Twin, row: Row, state: dict[str, Any]) -> Run:
     grad = row.param.grad
     assert grad is not None
     shards = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
-    return twin.replay_whole(row.group, local(row.param.detach()), local(grad), shards)
+    weight, scheme = local(row.param.detach()), row.scheme
+    rest = shards.get(scheme.carrier)
+    if isinstance(rest, Tensor):
+        fmt = formats.of(weight.dtype)
+        assert fmt is not None  # else there is no scheme
+        weight = scheme.joined(weight.float(), rest.float(), fmt)
+        if scheme.carrier in row.left_out:
+            del shards[scheme.carrier]
+        elif scheme.join is not Join.master:
+            shards[scheme.carrier] = torch.zeros_like(rest)
+    return twin.replay_whole(row.group, weight, local(grad), shards)
 
 
 def _format_runs(rows: list[Row]) -> list[tuple[slice, Format]]:

@@ -166,6 +166,7 @@ class Diagnosis:
             since_step=_since(memory, health, first_step),
             accumulators=accumulators,
             what_if=e.what_if,
+            scheme=e.scheme,
         )
 
     def _without_signal(self, e: TensorEvidence, memory: Memory, window: WindowEvidence) -> _Verdict | None:

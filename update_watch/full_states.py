@@ -50,11 +50,11 @@ def short_states(row: Row, state: dict[str, Any]) -> list[str]:
 def form(row: Row, state: dict[str, Any]) -> tuple[Any, ...]:
     """Rows of one copy agree in this."""
     names = tuple(n for n, v in state.items() if is_element(row, n) and isinstance(v, Tensor))
-    return local(row.param).device, names, row.scheme.carrier
+    return local(row.param).device, names, row.scheme.addend, row.left_out
 
 
 def is_element(row: Row, name: str) -> bool:
-    return name in row.rule.element_states or name == row.scheme.carrier
+    return (name in row.rule.element_states or name == row.scheme.addend) and name not in row.left_out
 
 
 class _Part:
@@ -93,7 +93,8 @@ class FullStates:
         self._samplers = [row.sampler_of(_SAMPLES) for row in self.rows]
         for sampler in self._samplers:
             sampler.redraw(rng)
-        self._device, self._names, self._carrier = form(self.rows[0], optimizer.state[self.rows[0].param])
+        self._device, self._names, carrier, self._left_out = form(self.rows[0], optimizer.state[self.rows[0].param])
+        self._carrier = carrier if carrier in self._names else ""
         short = {name for row in self.rows for name in short_states(row, optimizer.state[row.param])}
         self._is_split = not short.issubset(self._names)
         self._sums_n2 = torch.zeros(len(self.rows), 2, device=self._device)
@@ -176,7 +177,7 @@ class FullStates:
         if self._is_split:
             for span in self._spans:
                 stored = self._optimizer.state[self.rows[span.start].param].items()
-                span.parts[0].state.update({k: _own(v, widen=False) for k, v in stored if k not in self._names})
+                span.parts[0].state.update({k: _own(v, widen=False) for k, v in stored if self._is_scalar(k)})
 
     # --- at the end of a window --------------------------------------------------------------------
 
@@ -243,7 +244,10 @@ class FullStates:
         self._lay_out(spans)
 
     def _scalars(self, row: Row) -> dict[str, Any]:
-        return {k: _own(v) for k, v in self._optimizer.state[row.param].items() if k not in self._names}
+        return {k: _own(v) for k, v in self._optimizer.state[row.param].items() if self._is_scalar(k)}
+
+    def _is_scalar(self, name: str) -> bool:
+        return name not in self._names and name not in self._left_out
 
     def _views(self, name: str) -> list[Tensor]:
         stored = self._optimizer.state

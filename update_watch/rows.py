@@ -29,6 +29,7 @@ class Row:
         "decouples_decay",
         "form",
         "group",
+        "left_out",
         "lived",
         "names",
         "param",
@@ -60,6 +61,8 @@ class Row:
         self.sampler: Sampler | None = None if unsamplable(local(param)) else self.sampler_of(samples)
         self._checked: tuple[str, ...] = ()
         self.shaped: frozenset[str] = frozenset()  # states of the parameter's shape
+        # the carrier, where the rule keeps none of that name in FP32: there is nothing to carry then
+        self.left_out = frozenset({scheme.carrier} - {"", *rule.forms})
         self.form: tuple[Any, ...] = (group, rule.rows, rule.kind, id(self) if rule.apart else 0, ())
 
     def sampler_of(self, samples: int) -> Sampler:

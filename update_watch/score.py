@@ -33,6 +33,7 @@ _WINDOW_NOISE = 0.1  # least standard deviation of a displacement efficiency bet
 _UNLOST = 0.01  # so small a lost fraction cannot explain an efficiency below _ROUNDED_LEAST
 _ROUNDED_LEAST = 0.6  # what survives rounding is at least 2/3 of what was intended
 _ROUNDED_MOST = 2.5  # and at most twice
+_CARRIED_MOST = 1.5  # the same where what is lost in one step comes in another
 _BACKWARDS = -0.1
 # chance that an update in each bin of the headroom histogram is rounded away from the stored value: |update| / gap
 _CHANGE_CHANCE = [min(1.0, 2.0 ** (HEADROOM_LOW + i - 0.5)) for i in range(64)]
@@ -106,7 +107,8 @@ def score(e: TensorEvidence, memory: Memory, limits: Thresholds) -> Score:
     if pooled.steps < limits.minimum_steps:
         return Score(UNKNOWN, advice.too_few_steps(pooled.steps, limits.minimum_steps))
     if exact or e.scheme == "stochastic":
-        result = _by_steps(pooled, displacement, memory, limits, exact)
+        most = _ROUNDED_MOST if e.scheme == "plain" else _CARRIED_MOST
+        result = _by_steps(pooled, displacement, memory, limits, exact, most)
     else:
         result = _by_displacement(pooled, displacement, memory, limits, e.scheme == "carried")
     if result.health is HEALTHY:
@@ -116,7 +118,9 @@ def score(e: TensorEvidence, memory: Memory, limits: Thresholds) -> Score:
     return result
 
 
-def _by_steps(pooled: Pooled, displacement: float | None, memory: Memory, limits: Thresholds, exact: bool) -> Score:
+def _by_steps(
+    pooled: Pooled, displacement: float | None, memory: Memory, limits: Thresholds, exact: bool, most: float
+) -> Score:
     efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
     margin = (_SURE if exact else _SURER) * error
     health = grade(efficiency + margin, memory.grade, limits)  # at best
@@ -125,7 +129,7 @@ def _by_steps(pooled: Pooled, displacement: float | None, memory: Memory, limits
             return Score(UNKNOWN, advice.too_noisy(efficiency, error, pooled.windows))
     elif memory.grade is not HEALTHY:  # the margin protects from accusing, it is no way out
         health = grade(efficiency, memory.grade, limits)
-    if exact and efficiency - margin > _ROUNDED_MOST:
+    if exact and efficiency - margin > most:
         return Score(UNKNOWN, advice.unexplained(efficiency, None))
     if health is not HEALTHY and displacement is not None and displacement > efficiency:
         health = grade(displacement, memory.grade, limits)
@@ -143,6 +147,8 @@ def _by_displacement(
 ) -> Score:
     efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
     margin = _SURER * error
+    if efficiency - margin > _CARRIED_MOST:
+        return Score(UNKNOWN, advice.unexplained(efficiency, None))
     if error <= limits.maximum_error and grade(efficiency - margin, memory.grade, limits) is HEALTHY:
         return Score(HEALTHY, "", efficiency, lost)
     if displacement is None:

@@ -152,9 +152,9 @@ class _Dependence(NamedTuple):
 def _dependence(optimizer: Optimizer, row: Row, found: dict[Any, Any]) -> _Dependence:
     """Found out on synthetic weights; once for all parameters alike."""
     ndim = min(row.param.dim(), 2)
-    key = ("dependence", id(optimizer), row.group, ndim, row.scheme.carrier)
+    key = ("dependence", id(optimizer), row.group, ndim, row.scheme.addend)
     if key not in found:
-        trial = optimizer, row.group, (48,) if ndim < 2 else (6, 8), row.scheme.carrier
+        trial = optimizer, row.group, (48,) if ndim < 2 else (6, 8), row.scheme.addend
         found[key] = _Dependence(*(_differ_with_weight(*trial, decay) for decay in (0.0, 1.0)))
     dependence: _Dependence = found[key]
     return dependence
