@@ -5,6 +5,8 @@ In FP32 a replay that mistakes anything has an efficiency off 1, and a watch tha
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,3 +71,64 @@ def test_steps_taken_there_and_outside_are_measured_alike(around: Any) -> None:
             else:
                 optimizer.step()
         assert_exact(watch.flush(), 5)
+
+
+# --- groups, states and settings ------------------------------------------------------------------------
+
+
+def test_a_group_taken_away_is_still_reported_for_the_steps_it_was_in() -> None:
+    model = Net()
+    optimizer = adamw([{"params": list(model.enter.parameters())}, {"params": [model.leave.weight]}])
+    with uw.watch(model, optimizer, window=100) as watch:
+        train(model, optimizer, 10)
+        optimizer.param_groups.pop()
+        assert_exact(watch.flush(), 10, "enter.weight", "leave.weight")
+        train(model, optimizer, 5)
+        assert_exact(watch.flush(), 5, "enter.weight")
+
+
+def test_a_window_closed_in_the_middle_of_a_step_costs_that_step_alone() -> None:
+    """Between our look before the rule and the one after it, positions change: the two do not belong together."""
+    model = Net()
+    optimizer = adamw(model.parameters())
+    with uw.watch(model, optimizer, window=100) as watch:
+        steps: list[int] = []
+
+        def pre_hook(*_: Any) -> None:
+            steps.append(1)
+            if len(steps) in (1, 8):
+                watch.flush()
+
+        handle = optimizer.register_step_pre_hook(pre_hook)
+        train(model, optimizer, 20)
+        assert_exact(watch.flush(), 13)
+        handle.remove()
+
+
+def test_a_scaler_in_some_steps_leaves_those_that_wait_as_they_were() -> None:
+    model = Net()
+    optimizer = adamw(model.parameters(), fused=True)
+    with uw.watch(model, optimizer, window=100) as watch:
+        for i, x in enumerate(batches(23)):
+            model.zero_grad()
+            backward(model, x)
+            if i % 4 in (1, 2):
+                for p in model.parameters():
+                    p.grad.mul_(1024.0)  # type: ignore[union-attr]  # there is one
+                optimizer.grad_scale = torch.tensor(1024.0)  # type: ignore[attr-defined]  # as GradScaler does
+                optimizer.found_inf = torch.tensor(float(i % 8 == 5))  # type: ignore[attr-defined]
+                optimizer.step()
+                del optimizer.grad_scale, optimizer.found_inf
+            else:
+                optimizer.step()
+        assert_exact(watch.flush(), 23)
+
+
+def test_states_that_training_lets_go_are_not_held() -> None:
+    model = Net()
+    optimizer = adamw(model.parameters())
+    with uw.watch(model, optimizer, window=100):
+        train(model, optimizer, 8)
+        held = weakref.ref(optimizer.state[model.enter.weight]["exp_avg"])
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert held() is None

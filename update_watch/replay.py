@@ -39,6 +39,7 @@ _HOOKS = (
     "_optimizer_load_state_dict_post_hooks",
 )
 _OWN = frozenset({"param_groups", "state", *_HOOKS})
+_SCALING = frozenset({"grad_scale", "found_inf"})  # set by a GradScaler for one step
 # every function wrapped by torch to call step hooks runs this code
 _HOOKED_CODE = Optimizer.profile_hook_step(lambda _: None).__code__
 _LIMIT = 4096  # elements of tensor attributes; more would be too much to copy at every step
@@ -81,7 +82,7 @@ class Twin:
         # torch's own rules draw no random numbers, compile nothing and call no other step
         self._is_native = type(optimizer).__module__.startswith("torch.optim")
         self._shell = shell(optimizer, [])
-        self._seen = dict(vars(optimizer))
+        self._seen = self._attributes()
         for group in optimizer.param_groups:
             settings_of(group, [], Copier(_LIMIT, optimizer=optimizer))
 
@@ -143,7 +144,7 @@ class Twin:
             for group in groups if changes else ():
                 group.update(changes or {})
             if self._is_native:
-                self._rule(self._native(groups, state, copier))
+                self._rule(self._native(groups, state, copier, is_earlier=settings is not None))
             else:
                 twin = shell(self._optimizer, groups, state, copier)
                 for key, value in self._optimizer.state.items():
@@ -163,24 +164,27 @@ class Twin:
         ]
 
     def _native(
-        self, groups: list[dict[str, Any]], state: defaultdict[Tensor, dict[str, Any]], copier: Copier
+        self, groups: list[dict[str, Any]], state: defaultdict[Tensor, dict[str, Any]], copier: Copier, is_earlier: bool
     ) -> Optimizer:
         """The shell with groups and state of this step. torch's own rules write to no other attribute, so the rest of it is
-        kept, but for what has changed in the real optimizer (a GradScaler sets some for one step).
+        kept, but for what has changed in the real optimizer (a GradScaler sets some for one step, never for an earlier one
+        that could wait).
         """
-        now = vars(self._optimizer)
-        for name in [*now, *self._seen] if now.keys() != self._seen.keys() else now:
+        now = self._attributes(_SCALING if is_earlier else frozenset())
+        for name in now.keys() | self._seen.keys() if now.keys() != self._seen.keys() else now:
             if name not in now:
                 self._shell.__dict__.pop(name, None)
-            elif (
-                name not in _OWN
-                and now[name] is not self._seen.get(name, self)
-                and not _shadows_method(type(self._optimizer), name, now[name])
+            elif now[name] is not self._seen.get(name, self) and not _shadows_method(
+                type(self._optimizer), name, now[name]
             ):
                 setattr(self._shell, name, copier.copy(now[name], f"{self._name}.{name}"))
-        self._seen = dict(now)
+        self._seen = now
         self._shell.param_groups, self._shell.state = groups, state
         return self._shell
+
+    def _attributes(self, but: frozenset[str] = frozenset()) -> dict[str, Any]:
+        """The optimizer's attributes beside its groups, states and hooks, which must not be held here."""
+        return {k: v for k, v in vars(self._optimizer).items() if k not in _OWN and k not in but}
 
 
 def shell(

@@ -75,6 +75,7 @@ class Watched:
     def _plan(self) -> None:
         """Rows and cohorts for the parameters the optimizer holds now."""
         self._waiting: list[tuple[Cohort, Snapshot]] = []  # measured steps that are not added yet
+        self._measured: tuple[Cohort, Snapshot] | None = None  # the step that is running
         self._members, self._sizes = _members(self.optimizer), _sizes(self.optimizer)
         self.groups = self.optimizer.param_groups
         self.ids = frozenset(map(id, self._members))
@@ -137,18 +138,18 @@ class Watched:
             rests = [None] * (self.turns - len(self.cohorts))
             self._queue = self._rng.sample([*self.cohorts, *rests], len(self.cohorts) + len(rests))
         cohort = self._queue.pop()
-        return None if cohort is None else (cohort, cohort.before())
+        self._measured = None if cohort is None else (cohort, cohort.before())
+        return self._measured
 
     def after(self, measured: tuple[Cohort, Snapshot] | None) -> None:
         """Add the step, just after the rule has run."""
-        if measured is not None:
+        if measured is not None and measured is self._measured:  # else the window was closed within the step
             cohort, snapshot = measured
-            if cohort.after(snapshot):
-                self._waiting.append(measured)
-                if len(self._waiting) == _WAITING:
-                    self._add_waiting()
-            else:
-                cohort.add(snapshot)
+            can_wait = cohort.after(snapshot)
+            self._waiting.append(measured)
+            if not can_wait or len(self._waiting) == _WAITING:
+                self._add_waiting()
+        self._measured = None
         if self.is_shadowed:
             self.shadow.after(self.rows)
         self.accumulation.after()
@@ -181,6 +182,7 @@ class Watched:
         others: list[TensorEvidence] = []
         in_cohort: set[int] = set()
         self._add_waiting()
+        self._measured = None
         for cohort in self.cohorts:
             if cohort.steps == 0:
                 continue
@@ -198,7 +200,7 @@ class Watched:
         return cohorts, others, skipped
 
     def _identity(self, row: Row) -> TensorEvidence:
-        group = self.groups[row.group]
+        group = self.groups[row.group] if row.group < len(self.groups) else {}  # taken away since
         lr = self._lrs.get(row.group)
         identity = describe(row.param, row.names)
         if row.piece is not None:
