@@ -106,7 +106,7 @@ def why_unknown(param: Tensor, rule: Rule) -> str:
     if problem := unsamplable(shard):
         return problem
     if shard.numel() == 0:
-        return "no element of it is on this rank"
+        return "no element of it is on this rank" if param.numel() else "it has no elements"
     if rule.kind is Kind.unknown:
         return rule.reason
     if rule.kind is Kind.whole and shard.numel() < param.numel():
