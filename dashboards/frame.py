@@ -68,6 +68,7 @@ class TensorTable(NamedTuple):
     shape: tuple[tuple[int, ...], ...]
     numel: tuple[int, ...]
     trainable: tuple[bool, ...]
+    scheme: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)

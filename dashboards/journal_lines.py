@@ -95,6 +95,7 @@ def table_line(table: TensorTable) -> dict[str, Any]:
         "shape": table.shape,
         "numel": table.numel,
         "trainable": table.trainable,
+        "scheme": table.scheme,
     }
 
 
@@ -112,6 +113,7 @@ def table_of(line: Mapping[str, Any]) -> TensorTable:
             shape=tuple(tuple(whole_of(n) for n in shape) for shape in line["shape"]),
             numel=tuple(whole_of(n) for n in line["numel"]),
             trainable=tuple(bool(x) for x in line["trainable"]),
+            scheme=tuple(text_of(x) for x in line.get("scheme", [""] * count)),  # early journals have none
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"damaged table of tensors ({error!r})") from None

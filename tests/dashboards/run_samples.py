@@ -308,6 +308,7 @@ def fully_filled_report() -> Report:
         shape=(12, 5),
         numel=60,
         trainable=True,
+        scheme="carried:kahan_comp",
         efficiency=0.5812,
         efficiency_error=0.0123,
         displacement_efficiency=0.5712,

@@ -110,6 +110,17 @@ def test_tensors_that_change_over_the_run_come_back_as_they_were(tmp_path):
     assert list(read_journal(write(tmp_path / "j.jsonl", *run))) == run
 
 
+def test_a_journal_without_rounding_schemes_is_read_without_them(tmp_path):
+    report = fully_filled_report()
+    path = write(tmp_path / "j.jsonl", report)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.pop("scheme") for line in lines if line["kind"] == "tensors"] == [["carried:kahan_comp", ""]]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (back,) = read_journal(path)
+    first, *others = report.tensors
+    assert back == dataclasses.replace(report, tensors=(dataclasses.replace(first, scheme=""), *others))
+
+
 def test_every_health_has_a_letter_of_its_own():
     assert set(HEALTH_LETTERS) == set(Health)
     assert len(set(HEALTH_LETTERS.values())) == len(Health)
