@@ -132,3 +132,15 @@ def test_states_that_training_lets_go_are_not_held() -> None:
         held = weakref.ref(optimizer.state[model.enter.weight]["exp_avg"])
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         assert held() is None
+
+
+def test_any_number_of_parameters_may_be_given_by_name() -> None:
+    """torch keeps their names in the group, which are no setting to be copied."""
+    weights = {f"w{i}": torch.nn.Parameter(torch.randn(4)) for i in range(1100)}
+    optimizer = torch.optim.SGD(weights.items(), lr=0.1)
+    with uw.watch(weights.items(), optimizer, window=100) as watch:
+        for _ in range(8):  # each is measured once
+            for weight in weights.values():
+                weight.grad = torch.ones(4)
+            optimizer.step()
+        assert_exact(watch.flush(), 8)

@@ -230,7 +230,9 @@ def settings_of(group: dict[str, Any], params: list[Tensor], copier: Copier) -> 
     copier.replace(group, copied)
     for name, value in group.items():
         if name != "params":
-            copied[name] = value if is_plain(value) else copier.copy(value, f"the group setting '{name}'")
+            # a list as long as the model has parameters, of names that nobody writes to
+            is_shared = name == "param_names" or is_plain(value)
+            copied[name] = value if is_shared else copier.copy(value, f"the group setting '{name}'")
     if copied.get("differentiable"):
         copied["differentiable"] = False
     copied["params"] = params
