@@ -66,7 +66,7 @@ def fragments(params: Iterable[Tensor], names: Names, flats: Iterable[Tensor]) -
         fragment = getattr(getattr(param, "_hp_mapping", None), "hp_fragment", None)
         flat = memories.get(fragment.untyped_storage()._cdata) if isinstance(fragment, Tensor) else None
         if isinstance(fragment, Tensor) and flat is not None:
-            start = fragment.storage_offset() - flat.storage_offset()
+            start = int(fragment.storage_offset()) - int(flat.storage_offset())
             piece = Piece(names[id(param)], tuple(param.shape), start, fragment.numel())
             _put(piece, flat, found)
     return found

@@ -267,13 +267,14 @@ def _counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEviden
 
 def describe(param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
     """What a tensor is, as keyword arguments of `TensorEvidence`."""
+    shape = tuple(getattr(param, "ds_shape", param.shape))  # ZeRO-3 leaves an empty tensor where none is needed
     return {
         "name": names[0],
         "names": names,
         "layer": names[0].rpartition(".")[0],
         "dtype": str(param.dtype).removeprefix("torch."),
-        "shape": tuple(param.shape),
-        "numel": param.numel(),
+        "shape": shape,
+        "numel": math.prod(shape),
         "held": None if local(param) is param else local(param).numel(),
         "trainable": param.requires_grad,
     }
