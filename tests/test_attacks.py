@@ -16,7 +16,7 @@ import torch
 from watch_nets import Net, backward, batches, train
 
 import update_watch as uw
-from update_watch.report import Report
+from update_watch.report import Cause, Report
 
 
 def adamw(params: Any, lr: float = 1e-3, **options: Any) -> torch.optim.AdamW:
@@ -144,3 +144,51 @@ def test_any_number_of_parameters_may_be_given_by_name() -> None:
                 weight.grad = torch.ones(4)
             optimizer.step()
         assert_exact(watch.flush(), 8)
+
+
+# --- other tensors in the same parameters ------------------------------------------------------------------
+
+
+def test_a_parameter_given_another_shape_is_planned_anew() -> None:
+    weight, other = torch.nn.Parameter(torch.randn(64, 64)), torch.nn.Parameter(torch.randn(64, 64))
+    optimizer = torch.optim.SGD([weight, other], lr=0.1)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            weight.grad, other.grad = torch.randn_like(weight), torch.randn_like(other)
+            optimizer.step()
+
+    with uw.watch({"weight": weight, "other": other}.items(), optimizer, window=100) as watch:
+        steps(8)
+        assert_exact(watch.flush(), 8)
+        weight.data = weight.data[:20].clone()  # the samples planned for lie beyond it
+        steps(8)
+        assert_exact(watch.flush(), 8)
+        weight.data = torch.randn(99, 64)
+        steps(2)
+        kept, weight.data = weight.data, torch.empty(0)
+        assert_exact(watch.flush(), 2)
+        weight.data = kept
+        steps(8)
+        report = watch.flush()
+        assert_exact(report, 8)
+    assert report is not None and [t.shape for t in report.tensors] == [(99, 64), (64, 64)]
+
+
+def test_a_model_converted_in_mid_run_is_measured_in_its_new_format() -> None:
+    model = Net()
+    optimizer = adamw(model.parameters(), foreach=False)
+    with uw.watch(model, optimizer, window=100) as watch:
+        train(model, optimizer, 8)
+        assert_exact(watch.flush(), 8)
+        train(model, optimizer, 4)
+        model.to(torch.bfloat16)
+        optimizer.state.clear()
+        report = watch.flush()
+        assert_exact(report, 4)
+        assert report is not None and {t.dtype for t in report.tensors} == {"float32"}  # what was measured
+        train(model, optimizer, 16)
+        report = watch.flush()
+    assert report is not None and {t.dtype for t in report.tensors} == {"bfloat16"}
+    norm = next(t for t in report.tensors if t.name == "norm.weight")
+    assert norm.cause is Cause.weight_rounding and norm.critical_lr is not None and norm.critical_lr > 1e-3

@@ -138,6 +138,8 @@ class Cohort:
             for row, g, d in zip(self.rows, grads, dense, strict=True):
                 row.reason = row.reason if g is d else f"its gradients are sparse ({g.layout})"  # type: ignore[union-attr]
         held = pack_views(self._weight_views() + self._state_views(states) + self._views(dense), self.samplers)
+        if held.device != self.device:
+            raise RuntimeError(f"parameters planned for on {self.device} are on {held.device}")
         live = [g is not None and row.is_measured for g, row in zip(grads, self.rows, strict=True)]
         spans = self._spans(states, live)
         can_wait = self._can_wait and not hasattr(self.optimizer, "found_inf")
@@ -241,7 +243,9 @@ class Cohort:
     def pack(self) -> Tensor:
         """The window's sums in one vector on the device; see `tally.Sums`."""
         self._move(path=True)
-        return self.tally.pack(gather(self._weight_views(), self.samplers), self._formats)
+        has_changed = any(row.has_changed for row in self.rows)
+        stored_nK = None if has_changed else gather(self._weight_views(), self.samplers)
+        return self.tally.pack(stored_nK, self._formats)
 
     # --- gathering ------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ class Row:
         "decouples_decay",
         "form",
         "group",
+        "layout",
         "left_out",
         "lived",
         "names",
@@ -54,6 +55,7 @@ class Row:
     ) -> None:
         self.param, self.names, self.group, self.rule, self.scheme = param, names, group, rule, scheme
         self.piece = piece  # the part of `param` that is looked at; None: all of it
+        self.layout = _layout(param)  # as it was planned for
         self.decouples_decay = False  # weight decay acts on the weight, and its rounding may be looked at
         self.rates: dict[str, float] = {}  # state -> 1 - beta of `x <- beta x + ...`
         self.lived: Any = 0  # steps with a gradient: parameters equal here have equal step counters
@@ -74,6 +76,11 @@ class Row:
     @property
     def is_measured(self) -> bool:
         return not self.reason
+
+    @property
+    def has_changed(self) -> bool:
+        """Another tensor was put into the parameter (`p.data = ...`, `model.to`): other shape, format or device."""
+        return _layout(self.param) != self.layout
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Does what the probe found hold for the states this parameter really has? Looked at when they change."""
@@ -98,6 +105,11 @@ class Row:
     def is_whole(self) -> bool:
         """All its elements are looked at, in every measured step."""
         return self.sampler is not None and self.sampler.is_whole
+
+
+def _layout(param: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    shard = local(param)
+    return shard.shape, shard.dtype, shard.device
 
 
 def why_unknown(param: Tensor, rule: Rule) -> str:

@@ -138,7 +138,12 @@ class Watched:
             rests = [None] * (self.turns - len(self.cohorts))
             self._queue = self._rng.sample([*self.cohorts, *rests], len(self.cohorts) + len(rests))
         cohort = self._queue.pop()
-        self._measured = None if cohort is None else (cohort, cohort.before())
+        try:
+            self._measured = None if cohort is None else (cohort, cohort.before())
+        except Exception:
+            if not any(row.has_changed for row in self.rows):
+                raise
+            self._plan()  # and this step passes
         return self._measured
 
     def after(self, measured: tuple[Cohort, Snapshot] | None) -> None:
@@ -194,6 +199,8 @@ class Watched:
         for row in self.rows:
             if id(row) not in in_cohort:
                 others.append(self._identity(row))
+        if any(row.has_changed for row in self.rows):
+            self._sizes = []  # to plan anew before the next step
         skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]
         self._skipped, self._lrs, self.window_steps = {}, {}, 0
         self.redraw()
@@ -202,7 +209,7 @@ class Watched:
     def _identity(self, row: Row) -> TensorEvidence:
         group = self.groups[row.group] if row.group < len(self.groups) else {}  # taken away since
         lr = self._lrs.get(row.group)
-        identity = describe(row.param, row.names)
+        identity = describe(row.param, row.names) | {"dtype": str(row.layout[1]).removeprefix("torch.")}
         if row.piece is not None:
             shape = row.piece.shape
             identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held}
