@@ -81,6 +81,31 @@ class Master(Remembering):
         p.copy_(state["master_param"].add_(update))
 
 
+class SplitAdam(Split):
+    """Both moments in the parameter's dtype; whether a weight is split, its state says, not its dtype."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                    if p.dtype is BF16:
+                        state["mantissa"] = torch.zeros_like(p, dtype=torch.uint16)
+                state["step"] += 1
+                mean = state["exp_avg"].float().lerp_(p.grad.float(), 0.1)
+                square = state["exp_avg_sq"].float().lerp_(p.grad.float().square(), 0.001)
+                state["exp_avg"].copy_(mean)
+                state["exp_avg_sq"].copy_(square)
+                size = group["lr"] / (1 - 0.9 ** state["step"]) * (1 - 0.999 ** state["step"]) ** 0.5
+                update = mean / (square.sqrt() + 1e-12) * -size
+                if "mantissa" in state:
+                    self.store(p, state, update)
+                else:
+                    p.add_(update)
+
+
 class Normed(Split):
     """Updates of the gradient's size over the whole tensor: no rule for single elements."""
 
@@ -156,6 +181,7 @@ KEPT = {
     Remainder: Scheme("carried:remainder", "remainder", Join.signed_bits),
     Master: Scheme("carried:master_param", "master_param", Join.master),
     Normed: Scheme("carried:mantissa", "mantissa", Join.low_bits),
+    SplitAdam: Scheme("carried:mantissa", "mantissa", Join.low_bits),
     Always: Scheme("carried:mantissa", "mantissa", Join.low_bits),
 }
 
@@ -178,6 +204,16 @@ def test_a_state_that_is_there_and_not_used_heals_nothing(cls: Any, lr: float) -
     assert not scheme_of(cls).name.startswith("carried")
     norms = [t for t in train(cls, lr=lr)[-1].tensors if t.name == "norm.weight"]
     assert {str(t.health) for t in norms} <= {"unknown", "stalling", "stalled"}
+
+
+def test_rounded_moments_of_split_weights_are_judged_as_those_of_others() -> None:
+    last = train(SplitAdam, lr=2e-4)[-1]
+    for t in last.tensors:
+        assert t.state_factor == pytest.approx(1, abs=0.02)
+        assert {name: str(a.health) for name, a in t.accumulators.items()} == {
+            "exp_avg": "healthy",
+            "exp_avg_sq": "stalled",  # beta2 = 0.999 in BF16
+        }
 
 
 def test_low_bits_thrown_away_during_training_are_missed() -> None:
@@ -214,7 +250,12 @@ def test_training_is_the_same_to_the_bit_where_weights_are_joined(cls: Any) -> N
         if watch is not None:
             watch.close()
         assert torch.equal(state, torch.get_rng_state())
-        ends.append([*model.parameters(), *(v for p in model.parameters() for v in optimizer.state[p].values())])
+        ends.append(
+            [
+                *model.parameters(),
+                *(torch.as_tensor(v) for p in model.parameters() for v in optimizer.state[p].values()),
+            ]
+        )
     assert all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 

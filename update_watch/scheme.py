@@ -27,7 +27,8 @@ _SMALLER, _LARGER = 1 / 8, 3.0
 _ELEMENTS = 256
 _STAYS_BEHIND = 0.3  # share of the FP32 displacement
 _KEEPS_UP = 0.6
-_ON_THE_PATH = 0.02  # distance to the FP32 path, as a share of the displacement
+_ON_THE_PATH = 0.05  # distance to the FP32 path, as a share of the displacement: other states may be rounded as well
+_NEARER = 0.5  # distance of what is whole to the path, as a share of that of the weight alone
 
 
 class Join(Enum):
@@ -122,13 +123,15 @@ def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: fl
         return _LARGER
     stored = low.param.detach().float()
     share = float(((stored - start) * reference).sum()) / size
-    if _is_on(stored - start, reference):
+    alone = _distance(stored - start, reference)
+    if alone < _ON_THE_PATH:
         return _SMALLER  # what it cannot hold makes no difference
     for name, value in low.state.items():
         if isinstance(value, Tensor) and value.shape == start.shape:
             for join in _ways(value, dtype):
                 scheme = Scheme(f"carried:{name}", name, join)
-                if _is_on(scheme.joined(stored, value.detach().float(), fmt) - start, reference):
+                whole = scheme.joined(stored, value.detach().float(), fmt)
+                if _distance(whole - start, reference) < min(_ON_THE_PATH, _NEARER * alone):
                     return scheme
     if share < _STAYS_BEHIND:
         return Scheme("plain")
@@ -159,5 +162,5 @@ def _ways(state: Tensor, dtype: torch.dtype) -> list[Join]:
     return ways
 
 
-def _is_on(path: Tensor, reference: Tensor) -> bool:
-    return bool((path - reference).norm() < _ON_THE_PATH * reference.norm())
+def _distance(path: Tensor, reference: Tensor) -> float:
+    return float((path - reference).norm() / reference.norm())
