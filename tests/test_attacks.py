@@ -192,3 +192,64 @@ def test_a_model_converted_in_mid_run_is_measured_in_its_new_format() -> None:
     assert report is not None and {t.dtype for t in report.tensors} == {"bfloat16"}
     norm = next(t for t in report.tensors if t.name == "norm.weight")
     assert norm.cause is Cause.weight_rounding and norm.critical_lr is not None and norm.critical_lr > 1e-3
+
+
+# --- other hooks --------------------------------------------------------------------------------------------
+
+
+def test_a_pre_hook_added_later_that_clips_is_seen_at_work() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def clip(*_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+    def again(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+
+    with uw.watch(model, optimizer, window=100) as watch, uw.watch(model, optimizer, window=100) as second:
+        optimizer.register_step_pre_hook(clip)
+        train(model, optimizer, 12)
+        optimizer.register_step_pre_hook(again)
+        train(model, optimizer, 12)
+        for one in (watch, second):
+            assert_exact(one.flush(), 22)  # two steps were missed
+    assert len(optimizer._optimizer_step_pre_hooks) == 2
+
+
+def test_a_pre_hook_that_steps_the_same_optimizer_is_not_disturbed() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    depth: list[int] = []
+
+    def step_twice(*_: Any) -> None:
+        if not depth:
+            depth.append(1)
+            optimizer.step()
+            depth.clear()
+
+    optimizer.register_step_pre_hook(step_twice)
+    with uw.watch(model, optimizer, window=100) as watch:
+        optimizer.register_step_pre_hook(lambda *_: None)
+        train(model, optimizer, 8)
+        assert_exact(watch.flush(), 14)
+
+
+@pytest.mark.parametrize("where", ["pre", "post"])
+def test_a_hook_may_close_the_watch(where: str) -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    watch = uw.watch(model, optimizer, window=100)
+    steps: list[int] = []
+
+    def close(*_: Any) -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            watch.close()
+
+    (optimizer.register_step_pre_hook if where == "pre" else optimizer.register_step_post_hook)(close)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    optimizer.register_step_post_hook(lambda *_: None)
+    train(model, optimizer, 6)
+    assert watch.last is not None and len(steps) == 6

@@ -129,9 +129,9 @@ def test_nested_and_double_firing_is_one_step(recorder: Recorder, param: torch.n
 
     SGD([torch.nn.Parameter(torch.ones(1))], lr=LR)  # patches the parent's step, so that the child fires twice
     opt = Child([param], lr=LR)
-    recorder.tap.attach(opt)
     firings: list[int] = []
     opt.register_step_pre_hook(lambda *_: firings.append(1))
+    recorder.tap.attach(opt)
     for closure in (None, make_closure(param, opt)):
         backward(param)
         opt.step(closure)

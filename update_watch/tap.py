@@ -8,6 +8,8 @@ Two step hooks per optimizer. What makes it more than that:
   frame that called the hook tells which step a hook belongs to. `_pre` and `_post` must therefore be called by torch
   itself: a decorator on them would add a frame and every step would be missed.
 - A step that raises leaves its record behind; the next step replaces it.
+- Another pre-hook registered after ours would run between our look and the rule, and may clip or unscale: the step is
+  missed, and from the next one on ours is the last.
 - Training must not notice: an exception of ours ends in `on_error` and the tap lets go of everything.
 
 Inside the hooks of a fused step under a GradScaler, and only there, `opt.found_inf` and `opt.grad_scale` exist.
@@ -27,6 +29,8 @@ from torch.optim import Optimizer
 
 logger = logging.getLogger("update_watch")
 
+_STEP_CODE = Optimizer.profile_hook_step(lambda _: None).__code__  # of torch's wrapper around every `step`
+
 Before = Callable[[Optimizer], Any]
 After = Callable[[Optimizer, Any], Any]
 OnError = Callable[[Exception], Any]
@@ -43,7 +47,7 @@ class StepTap:
     exception in `error` and calls `on_error(exception)`. That happens once.
 
     Steps in which `before` could not run are counted in `missed`: a rule that never calls its closure, a hook of
-    somebody else that takes the wrapped closure away.
+    somebody else that takes the wrapped closure away, the first one after a pre-hook was added behind ours.
     """
 
     def __init__(self, before: Before, after: After, on_error: OnError | None = None) -> None:
@@ -104,7 +108,7 @@ class StepTap:
         self._before = before
 
     def _sweep(self) -> None:
-        if self._depth == 0 and self._thread in (None, threading.get_ident()):
+        if self._depth == 0 and self._thread in (None, threading.get_ident()) and not _is_in_step(sys._getframe()):
             for hook in self._leftover:
                 hook.handle.remove()
             self._leftover.clear()
@@ -119,10 +123,12 @@ class StepTap:
         if self._is_nested(opt, frame):
             return None
         step = self._live[id(opt)] = _Step(frame)
+        self._thread = threading.get_ident()
         position = 1 if len(args) > 1 else None
         closure = args[1] if position else kwargs.get("closure")
         if not callable(closure):
-            self._snap(opt, step)
+            if self._is_last(opt):
+                self._snap(opt, step)
             return None
 
         def observed(*closure_args: Any, **closure_kwargs: Any) -> Any:
@@ -139,6 +145,27 @@ class StepTap:
         if step is not None and step.frame is sys._getframe(1):
             del self._live[id(opt)]
             self._finish(opt, step)
+            if not self._is_last(opt):
+                self._go_last(opt, step.frame)
+
+    def _is_last(self, opt: Optimizer) -> bool:
+        """Whether no hook of somebody else comes between ours and the rule; it could change gradients and settings."""
+        hooked = self._hooked.get(id(opt))
+        if hooked is None:
+            return True
+        for number in reversed(hooked.pre.hooks):
+            if number == hooked.pre.handle.id:
+                return True
+            hook = hooked.pre.hooks[number]
+            if hook is not _nothing and not isinstance(getattr(hook, "__self__", None), StepTap):
+                return False
+        return True
+
+    def _go_last(self, opt: Optimizer, frame: FrameType) -> None:
+        """Move our pre-hook behind those that were registered since."""
+        if not _is_in_step(frame.f_back):  # else a hook steps: torch may be iterating over the hooks, and would raise
+            hooked = self._hooked[id(opt)]
+            hooked.pre.hooks.move_to_end(hooked.pre.handle.id)
 
     def _is_nested(self, opt: Optimizer, frame: FrameType | None) -> bool:
         """Whether this hook call lies inside an outer step of the same optimizer, rather than after one that raised."""
@@ -154,7 +181,6 @@ class StepTap:
             return
         step.is_seen = True  # before the call: a closure called again must not try again
         self._depth += 1
-        self._thread = threading.get_ident()
         try:
             with PlainTorch(opt):
                 step.snapshot = self._before(opt)
@@ -268,6 +294,13 @@ def _hide_from_dynamo() -> None:
 
     skip(StepTap._pre)
     skip(StepTap._post)
+
+
+def _is_in_step(frame: FrameType | None) -> bool:
+    """Whether a step is running in this frame or outside of it."""
+    while frame is not None and frame.f_code is not _STEP_CODE:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _nothing(*_: Any) -> None:
