@@ -58,10 +58,13 @@ def find(
     if free:
         _by_mark(left, names, free, found)
         _by_value([p for p in left if id(p) not in found.instead], names, free, found)
+    shared: set[int] = set().union(*map(partitions.of_all_ranks, wrappers))
     in_pieces = {name for pieces in found.pieces.values() for piece in pieces for name in piece.names}
     for param in left:
         if not in_pieces.isdisjoint(names[id(param)]):
             found.instead[id(param)] = ""
+        elif id(param) in shared:
+            found.instead.setdefault(id(param), "")  # other ranks step it
         elif hasattr(param, "ds_tensor"):
             found.instead.setdefault(id(param), _ZERO_3)
         elif free:
@@ -79,6 +82,10 @@ def _by_mark(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[i
                 found.pieces[id(master)] = [piece]
             found.names[id(free.pop(id(master)))] = names[id(param)]
             found.instead[id(param)] = ""
+    for flat in list(free.values()):
+        seen = partitions.view(flat, left, names)
+        if seen is not None:
+            found.pieces[id(free.pop(id(flat)))] = [seen]
     fragments = partitions.fragments(left, names, free.values())
     found.pieces.update(fragments)
     for flat in fragments:

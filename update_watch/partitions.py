@@ -9,7 +9,9 @@ What is read, all of it as the wrappers have it once they are made:
 - DeepSpeed ZeRO-1/2 and its BF16 optimizer: `param._hp_mapping.hp_fragment`, a view into the partition;
 - DeepSpeed ZeRO-3: `fp32_partitioned_groups_flat` and `fp16_groups` of the wrapper; the pieces lie in it in the order of
   the parameters, `param.ds_tensor.ds_numel` elements each, the last one of a parameter padded;
-- Megatron: `param.main_param`, the FP32 copy of a parameter or of this rank's part of it.
+- Megatron: `param.main_param`, the FP32 copy of a parameter or of this rank's part of it, which is None on ranks that have
+  no part; of FP32 parameters the distributed optimizer steps a view into the parameter's memory; its `buffers` tell which
+  parameters it has on any rank.
 """
 
 from __future__ import annotations
@@ -58,6 +60,16 @@ def wrappers(optimizer: Any) -> list[Any]:
     return found
 
 
+def chain(optimizer: Any) -> list[Any]:
+    """The optimizers in Megatron's ChainedOptimizer; any other as it is."""
+    chained = getattr(optimizer, "__dict__", {}).get("chained_optimizers")
+    if not isinstance(chained, (list, tuple)) or not chained:
+        return [optimizer]
+    # a stub stands for parameters of which this rank has none
+    members = [one for one in chained if not getattr(one, "is_stub_optimizer", False)] or chained
+    return [inner for one in members for inner in chain(one)]
+
+
 def fragments(params: Iterable[Tensor], names: Names, flats: Iterable[Tensor]) -> dict[int, list[Piece]]:
     """ZeRO-1/2: id of a flat tensor -> its pieces. A parameter knows the fragment that holds it, or a part of it."""
     memories = {flat.untyped_storage()._cdata: flat for flat in flats if _is_flat(flat)}
@@ -97,6 +109,27 @@ def shard(param: Tensor, names: tuple[str, ...], master: Tensor) -> Piece | None
     if master.shape == param.shape or not _is_flat(master) or not 0 < master.numel() <= param.numel():
         return None
     return Piece(names, tuple(param.shape), 0, master.numel())
+
+
+def view(flat: Tensor, params: Iterable[Tensor], names: Names) -> Piece | None:
+    """A stepped vector that is a part of one parameter's own memory."""
+    for param in params if _is_flat(flat) else ():
+        if param.dtype != flat.dtype or param.device != flat.device or not param.is_contiguous():
+            continue
+        begin, size = param.data_ptr(), param.element_size()
+        if param.numel() and begin <= flat.data_ptr() < begin + param.numel() * size:
+            fits = 0 < flat.numel() <= param.numel() - (flat.data_ptr() - begin) // size
+            return Piece(names[id(param)], tuple(param.shape), 0, flat.numel()) if fits else None
+    return None
+
+
+def of_all_ranks(wrapper: Any) -> set[int]:
+    """Megatron's distributed optimizer: ids of the parameters of which some rank steps a part."""
+    found: set[int] = set()
+    buffers = getattr(wrapper, "buffers", None)
+    for buffer in buffers if isinstance(buffers, (list, tuple)) else ():
+        found.update(map(id, getattr(buffer, "param_index_map", None) or ()))
+    return found
 
 
 def _put(piece: Piece, flat: Tensor, found: dict[int, list[Piece]]) -> None:

@@ -24,7 +24,7 @@ from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import TensorEvidence
 from update_watch.full_states import ShadowWindow
 from update_watch.memory import check_state
-from update_watch.partitions import Piece, wrappers
+from update_watch.partitions import Piece, chain, wrappers
 from update_watch.parts import Parts
 from update_watch.ranks import Ranks
 from update_watch.replicas import Checksums
@@ -98,6 +98,10 @@ class Watch:
         """
         if self._closed:
             raise RuntimeError("Watch.attach: this watch is closed; make another with update_watch.watch")
+        for one in chain(optimizer):
+            self._attach(one)
+
+    def _attach(self, optimizer: Any) -> None:
         inner = unwrap(optimizer)
         if id(inner) not in self._parts:
             held = [param for group in inner.param_groups for param in group["params"]]
@@ -441,7 +445,7 @@ def watch(
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers:
         raise ValueError("watch(optimizer=[]): give at least one torch optimizer")
-    for one in optimizers:
+    for one in (member for optimizer in optimizers for member in chain(optimizer)):
         try:
             unwrap(one)
         except TypeError as error:

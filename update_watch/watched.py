@@ -212,7 +212,7 @@ class Watched:
         identity = describe(row.param, row.names) | {"dtype": str(row.layout[1]).removeprefix("torch.")}
         if row.piece is not None:
             shape = row.piece.shape
-            identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held}
+            identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held, "trainable": True}
         number = next((i for i, other in enumerate(self._all_groups) if other is group), row.group)
         return TensorEvidence(
             **identity,
@@ -239,6 +239,8 @@ class Watched:
             self._identity(row),
             steps=cohort.steps,
             gradless_steps=cohort.gradless_steps[i],
+            # a master is given its gradient, and need not say that it requires one
+            trainable=row.param.requires_grad or cohort.gradless_steps[i] < cohort.steps,
             accumulators=_counters(row, state),
         )
         return RowFacts(evidence, cohort.samplers[i].size, cohort.live_steps[i], cohort.full_steps[i], dtypes, rates)
