@@ -255,6 +255,17 @@ def test_what_rounding_cannot_explain_is_unknown_not_stalled(evidence: TensorEvi
     assert "which rounding does not explain" in found.advice
 
 
+@pytest.mark.parametrize("scheme", ["unknown", "carried", "carried:mantissa"])
+def test_weights_that_move_further_than_intended_are_not_healthy(scheme: str) -> None:
+    """Cut off instead of rounded, they take a whole step of the format for any update towards zero."""
+    found = verdict(tensor(1.8, scheme=scheme, efficiency_error=0.05, lost=0.4))
+    assert (found.health, found.cause) == (Health.unknown, None)
+    assert found.advice.startswith("Unknown, because it moved by 1.80 of the intended update")
+    assert verdict(tensor(1.3, scheme=scheme, efficiency_error=0.05, lost=0.4)).health is Health.healthy
+    noisy = tensor(1.8, scheme=scheme, efficiency_error=0.5, lost=0.4, displacement_efficiency=1.0)
+    assert verdict(noisy).health is Health.healthy
+
+
 @pytest.mark.parametrize("scheme", ["unknown", "stochastic", "carried"])
 def test_a_remainder_carried_elsewhere_is_never_a_stall(scheme: str) -> None:
     carried = tensor(0.0, scheme=scheme, displacement_efficiency=0.98, lost=1.0)
