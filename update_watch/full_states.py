@@ -6,6 +6,7 @@ states, from FP32 states.
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any, NamedTuple
 
@@ -135,20 +136,26 @@ class FullStates:
 
     def _replay(self, compare: bool) -> None:
         """Run the steps that wait; with `compare` the last one from the stored states as well."""
-        while self._waiting:
-            step = self._waiting.pop(0)
-            is_compared = compare and not self._waiting
-            if is_compared:
-                self._take_states()
-            self._values_2n2K[: len(step.held_AnK)].copy_(step.held_AnK.unsqueeze(2))
-            parts = [part for span in step.spans for part in span.parts[0 if is_compared else -1 :]]
-            self._run(parts, step.settings)
-            if is_compared:
-                self._add(step.held_AnK[1])
+        waiting, self._waiting = self._waiting, []
+        compared = waiting.pop() if compare else None
+        for _, alike in itertools.groupby(waiting, lambda step: (step.spans, step.settings is None)):
+            steps = list(alike)
+            self._run([span.parts[-1] for span in steps[0].spans], steps)
+        if compared is not None:
+            self._take_states()
+            self._run([part for span in compared.spans for part in span.parts], [compared])
+            self._add(compared.held_AnK[1])
 
-    def _run(self, parts: list[_Part], settings: Settings | None) -> None:
+    def _run(self, parts: list[_Part], steps: list[_Step]) -> None:
+        if not parts:
+            return
         runs = [Run(part.group, part.param, part.grad, part.state) for part in parts]
-        for part, result in zip(parts, self._twin.replay(runs, settings=settings) if runs else (), strict=True):
+        if steps[0].settings is None:
+            self._fill(steps[0])
+            results = self._twin.replay(runs)
+        else:
+            results = self._twin.replay_steps(runs, map(self._fill, steps))
+        for part, result in zip(parts, results, strict=True):
             if result.param.untyped_storage()._cdata != part.param.untyped_storage()._cdata:  # p.data was replaced
                 part.param.copy_(result.param)
             for name, value in result.state.items():
@@ -157,6 +164,11 @@ class FullStates:
                     part.state[name] = value
                 elif value is not ours and isinstance(ours, Tensor):
                     ours.copy_(value)  # into the buffer, whatever the rule has put in its place
+
+    def _fill(self, step: _Step) -> Settings:
+        """Gradients and weights of a step into the buffers."""
+        self._values_2n2K[: len(step.held_AnK)].copy_(step.held_AnK.unsqueeze(2))
+        return step.settings or {}
 
     def _is_scaled(self) -> bool:
         # in a GradScaler's fused step the optimizer has attributes that the rule reads
