@@ -77,7 +77,8 @@ def test_megatrons_parameters_name_their_masters() -> None:
 
 def test_deepspeeds_partition_has_a_piece_of_each_parameter() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)).bfloat16()
-    enter, leave = model
+    enter: Any = model[0]
+    leave: Any = model[1]
     flat = torch.randn(28, requires_grad=True)
     for p, start in ((enter.weight, 0), (enter.bias, 24)):
         p._hp_mapping = SimpleNamespace(hp_fragment=flat.detach()[start : start + p.numel()])
