@@ -132,7 +132,7 @@ def _process(rank: int, folder: str, port: int) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
-    found = {}
+    found: dict[str, Any] = {}
     for name in _CASES:
         if name == "offload":
             try:
