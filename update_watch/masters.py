@@ -88,8 +88,8 @@ def _by_mark(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[i
             found.pieces[id(free.pop(id(flat)))] = [seen]
     fragments = partitions.fragments(left, names, free.values())
     found.pieces.update(fragments)
-    for flat in fragments:
-        free.pop(flat)
+    for key in fragments:
+        free.pop(key)
     for param in left if fragments else ():
         if getattr(param, "_hp_mapping", fragments) is None:
             found.instead[id(param)] = ""  # all of it lies in other ranks' partitions
