@@ -8,8 +8,10 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import hashlib
+import importlib
 import json
 import logging
+import os
 import sys
 import time
 import traceback
@@ -92,43 +94,49 @@ class Case:
         for x in self.batches(warm, seed=1):
             self.backward(x)
             self.optimizer.step()
-        stepping = getattr(self.optimizer, "optim", self.optimizer)  # ZeRO holds an optimizer of its shard
-        named = self.named
-        watch = uw.watch(named, self.optimizer, window=STEPS, check_replicas=True)
-        sums = {name: torch.zeros(4, dtype=torch.float64) for name, _ in named}
-        group = self.optimizer.param_groups[0]
-        for x in self.batches(STEPS):
-            self.backward(x)
-            before, intended = {}, {}
-            held = {id(p) for g in stepping.param_groups for p in g["params"]}
-            for name, p in named:
-                if id(p) in held and p.grad is not None:
-                    state = {k: local(v) if isinstance(v, Tensor) else v for k, v in stepping.state[p].items()}
-                    before[name] = local(p.detach()).double().clone()
-                    intended[name] = adamw(before[name], local(p.grad).double(), state, group)
-            self.optimizer.step()
-            for name, d in intended.items():
-                a = local(dict(named)[name].detach()).double() - before[name]
-                lost = (d != 0) & (a == 0)
-                sums[name] += torch.stack([(a * d).sum(), (d * d).sum(), (d != 0).sum(), lost.sum()])
+        watch = uw.watch(self.named, self.optimizer, window=STEPS, check_replicas=True)
+        truth = watched_truth(self, STEPS)
         report = watch.flush()
         assert report is not None
-        everywhere: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, {k: v.tolist() for k, v in sums.items()})
-        truth: dict[str, Any] = {}
-        for rank in everywhere:
-            for name, values in rank.items():
-                truth[name] = [a + b for a, b in zip(truth.get(name, [0.0] * 4), values, strict=True)]
         found = {
             "rank": dist.get_rank(),
             "report": report.to_dict(),
-            "truth": {name: [v[0] / v[1], v[3] / v[2]] for name, v in truth.items() if v[1]},
+            "truth": truth,
             "collectives": watch._ranks.collectives,
             "joined": watch._ranks.joined,
-            "weights": sum(float(local(p).double().abs().sum()) for p in (q.detach() for _, q in named)),
+            "weights": sum(float(local(p).double().abs().sum()) for p in (q.detach() for _, q in self.named)),
         }
         watch.close()
         return found
+
+
+def watched_truth(case: Case, steps: int, seed: int = 0) -> dict[str, list[float]]:
+    """Train; name -> efficiency and lost fraction over all elements of all ranks, in FP64."""
+    stepping = getattr(case.optimizer, "optim", case.optimizer)  # ZeRO holds an optimizer of its shard
+    named = dict(case.named)
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in named}
+    group = case.optimizer.param_groups[0]
+    for x in case.batches(steps, seed):
+        case.backward(x)
+        before, intended = {}, {}
+        held = {id(p) for g in stepping.param_groups for p in g["params"]}
+        for name, p in named.items():
+            if id(p) in held and p.grad is not None:
+                state = {k: local(v) if isinstance(v, Tensor) else v for k, v in stepping.state[p].items()}
+                before[name] = local(p.detach()).double().clone()
+                intended[name] = adamw(before[name], local(p.grad).double(), state, group)
+        case.optimizer.step()
+        for name, d in intended.items():
+            a = local(named[name].detach()).double() - before[name]
+            lost = (d != 0) & (a == 0)
+            sums[name] += torch.stack([(a * d).sum(), (d * d).sum(), (d != 0).sum(), lost.sum()])
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, {k: v.tolist() for k, v in sums.items()})
+    total: dict[str, list[float]] = {}
+    for rank in everywhere:
+        for name, values in rank.items():
+            total[name] = [a + b for a, b in zip(total.get(name, [0.0] * 4), values, strict=True)]
+    return {name: [v[0] / v[1], v[3] / v[2]] for name, v in total.items() if v[1]}
 
 
 def _clean(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -217,11 +225,33 @@ def _digest(model: nn.Module, optimizer: Any) -> str:
     return hashlib.sha256(b"".join([*parts, torch.get_rng_state().numpy().tobytes()])).hexdigest()
 
 
-def is_identical() -> dict[str, Any]:
-    """24 steps of FSDP2, watched with windows of 4 steps and not."""
+class Counting:
+    """A process group that keeps the names of the collectives asked of it."""
+
+    def __init__(self, group: Any, calls: list[str]) -> None:
+        self._group, self._calls = group, calls
+
+    def __getattr__(self, name: str) -> Any:
+        self._calls.append(name)
+        return getattr(self._group, name)
+
+
+def is_identical(make: Callable[[], Case] | None = None) -> dict[str, Any]:
+    """24 steps, of FSDP2 if not told otherwise, watched with windows of 4 steps and not."""
+    calls: list[str] = []
+    gloo = dist.ProcessGroupGloo
+    with mock.patch.object(dist, "ProcessGroupGloo", lambda *arguments: Counting(gloo(*arguments), calls)):
+        return {**_is_identical(make or (lambda: fsdp2(24, 41, 16))), "calls": calls}
+
+
+def hybrid_is_identical() -> dict[str, Any]:
+    return is_identical(hybrid)
+
+
+def _is_identical(make: Callable[[], Case]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for watched in (False, True):
-        case = fsdp2(24, 41, 16)
+        case = make()
         start = _digest(case.model, case.optimizer)
         watch = uw.watch(case.model, case.optimizer, window=4, check_replicas=True) if watched else None
         for x in case.batches(24):
@@ -416,6 +446,33 @@ def ends_without_closing() -> dict[str, Any]:
     return {}
 
 
+def one_dies() -> dict[str, Any]:
+    """The last rank is gone in mid-window, after 12 steps; windows of 8, 32 steps of a model on each rank."""
+    case = pipeline()
+    reports: list[Any] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch = uw.watch(case.named, case.optimizer, window=8, sinks=[reports.append])
+        started = time.monotonic()
+        for steps, x in enumerate(case.batches(32), 1):
+            case.backward(x)
+            case.optimizer.step()
+            if steps == 8:
+                watch._settle(None)
+            if steps == 12 and dist.get_rank() == dist.get_world_size() - 1:
+                os._exit(0)
+        watch.flush()
+        watch.close()
+        seconds = time.monotonic() - started
+    return {
+        "windows": [[r.window, r.step] for r in reports],
+        "tensors": [len(r.tensors) for r in reports],
+        "seconds": seconds,
+        "warnings": [str(w.message) for w in caught if "update-watch" in str(w.message)],
+        "joined": watch._ranks.joined,
+    }
+
+
 def one_flushes_alone() -> dict[str, Any]:
     """Windows of 8; after 11 steps rank 0 alone closes one, and at 16 both."""
     case = ddp()
@@ -446,8 +503,10 @@ CASES: dict[str, Callable[[], Case]] = {
 def _run(name: str) -> Any:
     if name in CASES:
         return CASES[name]().run()
-    function, _, count = name.partition(":")
-    return globals()[function](*([int(count)] if count else []))
+    function, _, argument = name.partition(":")
+    module, _, function = function.rpartition(".")
+    owner = importlib.import_module(f"tests.{module}") if module else sys.modules[__name__]
+    return getattr(owner, function)(*([int(argument) if argument.isdigit() else argument] if argument else []))
 
 
 def _process(rank: int, size: int, names: list[str], folder: str, limit: int) -> None:
@@ -470,4 +529,5 @@ def _process(rank: int, size: int, names: list[str], folder: str, limit: int) ->
 def launch(size: int, names: list[str], folder: Path, limit: int = 300) -> list[dict[str, Any]]:
     """Run the cases in `size` processes, for at most `limit` seconds; what each rank found."""
     mp.start_processes(_process, (size, names, str(folder), limit), nprocs=size, start_method="spawn")
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+    paths = [folder / f"{rank}.json" for rank in range(size)]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]  # one that died left nothing
