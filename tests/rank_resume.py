@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import update_watch as uw
-from tests.rank_cases import Case, Net, ddp, fsdp2, watched_truth
+from tests.rank_cases import SAMPLES, Case, Net, ddp, fsdp2, watched_truth
 
 LR = 2e-4  # low: every tensor is stalling
 FIRST, THEN = 4, 44  # steps: too few for a verdict without what the watch remembers, and enough
@@ -46,7 +46,7 @@ def begin(arguments: str) -> dict[str, Any]:
     """ "kind,to": 48 steps, and a checkpoint."""
     kind, to = arguments.split(",")
     case = _case(kind)
-    watch = uw.watch(case.model, case.optimizer, window=FIRST + THEN)
+    watch = uw.watch(case.model, case.optimizer, window=FIRST + THEN, samples=SAMPLES)
     watched_truth(case, FIRST + THEN)
     report = watch.flush()
     assert report is not None
@@ -75,7 +75,9 @@ def go_on(arguments: str, remembers: bool = True) -> dict[str, Any]:
     low, high = min(saved["efficiencies"]), max(saved["efficiencies"])
     limits = uw.Thresholds(stalling=low - MARGIN, stalling_exit=min(high + MARGIN, 1.0))
     reports: list[Any] = []
-    watch = uw.watch(case.model, case.optimizer, window=1000, thresholds=limits, sinks=[reports.append])
+    watch = uw.watch(
+        case.model, case.optimizer, window=1000, samples=SAMPLES, thresholds=limits, sinks=[reports.append]
+    )
     if remembers:
         watch.load_state_dict(saved["watch"])
     watched_truth(case, FIRST, seed=2)
