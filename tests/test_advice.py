@@ -262,6 +262,10 @@ def test_a_headline_leaves_out_the_caution_and_a_list_the_cure() -> None:
             ),
         ),
         (
+            advice.finer_than_fp32(),
+            "its updates are finer than FP32, in which samples are compared; FP64 weights hold them",
+        ),
+        (
             advice.remainder_unclear(0.12),
             (
                 "its stored value took 0.12 of the update, but FP32 weights or a compensation kept elsewhere may"

@@ -650,3 +650,27 @@ def test_a_watch_that_is_detached_inside_a_step_says_nothing(recwarn: pytest.War
     train(model, optimizer, 3)
     watch.close()
     assert [w for w in recwarn if "update-watch" in str(w.message)] == []
+
+
+@pytest.mark.parametrize(("rate", "health"), [(1e-3, Health.healthy), (5e-8, Health.unknown), (1e-9, Health.unknown)])
+def test_fp64_weights_are_not_accused_of_what_fp32_samples_cannot_show(rate: float, health: Health) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.rand(40, 40, dtype=torch.float64) + 1)
+    optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=0.0)
+    with uw.watch([("w", weight)], optimizer, window=32) as watch:
+        for _ in range(96):
+            weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        report = watch.flush()
+    assert report is not None
+    (tensor,) = report.tensors
+    assert tensor.health is health
+    assert health is Health.healthy or "finer than FP32" in tensor.advice
+
+
+def test_an_average_made_in_inference_mode_is_refused_by_name() -> None:
+    model = Net(torch.float32)
+    with torch.inference_mode():
+        average = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"averages=\{'ema'.*inference_mode; make the average under torch.no_grad"):
+        uw.watch(model, torch.optim.AdamW(model.parameters()), averages={"ema": average})

@@ -114,6 +114,10 @@ def too_small() -> str:
     )
 
 
+def finer_than_fp32() -> str:
+    return "its updates are finer than FP32, in which samples are compared; FP64 weights hold them"
+
+
 def remainder_unclear(efficiency: float) -> str:
     return (
         f"its stored value took {fixed(efficiency)} of the update, but FP32 weights or a compensation kept elsewhere"

@@ -61,6 +61,11 @@ class Averages:
                 average = tensors.get(name)
                 if average is None or average is weight or average.shape != weight.shape:
                     continue
+                if average.is_inference():  # it does not count who writes to it
+                    raise ValueError(
+                        f"watch(averages={{{label!r}: ...}}): {name} was made in torch.inference_mode; "
+                        "make the average under torch.no_grad"
+                    )
                 if unsamplable(local(average)) or unsamplable(local(weight)) or not local(weight).numel():
                     continue
                 if local(average).device == local(weight).device:

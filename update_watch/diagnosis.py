@@ -202,6 +202,8 @@ class Diagnosis:
         if e.reason:
             return _verdict(UNKNOWN, Cause.not_replayable, Seen(reason=e.reason))
         if e.measured_steps and e.numbers.wanted_fraction == 0:
+            if e.dtype == "float64":
+                return UNKNOWN, None, advice.unknown(advice.finer_than_fp32())
             return Health.idle, None, advice.nothing_intended(e.measured_steps)
         return None
 

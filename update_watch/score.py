@@ -115,6 +115,8 @@ def score(e: TensorEvidence, memory: Memory, limits: Thresholds) -> Score:
         drift = _lost_drift(memory, limits)
         if drift is not None:
             result = Score(grade(drift, memory.grade, limits), "", pooled.efficiency, pooled.lost, drift)
+    if e.dtype == "float64" and result.health in (STALLING, STALLED):
+        return Score(UNKNOWN, advice.finer_than_fp32())
     return result
 
 
