@@ -191,6 +191,15 @@ def test_errors_come_first(alerts: Alerts) -> None:
     assert levels(found) == [("ERROR", ("b.w",)), ("WARN", ("a.w",)), ("INFO", ("c.w",))]
 
 
+def test_a_title_counts_weights_and_never_calls_an_accumulator_one(alerts: Alerts, clock: Clock) -> None:
+    one, other = (accumulator(name, Health.stalled, Cause.state_rounding) for name in ("exp_avg", "exp_avg_sq"))
+    tensors = [tensor("a", Health.healthy, accumulators=one), tensor("b", Health.healthy, accumulators=other)]
+    (alert,) = told(alerts, *tensors, tensor("c", Health.healthy))
+    assert alert.title == "accumulators of 2 of 3 tensors stalled (state_rounding)"
+    (alert,) = told(Alerts(Thresholds(), clock), *tensors, tensor("c", Health.stalling))
+    assert alert.title == "1 of 3 tensors stalling (weight_rounding)" and len(alert.text.splitlines()) == 3
+
+
 def test_a_title_stays_under_64_characters(alerts: Alerts) -> None:
     causes = {"cause": Cause.accumulation_rounding}
     name = "a_very_long_name_of_an_optimizer_state_that_nobody_would_choose"
@@ -252,10 +261,10 @@ def test_a_stalled_weight_drowns_its_state_and_decay_but_not_its_average(alerts:
         f"- a.w: stalled since step 129. {CURE}",
         "- a.w [average:ema]: average:ema is lost; keep it in FP32.",
     ]
-    assert alert.title == "1 of 1 tensor stalled"
+    assert alert.title == "1 of 1 tensor stalled (weight_rounding)"  # the weight's, which says more
     found = told(alerts, tensor("a.w", Health.healthy, accumulators=parts))
     assert [(a.level.value, a.title) for a in found] == [
-        ("WARN", "1 of 1 tensor stalled"),
+        ("WARN", "accumulators of 1 of 1 tensor stalled"),
         ("INFO", "1 of 1 tensor recovered"),
     ]
 

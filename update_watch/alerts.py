@@ -204,12 +204,13 @@ def _say(state: _State, is_cure_said: bool) -> str:
 
 
 def _title(level: Level, states: list[_State], tensors: int) -> str:
-    """Under 64 characters."""
+    """Under 64 characters. Of the weights, if there are any: that an accumulator of a tensor stalls says less."""
+    states = [state for state in states if not state.part] or states
     count = len({state.tensor for state in states})
     subject = f"{count} of {plural(tensors, 'tensor')}"
     parts = {state.part for state in states}
-    if len(parts) == 1 and "" not in parts:
-        subject = f"{parts.pop()} of {subject}"
+    if "" not in parts:
+        subject = f"{parts.pop() if len(parts) == 1 else 'accumulators'} of {subject}"
     if level is Level.info:
         return _fit(f"{subject} recovered")
     healths = list(dict.fromkeys(str(state.health) for state in states))

@@ -231,4 +231,6 @@ def _tensors(label: str, module: Any) -> list[tuple[str, Tensor]]:
 
 
 def _stripped(name: str) -> str:
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name.removeprefix("module.")
