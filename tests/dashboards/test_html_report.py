@@ -496,16 +496,14 @@ def test_hostile_names_are_shown_as_text_and_never_run(browser, tmp_path):
     )
     page.js("document.querySelectorAll('#table .row').forEach(e => e.click())")
     page.js("document.querySelectorAll('details').forEach(e => { e.open = true })")
-    canvas = page.js(
-        "const e = document.querySelector('[data-chart=heatmap-0] canvas'); e.scrollIntoView({block: 'center'}); return e"
-    )
     from selenium.webdriver import ActionChains
 
+    find = "const e = document.querySelector('[data-chart=heatmap-0] canvas'); e.scrollIntoView({block: 'center'}); return e"
     tooltip = "return document.getElementById('vg-tooltip-element')?.innerText || ''"
-    offsets = itertools.cycle((100, 103))
+    offsets = itertools.cycle((-20, -10, 0, 10, 20, 30))
 
-    def is_shown() -> bool:  # the chart may still be on its way: the pointer moves until it is there
-        ActionChains(browser).move_to_element_with_offset(canvas, next(offsets), -20).perform()
+    def is_shown() -> bool:  # the chart may still be drawn or move: the pointer goes over its rows until one answers
+        ActionChains(browser).move_to_element_with_offset(page.js(find), 100, next(offsets)).perform()
         time.sleep(0.2)
         return "onerror" in page.js(tooltip)
 
