@@ -16,6 +16,7 @@ from wandb_samples import (
     OfflineRun,
     healthy_tensor,
     large_model,
+    read_records,
     sample_alert,
     sample_report,
     stalled_tensor,
@@ -387,3 +388,18 @@ def test_the_public_command_reads_the_same_rows(start_run: Any) -> None:
     command = [sys.executable, "-m", "wandb", "leet", "inspect", str(offline.path.parent), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert '"update_watch/lost_fraction":0.07142857142857142' in done.stdout
+
+
+def test_a_log_still_being_written_is_read_up_to_its_last_whole_record(start_run: Any, tmp_path: Path) -> None:
+    path = logged(start_run(), sample_report()).path
+    whole, data = list(read_records(path)), path.read_bytes()
+    part = tmp_path / "part.wandb"
+    counts = []
+    for length in range(len(data) + 1):
+        if length % 7 and length < len(data) - 600:  # every byte of the end, every seventh before it
+            continue
+        part.write_bytes(data[:length])
+        records = list(read_records(part))
+        assert records == whole[: len(records)]
+        counts.append(len(records))
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == len(whole) > 3

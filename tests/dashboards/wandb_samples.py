@@ -149,6 +149,7 @@ def _has_table(row: dict[str, Any]) -> bool:
 
 
 def read_records(path: Path) -> Iterator[Any]:
+    """The whole records of a log, in order; one still being written ends them."""
     from wandb.proto import wandb_internal_pb2
 
     block, header, full, first, last = 32768, 7, 1, 2, 4
@@ -161,6 +162,8 @@ def read_records(path: Path) -> Iterator[Any]:
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
         piece = data[position + header : position + header + length]
+        if len(piece) < length:  # still being written
+            return
         position += header + length
         message = piece if kind in (full, first) else message + piece
         if kind in (full, last):
