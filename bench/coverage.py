@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.probe import Kind, Rule, probe
-from update_watch.replay import ReplayError, Run, Twin
+from update_watch.replay.rule_kind import Kind, Rule, probe
+from update_watch.replay.twin import ReplayError, Run, Twin
 
 SAMPLES = 256
 WRONG = 1e-4  # of the largest update

@@ -12,8 +12,8 @@ import argparse
 import random
 import time
 
-from update_watch.diagnosis import Diagnosis
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, WindowEvidence
+from update_watch.judge.diagnosis import Diagnosis
 from update_watch.report import HEADROOM_BINS
 from update_watch.thresholds import Thresholds
 

@@ -6,7 +6,7 @@ The optimizer step of a GPT of 20.5 million parameters (68 tensors, stored in BF
 before, subtract after). The three take turns, each step starts on cold caches as after a real backward pass, and the
 times are compared: medians, and the mean of the paired differences without the 5% at either end, which counts the steps
 in which several are added up, too. Host reads and copies are counted on a fake device, on which a read raises
-(tests/fake_window.py). Bars: the median watched step takes at most 0.10 more, no host read or copy in any step, memory held
+(tests/support/fake_window.py). Bars: the median watched step takes at most 0.10 more, no host read or copy in any step, memory held
 between steps under 1% of the model's. Exit status 1 if one is missed.
 """
 
@@ -33,7 +33,7 @@ import update_watch as uw
 
 BARS = {"added_time": 0.10, "host_reads": 0, "memory": 0.01}
 WIDTH, LAYERS, VOCABULARY = 512, 6, 3072
-FAKE_DEVICE = Path(__file__).parent.parent / "tests" / "fake_window.py"
+FAKE_DEVICE = Path(__file__).parent.parent / "tests" / "support" / "fake_window.py"
 
 
 def parameters() -> list[tuple[str, nn.Parameter]]:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from update_watch.dashboards.picture import write_picture
+from update_watch.dashboards.report.picture import write_picture
 
 HEIGHT, WIDTH = 1350, 1240  # of the part that is shown, in the page's units
 

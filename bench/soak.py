@@ -30,9 +30,9 @@ import torch
 from torch import nn
 
 import update_watch as uw
-from update_watch.dashboards.journal import Journal, read_journal
+from update_watch.dashboards.journal.journal import Journal, read_journal
+from update_watch.measure.windows import Window
 from update_watch.report import Health, Report
-from update_watch.windows import Window
 
 JOURNAL_BYTES = 2 * 2**20
 STEPS = 16  # per window
@@ -93,7 +93,7 @@ def soak(count: int, folder: Path, with_wandb: bool = False) -> dict[str, Any]:
     if with_wandb:
         import wandb
 
-        from update_watch.dashboards.wandb_sink import WandbSink
+        from update_watch.dashboards.wandb.sink import WandbSink
 
         settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
         run = wandb.init(mode="offline", project="soak", dir=str(folder), settings=settings)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from update_watch.dashboards.wandb_sink import WandbSink
+from update_watch.dashboards.wandb.sink import WandbSink
 from update_watch.report import HEADROOM_BINS, AccumulatorReport, Health, Report, TensorReport
 from update_watch.worker import Sinks, Worker
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.callbacks._stall import OnStall
+from update_watch.measure.tap import unwrap
 from update_watch.report import Health, Report, weighted_mean
-from update_watch.tap import unwrap
 from update_watch.thresholds import Thresholds
 from update_watch.watch import Watch, watch
 
@@ -252,7 +252,7 @@ def run_numbers(report: Report) -> dict[str, float]:
 
 def _audit(names: Names, averages: Mapping[str, Any]) -> tuple[Any, str]:
     """The audit, and what of it is shown: all of it when something will stall, else one line."""
-    from update_watch.audit import audit
+    from update_watch.audit.audit import audit
 
     found = audit(names, names.optimizers, averages=dict(averages))
     if found.warnings:

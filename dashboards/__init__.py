@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from update_watch.dashboards.journal import Journal, read_journal
-    from update_watch.dashboards.wandb_sink import WandbSink
+    from update_watch.dashboards.journal.journal import Journal, read_journal
+    from update_watch.dashboards.wandb.sink import WandbSink
 
 __all__ = ["Journal", "WandbSink", "read_journal"]
 
 _HOMES = {
-    "Journal": "update_watch.dashboards.journal",
-    "WandbSink": "update_watch.dashboards.wandb_sink",
-    "read_journal": "update_watch.dashboards.journal",
+    "Journal": "update_watch.dashboards.journal.journal",
+    "WandbSink": "update_watch.dashboards.wandb.sink",
+    "read_journal": "update_watch.dashboards.journal.journal",
 }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from update_watch.dashboards.frame import report_of
-from update_watch.dashboards.journal import EmptyJournalError, JournalReader
+from update_watch.dashboards.journal.journal import EmptyJournalError, JournalReader
 from update_watch.report import SEVERITY, Alert, Health, Report, TensorReport
 
 if TYPE_CHECKING:

@@ -202,7 +202,7 @@ def test_a_file_that_is_no_checkpoint_gets_one_line_and_status_2(
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
-    from update_watch.dashboards.journal import Journal
+    from update_watch.dashboards.journal.journal import Journal
     from update_watch.report import Cause, Health, Report, TensorReport
 
     tensor = TensorReport("norm.weight", Health.stalled, Cause.weight_rounding, "Lost.", numel=8, efficiency=0.0)
@@ -317,9 +317,9 @@ def test_the_package_loads_what_is_asked_for_and_functions_win_over_modules_of_t
     code = """
 import sys
 import update_watch as uw
-import update_watch.dashboards.journal, update_watch.dashboards.terminal
+import update_watch.dashboards.journal.journal, update_watch.dashboards.terminal
 assert uw.Health.healthy.value == "healthy" and "torch" not in sys.modules
-import update_watch.watch, update_watch.audit
+import update_watch.watch, update_watch.audit.audit
 from update_watch import audit, watch
 assert callable(uw.watch) and callable(uw.audit) and (uw.watch, uw.audit) == (watch, audit)
 assert uw.Watch.__module__ == "update_watch.watch" and uw.formats.BF16

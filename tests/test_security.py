@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from watch_nets import Net, train
 
 import update_watch as uw
-from update_watch.checkpoint_files import CheckpointError, read_tensors
-from update_watch.dashboards.journal import Journal, JournalError, read_journal
+from tests.support.watch_nets import Net, train
+from update_watch.checkpoints.files import CheckpointError, read_tensors
+from update_watch.dashboards.journal.journal import Journal, JournalError, read_journal
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("update_watch", "callbacks", "dashboards")
@@ -85,7 +85,7 @@ def test_no_code_of_ours_unpickles_evaluates_or_opens_a_shell() -> None:
     forbidden |= {"marshal.loads", "shelve.open", "joblib.load", "yaml.load", "dill.loads", "numpy.load", "np.load"}
     loads = []
     for folder in FOLDERS:
-        for path in sorted((ROOT / folder).glob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text())):
                 if not isinstance(node, ast.Call):
                     continue
@@ -107,7 +107,7 @@ def test_names_of_a_hostile_model_are_text_in_the_report(tmp_path: Path) -> None
     jinja2 = pytest.importorskip("jinja2")
     assert jinja2
     pytest.importorskip("altair")
-    from update_watch.dashboards.html import write_report
+    from update_watch.dashboards.report.html import write_report
 
     hostile = [
         '</script><script>alert("x")</script>',
@@ -140,7 +140,7 @@ from pathlib import Path
 import torch, wandb
 import update_watch as uw
 from update_watch.dashboards import Journal, WandbSink
-from update_watch.dashboards.html import write_report
+from update_watch.dashboards.report.html import write_report
 
 logging.basicConfig(level=logging.DEBUG)
 folder = Path(sys.argv[1])

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from watch_nets import RULES, Full, Make, Net, Rule, backward, batches, train
 
 import update_watch as uw
+from tests.support.watch_nets import RULES, Full, Make, Net, Rule, backward, batches, train
+from update_watch.measure.watched_optimizer import Watched
 from update_watch.report import Cause, Health, Report, TensorReport
-from update_watch.watched import Watched
 
 BF16, FP16 = torch.bfloat16, torch.float16
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from update_watch import formats
-    from update_watch.audit import audit
-    from update_watch.audit_table import Audit
+    from update_watch.audit.audit import audit
+    from update_watch.audit.table import Audit
     from update_watch.evidence import WindowEvidence
     from update_watch.report import (
         AccumulatorReport,
@@ -47,11 +47,11 @@ __all__ = [
 
 # where each name lives, if not in `report`
 _HOMES = {
-    "Audit": "audit_table",
+    "Audit": "audit.table",
     "Thresholds": "thresholds",
     "Watch": "watch",
     "WindowEvidence": "evidence",
-    "audit": "audit",
+    "audit": "audit.audit",
     "formats": "formats",
     "watch": "watch",
 }

@@ -79,8 +79,8 @@ def _complain(options: argparse.Namespace, error: BaseException, status: int) ->
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from update_watch.demo import run
-    from update_watch.demo_training import Settings
+    from update_watch.demo.demo import run
+    from update_watch.demo.training import Settings
 
     try:
         settings = Settings(options.steps, options.lr, options.precision, options.out, options.seed, options.wandb)
@@ -95,8 +95,8 @@ def _report(options: argparse.Namespace) -> None:
             _need_file(journal)
     if options.out.is_dir():
         raise UsageError(f"--output {options.out} is a folder; name a file in it")
-    from update_watch.dashboards.html import write_report
-    from update_watch.dashboards.journal import JournalError
+    from update_watch.dashboards.journal.journal import JournalError
+    from update_watch.dashboards.report.html import write_report
 
     try:
         write_report(options.journals, options.out, live=options.live, png=options.png)
@@ -111,7 +111,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _top(options: argparse.Namespace) -> None:
     _need_file(options.journal)
-    from update_watch.dashboards.journal import JournalError
+    from update_watch.dashboards.journal.journal import JournalError
     from update_watch.dashboards.terminal import top
 
     try:
@@ -121,7 +121,7 @@ def _top(options: argparse.Namespace) -> None:
 
 
 def _audit(options: argparse.Namespace) -> None:
-    from update_watch.audit import audit
+    from update_watch.audit.audit import audit
 
     made = _call(options.factory)
     if not isinstance(made, tuple) or len(made) not in (2, 3):
@@ -137,8 +137,8 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _diff(options: argparse.Namespace) -> None:
-    from update_watch.checkpoint_diff import diff
-    from update_watch.checkpoint_files import CheckpointError
+    from update_watch.checkpoints.diff import diff
+    from update_watch.checkpoints.files import CheckpointError
 
     try:
         found = diff(options.first, options.second)
@@ -148,7 +148,7 @@ def _diff(options: argparse.Namespace) -> None:
 
 
 def _workspace(options: argparse.Namespace) -> None:
-    from update_watch.dashboards.workspace import WorkspaceError, run
+    from update_watch.dashboards.wandb.workspace import WorkspaceError, run
 
     try:
         print(run(options.entity, options.project, options.dry_run))
@@ -157,7 +157,7 @@ def _workspace(options: argparse.Namespace) -> None:
 
 
 def _automations(options: argparse.Namespace) -> None:
-    from update_watch.dashboards.automations import AutomationError, run
+    from update_watch.dashboards.wandb.automations import AutomationError, run
 
     try:
         print(run(options.entity, options.project, options.dry_run))

@@ -16,25 +16,26 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch import endings, masters
-from update_watch.accumulation import AccumulationWindow
-from update_watch.alerts import Alerts
-from update_watch.averages import Averages
-from update_watch.diagnosis import Diagnosis
+from update_watch import endings
 from update_watch.evidence import TensorEvidence
-from update_watch.full_states import ShadowWindow
-from update_watch.memory import check_state
-from update_watch.partitions import Piece, chain, wrappers
-from update_watch.parts import Parts
-from update_watch.ranks import Ranks
-from update_watch.replicas import Checksums
+from update_watch.judge.alerts import Alerts
+from update_watch.judge.diagnosis import Diagnosis
+from update_watch.judge.verdict_memory import check_state
+from update_watch.measure.accumulators.averages import Averages
+from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
+from update_watch.measure.accumulators.reference_states import ShadowWindow
+from update_watch.measure.accumulators.replicas import Checksums
+from update_watch.measure.identity import masters
+from update_watch.measure.identity.optimizer_parts import Parts
+from update_watch.measure.identity.partitions import Piece, chain, wrappers
+from update_watch.measure.parameters import names_of
+from update_watch.measure.tap import PlainTorch, StepTap, unwrap
+from update_watch.measure.transfer import Batch
+from update_watch.measure.watched_optimizer import Watched, describe, share_turns
+from update_watch.measure.windows import Window, read
+from update_watch.ranks.exchange import Ranks
 from update_watch.report import Report
-from update_watch.rows import names_of
-from update_watch.tap import PlainTorch, StepTap, unwrap
 from update_watch.thresholds import Thresholds
-from update_watch.transfer import Batch
-from update_watch.watched import Watched, describe, share_turns
-from update_watch.windows import Window, read
 from update_watch.worker import Sink, Sinks, Worker, warn
 
 logger = logging.getLogger("update_watch")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric import Fabric
-from lightning_models import WIDTH, FullComparison, network, same
 
 import update_watch as uw
+from tests.support.lightning_models import WIDTH, FullComparison, network, same
 from update_watch.report import Report
 
 

@@ -27,8 +27,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner.tuning import Tuner
-from lightning_models import Module, everything, same, trainer
 
+from tests.support.lightning_models import Module, everything, same, trainer
 from update_watch.callbacks import StalledError, UpdateWatch
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.cli import LightningCLI
-from lightning_models import Module
 
+from tests.support.lightning_models import Module
 from update_watch.callbacks import UpdateWatch
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds

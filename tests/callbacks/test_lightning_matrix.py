@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from lightning_models import Module, everything, same, trainer
 
+from tests.support.lightning_models import Module, everything, same, trainer
 from update_watch.callbacks import UpdateWatch
 from update_watch.report import Report
 

@@ -17,8 +17,8 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning_models import Module, everything, same, scaler_plugin, trainer
 
+from tests.support.lightning_models import Module, everything, same, scaler_plugin, trainer
 from update_watch.callbacks import UpdateWatch
 from update_watch.dashboards import Journal, read_journal
 from update_watch.report import Report

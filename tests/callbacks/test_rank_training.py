@@ -25,7 +25,14 @@ _FOUND: dict[str, list[dict[str, Any]]] = {}
 
 def run(kind: str, folder: Path) -> list[dict[str, Any]]:
     if kind not in _FOUND:
-        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("rank_training.py")), kind, str(folder)]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            str(Path(__file__).parents[1] / "support" / "rank_training.py"),
+            kind,
+            str(folder),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
         assert "Traceback" not in done.stderr and "update-watch:" not in done.stderr, done.stderr[-3000:]

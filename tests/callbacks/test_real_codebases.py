@@ -18,9 +18,9 @@ from unittest.mock import MagicMock
 import lightning
 import pytest
 import torch
-from lightning_models import FullComparison
 from torch import Tensor, nn
 
+from tests.support.lightning_models import FullComparison
 from update_watch.callbacks import UpdateWatch
 from update_watch.report import Report
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_models import FullComparison
 from torch import Tensor, nn
 
+from tests.support.lightning_models import FullComparison
 from update_watch.callbacks import StalledError
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds

@@ -9,12 +9,12 @@ import pytest
 import torch
 import wandb
 from torch import nn
-from wandb_samples import OfflineRun
 
 import update_watch as uw
+from tests.support.wandb_samples import OfflineRun
 from update_watch.dashboards import WandbSink
-from update_watch.dashboards.html import write_report
-from update_watch.dashboards.journal import Journal, read_journal
+from update_watch.dashboards.journal.journal import Journal, read_journal
+from update_watch.dashboards.report.html import write_report
 from update_watch.report import Report
 
 

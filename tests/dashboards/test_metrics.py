@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from wandb_samples import healthy_tensor, sample_alert, sample_report, stalled_tensor
 
+from tests.support.wandb_samples import healthy_tensor, sample_alert, sample_report, stalled_tensor
 from update_watch.dashboards import metrics
 from update_watch.report import AccumulatorReport, Health
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_samples import large, synthetic_run
 
-from update_watch.dashboards.journal import EmptyJournalError, Journal
+from tests.support.run_samples import large, synthetic_run
+from update_watch.dashboards.journal.journal import EmptyJournalError, Journal
 from update_watch.dashboards.terminal import read_last, table, top
 from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
 
@@ -169,7 +169,7 @@ def test_top_once_shows_the_last_window_and_the_last_alerts(tmp_path):
 
 
 def test_the_last_window_read_alone_is_the_last_of_all(tmp_path):
-    from update_watch.dashboards.journal import read_journal
+    from update_watch.dashboards.journal.journal import read_journal
 
     journal(tmp_path / "j.jsonl", windows=12)
     assert read_last(tmp_path / "j.jsonl").report == list(read_journal(tmp_path / "j.jsonl"))[-1]

@@ -1,0 +1,1 @@
+"""The journal: one JSON line per window in an append-only file beside the run; every renderer reads it."""

@@ -1,0 +1,293 @@
+"""The journal: one JSON line per window in an append-only file beside the run. Every renderer reads it.
+
+A line leaves in one write, so another process sees whole lines (at most the last one is cut short) and a killed run
+loses nothing that was closed. When the file outgrows its limit, neighbouring windows of the past are joined
+(`thinning`), each tensor as in its worst window. The schema is described in docs/journal.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from update_watch.dashboards.frame import Frame, TensorTable, frame_of, report_of
+from update_watch.dashboards.journal.lines import (
+    FORMAT,
+    SCHEMA,
+    START,
+    decode,
+    encode,
+    frame_of_line,
+    header_line,
+    table_line,
+    table_of,
+    window_line,
+)
+from update_watch.dashboards.journal.thinning import thin
+from update_watch.report import Report
+
+MAX_BYTES = 128 * 2**20
+_LINES_NAMED = 5  # in a warning
+_TABLES = 64  # remembered: a model whose tensors keep changing must not fill the memory
+
+
+class JournalError(ValueError):
+    """A file that is not a journal this version can use."""
+
+
+class EmptyJournalError(JournalError):
+    """A journal without a window so far."""
+
+
+class Journal:
+    """A sink that appends every report to a journal.
+
+    The file (and its folder) is made with the first report; one that is there already is continued.
+
+    Args:
+        path: the file, "run.jsonl".
+        run: what should be said about the run: plain JSON data, written as it is. Do not put secrets there.
+        max_bytes: beyond this size (bytes) past windows are joined until the file is half as large; None: never.
+
+    Example:
+        watch = uw.watch(model, optimizer, sinks=[Journal("runs/gpt.jsonl", run={"name": "gpt"})])
+
+    Calling it raises OSError when the file cannot be written (disk full, read-only folder), and `JournalError` when
+    `path` is another kind of file or a journal of a newer version. What was written before stays readable.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], run: Mapping[str, Any] | None = None, max_bytes: int | None = MAX_BYTES
+    ) -> None:
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            raise TypeError(f"Journal(path={path!r}) must name the file to write, such as 'run.jsonl'.")
+        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0):
+            raise ValueError(
+                f"Journal(max_bytes={max_bytes!r}) must be a positive number of bytes, or None for no limit."
+            )
+        if run is not None and not isinstance(run, Mapping):
+            raise ValueError(
+                f"Journal(run=...) must be plain JSON data by name, such as {{'name': 'gpt'}}, not {run!r}."
+            )
+        try:
+            self.run = json.loads(json.dumps(dict(run or {}), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Journal(run=...) must be plain JSON data: {error}.") from None
+        self.path = Path(path)
+        self.max_bytes = max_bytes
+        self._limit = max_bytes
+        self._file: BinaryIO | None = None
+        self._tables: dict[TensorTable, str] = {}  # written since the file was opened -> digest
+
+    def __call__(self, report: Report) -> None:
+        frame = frame_of(report)
+        if self._file is not None and not self._is_in_place():
+            self.close()
+        if self._file is None:
+            self._file = self._open()
+        lines = b""
+        if frame.table not in self._tables:
+            if len(self._tables) >= _TABLES:
+                self._tables.clear()
+            line = table_line(frame.table)
+            lines = encode(line)
+            self._tables[frame.table] = line["table"]
+        try:
+            self._write(lines + encode(window_line(frame, self._tables[frame.table])))
+        except BaseException:
+            self.close()
+            raise
+        if self._limit is not None and os.fstat(self._file.fileno()).st_size > self._limit:
+            self._thin()
+
+    def close(self) -> None:
+        """Close the file; the next report opens it again."""
+        file, self._file = self._file, None
+        self._tables.clear()
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # goes to other processes (spawn) as settings, without the open file
+        return {**self.__dict__, "_file": None, "_tables": {}}
+
+    def _open(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  # closed by `close`
+        try:
+            _check_start(self.path, file)
+            self._file = file
+            self._write(_heal(file) + encode(header_line(self.run, time.time())))
+        except BaseException:
+            self.close()
+            file.close()
+            raise
+        return file
+
+    def _write(self, data: bytes) -> None:
+        """All of `data`, or an OSError and nothing of it."""
+        assert self._file is not None
+        size = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+        except OSError:
+            with suppress(OSError):  # where even this fails, the reader and the next opening cope with half a line
+                self._file.truncate(size)
+            raise
+
+    def _is_in_place(self) -> bool:
+        """Whether the open file is still the one at `path`: nobody moved or removed it."""
+        assert self._file is not None
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+        except OSError:
+            return False
+
+    def _thin(self) -> None:
+        assert self.max_bytes is not None
+        self.close()
+        try:
+            size = thin(self.path, self.max_bytes)
+        except OSError as error:
+            size = self.path.stat().st_size
+            warnings.warn(
+                f"Journal {self.path} is {size} bytes large and could not be thinned to {self.max_bytes}: {error}. "
+                "It goes on growing; make room beside it.",
+                stacklevel=2,
+            )
+        # Where little could be joined (alerts are always kept) do not try again with every window.
+        self._limit = max(self.max_bytes, size + size // 2)
+
+
+def read_journal(path: str | os.PathLike[str]) -> Iterator[Report]:
+    """The reports of a journal in the order of the file. A line that is still being written is left out.
+
+    Where the journal was thinned, a report covers several windows: `window` is the number of all their steps, and each
+    tensor is as in its worst one.
+
+    Raises:
+        JournalError: not a journal, or one of a newer version.
+        OSError: it cannot be read.
+
+    Warns:
+        UserWarning: lines were damaged; they are skipped and their numbers are named.
+    """
+    reader = JournalReader(path)
+    for frame in reader.frames():
+        yield report_of(frame)
+    reader.warn()
+
+
+class JournalReader:
+    """Reads a journal's windows as frames and counts what could not be read."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.run: dict[str, Any] = {}  # what the last header says about the run
+        self.damaged: list[tuple[int, str]] = []  # (line number, what is wrong)
+
+    def frames(
+        self, wanted: Callable[[int], bool] | None = None, is_whole: Callable[[int], bool] = lambda number: True
+    ) -> Iterator[Frame]:
+        """The windows, one after the other; only those on lines whose number is `wanted`.
+
+        Where a line is not asked for as a whole, sentences, headroom and accumulators are left out.
+        """
+        tables: dict[str, TensorTable] = {}
+        self.run, self.damaged = {}, []
+        lines = 0
+        is_ours = False
+        with open(self.path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if not raw.strip() or not raw.endswith(b"\n"):
+                    continue  # an unfinished last line is no damage
+                lines += 1
+                if wanted is not None and raw.startswith(b'{"kind":"window"') and not wanted(number):
+                    is_ours = True
+                    continue
+                try:
+                    line = decode(raw)
+                    kind = line.get("kind")
+                    if kind == "header":
+                        self._header(line)
+                    elif kind == "tensors":
+                        tables[str(line.get("table"))] = table_of(line)
+                    elif kind == "window":
+                        yield frame_of_line(line, tables, is_whole(number))
+                    # other kinds carry nothing a window needs
+                    is_ours = True
+                except JournalError:
+                    raise
+                except ValueError as error:
+                    self.damaged.append((number, str(error)))
+        if lines and not is_ours:
+            raise JournalError(f"{self.path} is not an update-watch journal: none of its {lines} lines can be read.")
+
+    def warn(self) -> None:
+        """Warn of what was skipped, if anything was."""
+        if self.damaged:
+            named = ", ".join(str(number) for number, _ in self.damaged[:_LINES_NAMED])
+            more = ", ..." if len(self.damaged) > _LINES_NAMED else ""
+            what = "1 damaged line was" if len(self.damaged) == 1 else f"{len(self.damaged)} damaged lines were"
+            warnings.warn(
+                f"{self.path}: {what} skipped (line {named}{more}; the first: {self.damaged[0][1]}). "
+                "The other windows are complete.",
+                stacklevel=3,
+            )
+
+    def _header(self, line: Mapping[str, Any]) -> None:
+        if line.get("format") != FORMAT:
+            raise ValueError("header of another format")
+        schema = line.get("schema")
+        if not isinstance(schema, int):
+            raise ValueError("header without a version")  # noqa: TRY004  # damage is one kind of error
+        if schema > SCHEMA:
+            raise JournalError(_newer(self.path, schema))
+        run = line.get("run")
+        self.run = dict(run) if isinstance(run, dict) else {}
+
+
+def _newer(path: Path, schema: int) -> str:
+    return (
+        f"{path} was written by a newer update-watch: its schema is version {schema}, this one knows versions up to "
+        f"{SCHEMA}. Upgrade: pip install -U update-watch"
+    )
+
+
+def _check_start(path: Path, file: BinaryIO) -> None:
+    """Refuse to append to a file that is not ours, or is of a newer version."""
+    file.seek(0)
+    first = file.readline()
+    if not START.startswith(first[: len(START)]):
+        raise JournalError(
+            f"Journal({str(path)!r}): the file is there already and is not an update-watch journal. "
+            "Give another path; nothing was written."
+        )
+    try:
+        schema = decode(first).get("schema")
+    except ValueError:  # a header cut short: it is written again
+        return
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise JournalError(_newer(path, schema) + ", or give another path.")
+
+
+def _heal(file: BinaryIO) -> bytes:
+    """What must come before the next line: a newline where a killed process left half a line."""
+    size = file.seek(0, os.SEEK_END)
+    if size == 0:
+        return b""
+    file.seek(size - 1)
+    return b"" if file.read(1) == b"\n" else b"\n"

@@ -1,0 +1,268 @@
+"""The lines of a journal: JSON objects from and to frames. The schema is described in docs/journal.md.
+
+A line stands alone but for the table of tensors it names, so a damaged line costs its own window and no other.
+Decoding trusts nothing: whatever a line holds, the answer is a value or a `ValueError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from update_watch.dashboards.frame import (
+    ACCUMULATOR_NUMBERS,
+    CAUSES,
+    NO_CODE,
+    TENSOR_NUMBERS,
+    WHOLE_NUMBERS,
+    Columns,
+    Frame,
+    TensorTable,
+)
+from update_watch.dashboards.journal.columns import (
+    advice_lines,
+    advice_of,
+    column_line,
+    column_of,
+    headroom_lines,
+    headroom_of,
+    indices_of,
+    short,
+    text_of,
+    whole_of,
+)
+from update_watch.report import SEVERITY, Alert, Cause, Health, Level
+
+SCHEMA = 1
+FORMAT = "update-watch journal"
+START = b'{"kind":"header","format":"update-watch journal",'  # how every journal begins
+
+HEALTH_LETTERS = {
+    Health.broken: "b",
+    Health.stalled: "s",
+    Health.stalling: "g",
+    Health.unknown: "u",
+    Health.idle: "i",
+    Health.frozen: "f",
+    Health.healthy: "h",
+}
+ABSENT = "-"  # in the place of a letter: the tensor has no such accumulator
+_LETTERS = "".join(HEALTH_LETTERS[h] for h in SEVERITY)
+_CODES = {letter: code for code, letter in enumerate(_LETTERS)} | {ABSENT: NO_CODE}
+
+
+def encode(line: Mapping[str, Any]) -> bytes:
+    """One line of ASCII, with its newline."""
+    return json.dumps(line, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
+
+
+def decode(raw: bytes) -> dict[str, Any]:
+    """The object of a line.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        line = json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(line, dict):
+        raise ValueError("not a JSON object")  # noqa: TRY004  # damage is one kind of error
+    return line
+
+
+# --- header and table of tensors -------------------------------------------------------------------
+
+
+def header_line(run: Mapping[str, Any], time: float) -> dict[str, Any]:
+    return {"kind": "header", "format": FORMAT, "schema": SCHEMA, "time": round(time, 3), "run": dict(run)}
+
+
+def table_line(table: TensorTable) -> dict[str, Any]:
+    text = json.dumps(table)
+    return {
+        "kind": "tensors",
+        "table": hashlib.sha256(text.encode("ascii")).hexdigest()[:12],
+        "name": table.name,
+        "names": {str(i): names for i, names in enumerate(table.names) if names},
+        "layer": table.layer,
+        "optimizer_group": table.optimizer_group,
+        "dtype": table.dtype,
+        "shape": table.shape,
+        "numel": table.numel,
+        "trainable": table.trainable,
+        "scheme": table.scheme,
+    }
+
+
+def table_of(line: Mapping[str, Any]) -> TensorTable:
+    """The table in a "tensors" line; ValueError when it is damaged."""
+    try:
+        count = len(line["name"])
+        names = line["names"]
+        table = TensorTable(
+            name=tuple(text_of(x) for x in line["name"]),
+            names=tuple(tuple(text_of(x) for x in names.get(str(i), ())) for i in range(count)),
+            layer=tuple(text_of(x) for x in line["layer"]),
+            optimizer_group=tuple(text_of(x) for x in line["optimizer_group"]),
+            dtype=tuple(text_of(x) for x in line["dtype"]),
+            shape=tuple(tuple(whole_of(n) for n in shape) for shape in line["shape"]),
+            numel=tuple(whole_of(n) for n in line["numel"]),
+            trainable=tuple(bool(x) for x in line["trainable"]),
+            scheme=tuple(text_of(x) for x in line.get("scheme", [""] * count)),  # early journals have none
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"damaged table of tensors ({error!r})") from None
+    if any(len(column) != count for column in table):
+        raise ValueError("damaged table of tensors (columns of different length)")
+    return table
+
+
+# --- windows -----------------------------------------------------------------------------------------
+
+
+def window_line(frame: Frame, table: str) -> dict[str, Any]:
+    """`table` is the digest of its table's line. `step` and `windows` come first: thinning reads them unparsed."""
+    line: dict[str, Any] = {
+        "kind": "window",
+        "step": frame.step,
+        "windows": frame.windows,
+        "window": frame.window,
+        "table": table,
+        "time": round(frame.time, 3),
+        "health": frame.health.value,
+        "headline": frame.headline,
+        "cost_ms": short(frame.cost_ms),
+        "skipped_steps": frame.skipped_steps,
+        "layers": frame.has_layers,
+        "alerts": _alert_lines(frame.alerts, frame.table),
+        "tensors": _columns_line(frame.tensors),
+        "accumulators": {name: _columns_line(columns) for name, columns in frame.accumulators.items()},
+    }
+    if frame.headroom is not None:
+        line["headroom"] = headroom_lines(frame.headroom)
+    if frame.what_if:
+        line["what_if"] = {name: column_line(values) for name, values in frame.what_if.items()}
+    return line
+
+
+def frame_of_line(line: Mapping[str, Any], tables: Mapping[str, TensorTable], is_whole: bool = True) -> Frame:
+    """The frame in a "window" line; ValueError when it is damaged or its table is missing.
+
+    Not `is_whole`: without sentences, headroom, accumulators and what-ifs, which is many times faster.
+    """
+    if not is_whole:
+        line = {key: value for key, value in line.items() if key not in ("headroom", "what_if")}
+        line["accumulators"] = {}
+        if isinstance(line.get("tensors"), dict):
+            line["tensors"] = {key: value for key, value in line["tensors"].items() if key != "advice"}
+    try:
+        return _frame(line, tables)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"damaged window ({error!r})") from None
+
+
+def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
+    digest = line["table"]
+    if digest not in tables:
+        raise ValueError(f"its table of tensors, {digest!r}, is missing")
+    table = tables[digest]
+    count = len(table.name)
+    headroom = line.get("headroom")
+    cost = line.get("cost_ms")
+    return Frame(
+        step=whole_of(line["step"]),
+        window=whole_of(line["window"]),
+        windows=whole_of(line["windows"]),
+        time=float(line["time"]),
+        health=Health(line["health"]),
+        headline=text_of(line["headline"]),
+        cost_ms=None if cost is None else float(cost),
+        skipped_steps=whole_of(line["skipped_steps"]),
+        alerts=tuple(_alert(alert, table) for alert in line["alerts"]),
+        table=table,
+        tensors=_columns(line["tensors"], count, TENSOR_NUMBERS, has_dtype=False),
+        headroom=None if headroom is None else headroom_of(headroom, count),
+        what_if={text_of(k): column_of(v, count) for k, v in line.get("what_if", {}).items()},
+        accumulators={
+            text_of(name): _columns(columns, count, ACCUMULATOR_NUMBERS, has_dtype=True)
+            for name, columns in line["accumulators"].items()
+        },
+        has_layers=bool(line["layers"]),
+    )
+
+
+def _columns_line(columns: Columns) -> dict[str, Any]:
+    codes = columns.health.tolist()
+    line: dict[str, Any] = {"health": "".join(_LETTERS[code] if code != NO_CODE else ABSENT for code in codes)}
+    present = columns.health != NO_CODE
+    causes: dict[str, list[int]] = {}
+    for i in np.flatnonzero(columns.cause != NO_CODE).tolist():
+        causes.setdefault(CAUSES[columns.cause[i]].value, []).append(i)
+    if causes:
+        line["cause"] = causes
+    if columns.dtype:
+        dtypes = [dtype for dtype, code in zip(columns.dtype, codes, strict=True) if code != NO_CODE]
+        line["dtype"] = dtypes if len(set(dtypes)) > 1 else "".join(dtypes[:1])
+    for name, values in columns.numbers.items():
+        if not np.isnan(values).all():
+            line[name] = column_line(values[present], name in WHOLE_NUMBERS)
+    if columns.advice:
+        line["advice"] = advice_lines(columns.advice)
+    return line
+
+
+def _columns(line: Mapping[str, Any], count: int, fields: Sequence[str], has_dtype: bool) -> Columns:
+    health = np.array([_CODES[letter] for letter in line["health"]], dtype=np.int8)
+    present = np.flatnonzero(health != NO_CODE)
+    if len(health) != count or (not has_dtype and len(present) != count):
+        raise ValueError("damaged window (healths)")
+    cause = np.full(count, NO_CODE, dtype=np.int8)
+    for name, indices in line.get("cause", {}).items():
+        cause[indices_of(indices, count)] = CAUSES.index(Cause(name))
+    dtype = [""] * count
+    if has_dtype:
+        kinds = line["dtype"]
+        kinds = [kinds] * len(present) if isinstance(kinds, str) else kinds
+        for i, kind in zip(present.tolist(), kinds, strict=True):
+            dtype[i] = text_of(kind)
+    numbers = {}
+    for name in fields:
+        numbers[name] = np.full(count, np.nan)
+        if line.get(name) is not None:
+            numbers[name][present] = column_of(line[name], len(present))
+    advice = advice_of(line["advice"], count) if "advice" in line else {}
+    return Columns(health, cause, numbers, advice, tuple(dtype) if has_dtype else ())
+
+
+def _alert_lines(alerts: Sequence[Alert], table: TensorTable) -> list[dict[str, Any]]:
+    """Tensors of the table are named by their index."""
+    places = {name: i for i, name in enumerate(table.name)} if alerts else {}
+    lines = []
+    for alert in alerts:
+        line: dict[str, Any] = {
+            "step": alert.step,
+            "level": alert.level.value,
+            "title": alert.title,
+            "text": alert.text,
+        }
+        line["tensors"] = [places.get(name, name) for name in alert.tensors]
+        lines.append(line if alert.cause is None else {**line, "cause": alert.cause.value})
+    return lines
+
+
+def _alert(line: Mapping[str, Any], table: TensorTable) -> Alert:
+    cause = line.get("cause")
+    names = [name if isinstance(name, str) else table.name[whole_of(name)] for name in line["tensors"]]
+    return Alert(
+        step=whole_of(line["step"]),
+        level=Level(line["level"]),
+        title=text_of(line["title"]),
+        text=text_of(line["text"]),
+        tensors=tuple(names),
+        cause=None if cause is None else Cause(cause),
+    )

@@ -1,0 +1,88 @@
+"""What the charts of the HTML report share: scales, axes and the frame of a Vega-Lite specification.
+
+A specification has no colours: it names styles and ranges that `palette.chart_config` fills in for the light or the
+dark theme. Names of tensors appear as data and in `params`, never in an expression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from update_watch.dashboards.frame import Floats
+from update_watch.dashboards.report.history import History
+from update_watch.report import HEADROOM_LOW, SEVERITY
+
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+Spec = dict[str, Any]
+
+# BF16 keeps 7 mantissa bits: half a gap between neighbours is between 2^-9 and 2^-8 of a value.
+BF16_EPSILON = 2.0**-7
+BF16_HALF_ULP = (2.0**-9, 2.0**-8)
+
+HEALTHS = [health.value for health in SEVERITY]
+HEALTH_COLOR = {"field": "health", "type": "nominal", "scale": {"domain": HEALTHS, "range": "category"}}
+_STEP_LABEL = "format(datum.value, '~s')"
+ROW_AXIS = {
+    "title": None,
+    "labelExpr": "labels[datum.value]",
+    "labelFont": "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace",
+    "labelFontSize": 10,
+    "labelLimit": 230,
+    "labelOverlap": True,
+    "ticks": False,
+    "domain": False,
+}
+
+
+class Scales(NamedTuple):
+    """What the charts of runs side by side have in common, so that they can be compared."""
+
+    steps: tuple[int, int]
+    ratio: tuple[float, float]  # update / weight
+    octaves: tuple[int, int]  # headroom
+
+
+def scales_of(histories: Sequence[History]) -> Scales:
+    """Scales wide enough for all of `histories`."""
+    ratios = np.concatenate([h.series_PH["update_ratio"].ravel() for h in histories]).astype(np.float64)
+    known = ratios[~np.isnan(ratios) & (ratios > 0)]
+    low = min(float(known.min()) if len(known) else BF16_HALF_ULP[0], BF16_HALF_ULP[0])
+    high = max(float(known.max()) if len(known) else BF16_EPSILON, BF16_EPSILON)
+    rows = [h.last.headroom for h in histories if h.last.headroom is not None]
+    octaves = (-4, 4)
+    if rows:
+        # what hardly any tensor has is not worth the width; it is in the outermost bar drawn
+        filled = np.flatnonzero(np.nanmax(np.concatenate([_known(r) for r in rows]), axis=0, initial=0.0) > 0.002)
+        if len(filled):
+            octaves = (int(filled[0]) + HEADROOM_LOW, int(filled[-1]) + HEADROOM_LOW + 1)
+    return Scales(
+        steps=(min(h.first_step for h in histories), max(h.last_step for h in histories)),
+        ratio=(max(low / 1.5, 1e-9, high * 1e-8), high * 1.5),
+        octaves=(min(octaves[0], -2), max(octaves[1], 2)),
+    )
+
+
+def _known(rows: Floats) -> Floats:
+    return rows[~np.isnan(rows[:, 0])]
+
+
+def chart(height: int, body: Mapping[str, Any], renderer: str = "svg") -> Spec:
+    return {
+        "$schema": SCHEMA,
+        "width": "container",
+        "height": height,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "usermeta": {"embedOptions": {"renderer": renderer}},
+        **body,
+    }
+
+
+def step_axis(scales: Scales) -> dict[str, Any]:
+    return {
+        "type": "quantitative",
+        "scale": {"domain": list(scales.steps), "nice": False},
+        "axis": {"title": "step", "labelExpr": _STEP_LABEL, "grid": False, "tickCount": 8},
+    }

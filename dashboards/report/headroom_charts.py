@@ -1,0 +1,137 @@
+"""Charts of headroom: how far updates are from being rounded away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from update_watch.dashboards.frame import Floats, Frame
+from update_watch.dashboards.report.chart_parts import ROW_AXIS, Scales, Spec, chart
+from update_watch.dashboards.report.history import History, headroom_weights
+from update_watch.dashboards.report.row_groups import Rows
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
+
+
+def _edge() -> list[Spec]:
+    x = {"field": "x", "type": "quantitative"}
+    rule = {"data": {"values": [{"x": 0}]}, "mark": {"type": "rule", "style": "edge"}, "encoding": {"x": x}}
+
+    def word(at: float, text: str, align: str, style: str) -> Spec:
+        mark = {
+            "type": "text",
+            "align": align,
+            "style": style,
+            "baseline": "bottom",
+            "dx": -5 if align == "right" else 5,
+        }
+        encoding = {"x": x, "y": {"value": -3}, "text": {"field": "t"}}
+        return {"data": {"values": [{"x": at, "t": text}]}, "mark": mark, "encoding": encoding}
+
+    return [rule, word(0, "← lost", "right", "lost-word"), word(0, "arrives →", "left", "arrives-word")]
+
+
+def headroom(history: History, scales: Scales) -> Spec:
+    """Wanted elements of the whole run by headroom, last window."""
+    shares = np.zeros(HEADROOM_BINS) if history.headroom_B is None else history.headroom_B
+    values = [
+        {"from": HEADROOM_LOW + i, "to": HEADROOM_LOW + i + 1, "share": float(f"{share:.4g}")}
+        for i, share in enumerate(shares)
+        if share > 0
+    ]
+    tooltip = [
+        {"field": "from", "type": "quantitative", "title": "headroom from"},
+        {"field": "to", "type": "quantitative", "title": "to"},
+        {"field": "share", "type": "quantitative", "title": "of the wanted elements", "format": ".1%"},
+    ]
+
+    def bars(test: str, style: str) -> Spec:
+        return {
+            "data": {"values": values},
+            "transform": [{"filter": test}],
+            "mark": {"type": "rect", "style": style, "tooltip": True, "clip": True, "xOffset": 0.5, "x2Offset": -0.5},
+            "encoding": {
+                "x": {
+                    "field": "from",
+                    "type": "quantitative",
+                    "scale": {"domain": list(scales.octaves), "nice": False},
+                    "axis": {"title": "headroom (octaves above half a gap)", "grid": False, "tickCount": 12},
+                },
+                "x2": {"field": "to"},
+                "y": {
+                    "field": "share",
+                    "type": "quantitative",
+                    "axis": {"title": "of the wanted elements", "format": "%", "tickCount": 4},
+                },
+                "y2": {"datum": 0},
+                "tooltip": tooltip,
+            },
+        }
+
+    return chart(190, {"layer": [bars("datum.from < 0", "lost"), bars("datum.from >= 0", "arrives"), *_edge()]})
+
+
+def headroom_by_row(history: History, rows: Rows, scales: Scales, step_px: int = 14) -> Spec:
+    """Headroom of each row's elements, last window: how dark a cell is says how many lie there."""
+    frame = history.last
+    by_row = [_row_headroom(frame, members) for members in rows.members]
+    values = [
+        {"r": r, "from": HEADROOM_LOW + i, "to": HEADROOM_LOW + i + 1, "share": float(f"{share:.3g}")}
+        for r, shares in enumerate(by_row)
+        if shares is not None
+        for i, share in enumerate(shares)
+        if share >= 0.002
+    ]
+    labels = {"field": "label", "type": "nominal", "title": "tensor" if rows.by == "tensor" else rows.by}
+
+    def cells(test: str, style: str) -> Spec:
+        return {
+            "data": {"values": values},
+            "transform": [{"filter": test}, {"calculate": "labels[datum.r]", "as": "label"}],
+            "mark": {"type": "rect", "style": style, "tooltip": True, "clip": True, "xOffset": 0.5, "x2Offset": -0.5},
+            "encoding": {
+                "x": {
+                    "field": "from",
+                    "type": "quantitative",
+                    "scale": {"domain": list(scales.octaves), "nice": False},
+                    "axis": {"title": "headroom (octaves above half a gap)", "grid": False, "tickCount": 12},
+                },
+                "x2": {"field": "to"},
+                "y": {
+                    "field": "r",
+                    "type": "ordinal",
+                    "scale": {"domain": list(range(len(rows.labels))), "paddingInner": 0.12},
+                    "axis": ROW_AXIS,
+                },
+                "opacity": {
+                    "field": "share",
+                    "type": "quantitative",
+                    "scale": {"domain": [0, 0.3], "range": [0.06, 1], "clamp": True},
+                    "legend": None,
+                },
+                "tooltip": [
+                    labels,
+                    {"field": "from", "type": "quantitative", "title": "headroom from"},
+                    {"field": "to", "type": "quantitative", "title": "to"},
+                    {"field": "share", "type": "quantitative", "title": "of its wanted elements", "format": ".1%"},
+                ],
+            },
+        }
+
+    body = {
+        "params": [{"name": "labels", "value": list(rows.labels)}],
+        "layer": [cells("datum.from < 0", "lost"), cells("datum.from >= 0", "arrives"), *_edge()],
+    }
+    return chart(max(60, step_px * len(rows.labels)), body, renderer="canvas")
+
+
+def _row_headroom(frame: Frame, members: Sequence[int]) -> Floats | None:
+    if frame.headroom is None:
+        return None
+    index = np.array([i for i in members if i < len(frame.headroom)], dtype=np.intp)
+    index = index[~np.isnan(frame.headroom[index, 0])]
+    weights = headroom_weights(frame)[index]
+    if not weights.sum() > 0:
+        return None
+    shares: Floats = weights @ frame.headroom[index] / weights.sum()
+    return shares

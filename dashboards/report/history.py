@@ -1,0 +1,262 @@
+"""A whole run in bounded size: what the HTML report is drawn from.
+
+Windows are joined to spans of about equal length, `SPANS` to twice as many, each tensor as in its worst window of the
+span: a stall of one window stays visible in a run of any length. Values of the run as a whole are means over a span.
+P is the number of tensors, H the number of spans; NaN stands for "not known".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from update_watch.dashboards.frame import Columns, Floats, Frame, TensorTable, frame_of, join
+from update_watch.dashboards.journal.journal import EmptyJournalError, JournalReader
+from update_watch.dashboards.journal.thinning import window_steps
+from update_watch.report import HEADROOM_BINS, SEVERITY, Alert, Health, Report
+
+SPANS = 200
+_TENSOR_SERIES = ("efficiency", "update_ratio", "applied_ratio")
+_HEALTHY, _ABSENT = SEVERITY.index(Health.healthy), len(SEVERITY)
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """A run from its first to its last window."""
+
+    name: str
+    table: TensorTable  # every tensor the run had
+    last: Frame
+    spans: tuple[tuple[int, int], ...]  # (the step before, the last step)
+    windows: int  # closed windows in all
+    health_PH: NDArray[np.int8]  # index in SEVERITY; len(SEVERITY) where the tensor was not watched
+    series_PH: Mapping[str, NDArray[np.float32]]  # efficiency, update_ratio, applied_ratio
+    efficiency_H: Floats  # of the run, weighted by number of elements
+    lr_H: Floats  # largest of the tensors
+    counts_HS: NDArray[np.float64]  # tensors per health (in the order of SEVERITY), mean over the span
+    headroom_B: Floats | None  # share of the wanted elements per octave, last span that knew it
+    alerts: tuple[Alert, ...]
+    damaged: int = 0  # journal lines that could not be read
+    run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def first_step(self) -> int:
+        return self.spans[0][0]
+
+    @property
+    def last_step(self) -> int:
+        return self.spans[-1][1]
+
+    @property
+    def windows_per_span(self) -> int:
+        """Windows a column of a chart stands for, rounded."""
+        return max(1, round(self.windows / len(self.spans)))
+
+
+def read_history(path: str | os.PathLike[str], name: str | None = None, spans: int = SPANS) -> History:
+    """The history in a journal. Where a run was resumed from an earlier checkpoint, the later windows count.
+
+    Raises:
+        JournalError: not a journal, or of a newer version; EmptyJournalError: without a window so far.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    kept: dict[int, int] = {}  # line number -> step
+    earliest: float = float("inf")
+    for number, step, _ in reversed(window_steps(path)):
+        if step < earliest:
+            earliest, kept[number] = step, step
+    reader = JournalReader(path)
+    builder = _Builder(min(kept.values(), default=0), max(kept.values(), default=0), spans)
+    # only the state at the end is shown in full; a few lines more, for the case that the last is damaged
+    whole = set(sorted(kept)[-8:])
+    for frame in reader.frames(kept.__contains__, whole.__contains__):
+        builder.add(frame)
+    if builder.last is None:
+        raise EmptyJournalError(
+            f"{path} holds no window yet: the first is written when the first window of steps closes."
+        )
+    label = name or str(reader.run.get("name") or path.stem)
+    return builder.finish(label, len(reader.damaged), reader.run)
+
+
+def history_of(reports: Sequence[Report], name: str = "run", spans: int = SPANS) -> History:
+    """The history in reports.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not reports:
+        raise ValueError(f"history_of(reports=[], name={name!r}): at least one report is needed.")
+    kept: list[Report] = []
+    for report in reversed(reports):
+        if not kept or report.step < kept[-1].step:
+            kept.append(report)
+    builder = _Builder(kept[-1].step, kept[0].step, spans)
+    for report in reversed(kept):
+        builder.add(frame_of(report))
+    return builder.finish(name)
+
+
+class _Builder:
+    """Takes frames in order of step and holds no more than a span of them."""
+
+    def __init__(self, first: int, last: int, spans: int) -> None:
+        self._length = max(1.0, (last - first) / max(1, spans - 1))
+        self._spans: list[_Span] = []
+        self._held: Frame | None = None
+        self._runs: list[_RunValues] = []  # of the windows in `_held`
+        self._alerts: list[Alert] = []
+        self._windows = 0
+        self._headroom: Floats | None = None
+        self.last: Frame | None = None
+
+    def add(self, frame: Frame) -> None:
+        held = self._held
+        fits = held is not None and held.table == frame.table and frame.step - held.begin <= self._length
+        if held is not None and fits:
+            self._held = join(held, frame)
+        else:
+            self._close()
+            self._held = frame
+        self._runs.append(_run_values(frame))
+        self._alerts += frame.alerts
+        self._windows += frame.windows
+        self._headroom = _headroom_of(frame, self._headroom)
+        self.last = frame
+
+    def finish(self, name: str, damaged: int = 0, run: Mapping[str, Any] | None = None) -> History:
+        self._close()
+        assert self.last is not None
+        table, places = _union([span.table for span in self._spans], self.last.table)
+        shape = (len(table.name), len(self._spans))
+        health = np.full(shape, _ABSENT, dtype=np.int8)
+        series = {key: np.full(shape, np.nan, dtype=np.float32) for key in _TENSOR_SERIES}
+        for h, span in enumerate(self._spans):
+            at = places[span.table]
+            health[at, h] = span.health
+            for key, values in span.series.items():
+                series[key][at, h] = values
+        return History(
+            name=name,
+            table=table,
+            last=self.last,
+            spans=tuple(span.steps for span in self._spans),
+            windows=self._windows,
+            health_PH=health,
+            series_PH=series,
+            efficiency_H=np.array([span.run.efficiency for span in self._spans]),
+            lr_H=np.array([span.run.lr for span in self._spans]),
+            counts_HS=np.array([span.run.counts for span in self._spans]),
+            headroom_B=self._headroom,
+            alerts=tuple(self._alerts),
+            damaged=damaged,
+            run=run or {},
+        )
+
+    def _close(self) -> None:
+        frame = self._held
+        if frame is not None:
+            series = {key: frame.tensors.numbers[key].astype(np.float32) for key in _TENSOR_SERIES}
+            steps = (frame.begin, frame.step)
+            self._spans.append(_Span(steps, frame.table, frame.tensors.health, series, _mean(self._runs)))
+            self._held, self._runs = None, []
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunValues:
+    windows: int
+    efficiency: float
+    lr: float
+    counts: Floats
+
+
+@dataclasses.dataclass(frozen=True)
+class _Span:
+    steps: tuple[int, int]
+    table: TensorTable
+    health: NDArray[np.int8]
+    series: Mapping[str, NDArray[np.float32]]
+    run: _RunValues
+
+
+def _run_values(frame: Frame) -> _RunValues:
+    numel = np.array(frame.table.numel, dtype=np.float64)
+    counts = np.bincount(frame.tensors.health, minlength=len(SEVERITY)).astype(np.float64)
+    return _RunValues(
+        frame.windows,
+        _weighted(frame.tensors.numbers["efficiency"], numel),
+        _largest(frame.tensors.numbers["lr"]),
+        counts,
+    )
+
+
+def _mean(values: Sequence[_RunValues]) -> _RunValues:
+    weights = np.array([v.windows for v in values], dtype=np.float64)
+    return _RunValues(
+        int(weights.sum()),
+        _weighted(np.array([v.efficiency for v in values]), weights),
+        _weighted(np.array([v.lr for v in values]), weights),
+        np.average(np.array([v.counts for v in values]), axis=0, weights=weights),
+    )
+
+
+def _weighted(values: Floats, weights: Floats) -> float:
+    known = ~np.isnan(values)
+    total = weights[known].sum()
+    return float((values[known] * weights[known]).sum() / total) if total else float("nan")
+
+
+def _largest(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.max()) if len(known) else float("nan")
+
+
+def headroom_weights(frame: Frame) -> Floats:
+    """Wanted elements per tensor: the weight of its headroom."""
+    wanted = np.nan_to_num(frame.tensors.numbers["wanted_fraction"], nan=1.0)
+    weights: Floats = np.array(frame.table.numel, dtype=np.float64) * wanted
+    return weights
+
+
+def _headroom_of(frame: Frame, before: Floats | None) -> Floats | None:
+    if frame.headroom is None:
+        return before
+    known = ~np.isnan(frame.headroom[:, 0])
+    total = headroom_weights(frame)[known] @ frame.headroom[known] if known.any() else np.zeros(HEADROOM_BINS)
+    return total / total.sum() if total.sum() > 0 else before
+
+
+def _union(tables: Iterable[TensorTable], last: TensorTable) -> tuple[TensorTable, dict[TensorTable, NDArray[np.intp]]]:
+    """All tensors that ever were, those of the last window first, and where each table's tensors stand in it."""
+    tables = dict.fromkeys(tables)
+    places: dict[str, int] = {name: i for i, name in enumerate(last.name)}
+    columns: list[list[Any]] = [list(column) for column in last]
+    for table in tables:
+        for i, name in enumerate(table.name):
+            if name not in places:
+                places[name] = len(places)
+                for column, source in zip(columns, table, strict=True):
+                    column.append(source[i])
+    merged: list[Any] = [tuple(column) for column in columns]
+    union = TensorTable(*merged)
+    return union, {table: np.array([places[name] for name in table.name], dtype=np.intp) for table in tables}
+
+
+def accumulator_names(frame: Frame) -> list[str]:
+    """Those that some tensor has, optimizer states first, then decay, averages, gradients."""
+    order = {"weight_decay": 1, "grad": 3}
+    return sorted(frame.accumulators, key=lambda name: 2 if name.startswith("average:") else order.get(name, 0))
+
+
+def efficiency_of(columns: Columns) -> Floats:
+    """The efficiency that decides: the lower of growth and decay where they are told apart."""
+    parts = [columns.numbers[key] for key in ("efficiency", "growth_efficiency", "decay_efficiency")]
+    stacked = np.where(np.isnan(parts), np.inf, parts).min(axis=0)
+    return np.where(np.isinf(stacked), np.nan, stacked)

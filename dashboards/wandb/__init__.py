@@ -1,0 +1,1 @@
+"""Weights & Biases: the sink, its workspace and its automations."""

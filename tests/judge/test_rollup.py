@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.evidence_samples import accumulator, histogram, tensor, window
+from update_watch.evidence import TensorEvidence
+from update_watch.judge.diagnosis import Diagnosis
+from update_watch.judge.rollup import headline
+from update_watch.report import Cause, Health, LayerReport, Report, TensorReport
+from update_watch.thresholds import Thresholds
+
+GONE = {"lost": 1.0, "headroom_histogram": histogram(-8, -7)}
+
+
+def report(*tensors: TensorEvidence) -> Report:
+    return Diagnosis(Thresholds()).judge(window(*tensors))
+
+
+def healthy(name: str, **fields: Any) -> TensorEvidence:
+    return tensor(0.98, name=name, **fields)
+
+
+def stalled(name: str, **fields: Any) -> TensorEvidence:
+    return tensor(0.0, name=name, **{**GONE, **fields})
+
+
+def test_a_layer_has_the_worst_health_of_its_tensors_and_names_those_that_have_it() -> None:
+    found = report(
+        healthy("a.weight", numel=300),
+        stalled("a.bias", numel=100),
+        tensor(None, name="b.weight", trainable=False),
+        healthy("b.bias"),
+        tensor(None, name="top", optimizer_group=""),
+    )
+    assert found.layers == (
+        LayerReport("a", Health.stalled, ("a.bias",), 0.735),
+        LayerReport("b", Health.frozen, ("b.weight",), 0.98),
+        LayerReport("", Health.idle, ("top",), None),
+    )
+
+
+FROZEN = tensor(None, name="f.w", trainable=False)
+IDLE = tensor(None, name="i.w", optimizer_group="")
+UNKNOWN = tensor(None, name="u.w", reason="its rule looks at other tensors")
+UNKNOWN_TOO = tensor(None, name="v.w", reason="its rule looks at other tensors")
+BROKEN = tensor(None, name="x.w", finite=False)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "health"),
+    [
+        ((healthy("a.w"), FROZEN, IDLE), Health.healthy),
+        ((healthy("a.w"), UNKNOWN), Health.healthy),
+        ((healthy("a.w"), UNKNOWN, UNKNOWN_TOO), Health.unknown),
+        ((FROZEN,), Health.frozen),
+        ((FROZEN, IDLE), Health.idle),
+        ((healthy("a.w"), tensor(0.5, name="b.w", lost=0.5)), Health.stalling),
+        ((tensor(0.5, name="b.w", lost=0.5), stalled("a.w")), Health.stalled),
+        ((stalled("a.w"), BROKEN), Health.broken),
+        ((), Health.unknown),
+    ],
+)
+def test_the_health_of_a_run(tensors: tuple[TensorEvidence, ...], health: Health) -> None:
+    assert report(*tensors).health is health
+
+
+HEADLINES = [
+    pytest.param((), "No tensors are watched.", id="none"),
+    pytest.param((healthy("a.w"),), "The one tensor is healthy (efficiency 0.98).", id="one"),
+    pytest.param((healthy("a.w"), healthy("b.w")), "All 2 tensors are healthy (efficiency 0.98).", id="all"),
+    pytest.param(
+        (healthy("a.w"), FROZEN, IDLE),
+        "1 of 3 tensors healthy (efficiency 0.98), 1 idle, 1 frozen.",
+        id="asleep",
+    ),
+    pytest.param(
+        (healthy("a.w"), UNKNOWN, UNKNOWN_TOO),
+        "1 of 3 tensors healthy (efficiency 0.98), 2 unknown (its rule looks at other tensors).",
+        id="unknown",
+    ),
+    pytest.param(
+        (UNKNOWN, UNKNOWN_TOO, tensor(None, name="s.w", steps=0, measured_steps=0)),
+        "0 of 3 tensors healthy, 3 unknown (its rule looks at other tensors: 2 of these).",
+        id="unknown-for-several-reasons",
+    ),
+    pytest.param(
+        (*[healthy(f"l{i}.attn.weight") for i in range(28)], *[stalled(f"l{i}.norm1.weight") for i in range(12)]),
+        "12 of 40 tensors are stalled since step 1, all those with 'norm' in their name: BF16 weights without an FP32"
+        " master round the updates away (efficiency 0.00, 100% lost); keep FP32 master weights (precision='bf16-mixed')"
+        " or use stochastic rounding (torchao) or Kahan summation (optimi).",
+        id="stalled-norms",
+    ),
+    pytest.param(
+        (healthy("a.w"), stalled("b.w", lr=1e-5, lr_max=1e-5, lr_min=1e-5, critical_lr=2e-3)),
+        "1 of 2 tensors is stalled since step 1: BF16 weights without an FP32 master round the updates away (efficiency"
+        " 0.00, 100% lost); keep FP32 master weights (precision='bf16-mixed') or use stochastic rounding (torchao) or"
+        " Kahan summation (optimi), or keep the learning rate above 0.002 (now 1e-05), below which half of the updates"
+        " are lost.",
+        id="one-stalled",
+    ),
+    pytest.param(
+        (
+            healthy("a.w"),
+            tensor(0.0, name="e.w", lost=1.0, headroom_histogram=histogram(4)),
+            stalled("b.w", accumulators=accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)),
+            stalled("c.w"),
+            tensor(0.5, name="d.w", lost=0.5),
+            healthy("f.w", accumulators=accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)),
+        ),
+        "2 of 6 tensors are stalled since step 1: BF16 weights without an FP32 master round the updates away"
+        " (efficiency"
+        " 0.00, 100% lost); keep FP32 master weights (precision='bf16-mixed') or use stochastic rounding (torchao) or"
+        " Kahan summation (optimi); also 1 stalled (not_written), 1 stalling (weight_rounding), exp_avg_sq of 1"
+        " stalled.",
+        id="several-causes",
+    ),
+    pytest.param(
+        (
+            healthy("a.w", accumulators=accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)),
+            healthy("b.w", accumulators=accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)),
+            healthy("c.w", accumulators=accumulator("average:ema", 0.0, rate=0.001)),
+        ),
+        "exp_avg_sq is stalled in 2 of 3 tensors: Optimizer state exp_avg_sq in BF16 rounds its decay away at 1 -"
+        " beta ="
+        " 0.001 (efficiency of the decay 0.00), so it can grow but not shrink; keep the optimizer state in FP32 or"
+        " use a"
+        " beta of at most 0.9961; also average:ema of 1 stalled.",
+        id="accumulators-only",
+    ),
+]
+
+
+@pytest.mark.parametrize(("tensors", "text"), HEADLINES)
+def test_the_headline_says(tensors: tuple[TensorEvidence, ...], text: str) -> None:
+    assert report(*tensors).headline == text
+
+
+def test_the_headline_tells_since_when() -> None:
+    diagnosis = Diagnosis(Thresholds())
+    diagnosis.judge(window(healthy("a.w"), healthy("b.w")))
+    diagnosis.judge(window(stalled("a.w"), healthy("b.w"), step=256))
+    found = diagnosis.judge(window(stalled("a.w"), stalled("b.w"), step=384))
+    assert found.headline.startswith("2 of 2 tensors are stalled since steps 129 to 257: ")
+
+
+def test_a_common_word_is_told_only_where_it_tells_the_bad_from_the_good() -> None:
+    def headline(*names: str) -> str:
+        return report(*[stalled(name) for name in names], healthy("l0.attn.weight"), healthy("l1.mlp.weight")).headline
+
+    assert ", all those with 'norm' in their name:" in headline("l0.norm1.weight", "l0.norm2.weight", "norm.bias")
+    assert " in their name" not in headline("l1.attn.bias", "l0.mlp.bias", "l2.mlp.weight")
+    assert " in their name" not in headline("l0.norm1.weight")
+
+
+def test_tensors_that_did_not_begin_together_are_given_the_range_of_their_steps() -> None:
+    def stalled_since(name: str, step: int) -> TensorReport:
+        return TensorReport(name, Health.stalled, Cause.weight_rounding, dtype="bfloat16", since_step=step)
+
+    tensors = [stalled_since("a.w", 551), stalled_since("b.w", 1), TensorReport("c.w", Health.healthy)]
+    assert headline(tensors).startswith("2 of 3 tensors are stalled since steps 1 to 551: ")
+    assert headline(tensors[:1] * 2).startswith("2 of 2 tensors are stalled since step 551: ")

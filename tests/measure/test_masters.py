@@ -1,0 +1,119 @@
+"""Optimizers that step FP32 masters or flat partitions instead of the model's own tensors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import update_watch as uw
+from tests.support.watch_nets import Net, backward, batches
+from update_watch.measure.identity.masters import find
+from update_watch.measure.identity.partitions import Piece
+from update_watch.measure.parameters import names_of
+
+
+def find_in(model: nn.Module, stepped: list[Tensor]) -> Any:
+    return find(list(model.named_parameters()), names_of(model), torch.optim.SGD(stepped, lr=0.1))
+
+
+def clones(model: nn.Module) -> list[Tensor]:
+    return [p.detach().float().clone().requires_grad_() for p in model.parameters()]
+
+
+def test_masters_are_reported_under_their_parameters_names_and_nothing_else_is() -> None:
+    """A loop with FP32 masters: the BF16 copies are written by the loop, the optimizer steps the masters."""
+    model = Net(torch.bfloat16)
+    masters = clones(model)
+    optimizer = torch.optim.AdamW(masters, lr=1e-5)
+    with uw.watch(model, optimizer, window=16) as watch:
+        for x in batches(16, torch.bfloat16):
+            model.zero_grad()
+            backward(model, x)
+            for master, p in zip(masters, model.parameters(), strict=True):
+                assert p.grad is not None
+                master.grad = p.grad.float()
+            optimizer.step()
+            with torch.no_grad():
+                for master, p in zip(masters, model.parameters(), strict=True):
+                    p.copy_(master)
+        report = watch.flush()
+    assert report is not None
+    assert {t.name: t.dtype for t in report.tensors} == {n: "float32" for n, _ in model.named_parameters()}
+    assert {str(t.health) for t in report.tensors} == {"healthy"}
+    assert all(t.efficiency == pytest.approx(1, abs=0.02) for t in report.tensors)
+
+
+def test_a_master_is_known_by_its_values_where_only_one_parameter_has_them() -> None:
+    model = Net(torch.bfloat16)
+    masters = clones(model)
+    found = find_in(model, masters[:1] + [torch.randn(5, requires_grad=True)])
+    assert found.names == {id(masters[0]): ("enter.weight",)}
+    reasons = {name: found.instead[id(p)] for name, p in model.named_parameters()}
+    assert reasons.pop("enter.weight") == ""
+    assert all("not known" in reason for reason in reasons.values())
+
+
+def test_equal_values_name_nobody() -> None:
+    model = nn.ModuleList([nn.LayerNorm(4), nn.LayerNorm(4)]).bfloat16()
+    found = find_in(model, [torch.ones(4, requires_grad=True)])
+    assert found.names == {}
+    assert all("not known" in found.instead[id(p)] for p in model.parameters())
+
+
+def test_megatrons_parameters_name_their_masters() -> None:
+    model = nn.Linear(6, 4).bfloat16()
+    shards = [torch.randn(12, requires_grad=True), torch.randn(4, requires_grad=True)]
+    for p, shard in zip(model.parameters(), shards, strict=True):
+        p.main_param = shard  # type: ignore[attr-defined]
+    found = find_in(model, shards)
+    assert found.names == {id(shards[0]): ("weight",), id(shards[1]): ("bias",)}
+    assert found.pieces == {id(shards[0]): [Piece(("weight",), (4, 6), 0, 12)]}
+    assert set(found.instead.values()) == {""}
+
+
+def test_deepspeeds_partition_has_a_piece_of_each_parameter() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)).bfloat16()
+    enter: Any = model[0]
+    leave: Any = model[1]
+    flat = torch.randn(28, requires_grad=True)
+    for p, start in ((enter.weight, 0), (enter.bias, 24)):
+        p._hp_mapping = SimpleNamespace(hp_fragment=flat.detach()[start : start + p.numel()])
+    leave.weight._hp_mapping = leave.bias._hp_mapping = None  # in another rank's partition
+    found = find_in(model, [flat])
+    assert found.pieces == {id(flat): [Piece(("0.weight",), (4, 6), 0, 24), Piece(("0.bias",), (4,), 24, 4)]}
+    assert found.instead == dict.fromkeys(map(id, model.parameters()), "")
+
+
+def test_parameters_behind_an_unknown_partition_are_unknown_and_not_idle() -> None:
+    model = Net(torch.bfloat16)
+    flat = torch.randn(100, requires_grad=True)
+    optimizer = torch.optim.AdamW([flat], lr=1e-3)
+    with uw.watch(model, optimizer, window=8) as watch:
+        for _ in range(8):
+            flat.grad = torch.randn(100)
+            optimizer.step()
+        report = watch.flush()
+    assert report is not None
+    found = {t.name: (str(t.health), str(t.cause), t.advice) for t in report.tensors}
+    assert found.pop("group0.param0")[0] == "healthy"
+    assert len(found) == 4
+    for health, cause, advice in found.values():
+        assert (health, cause) == ("unknown", "not_replayable")
+        assert "steps other tensors than the model's" in advice
+
+
+def test_an_ordinary_optimizer_of_some_parameters_has_no_masters() -> None:
+    model = Net()
+    assert find_in(model, list(model.parameters())[:2]) == ({}, {}, {})
+
+
+def test_ones_alone_do_not_make_an_optimizer_that_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.RMSNorm(8))
+    other = nn.Sequential(nn.Linear(4, 8), nn.RMSNorm(8))
+    found = find_in(model, list(other.parameters()))
+    assert found.names == {}
+    assert found.instead and all(found.instead.values())

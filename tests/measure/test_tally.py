@@ -1,0 +1,357 @@
+"""Sums on the device against a slow comparison of the same data in FP64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from update_watch.evidence import Numbers, TensorEvidence
+from update_watch.formats import BF16, FP32, Format
+from update_watch.measure.sums import Sums, Tally, median_headroom
+from update_watch.measure.transfer import Transfer
+from update_watch.measure.windows import CohortWindow, RowFacts, Window, read
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
+
+Array = npt.NDArray[np.float64]
+A, N, K = 3, 4, 64
+
+
+class Step(NamedTuple):
+    """What a cohort hands to a tally in one step."""
+
+    before_AnK: Tensor
+    intended_AnK: Tensor  # the update, not the value
+    after_AnK: Tensor
+    grad_nK: Tensor
+    mask_nK: Tensor | None
+    full: bool
+    path: bool
+
+
+def steps(count: int, scale: float = 1e-3, masked: bool = False, seed: int = 0) -> list[Step]:
+    """BF16 values, updates near half a gap; some updates and gradients are zero; the last state is near 1e-20."""
+    rng = torch.Generator().manual_seed(seed)
+    size_A = torch.tensor([1.0, 1e-2, 1e-20]).view(A, 1, 1)
+    stored_AnK = (torch.randn(A, N, K, generator=rng) * size_A).bfloat16().float()
+    drift_AnK = torch.randn(A, N, K, generator=rng)
+    made = []
+    for t in range(count):
+        update_AnK = (drift_AnK + 0.5 * torch.randn(A, N, K, generator=rng)) * scale * size_A
+        update_AnK *= torch.rand(A, N, K, generator=rng) > 0.2
+        intended_AnK = (stored_AnK + update_AnK) - stored_AnK  # what FP32 arithmetic makes of it
+        after_AnK = (stored_AnK + update_AnK).bfloat16().float()
+        grad_nK = torch.randn(N, K, generator=rng) * (torch.rand(N, K, generator=rng) > 0.3)
+        mask_nK = None
+        if masked:
+            mask_nK = torch.ones(N, K)
+            mask_nK[1, 10:] = 0  # a small tensor
+            if t % 3 == 1:
+                mask_nK[2] = 0  # no gradient this time
+        made.append(Step(stored_AnK, intended_AnK, after_AnK, grad_nK, mask_nK, t % 2 == 0, t % 4 == 0))
+        stored_AnK = after_AnK
+    return made
+
+
+def tallied(made: list[Step], fmt: Format = BF16) -> Tally:
+    tally = Tally(A, N, K, torch.device("cpu"))
+    for s in made:
+        # the tally may use its arguments up
+        value_AnK = s.before_AnK + s.intended_AnK
+        mask_nK = None if s.mask_nK is None else s.mask_nK.clone()
+        present = A if s.full else 1
+        tally.add(
+            s.before_AnK[:present].clone(),
+            value_AnK[:present],
+            s.after_AnK[:present].clone(),
+            s.grad_nK != 0 if s.full else None,
+            mask_nK,
+            path=s.path,
+        )
+        live = s.intended_AnK[0] if s.mask_nK is None else torch.where(s.mask_nK > 0, s.intended_AnK[0], 0.0)
+        tally.add_headroom(s.before_AnK[0], live, slice(0, N), fmt)
+    return tally
+
+
+def summed(made: list[Step], fmt: Format = BF16) -> Sums:
+    packed = tallied(made, fmt).pack(made[-1].after_AnK[0], [(slice(0, N), fmt)])
+    assert packed.dim() == 1 and packed.dtype is torch.float32
+    return Sums.unpack(packed.numpy().astype(np.float64), A, N)
+
+
+class Slow:
+    """The same of one row, every element in FP64. Of states, and with `full`, only the full steps."""
+
+    def __init__(self, made: list[Step], accumulator: int, row: int, full: bool = False) -> None:
+        if accumulator or full:
+            made = [s for s in made if s.full]
+
+        def of(tensor: Tensor) -> Array:
+            array: Array = tensor.double().numpy()
+            return array
+
+        def valid(s: Step) -> npt.NDArray[np.bool_]:
+            return np.ones(K, bool) if s.mask_nK is None else of(s.mask_nK[row]) > 0
+
+        self.valid = [valid(s) for s in made]
+        at = accumulator, row
+        self.before = [of(s.before_AnK[at])[v] for s, v in zip(made, self.valid, strict=True)]
+        self.intended = [of(s.intended_AnK[at])[v] for s, v in zip(made, self.valid, strict=True)]
+        self.applied = [of(s.after_AnK[at])[v] - b for s, v, b in zip(made, self.valid, self.before, strict=True)]
+        self.grad = [of(s.grad_nK[row])[v] for s, v in zip(made, self.valid, strict=True)]
+        self.sampled = float(sum(v.sum() for v in self.valid))
+        # the path: states are thinned to every fourth sample
+        thin = slice(None, None, 4 if accumulator else 1)
+        total = np.zeros((2, K))
+        for s, v in zip(made, self.valid, strict=True):
+            if s.path:
+                total[0] += np.where(v, of(s.after_AnK[at]) - of(s.before_AnK[at]), 0)
+                total[1] += np.where(v, of(s.intended_AnK[at]), 0)
+        self.path = total[:, thin]
+
+    def numbers(self, part: str = "") -> Numbers:
+        b, d, a = (np.concatenate(x) for x in (self.before, self.intended, self.applied))
+        if part:
+            chosen = (b * d < 0) if part == "decay" else ~(b * d < 0)
+            d, a = d[chosen], a[chosen]
+        wanted = d != 0
+        error = None
+        if not part:
+            eta = (a @ d) / (d @ d)
+            # each step's dot misses eta times its want by so much
+            misses = [float(x @ y - eta * (y @ y)) for x, y in zip(self.applied, self.intended, strict=True)]
+            error = float(np.sqrt(np.sum(np.square(misses))) / (d @ d))
+        return Numbers(
+            efficiency=float((a @ d) / (d @ d)),
+            efficiency_error=error,
+            displacement_efficiency=float(self.path[0] @ self.path[1] / (self.path[1] @ self.path[1])),
+            wanted_fraction=float(wanted.sum() / self.sampled),
+            lost_fraction=float((wanted & (a == 0)).sum() / wanted.sum()),
+        )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scale", [1e-1, 4e-3, 5e-4])
+@pytest.mark.parametrize("accumulator", range(A))
+def test_all_numbers_are_those_of_the_full_comparison(accumulator: int, scale: float, masked: bool) -> None:
+    made = steps(12, scale, masked)
+    sums = summed(made)
+    for row in range(N):
+        slow = Slow(made, accumulator, row)
+        expected = slow.numbers()
+        found = sums.numbers(accumulator, row, slow.sampled)
+        assert found.efficiency == pytest.approx(expected.efficiency, rel=1e-4, abs=1e-6)
+        assert found.displacement_efficiency == pytest.approx(expected.displacement_efficiency, rel=1e-4, abs=1e-6)
+        assert found.wanted_fraction == pytest.approx(expected.wanted_fraction, rel=1e-6)
+        assert found.lost_fraction == pytest.approx(expected.lost_fraction, rel=1e-6)
+        if accumulator == 0:
+            assert found.efficiency_error == pytest.approx(expected.efficiency_error, rel=1e-2, abs=1e-4)
+        else:
+            assert found.efficiency_error is None
+        if not accumulator:
+            continue
+        for part, found in zip(("growth", "decay"), sums.growth_and_decay(accumulator, row, slow.sampled), strict=True):
+            expected = slow.numbers(part)
+            assert found.efficiency == pytest.approx(expected.efficiency, rel=1e-4, abs=1e-6)
+            assert found.wanted_fraction == pytest.approx(expected.wanted_fraction, rel=1e-6)
+            assert found.lost_fraction == pytest.approx(expected.lost_fraction, rel=1e-6)
+
+
+def test_the_data_hold_what_is_to_be_told_apart() -> None:
+    """Meta: lost and arrived, wanted and not, efficiency far from 0 and 1, net progress apart from efficiency."""
+    numbers = Slow(steps(12, 4e-3), 0, 0).numbers()
+    assert numbers.efficiency is not None and numbers.displacement_efficiency is not None
+    assert 0.3 < numbers.efficiency < 1.5 and 0.1 < (numbers.lost_fraction or 0) < 0.9
+    assert 0.7 < (numbers.wanted_fraction or 0) < 0.9
+    small = Slow(steps(12, 5e-4), 0, 0).numbers()
+    assert abs((small.efficiency or 0) - (small.displacement_efficiency or 0)) > 0.01
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_root_mean_squares_and_zero_gradients(masked: bool) -> None:
+    made = steps(10, masked=masked)
+    sums = summed(made)
+    for row in range(N):
+        slow, full = Slow(made, 0, row), Slow(made, 0, row, full=True)
+        intended, applied, before = (
+            np.sqrt(np.mean(np.square(np.concatenate(x)))) for x in (slow.intended, slow.applied, full.before)
+        )
+        assert sums.root_mean_squares(row, slow.sampled) == pytest.approx([intended, applied], rel=1e-4)
+        assert sums.stored(row, full.sampled) == pytest.approx(before, rel=1e-4)
+        assert sums.nonzero_n[row] == np.count_nonzero(np.concatenate(full.grad))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-6, 1e6, 1e15])
+def test_ratios_do_not_depend_on_the_size_of_the_values(size: float) -> None:
+    names = ("before_AnK", "intended_AnK", "after_AnK")
+    made = [s._replace(**{name: getattr(s, name) * size for name in names}) for s in steps(6)]
+    plain, scaled = summed(steps(6)), summed(made)
+    for row in range(N):
+        for accumulator in (0, 1):
+            if size < 1e-25 and accumulator:
+                continue  # 1e-2 * 1e-30 * gaps is near the end of FP32
+            a, b = (s.numbers(accumulator, row, 6.0 * K) for s in (plain, scaled))
+            for field in dataclasses.fields(Numbers):
+                x, y = getattr(a, field.name), getattr(b, field.name)
+                assert (x is None) == (y is None)
+                if field.name.endswith("weight"):  # what ranks are joined by grows with the square
+                    assert y / size**2 == pytest.approx(x, rel=0.01), field.name
+                elif x is not None:
+                    assert y == pytest.approx(x, rel=0.01, abs=1e-4), field.name
+
+
+def test_a_second_moment_of_1e_20_that_comes_in_late_is_measured_too() -> None:
+    """Parameters without a gradient in the first step have no state yet: nothing to take the unit of sums from."""
+    made = steps(8)
+    off = torch.ones(N, K)
+    off[3] = 0
+    first = made[0]._replace(mask_nK=off)
+    for tensor in (first.before_AnK, first.intended_AnK, first.after_AnK):
+        assert tensor[2, 3].any()
+    sums = summed([first, *made[1:]])
+    expected = Slow([first, *made[1:]], 2, 3)
+    assert sums.numbers(2, 3, expected.sampled).efficiency == pytest.approx(expected.numbers().efficiency, rel=1e-3)
+
+
+def test_headroom_is_counted_in_its_octave() -> None:
+    made = steps(4, 4e-3, masked=True)
+    sums = summed(made)
+    for row in range(N):
+        slow = Slow(made, 0, row)
+        w, d = np.concatenate(slow.before), np.concatenate(slow.intended)
+        w, d = w[d != 0], d[d != 0]
+        mantissa, exponent = np.frexp(np.abs(w))
+        # 8 significant bits; towards zero from a power of two the gap is half
+        gap = np.ldexp(1.0, exponent - 8) * np.where((mantissa == 0.5) & (w * d < 0), 0.5, 1)
+        octaves = np.clip(np.floor(np.log2(np.abs(d) / (gap / 2))), HEADROOM_LOW, HEADROOM_LOW + HEADROOM_BINS - 1)
+        expected = np.bincount((octaves - HEADROOM_LOW).astype(int), minlength=HEADROOM_BINS)
+        # FP32 logarithms may put an update on the edge into the next octave
+        assert np.abs(sums.headroom_nB[row] - expected).sum() <= 2
+        assert sums.headroom_nB[row].sum() == len(d)
+
+
+def test_headroom_of_zero_weights_and_huge_updates_stays_inside_the_histogram() -> None:
+    tally = Tally(1, 1, 4, torch.device("cpu"))
+    w = torch.tensor([[0.0, 1.0, 1e-38, 1.0]])
+    d = torch.tensor([[1e-3, 1e30, 0.0, 1e-30]])
+    tally.add(w.expand(1, 1, 4).clone(), (w + d).expand(1, 1, 4).clone(), w.expand(1, 1, 4).clone(), d != 0, None)
+    tally.add_headroom(w, d, slice(0, 1), BF16)
+    packed = tally.pack(w, [(slice(0, 1), BF16)])
+    histogram = Sums.unpack(packed.numpy().astype(np.float64), 1, 1).headroom_nB[0]
+    assert histogram[0] == 1 and histogram[-1] == 2 and histogram.sum() == 3
+
+
+def test_median_headroom() -> None:
+    histogram = np.zeros(HEADROOM_BINS)
+    assert median_headroom(histogram) is None
+    histogram[[10, 11]] = 3, 3
+    assert median_headroom(histogram) == HEADROOM_LOW + 11
+    histogram[12] = 4
+    assert median_headroom(histogram) == pytest.approx(HEADROOM_LOW + 11 + 2 / 3)
+
+
+def as_window(made: list[Step], fmt: Format = BF16, **fields: float) -> Window:
+    transfer = Transfer(tallied(made, fmt).pack(made[-1].after_AnK[0], [(slice(0, N), fmt)]))
+    facts = []
+    for row in range(N):
+        sampled = sum(K if s.mask_nK is None else int(s.mask_nK[row].sum()) for s in made)
+        live = sum(s.mask_nK is None or bool(s.mask_nK[row].any()) for s in made)
+        evidence = TensorEvidence(f"t{row}", fmt.name, K, steps=len(made), **fields)  # type: ignore[arg-type]
+        full = sum(s.full and (s.mask_nK is None or bool(s.mask_nK[row].any())) for s in made)
+        facts.append(RowFacts(evidence, sampled // live, live, full, ("bfloat16", ""), (None, None)))
+    cohort = CohortWindow(transfer, tuple(facts), ("exp_avg", "exp_avg_sq"), K, len(made))
+    return Window(len(made), len(made), (cohort,), (), {f"t{i}": N - i for i in range(N)}, 1.0)
+
+
+def test_evidence_of_a_window_is_that_of_the_full_comparison() -> None:
+    made = steps(9, 4e-3, masked=True)
+    evidence = read(as_window(made))
+    assert [t.name for t in evidence.tensors] == ["t3", "t2", "t1", "t0"]  # the model's order
+    for t in evidence.tensors:
+        row = int(t.name[1:])
+        slow, full = Slow(made, 0, row), Slow(made, 0, row, full=True)
+        intended, applied = (np.concatenate(x) for x in (slow.intended, slow.applied))
+        before = np.sqrt(np.mean(np.square(np.concatenate(full.before))))
+        assert t.finite and t.measured_steps == (6 if row == 2 else 9)
+        assert t.changed_fraction == pytest.approx(np.mean(applied != 0), abs=1e-6)
+        assert t.update_ratio == pytest.approx(np.sqrt(np.mean(intended**2)) / before, rel=1e-4)
+        assert t.applied_ratio == pytest.approx(np.sqrt(np.mean(applied**2)) / before, rel=1e-4)
+        assert t.zero_gradient_fraction == pytest.approx(np.mean(np.concatenate(full.grad) == 0), abs=1e-6)
+        assert t.headroom_histogram is not None and sum(t.headroom_histogram) == pytest.approx(1)
+        assert list(t.accumulators) == ["exp_avg"]  # the other state's replay is not exact
+        state = t.accumulators["exp_avg"].numbers
+        assert state.efficiency == pytest.approx(Slow(made, 1, row).numbers().efficiency, rel=1e-4)
+
+
+def test_displacement_evidence_is_the_share_of_sums_above_half_a_gap() -> None:
+    made = steps(9, 4e-3)
+    for t in read(as_window(made)).tensors:
+        row = int(t.name[1:])
+        total = Slow(made, 0, row).path[1]
+        w = made[-1].after_AnK[0, row].double().numpy()
+        gap = np.ldexp(1.0, np.frexp(np.abs(w))[1] - 8)
+        assert t.displacement_evidence == pytest.approx(np.mean(np.abs(total) >= gap / 2), abs=2 / K)
+
+
+@pytest.mark.parametrize("scale", [4e-3, 5e-4])
+def test_at_the_critical_learning_rate_half_of_the_updates_are_lost(scale: float) -> None:
+    made = steps(16, scale)
+    for t in read(as_window(made, lr=1e-3)).tensors:
+        assert t.critical_lr is not None
+        slow = Slow(made, 0, int(t.name[1:]))
+        w, d = np.concatenate(slow.before), np.concatenate(slow.intended)
+        w, d = w[d != 0], d[d != 0] * t.critical_lr / 1e-3
+        lost = BF16.absorbs(torch.tensor(w).float(), torch.tensor(d).float()).double().mean()
+        assert float(lost) == pytest.approx(0.5, abs=0.08)
+
+
+def test_fp32_weights_tell_what_bf16_would_lose() -> None:
+    made = [s._replace(before_AnK=s.before_AnK * 1.0013) for s in steps(4, 2e-3)]  # no longer on the BF16 grid
+    for t in read(as_window(made, FP32)).tensors:
+        slow = Slow(made, 0, int(t.name[1:]))
+        w, d = (torch.tensor(np.concatenate(x)).float() for x in (slow.before, slow.intended))
+        lost = (w.bfloat16().double() + d.double()).float().bfloat16() == w.bfloat16()
+        assert t.what_if is not None
+        assert t.what_if["bfloat16"] == pytest.approx(float(lost[d != 0].double().mean()), abs=1e-5)
+    assert all(t.what_if is None for t in read(as_window(made, BF16)).tensors)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["before_AnK", "intended_AnK", "after_AnK"])
+def test_one_nan_or_infinity_makes_its_row_not_finite_and_no_other(where: str, value: float) -> None:
+    made = steps(6)
+    spoilt = getattr(made[3], where).clone()
+    spoilt[0, 1, 5] = value
+    made[3] = made[3]._replace(**{where: spoilt})
+    found = {t.name: t for t in read(as_window(made)).tensors}
+    assert [found[f"t{i}"].finite for i in range(N)] == [True, False, True, True]
+    assert found["t0"].numbers.efficiency is not None and found["t1"].numbers.efficiency is None
+
+
+def test_nan_behind_the_mask_does_no_harm() -> None:
+    made = [Step(*(x.clone() if isinstance(x, Tensor) else x for x in s)) for s in steps(6, masked=True)]
+    for s in made:
+        assert s.mask_nK is not None
+        for tensor in (s.before_AnK, s.intended_AnK, s.after_AnK):
+            tensor[:, s.mask_nK == 0] = float("nan")
+        s.grad_nK[s.mask_nK == 0] = float("nan")
+    assert all(t.finite and t.numbers.efficiency is not None for t in read(as_window(made)).tensors)
+
+
+def test_where_nothing_is_wanted_nothing_is_known() -> None:
+    made = [s._replace(intended_AnK=torch.zeros(A, N, K), after_AnK=s.before_AnK) for s in steps(3)]
+    for t in read(as_window(made, lr=1e-3)).tensors:
+        assert t.numbers.wanted_fraction == 0
+        assert t.numbers.efficiency is t.numbers.lost_fraction is t.numbers.displacement_efficiency is None
+        assert t.headroom_histogram is t.critical_lr is None
+        assert t.finite and t.update_ratio == 0 and t.changed_fraction == 0
+
+
+def test_a_vector_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"tally vector has 10 values, \d+ expected"):
+        Sums.unpack(np.zeros(10), 1, 1)

@@ -1,0 +1,486 @@
+"""What the probe says of a rule is right, also of rules made to mislead it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.replay.rule_kind import Kind, Rule, probe
+from update_watch.replay.synthetic_training import mimic, small
+from update_watch.replay.twin import Run, Twin
+
+Update = Callable[["Sketch", dict[str, Any], list[torch.nn.Parameter]], None]
+
+
+class Sketch(Optimizer):
+    """A rule given as a function of the optimizer, a group, and the parameters that have gradients."""
+
+    def __init__(self, params: Any, update: Update, **settings: Any) -> None:
+        self.update = update
+        super().__init__(params, {"lr": 0.01, **settings})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            self.update(self, group, [p for p in group["params"] if p.grad is not None])
+
+    def count(self, param: Tensor) -> int:
+        self.state[param]["step"] = self.state[param].get("step", 0) + 1
+        return int(self.state[param]["step"])
+
+
+def parameter(*shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(shape))
+
+
+def probed(update: Update, shape: tuple[int, ...] = (300, 40), **settings: Any) -> Rule:
+    return probe(Sketch([parameter(*shape), parameter(*shape)], update, **settings), 0, len(shape), shape=shape)
+
+
+def descend(group: dict[str, Any], param: torch.nn.Parameter, direction: Tensor) -> None:
+    param.add_(direction, alpha=-float(group["lr"]))
+
+
+# --- kinds ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "shape", "kind"),
+    [
+        (torch.optim.AdamW, (300, 40), Kind.elementwise),
+        (torch.optim.AdamW, (), Kind.elementwise),
+        (torch.optim.AdamW, (1,), Kind.elementwise),
+        (torch.optim.Adafactor, (300, 40), Kind.whole),
+        (torch.optim.Adafactor, (7,), Kind.whole),
+        (torch.optim.Muon, (300, 40), Kind.whole),
+        (torch.optim.LBFGS, (300, 40), Kind.unknown),
+        (torch.optim.SparseAdam, (300, 40), Kind.unknown),
+    ],
+    ids=str,
+)
+def test_torchs_optimizers_are_known_for_what_they_are(
+    cls: type[Optimizer], shape: tuple[int, ...], kind: Kind
+) -> None:
+    optimizer = cls([parameter(*shape)], lr=1e-3)  # type: ignore[call-arg]
+    assert probe(optimizer, 0, len(shape), shape=shape).kind is kind
+
+
+def test_a_step_counter_shaped_like_the_parameter_is_no_state_per_element() -> None:
+    rule = probe(torch.optim.AdamW([parameter()]), 0, 0, shape=())
+    assert rule.element_states == rule.exact_states == {"exp_avg", "exp_avg_sq"}
+    assert rule.forms["step"] == "scalar"
+
+
+def test_a_rule_that_asks_for_matrices_gets_rows() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            descend(group, param, param.grad.sign() if param.dim() > 1 else param.grad)
+
+    assert probed(update) == Rule(Kind.elementwise, rows=True)
+    assert probed(update, (300,)) == Rule(Kind.elementwise)
+
+
+def test_a_norm_over_the_tensor_needs_the_whole_and_one_over_all_tensors_is_unknown() -> None:
+    def each(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            descend(group, param, param.grad / (1e-12 + param.grad.norm()))
+
+    def together(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        norm = math.sqrt(sum(float(param.grad.square().sum()) for param in params))
+        for param in params:
+            descend(group, param, param.grad / (1e-12 + norm))
+
+    assert probed(each).kind is Kind.whole
+    rule = probed(together)
+    assert rule.kind is Kind.unknown
+    assert rule.reason.startswith("Sketch replayed on one whole tensor differs from its own step by ")
+
+
+def test_a_scalar_of_each_tensor_from_the_step_before_keeps_parameters_apart() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            state = optimizer.state[param]
+            descend(group, param, param.grad * state.get("share", 1.0))
+            state["share"] = 1.0 / (1.0 + float(param.grad.norm()))
+
+    rule = probed(update)
+    assert (rule.kind, rule.apart) == (Kind.elementwise, True)
+    assert not probe(torch.optim.AdamW([parameter(300, 40)]), 0, 2).apart
+
+
+def test_only_states_that_the_replay_gets_right_are_exact() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            state = optimizer.state[param]
+            momentum = state.setdefault("momentum", torch.zeros_like(param))
+            trend = state.setdefault("trend", torch.zeros_like(param))
+            descend(group, param, momentum.lerp_(param.grad, 0.1) + 0.1 * trend)
+            trend.copy_(param.grad / (1e-6 + param.grad.abs().max()))  # of the whole tensor, used in the next step
+
+    rule = probed(update)
+    assert rule.kind is Kind.elementwise
+    assert rule.element_states == {"momentum", "trend"}
+    assert rule.exact_states == {"momentum"}
+
+
+def test_a_square_factor_of_a_square_parameter_is_no_state_per_element() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            left = optimizer.state[param].setdefault("left", torch.eye(param.shape[0]))
+            left.add_(param.grad @ param.grad.T)
+            descend(group, param, left @ param.grad / left.norm())
+
+    rule = probed(update, (40, 40))
+    assert rule.kind is Kind.whole
+    assert rule.element_states == frozenset()
+
+
+# --- rules made to mislead --------------------------------------------------------------------------------
+
+
+def test_a_projection_every_so_many_steps_is_found_through_its_setting() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            every = optimizer.count(param) % group["update_gap"] == 0
+            descend(group, param, param.grad / (1e-12 + param.grad.norm()) if every else param.grad)
+
+    assert probed(update, update_gap=384).kind is Kind.whole
+    assert probed(update, update_gap=250).kind is Kind.whole
+    assert probed(update, update_gap=10**9).kind is Kind.elementwise
+
+
+def test_a_schedule_that_ends_does_not_make_a_rule_unknown() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            if optimizer.count(param) > group["total_steps"]:
+                raise ValueError("the schedule has ended")
+            descend(group, param, param.grad)
+
+    assert probed(update, total_steps=300).kind is Kind.elementwise
+
+
+def test_factors_of_large_matrices_are_found_on_the_real_size() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            state = optimizer.state[param]
+            if min(param.shape) >= 128:
+                row = state.setdefault("row", torch.zeros(param.shape[0], 1)).lerp_(
+                    param.grad.square().mean(1, keepdim=True), 0.1
+                )
+                descend(group, param, param.grad / (row.sqrt() + 1e-8))
+            else:
+                full = state.setdefault("full", torch.zeros_like(param)).lerp_(param.grad.square(), 0.1)
+                descend(group, param, param.grad / (full.sqrt() + 1e-8))
+
+    rule = probed(update, (100, 300))
+    assert rule.kind is Kind.elementwise
+    assert probed(update, (200, 300)).kind is Kind.whole
+    large = parameter(200, 300)
+    assert rule.misfit(large, {}) == ""
+    assert "state 'row' for it, which was not met" in rule.misfit(large, {"row": torch.zeros(200, 1)})
+    assert rule.misfit(large, {"full": torch.zeros(200, 300)}) == ""
+    assert "not one value per weight" in rule.misfit(large, {"full": torch.zeros(200, 1)})
+    assert probed(update, (200, 300)).misfit(large, {"full": torch.zeros(200, 1)}) == ""
+
+
+def test_what_large_tensors_do_together_is_found_on_the_real_size() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        large = [param for param in params if min(param.shape) >= 128]
+        norm = math.sqrt(sum(float(param.grad.square().sum()) for param in large)) if large else 1.0
+        for param in params:
+            descend(group, param, param.grad / (1e-12 + norm))
+
+    assert probed(update, (100, 300)).kind is Kind.elementwise
+    assert probed(update, (200, 300)).kind is Kind.unknown
+
+
+def test_clipping_by_the_norm_of_all_tensors_is_found_for_one_of_few_elements() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        norm = math.sqrt(sum(float(param.grad.square().sum()) for param in params))
+        for param in params:
+            descend(group, param, param.grad * min(1.0, 2000.0 / (1e-12 + norm)))
+
+    for shape in ((2,), (2, 2)):
+        assert probed(update, shape).kind is Kind.unknown
+
+
+def test_clipping_and_trust_ratios_that_seldom_act_are_found() -> None:
+    def clip(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            peak = optimizer.state[param].setdefault("peak", torch.zeros(()))
+            norm = param.grad.norm()
+            factor = torch.clamp(3 * peak / norm, max=1.0) if float(peak) and float(norm) else torch.ones(())
+            peak.copy_(torch.maximum(peak, norm))
+            descend(group, param, param.grad * factor)
+
+    def project(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            cosine = torch.nn.functional.cosine_similarity(param.grad, param, dim=1)
+            radial = (param * param.grad).sum(1, keepdim=True) / param.square().sum(1, keepdim=True) * param
+            nearly_orthogonal = float(cosine.abs().max()) < 0.1 / math.sqrt(param.shape[1])
+            descend(group, param, param.grad - radial if nearly_orthogonal else param.grad)
+
+    assert probed(clip).kind is Kind.whole
+    assert probed(project).kind is Kind.whole
+
+
+def test_a_learning_rate_found_from_all_tensors_together_is_unknown_even_if_it_grows_late() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            total = optimizer.state[param].setdefault("sum", torch.zeros_like(param))
+            group["agreement"] = group.get("agreement", 0.0) + float((total * param.grad).sum())
+            total.add_(param.grad)
+        squares = sum(float(optimizer.state[param]["sum"].square().sum()) for param in params)
+        group["d"] = max(group["d"], 1e-3 * group["agreement"] / (squares + 1e-12))
+        for param in params:
+            descend(group, param, param.grad * group["d"])
+
+    for late in (1e-6, 1e-4):
+        assert probed(update, d=late).kind is Kind.unknown
+
+
+def test_an_average_over_all_tensors_that_shows_with_tiny_gradients_only_is_found() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        size = sum(param.numel() for param in params)
+        mean = math.sqrt(sum(float(param.grad.square().sum()) for param in params) / size)
+        for param in params:
+            param.mul_(1 - 1e-9 / (mean + 1e-7))
+            descend(group, param, param.grad)
+
+    assert probed(update).kind is Kind.unknown
+
+
+def test_a_mark_on_a_parameter_that_the_rule_reads_makes_it_unknown() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            descend(group, param, param.grad * getattr(param, "lr_scale", 1.0))
+
+    plain, marked = parameter(300, 40), parameter(300, 40)
+    assert probe(Sketch([plain], update), 0, 2).kind is Kind.elementwise
+    marked.lr_scale = 0.1  # type: ignore[attr-defined]
+    rule = probe(Sketch([plain, marked], update), 0, 2)
+    assert rule.reason == "Sketch reads ['lr_scale'] from its parameters, which samples do not have"
+    marked.unread = 1  # type: ignore[attr-defined]
+    del marked.lr_scale
+    assert probe(Sketch([plain, marked], update), 0, 2).kind is Kind.elementwise
+
+
+def test_what_hides_in_attributes_by_parameter_is_not_known() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        buffers = vars(optimizer).setdefault("buffers", {})
+        for param in params:
+            buffer = buffers.setdefault(id(param), torch.zeros_like(param)).mul_(0.9).add_(param.grad)
+            descend(group, param, buffer)
+
+    assert probed(update).kind is Kind.unknown
+
+
+def test_random_draws_closures_and_divergence_are_unknown_with_their_reason() -> None:
+    def noisy(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            descend(group, param, param.grad + torch.randn_like(param))
+
+    def diverging(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            param.mul_(1e30).mul_(1e30)
+
+    class Closure(Sketch):
+        def step(self, closure: Any) -> None:  # type: ignore[override]
+            closure()
+
+    assert probed(noisy).reason == "Sketch draws random numbers in its step, and a replay draws others"
+    assert probed(diverging).reason == "Sketch makes a plain FP32 parameter infinite or NaN"
+    reason = probe(Closure([parameter(8)], noisy), 0, 1).reason
+    assert reason.startswith("Closure fails on a plain FP32 parameter")
+    assert "closure" in reason
+
+
+def test_a_rule_that_breaks_on_odd_gradients_is_known_for_ordinary_ones() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            before = optimizer.state[param].get("before")
+            if before is not None and float((param.grad * before).sum()) > 0.5 * float(before.square().sum()):
+                raise ArithmeticError("singular")
+            optimizer.state[param]["before"] = param.grad.clone()
+            descend(group, param, param.grad)
+
+    assert probed(update).kind is not Kind.unknown
+
+
+def test_a_state_that_is_none_at_first_is_a_state_per_element_later() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            state = optimizer.state[param]
+            if state.setdefault("momentum") is None:
+                state["momentum"] = param.grad.clone() if optimizer.count(param) == 3 else None
+            else:
+                state["momentum"].lerp_(param.grad, 0.1)
+            descend(group, param, param.grad if state["momentum"] is None else state["momentum"])
+
+    rule = probed(update)
+    assert (rule.kind, rule.element_states) == (Kind.elementwise, {"momentum"})
+    never = Rule(Kind.elementwise, forms={"momentum": "none"})
+    assert never.misfit(parameter(2), {"momentum": None}) == ""
+    assert "was None when the rule was probed" in never.misfit(parameter(2), {"momentum": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-12, 1e-7, torch.tensor(0.0)], ids=str)
+def test_a_learning_rate_too_small_to_see_does_not_hide_a_trust_ratio(lr: Any) -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            descend(group, param, param.grad * (param.norm() / (1e-12 + param.grad.norm())))
+
+    assert probed(update, lr=lr).kind is Kind.whole
+
+
+def test_counters_of_a_group_in_mid_run_do_not_hide_the_rule() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        group["step"] += 1
+        if group["step"] == 1:  # only then is there a momentum
+            for param in params:
+                optimizer.state[param]["momentum"] = torch.zeros_like(param)
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in params)) if group["step"] == 2 else 1.0
+        for param in params:
+            momentum = optimizer.state[param]["momentum"].lerp_(param.grad, 0.1)
+            descend(group, param, momentum / (norm + 1e-12) if group["together"] else momentum)
+
+    assert probed(update, step=0, together=False).kind is Kind.elementwise
+    for together, kind in ((False, Kind.elementwise), (True, Kind.unknown)):
+        optimizer = Sketch([parameter(300, 40)], update, step=0, together=together)
+        optimizer.param_groups[0]["step"] = 5000
+        assert probe(optimizer, 0, 2).kind is kind
+
+
+def test_low_precision_state_of_the_rules_own_choice_is_widened_where_the_rule_allows_it() -> None:
+    def momentum(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            kept = optimizer.state[param].setdefault("momentum", torch.zeros_like(param, dtype=torch.bfloat16))
+            descend(group, param, kept.mul_(0.9).add_(param.grad).float() / group["divisor"](param))
+
+    def strict(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            kept = optimizer.state[param].setdefault("momentum", torch.zeros_like(param, dtype=torch.bfloat16))
+            kept.lerp_(param.grad.bfloat16(), 0.1)  # raises for an FP32 momentum
+            descend(group, param, kept.float() / (1e-12 + param.grad.norm()))
+
+    rule = probed(momentum, divisor=_one)
+    assert (rule.kind, rule.widens, rule.element_states) == (Kind.elementwise, True, {"momentum"})
+    rule = probed(strict)
+    assert (rule.kind, rule.widens) == (Kind.whole, False)
+
+
+def _one(param: Tensor) -> float:
+    return 1.0
+
+
+# --- the probe and the rest of the process ------------------------------------------------------------------
+
+
+def test_probing_leaves_optimizer_state_and_random_numbers_bit_for_bit() -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        vars(optimizer)["count"] = vars(optimizer).get("count", 0) + 1
+        group["k"] = group.get("k", 0) + 1
+        random.random(), np.random.rand(), torch.rand(1)
+        for param in params:
+            optimizer.state[param].setdefault("queue", []).append(param.grad)
+            descend(group, param, param.grad.mul_(2.0))
+
+    param = torch.nn.Parameter(torch.randn(30, 40))
+    param.grad = torch.randn(30, 40)
+    optimizer = Sketch([param], update)
+    optimizer.step()
+    kept = param.detach().clone(), param.grad.clone(), param.grad
+    attributes, settings = dict(vars(optimizer)), dict(optimizer.param_groups[0])
+    states = random.getstate(), repr(np.random.get_state()), torch.get_rng_state()
+    probe(optimizer, 0, 2, shape=(30, 40))
+    assert states[:2] == (random.getstate(), repr(np.random.get_state()))
+    assert torch.equal(states[2], torch.get_rng_state())
+    assert dict(vars(optimizer)) == attributes
+    assert optimizer.param_groups[0] == settings
+    assert (param.grad is kept[2], len(optimizer.state[param]["queue"])) == (True, 1)
+    assert torch.equal(param.detach(), kept[0])
+    assert torch.equal(param.grad, kept[1])
+
+
+def test_default_dtype_and_device_of_the_user_do_not_matter() -> None:
+    def fp32_only(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            assert param.dtype == param.grad.dtype == torch.float32
+            assert param.device.type == "cpu"
+            descend(group, param, param.grad)
+
+    expected = probe(torch.optim.AdamW([parameter(30, 40)]), 0, 2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert probe(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(30, 40))]), 0, 2) == expected
+            assert probed(fp32_only).kind is Kind.elementwise
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+heard: list[Any] = []  # not in the function: what a rule closes over cannot be copied
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_a_rule_that_talks_to_other_processes_is_unknown_and_never_does_in_the_probe(tmp_path: Any) -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            torch.distributed.all_reduce(param.grad)
+            heard.append(param)
+            descend(group, param, param.grad)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert "its step talks to other processes" in probed(update).reason
+        assert heard == []
+        assert probe(torch.optim.AdamW([parameter(30, 40)]), 0, 2).kind is Kind.elementwise
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("shape", "bounded", "few"),
+    [
+        ((), ((1,), (2,)), ((1,), (2,))),
+        ((50257, 768), ((128, 128), (160, 128)), ((32, 32), (40, 32))),
+        ((3072,), ((3072,), (3840,)), ((256,), (320,))),
+        ((64, 3, 7, 7), ((64, 3, 7, 7), (80, 3, 7, 7)), ((4, 3, 7, 7), (4, 3, 8, 7))),
+    ],
+    ids=str,
+)
+def test_synthetic_parameters_keep_sizes_up_to_a_limit(shape: Any, bounded: Any, few: Any) -> None:
+    assert mimic(shape) == bounded
+    assert small(shape) == few
+
+
+# --- other packages -------------------------------------------------------------------------------------------
+
+
+def test_quantised_state_of_large_tensors_is_replayed_whole_and_nothing_is_compiled() -> None:
+    optim = pytest.importorskip("torchao.optim")
+    large, tiny = torch.nn.Parameter(torch.randn(64, 128) * 0.1), torch.nn.Parameter(torch.randn(100) * 0.1)
+    optimizer = optim.AdamW8bit([large, tiny], lr=1e-3)
+    torch._dynamo.utils.counters.clear()
+    rules = [probe(optimizer, 0, p.dim(), shape=tuple(p.shape)) for p in (large, tiny)]
+    assert [rule.kind for rule in rules] == [Kind.whole, Kind.elementwise]
+    twin = Twin(optimizer)
+    large.grad, tiny.grad = torch.randn(64, 128), torch.randn(100)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+        whole = twin.replay_whole(0, large, large.grad, optimizer.state[large])
+        state = {k: v.clone() for k, v in optimizer.state[tiny].items()}
+        part = twin.replay([Run(0, tiny.detach().clone(), tiny.grad.clone(), state)])[0]
+        optimizer.step()
+    assert torch.equal(whole.param, large.detach())
+    assert torch.equal(part.param, tiny.detach())
+    assert rules[1].misfit(large, optimizer.state[large]).startswith("state 'exp_avg' is a OptimState8bit")
+    assert not torch._dynamo.utils.counters["frames"]

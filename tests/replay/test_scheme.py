@@ -1,0 +1,103 @@
+"""What becomes of what rounding takes: found out by trial, never from a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from update_watch.replay.rounding_scheme import Join, Scheme, find_scheme
+
+
+def _params(dtype: torch.dtype) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.randn(16, 16, dtype=dtype)), torch.nn.Parameter(torch.ones(16, dtype=dtype))]
+
+
+PLAIN = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "rmsprop": lambda p: torch.optim.RMSprop(p),
+    "adagrad": lambda p: torch.optim.Adagrad(p),
+}
+
+
+@pytest.mark.parametrize("make", PLAIN.values(), ids=PLAIN.keys())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_torch_optimizers_round_plainly(make: Any, dtype: torch.dtype) -> None:
+    assert find_scheme(make(_params(dtype)), 0, dtype, 2) == Scheme("plain")
+
+
+def test_fp32_weights_are_plain_without_a_trial() -> None:
+    assert find_scheme(torch.optim.SGD(_params(torch.float32), lr=0.1), 0, torch.float32, 1) == Scheme("plain")
+
+
+@pytest.mark.parametrize("kahan", [True, False])
+def test_the_kahan_buffer_is_found_where_it_is_in_use(kahan: bool) -> None:
+    optimi = pytest.importorskip("optimi")
+    optimizer = optimi.AdamW(_params(torch.bfloat16), lr=1e-3, kahan_sum=kahan)
+    expected = Scheme("carried:kahan_comp", "kahan_comp") if kahan else Scheme("plain")
+    assert find_scheme(optimizer, 0, torch.bfloat16, 1) == expected
+
+
+class _Stochastic(torch.optim.SGD):
+    """Rounds at random between the two neighbours in BF16."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                exact = p.float() - group["lr"] * p.grad.float()
+                if p.dtype is torch.bfloat16:
+                    bits = exact.view(torch.int32) + torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32)
+                    exact = (bits & -(1 << 16)).view(torch.float32)
+                p.copy_(exact)
+
+
+class _Masters(torch.optim.SGD):
+    """Keeps FP32 masters in its state and stores a rounded copy."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                master = self.state[p].setdefault("master", p.float().clone())
+                master.sub_(group["lr"] * p.grad.float())
+                p.copy_(master)
+
+
+class _Hidden(torch.optim.SGD):
+    """The same, but the masters are no states of its own."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.master = getattr(p, "master", p.float().clone())
+                p.master.sub_(group["lr"] * p.grad.float())
+                p.copy_(p.master)
+
+
+def test_stochastic_rounding_is_recognised() -> None:
+    assert find_scheme(_Stochastic(_params(torch.bfloat16), lr=0.1), 0, torch.bfloat16, 1) == Scheme("stochastic")
+
+
+def test_masters_in_the_state_are_named() -> None:
+    optimizer = _Masters(_params(torch.bfloat16), lr=0.1)
+    assert find_scheme(optimizer, 0, torch.bfloat16, 1) == Scheme("carried:master", "master", Join.master)
+
+
+def test_a_remainder_kept_elsewhere_is_recognised() -> None:
+    assert find_scheme(_Hidden(_params(torch.bfloat16), lr=0.1), 0, torch.bfloat16, 1) == Scheme("carried")
+
+
+def test_the_trial_leaves_optimizer_and_random_state_alone() -> None:
+    params = _params(torch.bfloat16)
+    optimizer = _Stochastic(params, lr=0.1)
+    before = [p.clone() for p in params]
+    state = torch.get_rng_state()
+    find_scheme(optimizer, 0, torch.bfloat16, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))

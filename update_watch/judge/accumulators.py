@@ -1,0 +1,245 @@
+"""Verdicts on what accumulates beside the weight: optimizer states, the decay, averages, summed gradients.
+
+An accumulator is judged by its own numbers; the tensor's health stays with its weight. What counts depends on its kind.
+
+| kind | name | stalled when | cause |
+|---|---|---|---|
+| state | any other name | its decay is lost, or its growth (both in one would hide it) | state_rounding |
+| counter | any other name, with a `value` | it stands at 2^bits of its dtype | state_rounding |
+| decay | weight_decay | efficiency | decay_rounding |
+| average | average:... | efficiency, or a finding of its own (`note`) | average_rounding |
+| gradient | grad | displacement efficiency of the whole sum | accumulation_rounding |
+
+Lost changes are not always harm. `x <- (1 - c) x + c y` in a format of b bits stops where |y - x| is less than
+2^-(b+1)..2^-b |x| / c: at c = 0.1 that is within 3% of the goal and nobody minds. So a state is only accused where c is
+below 2^-b, or, where c is not known, where growth passes while decay does not; an average is never accused from c = 0.1
+on, a weight decay never below 1e-7 per step, and nothing that is kept in FP32, where what is lost is as small.
+"""
+
+from __future__ import annotations
+
+from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
+from update_watch.judge.advice import SIGNIFICANT_BITS, Seen, not_measured, one_window, say, too_few_steps, unknown
+from update_watch.judge.grading import grade, known, share
+from update_watch.judge.verdict_memory import HEALTHY, STALLED, STALLING, UNKNOWN, AccumulatorMemory
+from update_watch.report import AccumulatorReport, Cause, Health, Level, quick
+from update_watch.thresholds import Thresholds
+
+_AT_REST = (Health.frozen, Health.idle, Health.broken)
+_HARMLESS_AVERAGE_RATE = 0.1
+_HARMLESS_DECAY_RATE = 1e-7  # 1% in 100,000 steps
+_MINIMUM_WANTED = 0.05  # share of a state's elements that want to shrink (or to grow), for it to say something
+_PASSES = 0.5  # efficiency of a growth that passes
+
+
+def judge_accumulator(
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, health: Health, memory: AccumulatorMemory, limits: Thresholds
+) -> AccumulatorReport:
+    """The verdict on one accumulator of a tensor whose own health is `health`."""
+    name = evidence.name
+    if health in _AT_REST:
+        memory.acquit()
+        return _report(evidence, health)
+    if evidence.reason:
+        return _report(evidence, UNKNOWN, advice=unknown(evidence.reason))
+    steps = tensor.measured_steps or tensor.steps
+    if name == "weight_decay":
+        return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.decay_rounding)
+    if name == "grad":
+        return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.accumulation_rounding)
+    if name.startswith("average:"):
+        return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.average_rounding)
+    if tensor.scheme == f"carried:{name}":  # it holds what rounding took from the weight: small changes are its nature
+        return _report(evidence, HEALTHY)
+    if evidence.value is not None:
+        return _counter(evidence, tensor, memory, limits)
+    return _state(evidence, tensor, memory, limits, steps)
+
+
+def is_state(name: str) -> bool:
+    """Whether an accumulator of this name is an optimizer state."""
+    return name not in ("weight_decay", "grad") and not name.startswith("average:")
+
+
+def alert_level(accumulator: AccumulatorReport) -> Level | None:
+    """How loud an accumulator's verdict is; None when nobody needs to hear of it.
+
+    A lost decay of state or weight is an early warning. A lost average or gradient is the loss itself.
+    """
+    health = accumulator.health
+    if health is not STALLED and health is not STALLING:
+        return None
+    is_loss = accumulator.cause in (Cause.average_rounding, Cause.accumulation_rounding)
+    if health is STALLED:
+        return Level.error if is_loss else Level.warn
+    return Level.warn if is_loss else None
+
+
+def _by_efficiency(
+    evidence: AccumulatorEvidence,
+    tensor: TensorEvidence,
+    memory: AccumulatorMemory,
+    limits: Thresholds,
+    steps: int,
+    cause: Cause,
+) -> AccumulatorReport:
+    efficiency = known(evidence.numbers.efficiency)
+    if efficiency is None and not evidence.note:
+        memory.acquit()
+        return _nothing_wanted(evidence, steps)
+    displacement = known(evidence.numbers.displacement_efficiency)
+    value = efficiency if efficiency is not None else 1.0
+    if displacement is not None and (displacement > value or cause is Cause.accumulation_rounding):
+        value = displacement  # the rest arrived later: it is carried somewhere. Of gradients only the whole sum is used
+    verdict = grade(value, memory.grade, limits)
+    if verdict is not HEALTHY and not _can_matter(evidence, tensor, cause):
+        verdict = HEALTHY
+    if evidence.note and verdict is HEALTHY:
+        verdict = STALLING
+    return _settle(evidence, tensor, memory, limits, steps, verdict, cause)
+
+
+def _can_matter(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -> bool:
+    """Whether what is lost could ever be missed."""
+    if SIGNIFICANT_BITS.get(evidence.dtype, 0) >= 24:
+        return False
+    if cause is Cause.average_rounding:
+        rate = known(evidence.rate)
+        return rate is None or rate < _HARMLESS_AVERAGE_RATE
+    if cause is Cause.decay_rounding:
+        rate = _decay_rate(tensor)
+        return rate is None or rate >= _HARMLESS_DECAY_RATE
+    return True
+
+
+def _decay_rate(tensor: TensorEvidence) -> float | None:
+    lr, weight_decay = known(tensor.lr_max), known(tensor.weight_decay)
+    return lr * weight_decay if lr is not None and weight_decay is not None else None
+
+
+def _state(
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorMemory, limits: Thresholds, steps: int
+) -> AccumulatorReport:
+    bits = SIGNIFICANT_BITS.get(evidence.dtype)
+    rate = known(evidence.rate)
+    verdict = HEALTHY
+    if bits is not None and bits < 24 and (rate is None or rate < 2.0**-bits):
+        growth, decay = _if_wanted(evidence.growth), _if_wanted(evidence.decay)
+        if rate is not None:
+            worst = 1.0 if growth is None else growth
+            worst = worst if decay is None or decay > worst else decay
+            verdict = grade(worst, memory.grade, limits)
+        # once convicted, it need not grow any more to stay so
+        elif memory.grade is STALLED or (growth is not None and growth >= _PASSES):
+            verdict = grade(1.0 if decay is None else decay, memory.grade, limits)
+            verdict = HEALTHY if verdict is STALLING else verdict
+    if verdict is HEALTHY:
+        memory.acquit()
+        if evidence.numbers.efficiency is None and evidence.decay.efficiency is None:
+            return _nothing_wanted(evidence, steps)
+        memory.grade = HEALTHY
+        return _report(evidence, HEALTHY)
+    # where a compensation may hold the rest, a first window can mislead
+    windows = 2 if rate is None or tensor.scheme.startswith("carried") else 1
+    return _settle(evidence, tensor, memory, limits, steps, verdict, Cause.state_rounding, windows)
+
+
+def _if_wanted(part: Numbers) -> float | None:
+    """The efficiency of growth or decay, if enough elements were to grow or decay for it to say something."""
+    wanted = share(part.wanted_fraction)
+    return None if wanted is not None and wanted < _MINIMUM_WANTED else known(part.efficiency)
+
+
+def _counter(
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorMemory, limits: Thresholds
+) -> AccumulatorReport:
+    value, before = known(evidence.value), memory.value
+    memory.value = value
+    bits = SIGNIFICANT_BITS.get(evidence.dtype)
+    has_stopped = bits is not None and value is not None and value == before and value == 2.0**bits and tensor.steps > 0
+    memory.grade = STALLED if has_stopped else HEALTHY
+    if not has_stopped:
+        return _report(evidence, HEALTHY)
+    factor = _factor(tensor, limits)
+    seen = Seen(dtype=evidence.dtype, accumulator=evidence.name, counter=value, state_factor=factor)
+    advice = say(Cause.state_rounding, seen)
+    return _report(evidence, STALLED, Cause.state_rounding, advice)
+
+
+def _settle(
+    evidence: AccumulatorEvidence,
+    tensor: TensorEvidence,
+    memory: AccumulatorMemory,
+    limits: Thresholds,
+    steps: int,
+    verdict: Health,
+    cause: Cause,
+    windows: int = 1,
+) -> AccumulatorReport:
+    """Believe a bad verdict only once enough steps and windows in a row speak for it."""
+    if verdict is HEALTHY:
+        memory.acquit()
+        memory.grade = verdict
+        return _report(evidence, verdict)
+    memory.bad_steps += steps
+    memory.bad_windows += 1
+    if memory.bad_steps < limits.minimum_steps:
+        return _report(evidence, UNKNOWN, advice=unknown(too_few_steps(memory.bad_steps, limits.minimum_steps)))
+    if memory.bad_windows < windows:
+        return _report(evidence, UNKNOWN, advice=unknown(one_window()))
+    memory.grade = verdict
+    return _report(evidence, verdict, cause, say(cause, _seen(evidence, tensor, limits, cause)))
+
+
+def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, limits: Thresholds, cause: Cause) -> Seen:
+    """The numbers an accumulator's advice speaks of."""
+    numbers, is_growth = evidence.numbers, False
+    if cause is Cause.state_rounding:
+        growth, decay = _if_wanted(evidence.growth), _if_wanted(evidence.decay)
+        is_growth = growth is not None and (decay is None or growth < decay)
+        numbers = evidence.growth if is_growth else evidence.decay
+    efficiency = known(numbers.efficiency)
+    if cause is Cause.accumulation_rounding and (of_the_sum := known(numbers.displacement_efficiency)) is not None:
+        efficiency = of_the_sum
+    return Seen(
+        dtype=evidence.dtype,
+        efficiency=efficiency,
+        lost=share(numbers.lost_fraction),
+        accumulator=evidence.name,
+        rate=known(evidence.rate),
+        decay_rate=_decay_rate(tensor),
+        is_growth=is_growth,
+        state_factor=_factor(tensor, limits) if cause is Cause.state_rounding else None,
+        reason=evidence.note,
+    )
+
+
+def _factor(tensor: TensorEvidence, limits: Thresholds) -> float | None:
+    """What the states' rounding does to the update, once enough steps speak for it."""
+    return known(tensor.state_factor) if tensor.state_factor_steps >= limits.minimum_steps else None
+
+
+def _nothing_wanted(evidence: AccumulatorEvidence, steps: int) -> AccumulatorReport:
+    if not steps:
+        return _report(evidence, UNKNOWN, advice=unknown(not_measured(0)))
+    return _report(evidence, Health.idle)
+
+
+def _report(
+    evidence: AccumulatorEvidence, health: Health, cause: Cause | None = None, advice: str = ""
+) -> AccumulatorReport:
+    numbers = evidence.numbers
+    return quick(
+        AccumulatorReport,
+        name=evidence.name,
+        dtype=evidence.dtype,
+        health=health,
+        cause=cause,
+        advice=advice,
+        efficiency=numbers.efficiency,
+        displacement_efficiency=numbers.displacement_efficiency,
+        lost_fraction=numbers.lost_fraction,
+        wanted_fraction=numbers.wanted_fraction,
+        growth_efficiency=evidence.growth.efficiency,
+        decay_efficiency=evidence.decay.efficiency,
+    )

@@ -1,0 +1,298 @@
+"""From the numbers of a window to verdicts: health, cause and advice of every tensor, with hysteresis over windows.
+
+A tensor is judged by the first line that fits:
+
+|    | what was seen | health | cause |
+|----|---|---|---|
+| 1  | requires_grad is False | frozen | requires_grad_off |
+| 2  | NaN or infinity; with skipped steps, once they persist as in 4 | broken | non_finite |
+|    | replicas of it differ between ranks | broken | replicas_differ |
+| 3  | no optimizer holds it | idle | not_in_optimizer |
+| 4  | nearly all steps skipped, several windows in a row; till then unknown | idle | skipped_steps |
+| 5  | its optimizer took no step | unknown | |
+| 6  | its gradient was None in every step | idle | no_gradient |
+| 7  | every sampled gradient was 0; what momentum and decay do is no signal | idle | zero_gradient |
+| 8  | learning rate 0 in every step | idle | zero_learning_rate |
+| 9  | the update cannot be replayed | unknown | not_replayable |
+| 10 | measured, and no update intended | idle | |
+| 11 | fewer measured steps or more noise than a verdict allows, even pooled | unknown | |
+| 12 | score not healthy, but not by rounding: hardly any lost, or backwards | unknown | |
+| 13 | score not healthy, but the learning rate has run out | idle | zero_learning_rate |
+| 14 | score not healthy, but the learning rate has just risen threefold | unknown | |
+| 15 | score not healthy, and updates well above half a gap are lost too | stalled, stalling | not_written |
+| 16 | score not healthy | stalled, stalling | weight_rounding |
+| 17 | state factor outside its band in two windows running | stalling | state_rounding |
+| 18 | none of these | healthy | |
+
+The score is explained in `update_watch.judge.grading`, the accumulators in `update_watch.judge.accumulators`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from update_watch.evidence import TensorEvidence, WindowEvidence
+from update_watch.judge import advice
+from update_watch.judge.accumulators import alert_level, is_state, judge_accumulator
+from update_watch.judge.advice import SIGNIFICANT_BITS, Seen, say
+from update_watch.judge.grading import Score, known, score, share
+from update_watch.judge.rollup import headline, roll_up, run_health
+from update_watch.judge.verdict_memory import GRADES, HEALTHY, STALLING, UNKNOWN, Memory, check_state
+from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport, quick
+from update_watch.thresholds import Thresholds
+
+_VERSION = 1
+_NEARLY_ALL = 0.9  # of the steps, skipped
+_STEEP = 3.0  # rise of the learning rate within a window, or since the one before, that makes it a warm-up
+_WELL_ABOVE = 2 - HEADROOM_LOW  # first bin of the headroom histogram at four half gaps or more
+
+_GOOD = (HEALTHY, None, "")
+_Verdict = tuple[Health, Cause | None, str]
+
+
+class Diagnosis:
+    """Judges window after window; remembers per tensor what hysteresis and pooling need."""
+
+    def __init__(self, thresholds: Thresholds) -> None:
+        self._limits = thresholds
+        self._memories: dict[str, Memory] = {}
+        self._last_step: int | None = None
+
+    def judge(self, evidence: WindowEvidence) -> Report:
+        """The report of a window, without alerts. Never raises on missing or non-finite numbers."""
+        first_step = max(evidence.step - evidence.window + 1, 0)
+        if self._last_step is not None and first_step <= self._last_step < evidence.step:
+            first_step = self._last_step + 1
+        self._last_step = evidence.step
+        tensors = tuple(self._tensor(tensor, evidence, first_step) for tensor in evidence.tensors)
+        return Report(
+            step=evidence.step,
+            window=evidence.window,
+            health=run_health(tensors),
+            headline=headline(tensors),
+            tensors=tensors,
+            layers=roll_up(tensors),
+            time=evidence.time,
+            cost_ms=evidence.cost_ms,
+            skipped_steps=evidence.skipped_steps,
+        )
+
+    # --- resume ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data (str, int, float, bool, None, list, dict), safe to load weights-only."""
+        return {
+            "version": _VERSION,
+            "last_step": self._last_step,
+            "tensors": {name: memory.to_plain() for name, memory in self._memories.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned. A tensor whose entry cannot be read starts anew, with a log line.
+
+        Raises:
+            TypeError, ValueError: `state` as a whole is not such data; nothing is changed then.
+        """
+        check_state("Diagnosis", state, _VERSION, {"tensors": Mapping})
+        last_step = state.get("last_step")
+        if last_step is not None and (not isinstance(last_step, int) or isinstance(last_step, bool)):
+            raise ValueError(
+                f"Diagnosis.load_state_dict: last_step={last_step!r} is not a step; pass what state_dict() gave."
+            )
+        memories: dict[str, Memory] = {}
+        for name, data in state["tensors"].items():
+            try:
+                memories[str(name)] = Memory.from_plain(data)
+            except (KeyError, TypeError, ValueError) as error:
+                logging.getLogger("update_watch").warning(
+                    "Diagnosis.load_state_dict: the entry of %r cannot be read (%s: %s); it starts anew.",
+                    name,
+                    type(error).__name__,
+                    error,
+                )
+        self._memories, self._last_step = memories, last_step
+
+    # --- one tensor --------------------------------------------------------------------------------
+
+    def _tensor(self, e: TensorEvidence, window: WindowEvidence, first_step: int) -> TensorReport:
+        memory = self._memories.get(e.name)
+        if memory is None:
+            memory = self._memories[e.name] = Memory()
+        verdict = self._without_signal(e, memory, window)
+        if verdict is None:
+            verdict = self._by_score(e, memory)
+            if verdict[0] is HEALTHY:
+                verdict = self._by_state(e, memory) or verdict
+        else:
+            memory.forget_evidence()
+        health, cause, text = verdict
+        lr, lr_max = known(e.lr), known(e.lr_max)
+        if lr is not None:
+            memory.lr = lr
+            memory.peak_lr = max(memory.peak_lr, lr, lr_max or 0.0)
+        accumulators: dict[str, AccumulatorReport] = {}
+        for name, accumulator in e.accumulators.items():
+            judged = judge_accumulator(accumulator, e, health, memory.accumulator(name), self._limits)
+            accumulators[name] = judged
+            if health is HEALTHY and not text and alert_level(judged) is not None:
+                text = judged.advice
+        return quick(
+            TensorReport,
+            name=e.name,
+            health=health,
+            cause=cause,
+            advice=text,
+            names=e.names,
+            layer=e.layer,
+            optimizer_group=e.optimizer_group,
+            dtype=e.dtype,
+            shape=e.shape,
+            numel=e.numel,
+            trainable=e.trainable,
+            efficiency=e.numbers.efficiency,
+            efficiency_error=e.numbers.efficiency_error,
+            displacement_efficiency=e.numbers.displacement_efficiency,
+            lost_fraction=e.numbers.lost_fraction,
+            wanted_fraction=e.numbers.wanted_fraction,
+            update_ratio=e.update_ratio,
+            applied_ratio=e.applied_ratio,
+            headroom_histogram=e.headroom_histogram,
+            lr=e.lr,
+            critical_lr=e.critical_lr,
+            state_factor=e.state_factor,
+            since_step=_since(memory, health, first_step),
+            accumulators=accumulators,
+            what_if=e.what_if,
+            scheme=e.scheme,
+        )
+
+    def _without_signal(self, e: TensorEvidence, memory: Memory, window: WindowEvidence) -> _Verdict | None:
+        """Lines 1 to 10 of the table; None when there is an update to judge."""
+        if not e.trainable:
+            return _verdict(Health.frozen, Cause.requires_grad_off, Seen())
+        skipped = e.skipped_steps if e.steps else window.skipped_steps
+        steps = max(e.steps, skipped)
+        nearly_all = skipped > 0 and skipped >= _NEARLY_ALL * steps
+        memory.skipped_windows = memory.skipped_windows + 1 if nearly_all else 0
+        is_persistent = memory.skipped_windows >= self._limits.skipped_windows
+        if not e.finite:
+            if skipped and not is_persistent:
+                return UNKNOWN, None, advice.unknown(advice.overflow(skipped, steps))
+            return _verdict(Health.broken, Cause.non_finite, Seen())
+        if e.replicas_differ:
+            return _verdict(Health.broken, Cause.replicas_differ, Seen())
+        if not e.optimizer_group:
+            return _verdict(Health.idle, Cause.not_in_optimizer, Seen())
+        if nearly_all:
+            if is_persistent:
+                return _verdict(Health.idle, Cause.skipped_steps, Seen(skipped=skipped, steps=steps))
+            return UNKNOWN, None, advice.unknown(advice.overflow(skipped, steps))
+        if not e.steps:
+            return UNKNOWN, None, advice.unknown(advice.not_measured(0))
+        if e.gradless_steps >= e.steps:
+            return _verdict(Health.idle, Cause.no_gradient, Seen(steps=e.steps))
+        zero = known(e.zero_gradient_fraction)
+        if zero is not None and zero >= 1 and e.measured_steps:
+            return _verdict(Health.idle, Cause.zero_gradient, Seen(steps=e.steps))
+        if (known(e.lr_max) if e.lr_max is not None else known(e.lr)) == 0:
+            return _verdict(Health.idle, Cause.zero_learning_rate, Seen(steps=e.steps))
+        if e.reason:
+            return _verdict(UNKNOWN, Cause.not_replayable, Seen(reason=e.reason))
+        if e.measured_steps and e.numbers.wanted_fraction == 0:
+            if e.dtype == "float64":
+                return UNKNOWN, None, advice.unknown(advice.finer_than_fp32())
+            return Health.idle, None, advice.nothing_intended(e.measured_steps)
+        return None
+
+    def _by_score(self, e: TensorEvidence, memory: Memory) -> _Verdict:
+        """Lines 11 to 16 of the table."""
+        found = score(e, memory, self._limits)
+        if found.health is UNKNOWN:
+            return UNKNOWN, None, advice.unknown(found.reason)
+        if found.health is HEALTHY:
+            memory.grade = HEALTHY
+            return _GOOD
+        return self._accuse(e, memory, found)
+
+    def _accuse(self, e: TensorEvidence, memory: Memory, found: Score) -> _Verdict:
+        lr, start = known(e.lr), known(e.lr_min)
+        lr_max = known(e.lr_max) if e.lr_max is not None else lr
+        if lr_max is not None and lr_max <= self._limits.negligible_lr * memory.peak_lr:
+            return _verdict(Health.idle, Cause.zero_learning_rate, Seen(lr=lr_max, peak_lr=memory.peak_lr))
+        if memory.lr is not None and (start is None or memory.lr < start):
+            start = memory.lr
+        if lr and lr == lr_max and start is not None and lr >= _STEEP * start:
+            return UNKNOWN, None, advice.unknown(advice.rising_lr(lr))
+        memory.grade = found.health
+        above = _share_well_above(e.headroom_histogram)
+        # rounding loses none of the updates well above half a gap; a tenth for the histogram's coarser sample
+        is_unwritten = found.drift is None and above is not None and found.lost > 1 - above + 0.1
+        seen = Seen(
+            dtype=e.dtype,
+            efficiency=found.efficiency,
+            displacement=found.drift,
+            lost=found.lost,
+            lr=lr,
+            critical_lr=known(e.critical_lr),
+            headroom=above,
+        )
+        return _verdict(found.health, Cause.not_written if is_unwritten else Cause.weight_rounding, seen)
+
+    def _by_state(self, e: TensorEvidence, memory: Memory) -> _Verdict | None:
+        """Line 17 of the table: the weight takes its updates, but are they the right ones?"""
+        limits, factor = self._limits, known(e.state_factor)
+        if factor is None or e.state_factor_steps < limits.minimum_steps:
+            return None
+        inside = 1 + limits.state_margin if memory.bad_state_windows >= 2 else 1.0
+        if limits.state_low * inside <= factor <= limits.state_high / inside:
+            memory.bad_state_windows = 0
+            return None
+        states = [a for a in e.accumulators.values() if is_state(a.name)]
+        # FP32 state has nothing to lose: then the shadow differs for another reason (state edited, restored)
+        if states and all(a.dtype in ("float32", "float64") for a in states):
+            return None
+        memory.bad_state_windows += 1
+        if memory.bad_state_windows < 2:
+            return None
+        blamed = Seen(state_factor=factor)
+        worst = math.inf
+        for a in states:
+            decay, value, bits = known(a.decay.efficiency), known(a.value), SIGNIFICANT_BITS.get(a.dtype)
+            if value is not None and bits is not None and value == 2.0**bits:
+                blamed = Seen(dtype=a.dtype, accumulator=a.name, counter=value, state_factor=factor)
+                break
+            if decay is not None and decay < min(worst, limits.stalling):
+                worst = decay
+                blamed = Seen(
+                    dtype=a.dtype, accumulator=a.name, efficiency=decay, rate=known(a.rate), state_factor=factor
+                )
+        return _verdict(STALLING, Cause.state_rounding, blamed)
+
+
+def _verdict(health: Health, cause: Cause, seen: Seen) -> _Verdict:
+    return health, cause, say(cause, seen)
+
+
+def _since(memory: Memory, health: Health, first_step: int) -> int:
+    """First step of the window in which this health began; a verdict that was unknown in between goes on."""
+    if health is memory.health:
+        return memory.since
+    if health in GRADES:
+        memory.since = memory.graded_since if health is memory.graded else first_step
+        memory.graded, memory.graded_since = health, memory.since
+    else:
+        memory.since = first_step
+        if health is not UNKNOWN:
+            memory.graded = None
+    memory.health = health
+    return memory.since
+
+
+def _share_well_above(histogram: tuple[float, ...] | None) -> float | None:
+    if not histogram:
+        return None
+    total = sum(histogram)
+    return share(sum(histogram[_WELL_ABOVE:]) / total) if total > 0 else None

@@ -1,0 +1,232 @@
+"""How well a tensor's updates arrive, from the efficiencies of one window or of as many as it takes to be sure.
+
+Two numbers speak: the efficiency of single steps, with a standard error, and the displacement efficiency over a window,
+which counts as evidence where enough elements were meant to move by half a gap or more. Who may accuse depends on the
+rounding scheme:
+
+- rounding to nearest, or weight and compensation joined ("plain", "carried:<state>"): the efficiency, unless the
+  displacement shows that the rest arrived later;
+- stochastic rounding: the same, once so many changes were expected that their number means something;
+- anything else, where FP32 weights or a compensation elsewhere may hold the rest ("unknown") or something is known to
+  ("carried"): only the displacement. A first window starts with an empty remainder and may read 0.4, so half a loss
+  must be seen twice.
+
+A good efficiency is overruled by a low displacement over several windows: the drift is lost under passing oscillation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from update_watch.evidence import TensorEvidence
+from update_watch.judge import advice
+from update_watch.judge.verdict_memory import HEALTHY, STALLED, STALLING, UNKNOWN, Memory
+from update_watch.report import HEADROOM_LOW, Health
+from update_watch.thresholds import Thresholds
+
+_SURE = 2.0  # standard errors, where the spread over steps is all the noise there is
+_SURER = 3.0  # where few rare changes make the spread itself uncertain
+_EXPECTED_CHANGES = 100.0  # under stochastic rounding: half of them has a chance of 1e-8
+_ALWAYS = 1e9
+_WINDOW_NOISE = 0.1  # least standard deviation of a displacement efficiency between windows
+_UNLOST = 0.01  # so small a lost fraction cannot explain an efficiency below _ROUNDED_LEAST
+_ROUNDED_LEAST = 0.6  # what survives rounding is at least 2/3 of what was intended
+_ROUNDED_MOST = 2.5  # and at most twice
+_CARRIED_MOST = 1.5  # the same where what is lost in one step comes in another
+_BACKWARDS = -0.1
+# chance that an update in each bin of the headroom histogram is rounded away from the stored value: |update| / gap
+_CHANGE_CHANCE = [min(1.0, 2.0 ** (HEADROOM_LOW + i - 0.5)) for i in range(64)]
+
+
+class Score(NamedTuple):
+    """Healthy, stalling or stalled with the numbers behind it, or unknown with the reason."""
+
+    health: Health
+    reason: str = ""
+    efficiency: float = 1.0
+    lost: float = 0.0
+    drift: float | None = None  # the displacement efficiency, where that is the finding
+
+
+class Pooled(NamedTuple):
+    """The latest windows together."""
+
+    steps: int  # measured
+    efficiency: float
+    error: float
+    lost: float
+    expected: float  # changes under stochastic rounding
+    windows: int
+
+
+def known(value: float | None) -> float | None:
+    """The value, or None when it is not a number one can go on with: NaN, infinity, 1e30 and beyond."""
+    return value if value is not None and -1e30 < value < 1e30 else None
+
+
+def share(value: float | None) -> float | None:
+    """A share, 0..1, or None when it is not known."""
+    value = known(value)
+    return None if value is None else min(max(value, 0.0), 1.0)
+
+
+def grade(value: float, previous: Health, limits: Thresholds) -> Health:
+    """Healthy, stalling or stalled, with hysteresis: what was worse must come back further."""
+    if value < (limits.stalled_exit if previous is STALLED else limits.stalled):
+        return STALLED
+    if value < (limits.stalling if previous is HEALTHY else limits.stalling_exit):
+        return STALLING
+    return HEALTHY
+
+
+def is_exact(scheme: str) -> bool:
+    """Whether single steps show all there is: nothing is random, and nothing is carried that is not counted."""
+    return scheme == "plain" or scheme.startswith("carried:")
+
+
+def score(e: TensorEvidence, memory: Memory, limits: Thresholds) -> Score:
+    """Add a window's evidence to the memory and say what all of it shows."""
+    displacement, exact = None, is_exact(e.scheme)
+    efficiency = known(e.numbers.efficiency)
+    if e.measured_steps and efficiency is not None:
+        _remember(e, efficiency, memory, exact)
+        if (known(e.displacement_evidence) or 0.0) >= limits.displacement_evidence:
+            displacement = known(e.numbers.displacement_efficiency)
+    else:
+        memory.age += 1
+        if memory.age > limits.pool_windows:
+            memory.forget_evidence()
+        if not memory.pool:
+            return Score(UNKNOWN, advice.not_measured(e.steps))
+    if displacement is not None:
+        memory.drift.append(displacement)
+        del memory.drift[: -2 * limits.drift_windows]
+        memory.proven = displacement >= limits.stalling or (memory.proven and displacement >= limits.stalling / 2)
+    pooled = _pool(memory, limits)
+    if pooled.steps < limits.minimum_steps:
+        return Score(UNKNOWN, advice.too_few_steps(pooled.steps, limits.minimum_steps))
+    if exact or e.scheme == "stochastic":
+        most = _ROUNDED_MOST if e.scheme == "plain" else _CARRIED_MOST
+        result = _by_steps(pooled, displacement, memory, limits, exact, most)
+    else:
+        result = _by_displacement(pooled, displacement, memory, limits, e.scheme == "carried")
+    if result.health is HEALTHY:
+        drift = _lost_drift(memory, limits)
+        if drift is not None:
+            result = Score(grade(drift, memory.grade, limits), "", pooled.efficiency, pooled.lost, drift)
+    if e.dtype == "float64" and result.health in (STALLING, STALLED):
+        return Score(UNKNOWN, advice.finer_than_fp32())
+    return result
+
+
+def _by_steps(
+    pooled: Pooled, displacement: float | None, memory: Memory, limits: Thresholds, exact: bool, most: float
+) -> Score:
+    efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
+    margin = (_SURE if exact else _SURER) * error
+    health = grade(efficiency + margin, memory.grade, limits)  # at best
+    if error > limits.maximum_error:
+        if health is HEALTHY and grade(efficiency - margin, memory.grade, limits) is not HEALTHY:
+            return Score(UNKNOWN, advice.too_noisy(efficiency, error, pooled.windows))
+    elif memory.grade is not HEALTHY:  # the margin protects from accusing, it is no way out
+        health = grade(efficiency, memory.grade, limits)
+    if exact and efficiency - margin > most:
+        return Score(UNKNOWN, advice.unexplained(efficiency, None))
+    if health is not HEALTHY and displacement is not None and displacement > efficiency:
+        health = grade(displacement, memory.grade, limits)
+    if health is HEALTHY:
+        return Score(health, "", efficiency, lost)
+    if not exact and pooled.expected < _EXPECTED_CHANGES:
+        return Score(UNKNOWN, advice.too_small())
+    if exact and (efficiency < _BACKWARDS or (efficiency < _ROUNDED_LEAST and lost < _UNLOST)):
+        return Score(UNKNOWN, advice.unexplained(efficiency, lost))
+    return Score(health, "", efficiency, lost)
+
+
+def _by_displacement(
+    pooled: Pooled, displacement: float | None, memory: Memory, limits: Thresholds, is_carried: bool
+) -> Score:
+    efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
+    margin = _SURER * error
+    if efficiency - margin > _CARRIED_MOST:
+        return Score(UNKNOWN, advice.unexplained(efficiency, None))
+    if error <= limits.maximum_error and grade(efficiency - margin, memory.grade, limits) is HEALTHY:
+        return Score(HEALTHY, "", efficiency, lost)
+    if displacement is None:
+        if is_carried or memory.proven:
+            return Score(HEALTHY, "", efficiency, lost)
+        return Score(UNKNOWN, advice.remainder_unclear(efficiency))
+    value = displacement
+    if displacement >= limits.stalled and len(memory.drift) > 1:
+        value = max(displacement, memory.drift[-2])
+    health = grade(max(value, efficiency), memory.grade, limits)
+    if health is STALLING and len(memory.drift) < 2:
+        return Score(UNKNOWN, advice.remainder_unclear(efficiency))
+    if health is not HEALTHY and efficiency + margin >= limits.stalling:
+        return Score(UNKNOWN, advice.too_noisy(efficiency, error, pooled.windows))
+    if health is not HEALTHY and pooled.expected < _EXPECTED_CHANGES:
+        return Score(UNKNOWN, advice.too_small())
+    return Score(health, "", efficiency, lost)
+
+
+def _remember(e: TensorEvidence, efficiency: float, memory: Memory, exact: bool) -> None:
+    memory.age = 0
+    memory.pool.append(
+        (
+            e.measured_steps,
+            efficiency,
+            abs(known(e.numbers.efficiency_error) or 0.0),
+            share(e.numbers.lost_fraction) or 0.0,
+            _ALWAYS if exact else _expected_changes(e),
+        )
+    )
+
+
+def _pool(memory: Memory, limits: Thresholds) -> Pooled:
+    """As few of the latest windows as give enough evidence, weighted by measured steps; older ones are forgotten."""
+    pool = memory.pool
+    steps, dot, square, lost, expected, used = 0, 0.0, 0.0, 0.0, 0.0, 0
+    efficiency = error = 0.0
+    for n, window_efficiency, window_error, window_lost, window_expected in reversed(pool):
+        if used == limits.pool_windows:
+            break
+        steps += n
+        used += 1
+        dot += n * window_efficiency
+        square += (n * window_error) ** 2
+        lost += n * window_lost
+        expected += window_expected
+        efficiency, error = dot / steps, math.sqrt(square) / steps
+        if steps >= limits.minimum_steps and error <= limits.maximum_error and expected >= _EXPECTED_CHANGES:
+            break
+    if used < len(pool):
+        del pool[:-used]
+    return Pooled(steps, efficiency, error, lost / steps, expected, used)
+
+
+def _lost_drift(memory: Memory, limits: Thresholds) -> float | None:
+    """Mean displacement efficiency of the latest windows, if it is certainly low; else None."""
+    drift = memory.drift
+    n = len(drift)
+    if n < limits.drift_windows:
+        return None
+    was_healthy = memory.grade is HEALTHY
+    limit = limits.stalling if was_healthy else limits.stalling_exit
+    if was_healthy and drift[-1] >= limit:
+        return None
+    mean = sum(drift) / n
+    spread = math.sqrt(sum((x - mean) ** 2 for x in drift) / (n - 1))
+    return mean if mean + _SURER * max(spread, _WINDOW_NOISE) / math.sqrt(n) < limit else None
+
+
+def _expected_changes(e: TensorEvidence) -> float:
+    """Samples expected to change in this window under stochastic rounding.
+
+    How many were looked at per step is not part of the evidence; 64 is the least that is ever used.
+    """
+    if not e.headroom_histogram:
+        return 0.0
+    chance = sum(part * p for part, p in zip(e.headroom_histogram, _CHANGE_CHANCE, strict=False) if 0 < part <= 1)
+    wanted = share(e.numbers.wanted_fraction)
+    return float(e.measured_steps * min(e.numel, 64) * chance * (1.0 if wanted is None else wanted))

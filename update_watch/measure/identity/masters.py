@@ -1,0 +1,124 @@
+"""Optimizers that step other tensors than the model's: FP32 master copies, flat partitions. Whose are they?
+
+Mixed-precision wrappers (Apex, Megatron, DeepSpeed, hand-written loops) keep FP32 weights of their own, let the optimizer
+step those, and copy the result into the model. What arrives is then to be seen in the master, under the parameter's name.
+A master is known by what its wrapper says (`partitions`), or by having the shape and, rounded, the values of exactly one
+parameter. What cannot be told stays unknown, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.measure.identity import partitions
+from update_watch.measure.identity.partitions import Piece
+from update_watch.measure.sampling import local
+
+_ELSEWHERE = "its optimizer steps other tensors than the model's, and which of them hold this parameter is not known"
+_ZERO_3 = (
+    "DeepSpeed ZeRO-3 steps a flat partition instead, and which one holds this parameter is not known: give the watch "
+    "`engine.optimizer`, not the optimizer inside it; a partition that is swapped out cannot be watched"
+)
+
+
+class Masters(NamedTuple):
+    """What was found out about the tensors of one optimizer that are not the model's."""
+
+    names: dict[int, tuple[str, ...]]  # id of a stepped tensor -> the parameters it holds
+    instead: dict[int, str]  # id of a model's parameter -> why it is not measured itself; "": its master has its name
+    pieces: dict[int, list[Piece]]  # id of a flat tensor that is stepped -> what lies in it
+
+
+def find(
+    named: Sequence[tuple[str, Tensor]],
+    known: dict[int, tuple[str, ...]],
+    optimizer: Optimizer,
+    wrappers: Sequence[Any] = (),
+) -> Masters:
+    """Look for the model's parameters behind what the optimizer steps. Compares values: not for use inside a step.
+
+    `wrappers`: what the optimizer came wrapped in.
+    """
+    found = Masters({}, {}, {})
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    held = {id(p) for p in stepped}
+    left = [p for _, p in named if id(p) not in held and p.requires_grad]
+    left = list({id(p): p for p in left}.values())
+    names = {id(p): known[id(p)] for p in left}
+    for wrapper in wrappers:
+        pieces, absent = partitions.sub_groups(wrapper, names)
+        found.pieces.update(pieces)
+        found.instead.update(dict.fromkeys(absent, ""))  # it lies in other ranks' partitions
+    free = {id(p): p for p in stepped if id(p) not in known and id(p) not in found.pieces}
+    if free:
+        _by_mark(left, names, free, found)
+        _by_value([p for p in left if id(p) not in found.instead], names, free, found)
+    shared: set[int] = set().union(*map(partitions.of_all_ranks, wrappers))
+    in_pieces = {name for pieces in found.pieces.values() for piece in pieces for name in piece.names}
+    for param in left:
+        if not in_pieces.isdisjoint(names[id(param)]):
+            found.instead[id(param)] = ""
+        elif id(param) in shared:
+            found.instead.setdefault(id(param), "")  # other ranks step it
+        elif hasattr(param, "ds_tensor"):
+            found.instead.setdefault(id(param), _ZERO_3)
+        elif free:
+            found.instead.setdefault(id(param), _ELSEWHERE)
+    return found
+
+
+def _by_mark(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[int, Tensor], found: Masters) -> None:
+    """Parameters that tell where their master is."""
+    for param in left:
+        master = getattr(param, "main_param", None)
+        if isinstance(master, Tensor) and id(master) in free:
+            piece = partitions.shard(param, names[id(param)], master)
+            if piece is not None:
+                found.pieces[id(master)] = [piece]
+            found.names[id(free.pop(id(master)))] = names[id(param)]
+            found.instead[id(param)] = ""
+    for flat in list(free.values()):
+        seen = partitions.view(flat, left, names)
+        if seen is not None:
+            found.pieces[id(free.pop(id(flat)))] = [seen]
+    fragments = partitions.fragments(left, names, free.values())
+    found.pieces.update(fragments)
+    for key in fragments:
+        free.pop(key)
+    for param in left if fragments else ():
+        if getattr(param, "_hp_mapping", fragments) is None:
+            found.instead[id(param)] = ""  # all of it lies in other ranks' partitions
+
+
+def _by_value(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[int, Tensor], found: Masters) -> None:
+    masters = list(free.values())
+    # the whole list in the model's order is worth more than the values of zeros and ones
+    in_order = len(masters) == len(left) and all(map(_is_copy, masters, left))
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for i, master in enumerate(masters):
+        alike = [left[i]] if in_order else [param for param in left if _is_copy(master, param)]
+        rivals = 1 if in_order or len(alike) != 1 else sum(_is_copy(other, alike[0]) for other in masters)
+        if len(alike) == 1 and rivals == 1:
+            pairs.append((master, alike[0]))
+    # zeros and ones are found in any model: they count beside values that are not
+    if in_order or not all(_is_constant(param) for _, param in pairs):
+        for master, param in pairs:
+            found.names[id(free.pop(id(master)))] = names[id(param)]
+            found.instead[id(param)] = ""
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    values = local(tensor.detach()).reshape(-1)
+    return bool((values == values[0]).all())
+
+
+def _is_copy(master: Any, param: Tensor) -> bool:
+    a, b = local(master.detach()), local(param.detach())
+    if a.shape != b.shape or a.device != b.device or a.is_meta or not a.numel():
+        return False
+    return bool(torch.equal(a.to(b.dtype), b))

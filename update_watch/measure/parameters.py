@@ -1,0 +1,241 @@
+"""The watched parameters of one optimizer: names, groups, sample positions, views of what is read each step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.measure.identity.partitions import Piece, PieceSampler
+from update_watch.measure.sampling import Sampler, local, unsamplable
+from update_watch.replay import rule_properties
+from update_watch.replay.copier import ReplayError
+from update_watch.replay.rounding_scheme import Scheme, find_scheme
+from update_watch.replay.rule_kind import Kind, Rule, probe
+from update_watch.replay.synthetic_training import mimic
+
+# whole-tensor replays of more elements than this would cost too much memory and time in one step
+WHOLE_LIMIT = 2**24
+
+
+class Row:
+    """One parameter of one optimizer."""
+
+    __slots__ = (
+        "_checked",
+        "decouples_decay",
+        "form",
+        "group",
+        "layout",
+        "left_out",
+        "lived",
+        "names",
+        "param",
+        "piece",
+        "rates",
+        "reason",
+        "rule",
+        "sampler",
+        "scheme",
+        "shaped",
+    )
+
+    def __init__(
+        self,
+        param: Tensor,
+        names: tuple[str, ...],
+        group: int,
+        rule: Rule,
+        scheme: Scheme,
+        samples: int,
+        piece: Piece | None = None,
+    ) -> None:
+        self.param, self.names, self.group, self.rule, self.scheme = param, names, group, rule, scheme
+        self.piece = piece  # the part of `param` that is looked at; None: all of it
+        self.layout = _layout(param)  # as it was planned for
+        self.decouples_decay = False  # weight decay acts on the weight, and its rounding may be looked at
+        self.rates: dict[str, float] = {}  # state -> 1 - beta of `x <- beta x + ...`
+        self.lived: Any = 0  # steps with a gradient: parameters equal here have equal step counters
+        self.reason = why_unknown(param, rule)
+        self.sampler: Sampler | None = None if unsamplable(local(param)) else self.sampler_of(samples)
+        self._checked: tuple[str, ...] = ()
+        self.shaped: frozenset[str] = frozenset()  # states of the parameter's shape
+        # the carrier, where the rule keeps none of that name in FP32: there is nothing to carry then
+        self.left_out = frozenset({scheme.carrier} - {"", *rule.forms})
+        self.form: tuple[Any, ...] = (group, rule.rows, rule.kind, id(self) if rule.apart else 0, ())
+
+    def sampler_of(self, samples: int) -> Sampler:
+        """Sample positions of their own."""
+        if self.piece is not None:
+            return PieceSampler(self.param, self.piece, samples)
+        return Sampler(local(self.param), samples)
+
+    @property
+    def is_measured(self) -> bool:
+        return not self.reason
+
+    @property
+    def has_changed(self) -> bool:
+        """Another tensor was put into the parameter (`p.data = ...`, `model.to`): other shape, format or device."""
+        return _layout(self.param) != self.layout
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Does what the probe found hold for the states this parameter really has? Looked at when they change."""
+        if not state or self._checked == tuple(state):
+            return
+        self._checked = tuple(state)
+        shape = local(self.param).shape
+        elements = {*self.rule.element_states, self.scheme.carrier}
+        # a state that is None may become a tensor later
+        self.shaped = frozenset(
+            name
+            for name, value in state.items()
+            if (isinstance(value, Tensor) and local(value).shape == shape) or (value is None and name in elements)
+        )
+        self.form = (self.group, self.rule.rows, self.rule.kind, id(self) if self.rule.apart else 0, self._checked)
+        known = {name: value for name, value in state.items() if name != self.scheme.carrier}
+        problem = self.rule.misfit(self.param, known)
+        if problem and not self.reason:
+            self.reason = problem
+
+    @property
+    def is_whole(self) -> bool:
+        """All its elements are looked at, in every measured step."""
+        return self.sampler is not None and self.sampler.is_whole
+
+
+def _layout(param: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    shard = local(param)
+    return shard.shape, shard.dtype, shard.device
+
+
+def why_unknown(param: Tensor, rule: Rule) -> str:
+    """Why this parameter's update cannot be measured; "" when it can."""
+    shard = local(param)
+    if problem := unsamplable(shard):
+        return problem
+    if shard.numel() == 0:
+        return "no element of it is on this rank" if param.numel() else "it has no elements"
+    if rule.kind is Kind.unknown:
+        return rule.reason
+    if rule.kind is Kind.whole and shard.numel() < param.numel():
+        return f"its rule needs the whole tensor, and this rank holds {shard.numel():,} of {param.numel():,} elements"
+    if rule.kind is Kind.whole and shard.numel() > WHOLE_LIMIT:
+        return f"its rule needs the whole tensor, and {shard.numel():,} elements are over the limit of {WHOLE_LIMIT:,}"
+    if shard.dtype.is_complex:
+        return f"its dtype {shard.dtype} is complex"
+    return ""
+
+
+def build_rows(
+    optimizer: Optimizer,
+    names: dict[int, tuple[str, ...]],
+    samples: int,
+    label: str,
+    found: dict[Any, Any],
+    pieces: Mapping[int, Sequence[Piece]] | None = None,
+) -> list[Row]:
+    """Rows of all parameters of an optimizer, alike ones next to each other. `found` remembers probes.
+
+    A flat tensor with `pieces` has a row for each.
+    """
+    rows: list[Row] = []
+    kind = found.setdefault(("kind", id(optimizer)), _kind_of(optimizer))
+    for index, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            shape = tuple(local(param).shape)
+            rule_key = ("rule", kind, index, mimic(shape))
+            if rule_key not in found:
+                is_empty = 0 in shape  # an empty shard has no updates to find the rule with
+                found[rule_key] = Rule(Kind.unknown) if is_empty else probe(optimizer, index, len(shape), shape=shape)
+            scheme_key = ("scheme", kind, index, param.dtype, min(len(shape), 2))
+            if scheme_key not in found:
+                found[scheme_key] = find_scheme(optimizer, index, param.dtype, len(shape))
+            known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
+            for piece in (pieces or {}).get(id(param), (None,)):
+                called = known if piece is None else piece.names
+                row = Row(param, called, index, found[rule_key], found[scheme_key], samples, piece)
+                if row.is_measured and param.dtype in (torch.bfloat16, torch.float16):
+                    _rehearse(row, optimizer, kind, found)
+                rows.append(row)
+    rows.sort(key=_likeness)
+    return rows
+
+
+# attributes of torch's optimizers and schedulers that say nothing of the rule
+_BOOKKEEPING = ("state", "param_groups", "step", "defaults", "_optimizer_", "_zero_grad", "_opt_called", "_warned")
+
+
+def _kind_of(optimizer: Optimizer) -> Any:
+    """Optimizers that are equal in this behave alike, and one trial is enough for all of them.
+
+    One optimizer per parameter (stepped in the backward pass) makes hundreds. What cannot be compared stays apart.
+    """
+    settings = {k: v for k, v in vars(optimizer).items() if not k.startswith(_BOOKKEEPING)}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    states = [optimizer.state.get(p) or {} for group in optimizer.param_groups for p in group["params"]]
+    marks = [sorted(vars(p)) for group in optimizer.param_groups for p in group["params"]]
+    if len(states) > 1 or not all(map(_is_plain, (settings, *groups))) or any(marks):
+        return id(optimizer)
+    counters = [(k, v.item() if _is_counter(v) else type(v).__name__) for state in states for k, v in state.items()]
+    return (type(optimizer), repr(settings), repr(groups), repr(counters))
+
+
+def _is_counter(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _rehearse(row: Row, optimizer: Optimizer, kind: Any, found: dict[Any, Any]) -> None:
+    """What rounding may do to decay and states, from a rehearsal on synthetic parameters."""
+    param, ndim = local(row.param), min(row.param.dim(), 2)
+    key = ("rehearsal", kind, row.group, param.dtype, ndim)
+    if key not in found:
+        try:
+            seen = rule_properties.rehearse(optimizer, row.group, param.dtype, ndim)
+            # joined with the gradient's part before rounding, decay arrives as that does
+            decouples = seen.decouples_decay and not seen.merges_decay
+        except ReplayError:
+            decouples = False
+        try:
+            states = rule_properties.states(optimizer, row.group, param)
+        except ReplayError:
+            states = {}
+        found[key] = decouples, {k: 1 - s.decay for k, s in states.items() if s.decay is not None}
+    row.decouples_decay, row.rates = found[key]
+
+
+def _likeness(row: Row) -> tuple[Any, ...]:
+    shard = local(row.param)
+    whole = row.sampler is not None and row.sampler.is_whole
+    return (str(shard.device), row.group, row.rule.kind.value, row.rule.rows, str(shard.dtype), whole)
+
+
+def names_of(model: Any) -> dict[int, tuple[str, ...]]:
+    """id(parameter) -> all its names. `model`: a module or (name, tensor) pairs."""
+    pairs: Iterable[tuple[str, Tensor]]
+    if isinstance(model, torch.nn.Module):
+        pairs = model.named_parameters(remove_duplicate=False)
+    else:
+        pairs = model
+    names: dict[int, tuple[str, ...]] = {}
+    for name, tensor in pairs:
+        names[id(tensor)] = (*names.get(id(tensor), ()), _clean(name))
+    return names
+
+
+def _clean(name: str) -> str:
+    # prefixes of wrappers say nothing about the model
+    for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(part, "")
+    return name.removeprefix("module.")

@@ -1,0 +1,304 @@
+"""One optimizer under watch: its rows, the cohorts they are measured in, its place in the window."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
+from update_watch.measure.accumulators.gradient_accumulation import Accumulation
+from update_watch.measure.accumulators.state_factor import Shadow
+from update_watch.measure.cohort import Cohort, Snapshot
+from update_watch.measure.identity.partitions import Piece
+from update_watch.measure.parameters import Row, build_rows
+from update_watch.measure.sampling import local
+from update_watch.measure.transfer import Batch, Part
+from update_watch.measure.windows import CohortWindow, RowFacts
+from update_watch.replay.twin import ReplayError, Twin
+
+# Up to so many tensors are measured in every step. More are split into cohorts that take turns, so that the cost of a step
+# stops growing; with 8 cohorts every tensor is still measured in an eighth of the steps.
+_ALL = 16
+_FEW = 8  # so many times the samples where the whole model has no more tensors than that: there is time for them
+_COHORT = 8
+_MAX_COHORTS = 8
+_MAX_TURNS = 16
+_SHADOWED = 4  # optimizers whose states are compared with FP32 ones
+_WAITING = 4  # measured steps that are added together; they hold a few kilobytes
+
+
+class Watched:
+    """Plans and measures one optimizer, or one part of it (see `parts`). `names`: id(parameter) -> its names."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        index: int,
+        names: dict[int, tuple[str, ...]],
+        samples: int,
+        rng: random.Random,
+        found: dict[Any, Any],
+        pieces: Mapping[int, Sequence[Piece]] | None = None,
+        part: int = 0,
+        all_groups: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """`pieces`: id(flat tensor) -> what lies in it. `all_groups`: those of all parts."""
+        self.optimizer, self.index, self.part = optimizer, index, part
+        self.groups = optimizer.param_groups  # a part's are not to be found there when it is not stepped
+        self._all_groups = self.groups if all_groups is None else all_groups
+        self._pieces = pieces
+        self.steps = 0  # seen since attached
+        self.window_steps = 0
+        self._names, self._asked, self._rng, self.found = names, samples, rng, found
+        self._members: list[Tensor] = []
+        self._lrs: dict[int, list[float]] = {}
+        self._twin_error = ""
+        try:
+            self._twin: Twin | None = Twin(optimizer)
+        except ReplayError as error:
+            self._twin, self._twin_error = None, str(error)
+        self.accumulation = Accumulation(rng)
+        self.shadow = Shadow(optimizer, self._twin, rng, found)
+        self.turns = 1  # it is measured in one of so many steps
+        self.is_shadowed = True
+        self._plan()
+        self.read_counters()
+
+    def _plan(self) -> None:
+        """Rows and cohorts for the parameters the optimizer holds now."""
+        self._waiting: list[tuple[Cohort, Snapshot]] = []  # measured steps that are not added yet
+        self._measured: tuple[Cohort, Snapshot] | None = None  # the step that is running
+        self._members, self._sizes = _members(self.optimizer), _sizes(self.optimizer)
+        self.groups = self.optimizer.param_groups
+        self.ids = frozenset(map(id, self._members))
+        label = (f"optimizer{self.index}." if self.index else "") + (f"part{self.part}." if self.part else "")
+        lived = {id(row.param): row.lived for row in getattr(self, "rows", [])}
+        self._samples = self._asked * (_FEW if len(self._names) <= _ALL else 1)
+        self.rows = build_rows(self.optimizer, self._names, self._samples, label, self.found, self._pieces)
+        for row in self.rows:
+            row.lived = lived.get(id(row.param), 0)
+        self._counts_lives = any(local(row.param).device.type != "cpu" for row in self.rows)
+        self.cohorts: list[Cohort] = []
+        self._queue: list[Cohort | None] = []
+        self._skipped: dict[torch.device, Tensor] = {}
+        if self._twin is None:
+            return
+        for device in dict.fromkeys(local(row.param).device for row in self.rows):
+            rows = [r for r in self.rows if r.is_measured and local(r.param).device == device]
+            if not rows:  # on the meta device, say
+                continue
+            turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT)) if len(rows) > _ALL else 1
+            self.cohorts += [Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)]
+        self.redraw()
+
+    @property
+    def first(self) -> Tensor | None:
+        """The first parameter, by which a part is known."""
+        return self._members[0] if self._members else None
+
+    def redraw(self) -> None:
+        """New sample positions for the next window."""
+        for row in self.rows:
+            if row.sampler is not None:
+                row.sampler.redraw(self._rng)
+
+    def read_counters(self) -> None:
+        """Learn which parameters are at the same step. Reads device values: not for use inside a step."""
+        if self._counts_lives:
+            for row in self.rows:
+                state = self.optimizer.state.get(row.param) or {}
+                row.lived = tuple(
+                    float(v) for v in state.values() if isinstance(v, Tensor) and v.numel() == 1 and not v.is_meta
+                )
+
+    # --- in the step -----------------------------------------------------------------------------
+
+    def before(self) -> tuple[Cohort, Snapshot] | None:
+        """Measure the cohort whose turn it is, just before the rule runs."""
+        members, sizes = _members(self.optimizer), _sizes(self.optimizer)
+        if sizes != self._sizes or not all(map(operator.is_, members, self._members)):
+            self._plan()
+            self.shadow.replan()
+        self.groups = self.optimizer.param_groups
+        if self.is_shadowed:
+            self.shadow.before()
+        self.accumulation.before(self.rows)
+        if not self.cohorts:
+            return None
+        if not self._queue:
+            # a fixed order could beat in time with an oscillating gradient
+            rests = [None] * (self.turns - len(self.cohorts))
+            self._queue = self._rng.sample([*self.cohorts, *rests], len(self.cohorts) + len(rests))
+        cohort = self._queue.pop()
+        try:
+            self._measured = None if cohort is None else (cohort, cohort.before())
+        except Exception:
+            if not any(row.has_changed for row in self.rows):
+                raise
+            self._plan()  # and this step passes
+        return self._measured
+
+    def after(self, measured: tuple[Cohort, Snapshot] | None) -> None:
+        """Add the step, just after the rule has run."""
+        if measured is not None and measured is self._measured:  # else the window was closed within the step
+            cohort, snapshot = measured
+            can_wait = cohort.after(snapshot)
+            self._waiting.append(measured)
+            if not can_wait or len(self._waiting) == _WAITING:
+                self._add_waiting()
+        self._measured = None
+        if self.is_shadowed:
+            self.shadow.after(self.rows)
+        self.accumulation.after()
+        if self._counts_lives:
+            for row in self.rows:
+                if row.param.grad is not None:
+                    row.lived = (row.lived, 1) if isinstance(row.lived, tuple) else row.lived + 1
+        overflow = getattr(self.optimizer, "found_inf", None)  # exists only inside a GradScaler's fused step
+        if isinstance(overflow, Tensor):
+            total = self._skipped.get(overflow.device)
+            self._skipped[overflow.device] = overflow.clone() if total is None else total.add_(overflow)
+        for i, group in enumerate(self.optimizer.param_groups):
+            lr = _number(group.get("lr"))
+            if lr is not None:
+                seen = self._lrs.setdefault(i, [lr, lr])
+                seen[0], seen[1] = lr, max(seen[1], lr)
+        self.steps += 1
+        self.window_steps += 1
+
+    def _add_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for cohort, snapshot in waiting:
+            cohort.add(snapshot)
+
+    # --- at the end of a window --------------------------------------------------------------------
+
+    def close_window(self, batch: Batch) -> tuple[list[CohortWindow], list[TensorEvidence], list[Part]]:
+        """Hand the sums to `batch` and start a new window."""
+        cohorts: list[CohortWindow] = []
+        others: list[TensorEvidence] = []
+        in_cohort: set[int] = set()
+        self._add_waiting()
+        self._measured = None
+        for cohort in self.cohorts:
+            if cohort.steps == 0:
+                continue
+            facts = tuple(self._facts(cohort, i) for i in range(len(cohort.rows)))
+            in_cohort.update(id(row) for row in cohort.rows)
+            transfer = batch.add(cohort.pack())
+            cohorts.append(CohortWindow(transfer, facts, tuple(cohort.states), self._samples, cohort.tally.steps))
+            cohort.open_window()
+        for row in self.rows:
+            if id(row) not in in_cohort:
+                others.append(self._identity(row))
+        if any(row.has_changed for row in self.rows):
+            self._sizes = []  # to plan anew before the next step
+        skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]
+        self._skipped, self._lrs, self.window_steps = {}, {}, 0
+        self.redraw()
+        return cohorts, others, skipped
+
+    def _identity(self, row: Row) -> TensorEvidence:
+        group = self.groups[row.group] if row.group < len(self.groups) else {}  # taken away since
+        lr = self._lrs.get(row.group)
+        identity = describe(row.param, row.names) | {"dtype": str(row.layout[1]).removeprefix("torch.")}
+        if row.piece is not None:
+            shape = row.piece.shape
+            identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held, "trainable": True}
+        number = next((i for i, other in enumerate(self._all_groups) if other is group), row.group)
+        return TensorEvidence(
+            **identity,
+            optimizer_group=f"{self.index}/{number}",
+            reason=row.reason or self._twin_error,
+            steps=self.window_steps,
+            lr=lr[0] if lr else None,
+            lr_max=lr[1] if lr else None,
+            weight_decay=_number(group.get("weight_decay")),
+            scheme=row.scheme.name,
+        )
+
+    def _facts(self, cohort: Cohort, i: int) -> RowFacts:
+        row = cohort.rows[i]
+        state = self.optimizer.state.get(row.param) or {}
+        dtypes = tuple(
+            str(state[name].dtype).removeprefix("torch.")
+            if isinstance(state.get(name), Tensor) and name in row.rule.exact_states
+            else ""
+            for name in cohort.states
+        )
+        rates = tuple(row.rates.get(name) for name in cohort.states)
+        evidence = dataclasses.replace(
+            self._identity(row),
+            steps=cohort.steps,
+            gradless_steps=cohort.gradless_steps[i],
+            # a master is given its gradient, and need not say that it requires one
+            trainable=row.param.requires_grad or cohort.gradless_steps[i] < cohort.steps,
+            accumulators=_counters(row, state),
+        )
+        return RowFacts(evidence, cohort.samplers[i].size, cohort.live_steps[i], cohort.full_steps[i], dtypes, rates)
+
+
+def share_turns(all_watched: Sequence[Watched]) -> None:
+    """Let many optimizers take turns, as the tensors of one do.
+
+    With one optimizer per parameter, stepped in the backward pass, hundreds of optimizers make one step.
+    """
+    tensors = sum(len(watched.rows) for watched in all_watched)
+    turns = min(_MAX_TURNS, math.ceil(tensors / _COHORT)) if tensors > _ALL and len(all_watched) > _COHORT else 1
+    every = math.ceil(len(all_watched) / _SHADOWED)
+    for i, watched in enumerate(all_watched):
+        watched.turns, watched.is_shadowed = turns, i % every == 0
+
+
+def _counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEvidence]:
+    """Step counters in a format too short to count on. Read here, at the end of a window, where they are on the CPU."""
+    counters = {}
+    for name, value in state.items():
+        if (
+            isinstance(value, Tensor)
+            and value.numel() == 1
+            and value.device.type == "cpu"
+            and value.dtype in (torch.bfloat16, torch.float16)
+            and row.rule.forms.get(name) == "scalar"
+        ):
+            dtype = str(value.dtype).removeprefix("torch.")
+            counters[name] = AccumulatorEvidence(name, dtype, Numbers(), value=float(value))
+    return counters
+
+
+def describe(param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    """What a tensor is, as keyword arguments of `TensorEvidence`."""
+    shape = tuple(getattr(param, "ds_shape", param.shape))  # ZeRO-3 leaves an empty tensor where none is needed
+    return {
+        "name": names[0],
+        "names": names,
+        "layer": names[0].rpartition(".")[0],
+        "dtype": str(param.dtype).removeprefix("torch."),
+        "shape": shape,
+        "numel": math.prod(shape),
+        "held": None if local(param) is param else local(param).numel(),
+        "trainable": param.requires_grad,
+    }
+
+
+def _members(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _sizes(optimizer: Optimizer) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
+
+
+def _number(value: Any) -> float | None:
+    """A setting as a float; None for values on a device, which must not be read."""
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" and value.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) else None

@@ -1,0 +1,166 @@
+"""What becomes of the part of an update that the stored weight cannot hold.
+
+Found out by a trial: a twin of the optimizer trains a small low-precision parameter with updates far below half an ulp,
+beside an FP32 one. If the low-precision weight stays behind, rounding takes the updates ("plain"). If it keeps up, either
+the rule rounds at random ("stochastic"), or something carries the remainder. A state s is named ("carried:s") where weight
+and s together are on the FP32 path, in one of the ways of `Join`; anything else is only known to exist ("carried").
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from enum import Enum
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch import formats
+from update_watch.replay.copier import ReplayError
+from update_watch.replay.rule_properties import _Trial as Trial
+from update_watch.replay.rule_properties import _undisturbed as undisturbed
+from update_watch.replay.twin import RandomStates
+
+_STEPS = 160
+_TRIES = 5
+_SMALLER, _LARGER = 1 / 8, 3.0
+_ELEMENTS = 256
+_STAYS_BEHIND = 0.3  # share of the FP32 displacement
+_KEEPS_UP = 0.6
+_ON_THE_PATH = 0.05  # distance to the FP32 path, as a share of the displacement: other states may be rounded as well
+_NEARER = 0.5  # distance of what is whole to the path, as a share of that of the weight alone
+
+
+class Join(Enum):
+    """How the FP32 weight is made of the stored one and a state."""
+
+    sum = "weight + state"  # Kahan summation
+    master = "state"  # the weight is the state rounded
+    low_bits = "bits of weight, then of state"  # split weights: the weight is cut off after its upper 16 bits
+    signed_bits = "bits of weight + state"  # the same with the weight rounded to nearest and a remainder of either sign
+
+
+_BIT_DTYPES = (torch.uint16, torch.int16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """`name` as in `TensorEvidence.scheme`; `carrier`: the state that holds what the weight cannot, or ""."""
+
+    name: str
+    carrier: str = ""
+    join: Join = Join.sum
+
+    @property
+    def addend(self) -> str:
+        """The carrier, if it is to be added to the weight."""
+        return self.carrier if self.join is Join.sum else ""
+
+    def joined(self, weight: Tensor, state: Tensor, fmt: formats.Format) -> Tensor:
+        """FP32 weights of stored ones and carrier, both widened to FP32; `fmt`: of the stored ones.
+
+        A carrier of zeros, as before the first step, gives the stored weight.
+        """
+        if self.join is Join.sum:
+            return weight + state
+        if self.join is Join.master:
+            # the neighbour that was rounded to is at most a gap away; else the weight is not that of this master
+            is_own = (state - weight).abs() <= weight.abs() * fmt.epsilon + fmt.min_subnormal
+            return torch.where(is_own, state, weight)
+        bits = state.to(torch.int32)
+        if self.join is Join.low_bits:
+            bits = bits & 0xFFFF
+        return (weight.view(torch.int32) + bits).view(torch.float32)
+
+
+def find_scheme(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int) -> Scheme:
+    """Try the rule of `optimizer.param_groups[group]` on a parameter of `dtype`. Costs about 20 ms for torch's rules."""
+    fmt = formats.of(dtype)
+    if fmt is None:
+        return Scheme("unknown")
+    if fmt.mantissa_bits >= formats.FP32.mantissa_bits:
+        return Scheme("plain")
+    device = torch.device("cpu")
+    lr = fmt.epsilon / 37  # no power of two: a carrier would be empty just after so many steps
+    try:
+        with undisturbed(optimizer, device):
+            for _ in range(_TRIES):
+                found = _try(optimizer, group, dtype, ndim, lr)
+                if isinstance(found, Scheme):
+                    return found
+                lr *= found
+    except ReplayError:
+        pass
+    return Scheme("unknown")
+
+
+def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: float) -> Scheme | float:
+    """What was seen, or by what factor another learning rate would show more."""
+    shape = (_ELEMENTS,) if ndim < 2 else (16, _ELEMENTS // 16)
+    start = torch.linspace(1.05, 1.95, _ELEMENTS).to(dtype).float()
+    start[::2] *= -1
+    start = start.reshape(shape)
+    grad = torch.linspace(0.9, 1.1, _ELEMENTS).reshape(shape)
+    low = Trial(optimizer, group, start, dtype, lr=lr)
+    full = Trial(optimizer, group, start, torch.float32, lr=lr)
+    random = RandomStates(torch.device("cpu"))
+    draws = False
+    first_moves = 0.0
+    for step in range(_STEPS):
+        before = low.param.detach().clone()
+        low.step(grad)
+        if step < 8:
+            first_moves += float(low.param.detach().ne(before).float().mean())
+            draws = draws or random.have_moved()
+        full.step(grad)
+    reference = full.param.detach() - start
+    size = float(reference.square().sum())
+    if not size > 0 or not torch.isfinite(reference).all():
+        return _LARGER
+    fmt = formats.of(dtype)
+    assert fmt is not None
+    if float((reference.abs() < 2 * fmt.half_gap(start, reference)).float().mean()) > 0.5:
+        return _LARGER
+    stored = low.param.detach().float()
+    share = float(((stored - start) * reference).sum()) / size
+    alone = _distance(stored - start, reference)
+    if alone < _ON_THE_PATH:
+        return _SMALLER  # what it cannot hold makes no difference
+    for name, value in low.state.items():
+        if isinstance(value, Tensor) and value.shape == start.shape:
+            for join in _ways(value, dtype):
+                scheme = Scheme(f"carried:{name}", name, join)
+                whole = scheme.joined(stored, value.detach().float(), fmt)
+                if _distance(whole - start, reference) < min(_ON_THE_PATH, _NEARER * alone):
+                    return scheme
+    if share < _STAYS_BEHIND:
+        return Scheme("plain")
+    if first_moves / 8 > 0.9:
+        return _SMALLER  # nearly every step arrived: this says nothing
+    if not _KEEPS_UP <= share <= 1 / _KEEPS_UP:
+        return Scheme("unknown")
+    if draws:
+        return Scheme("stochastic")
+    # what is carried comes when there is a gap of it; a weight that strays further is not the one intended
+    strays = (stored - start - reference).abs() > 2 * fmt.ulp(stored)
+    return Scheme("unknown" if bool(strays.any()) else "carried")
+
+
+def _ways(state: Tensor, dtype: torch.dtype) -> list[Join]:
+    """How this state could complete a weight of `dtype`."""
+    if not bool(state.any()):
+        return []
+    if state.dtype in _BIT_DTYPES:
+        return [Join.low_bits, Join.signed_bits] if dtype is torch.bfloat16 else []
+    if not state.dtype.is_floating_point:
+        return []
+    ways = []
+    if state.dtype.itemsize > dtype.itemsize:
+        ways.append(Join.master)
+    if float(state.detach().abs().max()) <= 2 * torch.finfo(dtype).eps:  # all that rounding a weight below 2 can take
+        ways.append(Join.sum)
+    return ways
+
+
+def _distance(path: Tensor, reference: Tensor) -> float:
+    return float((path - reference).norm() / reference.norm())

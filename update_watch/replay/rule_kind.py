@@ -1,0 +1,242 @@
+"""How an optimizer's updates can be replayed, found out by trying it on a small synthetic training.
+
+Three ways are tried, the cheapest first: on samples as one vector, on samples as a matrix, on whole tensors. Before
+every synthetic step a replay is made, after it the two are compared. The first way that is always right is the rule's
+kind. If none is, nothing may be said about this optimizer's updates, and the reason is kept. Nothing is guessed from
+names, and the real optimizer is not touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from update_watch.replay.copier import ReplayError
+from update_watch.replay.rule_trial import STEPS, TOLERANCE, Trial, Way
+from update_watch.replay.synthetic_training import RuleError, Settings, World, mimic, resolving, small, uncounted
+from update_watch.replay.twin import Twin, without_effects
+
+_STEPS_SMALL = 6
+_FEW = 256  # elements
+_TINY_GRADIENT = 1e-5  # scale at which decay, epsilons and averages over tensors show
+_TYPICAL: dict[int, tuple[int, ...]] = {0: (1,), 1: (4096,), 2: (128, 128), 3: (32, 16, 32), 4: (32, 32, 3, 3)}
+
+
+class Kind(Enum):
+    elementwise = "elementwise"
+    whole = "whole"
+    unknown = "unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the updates of one group's parameters of one shape can be replayed."""
+
+    kind: Kind
+    reason: str = ""
+    rows: bool = False  # the samples must be given as a matrix, not as a vector
+    element_states: frozenset[str] = frozenset()  # states with one value per weight
+    error: float = 0.0  # largest difference seen, as a share of the largest update
+    exact_states: frozenset[str] = frozenset()  # of `element_states`, those whose replay may be judged as well
+    forms: Mapping[str, str] = dataclasses.field(default_factory=dict)  # state -> as of `synthetic.World.form`
+    widens: bool = True  # False: low-precision state must be replayed in its own format (`Twin.replay_whole`)
+    apart: bool = False  # scalar state differs by parameter, beyond step counts: replay each parameter on its own
+
+    def misfit(self, param: Tensor, state: Mapping[str, Any]) -> str:
+        """Why what was found out does not hold for this parameter, judged by its state; "" when it fits.
+
+        A rule may treat large parameters otherwise (factored, quantised): it then keeps other state than in the probe.
+        Whole tensors are replayed with whatever state there is.
+        """
+        if self.kind is Kind.whole:
+            return ""
+        plain = (Tensor, torch.nn.Parameter, type(param), type(param.data))
+        for name, value in state.items():
+            expected = self.forms.get(name)
+            if expected is None:
+                return f"its optimizer keeps state '{name}' for it, which was not met when the rule was probed"
+            if not isinstance(value, Tensor):
+                continue
+            if expected == "element" and (value.shape != param.shape or type(value) not in plain):
+                return f"state '{name}' is a {type(value).__name__} of shape {tuple(value.shape)}, not one value per weight"
+            if expected == "none":
+                return f"state '{name}' is a tensor, but was None when the rule was probed"
+            if expected == "scalar" and value.numel() != 1:
+                return f"state '{name}' has {value.numel()} values, but was one number when the rule was probed"
+        return ""
+
+
+def probe(optimizer: Optimizer, group: int, ndim: int, *, shape: tuple[int, ...] | None = None) -> Rule:
+    """Find out how parameters of `optimizer.param_groups[group]` can be replayed.
+
+    Args:
+        ndim: number of dimensions of the parameters.
+        shape: their shape; without it a typical one, which may be on the other side of a limit the rule has
+            (factored from 128 columns). Shapes of the same `synthetic.mimic` have the same rule.
+
+    Costs 10 to 40 ms for torch's optimizers. Random states, parameters and optimizer state stay untouched.
+    """
+    shape = _TYPICAL[min(ndim, 4)] if shape is None else tuple(shape)
+    reasons: list[str] = []
+    for device in dict.fromkeys((torch.device("cpu"), _device(optimizer, group))):
+        with without_effects(device), _silence():
+            try:
+                Twin(optimizer)
+                settings = Settings(optimizer, group, small(shape), device)
+                _refuse_marks(settings)
+                return _find(settings, shape)
+            except ReplayError as error:
+                reasons.append(str(error))
+    return Rule(Kind.unknown, reasons[0])
+
+
+def _find(settings: Settings, shape: tuple[int, ...]) -> Rule:
+    """What is right in worlds with all kinds of gradients; where the rule breaks on some, in gentle ones."""
+    try:
+        return _first_right(settings, shape)
+    except RuleError:
+        return _first_right(settings._replace(is_gentle=True), shape)
+
+
+def _first_right(settings: Settings, shape: tuple[int, ...]) -> Rule:
+    """The first way that is right in every world."""
+    starts = _starts(settings)
+    reason: ReplayError | None = None
+    size_matters = False  # something is right on few elements that is not on many
+    for way in Way:
+        if way is Way.rows and len(shape) < 2:
+            continue
+        trials: list[Trial] = []
+        try:
+            for world, steps in _worlds(starts, way, shape, size_matters):
+                trials.append(Trial(world, way))
+                trials[-1].run(steps)
+            return _rule(way, trials, widens=_widens(trials[-1]))
+        except RuleError:
+            raise
+        except ReplayError as error:
+            reason = error
+            size_matters |= bool(trials) and trials[-1].settings.shapes == mimic(shape)
+    raise reason or ReplayError(f"{type(settings.optimizer).__name__} has no parameter to be tried on")
+
+
+def _starts(settings: Settings) -> list[Settings]:
+    """With the group's counters at their start, and as they are now if that differs and the rule runs with them.
+
+    Raises `RuleError` when it runs with neither.
+    """
+    candidates = [settings]
+    problem: RuleError | None = None
+    try:
+        fresh = uncounted(settings)
+        candidates = [fresh, settings] if fresh.instead else candidates
+    except RuleError as error:
+        problem = error
+    starts = []
+    for candidate in candidates:
+        try:
+            starts.append(resolving(candidate))
+        except RuleError as error:
+            problem = error
+    if not starts:
+        raise problem or RuleError()
+    return starts
+
+
+def _worlds(
+    starts: list[Settings], way: Way, shape: tuple[int, ...], size_matters: bool
+) -> Iterator[tuple[Settings, int]]:
+    """Worlds and the steps to run in them, the cheap ones first; the last one is the most like the parameter."""
+    for start in starts:
+        yield resolving(start._replace(gradient=_TINY_GRADIENT, lr_factor=1.0)), _STEPS_SMALL
+        if math.prod(shape) < _FEW:
+            # a few elements show little: what is said of them has to hold for a parameter of some size as well
+            yield start._replace(shapes=small(_TYPICAL[min(len(shape), 4)])), STEPS
+        if way is Way.whole:
+            yield start, STEPS
+            if size_matters:
+                yield start._replace(shapes=mimic(shape)), STEPS
+        else:
+            yield start, _STEPS_SMALL
+            yield start._replace(shapes=mimic(shape)), STEPS
+
+
+def _widens(trial: Trial) -> bool:
+    """Low-precision state, if there is any, can be replayed in FP32."""
+    if not trial.keeps_low_precision():
+        return True
+    try:
+        Trial(trial.settings, trial.way, widen=True).run(_STEPS_SMALL)
+    except ReplayError:
+        if trial.way is not Way.whole:
+            raise
+        return False
+    return True
+
+
+def _rule(way: Way, trials: list[Trial], widens: bool) -> Rule:
+    """What holds in all worlds."""
+    forms: dict[str, str] = {}
+    for trial in trials:
+        forms.update({name: form for name, form in trial.forms.items() if form != "none" or name not in forms})
+    elements = {n for n in forms if {t.forms.get(n, "none") for t in trials} - {"none"} == {"element"}}
+    exact = {n for n in elements if all(trial.state_errors.get(n, 0.0) <= TOLERANCE for trial in trials)}
+    return Rule(
+        Kind.whole if way is Way.whole else Kind.elementwise,
+        rows=way is Way.rows,
+        element_states=frozenset(elements),
+        error=max(trial.error for trial in trials),
+        exact_states=frozenset(exact),
+        forms=forms,
+        widens=widens,
+        apart=any(trial.apart for trial in trials),
+    )
+
+
+def _device(optimizer: Optimizer, group: int) -> torch.device:
+    params = optimizer.param_groups[group]["params"]
+    return params[0].device if params and params[0].device.type != "meta" else torch.device("cpu")
+
+
+def _refuse_marks(settings: Settings) -> None:
+    """Raise `ReplayError` when the rule asks its parameters for attributes that samples would not have."""
+    looked_up: set[str] = set()
+
+    class Listening(torch.nn.Parameter):
+        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does itself
+
+        def __getattr__(self, name: str) -> Any:  # only asked for what a parameter does not have
+            looked_up.add(name)
+            raise AttributeError(name)
+
+    world = World(settings, Listening)
+    with suppress(RuleError):
+        for _ in range(2):
+            world.set_gradients()
+            world.step()
+    for param in settings.optimizer.param_groups[settings.group]["params"]:
+        if marks := looked_up & set(getattr(param, "__dict__", ())):
+            raise ReplayError(f"{world.name} reads {sorted(marks)} from its parameters, which samples do not have")
+
+
+class _Silence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Keeps rules from talking to other processes, which would wait for an answer."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace:
+            raise RuntimeError("its step talks to other processes")
+        return func(*args, **(kwargs or {}))
+
+
+def _silence() -> AbstractContextManager[Any]:
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return _Silence() if is_distributed else nullcontext()  # type: ignore[no-untyped-call]

@@ -1,0 +1,187 @@
+"""One synthetic training in which every step is replayed first, in one way, and compared afterwards."""
+
+from __future__ import annotations
+
+import math
+import time
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from update_watch.replay.copier import Copier, ReplayError
+from update_watch.replay.synthetic_training import Numbers, RuleError, Settings, World, sampled
+from update_watch.replay.twin import Run, Twin
+
+STEPS = 13  # past the switches of RAdam (5), Lookahead (5, 6) and the like
+TOLERANCE = 1e-5  # of the largest update; torch's own rules differ by exactly 0
+_WIDE_TOLERANCE = 0.05  # the same where the rule keeps BF16 state, which replays hold in FP32
+_STEPS_THERE = 3  # at each step the counters are moved to: the one before, it, the one after
+_SECONDS = 1.0  # for one training; slow rules are tried on fewer steps
+_ROUNDING = 2.0**-22  # of the stored value: two FP32 roundings, of vectorised against scalar arithmetic
+
+
+class Way(Enum):
+    flat = "samples as one vector"
+    rows = "samples as a matrix"
+    whole = "one whole tensor"
+
+
+class Trial:
+    """One synthetic training, replayed in one way. `widen`: low-precision state is replayed in FP32."""
+
+    def __init__(self, settings: Settings, way: Way, widen: bool = False) -> None:
+        self.world = World(settings)
+        self.settings, self.way, self.widen = settings, way, widen
+        self.twin = Twin(self.world.optimizer)
+        self.error = 0.0
+        self.state_errors: dict[str, float] = {}
+        self.forms: dict[str, str] = {}
+        self.apart = False
+
+    def run(self, steps: int) -> None:
+        """Train, replay, compare. Raises `ReplayError` when a replay fails or differs."""
+        started = time.perf_counter()
+        for _ in range(steps):
+            earlier = self.world.numbers()
+            self._step()
+            if time.perf_counter() - started > _SECONDS:
+                return
+        if steps == STEPS:
+            self._run_ahead(earlier)
+
+    def _run_ahead(self, earlier: Numbers) -> None:
+        """Move the step counters to where the rule may change its ways, and go on from there."""
+        counters = [
+            put for key, (value, put) in self.world.numbers().items() if key in earlier and value - earlier[key][0] == 1
+        ]
+        for target in self.world.targets() if counters else ():
+            for put in counters:
+                put(target - 2)
+            for _ in range(_STEPS_THERE):
+                try:
+                    self._step()
+                except RuleError:
+                    return  # as schedules of fixed length do
+
+    def keeps_low_precision(self) -> bool:
+        """Some state is kept in fewer bits than FP32."""
+        copier = Copier(None, widen=True)
+        for state in self.world.states():
+            copier.copy(list(state.values()), "the state")
+        return copier.has_widened
+
+    def _step(self) -> None:
+        world = self.world
+        world.set_gradients()
+        before = world.look()
+        try:
+            replayed = self._replay()
+        except ReplayError:
+            world.step()  # if the rule itself fails here, that is the reason
+            raise
+        world.step()
+        for name, form in world.forms().items():
+            known = self.forms.get(name, "none")
+            self.forms[name] = form if known in (form, "none") else known if form == "none" else "other"
+        for seen, start, after in zip(replayed, before, world.look(), strict=True):
+            for name, stored in after.items():
+                error = _difference(seen[name], stored, start.get(name)) if name in seen else math.inf
+                if name:
+                    self.state_errors[name] = max(self.state_errors.get(name, 0.0), error)
+                else:
+                    self.error = max(self.error, error)
+        if self.error > (_WIDE_TOLERANCE if self.widen else TOLERANCE):
+            raise ReplayError(
+                f"{world.name} replayed on {self.way.value} differs from its own step by {self.error:.1e} of the update"
+            )
+
+    def _replay(self) -> list[dict[str, Tensor]]:
+        """The step to come, replayed; values as from `World.look`."""
+        count = len(self.world.params)
+        if self.way is Way.whole:
+            values = [_values(self._replay_whole(i)) for i in range(count)]
+            return [
+                {name: sampled(value, at) for name, value in found.items()}
+                for found, at in zip(values, self.world.drawn, strict=True)
+            ]
+        parts = [self._part(i) for i in range(count)]
+        if _alike(*(part.state for part in parts)):
+            result = _values(self._replay_parts(parts))
+            return [{name: value.reshape(count, -1)[i] for name, value in result.items()} for i in range(count)]
+        self.apart = True
+        return [{k: v.reshape(-1) for k, v in _values(self._replay_parts([part])).items()} for part in parts]
+
+    def _replay_whole(self, i: int) -> Run:
+        param, state = self.world.params[i], self.world.states()[i]
+        assert param.grad is not None
+        return self.twin.replay_whole(0, param, param.grad, state, widen=self.widen)
+
+    def _part(self, i: int) -> Run:
+        param, at, state = self.world.params[i], self.world.drawn[i], self.world.states()[i]
+        assert param.grad is not None
+        drawn: dict[str, Any] = {}
+        for name, value in state.items():
+            form = self.world.form(name)
+            if form == "other":
+                kind = f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "value"
+                raise ReplayError(f"{self.world.name} keeps state '{name}', a {kind} that cannot be sampled")
+            if form == "element" and value is not None:
+                drawn[name] = sampled(value, at).float() if self.widen else sampled(value, at)
+            else:
+                drawn[name] = value.clone() if isinstance(value, Tensor) else value
+        return Run(0, sampled(param.detach(), at), sampled(param.grad, at), drawn)
+
+    def _replay_parts(self, parts: list[Run]) -> Run:
+        def joined(tensors: list[Tensor]) -> Tensor:
+            stacked = torch.stack(tensors)
+            return stacked if self.way is Way.rows else stacked.reshape(-1)
+
+        state = {
+            name: joined([part.state[name] for part in parts]) if _is_element(value, parts[0].param) else value
+            for name, value in parts[0].state.items()
+        }
+        grads = [part.grad for part in parts if part.grad is not None]
+        return self.twin.replay([Run(0, joined([part.param for part in parts]), joined(grads), state)])[0]
+
+
+def _is_element(value: Any, part: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == part.shape
+
+
+def _alike(first: dict[str, Any], *others: dict[str, Any]) -> bool:
+    """The states differ in nothing but values that come one per weight."""
+    for other in others:
+        if list(first) != list(other):
+            return False
+        for name, value in first.items():
+            mine, theirs = (v if isinstance(v, Tensor) and v.numel() == 1 else None for v in (value, other[name]))
+            if mine is not None and theirs is not None:
+                if not torch.equal(mine, theirs):
+                    return False
+            elif isinstance(value, Tensor) != isinstance(other[name], Tensor):
+                return False
+            elif not isinstance(value, Tensor) and value != other[name]:
+                return False
+    return True
+
+
+def _values(run: Run) -> dict[str, Tensor]:
+    """The replayed weight under "", and every state with as many values."""
+    states = {k: v for k, v in run.state.items() if type(v) is Tensor and v.shape == run.param.shape}
+    return {"": run.param, **states}
+
+
+def _difference(replayed: Tensor, stored: Tensor, start: Tensor | None) -> float:
+    """Largest difference beyond rounding, as a share of the largest change; equal NaNs do not differ."""
+    replayed, stored = replayed.float(), stored.float()
+    if torch.equal(replayed, stored):
+        return 0.0
+    difference = (replayed - stored).abs() - stored.abs() * _ROUNDING
+    unequal = difference[~(replayed.isnan() & stored.isnan())]
+    worst = float(unequal.max()) if unequal.numel() else 0.0
+    if not worst > 0:
+        return math.inf if math.isnan(worst) else 0.0
+    largest = float((stored if start is None else stored - start.float()).abs().max())
+    return worst / largest if largest > 0 else math.inf
