@@ -1,0 +1,119 @@
+"""What is loaded when a layer is imported: tried in fresh interpreters, as this one has everything loaded.
+
+An optional package that is not installed at all would make a claim here hold by itself; that the
+check does see an import is shown beside it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+OPTIONAL = {
+    "accelerate",
+    "altair",
+    "jinja2",
+    "lightning",
+    "pandas",
+    "pytorch_lightning",
+    "rich",
+    "transformers",
+    "vl_convert",
+    "wandb",
+    "wandb_workspaces",
+}
+
+
+def modules_of(folder: Path, package: str) -> list[str]:
+    """Every module below `folder`, links not followed."""
+    names = []
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if path.stem[:2] != "__" and not any(part in ("callbacks", "dashboards") for part in parts):
+            names.append(".".join((package, *parts)))
+    return names
+
+
+CORE = modules_of(ROOT / "update_watch", "update_watch")
+DASHBOARDS = modules_of(ROOT / "dashboards", "update_watch.dashboards")
+
+
+@functools.cache  # a fresh interpreter with torch takes seconds
+def loaded_by(code: str) -> frozenset[str]:
+    """Names of all modules in a fresh interpreter, in the repository, after running `code`."""
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, f"{code!r} does not run:\n{run.stderr}"
+    return frozenset(json.loads(run.stdout.splitlines()[-1]))
+
+
+def packages(modules: frozenset[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
+
+
+def imports(names: list[str]) -> str:
+    return "\n".join(f"import {name}" for name in names)
+
+
+def test_the_core_loads_no_optional_package_and_no_upper_layer() -> None:
+    assert len(CORE) > 10, "the core's modules were not found"
+    modules = loaded_by(imports(["update_watch", *CORE]))
+    assert set(CORE) <= modules
+    assert packages(modules) & OPTIONAL == set()
+    assert {name for name in modules if name.startswith(("update_watch.callbacks", "update_watch.dashboards"))} == set()
+
+
+def test_dashboards_load_neither_optional_packages_nor_callbacks() -> None:
+    assert len(DASHBOARDS) > 5, "the dashboards' modules were not found"
+    modules = loaded_by(imports(["update_watch.dashboards", *DASHBOARDS]))
+    assert set(DASHBOARDS) <= modules
+    assert packages(modules) & OPTIONAL == set()
+    assert {name for name in modules if name.startswith("update_watch.callbacks")} == set()
+
+
+CALLBACKS = "import update_watch.callbacks, update_watch.callbacks.automatic\ndir(update_watch.callbacks)"
+
+
+def test_callbacks_load_no_trainer_before_one_is_asked_for() -> None:
+    modules = loaded_by(CALLBACKS)
+    assert packages(modules) & OPTIONAL == set()
+    assert {name for name in modules if name.startswith("update_watch.dashboards")} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["lightning", "transformers"])
+def test_a_trainers_callback_loads_that_trainer_and_no_dashboard(trainer: str) -> None:
+    pytest.importorskip(trainer)
+    modules = loaded_by(f"from update_watch.callbacks.{trainer} import UpdateWatch")
+    assert trainer in packages(modules), "the check does not see imports"
+    assert {name for name in modules if name.startswith("update_watch.dashboards")} == set()
+
+
+def test_the_upper_layers_import_themselves_by_one_name() -> None:
+    # in a checkout, and only there, `import callbacks` works too: every module would exist twice
+    modules = loaded_by(CALLBACKS) | loaded_by(imports(["update_watch.dashboards", *DASHBOARDS]))
+    assert {"callbacks", "dashboards"} & packages(modules) == set()
+
+
+def test_meta_the_check_sees_an_import_made_on_the_way(tmp_path: Path) -> None:
+    (tmp_path / "innocent.py").write_text("def f():\n    import wave\nf()\n")
+    before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
+    assert "wave" not in loaded_by(before)
+    assert "wave" in loaded_by(f"{before}\nimport innocent")
+
+
+def test_meta_code_that_fails_is_a_failure_not_an_empty_answer() -> None:
+    with pytest.raises(AssertionError, match="no_such_module"):
+        loaded_by("import no_such_module")
