@@ -594,7 +594,7 @@ def test_a_model_of_few_tensors_is_looked_at_more_closely(layers: int, samples: 
     model = torch.nn.ModuleList(torch.nn.Linear(64, 64) for _ in range(layers))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with uw.watch(model, optimizer, samples=64) as watch:
-        (watched,) = watch._watched.values()
+        (watched,) = watch._model.watched.values()
         sizes = {row.sampler.size for row in watched.rows if row.sampler is not None}
     assert sizes == {samples, 64}  # biases have no more than 64 elements
 
@@ -605,7 +605,7 @@ def test_elements_that_are_met_again_and_again_count_once_in_the_sums() -> None:
     weight = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     with uw.watch([("w", weight)], optimizer, window=10**6, samples=16) as watch:
-        (cohort,) = next(iter(watch._watched.values())).cohorts
+        (cohort,) = next(iter(watch._model.watched.values())).cohorts
         (sampler,) = cohort.samplers
         for step in range(16):
             weight.data.fill_(1.0)

@@ -92,15 +92,15 @@ def test_most_optimizers_rest_in_a_step_and_alike_ones_share_a_trial() -> None:
     watch = training.watch(window=48)
     attached = time.perf_counter() - started
     measured = []
-    for watched in watch._watched.values():
+    for watched in watch._model.watched.values():
         for cohort in watched.cohorts:
             add = cohort.before
             cohort.before = lambda add=add: (measured.append(1), add())[1]
     training.run(48)
-    assert sum(watched.is_shadowed for watched in watch._watched.values()) == 4
+    assert sum(watched.is_shadowed for watched in watch._model.watched.values()) == 4
     watch.close()
     assert len(measured) == 48 / 6 * 2 * BLOCKS  # 48 tensors, 8 of them in a step
-    assert len([key for key in watch._found if key[0] == "rule"]) == 2  # matrices and vectors
+    assert len([key for key in watch._model.found if key[0] == "rule"]) == 2  # matrices and vectors
     assert attached < 5
 
 
@@ -108,6 +108,6 @@ def test_optimizers_that_differ_do_not_share_a_trial() -> None:
     rates = iter(range(1, 100))
     training = Training(lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9, weight_decay=next(rates) % 2))
     watch = training.watch()
-    assert len([key for key in watch._found if key[0] == "rule"]) == 2  # decay 1: matrices, decay 0: vectors
+    assert len([key for key in watch._model.found if key[0] == "rule"]) == 2  # decay 1: matrices, decay 0: vectors
     training.run(3)
     watch.close()

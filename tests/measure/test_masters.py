@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import update_watch as uw
 from tests.support.watch_nets import Net, backward, batches
 from update_watch.measure.identity.masters import find
+from update_watch.measure.identity.names import names_of
 from update_watch.measure.identity.partitions import Piece
-from update_watch.measure.parameters import names_of
 
 
 def find_in(model: nn.Module, stepped: list[Tensor]) -> Any:

@@ -294,7 +294,7 @@ def test_parts_that_are_stepped_no_more_are_forgotten() -> None:
             backward(model, x)
             optimizer.step()
         watch.flush()
-        assert len(watch._watched) == 1
+        assert len(watch._model.watched) == 1
     held = [[t.name for t in r.tensors if t.optimizer_group] for r in reports]
     assert held == [["enter.weight"], ["leave.weight"], ["leave.weight"]]
 
@@ -309,7 +309,7 @@ def test_an_optimizer_that_gains_a_group_stays_one_part() -> None:
             model.zero_grad()
             backward(model, x)
             optimizer.step()
-        assert len(watch._watched) == 1
+        assert len(watch._model.watched) == 1
         report = watch.flush()
     assert report is not None
     assert {t.name for t in report.tensors if t.optimizer_group} == {"enter.weight", "leave.weight"}

@@ -105,7 +105,7 @@ def run(
                 assert report is not None
                 reports.append(report)
                 factors.append(truth.factors() if truth is not None else [])
-        copies = [watched.shadow._copy for watched in watch._watched.values()]
+        copies = [watched.shadow._copy for watched in watch._model.watched.values()]
     watch.copies = copies  # type: ignore[attr-defined]
     return reports, factors, watch
 
@@ -404,7 +404,7 @@ def test_a_step_costs_few_operators_however_many_tensors_there_are(options: dict
     groups = [{"params": params[:30]}, {"params": params[30:], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, **options)
     with uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=10**6) as watch:
-        running = next(iter(watch._watched.values())).shadow
+        running = next(iter(watch._model.watched.values())).shadow
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
@@ -430,7 +430,7 @@ def test_weights_and_states_are_bit_identical_with_a_copy() -> None:
                 p.grad = torch.randn(p.shape, generator=rng).to(p.dtype)
             optimizer.step()
         if watch is not None:
-            held = next(iter(watch._watched.values())).shadow._copy
+            held = next(iter(watch._model.watched.values())).shadow._copy
             assert held is not None and held.steps == 39
             watch.close()
         states = [v for p in params for v in optimizer.state[p].values() if isinstance(v, Tensor)]

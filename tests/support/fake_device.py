@@ -72,7 +72,7 @@ def main(count: int, fused: bool, seeded: bool) -> None:
         optimizer = torch.optim.AdamW(params, lr=1e-3, **options)
         watch = uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=10**6)
         if seeded:  # a host read in the step, to show that it would be seen
-            watched = next(iter(watch._watched.values()))
+            watched = next(iter(watch._model.watched.values()))
             before = watched.before
 
             def reading() -> Any:

@@ -100,7 +100,7 @@ def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
         with Crossings() as plain:
             optimizer.step()
         watch.enabled = True
-        watched = next(iter(watch._watched.values()))
+        watched = next(iter(watch._model.watched.values()))
         windows: list[Any] = []
         looked = 0
         watch._judge.put = windows.append  # type: ignore[method-assign, assignment]  # fake sums cannot be judged

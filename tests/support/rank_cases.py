@@ -278,7 +278,7 @@ def fails_in_a_hook() -> dict[str, Any]:
         for x in case.batches(40):
             case.backward(x)
             if dist.get_rank() == 1 and steps == 19:
-                for watched in watch._watched.values():
+                for watched in watch._model.watched.values():
                     watched.cohorts = watched._queue = [Planted()]  # type: ignore[list-item]
             case.optimizer.step()
             steps += 1
@@ -352,7 +352,7 @@ def _plant(place: str, watch: Any) -> None:
     def planted(*_: Any, **__: Any) -> Any:
         raise RuntimeError("planted")
 
-    (watched,) = watch._watched.values()
+    (watched,) = watch._model.watched.values()
     if place in ("before", "after", "close_window"):
         setattr(watched, place, planted)
     elif place == "read":
@@ -405,7 +405,7 @@ def whole_rules() -> dict[str, str]:
     net = nn.ModuleList([nn.Linear(24, 40, bias=False), nn.Linear(24, 16, bias=False)]).bfloat16()
     fully_shard(net[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     watch = uw.watch(net, torch.optim.Muon(net.parameters(), lr=1e-3), window=4)
-    (watched,) = watch._watched.values()
+    (watched,) = watch._model.watched.values()
     reasons = {row.names[0]: row.reason for row in watched.rows}
     watch.close()
     return reasons

@@ -21,7 +21,7 @@ from update_watch.audit.states import average_rows, gradient_rows, state_rows
 from update_watch.audit.table import Audit, listed
 from update_watch.audit.weights import decay_rows, frozen_rows, weight_rows
 from update_watch.judge.advice import plural
-from update_watch.measure.parameters import names_of
+from update_watch.measure.identity.names import names_of
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.tap import unwrap
 from update_watch.replay.rule_properties import Rehearsal, StateForm, likeness, rehearse, states

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -219,23 +219,3 @@ def _likeness(row: Row) -> tuple[Any, ...]:
     shard = local(row.param)
     whole = row.sampler is not None and row.sampler.is_whole
     return (str(shard.device), row.group, row.rule.kind.value, row.rule.rows, str(shard.dtype), whole)
-
-
-def names_of(model: Any) -> dict[int, tuple[str, ...]]:
-    """id(parameter) -> all its names. `model`: a module or (name, tensor) pairs."""
-    pairs: Iterable[tuple[str, Tensor]]
-    if isinstance(model, torch.nn.Module):
-        pairs = model.named_parameters(remove_duplicate=False)
-    else:
-        pairs = model
-    names: dict[int, tuple[str, ...]] = {}
-    for name, tensor in pairs:
-        names[id(tensor)] = (*names.get(id(tensor), ()), _clean(name))
-    return names
-
-
-def _clean(name: str) -> str:
-    # prefixes of wrappers say nothing about the model
-    for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(part, "")
-    return name.removeprefix("module.")

@@ -1,0 +1,64 @@
+"""What `watch` may be called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from update_watch.measure.identity.names import short
+from update_watch.measure.identity.partitions import chain
+from update_watch.measure.tap import unwrap
+from update_watch.thresholds import Thresholds
+
+
+def check(
+    optimizer: Any,
+    window: Any,
+    samples: Any,
+    sinks: Any,
+    thresholds: Any,
+    averages: Any,
+    seed: Any,
+    step: Callable[[], int] | None,
+    join: Any,
+    check_replicas: Any,
+) -> list[Any]:
+    """The optimizers in `optimizer`.
+
+    Raises:
+        ValueError, TypeError: for arguments that cannot be used; the message names argument, value and remedy.
+    """
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"watch(window={window!r}): the number of optimizer steps per report must be 1 or more")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 4:
+        raise ValueError(f"watch(samples={samples!r}): the number of elements per parameter must be 4 or more")
+    if thresholds is not None and not isinstance(thresholds, Thresholds):
+        raise TypeError(f"watch(thresholds={thresholds!r}): expected update_watch.Thresholds or None")
+    if isinstance(sinks, str) or not isinstance(sinks, Iterable):
+        raise TypeError(f"watch(sinks={sinks!r}): expected a list of sinks, as in sinks=[Journal('run.jsonl')]")
+    for sink in sinks:
+        if not callable(sink):
+            raise TypeError(
+                f"watch(sinks=[{sink!r}]): a sink is a callable that takes a Report, such as a list's append"
+            )
+    if averages is not None and not isinstance(averages, Mapping):
+        raise TypeError(
+            f"watch(averages={short(averages)}): expected names and averaged models, as {{'ema': ema_model}}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"watch(seed={seed!r}): expected a whole number")
+    if step is not None and not callable(step):
+        raise TypeError(f"watch(step={step!r}): expected a function that returns the trainer's step, or None")
+    if isinstance(join, (str, int, float)) and not isinstance(join, bool):
+        raise TypeError(f"watch(join={join!r}): expected True, False or a process group")
+    if not isinstance(check_replicas, bool):
+        raise TypeError(f"watch(check_replicas={check_replicas!r}): expected True or False")
+    optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    if not optimizers:
+        raise ValueError("watch(optimizer=[]): give at least one torch optimizer")
+    for one in (member for optimizer in optimizers for member in chain(optimizer)):
+        try:
+            unwrap(one)
+        except TypeError as error:
+            raise TypeError(f"watch(optimizer={short(one)}): {error}") from None
+    return optimizers
