@@ -63,7 +63,6 @@ NOT_YET: tuple[str, ...] = (  # beginnings of lines
     "update_watch/ranks/exchange.py: ",
     "update_watch/ranks/joint_evidence.py: ",
     "update_watch/replay/twin.py: ",
-    "update_watch/watch.py: ",
 )
 
 
