@@ -3,7 +3,7 @@
     python bench/scenarios.py [--quick] [--seeds N] [--samples K ...] [--only WORDS] [--jobs N]
 
 Small models, real optimizer steps, `uw.watch` at its defaults but for a window of 32 steps. Beside the training runs a full
-comparison in FP64 (`scenario_truth.py`), which has to confirm what was planted and that the twins are healthy. A planted fault
+comparison in FP64 (`bench/planted/truth.py`), which has to confirm what was planted and that the twins are healthy. A planted fault
 counts as found when, in one of the two windows after its onset, the tensor (or its accumulator) carries the right cause, and
 it must carry it still in the last window. A false alarm is a WARN or ERROR alert, or anything called stalled, stalling or
 broken, where nothing was planted. Exit status 1 if a verdict was wrong.
@@ -21,14 +21,17 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import scenario_cases  # noqa: F401  # fills SCENARIOS
-import scenario_twins  # noqa: F401
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
-from scenario_kit import SCENARIOS, WINDOW, Run
-from scenario_truth import Truth
 
+import bench.planted.faults  # noqa: F401  # fills SCENARIOS
+import bench.planted.twins  # noqa: F401
 import update_watch as uw
+from bench.planted.run import SCENARIOS, WINDOW, Run
+from bench.planted.truth import Truth
 from update_watch.report import Cause, Health, Level, Report
 
 # what is idle, frozen or unknown wakes nobody, even where it was planted

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import bench.planted.run as kit
+import bench.planted.truth as truths
+from bench import scenarios
 from update_watch.report import Cause, Health, TensorReport
-
-sys.path.append(str(Path(__file__).parents[2] / "bench"))  # at the end: bench/coverage.py is not the package
-scenarios: Any = importlib.import_module("scenarios")
-kit: Any = importlib.import_module("scenario_kit")
-truths: Any = importlib.import_module("scenario_truth")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's, on import
 NAMES: list[str] = list(scenarios.SCENARIOS)

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from scenario_kit import WINDOW, Run
 from torch import Tensor, nn
 
+from bench.planted.run import WINDOW, Run
 from update_watch import formats
 from update_watch.report import Cause
 

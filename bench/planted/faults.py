@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from scenario_kit import BF16, WINDOW, Forgetful, Net, Noisy, Run, adamw, loss_of, scenario, set_lr, trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bench.planted.optimizers import Forgetful, Noisy
+from bench.planted.run import (
+    BF16,
+    WINDOW,
+    Net,
+    Run,
+    adamw,
+    averaging,
+    scaled_trainer,
+    scenario,
+    set_lr,
+    trainer,
+)
 from update_watch.report import Cause
 
 # --- weights ----------------------------------------------------------------------------------------------
@@ -51,32 +66,29 @@ def one_of_a_hundred_tensors_stalled() -> Run:
     return Run(list(tensors.items()), optimizer, step, planted={"t57": Cause.weight_rounding}, rule="sgd")
 
 
+def _all_stall_at(rate: Callable[[int], float], windows: int, **planned: Any) -> Run:
+    """Two matrices that stall together where the learning rate, a function of the step, is low."""
+    model = Net(norm=False).to(BF16)
+    optimizer = adamw(model.parameters(), lr=rate(0))
+    step = trainer(model, optimizer, lambda t: set_lr(optimizer, rate(t)))
+    planted = {name: Cause.weight_rounding for name, _ in model.named_parameters()}
+    return Run(model, optimizer, step, windows=windows, planted=planted, **planned)
+
+
 @scenario
 def stall_late_in_a_decaying_schedule() -> Run:
-    model = Net(norm=False).to(BF16)
-    optimizer = adamw(model.parameters(), lr=1e-3)
-    step = trainer(model, optimizer, lambda t: set_lr(optimizer, 1e-3 if t < 3 * WINDOW else 3e-6))
-    planted = {name: Cause.weight_rounding for name, _ in model.named_parameters()}
-    return Run(model, optimizer, step, windows=6, planted=planted, onset=4)
+    return _all_stall_at(lambda t: 1e-3 if t < 3 * WINDOW else 3e-6, windows=6, onset=4)
 
 
 @scenario
 def stall_that_creeps_in_as_the_rate_decays() -> Run:
-    model = Net(norm=False).to(BF16)
-    optimizer = adamw(model.parameters(), lr=1e-3)
     # a thousand times less would be the end of the schedule, where nothing is to be said
-    step = trainer(model, optimizer, lambda t: set_lr(optimizer, 1e-3 * 0.005 ** (t / (9 * WINDOW))))
-    planted = {name: Cause.weight_rounding for name, _ in model.named_parameters()}
-    return Run(model, optimizer, step, windows=9, planted=planted, onset=0)
+    return _all_stall_at(lambda t: 1e-3 * 0.005 ** (t / (9 * WINDOW)), windows=9, onset=0)
 
 
 @scenario
 def recovery_after_the_rate_is_raised() -> Run:
-    model = Net(norm=False).to(BF16)
-    optimizer = adamw(model.parameters(), lr=1e-6)
-    step = trainer(model, optimizer, lambda t: set_lr(optimizer, 1e-6 if t < 2 * WINDOW else 1e-3))
-    planted = {name: Cause.weight_rounding for name, _ in model.named_parameters()}
-    return Run(model, optimizer, step, windows=7, planted=planted, ends=4)
+    return _all_stall_at(lambda t: 1e-6 if t < 2 * WINDOW else 1e-3, windows=7, ends=4)
 
 
 @scenario
@@ -169,16 +181,9 @@ def a_scaler_that_skips_every_step() -> Run:
     model = Net()
     optimizer = adamw(model.parameters(), lr=1e-4, fused=True)
 
-    def step(_: int) -> None:
-        model.zero_grad()
-        loss_of(model).backward()
-        # as GradScaler hands them to a fused optimizer
-        vars(optimizer).update(grad_scale=torch.tensor(1.0), found_inf=torch.tensor(1.0))
-        optimizer.step()
-        del vars(optimizer)["grad_scale"], vars(optimizer)["found_inf"]
-
     planted = {name: Cause.skipped_steps for name, _ in model.named_parameters()}
     # skips are normal for a while: three windows in a row are not, and that is the onset
+    step = scaled_trainer(model, optimizer, lambda t: True)
     return Run(model, optimizer, step, windows=5, planted=planted, onset=3, may_alert=True, skips=lambda t: True)
 
 
@@ -236,13 +241,7 @@ def average_kept_in_bf16() -> Run:
     average.load_state_dict(model.state_dict())
     average.to(BF16)
     optimizer = adamw(model.parameters(), lr=5e-3)
-    inner = trainer(model, optimizer)
-
-    def step(t: int) -> None:
-        inner(t)
-        with torch.no_grad():
-            for a, p in zip(average.parameters(), model.parameters(), strict=True):
-                a.lerp_(p.to(BF16), 1e-3)
+    step = averaging(model, average, optimizer, lambda a, p, t: a.lerp_(p.to(BF16), 1e-3))
 
     planted = {f"{name}/average:ema": Cause.average_rounding for name, _ in model.named_parameters()}
     return Run(model, optimizer, step, windows=6, planted=planted, averages={"ema": (average, 0.999)})
@@ -269,16 +268,13 @@ def average_swapped_through_bf16_weights() -> Run:
     average = Net(0.3, norm=False)
     average.load_state_dict(model.state_dict())
     optimizer = adamw(model.parameters(), lr=5e-3)
-    inner = trainer(model, optimizer)
 
-    def step(t: int) -> None:
-        inner(t)
-        with torch.no_grad():
-            for a, p in zip(average.parameters(), model.parameters(), strict=True):
-                a.lerp_(p.float(), 1e-3)
-                if t % 4 == 3:  # a validation with the averaged weights, swapped in and out in place
-                    kept = a.to(BF16)
-                    a.copy_(kept.float())
+    def update(a: Tensor, p: Tensor, t: int) -> None:
+        a.lerp_(p.float(), 1e-3)
+        if t % 4 == 3:  # a validation with the averaged weights, swapped in and out in place
+            a.copy_(a.to(BF16).float())
+
+    step = averaging(model, average, optimizer, update)
 
     planted = {f"{name}/average:ema": Cause.average_rounding for name, _ in model.named_parameters()}
     return Run(model, optimizer, step, windows=6, planted=planted, averages={"ema": (average, 0.999)})

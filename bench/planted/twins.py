@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import torch
-from scenario_kit import (
-    BF16,
-    WINDOW,
-    HiddenKahanSGD,
-    HiddenMasterSGD,
-    KahanSGD,
-    MasterAdam,
-    Net,
-    Run,
-    SplitSGD,
-    StochasticSGD,
-    adamw,
-    loss_of,
-    scenario,
-    set_lr,
-    trainer,
-)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bench.planted.optimizers import HiddenKahanSGD, HiddenMasterSGD, KahanSGD, MasterAdam, SplitSGD, StochasticSGD
+from bench.planted.run import (
+    BF16,
+    WINDOW,
+    Net,
+    Run,
+    adamw,
+    averaging,
+    loss_of,
+    scaled_trainer,
+    scenario,
+    set_lr,
+    trainer,
+)
 from update_watch.report import Cause
 
 # --- formats ----------------------------------------------------------------------------------------------
@@ -117,14 +114,10 @@ def healthy_scaler_that_skips_now_and_then() -> Run:
     model = Net()
     optimizer = adamw(model.parameters(), lr=1e-4, fused=True)
 
-    def step(t: int) -> None:
-        model.zero_grad()
-        loss_of(model).backward()
-        vars(optimizer).update(grad_scale=torch.tensor(1.0), found_inf=torch.tensor(float(t % 16 == 0)))
-        optimizer.step()
-        del vars(optimizer)["grad_scale"], vars(optimizer)["found_inf"]
+    def skips(t: int) -> bool:
+        return t % 16 == 0
 
-    return Run(model, optimizer, step, skips=lambda t: t % 16 == 0)
+    return Run(model, optimizer, scaled_trainer(model, optimizer, skips), skips=skips)
 
 
 # --- something keeps what rounding takes --------------------------------------------------------------------
@@ -164,8 +157,12 @@ def healthy_fp32_masters_in_the_optimizer_s_state() -> Run:
 
 @scenario
 def healthy_fp32_masters_out_of_sight() -> Run:
+    return _knows_the_whole(HiddenMasterSGD)
+
+
+def _knows_the_whole(kind: type[HiddenMasterSGD | SplitSGD]) -> Run:
     model = Net().to(BF16)
-    optimizer = HiddenMasterSGD(model.parameters(), lr=0.02)
+    optimizer = kind(model.parameters(), lr=0.02)
     params = dict(model.named_parameters())
 
     def whole(name: str, _: Tensor) -> Tensor:
@@ -212,14 +209,7 @@ def _kahan(kind: type[KahanSGD]) -> Run:
 
 @scenario
 def healthy_split_weights() -> Run:
-    model = Net().to(BF16)
-    optimizer = SplitSGD(model.parameters(), lr=0.02)
-    params = dict(model.named_parameters())
-
-    def whole(name: str, _: Tensor) -> Tensor:
-        return optimizer.whole(params[name])
-
-    return Run(model, optimizer, trainer(model, optimizer), windows=8, whole=whole, rule="sgd")
+    return _knows_the_whole(SplitSGD)
 
 
 @scenario
@@ -298,13 +288,7 @@ def healthy_average_in_fp32() -> Run:
     average = Net(norm=False)
     average.load_state_dict(model.state_dict())
     optimizer = adamw(model.parameters())
-    inner = trainer(model, optimizer)
-
-    def step(t: int) -> None:
-        inner(t)
-        with torch.no_grad():
-            for a, p in zip(average.parameters(), model.parameters(), strict=True):
-                a.lerp_(p.float(), 1e-3)
+    step = averaging(model, average, optimizer, lambda a, p, t: a.lerp_(p.float(), 1e-3))
 
     return Run(model, optimizer, step, windows=6, averages={"ema": (average, 0.999)})
 
@@ -314,25 +298,22 @@ def healthy_average_swapped_in_and_out() -> Run:
     model, average = Net(0.3, norm=False), Net(0.3, norm=False)
     average.load_state_dict(model.state_dict())
     optimizer = adamw(model.parameters(), lr=5e-3)
-    inner = trainer(model, optimizer)
 
-    def step(t: int) -> None:
-        inner(t)
-        with torch.no_grad():
-            for a, p in zip(average.parameters(), model.parameters(), strict=True):
-                a.lerp_(p, 1e-3)
-                if t % 8 == 7:  # a validation with the averaged weights in FP32
-                    kept = p.clone()
-                    p.copy_(a)
-                    p.copy_(kept)
+    def update(a: Tensor, p: Tensor, t: int) -> None:
+        a.lerp_(p, 1e-3)
+        if t % 8 == 7:  # a validation with the averaged weights in FP32
+            kept = p.clone()
+            p.copy_(a)
+            p.copy_(kept)
+
+    step = averaging(model, average, optimizer, update)
 
     return Run(model, optimizer, step, windows=6, averages={"ema": (average, 0.999)})
 
 
-@scenario
-def healthy_averaged_model_in_fp32() -> Run:
-    model = Net(norm=False)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))  # type: ignore[no-untyped-call]  # torch's
+def _averaged(model: Net, keeps: float) -> Run:
+    """By torch's AveragedModel, in the format of the model."""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(keeps))  # type: ignore[no-untyped-call]  # torch's
     optimizer = adamw(model.parameters())
     inner = trainer(model, optimizer)
 
@@ -341,20 +322,16 @@ def healthy_averaged_model_in_fp32() -> Run:
         average.update_parameters(model)
 
     return Run(model, optimizer, step, windows=6, averages={"ema": average})
+
+
+@scenario
+def healthy_averaged_model_in_fp32() -> Run:
+    return _averaged(Net(norm=False), 0.999)
 
 
 @scenario
 def healthy_average_in_bf16_that_is_quick() -> Run:
-    model = Net(norm=False).to(BF16)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.8))  # type: ignore[no-untyped-call]  # torch's
-    optimizer = adamw(model.parameters())
-    inner = trainer(model, optimizer)
-
-    def step(t: int) -> None:
-        inner(t)
-        average.update_parameters(model)
-
-    return Run(model, optimizer, step, windows=6, averages={"ema": average})
+    return _averaged(Net(norm=False).to(BF16), 0.8)
 
 
 @scenario
