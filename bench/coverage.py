@@ -39,8 +39,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.replay.rule_kind import Kind, Rule, probe
-from update_watch.replay.twin import ReplayError, Run, Twin
+from update_watch.replay.copier import ReplayError
+from update_watch.replay.rule_kind import Kind, Rule, find_rule
+from update_watch.replay.twin import Run, Twin
 
 SAMPLES = 256
 WRONG = 1e-4  # of the largest update
@@ -248,7 +249,7 @@ class Training:
             if self.steps and param.shape not in ((512,), (40, 40)):
                 continue  # asked once
             if key not in rules:
-                rules[key] = probe(self.optimizer, group, param.dim(), shape=tuple(param.shape))
+                rules[key] = find_rule(self.optimizer, group, param.dim(), shape=tuple(param.shape))
             rule = self.rules[param] = rules[key]
             found = rule.kind.value + (" (rows)" if rule.rows else "")
             shape = "x".join(map(str, param.shape)) or "()"

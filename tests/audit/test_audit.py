@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from update_watch.audit.audit import audit
-from update_watch.audit.table import Audit, AuditRow, size
+from update_watch.audit.table import Audit, AuditRow
 from update_watch.report import Health
+from update_watch.wording import size
 
 BF16 = torch.bfloat16
 AdamW = torch.optim.AdamW

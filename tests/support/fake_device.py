@@ -46,18 +46,18 @@ class DeviceOnly(TorchDispatchMode):
 
 def probes_outside(real: torch.optim.Optimizer) -> None:
     """Probes compare values, which fake tensors do not have: they look at a real optimizer on the CPU."""
-    probe, scheme = parameters.probe, parameters.find_scheme
+    find_rule, scheme = parameters.find_rule, parameters.find_scheme
 
-    def real_probe(_: Any, group: int, ndim: int, **options: Any) -> Any:
+    def real_rule(_: Any, group: int, ndim: int, **options: Any) -> Any:
         with unset_fake_temporarily():
-            return probe(real, group, ndim, **options)
+            return find_rule(real, group, ndim, **options)
 
     def real_scheme(_: Any, *arguments: Any) -> Any:
         with unset_fake_temporarily():
             return scheme(real, *arguments)
 
-    parameters.probe, parameters.find_scheme = real_probe, real_scheme
-    parameters._rehearse = lambda *_: None
+    parameters.find_rule, parameters.find_scheme = real_rule, real_scheme
+    parameters._find_properties = lambda *_: None
     state_factor._differ_with_weight = lambda *_: False
 
 

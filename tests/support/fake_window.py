@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import update_watch as uw
 from tests.support.fake_device import DEVICE, probes_outside
 from update_watch.measure import parameters
-from update_watch.replay import rule_properties
+from update_watch.replay import rule_properties, state_forms
 
 WINDOW, WINDOWS = 16, 2
 MAKE: dict[str, Any] = {
@@ -56,21 +56,22 @@ class Crossings(TorchDispatchMode):
         return out
 
 
-def rehearsals_outside(real: Optimizer) -> None:
+def properties_outside(real: Optimizer) -> None:
     """As probes: on real values."""
-    rehearse, states, original = rule_properties.rehearse, rule_properties.states, parameters._rehearse
+    find_properties, find_states = rule_properties.find_properties, state_forms.find_states
+    original = parameters._find_properties
 
-    def real_rehearse(_: Any, group: int, dtype: torch.dtype, ndim: int) -> Any:
+    def real_properties(_: Any, group: int, dtype: torch.dtype, ndim: int) -> Any:
         with unset_fake_temporarily():
-            return rehearse(real, group, dtype, ndim)
+            return find_properties(real, group, dtype, ndim)
 
     def real_states(_: Any, group: int, __: Any) -> Any:
         with unset_fake_temporarily():
-            return states(real, group, real.param_groups[0]["params"][0])
+            return find_states(real, group, real.param_groups[0]["params"][0])
 
-    rule_properties.rehearse, rule_properties.states = real_rehearse, real_states  # type: ignore[assignment]  # of fewer names
+    rule_properties.find_properties, state_forms.find_states = real_properties, real_states  # type: ignore[assignment]  # of fewer names
     probes_outside(real)
-    parameters._rehearse = original  # probes_outside leaves it out
+    parameters._find_properties = original  # probes_outside leaves it out
 
 
 def contribute(params: list[torch.nn.Parameter]) -> None:
@@ -87,7 +88,7 @@ def contribute(params: list[torch.nn.Parameter]) -> None:
 def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
     make = MAKE[implementation]
     real = make([torch.nn.Parameter(torch.randn(64, 64, dtype=torch.bfloat16))])
-    rehearsals_outside(real)
+    properties_outside(real)
     with FakeTensorMode():
         params = [torch.nn.Parameter(torch.randn(64, 64, device=DEVICE, dtype=torch.bfloat16)) for _ in range(count)]
         for p in params:

@@ -2,7 +2,7 @@
 
 Weights, optimizer state, weight decay, averages and the gradient buffer all add small changes to stored numbers. A
 change under half the gap to the neighbouring stored number is lost (`formats`). How large the changes will be follows
-from learning rate, beta and decay where the rule allows it; what the rule does is tried, not guessed (`rehearsal`).
+from learning rate, beta and decay where the rule allows it; what the rule does is tried, not guessed (`replay.rule_properties`).
 What is made of that: `audit_weights` and `audit_states`.
 """
 
@@ -18,14 +18,16 @@ from torch.optim import Optimizer
 
 from update_watch.audit.members import Member
 from update_watch.audit.states import average_rows, gradient_rows, state_rows
-from update_watch.audit.table import Audit, listed
+from update_watch.audit.table import Audit
 from update_watch.audit.weights import decay_rows, frozen_rows, weight_rows
 from update_watch.judge.advice import plural
 from update_watch.measure.identity.names import names_of
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.tap import unwrap
-from update_watch.replay.rule_properties import Rehearsal, StateForm, likeness, rehearse, states
-from update_watch.replay.twin import ReplayError
+from update_watch.replay.copier import ReplayError
+from update_watch.replay.rule_properties import RuleProperties, find_properties
+from update_watch.replay.state_forms import StateForm, find_states, likeness
+from update_watch.wording import listed
 
 SAMPLES = 128  # elements looked at per tensor
 
@@ -81,36 +83,38 @@ def audit(
 def _members(optimizers: Sequence[Optimizer], parameters: list[tuple[str, Tensor]], notes: list[str]) -> list[Member]:
     """Every parameter of every optimizer, with what is known of the rule that will move it."""
     names = names_of(parameters)
-    rehearsed: dict[Hashable, tuple[Rehearsal | None, dict[str, StateForm], str]] = {}
+    known: dict[Hashable, tuple[RuleProperties | None, dict[str, StateForm], str]] = {}
     members: list[Member] = []
     for optimizer in optimizers:
         for index, group in enumerate(optimizer.param_groups):
             lr, decay = peak_lr(group), number_of(group.get("weight_decay"))
             for position, param in enumerate(group["params"]):
                 key = likeness(optimizer, index, local(param))
-                if key not in rehearsed:
-                    rehearsed[key] = _rehearse(optimizer, index, local(param))
-                    if rehearsed[key][2] and param.is_floating_point():
-                        notes.append(f"Not everything is known of {type(optimizer).__name__}: {rehearsed[key][2]}.")
-                rehearsal, forms, reason = rehearsed[key]
+                if key not in known:
+                    known[key] = _find_properties(optimizer, index, local(param))
+                    if known[key][2] and param.is_floating_point():
+                        notes.append(f"Not everything is known of {type(optimizer).__name__}: {known[key][2]}.")
+                properties, forms, reason = known[key]
                 name = names.get(id(param), (f"group{index}.param{position}",))[0]
                 reason = (
                     reason or unsamplable(local(param)) or ("its weights are complex" if param.is_complex() else "")
                 )
                 state = optimizer.state.get(param) or {}
-                members.append(Member(name, param, lr or 0.0, decay or 0.0, rehearsal, forms, reason, state))
+                members.append(Member(name, param, lr or 0.0, decay or 0.0, properties, forms, reason, state))
     _read_samples(members)
     return members
 
 
-def _rehearse(optimizer: Optimizer, group: int, param: Tensor) -> tuple[Rehearsal | None, dict[str, StateForm], str]:
-    """The rehearsal, the states to come, and why one of them is not known."""
+def _find_properties(
+    optimizer: Optimizer, group: int, param: Tensor
+) -> tuple[RuleProperties | None, dict[str, StateForm], str]:
+    """The properties, the states to come, and why one of them is not known."""
     if not param.is_floating_point():
         kind = "complex" if param.is_complex() else str(param.dtype).removeprefix("torch.")
         return None, {}, f"its weights are {kind}"
     try:
-        forms = states(optimizer, group, param)
-        return rehearse(optimizer, group, param.dtype, param.dim()), forms, ""
+        forms = find_states(optimizer, group, param)
+        return find_properties(optimizer, group, param.dtype, param.dim()), forms, ""
     except (ReplayError, RuntimeError, TypeError) as error:  # formats without arithmetic raise torch's own errors
         return None, {}, str(error).partition("\n")[0]
 

@@ -14,7 +14,8 @@ from update_watch.audit.table import AuditRow
 from update_watch.formats import Format
 from update_watch.judge.advice import number
 from update_watch.measure.sampling import local
-from update_watch.replay.rule_properties import Rehearsal, StateForm, stored_bytes
+from update_watch.replay.rule_properties import RuleProperties
+from update_watch.replay.state_forms import StateForm, stored_bytes
 from update_watch.report import Health
 from update_watch.thresholds import Thresholds
 
@@ -33,7 +34,7 @@ class Member:
     param: Tensor
     lr: float  # the highest that is known of
     weight_decay: float
-    rehearsal: Rehearsal | None
+    properties: RuleProperties | None
     forms: Mapping[str, StateForm]  # of the states it will get
     reason: str  # why something of it is not known; ""
     state: Mapping[str, Any]  # what it has by now

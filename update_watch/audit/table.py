@@ -7,9 +7,9 @@ import textwrap
 from typing import Any
 
 from update_watch.report import SEVERITY, Health
+from update_watch.wording import size
 
 _WIDTH = 116  # of the table (characters)
-_NAMES = 8  # tensors named in `to_dict` and in warnings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +86,6 @@ class Audit:
         for sentence in (*self.warnings, *self.notes):
             lines += ["", *textwrap.wrap(sentence, _WIDTH, initial_indent="- ", subsequent_indent="  ")]
         return "\n".join(lines)
-
-
-def size(count: int) -> str:
-    """Bytes for people: "1.5 MB" (units of 1000)."""
-    amount, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if amount < 999.5 or unit == "TB":
-            break
-        amount /= 1000
-    return f"{count} B" if unit == "B" else f"{amount:.3g} {unit}"
-
-
-def listed(names: tuple[str, ...], most: int = _NAMES) -> str:
-    """Names for a sentence, the rest counted."""
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _render(table: list[tuple[str, ...]]) -> list[str]:

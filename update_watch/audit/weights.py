@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from update_watch.audit.members import Member, Rows, grouped, health_of, joined, lost_shares, span, spread
-from update_watch.audit.table import AuditRow, listed, size
+from update_watch.audit.table import AuditRow
 from update_watch.formats import Format
 from update_watch.judge.advice import number, percent, plural, short
 from update_watch.measure.sampling import local
-from update_watch.replay.rule_properties import dtype_name, stored_bytes
+from update_watch.replay.state_forms import dtype_name, stored_bytes
 from update_watch.report import Health
+from update_watch.wording import listed, size
 
 
 def weight_rows(members: list[Member]) -> Rows:
@@ -46,11 +47,11 @@ def weight_rows(members: list[Member]) -> Rows:
 def _kind(member: Member) -> str:
     if member.param.dtype is torch.float64:
         return "full"
-    if member.rehearsal is None or member.samples is None or member.format is None:
+    if member.properties is None or member.samples is None or member.format is None:
         return "unknown"
-    if member.rehearsal.keeps_remainder:
+    if member.properties.keeps_remainder:
         return "kept"
-    if member.rehearsal.step_size is None:
+    if member.properties.step_size is None:
         return "free"
     return "rounded" if member.lr else "unknown"
 
@@ -109,9 +110,9 @@ def _critical_lr(form: Format, members: list[Member]) -> float:
 
 
 def _step(member: Member) -> float:
-    assert member.rehearsal is not None
-    assert member.rehearsal.step_size is not None
-    return member.lr * member.rehearsal.step_size
+    assert member.properties is not None
+    assert member.properties.step_size is not None
+    return member.lr * member.properties.step_size
 
 
 def decay_rows(members: list[Member]) -> Rows:
@@ -119,11 +120,11 @@ def decay_rows(members: list[Member]) -> Rows:
     decaying = [
         m for m in members
         if m.weight_decay and m.lr and m.format is not None and m.samples is not None
-        and m.rehearsal is not None and m.rehearsal.decouples_decay
+        and m.properties is not None and m.properties.decouples_decay
     ]  # fmt: skip
     rows: Rows = []
     for (dtype, merges), part in grouped(
-        decaying, lambda m: (dtype_name(local(m.param)), m.rehearsal is not None and m.rehearsal.merges_decay)
+        decaying, lambda m: (dtype_name(local(m.param)), m.properties is not None and m.properties.merges_decay)
     ).items():
         rates = [m.lr * m.weight_decay for m in part]
         row = AuditRow("weight decay", dtype, len(part), 0, "", rate=max(rates))

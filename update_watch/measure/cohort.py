@@ -24,7 +24,7 @@ from update_watch.measure.sums import Tally
 from update_watch.replay.copier import ReplayError
 from update_watch.replay.rounding_scheme import Join
 from update_watch.replay.rule_kind import Kind
-from update_watch.replay.twin import Run, Settings, Twin
+from update_watch.replay.twin import GroupSettings, Run, Twin
 
 _HEADROOM_EVERY = 8  # measured steps between two looks at headroom and decay: they change slowly
 _PATH_EVERY = 8  # of so many measured steps one is at the window's own positions; it is a full step
@@ -60,7 +60,7 @@ class Snapshot:
         "spans",
     )
 
-    def __init__(self, held: Tensor, live: list[bool], spans: list[Span], settings: Settings | None) -> None:
+    def __init__(self, held: Tensor, live: list[bool], spans: list[Span], settings: GroupSettings | None) -> None:
         self.held, self.live, self.spans, self.settings = held, live, spans, settings
         self.full = self.path = self.look = False
         self.counts_all = True

@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from update_watch.measure.identity.partitions import Piece, PieceSampler
 from update_watch.measure.sampling import Sampler, local, unsamplable
-from update_watch.replay import rule_properties
+from update_watch.replay import rule_properties, state_forms
 from update_watch.replay.copier import ReplayError
 from update_watch.replay.rounding_scheme import Scheme, find_scheme
-from update_watch.replay.rule_kind import Kind, Rule, probe
+from update_watch.replay.rule_kind import Kind, Rule, find_rule
 from update_watch.replay.synthetic_training import mimic
 
 # whole-tensor replays of more elements than this would cost too much memory and time in one step
@@ -83,7 +83,7 @@ class Row:
         return _layout(self.param) != self.layout
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """Does what the probe found hold for the states this parameter really has? Looked at when they change."""
+        """Does what was found by trial hold for the states this parameter really has? Looked at when they change."""
         if not state or self._checked == tuple(state):
             return
         self._checked = tuple(state)
@@ -150,7 +150,9 @@ def build_rows(
             rule_key = ("rule", kind, index, mimic(shape))
             if rule_key not in found:
                 is_empty = 0 in shape  # an empty shard has no updates to find the rule with
-                found[rule_key] = Rule(Kind.unknown) if is_empty else probe(optimizer, index, len(shape), shape=shape)
+                found[rule_key] = (
+                    Rule(Kind.unknown) if is_empty else find_rule(optimizer, index, len(shape), shape=shape)
+                )
             scheme_key = ("scheme", kind, index, param.dtype, min(len(shape), 2))
             if scheme_key not in found:
                 found[scheme_key] = find_scheme(optimizer, index, param.dtype, len(shape))
@@ -159,7 +161,7 @@ def build_rows(
                 called = known if piece is None else piece.names
                 row = Row(param, called, index, found[rule_key], found[scheme_key], samples, piece)
                 if row.is_measured and param.dtype in (torch.bfloat16, torch.float16):
-                    _rehearse(row, optimizer, kind, found)
+                    _find_properties(row, optimizer, kind, found)
                 rows.append(row)
     rows.sort(key=_likeness)
     return rows
@@ -196,19 +198,19 @@ def _is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def _rehearse(row: Row, optimizer: Optimizer, kind: Any, found: dict[Any, Any]) -> None:
-    """What rounding may do to decay and states, from a rehearsal on synthetic parameters."""
+def _find_properties(row: Row, optimizer: Optimizer, kind: Any, found: dict[Any, Any]) -> None:
+    """What rounding may do to decay and states, found on synthetic parameters."""
     param, ndim = local(row.param), min(row.param.dim(), 2)
-    key = ("rehearsal", kind, row.group, param.dtype, ndim)
+    key = ("properties", kind, row.group, param.dtype, ndim)
     if key not in found:
         try:
-            seen = rule_properties.rehearse(optimizer, row.group, param.dtype, ndim)
+            seen = rule_properties.find_properties(optimizer, row.group, param.dtype, ndim)
             # joined with the gradient's part before rounding, decay arrives as that does
             decouples = seen.decouples_decay and not seen.merges_decay
         except ReplayError:
             decouples = False
         try:
-            states = rule_properties.states(optimizer, row.group, param)
+            states = state_forms.find_states(optimizer, row.group, param)
         except ReplayError:
             states = {}
         found[key] = decouples, {k: 1 - s.decay for k, s in states.items() if s.decay is not None}

@@ -22,7 +22,8 @@ from update_watch.measure.parameters import Row, build_rows
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch, Part
 from update_watch.measure.windows import CohortWindow, RowFacts
-from update_watch.replay.twin import ReplayError, Twin
+from update_watch.replay.copier import ReplayError
+from update_watch.replay.twin import Twin
 
 # Up to so many tensors are measured in every step. More are split into cohorts that take turns, so that the cost of a step
 # stops growing; with 8 cohorts every tensor is still measured in an eighth of the steps.

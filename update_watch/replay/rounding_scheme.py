@@ -17,9 +17,8 @@ from torch.optim import Optimizer
 
 from update_watch import formats
 from update_watch.replay.copier import ReplayError
-from update_watch.replay.rule_properties import _Trial as Trial
-from update_watch.replay.rule_properties import _undisturbed as undisturbed
-from update_watch.replay.twin import RandomStates
+from update_watch.replay.side_effects import RandomStates
+from update_watch.replay.synthetic_parameter import SyntheticParameter, undisturbed
 
 _STEPS = 160
 _TRIES = 5
@@ -101,8 +100,8 @@ def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: fl
     start[::2] *= -1
     start = start.reshape(shape)
     grad = torch.linspace(0.9, 1.1, _ELEMENTS).reshape(shape)
-    low = Trial(optimizer, group, start, dtype, lr=lr)
-    full = Trial(optimizer, group, start, torch.float32, lr=lr)
+    low = SyntheticParameter(optimizer, group, start, dtype, lr=lr)
+    full = SyntheticParameter(optimizer, group, start, torch.float32, lr=lr)
     random = RandomStates(torch.device("cpu"))
     draws = False
     first_moves = 0.0

@@ -21,9 +21,18 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from update_watch.replay.copier import ReplayError
-from update_watch.replay.rule_trial import STEPS, TOLERANCE, Trial, Way
-from update_watch.replay.synthetic_training import RuleError, Settings, World, mimic, resolving, small, uncounted
-from update_watch.replay.twin import Twin, without_effects
+from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way
+from update_watch.replay.side_effects import without_effects
+from update_watch.replay.synthetic_training import (
+    RuleError,
+    SyntheticTraining,
+    TrainingSettings,
+    mimic,
+    resolving,
+    small,
+    uncounted,
+)
+from update_watch.replay.twin import Twin
 
 _STEPS_SMALL = 6
 _FEW = 256  # elements
@@ -47,14 +56,14 @@ class Rule:
     element_states: frozenset[str] = frozenset()  # states with one value per weight
     error: float = 0.0  # largest difference seen, as a share of the largest update
     exact_states: frozenset[str] = frozenset()  # of `element_states`, those whose replay may be judged as well
-    forms: Mapping[str, str] = dataclasses.field(default_factory=dict)  # state -> as of `synthetic.World.form`
+    forms: Mapping[str, str] = dataclasses.field(default_factory=dict)  # state -> as of `SyntheticTraining.form`
     widens: bool = True  # False: low-precision state must be replayed in its own format (`Twin.replay_whole`)
     apart: bool = False  # scalar state differs by parameter, beyond step counts: replay each parameter on its own
 
     def misfit(self, param: Tensor, state: Mapping[str, Any]) -> str:
         """Why what was found out does not hold for this parameter, judged by its state; "" when it fits.
 
-        A rule may treat large parameters otherwise (factored, quantised): it then keeps other state than in the probe.
+        A rule may treat large parameters otherwise (factored, quantised): it then keeps other state than in the trial.
         Whole tensors are replayed with whatever state there is.
         """
         if self.kind is Kind.whole:
@@ -75,13 +84,13 @@ class Rule:
         return ""
 
 
-def probe(optimizer: Optimizer, group: int, ndim: int, *, shape: tuple[int, ...] | None = None) -> Rule:
+def find_rule(optimizer: Optimizer, group: int, ndim: int, *, shape: tuple[int, ...] | None = None) -> Rule:
     """Find out how parameters of `optimizer.param_groups[group]` can be replayed.
 
     Args:
         ndim: number of dimensions of the parameters.
         shape: their shape; without it a typical one, which may be on the other side of a limit the rule has
-            (factored from 128 columns). Shapes of the same `synthetic.mimic` have the same rule.
+            (factored from 128 columns). Shapes of the same `synthetic_training.mimic` have the same rule.
 
     Costs 10 to 40 ms for torch's optimizers. Random states, parameters and optimizer state stay untouched.
     """
@@ -91,7 +100,7 @@ def probe(optimizer: Optimizer, group: int, ndim: int, *, shape: tuple[int, ...]
         with without_effects(device), _silence():
             try:
                 Twin(optimizer)
-                settings = Settings(optimizer, group, small(shape), device)
+                settings = TrainingSettings(optimizer, group, small(shape), device)
                 _refuse_marks(settings)
                 return _find(settings, shape)
             except ReplayError as error:
@@ -99,26 +108,26 @@ def probe(optimizer: Optimizer, group: int, ndim: int, *, shape: tuple[int, ...]
     return Rule(Kind.unknown, reasons[0])
 
 
-def _find(settings: Settings, shape: tuple[int, ...]) -> Rule:
-    """What is right in worlds with all kinds of gradients; where the rule breaks on some, in gentle ones."""
+def _find(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
+    """What is right in trainings with all kinds of gradients; where the rule breaks on some, in gentle ones."""
     try:
         return _first_right(settings, shape)
     except RuleError:
         return _first_right(settings._replace(is_gentle=True), shape)
 
 
-def _first_right(settings: Settings, shape: tuple[int, ...]) -> Rule:
-    """The first way that is right in every world."""
+def _first_right(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
+    """The first way that is right in every training."""
     starts = _starts(settings)
     reason: ReplayError | None = None
     size_matters = False  # something is right on few elements that is not on many
     for way in Way:
         if way is Way.rows and len(shape) < 2:
             continue
-        trials: list[Trial] = []
+        trials: list[ReplayTrial] = []
         try:
-            for world, steps in _worlds(starts, way, shape, size_matters):
-                trials.append(Trial(world, way))
+            for training, steps in _trainings(starts, way, shape, size_matters):
+                trials.append(ReplayTrial(training, way))
                 trials[-1].run(steps)
             return _rule(way, trials, widens=_widens(trials[-1]))
         except RuleError:
@@ -129,7 +138,7 @@ def _first_right(settings: Settings, shape: tuple[int, ...]) -> Rule:
     raise reason or ReplayError(f"{type(settings.optimizer).__name__} has no parameter to be tried on")
 
 
-def _starts(settings: Settings) -> list[Settings]:
+def _starts(settings: TrainingSettings) -> list[TrainingSettings]:
     """With the group's counters at their start, and as they are now if that differs and the rule runs with them.
 
     Raises `RuleError` when it runs with neither.
@@ -152,9 +161,9 @@ def _starts(settings: Settings) -> list[Settings]:
     return starts
 
 
-def _worlds(
-    starts: list[Settings], way: Way, shape: tuple[int, ...], size_matters: bool
-) -> Iterator[tuple[Settings, int]]:
+def _trainings(
+    starts: list[TrainingSettings], way: Way, shape: tuple[int, ...], size_matters: bool
+) -> Iterator[tuple[TrainingSettings, int]]:
     """Worlds and the steps to run in them, the cheap ones first; the last one is the most like the parameter."""
     for start in starts:
         yield resolving(start._replace(gradient=_TINY_GRADIENT, lr_factor=1.0)), _STEPS_SMALL
@@ -170,12 +179,12 @@ def _worlds(
             yield start._replace(shapes=mimic(shape)), STEPS
 
 
-def _widens(trial: Trial) -> bool:
+def _widens(trial: ReplayTrial) -> bool:
     """Low-precision state, if there is any, can be replayed in FP32."""
     if not trial.keeps_low_precision():
         return True
     try:
-        Trial(trial.settings, trial.way, widen=True).run(_STEPS_SMALL)
+        ReplayTrial(trial.settings, trial.way, widen=True).run(_STEPS_SMALL)
     except ReplayError:
         if trial.way is not Way.whole:
             raise
@@ -183,8 +192,8 @@ def _widens(trial: Trial) -> bool:
     return True
 
 
-def _rule(way: Way, trials: list[Trial], widens: bool) -> Rule:
-    """What holds in all worlds."""
+def _rule(way: Way, trials: list[ReplayTrial], widens: bool) -> Rule:
+    """What holds in all trainings."""
     forms: dict[str, str] = {}
     for trial in trials:
         forms.update({name: form for name, form in trial.forms.items() if form != "none" or name not in forms})
@@ -207,7 +216,7 @@ def _device(optimizer: Optimizer, group: int) -> torch.device:
     return params[0].device if params and params[0].device.type != "meta" else torch.device("cpu")
 
 
-def _refuse_marks(settings: Settings) -> None:
+def _refuse_marks(settings: TrainingSettings) -> None:
     """Raise `ReplayError` when the rule asks its parameters for attributes that samples would not have."""
     looked_up: set[str] = set()
 
@@ -218,14 +227,14 @@ def _refuse_marks(settings: Settings) -> None:
             looked_up.add(name)
             raise AttributeError(name)
 
-    world = World(settings, Listening)
+    training = SyntheticTraining(settings, Listening)
     with suppress(RuleError):
         for _ in range(2):
-            world.set_gradients()
-            world.step()
+            training.set_gradients()
+            training.step()
     for param in settings.optimizer.param_groups[settings.group]["params"]:
         if marks := looked_up & set(getattr(param, "__dict__", ())):
-            raise ReplayError(f"{world.name} reads {sorted(marks)} from its parameters, which samples do not have")
+            raise ReplayError(f"{training.name} reads {sorted(marks)} from its parameters, which samples do not have")
 
 
 class _Silence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.replay.copier import Copier, ReplayError
-from update_watch.replay.twin import rule_of, settings_of, shell
+from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
 
 SAMPLES = 96  # elements looked at in each parameter
 # gradients by step: their scale, and how they lie to those of the step before and to the weights
@@ -44,15 +44,15 @@ _MOST_TARGETS = 6
 
 
 # (place, name) -> value and what sets it
-Numbers = dict[tuple[int, str], tuple[float, Callable[[float], None]]]
+Counters = dict[tuple[int, str], tuple[float, Callable[[float], None]]]
 
 
 class RuleError(ReplayError):
-    """The rule itself cannot be run in this world."""
+    """The rule itself cannot be run in this training."""
 
 
-class Settings(NamedTuple):
-    """What a world is made of."""
+class TrainingSettings(NamedTuple):
+    """What a training is made of."""
 
     optimizer: Optimizer
     group: int  # index in optimizer.param_groups
@@ -64,10 +64,10 @@ class Settings(NamedTuple):
     is_gentle: bool = False  # fresh gradients of one scale only, for rules that break on others
 
 
-class World:
+class SyntheticTraining:
     """Two synthetic parameters and the optimizer that trains them."""
 
-    def __init__(self, settings: Settings, cls: type[torch.nn.Parameter] = torch.nn.Parameter) -> None:
+    def __init__(self, settings: TrainingSettings, cls: type[torch.nn.Parameter] = torch.nn.Parameter) -> None:
         generator = torch.Generator().manual_seed(0)
         optimizer, device = settings.optimizer, settings.device
 
@@ -87,7 +87,7 @@ class World:
         copier = Copier(None, optimizer=optimizer)
         group = settings_of(optimizer.param_groups[settings.group], list(self.params), copier)
         _adapt(group, settings)
-        self.optimizer = shell(optimizer, [group], None, copier)
+        self.optimizer = copy_of(optimizer, [group], None, copier)
         for key, value in optimizer.state.items():
             if not isinstance(key, Tensor):  # state of all parameters together
                 self.optimizer.state[key] = copier.copy(value, f"state '{key}'")
@@ -154,9 +154,9 @@ class World:
 
     # --- counting ---------------------------------------------------------------------------------
 
-    def numbers(self) -> Numbers:
+    def numbers(self) -> Counters:
         """Every number the rule could count steps in."""
-        found: Numbers = {}
+        found: Counters = {}
         for i, place in enumerate((self.group, vars(self.optimizer), *self.states())):
             for name, value in place.items():
                 if isinstance(value, Tensor) and value.numel() == 1 and type(value) is Tensor and value.dim() == 0:
@@ -203,38 +203,38 @@ def sampled(tensor: Tensor, at: Tensor) -> Tensor:
     return tensor.reshape(-1)[at]
 
 
-def resolving(settings: Settings) -> Settings:
+def resolving(settings: TrainingSettings) -> TrainingSettings:
     """The settings with a learning rate that makes updates large enough for FP32 to resolve."""
-    world = World(settings)
+    training = SyntheticTraining(settings)
     largest = 0.0
     for _ in range(2):
-        before = [p.detach().clone() for p in world.params]
-        world.set_gradients()
-        world.step()
-        for param, start, rms in zip(world.params, before, _WEIGHTS, strict=True):
+        before = [p.detach().clone() for p in training.params]
+        training.set_gradients()
+        training.step()
+        for param, start, rms in zip(training.params, before, _WEIGHTS, strict=True):
             largest = max(largest, float((param.detach() - start).abs().max()) / rms)
     if largest >= _RESOLVED or not math.isfinite(largest):
         return settings
     return settings._replace(lr_factor=min(10 * _RESOLVED / largest, 1e9) if largest else 1e6)
 
 
-def uncounted(settings: Settings) -> Settings:
+def uncounted(settings: TrainingSettings) -> TrainingSettings:
     """The settings with everything the rule itself writes into a group (counters, buffers) as it was at the start."""
     defaults = settings.optimizer.defaults
     group = settings.optimizer.param_groups[settings.group]
     fresh = {name: defaults.get(name) for name in group if name != "params" and group[name] is not defaults.get(name)}
     if not fresh:
         return settings
-    world = World(settings._replace(instead=fresh))
-    before = dict(world.group)
+    training = SyntheticTraining(settings._replace(instead=fresh))
+    before = dict(training.group)
     for _ in range(2):
-        world.set_gradients()
-        world.step()
-    written = [name for name in fresh if name not in before or world.group.get(name) is not before[name]]
+        training.set_gradients()
+        training.step()
+    written = [name for name in fresh if name not in before or training.group.get(name) is not before[name]]
     return settings._replace(instead={name: fresh[name] for name in written})
 
 
-def _adapt(group: dict[str, Any], settings: Settings) -> None:
+def _adapt(group: dict[str, Any], settings: TrainingSettings) -> None:
     for name, value in settings.instead.items():
         if value is None:
             group.pop(name, None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from update_watch import formats
-from update_watch.replay.twin import Run, Settings, Twin
+from update_watch.replay.twin import GroupSettings, Run, Twin
 
 
 def decay_sums(
@@ -22,7 +22,7 @@ def decay_sums(
     run: Run,
     state_dtypes: dict[str, torch.dtype],
     rows: int,
-    settings: Settings | None = None,
+    settings: GroupSettings | None = None,
 ) -> Tensor:
     """[5, rows]: <applied, intended>, <intended, intended>, wanted, lost, expected changes of the decay alone, per row.
 

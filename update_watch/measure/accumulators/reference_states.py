@@ -18,7 +18,7 @@ from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local, mask, pack_views
 from update_watch.measure.transfer import Batch, Part
 from update_watch.replay.rule_kind import Kind
-from update_watch.replay.twin import Run, Settings, Twin
+from update_watch.replay.twin import GroupSettings, Run, Twin
 
 _SAMPLES = 64
 _COMPARE_EVERY = 16  # steps
@@ -78,7 +78,7 @@ class _Step(NamedTuple):
 
     held_AnK: Tensor  # gradients and, where they are needed, weights
     spans: list[_Span]  # with gradients
-    settings: Settings | None  # of the groups; None: as they are when it is replayed, at once
+    settings: GroupSettings | None  # of the groups; None: as they are when it is replayed, at once
 
 
 class FullStates:
@@ -165,7 +165,7 @@ class FullStates:
                 elif value is not ours and isinstance(ours, Tensor):
                     ours.copy_(value)  # into the buffer, whatever the rule has put in its place
 
-    def _fill(self, step: _Step) -> Settings:
+    def _fill(self, step: _Step) -> GroupSettings:
         """Gradients and weights of a step into the buffers."""
         self._values_2n2K[: len(step.held_AnK)].copy_(step.held_AnK.unsqueeze(2))
         return step.settings or {}

@@ -29,8 +29,8 @@ from update_watch.measure.cohort import _step_likeness as step_likeness
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch
-from update_watch.replay import rule_properties
 from update_watch.replay.copier import ReplayError
+from update_watch.replay.synthetic_parameter import SyntheticParameter, undisturbed
 from update_watch.replay.twin import Twin
 
 logger = logging.getLogger("update_watch")
@@ -166,9 +166,9 @@ def _differ_with_weight(optimizer: Optimizer, group: int, shape: tuple[int, ...]
     grad = torch.linspace(0.1, 1, 48, device="cpu").reshape(shape)
     ends: list[dict[str, Tensor]] = []
     try:
-        with rule_properties._undisturbed(optimizer, torch.device("cpu")):
+        with undisturbed(optimizer, torch.device("cpu")):
             for shift in (0.0, 0.5):
-                trial = rule_properties._Trial(optimizer, group, start + shift, torch.float32, weight_decay=decay)
+                trial = SyntheticParameter(optimizer, group, start + shift, torch.float32, weight_decay=decay)
                 for scale in (1.0, -0.5, 0.25):
                     trial.step(scale * grad)
                 states = trial.state.items()

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from update_watch.replay.twin import ReplayError, Run, Twin, rule_of, shell
+from update_watch.replay.copier import ReplayError
+from update_watch.replay.optimizer_copy import copy_of, rule_of
+from update_watch.replay.twin import Run, Twin
 
 ELEMENTWISE: list[tuple[type[Optimizer], dict[str, Any]]] = [
     (torch.optim.Adadelta, {"weight_decay": 0.1}),
@@ -473,7 +475,7 @@ def test_a_wrapper_that_shares_its_groups_is_refused() -> None:
             self.inner.step()
 
     with pytest.raises(ReplayError, match="Wrapper cannot be built from its attributes"):
-        shell(Wrapper(torch.optim.SGD([parameter(8)], lr=0.1)))
+        copy_of(Wrapper(torch.optim.SGD([parameter(8)], lr=0.1)))
 
 
 def test_an_eps_that_asks_for_the_format_is_that_of_the_stored_weight() -> None:

@@ -1,4 +1,4 @@
-"""What a rehearsal finds out about an optimizer, against what is known of it."""
+"""What trials find out about an optimizer, against what is known of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from update_watch.replay.rule_properties import likeness, rehearse, states
-from update_watch.replay.twin import ReplayError
+from update_watch.replay.copier import ReplayError
+from update_watch.replay.rule_properties import find_properties
+from update_watch.replay.state_forms import find_states, likeness
 
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 optim = torch.optim
@@ -95,7 +96,7 @@ def weights(dtype: torch.dtype = torch.bfloat16, *shape: int) -> list[Tensor]:
 def test_step_size_is_given_only_where_every_update_is_about_the_learning_rate(
     make: Make, step_size: float | None
 ) -> None:
-    found = rehearse(make(weights()), 0, torch.bfloat16, 2).step_size
+    found = find_properties(make(weights()), 0, torch.bfloat16, 2).step_size
     assert found == (None if step_size is None else pytest.approx(step_size, rel=0.02))
 
 
@@ -114,7 +115,7 @@ def test_optimizers_that_make_good_what_rounding_takes_are_recognised(
 ) -> None:
     if make is Stochastic and dtype is torch.float16:
         pytest.skip("it rounds to BF16")
-    assert rehearse(make(weights(dtype)), 0, dtype, 2).keeps_remainder is keeps
+    assert find_properties(make(weights(dtype)), 0, dtype, 2).keeps_remainder is keeps
 
 
 @pytest.mark.parametrize(
@@ -130,12 +131,12 @@ def test_optimizers_that_make_good_what_rounding_takes_are_recognised(
 )
 @pytest.mark.parametrize("ndim", [1, 2])
 def test_the_place_of_weight_decay_is_found(make: Make, decouples: bool, merges: bool, ndim: int) -> None:
-    found = rehearse(make(weights()), 0, torch.bfloat16, ndim)
+    found = find_properties(make(weights()), 0, torch.bfloat16, ndim)
     assert (found.decouples_decay, found.merges_decay) == (decouples, merges)
 
 
 def test_decay_of_a_state_is_its_beta() -> None:
-    found = states(optimizer := optim.AdamW(weights(), betas=(0.8, 0.995), amsgrad=True), 0, _param(optimizer))
+    found = find_states(optimizer := optim.AdamW(weights(), betas=(0.8, 0.995), amsgrad=True), 0, _param(optimizer))
     assert found["exp_avg"].decay == pytest.approx(0.8, abs=1e-6)
     assert found["exp_avg_sq"].decay == pytest.approx(0.995, abs=1e-6)
     assert found["max_exp_avg_sq"].decay == 1.0
@@ -150,7 +151,7 @@ def test_decay_of_a_state_is_its_beta() -> None:
 
 
 def test_a_sum_is_told_from_a_maximum() -> None:
-    assert states(optimizer := optim.Adagrad(weights()), 0, _param(optimizer))["sum"].is_sum
+    assert find_states(optimizer := optim.Adagrad(weights()), 0, _param(optimizer))["sum"].is_sum
 
 
 def test_a_factor_that_changes_with_time_is_not_called_a_decay() -> None:
@@ -165,7 +166,7 @@ def test_a_factor_that_changes_with_time_is_not_called_a_decay() -> None:
                     state.setdefault("mean", torch.zeros_like(p)).mul_(beta).add_(p.grad, alpha=1 - beta)
                     p.sub_(state["mean"], alpha=group["lr"])
 
-    assert states(optimizer := Debiased(weights()), 0, _param(optimizer))["mean"].decay is None
+    assert find_states(optimizer := Debiased(weights()), 0, _param(optimizer))["mean"].decay is None
 
 
 @pytest.mark.parametrize("shape", [(8,), (7, 9), (300, 700), (5000,), (64, 32, 3, 3), (256, 128, 3, 3)], ids=str)
@@ -181,7 +182,7 @@ def test_a_factor_that_changes_with_time_is_not_called_a_decay() -> None:
 def test_bytes_of_the_states_are_those_a_real_step_makes(make: Make, shape: tuple[int, ...]) -> None:
     (param,) = weights(torch.bfloat16, *shape)
     optimizer = make([param])
-    expected = {name: form.bytes_for(shape) for name, form in states(optimizer, 0, param).items()}
+    expected = {name: form.bytes_for(shape) for name, form in find_states(optimizer, 0, param).items()}
     param.grad = torch.ones_like(param)
     optimizer.step()
     made = {name: value.numel() * value.element_size() for name, value in optimizer.state[param].items()}
@@ -196,7 +197,7 @@ def test_a_list_of_tensors_is_counted_whole() -> None:
                 self.state[p]["factors"] = [torch.zeros(n, n) for n in p.shape]
 
     (param,) = weights(torch.bfloat16, 300, 700)
-    assert states(Factored([param]), 0, param)["factors"].bytes_for((300, 700)) == 4 * (300**2 + 700**2)
+    assert find_states(Factored([param]), 0, param)["factors"].bytes_for((300, 700)) == 4 * (300**2 + 700**2)
 
 
 def test_the_real_optimizer_and_all_random_states_stay_untouched() -> None:
@@ -205,8 +206,8 @@ def test_the_real_optimizer_and_all_random_states_stay_untouched() -> None:
     fired: list[int] = []
     optimizer.register_step_pre_hook(lambda *_: fired.append(1))
     before, random_state = param.detach().clone(), torch.get_rng_state()
-    rehearse(optimizer, 0, torch.bfloat16, 2)
-    states(optimizer, 0, param)
+    find_properties(optimizer, 0, torch.bfloat16, 2)
+    find_states(optimizer, 0, param)
     assert torch.equal(param, before)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert not optimizer.state
@@ -219,7 +220,7 @@ def test_a_rule_that_does_not_run_is_refused_with_its_own_error() -> None:
             raise RuntimeError("needs a cluster")
 
     with pytest.raises(ReplayError, match=r"Broken fails on a synthetic parameter.*needs a cluster"):
-        rehearse(Broken(weights()), 0, torch.bfloat16, 2)
+        find_properties(Broken(weights()), 0, torch.bfloat16, 2)
 
 
 def test_a_rule_that_asks_for_its_training_mode_gets_it() -> None:
@@ -233,11 +234,11 @@ def test_a_rule_that_asks_for_its_training_mode_gets_it() -> None:
             super().step()
 
     optimizer = Mode(weights())
-    assert rehearse(optimizer, 0, torch.bfloat16, 2).keeps_remainder
+    assert find_properties(optimizer, 0, torch.bfloat16, 2).keeps_remainder
     assert "is_training" not in optimizer.param_groups[0]
 
 
-def test_parameters_alike_share_a_rehearsal_and_others_do_not() -> None:
+def test_parameters_alike_share_a_trial_and_others_do_not() -> None:
     params = [*weights(torch.bfloat16, 512, 300), *weights(torch.bfloat16, 700, 200), *weights(torch.bfloat16, 4, 4)]
     optimizer = optim.AdamW(
         [{"params": params[:2], "lr": 0.1}, {"params": params[2:]}, {"params": weights(), "betas": (0.5, 0.9)}]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from update_watch.replay.copier import Copier, ReplayError
-from update_watch.replay.synthetic_training import Numbers, RuleError, Settings, World, sampled
+from update_watch.replay.synthetic_training import Counters, RuleError, SyntheticTraining, TrainingSettings, sampled
 from update_watch.replay.twin import Run, Twin
 
 STEPS = 13  # past the switches of RAdam (5), Lookahead (5, 6) and the like
@@ -28,13 +28,13 @@ class Way(Enum):
     whole = "one whole tensor"
 
 
-class Trial:
+class ReplayTrial:
     """One synthetic training, replayed in one way. `widen`: low-precision state is replayed in FP32."""
 
-    def __init__(self, settings: Settings, way: Way, widen: bool = False) -> None:
-        self.world = World(settings)
+    def __init__(self, settings: TrainingSettings, way: Way, widen: bool = False) -> None:
+        self.training = SyntheticTraining(settings)
         self.settings, self.way, self.widen = settings, way, widen
-        self.twin = Twin(self.world.optimizer)
+        self.twin = Twin(self.training.optimizer)
         self.error = 0.0
         self.state_errors: dict[str, float] = {}
         self.forms: dict[str, str] = {}
@@ -44,19 +44,21 @@ class Trial:
         """Train, replay, compare. Raises `ReplayError` when a replay fails or differs."""
         started = time.perf_counter()
         for _ in range(steps):
-            earlier = self.world.numbers()
+            earlier = self.training.numbers()
             self._step()
             if time.perf_counter() - started > _SECONDS:
                 return
         if steps == STEPS:
             self._run_ahead(earlier)
 
-    def _run_ahead(self, earlier: Numbers) -> None:
+    def _run_ahead(self, earlier: Counters) -> None:
         """Move the step counters to where the rule may change its ways, and go on from there."""
         counters = [
-            put for key, (value, put) in self.world.numbers().items() if key in earlier and value - earlier[key][0] == 1
+            put
+            for key, (value, put) in self.training.numbers().items()
+            if key in earlier and value - earlier[key][0] == 1
         ]
-        for target in self.world.targets() if counters else ():
+        for target in self.training.targets() if counters else ():
             for put in counters:
                 put(target - 2)
             for _ in range(_STEPS_THERE):
@@ -68,24 +70,24 @@ class Trial:
     def keeps_low_precision(self) -> bool:
         """Some state is kept in fewer bits than FP32."""
         copier = Copier(None, widen=True)
-        for state in self.world.states():
+        for state in self.training.states():
             copier.copy(list(state.values()), "the state")
         return copier.has_widened
 
     def _step(self) -> None:
-        world = self.world
-        world.set_gradients()
-        before = world.look()
+        training = self.training
+        training.set_gradients()
+        before = training.look()
         try:
             replayed = self._replay()
         except ReplayError:
-            world.step()  # if the rule itself fails here, that is the reason
+            training.step()  # if the rule itself fails here, that is the reason
             raise
-        world.step()
-        for name, form in world.forms().items():
+        training.step()
+        for name, form in training.forms().items():
             known = self.forms.get(name, "none")
             self.forms[name] = form if known in (form, "none") else known if form == "none" else "other"
-        for seen, start, after in zip(replayed, before, world.look(), strict=True):
+        for seen, start, after in zip(replayed, before, training.look(), strict=True):
             for name, stored in after.items():
                 error = _difference(seen[name], stored, start.get(name)) if name in seen else math.inf
                 if name:
@@ -94,17 +96,17 @@ class Trial:
                     self.error = max(self.error, error)
         if self.error > (_WIDE_TOLERANCE if self.widen else TOLERANCE):
             raise ReplayError(
-                f"{world.name} replayed on {self.way.value} differs from its own step by {self.error:.1e} of the update"
+                f"{training.name} replayed on {self.way.value} differs from its own step by {self.error:.1e} of the update"
             )
 
     def _replay(self) -> list[dict[str, Tensor]]:
-        """The step to come, replayed; values as from `World.look`."""
-        count = len(self.world.params)
+        """The step to come, replayed; values as from `SyntheticTraining.look`."""
+        count = len(self.training.params)
         if self.way is Way.whole:
             values = [_values(self._replay_whole(i)) for i in range(count)]
             return [
                 {name: sampled(value, at) for name, value in found.items()}
-                for found, at in zip(values, self.world.drawn, strict=True)
+                for found, at in zip(values, self.training.drawn, strict=True)
             ]
         parts = [self._part(i) for i in range(count)]
         if _alike(*(part.state for part in parts)):
@@ -114,19 +116,19 @@ class Trial:
         return [{k: v.reshape(-1) for k, v in _values(self._replay_parts([part])).items()} for part in parts]
 
     def _replay_whole(self, i: int) -> Run:
-        param, state = self.world.params[i], self.world.states()[i]
+        param, state = self.training.params[i], self.training.states()[i]
         assert param.grad is not None
         return self.twin.replay_whole(0, param, param.grad, state, widen=self.widen)
 
     def _part(self, i: int) -> Run:
-        param, at, state = self.world.params[i], self.world.drawn[i], self.world.states()[i]
+        param, at, state = self.training.params[i], self.training.drawn[i], self.training.states()[i]
         assert param.grad is not None
         drawn: dict[str, Any] = {}
         for name, value in state.items():
-            form = self.world.form(name)
+            form = self.training.form(name)
             if form == "other":
                 kind = f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "value"
-                raise ReplayError(f"{self.world.name} keeps state '{name}', a {kind} that cannot be sampled")
+                raise ReplayError(f"{self.training.name} keeps state '{name}', a {kind} that cannot be sampled")
             if form == "element" and value is not None:
                 drawn[name] = sampled(value, at).float() if self.widen else sampled(value, at)
             else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.replay.rule_kind import Kind, Rule, probe
+from update_watch.replay.rule_kind import Kind, Rule, find_rule
 from update_watch.replay.synthetic_training import mimic, small
 from update_watch.replay.twin import Run, Twin
 
@@ -42,7 +42,7 @@ def parameter(*shape: int) -> torch.nn.Parameter:
 
 
 def probed(update: Update, shape: tuple[int, ...] = (300, 40), **settings: Any) -> Rule:
-    return probe(Sketch([parameter(*shape), parameter(*shape)], update, **settings), 0, len(shape), shape=shape)
+    return find_rule(Sketch([parameter(*shape), parameter(*shape)], update, **settings), 0, len(shape), shape=shape)
 
 
 def descend(group: dict[str, Any], param: torch.nn.Parameter, direction: Tensor) -> None:
@@ -70,11 +70,11 @@ def test_torchs_optimizers_are_known_for_what_they_are(
     cls: type[Optimizer], shape: tuple[int, ...], kind: Kind
 ) -> None:
     optimizer = cls([parameter(*shape)], lr=1e-3)  # type: ignore[call-arg]
-    assert probe(optimizer, 0, len(shape), shape=shape).kind is kind
+    assert find_rule(optimizer, 0, len(shape), shape=shape).kind is kind
 
 
 def test_a_step_counter_shaped_like_the_parameter_is_no_state_per_element() -> None:
-    rule = probe(torch.optim.AdamW([parameter()]), 0, 0, shape=())
+    rule = find_rule(torch.optim.AdamW([parameter()]), 0, 0, shape=())
     assert rule.element_states == rule.exact_states == {"exp_avg", "exp_avg_sq"}
     assert rule.forms["step"] == "scalar"
 
@@ -113,7 +113,7 @@ def test_a_scalar_of_each_tensor_from_the_step_before_keeps_parameters_apart() -
 
     rule = probed(update)
     assert (rule.kind, rule.apart) == (Kind.elementwise, True)
-    assert not probe(torch.optim.AdamW([parameter(300, 40)]), 0, 2).apart
+    assert not find_rule(torch.optim.AdamW([parameter(300, 40)]), 0, 2).apart
 
 
 def test_only_states_that_the_replay_gets_right_are_exact() -> None:
@@ -264,13 +264,13 @@ def test_a_mark_on_a_parameter_that_the_rule_reads_makes_it_unknown() -> None:
             descend(group, param, param.grad * getattr(param, "lr_scale", 1.0))
 
     plain, marked = parameter(300, 40), parameter(300, 40)
-    assert probe(Sketch([plain], update), 0, 2).kind is Kind.elementwise
+    assert find_rule(Sketch([plain], update), 0, 2).kind is Kind.elementwise
     marked.lr_scale = 0.1  # type: ignore[attr-defined]
-    rule = probe(Sketch([plain, marked], update), 0, 2)
+    rule = find_rule(Sketch([plain, marked], update), 0, 2)
     assert rule.reason == "Sketch reads ['lr_scale'] from its parameters, which samples do not have"
     marked.unread = 1  # type: ignore[attr-defined]
     del marked.lr_scale
-    assert probe(Sketch([plain, marked], update), 0, 2).kind is Kind.elementwise
+    assert find_rule(Sketch([plain, marked], update), 0, 2).kind is Kind.elementwise
 
 
 def test_what_hides_in_attributes_by_parameter_is_not_known() -> None:
@@ -298,7 +298,7 @@ def test_random_draws_closures_and_divergence_are_unknown_with_their_reason() ->
 
     assert probed(noisy).reason == "Sketch draws random numbers in its step, and a replay draws others"
     assert probed(diverging).reason == "Sketch makes a plain FP32 parameter infinite or NaN"
-    reason = probe(Closure([parameter(8)], noisy), 0, 1).reason
+    reason = find_rule(Closure([parameter(8)], noisy), 0, 1).reason
     assert reason.startswith("Closure fails on a plain FP32 parameter")
     assert "closure" in reason
 
@@ -356,7 +356,7 @@ def test_counters_of_a_group_in_mid_run_do_not_hide_the_rule() -> None:
     for together, kind in ((False, Kind.elementwise), (True, Kind.unknown)):
         optimizer = Sketch([parameter(300, 40)], update, step=0, together=together)
         optimizer.param_groups[0]["step"] = 5000
-        assert probe(optimizer, 0, 2).kind is kind
+        assert find_rule(optimizer, 0, 2).kind is kind
 
 
 def test_low_precision_state_of_the_rules_own_choice_is_widened_where_the_rule_allows_it() -> None:
@@ -400,7 +400,7 @@ def test_probing_leaves_optimizer_state_and_random_numbers_bit_for_bit() -> None
     kept = param.detach().clone(), param.grad.clone(), param.grad
     attributes, settings = dict(vars(optimizer)), dict(optimizer.param_groups[0])
     states = random.getstate(), repr(np.random.get_state()), torch.get_rng_state()
-    probe(optimizer, 0, 2, shape=(30, 40))
+    find_rule(optimizer, 0, 2, shape=(30, 40))
     assert states[:2] == (random.getstate(), repr(np.random.get_state()))
     assert torch.equal(states[2], torch.get_rng_state())
     assert dict(vars(optimizer)) == attributes
@@ -417,11 +417,11 @@ def test_default_dtype_and_device_of_the_user_do_not_matter() -> None:
             assert param.device.type == "cpu"
             descend(group, param, param.grad)
 
-    expected = probe(torch.optim.AdamW([parameter(30, 40)]), 0, 2)
+    expected = find_rule(torch.optim.AdamW([parameter(30, 40)]), 0, 2)
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            assert probe(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(30, 40))]), 0, 2) == expected
+            assert find_rule(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(30, 40))]), 0, 2) == expected
             assert probed(fp32_only).kind is Kind.elementwise
     finally:
         torch.set_default_dtype(torch.float32)
@@ -442,7 +442,7 @@ def test_a_rule_that_talks_to_other_processes_is_unknown_and_never_does_in_the_p
     try:
         assert "its step talks to other processes" in probed(update).reason
         assert heard == []
-        assert probe(torch.optim.AdamW([parameter(30, 40)]), 0, 2).kind is Kind.elementwise
+        assert find_rule(torch.optim.AdamW([parameter(30, 40)]), 0, 2).kind is Kind.elementwise
     finally:
         torch.distributed.destroy_process_group()
 
@@ -470,7 +470,7 @@ def test_quantised_state_of_large_tensors_is_replayed_whole_and_nothing_is_compi
     large, tiny = torch.nn.Parameter(torch.randn(64, 128) * 0.1), torch.nn.Parameter(torch.randn(100) * 0.1)
     optimizer = optim.AdamW8bit([large, tiny], lr=1e-3)
     torch._dynamo.utils.counters.clear()
-    rules = [probe(optimizer, 0, p.dim(), shape=tuple(p.shape)) for p in (large, tiny)]
+    rules = [find_rule(optimizer, 0, p.dim(), shape=tuple(p.shape)) for p in (large, tiny)]
     assert [rule.kind for rule in rules] == [Kind.whole, Kind.elementwise]
     twin = Twin(optimizer)
     large.grad, tiny.grad = torch.randn(64, 128), torch.randn(100)
