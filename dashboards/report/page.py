@@ -14,7 +14,8 @@ import numpy as np
 
 from update_watch.dashboards.frame import CAUSES, NO_CODE, Codes, Columns, Frame
 from update_watch.dashboards.report.history import History, accumulator_names, efficiency_of
-from update_watch.dashboards.report.row_groups import kind_of, without_prefix
+from update_watch.kinds import places
+from update_watch.naming import without_prefix
 from update_watch.report import SEVERITY, Cause, Health, Level
 
 UNWELL = (Health.broken, Health.stalled, Health.stalling)
@@ -190,8 +191,9 @@ def _finding(frame: Frame, part: str, columns: Columns, cause: int, members: lis
     worst = min(members, key=lambda i: (int(columns.health[i]), float(efficiency[i])))
     is_all = len(members) > 1 and len(members) == int((columns.health != NO_CODE).sum())
     kinds: dict[str, list[int]] = {}
+    place_of = {} if is_all else places(frame.table.name)
     for i in [] if is_all else members:
-        kinds.setdefault(kind_of(frame.table.name[i]), []).append(i)
+        kinds.setdefault(place_of[frame.table.name[i]].kind, []).append(i)
     kinds = {kind if len(alike) > 1 else frame.table.name[alike[0]]: alike for kind, alike in kinds.items()}
     ranked = sorted(kinds, key=lambda kind: (int(columns.health[kinds[kind]].min()), -len(kinds[kind])))
     short, _ = without_prefix(ranked)

@@ -20,7 +20,8 @@ from update_watch.dashboards.report.chart_parts import (
     step_axis,
 )
 from update_watch.dashboards.report.history import History
-from update_watch.dashboards.report.row_groups import Rows, kind_of
+from update_watch.dashboards.report.row_groups import Rows
+from update_watch.kinds import places
 
 
 def _band(axis: str) -> list[Spec]:
@@ -63,8 +64,9 @@ def _representatives(history: History, members: Sequence[int]) -> list[tuple[int
     tensors = history.last.tensors
     efficiency = np.nan_to_num(tensors.numbers["efficiency"], nan=9.0)
     kinds: dict[str, list[int]] = {}
+    place_of = places(history.table.name)
     for i in members:
-        kinds.setdefault(kind_of(history.table.name[i]), []).append(i)
+        kinds.setdefault(place_of[history.table.name[i]].kind, []).append(i)
     return [
         (min(alike, key=lambda i: (int(tensors.health[i]), float(efficiency[i]))), len(alike))
         for alike in kinds.values()

@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from update_watch.kinds import places
+from update_watch.naming import without_prefix
+
 
 class Rows(NamedTuple):
     """Rows of a chart: a label and the indices of its tensors each."""
@@ -51,11 +54,12 @@ def layer_rows(names: Sequence[str], layers: Sequence[str], limit: int) -> Rows:
 
 
 def kind_rows(names: Sequence[str], limit: int) -> Rows:
-    """One row per kind of tensor: names that differ in their numbers only ("h.*.ln_1.weight"), the most frequent first
-    kept where there are more than `limit`, and the others together."""
+    """One row per kind of tensor ("h.*.ln_1.weight"), the most frequent kept where there are more than `limit`, and the
+    others together."""
     groups: dict[str, list[int]] = {}
+    place_of = places(names)
     for i, name in enumerate(names):
-        groups.setdefault(kind_of(name), []).append(i)
+        groups.setdefault(place_of[name].kind, []).append(i)
     if len(groups) > limit:
         ranked = sorted(groups, key=lambda kind: -len(groups[kind]))
         kept = set(ranked[: limit - 1])
@@ -64,22 +68,6 @@ def kind_rows(names: Sequence[str], limit: int) -> Rows:
         groups[f"{len(ranked) - len(kept)} other kinds"] = others
     labels, prefix = without_prefix(list(groups))
     return Rows("kind", tuple(labels), tuple(tuple(m) for m in groups.values()), prefix)
-
-
-def kind_of(name: str) -> str:
-    """A name with a star for each number that is a part of its path: "h.3.ln_1.weight" -> "h.*.ln_1.weight"."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def without_prefix(names: Sequence[str]) -> tuple[list[str], str]:
-    """Names without the module path that all of them share, and that path with its dot."""
-    if len(names) < 2:
-        return list(names), ""
-    shared = os.path.commonprefix(list(names))
-    prefix = shared[: shared.rfind(".") + 1]
-    if any(name[len(prefix) :][:1].isdigit() for name in names):  # "layers.3" says more than "3"
-        prefix = prefix[: prefix[:-1].rfind(".") + 1]
-    return [name[len(prefix) :] for name in names], prefix
 
 
 def _stretch(labels: Sequence[str]) -> str:

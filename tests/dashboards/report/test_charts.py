@@ -17,7 +17,7 @@ from update_watch.dashboards.report.heatmap_chart import heatmap
 from update_watch.dashboards.report.history import SPANS, History, history_of
 from update_watch.dashboards.report.palette import CLASSES, RUNS, THEMES, chart_config
 from update_watch.dashboards.report.ratio_charts import ratios_by_layer, ratios_over_steps
-from update_watch.dashboards.report.row_groups import kind_of, kind_rows, layer_rows, tensor_rows, without_prefix
+from update_watch.dashboards.report.row_groups import kind_rows, layer_rows, tensor_rows
 from update_watch.report import Alert, Health, Level, Report, TensorReport
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -288,17 +288,6 @@ def test_rows_hold_every_tensor_once_and_are_no_more_than_asked_for(limit):
             assert sorted(i for members in rows.members for i in members) == list(range(len(names)))
             assert len(rows.labels) == len(rows.members) <= limit
             assert len(set(rows.labels)) == len(rows.labels)
-
-
-def test_kinds_replace_the_numbers_of_a_path_and_no_others():
-    assert kind_of("h.3.ln_1.weight") == "h.*.ln_1.weight"
-    assert kind_of("conv2d.0") == "conv2d.*"
-
-
-def test_labels_leave_out_what_all_names_share_but_not_the_word_before_a_number():
-    assert without_prefix(["m.h.0.w", "m.h.1.w"]) == (["h.0.w", "h.1.w"], "m.")
-    assert without_prefix(["m.attn.w", "m.mlp.w"]) == (["attn.w", "mlp.w"], "m.")
-    assert without_prefix(["alone.w"]) == (["alone.w"], "")
 
 
 # --- colours ------------------------------------------------------------------------------------------------
