@@ -1,0 +1,248 @@
+"""Every cure of the table, run as it is printed: what stalled before moves afterwards."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import update_watch as uw
+from update_watch.judge.cures import TITLES, TRAINERS, Cure, code, extra_bytes, switch
+
+LR, STEPS = 1e-5, 24
+OPTIMIZERS = (Cure.stochastic_rounding, Cure.kahan)
+
+
+class Norm(nn.Module):
+    """A norm whose weight begins at 1, where BF16 loses every update of LR. Computes in FP32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (64,)) * self.weight.float()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = Norm(), nn.Linear(64, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.norm(x), self.out.weight.float(), self.out.bias.float()).square().mean()
+
+
+def batches() -> Iterator[Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randn(8, 64, generator=rng)
+
+
+def plain_steps(
+    model: nn.Module,
+    optimizer: Any,
+    loss_of: Callable[[Tensor], Tensor],
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+) -> float | None:
+    """Efficiency of the norm, watched over some steps."""
+    with uw.watch(model, optimizer, window=STEPS) as watch:
+        for _, batch in zip(range(STEPS), batches(), strict=False):
+            optimizer.zero_grad()
+            backward(loss_of(batch))
+            optimizer.step()
+        report = watch.flush()
+    assert report is not None
+    return {t.name: t for t in report.tensors}["norm.weight"].efficiency
+
+
+def run(text: str, **names: Any) -> dict[str, Any]:
+    space = {"torch": torch, "lr": LR, **names}
+    exec(text, space)  # noqa: S102  a table of our own
+    return space
+
+
+def stalled_model() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().bfloat16()
+
+
+def test_without_a_cure_the_norm_stalls() -> None:
+    model = stalled_model()
+    assert plain_steps(model, torch.optim.AdamW(model.parameters(), lr=LR), model) == pytest.approx(0.0, abs=0.01)
+
+
+SLOW_COMPILER = pytest.param(Cure.stochastic_rounding, marks=pytest.mark.slow)  # torchao compiles its step
+
+
+@pytest.mark.parametrize("cure", [SLOW_COMPILER, Cure.kahan], ids=str)
+def test_an_optimizer_that_keeps_the_remainder_moves_the_norm(cure: Cure) -> None:
+    pytest.importorskip({Cure.stochastic_rounding: "torchao", Cure.kahan: "optimi"}[cure])
+    model = stalled_model()
+    before = model.norm.weight.detach().clone()  # type: ignore[union-attr, operator]
+    optimizer = run(code(cure, "torch"), model=model)["optimizer"]
+    for _, batch in zip(range(600), batches(), strict=False):
+        optimizer.zero_grad()
+        model(batch).backward()
+        optimizer.step()
+    assert (model.norm.weight != before).any()  # type: ignore[union-attr]
+
+
+def test_masters_in_plain_torch() -> None:
+    model = stalled_model()
+    text = code(Cure.masters, "torch")
+    run(text, model=model, device="cpu", batch=next(batches()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    assert plain_steps(
+        model, optimizer, lambda batch: run(text, model=model, device="cpu", batch=batch)["loss"]
+    ) == pytest.approx(1.0, abs=0.02)
+
+
+def test_masters_in_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    from update_watch.callbacks import UpdateWatch
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self.net(batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=LR)
+
+    callback = UpdateWatch(window=STEPS)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    kind = functools.partial(
+        *(lightning.Trainer,),
+        accelerator="cpu",
+        max_steps=STEPS,
+        callbacks=[callback],
+        default_root_dir=tmp_path,
+        **quiet,
+    )
+    data = torch.stack([batch for _, batch in zip(range(STEPS), batches(), strict=False)]).view(-1, 64)
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    run(code(Cure.masters, "lightning"), Trainer=kind)["trainer"].fit(Module(), loader)
+    assert callback.last is not None
+    assert {t.name: t for t in callback.last.tensors}["net.norm.weight"].efficiency == pytest.approx(1.0, abs=0.02)
+
+
+def test_masters_in_fabric() -> None:
+    fabric = pytest.importorskip("lightning.fabric")
+    model = Net()
+    found = run(code(Cure.masters, "fabric"), Fabric=functools.partial(fabric.Fabric, accelerator="cpu"))["fabric"]
+    wrapped, optimizer = found.setup(model, torch.optim.AdamW(model.parameters(), lr=LR))
+    assert plain_steps(model, optimizer, wrapped, found.backward) == pytest.approx(1.0, abs=0.02)
+
+
+def test_masters_in_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = stalled_model()
+    kind = functools.partial(accelerate.Accelerator, cpu=True)
+    accelerator = run(code(Cure.masters, "accelerate"), model=model, Accelerator=kind)["accelerator"]
+    prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=LR))
+    assert plain_steps(model, optimizer, prepared) == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("cure", [Cure.masters, Cure.fp32_states, SLOW_COMPILER, Cure.kahan], ids=str)
+def test_the_cures_in_hf_trainer(cure: Cure, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    if cure in OPTIMIZERS:
+        pytest.importorskip({Cure.stochastic_rounding: "torchao", Cure.kahan: "optimi"}[cure])
+    from update_watch.callbacks.transformers import UpdateWatch
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=1, max_position_embeddings=32, **sizes)
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "checkpoint")
+    tokens = torch.randint(0, 64, (64, 17)).tolist()
+    data = [{"input_ids": row, "labels": row} for row in tokens]
+    callback = UpdateWatch(window=STEPS, print_audit=False)
+    arguments = functools.partial(
+        *(transformers.TrainingArguments,), use_cpu=True, max_steps=STEPS, learning_rate=LR, report_to="none",
+        save_strategy="no", dataloader_pin_memory=False, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer = functools.partial(transformers.Trainer, train_dataset=data, callbacks=[callback])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+    assert model.dtype is torch.bfloat16
+    names = {
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
+        "name": tmp_path / "checkpoint",
+        "output_dir": tmp_path / "out",
+        "TrainingArguments": arguments,
+        "Trainer": trainer,
+        "args": arguments(tmp_path / "out"),
+        "model": model,
+    }
+    space = run(code(cure, "transformers"), **names)
+    (space["trainer"] if cure in OPTIMIZERS else trainer(space["model"], space["args"])).train()
+    report = callback.last
+    assert report is not None
+    stalled = [t.name for t in report.tensors if t.health is uw.Health.stalled]
+    assert stalled == []
+    if cure not in OPTIMIZERS:
+        assert all(t.efficiency == pytest.approx(1.0, abs=0.02) for t in report.tensors if t.efficiency is not None)
+
+
+@pytest.mark.parametrize("trainer", ["torch", "transformers"])
+def test_fused_decay_joins_decay_and_gradient(trainer: str, tmp_path: Path) -> None:
+    """What is lost is the decay alone, where it has a rounding of its own; fused adds both in one."""
+    model = stalled_model()
+    if trainer == "torch":
+        optimizer = run(code(Cure.fused_decay, trainer), model=model)["optimizer"]
+        assert optimizer.defaults["fused"] is True
+    else:
+        transformers = pytest.importorskip("transformers")
+        kind = functools.partial(transformers.TrainingArguments, use_cpu=True, report_to="none")
+        text = code(Cure.fused_decay, trainer)
+        args = run(text, output_dir=tmp_path, TrainingArguments=kind)["args"]
+        assert args.optim == "adamw_torch_fused"
+
+
+def test_an_average_in_fp32_follows() -> None:
+    model = stalled_model()
+    names = {"copy": copy, "AveragedModel": AveragedModel}
+    ema = run(code(Cure.fp32_average, "torch"), model=model, **names)["ema"]
+    ema.update_parameters(model)  # the first only copies
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.01)
+    before = ema.module.norm.weight.detach().clone()
+    ema.update_parameters(model)
+    assert (ema.module.norm.weight != before).all()
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_every_trainer_has_an_answer_for_the_first_cure(trainer: str) -> None:
+    text = code(Cure.masters, trainer)
+    assert text
+    assert len(text.splitlines()) <= 3
+    assert switch(trainer, "bfloat16")
+    assert switch(trainer, "float16") != "" and "bf16" not in switch(trainer, "float16")
+
+
+def test_a_trainer_that_is_not_known_is_named_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match=r"'keras'.*lightning"):
+        code(Cure.masters, "keras")
+
+
+def test_costs_are_those_of_the_formats() -> None:
+    assert extra_bytes(Cure.masters, 1000) == 1000 * (4 - 2)
+    assert extra_bytes(Cure.kahan, 1000) == 1000 * 2  # one more buffer in BF16
+    assert set(TITLES) == set(Cure)

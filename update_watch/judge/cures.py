@@ -1,0 +1,140 @@
+"""Cures as code: what to change, in the words of the trainer at hand. The one table that advice, report and docs use.
+
+An entry is Python (torchtune and torchtitan: their own settings) of one to three lines that a reader can paste. It may use
+the names that such a script has anyway: `model`, `lr`, `name` of a checkpoint, `batch`, and the trainer's own classes.
+tests/callbacks/test_cures.py runs each entry whose trainer is installed: the tensors that stalled then move.
+"""
+
+from __future__ import annotations
+
+import enum
+
+TRAINERS = {  # as a reader knows them
+    "lightning": "Lightning",
+    "fabric": "Fabric",
+    "transformers": "HF Trainer",
+    "trl": "TRL",
+    "accelerate": "Accelerate",
+    "deepspeed": "DeepSpeed",
+    "torchtune": "torchtune",
+    "torchtitan": "torchtitan",
+    "torch": "plain torch",
+}
+
+
+class Cure(str, enum.Enum):
+    """What can be changed so that updates arrive."""
+
+    masters = "masters"
+    stochastic_rounding = "stochastic_rounding"
+    kahan = "kahan"
+    fused_decay = "fused_decay"
+    fp32_states = "fp32_states"
+    fp32_average = "fp32_average"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+TITLES = {
+    Cure.masters: "keep FP32 master weights",
+    Cure.stochastic_rounding: "round at random (stochastic rounding)",
+    Cure.kahan: "keep what rounding takes (Kahan summation)",
+    Cure.fused_decay: "add weight decay and gradient in one rounding",
+    Cure.fp32_states: "keep the optimizer's state in FP32",
+    Cure.fp32_average: "keep the averaged model in FP32",
+}
+
+# bytes a parameter more than BF16 weights with BF16 states of the same rule (an FP32 weight: 2; its two FP32 moments: 4)
+BYTES_PER_PARAMETER = {
+    Cure.masters: 2,
+    Cure.stochastic_rounding: 0,
+    Cure.kahan: 2,
+    Cure.fused_decay: 0,
+    Cure.fp32_states: 4,
+    Cure.fp32_average: 2,
+}
+
+# What runs whichever trainer it is: the optimizer is made by the user's own code.
+_ANY = {
+    Cure.stochastic_rounding: (
+        "from torchao.optim import _AdamW\noptimizer = _AdamW(model.parameters(), lr=lr, bf16_stochastic_round=True)"
+    ),
+    Cure.kahan: "from optimi import AdamW\noptimizer = AdamW(model.parameters(), lr=lr, kahan_sum=True)",
+    Cure.fused_decay: "optimizer = torch.optim.AdamW(model.parameters(), lr=lr, fused=True)",
+    Cure.fp32_average: "ema = AveragedModel(copy.deepcopy(model).float(), avg_fn=lambda e, p, n: torch.lerp(e, p.float(), 1e-3))",
+}
+
+# HF's Trainer makes its optimizer itself unless it is given one
+_HANDED = "\ntrainer = Trainer(model, args, optimizers=(optimizer, None))"
+
+_OF_TRAINER: dict[Cure, dict[str, str]] = {
+    Cure.masters: {
+        "lightning": 'trainer = Trainer(precision="bf16-mixed")  # not "bf16-true"; the model stays in FP32',
+        "fabric": 'fabric = Fabric(precision="bf16-mixed")  # not "bf16-true"; the model stays in FP32',
+        "transformers": (
+            "model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)\n"
+            "args = TrainingArguments(output_dir, bf16=True)"
+        ),
+        "trl": 'args = SFTConfig(output_dir, model_init_kwargs={"dtype": "float32"}, bf16=True)',
+        "accelerate": 'model.float()\naccelerator = Accelerator(mixed_precision="bf16")',
+        "deepspeed": 'config["bf16"] = {"enabled": True}  # its optimizer then holds FP32 weights',
+        "torchtune": "dtype: fp32",
+        "torchtitan": "--training.dtype float32 --training.mixed_precision_param bfloat16",
+        "torch": "model.float()\nwith torch.autocast(device, dtype=torch.bfloat16):\n    loss = model(batch)",
+    },
+    Cure.stochastic_rounding: {
+        "transformers": _ANY[Cure.stochastic_rounding] + _HANDED,
+        "trl": _ANY[Cure.stochastic_rounding] + _HANDED.replace("Trainer", "SFTTrainer"),
+        "torchtune": "optimizer:\n  _component_: torchao.optim._AdamW\n  bf16_stochastic_round: True",
+    },
+    Cure.kahan: {
+        "transformers": _ANY[Cure.kahan] + _HANDED,
+        "trl": _ANY[Cure.kahan] + _HANDED.replace("Trainer", "SFTTrainer"),
+        "torchtune": "optimizer:\n  _component_: optimi.AdamW\n  kahan_sum: True",
+    },
+    Cure.fused_decay: {
+        "transformers": 'args = TrainingArguments(output_dir, optim="adamw_torch_fused")',
+        "trl": 'args = SFTConfig(output_dir, optim="adamw_torch_fused")',
+        "torchtune": "optimizer:\n  _component_: torch.optim.AdamW\n  fused: True",
+        "torchtitan": "--optimizer.implementation fused",
+    },
+}
+# states have the format of the weight they belong to
+_OF_TRAINER[Cure.fp32_states] = _OF_TRAINER[Cure.masters]
+
+# a clause that fits into a sentence
+_SWITCHES = {
+    "lightning": "Trainer(precision='{mixed}')",
+    "fabric": "Fabric(precision='{mixed}')",
+    "transformers": "load the model with dtype=torch.float32 and keep TrainingArguments({short}=True)",
+    "trl": "model_init_kwargs={{'dtype': 'float32'}} and {short}=True",
+    "accelerate": "model.float() and Accelerator(mixed_precision='{short}')",
+    "deepspeed": "'{short}': {{'enabled': True}} in its config",
+    "torchtune": "dtype: fp32",
+    "torchtitan": "training.dtype float32",
+    "torch": "model.float() and torch.autocast",
+}
+
+
+def code(cure: Cure, trainer: str) -> str:
+    """One to three lines to paste; "" where the trainer has no way to it.
+
+    Raises:
+        ValueError: a trainer that is not in `TRAINERS`.
+    """
+    if trainer not in TRAINERS:
+        raise ValueError(f"cures.code(trainer={trainer!r}) must be one of {', '.join(TRAINERS)}")
+    return _OF_TRAINER.get(cure, {}).get(trainer) or _ANY.get(cure, "")
+
+
+def switch(trainer: str, dtype: str) -> str:
+    """The trainer's own switch for FP32 master weights under computation in `dtype`, as a clause."""
+    short = "fp16" if dtype == "float16" else "bf16"
+    mixed = "16-mixed" if dtype == "float16" else "bf16-mixed"
+    return _SWITCHES.get(trainer, _SWITCHES["torch"]).format(short=short, mixed=mixed)
+
+
+def extra_bytes(cure: Cure, numel: int) -> int:
+    """What the cure costs in memory for so many parameters kept in a 16-bit format."""
+    return BYTES_PER_PARAMETER[cure] * numel
