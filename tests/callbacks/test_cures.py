@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import update_watch as uw
-from update_watch.judge.cures import TITLES, TRAINERS, Cure, code, extra_bytes, switch
+from update_watch.cures import TITLES, TRAINERS, Cure, code, extra_bytes, switch
 
 LR, STEPS = 1e-5, 24
 OPTIMIZERS = (Cure.stochastic_rounding, Cure.kahan)
