@@ -60,12 +60,10 @@ DASHBOARDS_KNOW = {
 NOT_YET: tuple[str, ...] = (  # beginnings of lines
     "update_watch.callbacks._shared -> update_watch.measure.tap: callbacks does not import measure",
     "update_watch.checkpoints.diff -> update_watch.audit.table: checkpoints does not import audit",
-    "update_watch.measure.accumulators.state_factor: imports _step_likeness of update_watch.measure.cohort",
     "update_watch.replay.rounding_scheme: imports _Trial of update_watch.replay.rule_properties",
     "update_watch.replay.rounding_scheme: imports _undisturbed of update_watch.replay.rule_properties",
     "dashboards/metrics.py: ",
     "update_watch/judge/advice.py: ",
-    "update_watch/measure/cohort.py: ",
     "update_watch/ranks/exchange.py: ",
     "update_watch/ranks/joint_evidence.py: ",
     "update_watch/replay/twin.py: ",

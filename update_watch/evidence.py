@@ -7,7 +7,9 @@ healths, causes and advice. Plain Python numbers: everything here can be written
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from update_watch.report import HEADROOM_LOW
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +98,14 @@ class WindowEvidence:
     time: float = 0.0
     cost_ms: float | None = None
     skipped_steps: int = 0
+
+
+def median_headroom(histogram: Sequence[float]) -> float | None:
+    """Median of a headroom histogram (log2), interpolated within its octave; None when empty."""
+    half = sum(histogram) / 2
+    below = 0.0
+    for i, count in enumerate(histogram):
+        if count > 0 and below + count >= half:
+            return HEADROOM_LOW + i + (half - below) / count
+        below += count
+    return None

@@ -101,6 +101,19 @@ class Row:
         if problem and not self.reason:
             self.reason = problem
 
+    def step_likeness(self, state: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Rows equal in this can be replayed as one: same group, same form, same scalar state (step counters)."""
+        scalars: list[Any] = []
+        for name, value in state.items():
+            if name in self.shaped or value is None:
+                scalars.append(value is None)
+            elif isinstance(value, Tensor):
+                # a counter on the device is not read: equal histories have equal counters
+                scalars.append(value.item() if value.is_cpu and value.numel() == 1 else self.lived)
+            else:
+                scalars.append(value)
+        return self.form, scalars
+
     @property
     def is_whole(self) -> bool:
         """All its elements are looked at, in every measured step."""

@@ -195,7 +195,7 @@ class Watched:
             facts = tuple(self._facts(cohort, i) for i in range(len(cohort.rows)))
             in_cohort.update(id(row) for row in cohort.rows)
             transfer = batch.add(cohort.pack())
-            cohorts.append(CohortWindow(transfer, facts, tuple(cohort.states), self._samples, cohort.tally.steps))
+            cohorts.append(CohortWindow(transfer, facts, tuple(cohort.states), self._samples, cohort.sums.steps))
             cohort.open_window()
         for row in self.rows:
             if id(row) not in in_cohort:

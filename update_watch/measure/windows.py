@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence
+from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence, median_headroom
 from update_watch.measure.accumulators.averages import AverageWindow
 from update_watch.measure.accumulators.averages import read as read_average
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
@@ -14,8 +14,9 @@ from update_watch.measure.accumulators.reference_states import ShadowWindow
 from update_watch.measure.accumulators.replicas import ChecksumWindow
 from update_watch.measure.accumulators.replicas import read as read_checksums
 from update_watch.measure.accumulators.state_factor import read as read_shadow
-from update_watch.measure.sums import UNCHANGED, Sums, median_headroom
+from update_watch.measure.device_sums import UNCHANGED
 from update_watch.measure.transfer import Part, Transfer
+from update_watch.measure.window_sums import WindowSums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def read(window: Window) -> WindowEvidence:
     skipped = max((int(t.wait()[0]) for t in window.skipped), default=0)
     tensors = list(window.others)
     for cohort in window.cohorts:
-        sums = Sums.unpack(cohort.transfer.wait(), 1 + len(cohort.states), len(cohort.rows))
+        sums = WindowSums.unpack(cohort.transfer.wait(), 1 + len(cohort.states), len(cohort.rows))
         for i, facts in enumerate(cohort.rows):
             tensors.append(_tensor(sums, i, facts, cohort, skipped))
     others = [read_average(average) for average in window.averages]
@@ -92,7 +93,7 @@ def read(window: Window) -> WindowEvidence:
     return WindowEvidence(window.step, window.window, tuple(tensors), window.time, window.cost_ms, skipped)
 
 
-def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: int) -> TensorEvidence:
+def _tensor(sums: WindowSums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: int) -> TensorEvidence:
     base = facts.evidence
     sampled = float(facts.size * facts.live_steps)
     if not sampled or base.reason:
@@ -106,7 +107,7 @@ def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: 
     changed = 1 - (float(sums.sums_FAn[UNCHANGED, 0, i]) - idle) / sampled
     histogram = sums.headroom_nB[i]
     total = histogram.sum()
-    headroom = median_headroom(histogram)
+    headroom = median_headroom(histogram.tolist())
     what_if = None
     if sums.what_if_2n[1, i] > 0:
         what_if = {"bfloat16": float(sums.what_if_2n[0, i] / sums.what_if_2n[1, i])}
@@ -138,7 +139,7 @@ def _tensor(sums: Sums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: 
 
 
 def _state(
-    sums: Sums, slot: int, i: int, name: str, dtype: str, rate: float | None, sampled: float
+    sums: WindowSums, slot: int, i: int, name: str, dtype: str, rate: float | None, sampled: float
 ) -> AccumulatorEvidence:
     growth, decay = sums.growth_and_decay(slot, i, sampled)
     return AccumulatorEvidence(name, dtype, sums.numbers(slot, i, sampled), growth, decay, rate=rate)

@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, WindowEvidence
-from update_watch.measure.sums import median_headroom
+from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, WindowEvidence, median_headroom
 from update_watch.report import HEADROOM_BINS
 
 Vector = npt.NDArray[np.float64]
@@ -295,7 +294,7 @@ def _read_tensor(
     name: str, entry: Entry, means: _Means, bins: Sequence[float], accumulators: Mapping[str, AccumulatorEvidence]
 ) -> TensorEvidence:
     histogram = tuple(share / bins[0] for share in bins[1:]) if bins[0] > 0 else None
-    headroom = None if histogram is None else median_headroom(np.array(histogram))
+    headroom = None if histogram is None else median_headroom(histogram)
     lr, what_if = _setting(means.get("lr")), means.get("what_if")
     stored = _root(means.get("stored"))
     steps, gradless = means.get("steps") or 0.0, means.get("gradless_steps") or 0.0

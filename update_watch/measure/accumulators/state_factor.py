@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.measure.accumulators.reference_states import FullStates, ShadowWindow, form, short_states
-from update_watch.measure.cohort import _step_likeness as step_likeness
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch
@@ -117,7 +116,7 @@ def _begin(
     for row in rows:
         state = optimizer.state.get(row.param)
         if state and short_states(row, state):
-            key = (*form(row, state), local(row.param).dtype, step_likeness(row, state))
+            key = (*form(row, state), local(row.param).dtype, row.step_likeness(state))
             likes = next((likes for other, likes in alike if other == key), None)
             if likes is None:
                 alike.append((key, [row]))

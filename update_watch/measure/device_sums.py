@@ -1,4 +1,4 @@
-"""Sums over steps and samples, kept on the device; ratios are made of them on the host, once a window.
+"""Sums over steps and samples, kept on the device; ratios are made of them on the host, once a window (`window_sums`).
 
 Legend: A accumulators (0 is the weight, then the optimizer states), n rows (parameters), K samples per row,
 F sums per row. `before`, `intended`, `applied` as defined in docs/definitions.md: what was stored, what an FP32
@@ -10,14 +10,9 @@ moments near 1e-20 do not underflow in FP32. Sums scale alike, ratios do not cha
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from update_watch.evidence import Numbers
 from update_watch.formats import BF16, Format
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
 
@@ -25,12 +20,11 @@ from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
 DOT, WANT, WANTED, LOST, MOVED, UNCHANGED, SHRINK = 0, 1, 2, 3, 4, 5, 6
 F = 10
 _THIN = 4
-_DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
-_VARIANCE = 3  # sums over steps of dot^2, dot * want, want^2 of the weight: how much a step's efficiency spreads
+VARIANCE = 3  # sums over steps of dot^2, dot * want, want^2 of the weight: how much a step's efficiency spreads
 _STEPS = 8  # steps whose sums are kept apart before they are added up: fewer operators per step
 
 
-class Tally:
+class DeviceSums:
     """Sums of one group of rows over one window. `add` runs on the device, `pack` ends the window.
 
     A full step counts all accumulators, the gradients and the size of the weights; any other step the weights' changes
@@ -43,7 +37,7 @@ class Tally:
         self.device = device
         self._sums_FAn = torch.zeros(F, accumulators, rows, device=device)
         self._recent_TFAn = torch.zeros(_STEPS, SHRINK, accumulators, rows, device=device)
-        self._variance_3n = torch.zeros(_VARIANCE, rows, device=device)
+        self._variance_3n = torch.zeros(VARIANCE, rows, device=device)
         self._nonzero_n = torch.zeros(rows, device=device)  # gradients
         self._stored_n = torch.zeros(rows, device=device)  # squared weights
         self._headroom_nB = torch.zeros(rows, HEADROOM_BINS, device=device)
@@ -150,7 +144,7 @@ class Tally:
             self._what_if_2n[:, rows].add_(torch.stack([lost.sum(-1), wanted.sum(-1)]))
 
     def pack(self, stored_nK: Tensor | None, formats: list[tuple[slice, Format]]) -> Tensor:
-        """All sums in one FP32 vector on the device; `Unpacked` reads it on the host.
+        """All sums in one FP32 vector on the device; `window_sums.WindowSums` reads it on the host.
 
         `stored_nK`: the weights' last values, to tell which summed updates exceed half a gap.
         """
@@ -189,116 +183,3 @@ def _displacement(path_2AnK: Tensor) -> Tensor:
     unit = torch.where(peak > 0, peak.reciprocal(), torch.ones_like(peak))
     d, a = intended * unit, applied * unit
     return torch.stack([(a * d).sum(-1), (d * d).sum(-1), unit.squeeze(-1)])
-
-
-class Sums(NamedTuple):
-    """What `Tally.pack` sent, on the host, in FP64."""
-
-    sums_FAn: npt.NDArray[np.float64]
-    variance_3n: npt.NDArray[np.float64]
-    nonzero_n: npt.NDArray[np.float64]
-    stored_n: npt.NDArray[np.float64]
-    headroom_nB: npt.NDArray[np.float64]
-    what_if_2n: npt.NDArray[np.float64]
-    displacement_3An: npt.NDArray[np.float64]
-    evidence_n: npt.NDArray[np.float64]
-    scale_An: npt.NDArray[np.float64]
-    decay_5n: npt.NDArray[np.float64]
-
-    @classmethod
-    def unpack(cls, flat: npt.NDArray[np.float64], accumulators: int, rows: int) -> Sums:
-        shapes = (
-            (F, accumulators, rows),
-            (_VARIANCE, rows),
-            (rows,),
-            (rows,),
-            (rows, HEADROOM_BINS),
-            (2, rows),
-            (3, accumulators, rows),
-            (rows,),
-            (accumulators, rows),
-            (5, rows),
-        )
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
-        if ends[-1] != flat.size:
-            raise ValueError(f"tally vector has {flat.size} values, {ends[-1]} expected")
-        parts = np.split(flat, ends[:-1])
-        return cls(*(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)))
-
-    def numbers(self, accumulator: int, row: int, sampled: float) -> Numbers:
-        """The numbers of one accumulator of one row. `sampled`: elements looked at over the window."""
-        s = self.sums_FAn[:, accumulator, row]
-        dot, want, unit = self.displacement_3An[:, accumulator, row]
-        numbers = _numbers(s[DOT], s[WANT], s[WANTED], s[LOST], sampled, self.scale_An[accumulator, row])
-        error = None
-        if accumulator == 0 and numbers.efficiency is not None:
-            dot2, dot_want, want2 = self.variance_3n[:, row]
-            eta = numbers.efficiency
-            spread = dot2 - 2 * eta * dot_want + eta * eta * want2
-            error = float(np.sqrt(max(spread, 0.0)) / s[WANT])
-        return Numbers(
-            numbers.efficiency,
-            error,
-            _ratio(dot, want),
-            numbers.wanted_fraction,
-            numbers.lost_fraction,
-            numbers.weight,
-            float(want / unit**2 / sampled) if unit and sampled else None,
-        )
-
-    def growth_and_decay(self, accumulator: int, row: int, sampled: float) -> tuple[Numbers, Numbers]:
-        """The same of a state, apart for changes away from zero and towards zero."""
-        s, unit = self.sums_FAn[:, accumulator, row], self.scale_An[accumulator, row]
-        decay = s[SHRINK:]
-        growth = s[: LOST + 1] - decay
-        return (
-            _numbers(growth[DOT], growth[WANT], growth[WANTED], growth[LOST], sampled, unit),
-            _numbers(decay[DOT], decay[WANT], decay[WANTED], decay[LOST], sampled, unit),
-        )
-
-    def weight_decay(self, row: int, sampled: float) -> Numbers | None:
-        """The numbers of the decay alone; None when too little of it was to be seen."""
-        dot, want, wanted, lost, expected = self.decay_5n[:, row]
-        if not expected >= _DECAY_EVIDENCE:
-            return None
-        return _numbers(dot, want, wanted, lost, wanted)
-
-    def root_mean_squares(self, row: int, sampled: float) -> tuple[float, float]:
-        """rms of the weight's intended and applied change, per element and step."""
-        s, scale = self.sums_FAn[:, 0, row], self.scale_An[0, row]
-        if not sampled or not scale:
-            return 0.0, 0.0
-        return tuple(float(np.sqrt(s[i] / sampled) / scale) for i in (WANT, MOVED))  # type: ignore[return-value]
-
-    def stored(self, row: int, sampled: float) -> float:
-        """rms of the weight before the steps. `sampled`: elements looked at in full steps."""
-        return float(np.sqrt(self.stored_n[row] / sampled)) if sampled else 0.0
-
-    def is_finite(self, row: int) -> bool:
-        return bool(np.isfinite(self.sums_FAn[:, 0, row]).all())
-
-
-def _numbers(dot: float, want: float, wanted: float, lost: float, sampled: float, unit: float | None = None) -> Numbers:
-    return Numbers(
-        efficiency=_ratio(dot, want),
-        wanted_fraction=_ratio(wanted, sampled),
-        lost_fraction=_ratio(lost, wanted),
-        weight=float(want / unit**2 / sampled) if unit and sampled else None,
-    )
-
-
-def _ratio(a: float, b: float) -> float | None:
-    if not b > 0 or not np.isfinite(a) or not np.isfinite(b):
-        return None
-    return float(a / b)
-
-
-def median_headroom(histogram: npt.NDArray[np.float64]) -> float | None:
-    """Median of a headroom histogram (log2), interpolated within its octave; None when empty."""
-    total = histogram.sum()
-    if not total > 0:
-        return None
-    cumulated = np.cumsum(histogram)
-    i = int(np.searchsorted(cumulated, total / 2))
-    inside = (total / 2 - (cumulated[i] - histogram[i])) / histogram[i]
-    return HEADROOM_LOW + i + float(inside)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from update_watch.evidence import Numbers, TensorEvidence
+from update_watch.evidence import Numbers, TensorEvidence, median_headroom
 from update_watch.formats import BF16, FP32, Format
-from update_watch.measure.sums import Sums, Tally, median_headroom
+from update_watch.measure.device_sums import DeviceSums
 from update_watch.measure.transfer import Transfer
+from update_watch.measure.window_sums import WindowSums
 from update_watch.measure.windows import CohortWindow, RowFacts, Window, read
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
 
@@ -23,7 +24,7 @@ A, N, K = 3, 4, 64
 
 
 class Step(NamedTuple):
-    """What a cohort hands to a tally in one step."""
+    """What a cohort hands to its sums in one step."""
 
     before_AnK: Tensor
     intended_AnK: Tensor  # the update, not the value
@@ -58,14 +59,14 @@ def steps(count: int, scale: float = 1e-3, masked: bool = False, seed: int = 0) 
     return made
 
 
-def tallied(made: list[Step], fmt: Format = BF16) -> Tally:
-    tally = Tally(A, N, K, torch.device("cpu"))
+def added(made: list[Step], fmt: Format = BF16) -> DeviceSums:
+    sums = DeviceSums(A, N, K, torch.device("cpu"))
     for s in made:
-        # the tally may use its arguments up
+        # the sums may use its arguments up
         value_AnK = s.before_AnK + s.intended_AnK
         mask_nK = None if s.mask_nK is None else s.mask_nK.clone()
         present = A if s.full else 1
-        tally.add(
+        sums.add(
             s.before_AnK[:present].clone(),
             value_AnK[:present],
             s.after_AnK[:present].clone(),
@@ -74,14 +75,14 @@ def tallied(made: list[Step], fmt: Format = BF16) -> Tally:
             path=s.path,
         )
         live = s.intended_AnK[0] if s.mask_nK is None else torch.where(s.mask_nK > 0, s.intended_AnK[0], 0.0)
-        tally.add_headroom(s.before_AnK[0], live, slice(0, N), fmt)
-    return tally
+        sums.add_headroom(s.before_AnK[0], live, slice(0, N), fmt)
+    return sums
 
 
-def summed(made: list[Step], fmt: Format = BF16) -> Sums:
-    packed = tallied(made, fmt).pack(made[-1].after_AnK[0], [(slice(0, N), fmt)])
+def summed(made: list[Step], fmt: Format = BF16) -> WindowSums:
+    packed = added(made, fmt).pack(made[-1].after_AnK[0], [(slice(0, N), fmt)])
     assert packed.dim() == 1 and packed.dtype is torch.float32
-    return Sums.unpack(packed.numpy().astype(np.float64), A, N)
+    return WindowSums.unpack(packed.numpy().astype(np.float64), A, N)
 
 
 class Slow:
@@ -236,27 +237,27 @@ def test_headroom_is_counted_in_its_octave() -> None:
 
 
 def test_headroom_of_zero_weights_and_huge_updates_stays_inside_the_histogram() -> None:
-    tally = Tally(1, 1, 4, torch.device("cpu"))
+    sums = DeviceSums(1, 1, 4, torch.device("cpu"))
     w = torch.tensor([[0.0, 1.0, 1e-38, 1.0]])
     d = torch.tensor([[1e-3, 1e30, 0.0, 1e-30]])
-    tally.add(w.expand(1, 1, 4).clone(), (w + d).expand(1, 1, 4).clone(), w.expand(1, 1, 4).clone(), d != 0, None)
-    tally.add_headroom(w, d, slice(0, 1), BF16)
-    packed = tally.pack(w, [(slice(0, 1), BF16)])
-    histogram = Sums.unpack(packed.numpy().astype(np.float64), 1, 1).headroom_nB[0]
+    sums.add(w.expand(1, 1, 4).clone(), (w + d).expand(1, 1, 4).clone(), w.expand(1, 1, 4).clone(), d != 0, None)
+    sums.add_headroom(w, d, slice(0, 1), BF16)
+    packed = sums.pack(w, [(slice(0, 1), BF16)])
+    histogram = WindowSums.unpack(packed.numpy().astype(np.float64), 1, 1).headroom_nB[0]
     assert histogram[0] == 1 and histogram[-1] == 2 and histogram.sum() == 3
 
 
 def test_median_headroom() -> None:
     histogram = np.zeros(HEADROOM_BINS)
-    assert median_headroom(histogram) is None
+    assert median_headroom(histogram.tolist()) is None
     histogram[[10, 11]] = 3, 3
-    assert median_headroom(histogram) == HEADROOM_LOW + 11
+    assert median_headroom(histogram.tolist()) == HEADROOM_LOW + 11
     histogram[12] = 4
-    assert median_headroom(histogram) == pytest.approx(HEADROOM_LOW + 11 + 2 / 3)
+    assert median_headroom(histogram.tolist()) == pytest.approx(HEADROOM_LOW + 11 + 2 / 3)
 
 
 def as_window(made: list[Step], fmt: Format = BF16, **fields: float) -> Window:
-    transfer = Transfer(tallied(made, fmt).pack(made[-1].after_AnK[0], [(slice(0, N), fmt)]))
+    transfer = Transfer(added(made, fmt).pack(made[-1].after_AnK[0], [(slice(0, N), fmt)]))
     facts = []
     for row in range(N):
         sampled = sum(K if s.mask_nK is None else int(s.mask_nK[row].sum()) for s in made)
@@ -353,5 +354,5 @@ def test_where_nothing_is_wanted_nothing_is_known() -> None:
 
 
 def test_a_vector_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"tally vector has 10 values, \d+ expected"):
-        Sums.unpack(np.zeros(10), 1, 1)
+    with pytest.raises(ValueError, match=r"the vector of sums has 10 values, \d+ expected"):
+        WindowSums.unpack(np.zeros(10), 1, 1)

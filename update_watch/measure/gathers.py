@@ -1,0 +1,115 @@
+"""What is read of an optimizer's parameters in a step: weights, gradients and states at the same positions, side by side.
+
+One strided view per tensor and array, packed into one block; see `sampling`. States that hold what rounding took from a
+weight are joined with it here.
+
+Legend: A accumulators (0 the weight, then states), n rows, K samples.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch import formats
+from update_watch.measure.parameters import Row
+from update_watch.measure.sampling import local, mask, pack_views
+
+
+class Gathers:
+    """Reads rows of one optimizer on one device. `slots`: state -> its place among the accumulators."""
+
+    def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int) -> None:
+        self.optimizer, self.rows, self.samples = optimizer, rows, samples
+        self.device = local(rows[0].param).device
+        self.samplers = [row.sampler for row in rows if row.sampler is not None]
+        carriers = {row.scheme.carrier for row in rows if row.scheme.carrier}
+        self.states = sorted(carriers.union(*(row.rule.element_states for row in rows)))
+        self.slots = {name: 1 + i for i, name in enumerate(self.states)}
+        # rows with a state that holds what rounding took from the weight: what is stored is both together
+        self.carried = [(i, self.slots[row.scheme.carrier], row) for i, row in enumerate(rows) if row.scheme.carrier]
+        self._moving = [sampler for sampler in self.samplers if not sampler.is_whole]
+        zero = torch.zeros((), device=self.device)
+        self._zeros = [zero.to(local(row.param).dtype).expand(row.sampler.view_shape) for row in rows if row.sampler]
+        self._view = [sampler.view for sampler in self.samplers]
+        self._is_sharded = any(local(row.param) is not row.param for row in rows)
+        self._padding = mask(self.samplers, self.device)
+        self._mask: Tensor | None = self._padding
+        self._masked: tuple[bool, ...] = (True,) * len(rows)
+
+    def move(self, path: bool) -> None:
+        """Go to the positions of the window's path, or to others."""
+        for sampler in self._moving:
+            if path:
+                sampler.settle()
+            else:
+                sampler.stray()
+
+    def stored_states(self) -> list[dict[str, Any]]:
+        """The states of all rows, as the optimizer has them."""
+        found = self.optimizer.state
+        return [found.get(row.param) or {} for row in self.rows]
+
+    def before(self, states: list[dict[str, Any]], grads: list[Tensor | None]) -> Tensor:
+        """[(A + 1) n, K]: weights, states, gradients, in a format that holds them all."""
+        return pack_views(self._weights() + self._states(states) + self._views(grads), self.samplers)
+
+    def after(self, states: list[dict[str, Any]] | None) -> Tensor:
+        """[A n, K]: weights, and states unless None, as `before`."""
+        views = self._weights() if states is None else self._weights() + self._states(states)
+        return pack_views(views, self.samplers)
+
+    def weights(self) -> Tensor:
+        """[n, K] FP32."""
+        return self.widened(pack_views(self._weights(), self.samplers))[0]
+
+    def widened(self, packed: Tensor) -> Tensor:
+        """[accumulators, n, K] FP32 from one row per accumulator and parameter."""
+        return packed.to(torch.float32).view(-1, len(self.rows), self.samples)
+
+    def join(self, values_AnK: Tensor) -> None:
+        """Make the stored weights whole; the states that held the rest are empty then, as in FP32."""
+        for i, slot, row in self.carried:
+            fmt = formats.of(local(row.param).dtype)
+            assert fmt is not None  # else there is no scheme
+            values_AnK[0, i].copy_(row.scheme.joined(values_AnK[0, i], values_AnK[slot, i], fmt))
+            values_AnK[slot, i].zero_()
+
+    def mask_of(self, live: tuple[bool, ...]) -> Tensor | None:
+        """[n, K]: 0 for padding and for rows that take no part; None where there are neither."""
+        if live != self._masked:
+            self._masked = live
+            if all(live):
+                self._mask = self._padding
+            else:
+                shape = (len(self.rows), self.samples)
+                valid = torch.ones(shape, device=self.device) if self._padding is None else self._padding.clone()
+                for i, is_live in enumerate(live):
+                    if not is_live:
+                        valid[i].fill_(0.0)
+                self._mask = valid
+        return self._mask
+
+    def _weights(self) -> list[Tensor]:
+        return self._views([row.param for row in self.rows])
+
+    def _states(self, states: list[dict[str, Any]]) -> list[Tensor]:
+        """Views of all states, in the order of the slots; zeros for those that do not exist (yet)."""
+        views: list[Tensor] = []
+        for name in self.slots:
+            views += self._views(
+                [state.get(name) if name in row.shaped else None for row, state in zip(self.rows, states, strict=True)]
+            )
+        return views
+
+    def _views(self, tensors: list[Tensor | None]) -> list[Tensor]:
+        """One view per row. For this step only: kept, it would keep the memory of what training lets go."""
+        if self._is_sharded:
+            tensors = [None if tensor is None else local(tensor) for tensor in tensors]
+        return [
+            zeros if tensor is None else view(tensor)
+            for view, zeros, tensor in zip(self._view, self._zeros, tensors, strict=True)
+        ]
