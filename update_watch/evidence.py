@@ -24,6 +24,7 @@ class Numbers:
     # what the ratios weigh when those of several ranks are joined; None: taken as alike on all ranks
     weight: float | None = None  # <intended, intended> per element and step
     path_weight: float | None = None  # |sum intended|^2 over the window, per element and step
+    lost_fraction_error: float | None = None  # standard error of `lost_fraction`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,22 @@ class TensorEvidence:
     finite: bool = True  # False: NaN or infinity among sampled weights, gradients or updates
     numbers: Numbers = Numbers()
     changed_fraction: float | None = None  # sampled elements whose stored bits changed, per step
+    # the ledger: what is in the model's own tensor, whoever writes to it
+    net_efficiency: float | None = None  # <stored at the end - at the begin, sum intended> / |sum intended|^2
+    net_efficiency_error: float | None = None  # standard error of `net_efficiency`
+    written_between: float | None = None  # rms written to it between steps / rms(before), per step; 0: nothing was
+    undone_fraction: float | None = None  # -<written between, applied> / <applied, applied>; 1: all is gone again
+    written_step: int | None = None  # the last step after which it was written
+    moved: float | None = None  # rms(stored at the end - at the begin) / rms(before); 0: not one sampled bit changed
+    is_master: bool = False  # its optimizer steps a copy of it, from which it must be written
+    # the gradients that were looked at, after unscaling and clipping
+    gradient_looks: int = 0  # steps in which they were
+    gradient_rms: float | None = None
+    gradient_max: float | None = None
+    copy_changed: float | None = None  # FP32 weights: share of their values in BF16 that a step changes
+    copy_changed_window: float | None = None  # and that the window changes
     update_ratio: float | None = None
+    update_ratio_error: float | None = None
     applied_ratio: float | None = None
     headroom_histogram: tuple[float, ...] | None = None
     lr: float | None = None  # at the end of the window
@@ -72,6 +88,7 @@ class TensorEvidence:
     weight_decay: float | None = None
     critical_lr: float | None = None
     state_factor: float | None = None
+    state_factor_error: float | None = None
     state_factor_steps: int = 0  # how many steps the FP32 shadow behind it has run
     # "plain": rounding to nearest; "stochastic"; "carried:<state>": the remainder lives in that state tensor and
     # `numbers` are of the joined value; "carried": something carries the remainder, it is not known what;

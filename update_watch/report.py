@@ -56,6 +56,11 @@ class Cause(str, Enum):
     decay_rounding = "decay_rounding"
     average_rounding = "average_rounding"
     accumulation_rounding = "accumulation_rounding"
+    overwritten = "overwritten"  # what the steps applied is gone before the next one
+    not_copied_back = "not_copied_back"  # the optimizer's master moves, the model's tensor does not
+    average_diverges = "average_diverges"
+    average_not_updated = "average_not_updated"
+    negligible_gradient = "negligible_gradient"  # at the level of round-off: no signal, and no matter of precision
     requires_grad_off = "requires_grad_off"
     not_in_optimizer = "not_in_optimizer"
     no_gradient = "no_gradient"
@@ -122,15 +127,28 @@ class TensorReport:
     trainable: bool = True
     efficiency: float | None = None
     efficiency_error: float | None = None  # standard error of `efficiency`
+    net_efficiency: float | None = None  # <stored at the end - at the begin, sum intended> / |sum intended|^2
+    net_efficiency_error: float | None = None  # standard error of `net_efficiency`
     displacement_efficiency: float | None = None
     lost_fraction: float | None = None  # lost / wanted, 0..1
+    lost_fraction_error: float | None = None  # standard error of `lost_fraction`
     wanted_fraction: float | None = None  # wanted / sampled, 0..1
     update_ratio: float | None = None  # rms(intended) / rms(before)
+    update_ratio_error: float | None = None  # standard error of `update_ratio`
     applied_ratio: float | None = None  # rms(applied) / rms(before)
+    # rms of what was written to it between steps / rms(before), per step; 0 where nothing was
+    written_between: float | None = None
+    gradient_rms: float | None = None  # as the optimizer got it: after unscaling and clipping
+    gradient_max: float | None = None  # the largest sampled one
+    gradient_zeros: float | None = None  # share of sampled gradients that are exactly 0, 0..1
+    # FP32 weights: share of their values in BF16 that another step changes, and that the whole window changes
+    copy_changed: float | None = None
+    copy_changed_window: float | None = None
     headroom_histogram: tuple[float, ...] | None = None  # HEADROOM_BINS shares that sum to 1
     lr: float | None = None  # learning rate at the end of the window
     critical_lr: float | None = None  # below it half of the wanted updates are lost
     state_factor: float | None = None  # 1 healthy; outside 0.67..1.5 the state is at fault
+    state_factor_error: float | None = None  # standard error of `state_factor`
     since_step: int | None = None  # first step of the window in which `health` began
     accumulators: Mapping[str, AccumulatorReport] = dataclasses.field(default_factory=dict)
     what_if: Mapping[str, float] | None = None  # FP32 tensors: {"bfloat16": lost fraction if kept so}
@@ -179,6 +197,8 @@ class Report:
     time: float = 0.0  # seconds since the epoch, when the window closed
     cost_ms: float | None = None  # host time of the watch per optimizer step (ms)
     skipped_steps: int = 0  # steps in the window skipped for overflow (GradScaler)
+    observed_steps: int | None = None  # steps of the window in which something was measured
+    cost_share: float | None = None  # of the time between steps, what the watch took, 0..1
 
     @property
     def counts(self) -> dict[str, int]:

@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 from update_watch import endings
 from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
-from update_watch.judge.verdict_memory import check_state
+from update_watch.judge.history import check_state
 from update_watch.measure.identity.partitions import chain
 from update_watch.measure.tap import PlainTorch, StepTap, unwrap
 from update_watch.measure.watched_model import WatchedModel
 from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.windows import Window, read
-from update_watch.ranks.exchange import Ranks
+from update_watch.ranks.joining import Ranks
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 from update_watch.watching import arguments

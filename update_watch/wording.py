@@ -1,7 +1,8 @@
-"""How numbers and names are written in sentences, wherever the sentence is made."""
+"""How numbers, names and formats are written, wherever somebody reads them: advice, alerts, audit, diff, demo."""
 
 from __future__ import annotations
 
+_SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 _NAMES = 8  # of tensors, in a sentence
 
 
@@ -19,3 +20,33 @@ def listed(names: tuple[str, ...], most: int = _NAMES) -> str:
     """Names for a sentence, the rest counted."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def short(dtype: str) -> str:
+    """ "bfloat16" -> "BF16"."""
+    return _SHORT.get(dtype, dtype or "low-precision")
+
+
+def number(value: float) -> str:
+    """Two significant digits: learning rates and factors."""
+    return f"{value:.2g}"
+
+
+def fixed(value: float | None) -> str:
+    """Two decimals: efficiencies."""
+    return "unknown" if value is None else f"{value + 0.0:.2f}".replace("-0.00", "0.00")
+
+
+def percent(share: float | None) -> str:
+    """A share in percent that says 0% and 100% only when it is."""
+    if share is None:
+        return "an unknown share"
+    if 0 < share < 0.005:
+        return "under 1%"
+    if 0.995 <= share < 1:
+        return "over 99%"
+    return f"{100 * share:.0f}%"
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

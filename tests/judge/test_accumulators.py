@@ -7,7 +7,7 @@ import pytest
 from tests.support.evidence_samples import accumulator, numbers, reports, tensor, verdict, verdicts
 from update_watch.evidence import AccumulatorEvidence, Numbers
 from update_watch.judge.accumulators import alert_level
-from update_watch.judge.advice import unknown
+from update_watch.judge.reasons import unknown
 from update_watch.report import AccumulatorReport, Cause, Health, Level
 
 Accumulators = dict[str, AccumulatorEvidence]

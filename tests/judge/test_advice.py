@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from update_watch.judge import advice
+from update_watch import wording
+from update_watch.judge import reasons
 from update_watch.judge.advice import Seen, brief, finding, say
 from update_watch.report import Cause
 
@@ -240,13 +241,13 @@ def test_a_headline_leaves_out_the_caution_and_a_list_the_cure() -> None:
 @pytest.mark.parametrize(
     ("reason", "text"),
     [
-        (advice.not_measured(0), "its optimizer took no step in this window"),
-        (advice.not_measured(1), "it was measured in none of the optimizer steps of this window"),
-        (advice.too_few_steps(4, 6), "only 4 of the 6 measured steps a verdict needs were seen so far"),
-        (advice.too_few_steps(1, 6), "only 1 of the 6 measured steps a verdict needs was seen so far"),
-        (advice.one_window(), "one window alone may mislead about it; the next one decides"),
+        (reasons.not_measured(0), "its optimizer took no step in this window"),
+        (reasons.not_measured(1), "it was measured in none of the optimizer steps of this window"),
+        (reasons.too_few_steps(4, 6), "only 4 of the 6 measured steps a verdict needs were seen so far"),
+        (reasons.too_few_steps(1, 6), "only 1 of the 6 measured steps a verdict needs was seen so far"),
+        (reasons.one_window(), "one window alone may mislead about it; the next one decides"),
         (
-            advice.too_noisy(0.7, 0.25, 3),
+            reasons.too_noisy(0.7, 0.25, 3),
             (
                 "its efficiency of 0.70 has a standard error of 0.25 after 3 windows; windows are pooled until that"
                 " is small"
@@ -254,7 +255,7 @@ def test_a_headline_leaves_out_the_caution_and_a_list_the_cure() -> None:
             ),
         ),
         (
-            advice.too_small(),
+            reasons.too_small(),
             (
                 "so few of its stored values are expected to change at this learning rate that none changing means"
                 " nothing;"
@@ -262,11 +263,11 @@ def test_a_headline_leaves_out_the_caution_and_a_list_the_cure() -> None:
             ),
         ),
         (
-            advice.finer_than_fp32(),
+            reasons.finer_than_fp32(),
             "its updates are finer than FP32, in which samples are compared; FP64 weights hold them",
         ),
         (
-            advice.remainder_unclear(0.12),
+            reasons.remainder_unclear(0.12),
             (
                 "its stored value took 0.12 of the update, but FP32 weights or a compensation kept elsewhere may"
                 " hold the"
@@ -274,25 +275,25 @@ def test_a_headline_leaves_out_the_caution_and_a_list_the_cure() -> None:
             ),
         ),
         (
-            advice.rising_lr(2e-5),
+            reasons.rising_lr(2e-5),
             "the learning rate has just risen threefold or more, to 2e-05: too early to call its lost updates a stall",
         ),
         (
-            advice.unexplained(0.3, 0.002),
+            reasons.unexplained(0.3, 0.002),
             (
                 "it moved by 0.30 of the intended update although under 1% of its updates were lost, which rounding"
                 " does not explain: something else writes to it, or the optimizer's rule was not replayed rightly"
             ),
         ),
         (
-            advice.overflow(3, 128),
+            reasons.overflow(3, 128),
             "the gradient scaler skipped 3 of 128 steps of this window, where gradients overflow",
         ),
     ],
 )
 def test_a_reason_not_to_know_says(reason: str, text: str) -> None:
     assert reason == text
-    assert advice.why(advice.unknown(reason)) == reason
+    assert reasons.why(reasons.unknown(reason)) == reason
 
 
 @pytest.mark.parametrize(
@@ -300,8 +301,8 @@ def test_a_reason_not_to_know_says(reason: str, text: str) -> None:
     [(0.0, "0%"), (0.001, "under 1%"), (0.5, "50%"), (0.994, "99%"), (0.999, "over 99%"), (1.0, "100%")],
 )
 def test_a_percentage_is_0_or_100_only_when_it_is(share: float, text: str) -> None:
-    assert advice.percent(share) == text
+    assert wording.percent(share) == text
 
 
 def test_a_small_negative_number_is_not_minus_nought() -> None:
-    assert advice.fixed(-0.001) == "0.00"
+    assert wording.fixed(-0.001) == "0.00"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tests.support.evidence_samples import accumulator, histogram, numbers, reports, tensor, verdict, verdicts, window
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, WindowEvidence
-from update_watch.judge.advice import unknown
 from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
+from update_watch.judge.reasons import unknown
 from update_watch.report import HEADROOM_BINS, Cause, Health, Level, Report, TensorReport
 from update_watch.thresholds import Thresholds
 

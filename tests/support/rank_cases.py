@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import update_watch as uw
 from tests.support.watch_nets import adamw
-from update_watch.ranks import exchange as ranks
+from update_watch.ranks import gloo_group
+from update_watch.ranks import joining as ranks
 
 STEPS = 48
 LR = 1e-3  # a part of the updates is lost
@@ -416,7 +417,7 @@ def one_watches_late() -> dict[str, Any]:
     case = fsdp2(24, 41, 16)
     reports: list[Any] = []
     watch = None
-    with warnings.catch_warnings(record=True) as caught, mock.patch.object(ranks, "MEET", 0.5):
+    with warnings.catch_warnings(record=True) as caught, mock.patch.object(gloo_group, "MEET", 0.5):
         warnings.simplefilter("always")
         if dist.get_rank() == 0:
             watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])

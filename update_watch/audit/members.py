@@ -12,12 +12,12 @@ from torch import Tensor
 from update_watch import formats
 from update_watch.audit.table import AuditRow
 from update_watch.formats import Format
-from update_watch.judge.advice import number
 from update_watch.measure.sampling import local
 from update_watch.replay.rule_properties import RuleProperties
 from update_watch.replay.state_forms import StateForm, stored_bytes
 from update_watch.report import Health
 from update_watch.thresholds import Thresholds
+from update_watch.wording import number
 
 Rows = list[tuple[AuditRow, str]]  # with a warning each, "" when nothing is wrong
 LIMITS = Thresholds()

@@ -18,11 +18,10 @@ from update_watch import formats
 from update_watch.audit.members import FULL, Member, Rows, grouped, health_of, lost_shares
 from update_watch.audit.table import AuditRow
 from update_watch.formats import Format
-from update_watch.judge.advice import number, percent, short
 from update_watch.measure.sampling import local
 from update_watch.replay.state_forms import StateForm, dtype_name, stored_bytes
 from update_watch.report import SEVERITY, Health
-from update_watch.wording import size
+from update_watch.wording import number, percent, short, size
 
 
 def state_rows(members: list[Member]) -> Rows:

@@ -15,11 +15,10 @@ from torch import Tensor
 from update_watch.audit.members import Member, Rows, grouped, health_of, joined, lost_shares, span, spread
 from update_watch.audit.table import AuditRow
 from update_watch.formats import Format
-from update_watch.judge.advice import number, percent, plural, short
 from update_watch.measure.sampling import local
 from update_watch.replay.state_forms import dtype_name, stored_bytes
 from update_watch.report import Health
-from update_watch.wording import listed, size
+from update_watch.wording import listed, number, percent, plural, short, size
 
 
 def weight_rows(members: list[Member]) -> Rows:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from update_watch import formats
 from update_watch.checkpoints.files import CheckpointError, read_tensors
-from update_watch.judge.advice import percent, plural, short
-from update_watch.wording import listed
+from update_watch.wording import listed, percent, plural, short
 
 _CHUNK = 2**22  # elements compared at once
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -20,9 +20,9 @@ import torch
 from update_watch.audit.audit import audit
 from update_watch.demo.screen import Screen, open_screen, verdict
 from update_watch.demo.training import FORMATS, MASTERS, Settings, Training, pieces, trainings
-from update_watch.judge.advice import number, percent
 from update_watch.report import Report
 from update_watch.watch import Watch, watch
+from update_watch.wording import number, percent
 
 _STEP_KEY = "trainer/global_step"
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from update_watch.judge.advice import brief, fixed, number, percent
+from update_watch.judge.advice import brief
 from update_watch.report import SEVERITY, Report
+from update_watch.wording import fixed, number, percent
 
 
 class Screen(Protocol):

@@ -19,9 +19,11 @@ on, a weight decay never below 1e-7 per step, and nothing that is kept in FP32, 
 from __future__ import annotations
 
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
-from update_watch.judge.advice import SIGNIFICANT_BITS, Seen, not_measured, one_window, say, too_few_steps, unknown
-from update_watch.judge.grading import grade, known, share
-from update_watch.judge.verdict_memory import HEALTHY, STALLED, STALLING, UNKNOWN, AccumulatorMemory
+from update_watch.judge.advice import Seen, say
+from update_watch.judge.efficiency_grade import grade, known, share
+from update_watch.judge.history import HEALTHY, STALLED, STALLING, UNKNOWN, AccumulatorHistory
+from update_watch.judge.number_formats import SIGNIFICANT_BITS
+from update_watch.judge.reasons import not_measured, one_window, too_few_steps, unknown
 from update_watch.report import AccumulatorReport, Cause, Health, Level, quick
 from update_watch.thresholds import Thresholds
 
@@ -33,7 +35,11 @@ _PASSES = 0.5  # efficiency of a growth that passes
 
 
 def judge_accumulator(
-    evidence: AccumulatorEvidence, tensor: TensorEvidence, health: Health, memory: AccumulatorMemory, limits: Thresholds
+    evidence: AccumulatorEvidence,
+    tensor: TensorEvidence,
+    health: Health,
+    memory: AccumulatorHistory,
+    limits: Thresholds,
 ) -> AccumulatorReport:
     """The verdict on one accumulator of a tensor whose own health is `health`."""
     name = evidence.name
@@ -78,7 +84,7 @@ def alert_level(accumulator: AccumulatorReport) -> Level | None:
 def _by_efficiency(
     evidence: AccumulatorEvidence,
     tensor: TensorEvidence,
-    memory: AccumulatorMemory,
+    memory: AccumulatorHistory,
     limits: Thresholds,
     steps: int,
     cause: Cause,
@@ -118,7 +124,7 @@ def _decay_rate(tensor: TensorEvidence) -> float | None:
 
 
 def _state(
-    evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorMemory, limits: Thresholds, steps: int
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorHistory, limits: Thresholds, steps: int
 ) -> AccumulatorReport:
     bits = SIGNIFICANT_BITS.get(evidence.dtype)
     rate = known(evidence.rate)
@@ -151,7 +157,7 @@ def _if_wanted(part: Numbers) -> float | None:
 
 
 def _counter(
-    evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorMemory, limits: Thresholds
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorHistory, limits: Thresholds
 ) -> AccumulatorReport:
     value, before = known(evidence.value), memory.value
     memory.value = value
@@ -169,7 +175,7 @@ def _counter(
 def _settle(
     evidence: AccumulatorEvidence,
     tensor: TensorEvidence,
-    memory: AccumulatorMemory,
+    memory: AccumulatorHistory,
     limits: Thresholds,
     steps: int,
     verdict: Health,

@@ -10,7 +10,10 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+from update_watch.judge.number_formats import FULL, smallest_rate
+from update_watch.judge.reasons import unknown
 from update_watch.report import Cause
+from update_watch.wording import fixed, number, percent, plural, short
 
 
 class Seen(NamedTuple):
@@ -32,6 +35,9 @@ class Seen(NamedTuple):
     counter: float | None = None  # where a step counter stopped
     headroom: float | None = None  # share of updates at least 4 half gaps wide
     skipped: int = 0
+    net: float | None = None  # net efficiency
+    written_step: int | None = None  # the last step after which something else wrote to it
+    gradient: float | None = None  # the largest
     reason: str = ""
 
 
@@ -65,83 +71,9 @@ def finding(text: str) -> str:
     return text.rstrip(".").split("; ")[0] + "."
 
 
-def unknown(reason: str) -> str:
-    """The sentence for a health that is not known."""
-    return f"{_UNKNOWN}{reason}."
-
-
-def why(text: str) -> str:
-    """The reason in such a sentence."""
-    return text.removeprefix(_UNKNOWN).rstrip(".")
-
-
 def nothing_intended(steps: int) -> str:
     """The sentence for a tensor that is idle without one of the causes."""
     return f"The optimizer intended no change in {plural(steps, 'measured step')}."
-
-
-_UNKNOWN = "Unknown, because "
-
-
-# --- reasons for `unknown` ---------------------------------------------------------------------
-
-
-def not_measured(steps: int) -> str:
-    if not steps:
-        return "its optimizer took no step in this window"
-    return "it was measured in none of the optimizer steps of this window"
-
-
-def too_few_steps(seen: int, needed: int) -> str:
-    return f"only {seen} of the {needed} measured steps a verdict needs {'was' if seen == 1 else 'were'} seen so far"
-
-
-def one_window() -> str:
-    return "one window alone may mislead about it; the next one decides"
-
-
-def too_noisy(efficiency: float, error: float, windows: int) -> str:
-    return (
-        f"its efficiency of {fixed(efficiency)} has a standard error of {fixed(error)} after"
-        f" {plural(windows, 'window')}; windows are pooled until that is small enough"
-    )
-
-
-def too_small() -> str:
-    return (
-        "so few of its stored values are expected to change at this learning rate that none changing means nothing;"
-        " windows are pooled until enough are"
-    )
-
-
-def finer_than_fp32() -> str:
-    return "its updates are finer than FP32, in which samples are compared; FP64 weights hold them"
-
-
-def remainder_unclear(efficiency: float) -> str:
-    return (
-        f"its stored value took {fixed(efficiency)} of the update, but FP32 weights or a compensation kept elsewhere"
-        " may hold the rest, and the sum over the window is still too small to tell; a longer window would"
-    )
-
-
-def rising_lr(lr: float) -> str:
-    return (
-        f"the learning rate has just risen threefold or more, to {number(lr)}: too early to call its lost updates a"
-        " stall"
-    )
-
-
-def unexplained(efficiency: float, lost: float | None) -> str:
-    kept = f" although {percent(lost)} of its updates were lost" if lost is not None else ""
-    return (
-        f"it moved by {fixed(efficiency)} of the intended update{kept}, which rounding does not explain: something else"
-        " writes to it, or the optimizer's rule was not replayed rightly"
-    )
-
-
-def overflow(skipped: int, steps: int) -> str:
-    return f"the gradient scaler skipped {skipped} of {steps} steps of this window, where gradients overflow"
 
 
 # --- one function per cause ----------------------------------------------------------------------
@@ -155,13 +87,13 @@ def _weight_rounding(seen: Seen) -> Advice:
             f" single steps look well (efficiency {fixed(seen.efficiency)})"
         )
     else:
-        without = "" if seen.dtype in _FULL else " without an FP32 master"
+        without = "" if seen.dtype in FULL else " without an FP32 master"
         finding = f"{kind} weights{without} round the updates away ({_loss(seen)})"
     now = f" (now {number(seen.lr)})" if seen.lr is not None else ""
     edge = ""
     if seen.critical_lr:
         edge = f"keep the learning rate above {number(seen.critical_lr)}{now}, below which half of the updates are lost"
-    if seen.dtype in _FULL:
+    if seen.dtype in FULL:
         return Advice(finding, edge or f"raise the learning rate{now}")
     cure = (
         f"keep FP32 master weights (precision='{_mixed(seen.dtype)}') or use stochastic rounding (torchao) or Kahan"
@@ -184,7 +116,7 @@ def _state_rounding(seen: Seen) -> Advice:
         if seen.efficiency is not None:
             finding += f" (efficiency of the {part} {fixed(seen.efficiency)})"
         cure = "keep the optimizer state in FP32"
-        floor = _smallest_rate(seen.dtype)
+        floor = smallest_rate(seen.dtype)
         if floor is not None and (seen.rate is None or seen.rate < floor):
             cure += f" or use a beta of at most {1 - floor:.4g}"
     factor = fixed(seen.state_factor)
@@ -237,6 +169,46 @@ def _accumulation_rounding(seen: Seen) -> Advice:
         f"accumulate gradients in FP32 (FP32 weights with precision='{_mixed(seen.dtype)}'), or use fewer and larger"
         " micro-batches",
         "the summed gradient then grows",
+    )
+
+
+def _overwritten(seen: Seen) -> Advice:
+    kept = f"{percent(min(max(seen.net, 0.0), 1.0))} of" if seen.net is not None else "next to nothing of"
+    last = f", last after step {seen.written_step}" if seen.written_step is not None else ""
+    return Advice(
+        f"what its steps apply is overwritten before the next step{last}: {kept} the intended update is left at the end",
+        "find what writes to it between steps: averaged weights that stay in the model after a validation, a checkpoint"
+        " or a copy that is loaded again and again",
+    )
+
+
+def _not_copied_back(seen: Seen) -> Advice:
+    kept = f" (net efficiency {fixed(seen.net)})" if seen.net is not None else ""
+    return Advice(
+        f"its optimizer steps a copy of it, and the copy is not written back to the model{kept}",
+        "copy the master weights to the model after every step, or give the model's own parameters to the optimizer",
+    )
+
+
+def _average_diverges(seen: Seen) -> Advice:
+    return Advice(
+        f"{_average(seen)} moves away from the weights ({_loss(seen)})",
+        "check its update: average = decay * average + (1 - decay) * weight; a sign or the order of the two is wrong",
+    )
+
+
+def _average_not_updated(seen: Seen) -> Advice:
+    return Advice(
+        f"{_average(seen)} was not updated in {plural(seen.steps, 'step')} in which its weights moved",
+        "call its update after the step, and check that the averaged copy is the one that was given to the watch",
+    )
+
+
+def _negligible_gradient(seen: Seen) -> Advice:
+    size = f" (largest {number(seen.gradient)})" if seen.gradient is not None else ""
+    return Advice(
+        f"its gradient is so small{size} that the rule makes next to no update of it: no signal reaches it",
+        "look for what cancels its gradient, such as a softmax over a single choice; more precision changes nothing",
     )
 
 
@@ -310,7 +282,7 @@ def _replicas_differ(seen: Seen) -> Advice:
 
 
 def _not_replayable(seen: Seen) -> Advice:
-    return Advice(f"{_UNKNOWN}{seen.reason or 'its update cannot be replayed'}")
+    return Advice(unknown(seen.reason or "its update cannot be replayed").rstrip("."))
 
 
 _ADVICE: dict[Cause, Callable[[Seen], Advice]] = {
@@ -319,6 +291,11 @@ _ADVICE: dict[Cause, Callable[[Seen], Advice]] = {
     Cause.decay_rounding: _decay_rounding,
     Cause.average_rounding: _average_rounding,
     Cause.accumulation_rounding: _accumulation_rounding,
+    Cause.overwritten: _overwritten,
+    Cause.not_copied_back: _not_copied_back,
+    Cause.average_diverges: _average_diverges,
+    Cause.average_not_updated: _average_not_updated,
+    Cause.negligible_gradient: _negligible_gradient,
     Cause.requires_grad_off: _requires_grad_off,
     Cause.not_in_optimizer: _not_in_optimizer,
     Cause.no_gradient: _no_gradient,
@@ -336,50 +313,6 @@ _ADVICE: dict[Cause, Callable[[Seen], Advice]] = {
 
 _NOTHING = 0.02  # a state factor so close to 1 is 1
 _HARDLY = 0.1  # a change of the effective learning rate that nobody need retune for
-_FULL = frozenset({"float32", "float64"})
-_SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
-# significant bits, the hidden one included: a value x loses x * c to rounding for all c <= 2^-(bits + 1), and for
-# some x up to 2^-bits
-SIGNIFICANT_BITS = {
-    "bfloat16": 8,
-    "float16": 11,
-    "float32": 24,
-    "float64": 53,
-    "float8_e4m3fn": 4,
-    "float8_e4m3fnuz": 4,
-    "float8_e5m2": 3,
-    "float8_e5m2fnuz": 3,
-}
-
-
-def short(dtype: str) -> str:
-    """ "bfloat16" -> "BF16"."""
-    return _SHORT.get(dtype, dtype or "low-precision")
-
-
-def number(value: float) -> str:
-    """Two significant digits: learning rates and factors."""
-    return f"{value:.2g}"
-
-
-def fixed(value: float | None) -> str:
-    """Two decimals: efficiencies."""
-    return "unknown" if value is None else f"{value + 0.0:.2f}".replace("-0.00", "0.00")
-
-
-def percent(share: float | None) -> str:
-    """A share in percent that says 0% and 100% only when it is."""
-    if share is None:
-        return "an unknown share"
-    if 0 < share < 0.005:
-        return "under 1%"
-    if 0.995 <= share < 1:
-        return "over 99%"
-    return f"{100 * share:.0f}%"
-
-
-def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _all(steps: int) -> str:
@@ -397,9 +330,3 @@ def _loss(seen: Seen) -> str:
 
 def _mixed(dtype: str) -> str:
     return "16-mixed" if dtype == "float16" else "bf16-mixed"
-
-
-def _smallest_rate(dtype: str) -> float | None:
-    """1 - beta from which on every stored value can decay."""
-    bits = SIGNIFICANT_BITS.get(dtype)
-    return 2.0**-bits if bits is not None and bits < 24 else None

@@ -16,11 +16,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from update_watch.judge.accumulators import alert_level
-from update_watch.judge.advice import finding, plural
-from update_watch.judge.rollup import worst_first
-from update_watch.judge.verdict_memory import check_state
+from update_watch.judge.advice import finding
+from update_watch.judge.history import check_state
+from update_watch.judge.run_summary import worst_first
 from update_watch.report import Alert, Cause, Health, Level, Report
 from update_watch.thresholds import Thresholds
+from update_watch.wording import plural
 
 _VERSION = 1
 _HOUR = 3600.0

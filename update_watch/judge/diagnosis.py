@@ -24,7 +24,7 @@ A tensor is judged by the first line that fits:
 | 17 | state factor outside its band in two windows running | stalling | state_rounding |
 | 18 | none of these | healthy | |
 
-The score is explained in `update_watch.judge.grading`, the accumulators in `update_watch.judge.accumulators`.
+The score is explained in `update_watch.judge.efficiency_grade`, the accumulators in `update_watch.judge.accumulators`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from update_watch.evidence import TensorEvidence, WindowEvidence
-from update_watch.judge import advice
+from update_watch.judge import advice, reasons
 from update_watch.judge.accumulators import alert_level, is_state, judge_accumulator
-from update_watch.judge.advice import SIGNIFICANT_BITS, Seen, say
-from update_watch.judge.grading import Score, known, score, share
-from update_watch.judge.rollup import headline, roll_up, run_health
-from update_watch.judge.verdict_memory import GRADES, HEALTHY, STALLING, UNKNOWN, Memory, check_state
+from update_watch.judge.advice import Seen, say
+from update_watch.judge.efficiency_grade import Score, known, score, share
+from update_watch.judge.history import GRADES, HEALTHY, STALLING, UNKNOWN, TensorHistory, check_state
+from update_watch.judge.number_formats import SIGNIFICANT_BITS
+from update_watch.judge.run_summary import by_layer, headline, run_health
 from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport, quick
 from update_watch.thresholds import Thresholds
 
@@ -58,7 +59,7 @@ class Diagnosis:
 
     def __init__(self, thresholds: Thresholds) -> None:
         self._limits = thresholds
-        self._memories: dict[str, Memory] = {}
+        self._memories: dict[str, TensorHistory] = {}
         self._last_step: int | None = None
 
     def judge(self, evidence: WindowEvidence) -> Report:
@@ -74,7 +75,7 @@ class Diagnosis:
             health=run_health(tensors),
             headline=headline(tensors),
             tensors=tensors,
-            layers=roll_up(tensors),
+            layers=by_layer(tensors),
             time=evidence.time,
             cost_ms=evidence.cost_ms,
             skipped_steps=evidence.skipped_steps,
@@ -102,10 +103,10 @@ class Diagnosis:
             raise ValueError(
                 f"Diagnosis.load_state_dict: last_step={last_step!r} is not a step; pass what state_dict() gave."
             )
-        memories: dict[str, Memory] = {}
+        memories: dict[str, TensorHistory] = {}
         for name, data in state["tensors"].items():
             try:
-                memories[str(name)] = Memory.from_plain(data)
+                memories[str(name)] = TensorHistory.from_plain(data)
             except (KeyError, TypeError, ValueError) as error:
                 logging.getLogger("update_watch").warning(
                     "Diagnosis.load_state_dict: the entry of %r cannot be read (%s: %s); it starts anew.",
@@ -120,7 +121,7 @@ class Diagnosis:
     def _tensor(self, e: TensorEvidence, window: WindowEvidence, first_step: int) -> TensorReport:
         memory = self._memories.get(e.name)
         if memory is None:
-            memory = self._memories[e.name] = Memory()
+            memory = self._memories[e.name] = TensorHistory()
         verdict = self._without_signal(e, memory, window)
         if verdict is None:
             verdict = self._by_score(e, memory)
@@ -154,22 +155,33 @@ class Diagnosis:
             trainable=e.trainable,
             efficiency=e.numbers.efficiency,
             efficiency_error=e.numbers.efficiency_error,
+            net_efficiency=e.net_efficiency,
+            net_efficiency_error=e.net_efficiency_error,
             displacement_efficiency=e.numbers.displacement_efficiency,
             lost_fraction=e.numbers.lost_fraction,
+            lost_fraction_error=e.numbers.lost_fraction_error,
             wanted_fraction=e.numbers.wanted_fraction,
             update_ratio=e.update_ratio,
+            update_ratio_error=e.update_ratio_error,
             applied_ratio=e.applied_ratio,
+            written_between=e.written_between,
+            gradient_rms=e.gradient_rms,
+            gradient_max=e.gradient_max,
+            gradient_zeros=e.zero_gradient_fraction,
+            copy_changed=e.copy_changed,
+            copy_changed_window=e.copy_changed_window,
             headroom_histogram=e.headroom_histogram,
             lr=e.lr,
             critical_lr=e.critical_lr,
             state_factor=e.state_factor,
+            state_factor_error=e.state_factor_error,
             since_step=_since(memory, health, first_step),
             accumulators=accumulators,
             what_if=e.what_if,
             scheme=e.scheme,
         )
 
-    def _without_signal(self, e: TensorEvidence, memory: Memory, window: WindowEvidence) -> _Verdict | None:
+    def _without_signal(self, e: TensorEvidence, memory: TensorHistory, window: WindowEvidence) -> _Verdict | None:
         """Lines 1 to 10 of the table; None when there is an update to judge."""
         if not e.trainable:
             return _verdict(Health.frozen, Cause.requires_grad_off, Seen())
@@ -180,7 +192,7 @@ class Diagnosis:
         is_persistent = memory.skipped_windows >= self._limits.skipped_windows
         if not e.finite:
             if skipped and not is_persistent:
-                return UNKNOWN, None, advice.unknown(advice.overflow(skipped, steps))
+                return UNKNOWN, None, reasons.unknown(reasons.overflow(skipped, steps))
             return _verdict(Health.broken, Cause.non_finite, Seen())
         if e.replicas_differ:
             return _verdict(Health.broken, Cause.replicas_differ, Seen())
@@ -189,9 +201,9 @@ class Diagnosis:
         if nearly_all:
             if is_persistent:
                 return _verdict(Health.idle, Cause.skipped_steps, Seen(skipped=skipped, steps=steps))
-            return UNKNOWN, None, advice.unknown(advice.overflow(skipped, steps))
+            return UNKNOWN, None, reasons.unknown(reasons.overflow(skipped, steps))
         if not e.steps:
-            return UNKNOWN, None, advice.unknown(advice.not_measured(0))
+            return UNKNOWN, None, reasons.unknown(reasons.not_measured(0))
         if e.gradless_steps >= e.steps:
             return _verdict(Health.idle, Cause.no_gradient, Seen(steps=e.steps))
         zero = known(e.zero_gradient_fraction)
@@ -203,21 +215,21 @@ class Diagnosis:
             return _verdict(UNKNOWN, Cause.not_replayable, Seen(reason=e.reason))
         if e.measured_steps and e.numbers.wanted_fraction == 0:
             if e.dtype == "float64":
-                return UNKNOWN, None, advice.unknown(advice.finer_than_fp32())
+                return UNKNOWN, None, reasons.unknown(reasons.finer_than_fp32())
             return Health.idle, None, advice.nothing_intended(e.measured_steps)
         return None
 
-    def _by_score(self, e: TensorEvidence, memory: Memory) -> _Verdict:
+    def _by_score(self, e: TensorEvidence, memory: TensorHistory) -> _Verdict:
         """Lines 11 to 16 of the table."""
         found = score(e, memory, self._limits)
         if found.health is UNKNOWN:
-            return UNKNOWN, None, advice.unknown(found.reason)
+            return UNKNOWN, None, reasons.unknown(found.reason)
         if found.health is HEALTHY:
             memory.grade = HEALTHY
             return _GOOD
         return self._accuse(e, memory, found)
 
-    def _accuse(self, e: TensorEvidence, memory: Memory, found: Score) -> _Verdict:
+    def _accuse(self, e: TensorEvidence, memory: TensorHistory, found: Score) -> _Verdict:
         lr, start = known(e.lr), known(e.lr_min)
         lr_max = known(e.lr_max) if e.lr_max is not None else lr
         if lr_max is not None and lr_max <= self._limits.negligible_lr * memory.peak_lr:
@@ -225,7 +237,7 @@ class Diagnosis:
         if memory.lr is not None and (start is None or memory.lr < start):
             start = memory.lr
         if lr and lr == lr_max and start is not None and lr >= _STEEP * start:
-            return UNKNOWN, None, advice.unknown(advice.rising_lr(lr))
+            return UNKNOWN, None, reasons.unknown(reasons.rising_lr(lr))
         memory.grade = found.health
         above = _share_well_above(e.headroom_histogram)
         # rounding loses none of the updates well above half a gap; a tenth for the histogram's coarser sample
@@ -241,7 +253,7 @@ class Diagnosis:
         )
         return _verdict(found.health, Cause.not_written if is_unwritten else Cause.weight_rounding, seen)
 
-    def _by_state(self, e: TensorEvidence, memory: Memory) -> _Verdict | None:
+    def _by_state(self, e: TensorEvidence, memory: TensorHistory) -> _Verdict | None:
         """Line 17 of the table: the weight takes its updates, but are they the right ones?"""
         limits, factor = self._limits, known(e.state_factor)
         if factor is None or e.state_factor_steps < limits.minimum_steps:
@@ -276,7 +288,7 @@ def _verdict(health: Health, cause: Cause, seen: Seen) -> _Verdict:
     return health, cause, say(cause, seen)
 
 
-def _since(memory: Memory, health: Health, first_step: int) -> int:
+def _since(memory: TensorHistory, health: Health, first_step: int) -> int:
     """First step of the window in which this health began; a verdict that was unknown in between goes on."""
     if health is memory.health:
         return memory.since

@@ -1,4 +1,5 @@
 """Training on several processes: one collective per window joins what the ranks have seen.
 
-May import `evidence`, `report` and `measure`; runs on the judging thread.
+`joining` is the entrance (`Ranks`), `gloo_group` the connection, `shared_plan` what is sent, `weighted_means` how it adds up.
+May import the root's `evidence`, `headroom`, `report`; runs on the judging thread.
 """

@@ -13,7 +13,7 @@ HEALTHY, STALLING, STALLED, UNKNOWN = Health.healthy, Health.stalling, Health.st
 GRADES = (HEALTHY, STALLING, STALLED)
 
 
-class AccumulatorMemory:
+class AccumulatorHistory:
     """One accumulator of a tensor."""
 
     __slots__ = ("bad_steps", "bad_windows", "grade", "value")
@@ -32,7 +32,7 @@ class AccumulatorMemory:
         return [self.grade.value, self.bad_steps, self.bad_windows, self.value]
 
     @classmethod
-    def from_plain(cls, data: Any) -> AccumulatorMemory:
+    def from_plain(cls, data: Any) -> AccumulatorHistory:
         grade, bad_steps, bad_windows, value = _items(data, 4)
         memory = cls()
         memory.grade, memory.value = _grade(grade), _optional(value)
@@ -40,7 +40,7 @@ class AccumulatorMemory:
         return memory
 
 
-class Memory:
+class TensorHistory:
     """One tensor."""
 
     __slots__ = (
@@ -75,13 +75,13 @@ class Memory:
         self.skipped_windows = 0  # in a row with nearly all steps skipped
         self.lr: float | None = None  # in the window before
         self.peak_lr = 0.0
-        self.accumulators: dict[str, AccumulatorMemory] = {}
+        self.accumulators: dict[str, AccumulatorHistory] = {}
 
-    def accumulator(self, name: str) -> AccumulatorMemory:
+    def accumulator(self, name: str) -> AccumulatorHistory:
         """The memory of one accumulator, new at first."""
         found = self.accumulators.get(name)
         if found is None:
-            found = self.accumulators[name] = AccumulatorMemory()
+            found = self.accumulators[name] = AccumulatorHistory()
         return found
 
     def forget_evidence(self) -> None:
@@ -107,7 +107,7 @@ class Memory:
         }
 
     @classmethod
-    def from_plain(cls, data: Any) -> Memory:
+    def from_plain(cls, data: Any) -> TensorHistory:
         """Raises ValueError, TypeError or KeyError on anything `to_plain` would not write."""
         if not isinstance(data, Mapping):
             raise TypeError(f"{data!r} is not a mapping")
@@ -129,7 +129,7 @@ class Memory:
         memory.lr = _optional(data["lr"])
         memory.peak_lr = _number(data["peak_lr"])
         memory.accumulators = {
-            str(name): AccumulatorMemory.from_plain(a) for name, a in dict(data["accumulators"]).items()
+            str(name): AccumulatorHistory.from_plain(a) for name, a in dict(data["accumulators"]).items()
         }
         return memory
 

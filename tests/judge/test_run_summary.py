@@ -7,7 +7,7 @@ import pytest
 from tests.support.evidence_samples import accumulator, histogram, tensor, window
 from update_watch.evidence import TensorEvidence
 from update_watch.judge.diagnosis import Diagnosis
-from update_watch.judge.rollup import headline
+from update_watch.judge.run_summary import headline
 from update_watch.report import Cause, Health, LayerReport, Report, TensorReport
 from update_watch.thresholds import Thresholds
 

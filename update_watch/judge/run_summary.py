@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from update_watch.judge.accumulators import alert_level
-from update_watch.judge.advice import Seen, advise, brief, fixed, plural, why
-from update_watch.judge.grading import known
+from update_watch.judge.advice import Seen, advise, brief
+from update_watch.judge.efficiency_grade import known
+from update_watch.judge.reasons import why
 from update_watch.report import SEVERITY, AccumulatorReport, Cause, Health, LayerReport, TensorReport, weighted_mean
+from update_watch.wording import fixed, plural
 
 _BAD = (Health.broken, Health.stalled, Health.stalling)
 _RANK = {health: i for i, health in enumerate(SEVERITY)}
 
 
-def roll_up(tensors: Sequence[TensorReport]) -> tuple[LayerReport, ...]:
+def by_layer(tensors: Sequence[TensorReport]) -> tuple[LayerReport, ...]:
     """One `LayerReport` per module path, in order of appearance."""
     layers: dict[str, list[TensorReport]] = {}
     for tensor in tensors:

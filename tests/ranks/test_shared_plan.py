@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, WindowEvidence
-from update_watch.ranks.joint_evidence import Plan, catalogue
+from update_watch.ranks.shared_plan import Plan, catalogue
 from update_watch.report import HEADROOM_BINS
 
 

@@ -20,8 +20,8 @@ import math
 from typing import NamedTuple
 
 from update_watch.evidence import TensorEvidence
-from update_watch.judge import advice
-from update_watch.judge.verdict_memory import HEALTHY, STALLED, STALLING, UNKNOWN, Memory
+from update_watch.judge import reasons
+from update_watch.judge.history import HEALTHY, STALLED, STALLING, UNKNOWN, TensorHistory
 from update_watch.report import HEADROOM_LOW, Health
 from update_watch.thresholds import Thresholds
 
@@ -85,7 +85,7 @@ def is_exact(scheme: str) -> bool:
     return scheme == "plain" or scheme.startswith("carried:")
 
 
-def score(e: TensorEvidence, memory: Memory, limits: Thresholds) -> Score:
+def score(e: TensorEvidence, memory: TensorHistory, limits: Thresholds) -> Score:
     """Add a window's evidence to the memory and say what all of it shows."""
     displacement, exact = None, is_exact(e.scheme)
     efficiency = known(e.numbers.efficiency)
@@ -98,14 +98,14 @@ def score(e: TensorEvidence, memory: Memory, limits: Thresholds) -> Score:
         if memory.age > limits.pool_windows:
             memory.forget_evidence()
         if not memory.pool:
-            return Score(UNKNOWN, advice.not_measured(e.steps))
+            return Score(UNKNOWN, reasons.not_measured(e.steps))
     if displacement is not None:
         memory.drift.append(displacement)
         del memory.drift[: -2 * limits.drift_windows]
         memory.proven = displacement >= limits.stalling or (memory.proven and displacement >= limits.stalling / 2)
     pooled = _pool(memory, limits)
     if pooled.steps < limits.minimum_steps:
-        return Score(UNKNOWN, advice.too_few_steps(pooled.steps, limits.minimum_steps))
+        return Score(UNKNOWN, reasons.too_few_steps(pooled.steps, limits.minimum_steps))
     if exact or e.scheme == "stochastic":
         most = _ROUNDED_MOST if e.scheme == "plain" else _CARRIED_MOST
         result = _by_steps(pooled, displacement, memory, limits, exact, most)
@@ -116,61 +116,61 @@ def score(e: TensorEvidence, memory: Memory, limits: Thresholds) -> Score:
         if drift is not None:
             result = Score(grade(drift, memory.grade, limits), "", pooled.efficiency, pooled.lost, drift)
     if e.dtype == "float64" and result.health in (STALLING, STALLED):
-        return Score(UNKNOWN, advice.finer_than_fp32())
+        return Score(UNKNOWN, reasons.finer_than_fp32())
     return result
 
 
 def _by_steps(
-    pooled: Pooled, displacement: float | None, memory: Memory, limits: Thresholds, exact: bool, most: float
+    pooled: Pooled, displacement: float | None, memory: TensorHistory, limits: Thresholds, exact: bool, most: float
 ) -> Score:
     efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
     margin = (_SURE if exact else _SURER) * error
     health = grade(efficiency + margin, memory.grade, limits)  # at best
     if error > limits.maximum_error:
         if health is HEALTHY and grade(efficiency - margin, memory.grade, limits) is not HEALTHY:
-            return Score(UNKNOWN, advice.too_noisy(efficiency, error, pooled.windows))
+            return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
     elif memory.grade is not HEALTHY:  # the margin protects from accusing, it is no way out
         health = grade(efficiency, memory.grade, limits)
     if exact and efficiency - margin > most:
-        return Score(UNKNOWN, advice.unexplained(efficiency, None))
+        return Score(UNKNOWN, reasons.unexplained(efficiency, None))
     if health is not HEALTHY and displacement is not None and displacement > efficiency:
         health = grade(displacement, memory.grade, limits)
     if health is HEALTHY:
         return Score(health, "", efficiency, lost)
     if not exact and pooled.expected < _EXPECTED_CHANGES:
-        return Score(UNKNOWN, advice.too_small())
+        return Score(UNKNOWN, reasons.too_small())
     if exact and (efficiency < _BACKWARDS or (efficiency < _ROUNDED_LEAST and lost < _UNLOST)):
-        return Score(UNKNOWN, advice.unexplained(efficiency, lost))
+        return Score(UNKNOWN, reasons.unexplained(efficiency, lost))
     return Score(health, "", efficiency, lost)
 
 
 def _by_displacement(
-    pooled: Pooled, displacement: float | None, memory: Memory, limits: Thresholds, is_carried: bool
+    pooled: Pooled, displacement: float | None, memory: TensorHistory, limits: Thresholds, is_carried: bool
 ) -> Score:
     efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
     margin = _SURER * error
     if efficiency - margin > _CARRIED_MOST:
-        return Score(UNKNOWN, advice.unexplained(efficiency, None))
+        return Score(UNKNOWN, reasons.unexplained(efficiency, None))
     if error <= limits.maximum_error and grade(efficiency - margin, memory.grade, limits) is HEALTHY:
         return Score(HEALTHY, "", efficiency, lost)
     if displacement is None:
         if is_carried or memory.proven:
             return Score(HEALTHY, "", efficiency, lost)
-        return Score(UNKNOWN, advice.remainder_unclear(efficiency))
+        return Score(UNKNOWN, reasons.remainder_unclear(efficiency))
     value = displacement
     if displacement >= limits.stalled and len(memory.drift) > 1:
         value = max(displacement, memory.drift[-2])
     health = grade(max(value, efficiency), memory.grade, limits)
     if health is STALLING and len(memory.drift) < 2:
-        return Score(UNKNOWN, advice.remainder_unclear(efficiency))
+        return Score(UNKNOWN, reasons.remainder_unclear(efficiency))
     if health is not HEALTHY and efficiency + margin >= limits.stalling:
-        return Score(UNKNOWN, advice.too_noisy(efficiency, error, pooled.windows))
+        return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
     if health is not HEALTHY and pooled.expected < _EXPECTED_CHANGES:
-        return Score(UNKNOWN, advice.too_small())
+        return Score(UNKNOWN, reasons.too_small())
     return Score(health, "", efficiency, lost)
 
 
-def _remember(e: TensorEvidence, efficiency: float, memory: Memory, exact: bool) -> None:
+def _remember(e: TensorEvidence, efficiency: float, memory: TensorHistory, exact: bool) -> None:
     memory.age = 0
     memory.pool.append(
         (
@@ -183,7 +183,7 @@ def _remember(e: TensorEvidence, efficiency: float, memory: Memory, exact: bool)
     )
 
 
-def _pool(memory: Memory, limits: Thresholds) -> Pooled:
+def _pool(memory: TensorHistory, limits: Thresholds) -> Pooled:
     """As few of the latest windows as give enough evidence, weighted by measured steps; older ones are forgotten."""
     pool = memory.pool
     steps, dot, square, lost, expected, used = 0, 0.0, 0.0, 0.0, 0.0, 0
@@ -205,7 +205,7 @@ def _pool(memory: Memory, limits: Thresholds) -> Pooled:
     return Pooled(steps, efficiency, error, lost / steps, expected, used)
 
 
-def _lost_drift(memory: Memory, limits: Thresholds) -> float | None:
+def _lost_drift(memory: TensorHistory, limits: Thresholds) -> float | None:
     """Mean displacement efficiency of the latest windows, if it is certainly low; else None."""
     drift = memory.drift
     n = len(drift)

@@ -1,0 +1,75 @@
+"""Why a health is `unknown`: one sentence per reason."""
+
+from __future__ import annotations
+
+from update_watch.wording import fixed, number, percent, plural
+
+_UNKNOWN = "Unknown, because "
+
+
+def unknown(reason: str) -> str:
+    """The sentence for a health that is not known."""
+    return f"{_UNKNOWN}{reason}."
+
+
+def why(text: str) -> str:
+    """The reason in such a sentence."""
+    return text.removeprefix(_UNKNOWN).rstrip(".")
+
+
+def not_measured(steps: int) -> str:
+    if not steps:
+        return "its optimizer took no step in this window"
+    return "it was measured in none of the optimizer steps of this window"
+
+
+def too_few_steps(seen: int, needed: int) -> str:
+    return f"only {seen} of the {needed} measured steps a verdict needs {'was' if seen == 1 else 'were'} seen so far"
+
+
+def one_window() -> str:
+    return "one window alone may mislead about it; the next one decides"
+
+
+def too_noisy(efficiency: float, error: float, windows: int) -> str:
+    return (
+        f"its efficiency of {fixed(efficiency)} has a standard error of {fixed(error)} after"
+        f" {plural(windows, 'window')}; windows are pooled until that is small enough"
+    )
+
+
+def too_small() -> str:
+    return (
+        "so few of its stored values are expected to change at this learning rate that none changing means nothing;"
+        " windows are pooled until enough are"
+    )
+
+
+def finer_than_fp32() -> str:
+    return "its updates are finer than FP32, in which samples are compared; FP64 weights hold them"
+
+
+def remainder_unclear(efficiency: float) -> str:
+    return (
+        f"its stored value took {fixed(efficiency)} of the update, but FP32 weights or a compensation kept elsewhere"
+        " may hold the rest, and the sum over the window is still too small to tell; a longer window would"
+    )
+
+
+def rising_lr(lr: float) -> str:
+    return (
+        f"the learning rate has just risen threefold or more, to {number(lr)}: too early to call its lost updates a"
+        " stall"
+    )
+
+
+def unexplained(efficiency: float, lost: float | None) -> str:
+    kept = f" although {percent(lost)} of its updates were lost" if lost is not None else ""
+    return (
+        f"it moved by {fixed(efficiency)} of the intended update{kept}, which rounding does not explain: something else"
+        " writes to it, or the optimizer's rule was not replayed rightly"
+    )
+
+
+def overflow(skipped: int, steps: int) -> str:
+    return f"the gradient scaler skipped {skipped} of {steps} steps of this window, where gradients overflow"

@@ -1,0 +1,209 @@
+"""A tensor's evidence as weighted means that add up over ranks, and back.
+
+Every number is sent as a weighted mean: the sum of weights, and of weight x value. A ratio's weight is its denominator
+times the elements of the tensor that lie on the rank: an efficiency weighs by the squared size of what was intended there,
+a lost fraction by the wanted elements. So uneven shards weigh what they hold, empty ones nothing, and replicas, all
+alike, do not change a mean: each one's other sample positions only sharpen it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, median_headroom
+from update_watch.report import HEADROOM_BINS
+
+_NOTHING = 1e-6  # what an empty shard weighs where it is asked for its steps
+TENSOR_NUMBERS = (
+    *("present", "frozen", "broken", "measured", "difference"),
+    *("steps", "gradless_steps", "skipped_steps", "zero_gradient_fraction"),
+    *("efficiency", "error", "displacement", "wanted", "lost", "weight", "path_weight"),
+    *("changed", "intended", "applied", "stored"),
+    *("lr", "lr_max", "lr_min", "weight_decay"),
+    *("state_factor", "state_factor_steps", "displacement_evidence", "what_if"),
+)
+ACCUMULATOR_NUMBERS = (
+    *("present", "efficiency", "displacement", "wanted", "lost", "value"),
+    *("growth.efficiency", "growth.wanted", "growth.lost", "decay.efficiency", "decay.wanted", "decay.lost"),
+)
+
+
+PLACE_OF_TENSOR = {name: 2 * i for i, name in enumerate(TENSOR_NUMBERS)}
+PLACE_OF_ACCUMULATOR = {name: 2 * i for i, name in enumerate(ACCUMULATOR_NUMBERS)}
+
+
+class Means:
+    """Weighted means under names, in a part of a list of numbers: weight and weight x value of each."""
+
+    __slots__ = ("_places", "_start", "_values")
+
+    def __init__(self, places: Mapping[str, int], values: list[float], start: int) -> None:
+        self._places, self._values, self._start = places, values, start
+
+    def put(self, name: str, value: float | None, weight: float | None) -> None:
+        if value is None or weight is None or not weight > 0 or not math.isfinite(value) or not math.isfinite(weight):
+            return
+        at = self._start + self._places[name]
+        self._values[at] += weight
+        self._values[at + 1] += weight * value
+
+    def get(self, name: str) -> float | None:
+        at = self._start + self._places[name]
+        weight = self._values[at]
+        return self._values[at + 1] / weight if weight > 0 else None
+
+    def weight(self, name: str) -> float:
+        return self._values[self._start + self._places[name]]
+
+
+def elements_held(tensor: TensorEvidence) -> int:
+    return tensor.numel if tensor.held is None else tensor.held
+
+
+def _times(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a * b
+
+
+def put_tensor(t: TensorEvidence, means: Means) -> None:
+    held = float(elements_held(t))
+    means.put("present", 1.0, 1.0)
+    means.put("frozen", float(not t.trainable), 1.0)
+    means.put("broken", float(not t.finite), 1.0)
+    if t.optimizer_group:
+        for name in ("lr", "lr_max", "lr_min", "weight_decay"):
+            means.put(name, getattr(t, name), 1.0)
+        for name in ("steps", "gradless_steps", "skipped_steps"):
+            means.put(name, float(getattr(t, name)), held or _NOTHING)
+    if t.measured_steps:
+        means.put("measured", float(t.measured_steps), held)
+    n = t.numbers
+    means.put("efficiency", n.efficiency, _times(n.weight, held))
+    # samples of several ranks may err together: the error of a sum is at most the sum of errors
+    means.put("error", n.efficiency_error, _times(n.weight, held))
+    means.put("displacement", n.displacement_efficiency, _times(n.path_weight, held))
+    means.put("wanted", n.wanted_fraction, held)
+    wanted = _times(n.wanted_fraction, held)
+    means.put("lost", n.lost_fraction, wanted)
+    means.put("weight", n.weight, held)
+    means.put("path_weight", n.path_weight, held)
+    means.put("zero_gradient_fraction", t.zero_gradient_fraction, held)
+    means.put("changed", t.changed_fraction, held)
+    for name, ratio in (("intended", t.update_ratio), ("applied", t.applied_ratio)):
+        size = _times(ratio, t.stored)
+        means.put(name, _times(size, size), held)
+    means.put("stored", _times(t.stored, t.stored), held)
+    means.put("state_factor", t.state_factor, held)
+    means.put("state_factor_steps", float(t.state_factor_steps), held if t.state_factor is not None else None)
+    means.put("displacement_evidence", t.displacement_evidence, held)
+    means.put("what_if", (t.what_if or {}).get("bfloat16"), wanted)
+
+
+def put_histogram(t: TensorEvidence, values: list[float], start: int) -> None:
+    """The weight, then the bins."""
+    wanted = _times(t.numbers.wanted_fraction, float(elements_held(t)))
+    if t.headroom_histogram is not None and wanted:
+        values[start] = wanted
+        values[start + 1 : start + 1 + HEADROOM_BINS] = [wanted * share for share in t.headroom_histogram]
+
+
+def put_accumulator(a: AccumulatorEvidence, held: float, means: Means) -> None:
+    means.put("present", 1.0, 1.0)
+    means.put("value", a.value, 1.0)
+    means.put("displacement", a.numbers.displacement_efficiency, _times(_or(a.numbers.path_weight, 1.0), held))
+    for prefix, n in (("", a.numbers), ("growth.", a.growth), ("decay.", a.decay)):
+        wanted = _times(_or(n.wanted_fraction, 1.0), held)
+        means.put(f"{prefix}efficiency", n.efficiency, wanted if n.weight is None else n.weight * held)
+        means.put(f"{prefix}wanted", n.wanted_fraction, held)
+        means.put(f"{prefix}lost", n.lost_fraction, wanted)
+
+
+def _or(value: float | None, instead: float) -> float:
+    return instead if value is None else value
+
+
+def read_tensor(
+    name: str,
+    entry: Mapping[str, Any],
+    means: Means,
+    bins: Sequence[float],
+    accumulators: Mapping[str, AccumulatorEvidence],
+) -> TensorEvidence:
+    histogram = tuple(share / bins[0] for share in bins[1:]) if bins[0] > 0 else None
+    headroom = None if histogram is None else median_headroom(histogram)
+    lr, what_if = _setting(means.get("lr")), means.get("what_if")
+    stored = _root(means.get("stored"))
+    steps, gradless = means.get("steps") or 0.0, means.get("gradless_steps") or 0.0
+    return TensorEvidence(
+        name=name,
+        dtype=entry["dtype"],
+        numel=entry["numel"],
+        names=tuple(entry["names"]),
+        layer=entry["layer"],
+        optimizer_group=entry["group"],
+        shape=tuple(entry["shape"]),
+        trainable=means.get("frozen") != 1.0,
+        reason="" if means.weight("measured") else entry["reason"],
+        steps=round(steps),
+        measured_steps=max(round(means.get("measured") or 0.0), int(means.weight("measured") > 0)),
+        # a gradient anywhere is a gradient
+        gradless_steps=round(steps)
+        if gradless >= steps * (1 - 1e-9)
+        else min(round(gradless), max(round(steps) - 1, 0)),
+        skipped_steps=round(means.get("skipped_steps") or 0.0),
+        zero_gradient_fraction=means.get("zero_gradient_fraction"),
+        finite=not means.get("broken"),
+        numbers=Numbers(
+            means.get("efficiency"),
+            means.get("error"),
+            means.get("displacement"),
+            means.get("wanted"),
+            means.get("lost"),
+            means.get("weight"),
+            means.get("path_weight"),
+        ),
+        changed_fraction=means.get("changed"),
+        update_ratio=_over(_root(means.get("intended")), stored),
+        applied_ratio=_over(_root(means.get("applied")), stored),
+        headroom_histogram=histogram,
+        lr=lr,
+        lr_max=_setting(means.get("lr_max")),
+        lr_min=_setting(means.get("lr_min")),
+        weight_decay=_setting(means.get("weight_decay")),
+        critical_lr=lr * 2**-headroom if lr and headroom is not None else None,
+        state_factor=means.get("state_factor"),
+        state_factor_steps=round(means.get("state_factor_steps") or 0.0),
+        scheme=entry["scheme"],
+        displacement_evidence=means.get("displacement_evidence"),
+        accumulators=accumulators,
+        what_if=None if what_if is None else {"bfloat16": what_if},
+        stored=stored,
+    )
+
+
+def read_accumulator(name: str, entry: Mapping[str, Any], means: Means) -> AccumulatorEvidence:
+    def part(prefix: str) -> Numbers:
+        get: Callable[[str], float | None] = lambda field: means.get(prefix + field)  # noqa: E731
+        return Numbers(get("efficiency"), wanted_fraction=get("wanted"), lost_fraction=get("lost"))
+
+    numbers = dataclasses.replace(part(""), displacement_efficiency=means.get("displacement"))
+    reason = "" if numbers.efficiency is not None else entry["reason"]
+    value, note = means.get("value"), entry["note"]
+    return AccumulatorEvidence(
+        name, entry["dtype"], numbers, part("growth."), part("decay."), reason, entry["rate"], value, note
+    )
+
+
+def _setting(value: float | None) -> float | None:
+    """A setting that is the same on all ranks, without what adding and dividing left in its last digits."""
+    return None if value is None else float(f"{value:.12g}")
+
+
+def _root(value: float | None) -> float | None:
+    return None if value is None else math.sqrt(value)
+
+
+def _over(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b else None
