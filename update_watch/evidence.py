@@ -68,8 +68,10 @@ class TensorEvidence:
     net_efficiency: float | None = None  # <stored at the end - at the begin, sum intended> / |sum intended|^2
     net_efficiency_error: float | None = None  # standard error of `net_efficiency`
     written_between: float | None = None  # rms written to it between steps / rms(before), per step; 0: nothing was
-    undone_fraction: float | None = None  # -<written between, applied> / <applied, applied>; 1: all is gone again
-    written_step: int | None = None  # the last step after which it was written
+    # share of what the steps applied that is gone again and went nowhere else, 0..1; 1: all of it
+    undone_fraction: float | None = None
+    written_steps: int = 0  # steps of the window after which it was written
+    written_step: int | None = None  # the last of them
     moved: float | None = None  # rms(stored at the end - at the begin) / rms(before); 0: not one sampled bit changed
     is_master: bool = False  # its optimizer steps a copy of it, from which it must be written
     # the gradients that were looked at, after unscaling and clipping

@@ -205,6 +205,42 @@ SENTENCES = [
         id="replicas_differ",
     ),
     pytest.param(
+        Cause.overwritten,
+        Seen(net=0.02, written_step=127),
+        "What its steps apply is overwritten before the next step, last after step 127: 2% of the intended update is left"
+        " at the end; find what writes to it between steps: averaged weights that stay in the model after a validation, a"
+        " checkpoint or a copy that is loaded again and again.",
+        id="overwritten",
+    ),
+    pytest.param(
+        Cause.not_copied_back,
+        Seen(net=0.0),
+        "Its optimizer steps a copy of it, and the copy is not written back to the model (net efficiency 0.00); copy the"
+        " master weights to the model after every step, or give the model's own parameters to the optimizer.",
+        id="not_copied_back",
+    ),
+    pytest.param(
+        Cause.average_diverges,
+        Seen(accumulator="average:ema", efficiency=-1.0, lost=0.0),
+        "The average 'ema' moves away from the weights (efficiency -1.00, 0% lost); check its update: average = decay *"
+        " average + (1 - decay) * weight; a sign or the order of the two is wrong.",
+        id="average_diverges",
+    ),
+    pytest.param(
+        Cause.average_not_updated,
+        Seen(accumulator="average:ema", steps=96),
+        "The average 'ema' was not updated in 96 steps in which its weights moved; call its update after the step, and"
+        " check that the averaged copy is the one that was given to the watch.",
+        id="average_not_updated",
+    ),
+    pytest.param(
+        Cause.negligible_gradient,
+        Seen(gradient=2.1e-9),
+        "Its gradient is so small (largest 2.1e-09) that the rule makes next to no update of it: no signal reaches it;"
+        " look for what cancels its gradient, such as a softmax over a single choice; more precision changes nothing.",
+        id="negligible_gradient",
+    ),
+    pytest.param(
         Cause.not_replayable,
         Seen(reason="the optimizer overwrites its gradient"),
         "Unknown, because the optimizer overwrites its gradient.",

@@ -21,8 +21,10 @@ A tensor is judged by the first line that fits:
 | 14 | score not healthy, but the learning rate has just risen threefold | unknown | |
 | 15 | score not healthy, and updates well above half a gap are lost too | stalled, stalling | not_written |
 | 16 | score not healthy | stalled, stalling | weight_rounding |
-| 17 | state factor outside its band in two windows running | stalling | state_rounding |
-| 18 | none of these | healthy | |
+| 17 | what the steps applied is undone before the next, often or in two windows running | stalled, stalling | overwritten |
+|    | the master moves, and not one bit of the model's tensor does | stalled | not_copied_back |
+| 18 | state factor outside its band in two windows running | stalling | state_rounding |
+| 19 | none of these | healthy | |
 
 The score is explained in `update_watch.judge.efficiency_grade`, the accumulators in `update_watch.judge.accumulators`.
 """
@@ -38,7 +40,7 @@ from update_watch.evidence import TensorEvidence, WindowEvidence
 from update_watch.judge import advice, reasons
 from update_watch.judge.accumulators import alert_level, is_state, judge_accumulator
 from update_watch.judge.advice import Seen, say
-from update_watch.judge.efficiency_grade import Score, known, score, share
+from update_watch.judge.efficiency_grade import Score, grade, known, score, share
 from update_watch.judge.history import GRADES, HEALTHY, STALLING, UNKNOWN, TensorHistory, check_state
 from update_watch.judge.number_formats import SIGNIFICANT_BITS
 from update_watch.judge.run_summary import by_layer, headline, run_health
@@ -47,6 +49,7 @@ from update_watch.thresholds import Thresholds
 
 _VERSION = 1
 _NEARLY_ALL = 0.9  # of the steps, skipped
+_UNDONE = 0.5  # of what the steps applied: less may come again, as in an outer step
 _STEEP = 3.0  # rise of the learning rate within a window, or since the one before, that makes it a warm-up
 _WELL_ABOVE = 2 - HEADROOM_LOW  # first bin of the headroom histogram at four half gaps or more
 
@@ -126,7 +129,7 @@ class Diagnosis:
         if verdict is None:
             verdict = self._by_score(e, memory)
             if verdict[0] is HEALTHY:
-                verdict = self._by_state(e, memory) or verdict
+                verdict = self._by_ledger(e, memory) or self._by_state(e, memory) or verdict
         else:
             memory.forget_evidence()
         health, cause, text = verdict
@@ -253,8 +256,28 @@ class Diagnosis:
         )
         return _verdict(found.health, Cause.not_written if is_unwritten else Cause.weight_rounding, seen)
 
+    def _by_ledger(self, e: TensorEvidence, memory: TensorHistory) -> _Verdict | None:
+        """Line 17 of the table: the steps apply their updates, but are they still there at the window's end?"""
+        net, error = known(e.net_efficiency), known(e.net_efficiency_error) or 0.0
+        before, memory.net_grade = memory.net_grade, HEALTHY
+        health = HEALTHY if net is None else grade(net + 2 * error, before, self._limits)
+        undone = share(e.undone_fraction) or 0.0
+        # a copy of lower precision follows its master in leaps, when the sum has passed half a gap
+        reached = (known(e.displacement_evidence) or 0.0) >= self._limits.displacement_evidence
+        is_uncopied = e.is_master and e.moved == 0 and reached
+        is_undone = not e.is_master and undone >= _UNDONE
+        if health is HEALTHY or not (is_uncopied or is_undone):
+            memory.lossy_windows = 0
+            return None
+        memory.lossy_windows += 1
+        if is_undone and e.written_steps < 2 and memory.lossy_windows < 2:  # a checkpoint may have been loaded
+            return None
+        memory.net_grade = health
+        cause = Cause.not_copied_back if is_uncopied else Cause.overwritten
+        return _verdict(health, cause, Seen(dtype=e.dtype, net=net, written_step=e.written_step))
+
     def _by_state(self, e: TensorEvidence, memory: TensorHistory) -> _Verdict | None:
-        """Line 17 of the table: the weight takes its updates, but are they the right ones?"""
+        """Line 18 of the table: the weight takes its updates, but are they the right ones?"""
         limits, factor = self._limits, known(e.state_factor)
         if factor is None or e.state_factor_steps < limits.minimum_steps:
             return None

@@ -52,7 +52,9 @@ class TensorHistory:
         "graded",
         "graded_since",
         "health",
+        "lossy_windows",
         "lr",
+        "net_grade",
         "peak_lr",
         "pool",
         "proven",
@@ -72,6 +74,8 @@ class TensorHistory:
         self.drift: list[float] = []  # displacement efficiencies of the latest windows with evidence
         self.proven = False  # a displacement has shown that its updates arrive
         self.bad_state_windows = 0  # in a row with a state factor outside the band
+        self.net_grade = HEALTHY  # of what is left of the applied updates at a window's end
+        self.lossy_windows = 0  # in a row in which they were undone
         self.skipped_windows = 0  # in a row with nearly all steps skipped
         self.lr: float | None = None  # in the window before
         self.peak_lr = 0.0
@@ -100,6 +104,8 @@ class TensorHistory:
             "drift": list(self.drift),
             "proven": self.proven,
             "bad_state_windows": self.bad_state_windows,
+            "net_grade": self.net_grade.value,
+            "lossy_windows": self.lossy_windows,
             "skipped_windows": self.skipped_windows,
             "lr": self.lr,
             "peak_lr": self.peak_lr,
@@ -125,6 +131,8 @@ class TensorHistory:
         memory.drift = [_number(value) for value in _items(data["drift"])]
         memory.proven = bool(data["proven"])
         memory.bad_state_windows = _count(data["bad_state_windows"])
+        memory.net_grade = _grade(data["net_grade"])
+        memory.lossy_windows = _count(data["lossy_windows"])
         memory.skipped_windows = _count(data["skipped_windows"])
         memory.lr = _optional(data["lr"])
         memory.peak_lr = _number(data["peak_lr"])
