@@ -2,5 +2,5 @@
 
 `diagnosis` is the entrance; `efficiency_grade` and `accumulators` give the verdicts, `advice` and `reasons` their sentences,
 `history` is what is remembered between windows, `run_summary` speaks of the run, `alerts` of its changes.
-May import the root's `evidence`, `headroom`, `report`, `thresholds`, `wording`.
+May import the root's `evidence`, `report`, `thresholds`, `wording`.
 """

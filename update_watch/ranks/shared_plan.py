@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from update_watch.evidence import TensorEvidence, WindowEvidence
-from update_watch.report import HEADROOM_BINS
 from update_watch.ranks.weighted_means import (
     ACCUMULATOR_NUMBERS,
     PLACE_OF_ACCUMULATOR,
@@ -28,6 +27,7 @@ from update_watch.ranks.weighted_means import (
     read_accumulator,
     read_tensor,
 )
+from update_watch.report import HEADROOM_BINS
 
 Vector = npt.NDArray[np.float64]
 Entry = dict[str, Any]  # a tensor in a catalogue: JSON
