@@ -6,13 +6,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from update_watch.dashboards.journal.journal import Journal, read_journal
+    from update_watch.dashboards.loggers.messages import AppriseAlerts, WebhookAlerts
+    from update_watch.dashboards.loggers.numbers import LogSink, MlflowSink, TensorBoardSink, TrackioSink
     from update_watch.dashboards.wandb.sink import WandbSink
 
-__all__ = ["Journal", "WandbSink", "read_journal"]
+__all__ = [
+    "AppriseAlerts",
+    "Journal",
+    "LogSink",
+    "MlflowSink",
+    "TensorBoardSink",
+    "TrackioSink",
+    "WandbSink",
+    "WebhookAlerts",
+    "read_journal",
+]
 
 _HOMES = {
+    "AppriseAlerts": "update_watch.dashboards.loggers.messages",
     "Journal": "update_watch.dashboards.journal.journal",
+    "LogSink": "update_watch.dashboards.loggers.numbers",
+    "MlflowSink": "update_watch.dashboards.loggers.numbers",
+    "TensorBoardSink": "update_watch.dashboards.loggers.numbers",
+    "TrackioSink": "update_watch.dashboards.loggers.numbers",
     "WandbSink": "update_watch.dashboards.wandb.sink",
+    "WebhookAlerts": "update_watch.dashboards.loggers.messages",
     "read_journal": "update_watch.dashboards.journal.journal",
 }
 

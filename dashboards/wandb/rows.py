@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from update_watch.dashboards import metrics
+from update_watch.dashboards.headroom import headroom_counts
 from update_watch.dashboards.wandb.names import group_names
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, Report, TensorReport
 
@@ -72,22 +73,11 @@ def tensor_rows(report: Report) -> list[list[Any]]:
     ]
 
 
-def _headroom_counts(tensors: Sequence[TensorReport]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Wanted elements per octave of headroom, over `tensors`; shape (HEADROOM_BINS,)."""
-    known = [t for t in tensors if t.headroom_histogram]
-    if not known:
-        return np.zeros(HEADROOM_BINS)
-    wanted = [t.numel * (1.0 if t.wanted_fraction is None else t.wanted_fraction) for t in known]
-    counts: np.ndarray[Any, np.dtype[np.float64]] = np.array(wanted) @ np.array([t.headroom_histogram for t in known])
-    rounded: np.ndarray[Any, np.dtype[np.float64]] = counts.round()
-    return rounded
-
-
 def headroom(report: Report) -> dict[str, Any]:
     """The histogram of the whole run, where there is one."""
     import wandb
 
-    counts = _headroom_counts(report.tensors).astype(int)
+    counts = headroom_counts(report.tensors).astype(int)
     edges = np.arange(HEADROOM_LOW, HEADROOM_LOW + HEADROOM_BINS + 1)
     return {metrics.HEADROOM: wandb.Histogram(np_histogram=(counts, edges))} if counts.any() else {}
 
@@ -96,7 +86,7 @@ def headroom_rows(layers: Mapping[str, Sequence[TensorReport]]) -> list[list[Any
     """`[layer, octave, share]` for every octave in which a layer has wanted elements."""
     rows: list[list[Any]] = []
     for layer, tensors in layers.items():
-        counts = _headroom_counts(tensors)
+        counts = headroom_counts(tensors)
         shares = (counts / max(counts.sum(), 1.0)).tolist()
         rows += [[layer, HEADROOM_LOW + i, share] for i, share in enumerate(shares) if share]
     return rows
