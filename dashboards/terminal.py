@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from update_watch.dashboards.frame import report_of
 from update_watch.dashboards.journal.journal import EmptyJournalError, JournalReader
 from update_watch.report import SEVERITY, Alert, Health, Report, TensorReport
+from update_watch.wording import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -211,7 +212,7 @@ class _Plain:
         self.dash = "-" if is_ascii else "–"
 
     def __call__(self, text: str) -> str:
-        text = "".join(c if c.isprintable() else "�" for c in text)
+        text = printable(text)
         return text.replace("·", "|").encode("ascii", "replace").decode() if self.is_ascii else text
 
     def tail(self, text: str, width: int) -> str:

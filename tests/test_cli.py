@@ -14,7 +14,12 @@ import torch
 
 from update_watch import __version__
 from update_watch.cli import main
+from update_watch.dashboards.outputs import signed_png
 
+PICTURE = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
+    "0000000c49444154789c63f8ffff3f0005fe02fe0def46b80000000049454e44ae426082"
+)  # one white pixel
 COMMAND = [sys.executable, "-m", "update_watch.cli"]
 
 FACTORY = """
@@ -231,6 +236,73 @@ def test_report_refuses_what_is_no_journal_and_a_folder_as_its_output(
     assert main(["report", str(journal), "-o", str(tmp_path / "page.html")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("option", ["--output", "--png"])
+@pytest.mark.parametrize("spelling", ["same", "relative", "dotted", "link", "hard link", "link to it"])
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
+def test_report_never_writes_over_a_journal_it_reads(
+    option: str,
+    spelling: str,
+    force: list[str],
+    journal: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(journal.parent)
+    other = journal.with_name("second.jsonl")
+    other.write_bytes(journal.read_bytes())
+    spelled = {"same": str(journal), "relative": journal.name, "dotted": f"../{journal.parent.name}/{journal.name}"}
+    read, written = str(journal), spelled.get(spelling, "again.jsonl")
+    if spelling == "link":
+        Path("again.jsonl").symlink_to(journal)
+    elif spelling == "hard link":
+        os.link(journal, "again.jsonl")
+    elif spelling == "link to it":
+        Path("again.jsonl").symlink_to(journal)
+        read, written = written, read
+    before = journal.read_bytes()
+    assert main(["report", str(other), read, option, written, *force]) == 2
+    error = capsys.readouterr().err
+    assert f"{option} {written} is the file that is read ({read}); name another file, nothing was written" in error
+    assert error.count("\n") == 1
+    assert journal.read_bytes() == before and not Path("report.html").exists()
+    assert Path("again.jsonl").is_symlink() == spelling.startswith("link")
+
+
+@pytest.mark.parametrize("option", ["--output", "--png"])
+def test_report_writes_over_nothing_that_is_no_report_without_being_told(
+    option: str, journal: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("altair")
+    monkeypatch.chdir(journal.parent)
+    monkeypatch.setattr(
+        "update_watch.dashboards.report.html.write_picture", lambda page, png: png.write_bytes(signed_png(PICTURE))
+    )
+    others = {"model.pt": b"PK\x03\x04", "other.jsonl": journal.read_bytes(), "page.htm": b"<html>", "a.png": PICTURE}
+    for name, content in others.items():
+        Path(name).write_bytes(content)
+        assert main(["report", "run.jsonl", option, name]) == 2
+        assert f"{option} {name} is there already and is no " in capsys.readouterr().err
+        assert Path(name).read_bytes() == content and not Path("report.html").exists()
+    assert main(["report", "run.jsonl", option, "model.pt", "--force"]) == 0
+    assert main(["report", "run.jsonl", option, "model.pt"]) == 0  # it is ours now
+    assert Path("other.jsonl").read_bytes() == others["other.jsonl"]
+    Path("report.html").unlink(missing_ok=True)
+    assert main(["report", "run.jsonl", "-o", "one.html", "--png", "./one.html", "--force"]) == 2
+    assert not Path("one.html").exists()
+
+
+@pytest.mark.parametrize("name", ["bf16.jsonl", "fp32.jsonl", "report.html"])
+def test_a_demo_replaces_no_file_that_no_demo_made(
+    name: str, journal: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content in (b"mine", journal.read_bytes()):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(content)
+        assert main(["demo", "--steps", "1", "--wandb", "disabled", "--out", str(tmp_path / "out")]) == 2
+        assert name in capsys.readouterr().err
+        assert [(p.name, p.read_bytes()) for p in (tmp_path / "out").iterdir()] == [(name, content)]
 
 
 def test_top_shows_the_last_window_once(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from update_watch.wording import printable
+
 _PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
 
 
@@ -70,7 +72,7 @@ def _complain(options: argparse.Namespace, error: BaseException, status: int) ->
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     else:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = printable(" ".join(str(error).split())) or type(error).__name__
     sys.stderr.write(f"update-watch {options.command}: error: {text}\n")
     return status
 
@@ -86,21 +88,26 @@ def _demo(options: argparse.Namespace) -> None:
         settings = Settings(options.steps, options.lr, options.precision, options.out, options.seed, options.wandb)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    run(settings)
+    from update_watch.dashboards.journal.journal import JournalError
+    from update_watch.dashboards.outputs import OutputError
+
+    try:
+        run(settings, overwrite=options.force)
+    except (JournalError, OutputError) as error:
+        raise UsageError(str(error)) from error
 
 
 def _report(options: argparse.Namespace) -> None:
     if not options.live:  # that one waits for them
         for journal in options.journals:
             _need_file(journal)
-    if options.out.is_dir():
-        raise UsageError(f"--output {options.out} is a folder; name a file in it")
     from update_watch.dashboards.journal.journal import JournalError
+    from update_watch.dashboards.outputs import OutputError
     from update_watch.dashboards.report.html import write_report
 
     try:
-        write_report(options.journals, options.out, live=options.live, png=options.png)
-    except JournalError as error:
+        write_report(options.journals, options.out, live=options.live, png=options.png, overwrite=options.force)
+    except (JournalError, OutputError) as error:
         raise UsageError(str(error)) from error
     except RuntimeError as error:  # no Chromium for the picture
         raise Refusal(str(error)) from error
@@ -227,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights (bf16)")
     demo.add_argument("--out", type=Path, default=Path("update-watch-demo"), metavar="FOLDER",
                       help="for journals, report, W&B runs; an earlier demo in it is replaced (update-watch-demo)")  # fmt: skip
+    demo.add_argument("--force", action="store_true", help="replace files of these names that no demo made, too")
     demo.add_argument("--seed", type=_count, default=0, metavar="N", help="of start and text (0)")
     demo.add_argument("--wandb", choices=("offline", "online", "disabled"), default="offline", help="(offline)")
 
@@ -234,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("journals", nargs="+", type=Path, metavar="JOURNAL")
     report.add_argument("-o", "--output", dest="out", type=Path, default=Path("report.html"), metavar="FILE")
     report.add_argument("--live", action="store_true", help="write it again whenever a journal grows, until Ctrl-C")
+    report.add_argument("--force", action="store_true", help="write over files that update-watch did not make, too")
     report.add_argument("--png", type=Path, metavar="FILE", help="a picture of it as well (needs Chromium)")
 
     top = add("top", _top, "show the tensors of a run in the terminal, live or after the fact")

@@ -1,9 +1,15 @@
-"""How numbers, names and formats are written, wherever somebody reads them: advice, alerts, audit, diff, demo."""
+"""How numbers, names, formats and foreign text are written, wherever somebody reads them: advice, alerts, audit, diff, demo.
+
+Names come from models and files that may be hostile: nothing of what is `printable` is obeyed by a terminal.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 _NAMES = 8  # of tensors, in a sentence
+_LONGEST = 200  # characters of an error, in a sentence
 
 
 def size(count: int) -> str:
@@ -16,7 +22,7 @@ def size(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{amount:.3g} {unit}"
 
 
-def listed(names: tuple[str, ...], most: int = _NAMES) -> str:
+def listed(names: Sequence[str], most: int = _NAMES) -> str:
     """Names for a sentence, the rest counted."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
@@ -50,3 +56,19 @@ def percent(share: float | None) -> str:
 
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    """`text` with one sign for all that a terminal would obey: escape sequences, line ends, writing direction.
+
+    Args:
+        longest: characters kept; of a longer text the beginning.
+    """
+    plain = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return plain if longest is None or len(plain) <= longest else f"{plain[:longest]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, fit for a message of one line."""
+    text = str(error).strip().partition("\n")[0]
+    return printable(text, _LONGEST) or type(error).__name__

@@ -236,6 +236,12 @@ class JournalReader:
         if lines and not is_ours:
             raise JournalError(f"{self.path} is not an update-watch journal: none of its {lines} lines can be read.")
 
+    def header(self) -> dict[str, Any]:
+        """What the last header says about the run; empty where there is none."""
+        for _ in self.frames(lambda number: False):
+            pass
+        return self.run
+
     def warn(self) -> None:
         """Warn of what was skipped, if anything was."""
         if self.damaged:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from update_watch.dashboards.journal.journal import EmptyJournalError
+from update_watch.dashboards.outputs import check_output
 from update_watch.dashboards.report import charts
 from update_watch.dashboards.report.chart_parts import scales_of
 from update_watch.dashboards.report.headroom_charts import headroom, headroom_by_row
@@ -97,6 +98,7 @@ def write_report(
     live: bool = False,
     png: Path | None = None,
     keep_going: Callable[[], bool] = lambda: True,
+    overwrite: bool = False,
 ) -> None:
     """Render journals to the file `out`, and a picture of it to `png`.
 
@@ -104,14 +106,19 @@ def write_report(
         live: render again whenever a journal grows, until interrupted (Ctrl-C); the page loads itself anew.
         png: a picture of the whole page, made by a headless Chromium.
         keep_going: asked between two looks at the journals; `live` ends when it says no.
+        overwrite: replace a file at `out` or `png` that is no report or picture of ours; never a journal that is read.
 
     Raises:
+        OutputError: `out` or `png` would replace a journal, one another, or what is no report or picture of ours.
         JournalError, OSError: a journal cannot be read (`live` waits for one that is not there or empty yet).
         RuntimeError: there is no Chromium to make the picture with.
     """
     paths = [Path(path) for path in journal_paths]
     if not paths:
         raise ValueError("write_report(journal_paths=[]): at least one journal is needed.")
+    check_output(out, "report", "--output", paths, overwrite)
+    if png is not None:
+        check_output(png, "picture", "--png", [*paths, out], overwrite)
 
     def write(reload_seconds: float | None) -> None:
         replace_text(out, render_html(read_runs(paths), reload_seconds))

@@ -9,6 +9,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from update_watch.dashboards.outputs import signed_png
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _FLAGS = (
     "--headless=new",
@@ -70,6 +72,7 @@ def write_picture(page: Path, png: Path, width: int = 1240, scale: float = 2.0, 
         _run([browser, *flags, window, f"--force-device-scale-factor={scale:g}", f"--screenshot={shot}", url])
         if not shot.exists():
             raise RuntimeError(f"{browser} made no picture of {page}.")
+        shot.write_bytes(signed_png(shot.read_bytes()))
         shutil.move(shot, png)
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from update_watch.checkpoints.diff import NOT_ALWAYS_A_FAULT, Diff, TensorDiff, diff, diff_tensors
+from update_watch.checkpoints.comparison import TensorDiff
+from update_watch.checkpoints.diff import NOT_ALWAYS_A_FAULT, Diff, diff, diff_tensors
 from update_watch.checkpoints.files import CheckpointError, read_tensors
 
 BF16 = torch.bfloat16
@@ -59,7 +60,7 @@ def test_one_changed_element_of_a_thousand_is_found_in_every_format(dtype: torch
 
 
 def test_large_tensors_are_counted_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("update_watch.checkpoints.diff._CHUNK", 7)
+    monkeypatch.setattr("update_watch.checkpoints.comparison._CHUNK", 7)
     first = torch.zeros(5, 20)
     second = first.clone()
     second[4, 19] = 3.0

@@ -7,7 +7,6 @@ checkpoint shows them after the fact, without a watch. It cannot show more: unch
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import textwrap
 from typing import Any
@@ -16,36 +15,18 @@ import torch
 from torch import Tensor
 
 from update_watch import formats
+from update_watch.checkpoints.comparison import TensorDiff, compare
 from update_watch.checkpoints.files import CheckpointError, read_tensors
-from update_watch.wording import listed, percent, plural, short
+from update_watch.wording import listed, percent, plural, printable, short
 
-_CHUNK = 2**22  # elements compared at once
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_LONGEST = 100  # characters of a name in the table
+_NOTES = 20  # tensors with a note of their own
 
 NOT_ALWAYS_A_FAULT = (
     "Unchanged bits are not always a fault: where the optimizer keeps FP32 master weights, a low-precision copy changes"
     " only when many updates have added up to its next value, and frozen tensors or embedding rows without tokens stay"
     " as they are. A watch on some hundred steps tells whether updates are lost: update_watch.watch(model, optimizer)."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorDiff:
-    """One tensor that is in both checkpoints."""
-
-    name: str
-    dtype: str  # "bfloat16"; "float32 -> bfloat16" where the formats differ
-    numel: int
-    identical: float | None = None  # share of elements with the same bits (the same value where the formats differ)
-    change: float | None = None  # L2 norm of the difference; None for integers and where a value is not finite
-    relative_change: float | None = None  # the same over the L2 norm of the first; None where that is 0
-    constant: float | None = None  # the one value that all elements of both have
-    note: str = ""  # why it could not be compared, or what is wrong with its values
-
-    @property
-    def has_moved(self) -> bool:
-        """Some element differs."""
-        return self.identical is not None and self.identical < 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +69,14 @@ class Diff:
             )
         if any(t.identical for t in weights if not _is_full(t.dtype)):
             found.append(NOT_ALWAYS_A_FAULT)
-        found += [f"{t.name}: {t.note}." for t in self.tensors if t.note]
+        noted = [t for t in self.tensors if t.note]
+        found += [f"{t.name}: {t.note}." for t in noted[:_NOTES]]
+        if len(noted) > _NOTES:
+            found.append(f"{plural(len(noted) - _NOTES, 'more tensor')} could not be compared or hold such values.")
         for names, which in ((self.only_first, "first"), (self.only_second, "second")):
             if names:
                 found.append(f"Only in the {which} checkpoint: {listed(names)}.")
-        return tuple(found)
+        return tuple(printable(sentence) for sentence in found)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -107,15 +91,16 @@ class Diff:
     def text(self, limit: int | None = None) -> str:
         """The tensors as a table, at most `limit` of them, and the findings."""
         shown = self.tensors[:limit]
-        width = max((len(t.name) for t in shown), default=6)
+        names = [_in_table(t.name) for t in shown]
+        width = max((len(name) for name in names), default=6)
         kind = max((len(t.dtype) for t in shown), default=6)
         lines = [f"{'tensor':{width}}  {'format':{kind}}  {'elements':>12}  {'identical':>9}  {'change':>8}  relative"]
         lines.append("-" * len(lines[0]))
-        for t in shown:
+        for name, t in zip(names, shown, strict=True):
             same = "-" if t.identical is None else _share(t.identical)
             cells = f"{same:>9}  {_number(t.change):>8}  {_number(t.relative_change):>8}"
             constant = f"  all {t.constant:g}" if t.constant is not None else ""
-            lines.append(f"{t.name:{width}}  {t.dtype:{kind}}  {t.numel:>12,}  {cells}{constant}")
+            lines.append(f"{name:{width}}  {t.dtype:{kind}}  {t.numel:>12,}  {cells}{constant}")
         if len(shown) < len(self.tensors):
             lines.append(f"... and {len(self.tensors) - len(shown)} more, less alike")
         for sentence in self.findings:
@@ -141,57 +126,16 @@ def diff_tensors(first: dict[str, Tensor], second: dict[str, Tensor], label: str
     common = [name for name in first if name in second]
     if not common:
         raise CheckpointError(
-            f"{label} have no tensor name in common: the first has {listed(tuple(first), 3)}; the second has"
-            f" {listed(tuple(second), 3)}"
+            f"{label} have no tensor name in common: the first has {listed(list(first), 3)}; the second has"
+            f" {listed(list(second), 3)}"
         )
-    rows = [_compare(name, first[name], second[name]) for name in common]
+    rows = [compare(name, first[name], second[name]) for name in common]
     rows.sort(key=lambda t: -1.0 if t.identical is None else -t.identical)
     return Diff(
         tuple(rows),
         tuple(name for name in first if name not in second),
         tuple(name for name in second if name not in first),
     )
-
-
-def _compare(name: str, first: Tensor, second: Tensor) -> TensorDiff:
-    kinds = [str(t.dtype).removeprefix("torch.") for t in (first, second)]
-    row = TensorDiff(name, kinds[0] if kinds[0] == kinds[1] else " -> ".join(kinds), first.numel())
-    problem = ""
-    if first.shape != second.shape:
-        problem = f"its shape {tuple(first.shape)} became {tuple(second.shape)}"
-    elif first.is_complex() != second.is_complex():
-        problem = "one is complex, the other real"
-    elif not first.numel():
-        problem = "it has no elements"
-    if problem:
-        return dataclasses.replace(row, note=f"not compared: {problem}")
-    if first.is_complex():
-        first, second = torch.view_as_real(first), torch.view_as_real(second)
-    same, change, norm, low, high = 0, 0.0, 0.0, math.inf, -math.inf
-    floating = first.is_floating_point() and second.is_floating_point()
-    parts = zip(torch.split(first.reshape(-1), _CHUNK), torch.split(second.reshape(-1), _CHUNK), strict=True)
-    for a, b in parts:
-        same += int((_bits(a) == _bits(b)).sum()) if a.dtype == b.dtype else int((a.double() == b.double()).sum())
-        if floating:
-            wide_a, wide_b = a.double(), b.double()
-            change += float((wide_b - wide_a).square().sum())
-            norm += float(wide_a.square().sum())
-            low = min(low, float(wide_a.min()), float(wide_b.min()))
-            high = max(high, float(wide_a.max()), float(wide_b.max()))
-    identical = same / first.numel()
-    if not floating:
-        return dataclasses.replace(row, identical=identical)
-    if not math.isfinite(change) or not math.isfinite(norm):
-        return dataclasses.replace(row, identical=identical, note="it holds NaN or infinity")
-    relative = math.sqrt(change / norm) if norm else None
-    constant = low if low == high and first.numel() > 1 else None
-    return dataclasses.replace(
-        row, identical=identical, change=math.sqrt(change), relative_change=relative, constant=constant
-    )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
 def _still_constant(still: list[TensorDiff]) -> list[str]:
@@ -212,11 +156,17 @@ def _still_constant(still: list[TensorDiff]) -> list[str]:
 
 
 def _names(tensors: list[TensorDiff]) -> str:
-    return listed(tuple(t.name for t in tensors))
+    return listed([t.name for t in tensors])
 
 
 def _is_full(dtype: str) -> bool:
     return "float32" in dtype or "float64" in dtype
+
+
+def _in_table(name: str) -> str:
+    """The end of a name says more than its beginning."""
+    name = printable(name)
+    return name if len(name) <= _LONGEST else f"...{name[-_LONGEST + 3 :]}"
 
 
 def _share(value: float) -> str:

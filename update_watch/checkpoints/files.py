@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from update_watch.wording import first_line
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -27,6 +30,8 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
@@ -38,9 +43,13 @@ _DTYPES = {
     "U64": torch.uint64,
     "BOOL": torch.bool,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
+    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 _MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
 # where training loops put the weights, beside optimizer, counters and settings
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
+_DEEPEST = 100  # containers within containers
+_MOST = 2_000_000  # tensors and containers looked at in a torch file: lists that hold one another twice have no end
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -87,31 +96,57 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors" or start[8:] == b"{":
         return _read_safetensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that torch calls new
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: it is damaged, or holds objects other than tensors and plain data, which could run code and are"
-            f" not loaded; save the model's state_dict() by itself ({_first_line(error)})"
+            f" not loaded; save the model's state_dict() by itself ({first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({_first_line(error)})") from error
-    if isinstance(content, Mapping):
-        for key in _WEIGHTS:
-            weights = dict(_flatten(content.get(key)))
-            if weights:
-                return weights
-    return dict(_flatten(content))
+    except OSError:
+        raise
+    except Exception as error:  # damage makes torch's reader fail in any way
+        raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error)})") from error
+    try:
+        if isinstance(content, Mapping):
+            for key in _WEIGHTS:
+                weights = dict(_flatten(content.get(key)))
+                if weights:
+                    return weights
+        return dict(_flatten(content))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {first_line(error)}") from error
 
 
-def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flatten(item, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _flatten(item, f"{name}.{index}" if name else str(index))
+def _flatten(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in containers, named by the path to them, in order. ValueError where there is no end of it."""
+    waiting: list[tuple[str, int, Any]] = [("", 0, value)]
+    seen = 0
+    while waiting:
+        name, depth, value = waiting.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+            continue
+        items: list[tuple[Any, Any]] = []
+        if isinstance(value, Mapping):
+            items = list(value.items())
+        elif isinstance(value, (list, tuple)):
+            items = list(enumerate(value))
+        # a tuple as key could be as deep as the rest
+        keys = [str(key) if isinstance(key, (str, int, float)) else type(key).__name__ for key, _ in items]
+        children = [
+            (f"{name}.{key}" if name else key, depth + 1, item)
+            for key, (_, item) in zip(keys, items, strict=True)
+            if isinstance(item, (Tensor, Mapping, list, tuple))
+        ]
+        seen += len(children) + len(items) // 50
+        if items and (depth >= _DEEPEST or seen > _MOST):
+            raise ValueError(
+                f"its containers are nested more than {_DEEPEST} deep, or hold more than {_MOST:,} things: no checkpoint"
+                " of weights; save the model's state_dict() by itself"
+            )
+        waiting += reversed(children)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -128,8 +163,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         header = json.loads(memory[8 : 8 + length])
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         return {name: _tensor(memory, 8 + length, entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: damaged: {_first_line(error)}") from error
+    except Exception as error:  # whatever a damaged header makes of it: JSON 5,000 deep, numbers without end
+        raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
 
 
 def _tensor(memory: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:
@@ -137,6 +172,8 @@ def _tensor(memory: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:
         raise ValueError(f"a format that torch does not have: {entry['dtype']!r}")
     dtype, shape = _DTYPES[entry["dtype"]], [int(length) for length in entry["shape"]]
     first, last = entry["data_offsets"]
+    if any(length < 0 for length in shape):
+        raise ValueError(f"a tensor of shape {shape}")
     if not 0 <= first <= last <= len(memory) - start or last - first != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"bytes {first} to {last} cannot hold a {entry['dtype']} tensor of shape {shape}")
     if first == last:
@@ -149,8 +186,3 @@ def _clean(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix("module.")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return text or type(error).__name__

@@ -25,6 +25,7 @@ from update_watch.watch import Watch, watch
 from update_watch.wording import number, percent
 
 _STEP_KEY = "trainer/global_step"
+_MARK = "is_demo"  # in what a journal says of its run
 
 
 @dataclasses.dataclass
@@ -39,18 +40,19 @@ class _Watched:
     announced: int = 0  # reports whose alerts were shown
 
 
-def run(settings: Settings, screen: Screen | None = None) -> dict[str, list[Report]]:
+def run(settings: Settings, screen: Screen | None = None, overwrite: bool = False) -> dict[str, list[Report]]:
     """Run the demo: progress, verdicts and tables on the screen, journals and report into `settings.out`.
 
-    Returns the reports of each run by its name.
+    Returns the reports of each run by its name. An earlier demo in the folder is replaced; with `overwrite` also files
+    of its names that no demo made.
 
     Raises:
         OSError: nothing can be written to `settings.out`.
+        OutputError: a file of the demo's names is there that no demo made; nothing is touched then.
     """
     screen = open_screen() if screen is None else screen
     settings.out.mkdir(parents=True, exist_ok=True)
-    for name in (*FORMATS, MASTERS):
-        (settings.out / f"{name}.jsonl").unlink(missing_ok=True)  # a journal that is there would be continued
+    _clear(settings.out, overwrite)
     with ExitStack() as stack:
         stack.enter_context(_one_thread())
         stack.enter_context(_log_on(screen))
@@ -65,11 +67,26 @@ def run(settings: Settings, screen: Screen | None = None) -> dict[str, list[Repo
     return {one.training.name: one.reports for one in runs}
 
 
+def _clear(out: Path, overwrite: bool) -> None:
+    """Remove an earlier demo: a journal that is there would be continued."""
+    from update_watch.dashboards.journal.journal import JournalReader
+    from update_watch.dashboards.outputs import OutputError, check_output
+
+    journals = [out / f"{name}.jsonl" for name in (*FORMATS, MASTERS)]
+    check_output(out / "report.html", "report", "--out:", journals, overwrite)
+    for path in journals:
+        check_output(path, "journal", "--out:", (), overwrite)
+        if path.exists() and not overwrite and not JournalReader(path).header().get(_MARK):
+            raise OutputError(f"--out: {path} is the journal of a run, not of a demo; name another folder")
+    for path in journals:
+        path.unlink(missing_ok=True)
+
+
 def _attach(training: Training, settings: Settings, screen: Screen, stack: ExitStack) -> _Watched:
     """Watch a run; what cannot be recorded for want of a package is said in one line."""
     from update_watch.dashboards.journal.journal import Journal
 
-    facts = {**dataclasses.asdict(settings), "out": str(settings.out), "run": training.title}
+    facts = {**dataclasses.asdict(settings), "out": str(settings.out), "run": training.title, _MARK: True}
     expected = audit(training.model, training.optimizer)
     if training.name != MASTERS:
         screen.line(f"Before the first step the audit {_expectation(expected.warnings)}")

@@ -1,0 +1,124 @@
+"""Two tensors compared element by element, whatever kinds of tensors they are and without trusting their sizes.
+
+A file of a kilobyte may hold a tensor of 10^12 elements (expanded), or one whose elements nothing can compute with
+(sparse, quantised, four-bit). Work is bounded by what the files store; what cannot be compared says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from update_watch.wording import first_line
+
+_CHUNK = 2**22  # elements compared at once
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorDiff:
+    """One tensor that is in both checkpoints."""
+
+    name: str
+    dtype: str  # "bfloat16"; "float32 -> bfloat16" where the formats differ
+    numel: int
+    identical: float | None = None  # share of elements with the same bits (the same value where the formats differ)
+    change: float | None = None  # L2 norm of the difference; None for integers and where a value is not finite
+    relative_change: float | None = None  # the same over the L2 norm of the first; None where that is 0
+    constant: float | None = None  # the one value that all elements of both have
+    note: str = ""  # why it could not be compared, or what is wrong with its values
+
+    @property
+    def has_moved(self) -> bool:
+        """Some element differs."""
+        return self.identical is not None and self.identical < 1
+
+
+def compare(name: str, first: Tensor, second: Tensor) -> TensorDiff:
+    """What of `first` is the same in `second`; never raises for what they hold."""
+    kinds = [str(t.dtype).removeprefix("torch.") for t in (first, second)]
+    row = TensorDiff(name, kinds[0] if kinds[0] == kinds[1] else " -> ".join(kinds), 0)
+    try:
+        row = dataclasses.replace(row, numel=first.numel())
+        problem = _obstacle(first, second)
+        return dataclasses.replace(row, note=f"not compared: {problem}") if problem else _measured(row, first, second)
+    except Exception as error:  # of formats that torch can hold and not compute with
+        return dataclasses.replace(row, note=f"not compared: {first_line(error)}")
+
+
+def _obstacle(first: Tensor, second: Tensor) -> str:
+    """Why two tensors cannot be compared; "" where they can."""
+    for tensor in (first, second):
+        if tensor.is_quantized or tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else str(tensor.layout)
+            return f"it is {kind.removeprefix('torch.').replace('_', ' ')}, and only dense tensors are compared"
+        if tensor.is_meta:
+            return "it has a shape and no values (meta)"
+    if first.shape != second.shape:
+        return f"its shape {tuple(first.shape)} became {tuple(second.shape)}"
+    if first.is_complex() != second.is_complex():
+        return "one is complex, the other real"
+    if not first.numel():
+        return "it has no elements"
+    first, second, _ = _without_expansion(first, second)
+    stored = max(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in (first, second))
+    if first.numel() > stored:
+        return f"its {first.numel():,} elements are views of {stored:,} stored ones"
+    return ""
+
+
+def _without_expansion(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Both without the dimensions along which both repeat themselves, and how often they do."""
+    repeats = 1
+    for dim in range(first.dim()):
+        if first.shape[dim] > 1 and first.stride(dim) == 0 == second.stride(dim):
+            repeats *= first.shape[dim]
+            first, second = first.narrow(dim, 0, 1), second.narrow(dim, 0, 1)
+    return first, second, repeats
+
+
+def _measured(row: TensorDiff, first: Tensor, second: Tensor) -> TensorDiff:
+    first, second, repeats = _without_expansion(first, second)
+    if first.is_complex():
+        first, second = torch.view_as_real(first.resolve_conj()), torch.view_as_real(second.resolve_conj())
+    same, change, norm, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+    is_finite = True
+    floating = first.is_floating_point() and second.is_floating_point()
+    has_values = floating and _widens(first.dtype) and _widens(second.dtype)
+    parts = zip(torch.split(first.reshape(-1), _CHUNK), torch.split(second.reshape(-1), _CHUNK), strict=True)
+    for a, b in parts:
+        same += int((_bits(a) == _bits(b)).sum()) if a.dtype == b.dtype else int((a.double() == b.double()).sum())
+        if has_values:
+            wide_a, wide_b = a.double(), b.double()
+            change += float((wide_b - wide_a).square().sum())
+            norm += float(wide_a.square().sum())
+            is_finite &= bool(wide_a.isfinite().all()) and bool(wide_b.isfinite().all())
+            low = min(low, float(wide_a.min()), float(wide_b.min()))
+            high = max(high, float(wide_a.max()), float(wide_b.max()))
+    row = dataclasses.replace(row, identical=same / first.numel())
+    if not floating:
+        return row
+    if not has_values:
+        return dataclasses.replace(row, note=f"torch cannot compute with {row.dtype}: its bits alone are compared")
+    if not math.isfinite(change) or not math.isfinite(norm):
+        note = "its numbers are too large to be squared" if is_finite else "it holds NaN or infinity"
+        return dataclasses.replace(row, note=note)
+    relative = math.sqrt(change / norm) if norm else None
+    constant = low if low == high and row.numel > 1 else None
+    return dataclasses.replace(row, change=math.sqrt(change * repeats), relative_change=relative, constant=constant)
+
+
+def _widens(dtype: torch.dtype) -> bool:
+    """Whether torch turns its numbers into FP64."""
+    try:
+        torch.zeros(dtype.itemsize, dtype=torch.uint8).view(dtype).double()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(_BITS[tensor.element_size()])
