@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch.optim import Optimizer
@@ -18,6 +19,7 @@ from update_watch import endings
 from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
 from update_watch.judge.history import check_state
+from update_watch.measure.device.streams import StepStreams, is_capturing
 from update_watch.measure.identity.partitions import chain
 from update_watch.measure.tap import PlainTorch, StepTap, unwrap
 from update_watch.measure.watched_model import WatchedModel
@@ -26,7 +28,7 @@ from update_watch.measure.windows import Window, read
 from update_watch.ranks.joining import Ranks
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
-from update_watch.watching import arguments
+from update_watch.watching import arguments, graphs
 from update_watch.worker import Sink, Sinks, Worker, warn
 
 logger = logging.getLogger("update_watch")
@@ -64,7 +66,7 @@ class Watch:
         self._sinks = Sinks(list(sinks))
         self._judge = Worker("judging", self._judge_window)
         self._post = Worker("sink", self._sinks)
-        self._tap = StepTap(self._before, self._after, self._fail)
+        self._tap = StepTap(self._before, self._after, self._fail, graphs.say_what_was_captured)
         for optimizer in optimizers:
             self.attach(optimizer)
         endings.add(self)
@@ -127,10 +129,17 @@ class Watch:
             return
         started = time.perf_counter()
         watched: Watched = snapshot[0]
-        watched.after(snapshot[1])
+        self._model.after(watched, snapshot[1])
         if self._model.is_full(watched, self.window):
             self._close_window()
         self._seconds += time.perf_counter() - started
+
+    def replayed(self, *optimizers: Any) -> AbstractContextManager[None]:
+        """Put it around the replay of a CUDA graph that the optimizers' steps were captured in; see `watching.graphs`.
+
+        Without arguments: the steps of all watched optimizers.
+        """
+        return graphs.replayed(self._tap, self._model, optimizers)
 
     def _fail(self, error: Exception) -> None:
         """An error of ours: let go of training, say so once."""
@@ -164,10 +173,13 @@ class Watch:
 
     def flush(self, timeout: float | None = None) -> Report | None:
         """Close the window now and wait for device and sinks, at most `timeout` seconds. Returns the last report."""
+        if is_capturing():  # whatever is done now becomes a part of the graph
+            warn("update-watch: Watch.flush inside the capture of a CUDA graph does nothing; call it before or after")
+            return self.last
         if self._model.window_steps or (self._windows == 0 and self._model.watched):
             self._is_closing_window = True
             try:
-                with PlainTorch(*self._model.optimizers):
+                with self._model.streams.resumed(), PlainTorch(*self._model.optimizers):
                     self._close_window()
             except Exception as error:
                 self._fail(error)
@@ -179,6 +191,10 @@ class Watch:
     def _settle(self, timeout: float | None) -> None:
         """Wait for device and sinks, at most `timeout` seconds."""
         started = time.monotonic()
+        try:
+            self._model.streams.settle(timeout)
+        except Exception as error:  # a kernel of somebody's has failed; training meets that error itself
+            self._fail(error)
         if self._judge.wait(timeout):
             left = None if timeout is None else max(timeout - (time.monotonic() - started), 0.0)
             self._post.wait(left)
@@ -212,6 +228,7 @@ class Watch:
         """In a forked process: the one it was forked from goes on reporting, this copy does nothing more."""
         self._closed = True
         self._judge, self._post = Worker("judging", self._judge_window), Worker("sink", Sinks([]))
+        self._model.streams = StepStreams()
         self._tap.replace(self._tell_to_watch_anew)
 
     def _tell_to_watch_anew(self, optimizer: Optimizer) -> None:

@@ -31,6 +31,7 @@ def _run(count: int, implementation: str, *extra: str) -> dict[str, Any]:
 def test_a_watched_step_never_reads_from_the_device_nor_copies_to_it(implementation: str) -> None:
     few, many = _run(24, implementation), _run(96, implementation)
     assert not few["error"] and not many["error"]
+    assert few["reasons"] == many["reasons"] == []  # an error in a replay makes a tensor unknown, and nothing else
     assert many["ops"]["aten.stack.default"] > 0  # it did measure
     # scalar reads are of step counters that torch keeps on the CPU; fused AdamW keeps them on the device
     if implementation == "fused":

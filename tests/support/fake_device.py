@@ -75,9 +75,9 @@ def main(count: int, fused: bool, seeded: bool) -> None:
             watched = next(iter(watch._model.watched.values()))
             before = watched.before
 
-            def reading() -> Any:
+            def reading(*given: Any) -> Any:
                 float(params[0].sum())
-                return before()
+                return before(*given)
 
             watched.before = reading  # type: ignore[method-assign]
         for _ in range(2):
@@ -93,7 +93,13 @@ def main(count: int, fused: bool, seeded: bool) -> None:
             total += one.ops
     added = {name: n / STEPS - plain.ops[name] for name, n in total.items()}
     error = watch._tap.error
-    print(json.dumps({"ops": {k: v for k, v in added.items() if v}, "error": repr(error) if error else ""}))
+    reasons = (
+        sorted({row.reason for row in next(iter(watch._model.watched.values())).rows if row.reason})
+        if not error
+        else []
+    )
+    found = {"ops": {k: v for k, v in added.items() if v}, "error": repr(error) if error else "", "reasons": reasons}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -107,12 +107,12 @@ def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
         watch._judge.put = windows.append  # type: ignore[method-assign, assignment]  # fake sums cannot be judged
         before = watched.before
 
-        def planted() -> Any:
+        def planted(*given: Any) -> Any:
             if "read" in extras:
                 float(params[0].sum())
             if "copy" in extras:
                 params[0].detach().cpu()
-            return before()
+            return before(*given)
 
         watched.before = planted  # type: ignore[method-assign]
         steps: collections.Counter[str] = collections.Counter()
@@ -149,6 +149,7 @@ def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
         "looked": 0 if watched.accumulation._is_over else looked,
         "shadow_steps": shadow.steps if shadow is not None else 0,
         "error": repr(error) if error else "",
+        "reasons": sorted({row.reason for row in watched.rows if row.reason}),
     }
 
 

@@ -93,6 +93,11 @@ class Cohort:
         self.full_steps = [0] * len(self.rows)
         self.gradless_steps = [0] * len(self.rows)
 
+    @property
+    def can_wait(self) -> bool:
+        """Whether its steps can be added later."""
+        return self._replay.can_wait
+
     # --- in the step -----------------------------------------------------------------------------
 
     def before(self) -> Snapshot:
@@ -129,6 +134,10 @@ class Cohort:
         if not can_wait:
             self._run(snapshot, states)
         return snapshot
+
+    def take_gradients(self, snapshot: Snapshot) -> None:
+        """Gather gradients that did not exist at `before`, in a step that can wait; call when the rule has run."""
+        snapshot.held[-len(self.rows) :].copy_(self.gathers.gradients([row.param.grad for row in self.rows]))
 
     def after(self, snapshot: Snapshot) -> bool:
         """Gather what was stored. True: `add` may wait for the next steps."""

@@ -57,6 +57,10 @@ class Gathers:
         """[(A + 1) n, K]: weights, states, gradients, in a format that holds them all."""
         return pack_views(self._weights() + self._states(states) + self._views(grads), self.samplers)
 
+    def gradients(self, grads: list[Tensor | None]) -> Tensor:
+        """[n, K]: gradients alone, in a format that holds them all."""
+        return pack_views(self._views(grads), self.samplers)
+
     def after(self, states: list[dict[str, Any]] | None) -> Tensor:
         """[A n, K]: weights, and states unless None, as `before`."""
         views = self._weights() if states is None else self._weights() + self._states(states)

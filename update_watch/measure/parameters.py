@@ -58,7 +58,8 @@ class Row:
         self.layout = _layout(param)  # as it was planned for
         self.decouples_decay = False  # weight decay acts on the weight, and its rounding may be looked at
         self.rates: dict[str, float] = {}  # state -> 1 - beta of `x <- beta x + ...`
-        self.lived: Any = 0  # steps with a gradient: parameters equal here have equal step counters
+        # counters when they were last read, and steps with a gradient since: parameters equal here have equal counters
+        self.lived: tuple[tuple[float, ...], int] = (), 0
         self.reason = why_unknown(param, rule)
         self.sampler: Sampler | None = None if unsamplable(local(param)) else self.sampler_of(samples)
         self._checked: tuple[str, ...] = ()
@@ -95,6 +96,9 @@ class Row:
             for name, value in state.items()
             if (isinstance(value, Tensor) and local(value).shape == shape) or (value is None and name in elements)
         )
+        if away := self.states_elsewhere(state):
+            self.shaped -= {*away}  # not even read: that would be a copy between devices in every step
+            self.reason = self.reason or _elsewhere(self.param, away)
         self.form = (self.group, self.rule.rows, self.rule.kind, id(self) if self.rule.apart else 0, self._checked)
         known = {name: value for name, value in state.items() if name != self.scheme.carrier}
         problem = self.rule.misfit(self.param, known)
@@ -114,6 +118,15 @@ class Row:
                 scalars.append(value)
         return self.form, scalars
 
+    def states_elsewhere(self, state: Mapping[str, Any]) -> dict[str, torch.device]:
+        """States of the parameter's shape that are on another device than it, as with offloading to the CPU."""
+        device = local(self.param).device
+        return {
+            name: value.device
+            for name, value in state.items()
+            if name in self.shaped and isinstance(value, Tensor) and value.device != device
+        }
+
     @property
     def is_whole(self) -> bool:
         """All its elements are looked at, in every measured step."""
@@ -123,6 +136,11 @@ class Row:
 def _layout(param: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     shard = local(param)
     return shard.shape, shard.dtype, shard.device
+
+
+def _elsewhere(param: Tensor, states: Mapping[str, torch.device]) -> str:
+    name, device = next(iter(states.items()))
+    return f"its state '{name}' is on {device}, the weight on {local(param).device}: they cannot be read together"
 
 
 def why_unknown(param: Tensor, rule: Rule) -> str:

@@ -244,6 +244,8 @@ def pack_views(views: Sequence[Tensor], samplers: Sequence[Sampler]) -> Tensor:
             packed = torch.cat(pieces)
         else:
             packed = torch.stack(list(views[start:stop]))
+        if packed.device != out_nK.device:
+            raise RuntimeError(f"tensors on {out_nK.device} and {packed.device} cannot be gathered together")
         out_nK[start:stop].copy_(packed.view(stop - start, -1))
         start = stop
     return out_nK

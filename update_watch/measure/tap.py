@@ -10,6 +10,7 @@ Two step hooks per optimizer. What makes it more than that:
 - A step that raises leaves its record behind; the next step replaces it.
 - Another pre-hook registered after ours would run between our look and the rule, and may clip or unscale: the step is
   missed, and from the next one on ours is the last.
+- A step that is captured in a CUDA graph runs later and often, without hooks: it passes unseen; see `around`.
 - Training must not notice: an exception of ours ends in `on_error` and the tap lets go of everything.
 
 Inside the hooks of a fused step under a GradScaler, and only there, `opt.found_inf` and `opt.grad_scale` exist.
@@ -20,12 +21,15 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
+
+from update_watch.measure.device import streams
 
 logger = logging.getLogger("update_watch")
 
@@ -46,15 +50,23 @@ class StepTap:
     An exception from either does not reach training: the tap detaches itself, ignores later `attach` calls, keeps the
     exception in `error` and calls `on_error(exception)`. That happens once.
 
+    Steps captured in a CUDA graph are counted in `captured`, and `on_capture` is called at the first.
     Steps in which `before` could not run are counted in `missed`: a rule that never calls its closure, a hook of
     somebody else that takes the wrapped closure away, the first one after a pre-hook was added behind ours.
     """
 
-    def __init__(self, before: Before, after: After, on_error: OnError | None = None) -> None:
+    def __init__(
+        self,
+        before: Before,
+        after: After,
+        on_error: OnError | None = None,
+        on_capture: Callable[[], Any] | None = None,
+    ) -> None:
         self.enabled = True  # False: steps pass unseen
         self.missed = 0
+        self.captured = 0  # steps that were recorded in a CUDA graph, not run
         self.error: Exception | None = None
-        self._before, self._after, self._on_error = before, after, on_error
+        self._before, self._after, self._on_error, self._on_capture = before, after, on_error, on_capture
         self._hooked: dict[int, _Hooked] = {}  # by id; the strong reference in it keeps the id from being reused
         self._live: dict[int, _Step] = {}
         self._leftover: list[_Hook] = []  # replaced by a no-op, still to be removed
@@ -103,6 +115,18 @@ class StepTap:
         """Whether one of our hooks is on the stack."""
         return self._depth > 0
 
+    @contextmanager
+    def around(self, optimizer: Any) -> Iterator[None]:
+        """See, as one step of `optimizer`, what happens inside: the replay of a graph that its step was captured in."""
+        opt = unwrap(optimizer)
+        step = _Step(sys._getframe())
+        is_seen = self.enabled and id(opt) in self._hooked and not streams.is_capturing()
+        if is_seen:
+            self._run_before(opt, step)
+        yield
+        if is_seen and step.is_seen:
+            self._run_after(opt, step)
+
     def replace(self, before: Before) -> None:
         """From now on call `before` instead."""
         self._before = before
@@ -118,6 +142,12 @@ class StepTap:
     def _pre(self, opt: Optimizer, args: Any, kwargs: Any) -> Any:
         if not self.enabled:
             self._live.pop(id(opt), None)
+            return None
+        if streams.is_capturing():  # what we did here would be replayed, into memory that is no longer ours
+            self._live.pop(id(opt), None)
+            self.captured += 1
+            if self.captured == 1 and self._on_capture is not None:
+                self._on_capture()
             return None
         frame = sys._getframe(1)
         if self._is_nested(opt, frame):

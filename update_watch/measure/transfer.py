@@ -1,7 +1,15 @@
-"""How sums leave the device: one vector per device and window, without the training thread waiting for it."""
+"""How sums leave the device: one vector per device and window, without any thread calling the device to wait for it.
+
+On CUDA two copies follow each other on the step's stream: the vector, then a mark. Both land in pinned memory, and the
+second cannot arrive before the first, so the judging thread knows by looking at its own memory. It calls nothing of CUDA:
+a query of an event from a second thread breaks a graph that another stream is capturing (torch pull request 104487).
+"""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -9,32 +17,95 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+_LONGEST = 0.02  # s between two looks at the mark
+_PATIENCE = 600.0  # s until a vector counts as lost
+_ASYNCHRONOUS = ("cuda",)  # where pinned memory and ordered copies are known to work
+
+
+class _Landing:
+    """Pinned memory for one vector and its mark. Used again and again: to free it would be a call to the device."""
+
+    def __init__(self, numel: int) -> None:
+        self.values = torch.empty(numel, dtype=torch.float32, pin_memory=True)
+        self.mark = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._seen = self.mark.numpy()
+
+    def receive(self, vector: Tensor, mark: Tensor) -> None:
+        """Ask for the copies, on the current stream of the vector's device."""
+        self._seen[0] = 0
+        self.values[: vector.numel()].copy_(vector, non_blocking=True)
+        self.mark.copy_(mark, non_blocking=True)
+
+    def has_arrived(self) -> bool:
+        return bool(self._seen[0])
+
+
+_lock = threading.Lock()
+_free: defaultdict[int, list[_Landing]] = defaultdict(list)  # by size, a power of two
+_marks: dict[torch.device, Tensor] = {}
+
+
+def _landing(numel: int) -> _Landing:
+    size = 1 << max(numel - 1, 255).bit_length()
+    with _lock:
+        return _free[size].pop() if _free[size] else _Landing(size)
+
+
+def _give_back(landing: _Landing) -> None:
+    with _lock:
+        _free[landing.values.numel()].append(landing)
+
 
 class Transfer:
-    """One FP32 vector on its way to the host. Made on the training thread; `wait` runs on the background thread."""
+    """One FP32 vector on its way to the host. Made on the training thread; `wait` runs on the background thread.
+
+    The copy is asked for on the current stream of the vector's device, which must be the one that wrote the vector.
+    On devices without ordered copies to pinned memory (MPS, XPU and others) it is made at once.
+    """
 
     def __init__(self, vector: Tensor) -> None:
-        self._event: Any = None
+        self._landing: _Landing | None = None
         self._values: npt.NDArray[np.float64] | None = None
+        self._host: Any = vector
         if vector.device.type == "cpu":
-            self._host = vector
             return
-        backend = getattr(torch, vector.device.type, None)
-        pinned = vector.device.type == "cuda"
-        self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=pinned)
-        self._host.copy_(vector, non_blocking=True)
-        self._device_side = vector  # the copy reads it until the event has fired
-        if backend is not None and hasattr(backend, "Event"):
-            self._event = backend.Event()
-            self._event.record()
+        if vector.device.type not in _ASYNCHRONOUS:
+            self._host = torch.empty(vector.shape, dtype=vector.dtype)
+            self._host.copy_(vector)
+            return
+        device = vector.device
+        with torch.cuda.device(device):
+            if device not in _marks:
+                _marks[device] = torch.ones(1, dtype=torch.int32, device=device)
+            self._landing = _landing(vector.numel())
+            self._landing.receive(vector, _marks[device])
+        self._numel = vector.numel()
+        self._host = vector  # the copy reads it until the mark is there
 
     def wait(self) -> npt.NDArray[np.float64]:
-        """The values, in FP64; waits for the device (this thread only)."""
+        """The values, in FP64; waits for the device (this thread only).
+
+        Raises:
+            TimeoutError: nothing arrived in ten minutes; the device hangs or has failed.
+        """
         if self._values is None:
-            if self._event is not None:
-                self._event.synchronize()
-            self._values = self._host.numpy().astype(np.float64)
+            if self._landing is None:
+                self._values = self._host.numpy().astype(np.float64)
+            else:
+                self._await(self._landing)
+                self._values = self._landing.values[: self._numel].numpy().astype(np.float64)
+                _give_back(self._landing)
+            self._landing = self._host = None
         return self._values
+
+    def _await(self, landing: _Landing) -> None:
+        pause, waited = 0.0002, 0.0
+        while not landing.has_arrived():
+            if waited > _PATIENCE:
+                raise TimeoutError(f"a window's sums have not left {self._host.device} in {_PATIENCE:.0f} s")
+            time.sleep(pause)
+            waited += pause
+            pause = min(2 * pause, _LONGEST)
 
 
 class Part:

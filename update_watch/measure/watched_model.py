@@ -14,6 +14,7 @@ from update_watch.measure.accumulators.averages import Averages
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
 from update_watch.measure.accumulators.reference_states import ShadowWindow
 from update_watch.measure.accumulators.replicas import Checksums
+from update_watch.measure.device.streams import StepStreams
 from update_watch.measure.identity import masters
 from update_watch.measure.identity.names import named_tensors, names_of
 from update_watch.measure.identity.optimizer_parts import Parts
@@ -40,6 +41,8 @@ class WatchedModel:
         self._parts: dict[int, Parts] = {}  # id of an optimizer -> the parts it is stepped in
         self.watched: dict[tuple[int, int], Watched] = {}  # all of them, by optimizer and part
         self._handles: list[Any] = []
+        self.streams = StepStreams()
+        self.is_replaying = False  # of a CUDA graph that holds steps
         with PlainTorch():
             self._averages = Averages(averages, self._named, samples, rng)
 
@@ -101,7 +104,13 @@ class WatchedModel:
         """Measure what is about to be stepped; the result is for `Watched.after`."""
         if watched.index == 0 and watched.part == 0:
             self._averages.look()
-        return watched.before()
+        return watched.before(self.is_replaying)
+
+    def after(self, watched: Watched, measured: Any) -> None:
+        """Add the step that was just taken."""
+        watched.after(measured)
+        for device in watched.devices:
+            self.streams.note(device)
 
     # --- windows -----------------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ class Watched:
         self.shadow = Shadow(optimizer, self._twin, rng, found)
         self.turns = 1  # it is measured in one of so many steps
         self.is_shadowed = True
+        self._is_replayed = False  # the step that is running
         self._plan()
         self.read_counters()
 
@@ -85,11 +86,12 @@ class Watched:
         self._samples = self._asked * (_FEW if len(self._names) <= _ALL else 1)
         self.rows = build_rows(self.optimizer, self._names, self._samples, label, self.found, self._pieces)
         for row in self.rows:
-            row.lived = lived.get(id(row.param), 0)
+            row.lived = lived.get(id(row.param), ((), 0))
         self._counts_lives = any(local(row.param).device.type != "cpu" for row in self.rows)
         self.cohorts: list[Cohort] = []
         self._queue: list[Cohort | None] = []
         self._skipped: dict[torch.device, Tensor] = {}
+        self.devices: tuple[torch.device, ...] = ()
         if self._twin is None:
             return
         for device in dict.fromkeys(local(row.param).device for row in self.rows):
@@ -98,6 +100,7 @@ class Watched:
                 continue
             turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT)) if len(rows) > _ALL else 1
             self.cohorts += [Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)]
+        self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))
         self.redraw()
 
     @property
@@ -116,23 +119,27 @@ class Watched:
         if self._counts_lives:
             for row in self.rows:
                 state = self.optimizer.state.get(row.param) or {}
-                row.lived = tuple(
-                    float(v) for v in state.values() if isinstance(v, Tensor) and v.numel() == 1 and not v.is_meta
-                )
+                counters = (v for v in state.values() if isinstance(v, Tensor) and v.numel() == 1 and not v.is_meta)
+                row.lived = tuple(map(float, counters)), 0
 
     # --- in the step -----------------------------------------------------------------------------
 
-    def before(self) -> tuple[Cohort, Snapshot] | None:
-        """Measure the cohort whose turn it is, just before the rule runs."""
+    def before(self, is_replayed: bool = False) -> tuple[Cohort, Snapshot] | None:
+        """Measure the cohort whose turn it is, just before the rule runs.
+
+        `is_replayed`: in a CUDA graph, which makes the gradients too; they are read in `after`.
+        """
+        self._is_replayed = is_replayed
         members, sizes = _members(self.optimizer), _sizes(self.optimizer)
         if sizes != self._sizes or not all(map(operator.is_, members, self._members)):
             self._plan()
             self.shadow.replan()
         self.groups = self.optimizer.param_groups
-        if self.is_shadowed:
-            self.shadow.before()
-        self.accumulation.before(self.rows)
-        if not self.cohorts:
+        if not is_replayed:
+            if self.is_shadowed:
+                self.shadow.before()
+            self.accumulation.before(self.rows)
+        if not self.cohorts or (is_replayed and not self._can_be_replayed):
             return None
         if not self._queue:
             # a fixed order could beat in time with an oscillating gradient
@@ -142,7 +149,7 @@ class Watched:
         try:
             self._measured = None if cohort is None else (cohort, cohort.before())
         except Exception:
-            if not any(row.has_changed for row in self.rows):
+            if not any(row.has_changed or self._has_states_elsewhere(row) for row in self.rows):
                 raise
             self._plan()  # and this step passes
         return self._measured
@@ -151,18 +158,21 @@ class Watched:
         """Add the step, just after the rule has run."""
         if measured is not None and measured is self._measured:  # else the window was closed within the step
             cohort, snapshot = measured
+            if self._is_replayed:
+                cohort.take_gradients(snapshot)
             can_wait = cohort.after(snapshot)
             self._waiting.append(measured)
             if not can_wait or len(self._waiting) == _WAITING:
                 self._add_waiting()
         self._measured = None
-        if self.is_shadowed:
-            self.shadow.after(self.rows)
-        self.accumulation.after()
+        if not self._is_replayed:
+            if self.is_shadowed:
+                self.shadow.after(self.rows)
+            self.accumulation.after()
         if self._counts_lives:
             for row in self.rows:
                 if row.param.grad is not None:
-                    row.lived = (row.lived, 1) if isinstance(row.lived, tuple) else row.lived + 1
+                    row.lived = row.lived[0], row.lived[1] + 1
         overflow = getattr(self.optimizer, "found_inf", None)  # exists only inside a GradScaler's fused step
         if isinstance(overflow, Tensor):
             total = self._skipped.get(overflow.device)
@@ -174,6 +184,13 @@ class Watched:
                 seen[0], seen[1] = lr, max(seen[1], lr)
         self.steps += 1
         self.window_steps += 1
+
+    def _has_states_elsewhere(self, row: Row) -> bool:
+        return bool(row.states_elsewhere(self.optimizer.state.get(row.param) or {}))
+
+    @property
+    def _can_be_replayed(self) -> bool:
+        return all(cohort.can_wait for cohort in self.cohorts)
 
     def _add_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []

@@ -34,8 +34,11 @@ class RandomStates:
         """Put all generators back."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch[0])
-        if self._module is not None:
+        now = self._torch_states()
+        if not torch.equal(self._torch[0], now[0]):
+            torch.set_rng_state(self._torch[0])
+        # only where it has moved: to set it clears the states of cuDNN's dropout, and an LSTM would drop other elements
+        if self._module is not None and not torch.equal(self._torch[1], now[1]):
             self._module.set_rng_state(self._torch[1], self._device)
 
     def _torch_states(self) -> list[Tensor]:

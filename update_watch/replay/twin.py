@@ -94,6 +94,7 @@ class Twin:
                 else:
                     for i, group in zip(members, groups, strict=True):
                         group.update(settings[i], params=members[i])
+                    _leave_counters(groups, state)
                 self._rule(twin)
         except ReplayError:
             raise
@@ -160,6 +161,7 @@ class Twin:
             ):
                 setattr(self._copy, name, copier.copy(now[name], f"{self._name}.{name}"))
         self._seen = now
+        _leave_counters(groups, state)
         self._copy.param_groups, self._copy.state = groups, state
         return self._copy
 
@@ -192,6 +194,14 @@ def _parameters(runs: Sequence[Run]) -> tuple[list[torch.nn.Parameter], dict[int
         members.setdefault(run.group, []).append(param)
         params.append(param)
     return params, members, state
+
+
+def _leave_counters(groups: list[dict[str, Any]], state: _States) -> None:
+    """Counters that were moved to the device (`torch.compile` of the step does that) are not to be read from there."""
+    for group in groups:
+        if group.get("capturable") is False and not group.get("fused"):
+            counters = (state[param].get("step") for param in group["params"] if param in state)
+            group["capturable"] = any(isinstance(step, Tensor) and step.device.type != "cpu" for step in counters)
 
 
 def _results(runs: Sequence[Run], params: list[torch.nn.Parameter], state: _States) -> list[Run]:

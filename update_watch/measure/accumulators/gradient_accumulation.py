@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from update_watch.evidence import AccumulatorEvidence, Numbers
+from update_watch.measure.device import streams
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import Sampler, unsamplable
 from update_watch.measure.transfer import Batch, Part
@@ -121,7 +122,7 @@ class Accumulation:
 
     def _guarded(self, function: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         def hook(tensor: Tensor) -> None:
-            if self._is_over:
+            if self._is_over or streams.is_capturing():
                 return
             try:
                 with torch.no_grad():
