@@ -21,7 +21,8 @@ from update_watch.judge.diagnosis import Diagnosis
 from update_watch.judge.history import check_state
 from update_watch.measure.device.streams import StepStreams, is_capturing
 from update_watch.measure.identity.partitions import chain
-from update_watch.measure.tap import PlainTorch, StepTap, unwrap
+from update_watch.measure.plain_torch import PlainTorch
+from update_watch.measure.tap import StepTap, unwrap
 from update_watch.measure.watched_model import WatchedModel
 from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.windows import Window, read

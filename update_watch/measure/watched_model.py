@@ -19,7 +19,7 @@ from update_watch.measure.identity import masters
 from update_watch.measure.identity.names import named_tensors, names_of
 from update_watch.measure.identity.optimizer_parts import Parts
 from update_watch.measure.identity.partitions import Piece, wrappers
-from update_watch.measure.tap import PlainTorch
+from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.transfer import Batch
 from update_watch.measure.watched_optimizer import Watched, describe, share_turns
 from update_watch.measure.windows import Window

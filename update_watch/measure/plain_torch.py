@@ -1,0 +1,48 @@
+"""What of ours runs in a step of the user's runs in plain torch, whatever precision context the step is in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+class PlainTorch:
+    """No autograd, no autocast, no inference mode, FP32 as default dtype; what was before comes back.
+
+    A step taken inside a trainer's step (Lightning's manual optimization) runs in its precision context: under
+    "bf16-true" `torch.zeros(1)` is BF16 there, under "bf16-mixed" a product of FP32 tensors is. And what is made in
+    inference mode, where trainers validate, can never be written to outside of it.
+    """
+
+    __slots__ = ("_autocast", "_dtype", "_grad", "_inference")
+
+    def __init__(self, *optimizers: Optimizer) -> None:
+        self._autocast: list[str] = []
+        self._inference: Any = None
+        if torch._C._is_any_autocast_enabled():
+            groups = [group for opt in optimizers for group in opt.param_groups]
+            kinds = {"cpu", *(p.device.type for group in groups for p in group["params"][:1])}
+            available = filter(torch.amp.is_autocast_available, kinds)
+            self._autocast = [kind for kind in available if torch.is_autocast_enabled(kind)]
+
+    def __enter__(self) -> None:
+        if torch.is_inference_mode_enabled():
+            self._inference = torch.inference_mode(False)
+            self._inference.__enter__()
+        self._grad, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+        torch.set_grad_enabled(False)
+        self._set(False, torch.float32)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(True, self._dtype)
+        torch.set_grad_enabled(self._grad)
+        if self._inference is not None:
+            self._inference.__exit__(None, None, None)
+
+    def _set(self, is_autocast: bool, dtype: torch.dtype) -> None:
+        for kind in self._autocast:
+            torch.set_autocast_enabled(kind, is_autocast)
+        if torch.get_default_dtype() is not dtype:
+            torch.set_default_dtype(dtype)
