@@ -1,170 +1,267 @@
-"""Sampled numbers against the full comparison of all elements in FP64, tensor by tensor, over one window.
+"""Sampled numbers and verdicts against the full comparison of all elements in FP64, window by window, in many regimes.
 
-    python bench/truth.py [--quick] [--seed N] [--blocks N]
+    python bench/truth.py [--quick] [--only WORDS ...] [--seeds N] [--jobs N] [--json FILE] [--list]
 
-A small byte-level language model on text that Python ships, weights in BF16 or FP16, compute in FP32. The full side clones
-every weight, gradient and state before each step and applies the rule to all elements in FP64 by formulas of its own. Exit
-status 1 if efficiency or lost fraction differ by more than 0.03 anywhere.
+Small language models, really trained, weights in BF16 (FP16 where it says so), watched at the defaults. A regime is an optimizer, a
+size, a schedule, a vocabulary (`bench/shared/regimes.py`); seeds differ in data and learning rate. One line for each:
+
+    readings   tensors times windows
+    bias       mean of (efficiency said - efficiency of all elements in all steps of the window)
+    95%, max   of the absolute difference
+    cover      share of readings within 2 standard errors of the truth, +-0.001 for FP32's own rounding
+    zero       readings with an error of 0 that are not exact
+    lost, net, ratio   95% of the absolute difference of lost fraction, displacement efficiency, update ratio (relative)
+    false h    called healthy, and the truth is below the limit by more than 0.05, over the window and all that may be pooled
+    false s    accused (stalling, stalled, broken), and the truth is above the limit by as much; or idle, and it has a gradient
+    unknown    share of readings; after: steps until a tensor has its first verdict, median and largest
+
+Exit status 1 if a bar is missed: cover under 0.93 or bias over 0.01 where there are 200 readings, an error of 0 that is not
+exact, more than one wrong verdict in 1,000.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import logging
+import multiprocessing
+import os
+import statistics
 import sys
-from collections.abc import Callable
-from pydoc_data.topics import topics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 import update_watch as uw
+from bench.shared.full_comparison import Exact, FullComparison
+from bench.shared.regimes import QUICK, REGIMES, WARMED_UP, Regime
+from bench.shared.verdict_check import VerdictCheck
+from update_watch.report import Health, Report, TensorReport
 
-BAR = 0.03
-WIDTH, CONTEXT, BATCH = 64, 32, 8
-Full = dict[str, list[float]]
-
-
-class Model(nn.Module):
-    """Embedding, blocks of norm and MLP, norm, head; stored low, computed in FP32."""
-
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(256, WIDTH)
-        self.norms = nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(blocks + 1))
-        self.up = nn.ModuleList(nn.Linear(WIDTH, 4 * WIDTH) for _ in range(blocks))
-        self.down = nn.ModuleList(nn.Linear(4 * WIDTH, WIDTH) for _ in range(blocks))
-        self.head = nn.Linear(WIDTH, 256, bias=False)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = F.embedding(tokens, self.embedding.weight.float())
-        x = x + x.cumsum(1) / torch.arange(1, tokens.shape[1] + 1).view(1, -1, 1)
-        for norm, up, down in zip(self.norms, self.up, self.down, strict=False):
-            h = F.rms_norm(x, (WIDTH,), norm.weight.float())
-            h = F.gelu(F.linear(h, up.weight.float(), up.bias.float()))
-            x = x + F.linear(h, down.weight.float(), down.bias.float())
-        return F.linear(F.rms_norm(x, (WIDTH,), self.norms[-1].weight.float()), self.head.weight.float())
+COVER, BIAS, WRONG, ENOUGH = 0.93, 0.01, 1e-3, 200
+EXACT = 1e-3  # what FP32 and FP64 may differ by
 
 
-def adamw(p: Tensor, g: Tensor, s: dict[str, Any], h: dict[str, Any]) -> Tensor:
-    b1, b2 = h["betas"]
-    t = float(s["step"]) + 1 if s else 1.0
-    m = (s["exp_avg"].double() if s else 0) * b1 + (1 - b1) * g
-    v = (s["exp_avg_sq"].double() if s else 0) * b2 + (1 - b2) * g * g
-    update = h["lr"] / (1 - b1**t) * m / ((v / (1 - b2**t)).sqrt() + h["eps"])
-    return -h["lr"] * h["weight_decay"] * p - update
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """One tensor in one window: what was said, and how far it is from the truth."""
+
+    tensor: str
+    window: int
+    health: str
+    truth: float | None
+    error: float | None  # of efficiency, as stated
+    off: float | None  # efficiency said - truth
+    lost_off: float | None
+    net_off: float | None
+    ratio_off: float | None  # relative
+    wrong: str  # "healthy", "accused", "idle", or ""
 
 
-def sgd(p: Tensor, g: Tensor, s: dict[str, Any], h: dict[str, Any]) -> Tensor:
-    buffer = s.get("momentum_buffer")
-    return -h["lr"] * (g if buffer is None else h["momentum"] * buffer.double() + g)
+def measure(regime: Regime, seed: int) -> list[Reading]:
+    """Train, watch, compare."""
+    torch.set_num_threads(1)
+    logging.getLogger("update_watch").setLevel(logging.CRITICAL)  # alerts are not the point here
+    warnings.simplefilter("ignore")
+    torch.manual_seed(seed)
+    training = regime.make(seed, regime.steps)
+    for _ in range(WARMED_UP):
+        training.gradients(0)
+        training.step()
+    named = list(training.model.named_parameters())
+    comparison = FullComparison(named, training.optimizers, training.rules)
+    reports: list[Report] = []
+    truths: list[dict[str, Exact]] = []
+    with uw.watch(
+        *(training.model, training.optimizers),
+        window=regime.window,
+        samples=regime.samples,
+        seed=seed,
+        sinks=[reports.append],
+    ) as watch:
+        for t in range(regime.steps):
+            training.gradients(t)
+            with comparison.step():
+                training.step()
+            if (t + 1) % regime.window == 0:
+                truths.append(comparison.close_window())
+                _wait_for(lambda: len(reports) >= len(truths))
+        watch.flush()
+    if len(reports) != len(truths):
+        raise RuntimeError(f"{regime.name}: {len(reports)} reports of {len(truths)} windows")
+    check = VerdictCheck(regime.window)
+    readings = []
+    for window, (report, exact) in enumerate(zip(reports, truths, strict=True)):
+        for t in report.tensors:
+            readings.append(_reading(t, window, exact[t.name], check.add(t, exact[t.name])))
+    return readings
 
 
-def lion(p: Tensor, g: Tensor, s: dict[str, Any], h: dict[str, Any]) -> Tensor:
-    b1, _ = h["betas"]
-    m = s["exp_avg"].double() if s else torch.zeros_like(g)
-    return -h["lr"] * h["weight_decay"] * p - h["lr"] * (m * b1 + (1 - b1) * g).sign()
+def _wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """So that no window is dropped: training here is faster than anybody's."""
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(1e-3)
 
 
-def _lion(params: Any, lr: float) -> Any:
-    from lion_pytorch import Lion
+def _reading(t: TensorReport, window: int, exact: Exact, wrong: str) -> Reading:
+    ratio = exact.update_ratio
+    ratio_off = _off(t.update_ratio, ratio)
+    return Reading(
+        t.name,
+        window,
+        t.health.value,
+        exact.efficiency,
+        t.efficiency_error,
+        _off(t.efficiency, exact.efficiency),
+        _off(t.lost_fraction, exact.lost_fraction),
+        _off(t.displacement_efficiency, exact.displacement_efficiency),
+        None if ratio_off is None or not ratio else ratio_off / ratio,
+        wrong,
+    )
 
-    return Lion(params, lr=lr, weight_decay=0.0)
+
+def _off(said: float | None, truth: float | None) -> float | None:
+    return None if said is None or truth is None else said - truth
 
 
-CASES: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
-    "AdamW foreach": (lambda p, lr: torch.optim.AdamW(p, lr=lr, foreach=True), adamw),
-    "AdamW fused": (lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True), adamw),
-    "SGD momentum": (lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9), sgd),
-    "SGD, 100 x lr": (lambda p, lr: torch.optim.SGD(p, lr=100 * lr, momentum=0.9), sgd),
-    "Lion": (_lion, lion),
-}
+# --- the table --------------------------------------------------------------------------------------------
 
 
-def compare(case: str, dtype: torch.dtype, lr: float, given: argparse.Namespace) -> list[tuple[float, str]]:
-    """Differences of efficiency and lost fraction, the largest first."""
-    make, rule = CASES[case]
-    torch.manual_seed(given.seed)
-    model = Model(given.blocks).to(dtype)
-    optimizer = make(model.parameters(), lr)
-    # Adam's eps and small second moments are zero in FP16: as in real FP16 training, the loss is scaled (Adam does not mind)
-    is_adam_in_fp16 = dtype is torch.float16 and "betas" in optimizer.defaults and "eps" in optimizer.defaults
-    scale = 2.0**12 if is_adam_in_fp16 else 1.0
-    if is_adam_in_fp16:
-        for group in optimizer.param_groups:
-            group["eps"] = 1e-6
-    text = torch.tensor(list("\n".join(topics.values()).encode()), dtype=torch.long)
-    names = dict(model.named_parameters())
-    full: Full = {name: [0.0] * 4 for name in names}
+def summary(readings: list[Reading], steps_per_window: int) -> dict[str, Any]:
+    """The numbers of a line, of the readings of all seeds (each seed's after another's)."""
+    known = [r for r in readings if r.off is not None]
+    stated = [r for r in known if r.error is not None]
+    covered = [abs(r.off or 0.0) <= 2 * (r.error or 0.0) + EXACT for r in stated]
+    first: list[int] = []
+    waiting: dict[str, int] = {}
+    for r in readings:
+        if r.window == 0:
+            waiting[r.tensor] = 0
+        if r.tensor in waiting and r.health != Health.unknown.value:
+            first.append((r.window + 1) * steps_per_window)
+            del waiting[r.tensor]
+    return {
+        "readings": len(readings),
+        "compared": len(known),
+        "bias": statistics.fmean(r.off or 0.0 for r in known) if known else 0.0,
+        "off_95": share_below(0.95, (r.off for r in known)),
+        "off_max": share_below(1.0, (r.off for r in known)),
+        "cover": sum(covered) / len(covered) if covered else None,
+        "false_zero": sum(r.error == 0 and abs(r.off or 0.0) > EXACT for r in stated),
+        "lost_95": share_below(0.95, (r.lost_off for r in readings)),
+        "net_95": share_below(0.95, (r.net_off for r in readings)),
+        "ratio_95": share_below(0.95, (r.ratio_off for r in readings)),
+        "false_healthy": sum(r.wrong == "healthy" for r in readings),
+        "false_accused": sum(r.wrong in ("accused", "idle") for r in readings),
+        "unknown": sum(r.health == Health.unknown.value for r in readings) / len(readings),
+        "first_median": statistics.median(first) if first else None,
+        "first_max": max(first) if first else None,
+        "never": sum(r.window == 0 for r in readings) - len(first),
+    }
 
-    def train() -> None:
-        nonlocal scale
-        at = torch.randint(0, len(text) - CONTEXT - 1, (BATCH,))
-        batch = torch.stack([text[i : i + CONTEXT + 1] for i in at])
-        optimizer.zero_grad()
-        (scale * F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())).backward()
-        if not all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()):
-            scale /= 2  # as a scaler does: the step is skipped
-            train()
 
-    for _ in range(20):  # past the first steps, which are all alike
-        train()
-        optimizer.step()
-    watch = uw.watch(model, optimizer, window=10**9, seed=given.seed, samples=given.samples)
-    for _ in range(given.steps):
-        train()
-        before = {n: p.detach().double().clone() for n, p in names.items()}
-        intended = {}
-        for name, p in names.items():
-            assert p.grad is not None
-            intended[name] = rule(before[name], p.grad.double(), optimizer.state[p], optimizer.param_groups[0])
-        optimizer.step()
-        for name, p in names.items():
-            applied, d = p.detach().double() - before[name], intended[name]
-            # what would not move even in FP32 is not lost by the format
-            wanted = (before[name] + d).float() != before[name]
-            for i, part in enumerate((applied * d, d * d, wanted.double(), (wanted & (applied == 0)).double())):
-                full[name][i] += float(part.sum())
-    report = watch.flush()
-    watch.close()
-    assert report is not None
-    worst = []
-    for t in report.tensors:
-        dot, want, wanted_count, lost = full[t.name]
-        if not want:
-            continue
-        assert t.efficiency is not None and t.lost_fraction is not None, (case, t.name, t.advice)
-        worst.append((abs(t.efficiency - dot / want), f"efficiency of {t.name}"))
-        worst.append((abs(t.lost_fraction - lost / wanted_count), f"lost fraction of {t.name}"))
-    return sorted(worst, reverse=True)
+def share_below(share: float, values: Iterable[float | None]) -> float:
+    """The absolute value that this share of the known ones does not exceed."""
+    known = sorted(abs(value) for value in values if value is not None)
+    return known[min(len(known) - 1, int(share * len(known)))] if known else 0.0
+
+
+def missed(name: str, line: dict[str, Any]) -> list[str]:
+    """Bars that a regime misses, in words."""
+    found = []
+    if line["compared"] >= ENOUGH:
+        if line["cover"] is not None and line["cover"] < COVER:
+            found.append(f"{name}: 2 standard errors cover {line['cover']:.3f}, the bar is {COVER}")
+        if abs(line["bias"]) > BIAS:
+            found.append(f"{name}: bias {line['bias']:+.4f}, the bar is {BIAS}")
+    if line["false_zero"]:
+        found.append(f"{name}: {line['false_zero']} readings have an error of 0 and are not exact")
+    return found
+
+
+HEAD = (
+    f"{'regime':48} {'readings':>8} {'bias':>8} {'95%':>6} {'max':>6} {'cover':>6} {'zero':>4} {'lost':>6} {'net':>6}"
+    f" {'ratio':>6} {'false h':>7} {'false s':>7} {'unknown':>7} {'after':>10}"
+)
+
+
+def text(name: str, line: dict[str, Any]) -> str:
+    cover = "-" if line["cover"] is None else f"{line['cover']:.3f}"
+    after = "never" if line["first_median"] is None else f"{line['first_median']:.0f}/{line['first_max']}"
+    never = f" ({line['never']} never)" if line["never"] and line["first_median"] is not None else ""
+    return (
+        f"{name:48} {line['compared']:8} {line['bias']:+8.4f} {line['off_95']:6.3f} {line['off_max']:6.3f} {cover:>6}"
+        f" {line['false_zero']:4} {line['lost_95']:6.3f} {line['net_95']:6.3f} {line['ratio_95']:6.3f}"
+        f" {line['false_healthy']:7} {line['false_accused']:7} {line['unknown']:7.3f} {after:>10}{never}"
+    )
+
+
+def chosen(only: list[str], quick: bool) -> list[str]:
+    names = QUICK if quick and not only else tuple(REGIMES)
+    return [name for name in names if not only or any(words in name for words in only)]
+
+
+def _measure(work: tuple[str, int]) -> tuple[str, int, list[Reading]]:
+    name, seed = work
+    return name, seed, measure(REGIMES[name], seed)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="BF16, two learning rates")
-    parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0, help="of training and of the sample positions")
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--blocks", type=int, default=2, help="of the model; more than 2 are measured in turns")
-    arguments = parser.parse_args()
-    logging.getLogger("update_watch").setLevel(logging.CRITICAL)  # the alerts are not the point here
-    torch.set_num_threads(1)
-    dtypes = [torch.bfloat16] if arguments.quick else [torch.bfloat16, torch.float16]
-    rates = [1e-3, 1e-5] if arguments.quick else [1e-3, 1e-4, 1e-5, 1e-6]
-    worst = 0.0
-    print(f"{'optimizer':14} {'format':9} {'lr':>7} {'largest difference':>19}")
-    for case in CASES:
-        for dtype in dtypes:
-            for lr in rates:
-                difference, where = compare(case, dtype, lr, arguments)[0]
-                worst = max(worst, difference)
-                print(f"{case:14} {str(dtype)[6:]:9} {lr:7.0e} {difference:19.4f}  {where}", flush=True)
-    print(f"worst {worst:.4f}, bar {BAR}")
-    return int(worst > BAR)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few regimes, one seed")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORDS", help="regimes whose name contains one of these"
+    )
+    parser.add_argument("--seeds", type=int, help="how many (default: 5; with --quick 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--json", metavar="FILE", help="write the lines here too")
+    parser.add_argument("--wrong", action="store_true", help="list the wrong verdicts")
+    parser.add_argument("--list", action="store_true", help="names of the regimes, nothing else")
+    given = parser.parse_args()
+    names = chosen(given.only, given.quick)
+    if not names:
+        parser.error(f"--only {' '.join(given.only)}: no regime has this in its name; --list shows them")
+    if given.list:
+        print("\n".join(names))
+        return 0
+    seeds = given.seeds or (1 if given.quick else 5)
+    work = [(name, seed) for name in names for seed in range(seeds)]
+    lines: dict[str, dict[str, Any]] = {}
+    collected: dict[str, list[Reading]] = {name: [] for name in names}
+    started = time.monotonic()
+    print(HEAD, flush=True)
+    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
+        for name, seed, readings in pool.imap(_measure, work):
+            collected[name] += readings
+            if given.wrong:
+                for r in readings:
+                    if r.wrong:
+                        print(
+                            f"  seed {seed}, window {r.window}: {r.tensor} is called {r.health}, efficiency {r.truth}"
+                        )
+            if seed == seeds - 1:
+                lines[name] = summary(collected[name], REGIMES[name].window)
+                print(text(name, lines[name]), flush=True)
+    bars = [line for name in names for line in missed(name, lines[name])]
+    total = sum(line["readings"] for line in lines.values())
+    wrong = sum(line["false_healthy"] + line["false_accused"] for line in lines.values())
+    if wrong > WRONG * total:
+        bars.append(f"{wrong} of {total} verdicts are wrong, the bar is one in {1 / WRONG:.0f}")
+    print(f"{len(names)} regimes, {seeds} seeds, {total} verdicts, {wrong} wrong; {time.monotonic() - started:.0f} s")
+    print("\n".join(f"missed: {line}" for line in bars))
+    if given.json:
+        Path(given.json).write_text(json.dumps(lines, indent=1))
+    return 1 if bars else 0
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.exit(main())
