@@ -192,6 +192,11 @@ class Watched:
     def _can_be_replayed(self) -> bool:
         return all(cohort.can_wait for cohort in self.cohorts)
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether measured steps are still to be added."""
+        return bool(self._waiting)
+
     def _add_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
         for cohort, snapshot in waiting:
