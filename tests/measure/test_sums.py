@@ -70,7 +70,7 @@ def added(made: list[Step], fmt: Format = BF16) -> DeviceSums:
             s.before_AnK[:present].clone(),
             value_AnK[:present],
             s.after_AnK[:present].clone(),
-            s.grad_nK != 0 if s.full else None,
+            s.grad_nK if s.full else None,
             mask_nK,
             path=s.path,
         )
@@ -184,7 +184,11 @@ def test_root_mean_squares_and_zero_gradients(masked: bool) -> None:
         )
         assert sums.root_mean_squares(row, slow.sampled) == pytest.approx([intended, applied], rel=1e-4)
         assert sums.stored(row, full.sampled) == pytest.approx(before, rel=1e-4)
-        assert sums.nonzero_n[row] == np.count_nonzero(np.concatenate(full.grad))
+        grads = np.concatenate(full.grad)
+        zeros, rms, largest = sums.gradients(row, full.sampled)
+        assert zeros == pytest.approx(1 - np.count_nonzero(grads) / len(grads))
+        assert rms == pytest.approx(np.sqrt(np.mean(np.square(grads))), rel=1e-5)
+        assert largest == np.abs(grads).max()
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-6, 1e6, 1e15])
@@ -240,7 +244,7 @@ def test_headroom_of_zero_weights_and_huge_updates_stays_inside_the_histogram() 
     sums = DeviceSums(1, 1, 4, torch.device("cpu"))
     w = torch.tensor([[0.0, 1.0, 1e-38, 1.0]])
     d = torch.tensor([[1e-3, 1e30, 0.0, 1e-30]])
-    sums.add(w.expand(1, 1, 4).clone(), (w + d).expand(1, 1, 4).clone(), w.expand(1, 1, 4).clone(), d != 0, None)
+    sums.add(w.expand(1, 1, 4).clone(), (w + d).expand(1, 1, 4).clone(), w.expand(1, 1, 4).clone(), d, None)
     sums.add_headroom(w, d, slice(0, 1), BF16)
     packed = sums.pack(w, [(slice(0, 1), BF16)])
     histogram = WindowSums.unpack(packed.numpy().astype(np.float64), 1, 1).headroom_nB[0]

@@ -193,7 +193,7 @@ class Cohort:
         held_AnK = self.gathers.widened(snapshot.held)
         before_AnK, grad_nK = held_AnK[:-1], held_AnK[-1]
         # before the rule, which may write into the gradient
-        snapshot.before_AnK, snapshot.grad_nK = before_AnK, grad_nK.ne(0) if snapshot.full else grad_nK
+        snapshot.before_AnK, snapshot.grad_nK = before_AnK, grad_nK.clone() if snapshot.full else grad_nK
         self.gathers.join(before_AnK)
         snapshot.intended_AnK = self._replay.run(
             before_AnK,

@@ -38,7 +38,7 @@ class DeviceSums:
         self._sums_FAn = torch.zeros(F, accumulators, rows, device=device)
         self._recent_TFAn = torch.zeros(_STEPS, SHRINK, accumulators, rows, device=device)
         self._variance_3n = torch.zeros(VARIANCE, rows, device=device)
-        self._nonzero_n = torch.zeros(rows, device=device)  # gradients
+        self._gradient_3n = torch.zeros(3, rows, device=device)  # how many are not 0, sum of squares, largest
         self._stored_n = torch.zeros(rows, device=device)  # squared weights
         self._headroom_nB = torch.zeros(rows, HEADROOM_BINS, device=device)
         self._what_if_2n = torch.zeros(2, rows, device=device)
@@ -54,7 +54,7 @@ class DeviceSums:
         before_AnK: Tensor,
         intended_AnK: Tensor,
         after_AnK: Tensor,
-        nonzero_nK: Tensor | None,
+        grad_nK: Tensor | None,
         mask_nK: Tensor | None,
         path: bool = True,
         counted: Tensor | bool = True,
@@ -64,7 +64,7 @@ class DeviceSums:
         `counted`: which rows are added to the sums, all, none, or where a [n, 1] tensor is true.
 
         `intended_AnK` is the replayed value. It is overwritten with the intended update, `after_AnK` with anything.
-        `nonzero_nK`: gradients other than zero; None for a step that is not full (then A is 1). `mask` is 0 for
+        `grad_nK`: gradients, not changed; None for a step that is not full (then A is 1). `mask` is 0 for
         padding and for rows that took no part in this step. No host read, no copy between devices.
         """
         intended_AnK.sub_(before_AnK)
@@ -80,7 +80,7 @@ class DeviceSums:
             intended_AnK = torch.where(valid_nK, intended_AnK, zero)
             applied_AnK = torch.where(valid_nK, applied_AnK, zero)
             before_AnK = torch.where(valid_nK, before_AnK, zero)
-            nonzero_nK = None if nonzero_nK is None else nonzero_nK & valid_nK
+            grad_nK = None if grad_nK is None else torch.where(valid_nK, grad_nK, zero)
         present = len(intended_AnK)  # accumulators
         if path:
             self._path_2nK[0].add_(applied_AnK[0])
@@ -95,7 +95,7 @@ class DeviceSums:
             intended_AnK = torch.where(counted, intended_AnK, zero)
             applied_AnK = torch.where(counted, applied_AnK, zero)
             before_AnK = torch.where(counted, before_AnK, zero)
-            nonzero_nK = None if nonzero_nK is None else nonzero_nK & counted
+            grad_nK = None if grad_nK is None else torch.where(counted, grad_nK, zero)
         scale_An1 = self._scale_An1[:present]
         d, a = intended_AnK * scale_An1, applied_AnK.mul_(scale_An1)
         products = torch.empty(SHRINK, *d.shape, device=self.device)
@@ -107,8 +107,10 @@ class DeviceSums:
         torch.eq(a, 0, out=unchanged)
         torch.mul(wanted, unchanged, out=lost)
         torch.sum(products, -1, out=self._recent_TFAn[self.steps % _STEPS, :, :present])
-        if nonzero_nK is not None:
-            self._nonzero_n.add_(nonzero_nK.sum(-1))
+        if grad_nK is not None:
+            self._gradient_3n[:2].add_(torch.stack((grad_nK.ne(0).sum(-1).float(), grad_nK.square().sum(-1))))
+            largest_n = self._gradient_3n[2]
+            torch.maximum(largest_n, grad_nK.abs().amax(-1), out=largest_n)
             self._stored_n.add_(before_AnK[0].square().sum(-1))
             if present > 1:
                 falling_SnK = d[1:].mul_(before_AnK[1:]) < 0
@@ -162,7 +164,7 @@ class DeviceSums:
         parts = (
             self._sums_FAn,
             self._variance_3n,
-            self._nonzero_n,
+            self._gradient_3n,
             self._stored_n,
             self._headroom_nB,
             self._what_if_2n,

@@ -22,7 +22,7 @@ class WindowSums(NamedTuple):
 
     sums_FAn: npt.NDArray[np.float64]
     variance_3n: npt.NDArray[np.float64]
-    nonzero_n: npt.NDArray[np.float64]
+    gradient_3n: npt.NDArray[np.float64]
     stored_n: npt.NDArray[np.float64]
     headroom_nB: npt.NDArray[np.float64]
     what_if_2n: npt.NDArray[np.float64]
@@ -36,7 +36,7 @@ class WindowSums(NamedTuple):
         shapes = (
             (F, accumulators, rows),
             (VARIANCE, rows),
-            (rows,),
+            (3, rows),
             (rows,),
             (rows, HEADROOM_BINS),
             (2, rows),
@@ -95,6 +95,14 @@ class WindowSums(NamedTuple):
         if not sampled or not scale:
             return 0.0, 0.0
         return tuple(float(np.sqrt(s[i] / sampled) / scale) for i in (WANT, MOVED))  # type: ignore[return-value]
+
+    def gradients(self, row: int, sampled: float) -> tuple[float | None, float | None, float | None]:
+        """Share of gradients that are 0, their rms, the largest. `sampled`: elements looked at in full steps."""
+        if not sampled:
+            return None, None, None
+        nonzero, squares, largest = (float(x) for x in self.gradient_3n[:, row])
+        is_finite = bool(np.isfinite(squares))  # squares beyond FP32 are not known
+        return 1 - nonzero / sampled, float(np.sqrt(squares / sampled)) if is_finite else None, largest
 
     def stored(self, row: int, sampled: float) -> float:
         """rms of the weight before the steps. `sampled`: elements looked at in full steps."""

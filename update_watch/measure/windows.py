@@ -106,6 +106,7 @@ def _tensor(sums: WindowSums, i: int, facts: RowFacts, cohort: CohortWindow, ski
     idle = cohort.samples * cohort.steps - sampled
     changed = 1 - (float(sums.sums_FAn[UNCHANGED, 0, i]) - idle) / sampled
     histogram = sums.headroom_nB[i]
+    zeros, gradient_rms, gradient_max = sums.gradients(i, in_full)
     total = histogram.sum()
     headroom = median_headroom(histogram.tolist())
     what_if = None
@@ -123,7 +124,10 @@ def _tensor(sums: WindowSums, i: int, facts: RowFacts, cohort: CohortWindow, ski
         base,
         measured_steps=facts.live_steps,
         skipped_steps=skipped,
-        zero_gradient_fraction=1 - float(sums.nonzero_n[i]) / in_full if in_full else None,
+        zero_gradient_fraction=zeros,
+        gradient_looks=facts.full_steps,
+        gradient_rms=gradient_rms,
+        gradient_max=gradient_max,
         finite=sums.is_finite(i),
         numbers=numbers,
         changed_fraction=min(max(changed, 0.0), 1.0),
