@@ -1,4 +1,4 @@
-"""What really happened in a scenario: all elements in FP64, by formulas of its own, beside the training.
+"""What really happened in a scenario: all elements in FP64, beside the training; the rules are those of `bench/shared/exact_rules.py`.
 
 Not assumed but measured: a planted fault is one only if the full comparison shows it, and a twin is healthy only if what was
 meant arrives. Nothing here uses the watch. What cannot be compared in full says so by None.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.planted.run import WINDOW, Run
+from bench.shared.exact_rules import RULES, betas
 from update_watch import formats
 from update_watch.report import Cause
 
@@ -90,7 +91,6 @@ class Truth:
         self._tensors = dict(run.named)
         self._held = {name: run.masters.get(name, p) for name, p in run.named}
         self._steps = dict.fromkeys(self._tensors, 0)
-        self._moments: dict[str, list[Tensor]] = {}  # of Adafactor
 
     @contextmanager
     def step(self, t: int) -> Iterator[None]:
@@ -227,33 +227,11 @@ class Truth:
         s.has_moved |= moved
 
     def _intended(self, name: str, w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-        lr = float(group["lr"])
-        if self.run.rule == "sgd":
-            buffer = state.get("momentum_buffer")
-            return -lr * (float(group["momentum"]) * buffer.double() + g if isinstance(buffer, Tensor) else g)
         if self.run.rule == "adafactor":
-            return self._adafactor(name, w, g, group)
-        b1, b2 = _betas(group)
-        t = float(state["step"]) + 1 if "step" in state else self._steps[name]
-        m = b1 * _of(state, "exp_avg", g) + (1 - b1) * g
-        v = b2 * _of(state, "exp_avg_sq", g) + (1 - b2) * g * g
-        update = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + float(group["eps"]))
-        meant: Tensor = -lr * (float(group.get("weight_decay", 0.0)) * w + update)
-        return meant
-
-    def _adafactor(self, name: str, w: Tensor, g: Tensor, group: dict[str, Any]) -> Tensor:
-        t, (eps, least) = self._steps[name], group["eps"]
-        eps = torch.finfo(self._tensors[name].dtype).eps if eps is None else eps
-        new = t ** group["beta2_decay"]
-        means = [g.square().mean(dim, keepdim=True) for dim in (-1, -2)] if g.dim() > 1 else [g.square()]
-        old = self._moments.get(name, [torch.zeros_like(mean) for mean in means])
-        self._moments[name] = moments = [x + new * (mean - x) for x, mean in zip(old, means, strict=True)]
-        variance = moments[0] if g.dim() == 1 else moments[0] @ moments[1] / moments[0].mean(-2, True).clamp_min(eps)
-        update = g / variance.clamp_min(eps * eps).sqrt()
-        rms = float(update.square().mean().sqrt())
-        size: float = max(least, float(w.square().mean().sqrt())) * min(float(group["lr"]), t**-0.5)
-        meant: Tensor = update * -(size / max(1.0, rms / float(group["d"])))
-        return meant
+            eps, least = group["eps"]  # the default depends on the format of the weights
+            group = {**group, "eps": (torch.finfo(self._tensors[name].dtype).eps if eps is None else eps, least)}
+        counted = {"step": self._steps[name] - 1, **state}  # some keep their count elsewhere
+        return RULES[self.run.rule](w, g, counted, group)
 
     def _states(self, name: str, old: dict[str, Any], new: dict[str, Any], g: Tensor, group: dict[str, Any]) -> None:
         def judge(state: str, intended: Tensor, applied: Tensor) -> None:
@@ -266,7 +244,7 @@ class Truth:
                 continue
             x = old[state].double()
             if state == "exp_avg_sq":
-                intended = (1 - _betas(group)[1]) * (g * g - x)
+                intended = (1 - betas(group)[1]) * (g * g - x)
             else:
                 intended = (group["momentum"] - 1) * x + g
             judge(state, intended, new[state].double() - x)
@@ -277,15 +255,6 @@ class Truth:
 
 def _cloned(state: Any) -> dict[str, Any]:
     return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-
-
-def _of(state: dict[str, Any], name: str, like: Tensor) -> Tensor:
-    value = state.get(name)
-    return value.double() if isinstance(value, Tensor) else torch.zeros_like(like)
-
-
-def _betas(group: dict[str, Any]) -> tuple[float, float]:
-    return group["betas"] if "betas" in group else (group["beta1"], group["beta2"])
 
 
 def _half_gaps(before: Tensor, intended: Tensor, dtype: torch.dtype) -> float:

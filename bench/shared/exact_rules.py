@@ -28,13 +28,14 @@ def _of(state: State, name: str, like: Tensor) -> Tensor:
     return value.double() if isinstance(value, Tensor) else torch.zeros_like(like)
 
 
-def _betas(group: Mapping[str, Any]) -> tuple[float, float]:
+def betas(group: Mapping[str, Any]) -> tuple[float, float]:
+    """As most optimizers keep them, or as two entries."""
     b1, b2 = group["betas"] if "betas" in group else (group["beta1"], group["beta2"])
     return float(b1), float(b2)
 
 
 def adamw(w: Tensor, g: Tensor, state: State, group: Mapping[str, Any]) -> Tensor:
-    (b1, b2), t, lr = _betas(group), float(state.get("step", 0)) + 1, float(group["lr"])
+    (b1, b2), t, lr = betas(group), float(state.get("step", 0)) + 1, float(group["lr"])
     m = b1 * _of(state, "exp_avg", g) + (1 - b1) * g
     v = b2 * _of(state, "exp_avg_sq", g) + (1 - b2) * g * g
     update = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + float(group["eps"]))
@@ -50,7 +51,7 @@ def sgd(w: Tensor, g: Tensor, state: State, group: Mapping[str, Any]) -> Tensor:
 
 
 def lion(w: Tensor, g: Tensor, state: State, group: Mapping[str, Any]) -> Tensor:
-    (b1, _), lr = _betas(group), float(group["lr"])
+    (b1, _), lr = betas(group), float(group["lr"])
     return -lr * (float(group["weight_decay"]) * w + (b1 * _of(state, "exp_avg", g) + (1 - b1) * g).sign())
 
 
