@@ -1,0 +1,186 @@
+"""All samples of a step by one launch, where Triton is there and the device is CUDA; else by torch's views (`sampling`).
+
+On the device lie, once per plan, the integers of the positions, and a table of the tensors' addresses and formats. The table
+is uploaded only when something in it has changed: from a ring of pinned buffers, one of which is written again only when the
+event behind its last upload has fired; else the ring grows. Nothing waits.
+
+Tensors in formats or layouts that the kernel does not read are read by torch, and the kernel copies what torch has read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from update_watch.measure.positions import Positions
+
+logger = logging.getLogger("update_watch")
+
+_interpreted = False  # tests run the kernel in Triton's interpreter, on the CPU
+
+Reader = Callable[[int, Tensor], Tensor]
+_failed: dict[torch.device, str] = {}  # devices whose kernel does not do as torch does, and why
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether the kernel can be tried on `device`."""
+    if device in _failed or importlib.util.find_spec("triton") is None:
+        return False
+    return _interpreted or (device.type == "cuda" and torch.version.hip is None and _is_recent(device))
+
+
+def _is_recent(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (7, 0)  # what Triton compiles for
+
+
+def give_up(device: torch.device, why: str) -> bool:
+    """Use torch's way on `device` from now on. True the first time, when it should be said."""
+    is_new = device not in _failed
+    _failed[device] = why
+    return is_new
+
+
+class MultiGather:
+    """Reads the samples of n rows, any number of slots of them at a time.
+
+    `numels`: elements of the rows (of their local shards). `positions`: of each row; None for one read whole. `contiguous`:
+    whether a row's tensor lies in memory as its indices do. `read(i, tensor)` [K]: torch's way for one view of row i.
+    """
+
+    def __init__(
+        self,
+        numels: Sequence[int],
+        positions: Sequence[Positions | None],
+        strides: Sequence[tuple[int, ...]],
+        samples: int,
+        device: torch.device,
+        read: Reader,
+    ) -> None:
+        from update_watch.measure.device import gather_kernel
+
+        self._kernel = gather_kernel
+        self.n, self.samples, self.device = len(numels), samples, device
+        self._strides, self._read = list(strides), read
+        facts = [
+            (1, samples, 1, 1, numel) if at is None else (at.block, at.blocks * at.block, at.step, at.room, numel)
+            for numel, at in zip(numels, positions, strict=True)
+        ]
+        self._facts = torch.tensor(facts, dtype=torch.int64).to(device)
+        self._width = 1 << max(samples - 1, 0).bit_length()
+        self._tables: dict[int, _Table] = {}  # by views: another number of slots has a table of its own
+        self.uploads = 0
+
+    def __call__(self, tensors: Sequence[Tensor | None], shares: tuple[int, int]) -> Tensor:
+        """[len(tensors), K] FP32. `tensors`: local ones, slot by slot and row by row; None reads zeros.
+
+        `shares`: of the two sets of a row, the lower first; see `positions`.
+        """
+        views = len(tensors)
+        table = self._tables.get(views)
+        if table is None:
+            table = self._tables[views] = _Table(views, self.device)
+        kept = self._fill(table, tensors)
+        if table.send():
+            self.uploads += 1
+        out = torch.empty(views, self.samples, dtype=torch.float32, device=self.device)
+        first, second = shares
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            self._kernel.gather_views[(views,)](
+                *(table.addresses, table.kinds, self._facts, out),
+                *(first >> 16, first & 0xFFFF, second >> 16, second & 0xFFFF, self.n),
+                K=self.samples,
+                WIDTH=self._width,
+            )
+        del kept  # what torch has read for the kernel: it may go once the kernel is in the stream
+        return out
+
+    def _fill(self, table: _Table, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+        """Note addresses and formats."""
+        kept: list[Tensor] = []
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        formats = [None if tensor is None else tensor.dtype for tensor in tensors]
+        layouts = [None if tensor is None else tensor.stride() for tensor in tensors]
+        known = addresses, formats, layouts
+        if known == table.known and not table.has_packed:
+            return kept
+        kinds = [0] * len(tensors)
+        table.known, table.has_packed = (list(addresses), formats, layouts), False
+        for i, tensor in enumerate(tensors):
+            if tensor is None:
+                continue
+            kind = self._kernel.KINDS.get(tensor.dtype)
+            if kind is None or not _is_laid_out(tensor, self._strides[i % self.n]):
+                read = self._read(i % self.n, tensor).to(torch.float32).contiguous()
+                kept.append(read)
+                addresses[i], kind, table.has_packed = read.data_ptr(), self._kernel.PACKED, True
+            kinds[i] = kind
+        table.write(addresses, kinds)
+        return kept
+
+
+def _is_laid_out(tensor: Tensor, strides: tuple[int, ...]) -> bool:
+    if tensor.stride() == strides:
+        return True
+    # strides of dimensions of size 1 are arbitrary and do not matter
+    return all(a == b for a, b, size in zip(tensor.stride(), strides, tensor.shape, strict=True) if size > 1)
+
+
+class _Table:
+    """Addresses and kinds of so many views, on the device and in a ring of pinned buffers."""
+
+    def __init__(self, views: int, device: torch.device) -> None:
+        self._views, self._device = views, device
+        self._here = torch.zeros(2, views, dtype=torch.int64, device=device)
+        self.addresses, self.kinds = self._here
+        self.known: tuple[list[int], list[Any], list[Any]] = [], [], []
+        self.has_packed = False
+        self._ring: list[_Buffer] = []
+        self._next: _Buffer | None = None
+
+    def write(self, addresses: list[int], kinds: list[int]) -> None:
+        """What the next `send` uploads."""
+        self._next = next((buffer for buffer in self._ring if buffer.is_free()), None)
+        if self._next is None:
+            self._next = _Buffer(self._views, self._device)
+            self._ring.append(self._next)
+        self._next.values[0], self._next.values[1] = addresses, kinds
+
+    def send(self) -> bool:
+        """Upload what was written, if anything was."""
+        buffer, self._next = self._next, None
+        if buffer is None:
+            return False
+        self._here.copy_(buffer.pinned, non_blocking=True)
+        buffer.mark(self._device)
+        return True
+
+
+class _Buffer:
+    """Pinned memory, and the event behind its last upload."""
+
+    def __init__(self, views: int, device: torch.device) -> None:
+        self.pinned = torch.zeros(2, views, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.values: Any = self.pinned.numpy()
+        self._event: Any = None
+
+    def mark(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            if self._event is None:
+                with torch.cuda.device(device):
+                    self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+
+    def is_free(self) -> bool:
+        return self._event is None or bool(self._event.query())
+
+
+def equals(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, NaN to NaN. Waits for the device: not for a step."""
+    return bool(np.array_equal(a.cpu().numpy().view(np.int32), b.cpu().numpy().view(np.int32)))
