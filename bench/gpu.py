@@ -27,11 +27,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mat
 
 import torch
 
-from bench.on_gpu import bars, children, launches, long_runs, sanctity, times
+from bench.on_gpu import bars, children, gathers, launches, long_runs, sanctity, times
 from bench.on_gpu.given import free, given, is_cuda
 
 SECTIONS: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {  # with the seconds it should have
     "environment": (times.environment, 2),
+    "gather": (gathers.gather, 20),
     "identity": (sanctity.identity, 20),
     "syncs": (sanctity.syncs, 10),
     "launches": (launches.launches, 25),

@@ -24,6 +24,7 @@ OPTIONAL = {
     "pandas",
     "pytorch_lightning",
     "rich",
+    "triton",
     "transformers",
     "vl_convert",
     "wandb",
@@ -41,7 +42,9 @@ def modules_of(folder: Path, package: str) -> list[str]:
     return names
 
 
-CORE = modules_of(ROOT / "update_watch", "update_watch")
+# what is loaded where it can be used, and nowhere else
+ON_USE = {"update_watch.measure.device.gather_kernel"}
+CORE = [name for name in modules_of(ROOT / "update_watch", "update_watch") if name not in ON_USE]
 DASHBOARDS = modules_of(ROOT / "dashboards", "update_watch.dashboards")
 
 

@@ -98,6 +98,7 @@ def bars(results: dict[str, Any]) -> list[tuple[str, bool | None, str]]:
     add("no waiting runtime calls added", "launches", no_wait_calls)
     add("thousands of steps", "soak", lasts)
     add("efficiency is that of all elements", "truth", near)
+    add("one gather by one launch, the same to the bit", "gather", lambda r: (all(x["same"] for x in r.values()), ""))
     add("training step of a 124M GPT: under 1%", "training_time", cheap)
     add(
         "side stream: same report",
@@ -159,14 +160,14 @@ def table(results: dict[str, Any]) -> str:
             lines.append(
                 f"  {label:24s} holds {r['held_mb']:.2f} MB on the device, at most {r['peak_in_step_mb']:.2f} MB more in a step"
             )
-    for label, r in (results.get("gather_prototype") or {}).items():
+    for label, r in (results.get("gather") or {}).items():
         if isinstance(r, dict) and "same" in r:
-            cells = "; ".join(
-                f"{n}: {w['host_us']:.0f} us host, {w['launches']:.0f} launches, {w['device_us']:.0f} us device"
-                for n, w in r.items()
-                if n != "same"
-            )
-            lines.append(f"  one gather of 4 x {label}: {'same' if r['same'] else 'DIFFERS'}; {cells}")
+            ways = {name: way for name, way in r.items() if isinstance(way, dict)}
+            cells = [
+                f"{name}: {way['host_us']:.0f} us host, {way['launches']:.0f} launches, {way['device_us']:.0f} us device"
+                for name, way in ways.items()
+            ]
+            lines.append(f"  gather of 4 x {label}: {'same' if r['same'] else 'DIFFERS'}; {'; '.join(cells)}")
     for name, r in results.items():
         if isinstance(r, dict) and "failed" in r:
             lines.append(f"section {name} failed: {r['failed'][-1] if r['failed'] else ''}"[:240])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,9 +29,8 @@ SHAPES: list[tuple[tuple[int, ...], torch.dtype]] = [
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_gather, "_interpreted", True)
-    yield
 
 
 def rows(numels: list[int]) -> list[Positions | None]:

@@ -174,7 +174,7 @@ class _Buffer:
         if device.type == "cuda":
             if self._event is None:
                 with torch.cuda.device(device):
-                    self._event = torch.cuda.Event()
+                    self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
             self._event.record(torch.cuda.current_stream(device))
 
     def is_free(self) -> bool:
