@@ -6,12 +6,15 @@ Accelerate's wrapped optimizer need no care of ours: torch's own step hooks fire
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from update_watch.callbacks._packing import packed, unpacked
 from update_watch.callbacks._shared import (
     Names,
     Options,
@@ -29,7 +32,7 @@ from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 
 try:
-    from transformers.trainer_callback import ExportableState, TrainerCallback
+    from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 except ImportError as error:
     raise ImportError(
         "UpdateWatch for the Hugging Face Trainer needs transformers: pip install 'update-watch[transformers]'"
@@ -87,18 +90,22 @@ class UpdateWatch(TrainerCallback, ExportableState):
         self.memory: dict[str, Any] = {}
         self._session: Session | None = None
         self._response: StallResponse | None = None
+        self._is_in_step = False
+        self._trackers: list[TrainerCallback] = []
 
     @harmless
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach: weights, optimizer state and the Trainer's state are restored."""
-        self._end(state)
+        self._end(args, state, control)
         # the Trainer looks up every stateful callback here when it saves, also after resuming a run without this one
         stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         model, is_leader = kwargs["model"], state.is_world_process_zero
         averages = average_models((), self._options.averages, model)
         dashboards = [wandb_sink(run, "train/global_step") for run in _wandb_runs(args)] if is_leader else []
         names = Names(model)
-        step = functools.partial(_next_step, state)
+        self._trackers = _trackers() if is_leader else []
+        self._is_in_step = False
+        step = functools.partial(self._global_step, state)
         self._session = Session(
             self._options, names, [kwargs["optimizer"]], step, averages, dashboards, is_leader=is_leader
         )
@@ -112,13 +119,22 @@ class UpdateWatch(TrainerCallback, ExportableState):
         )
         memory = (stored[-1] if isinstance(stored, list) else stored).get("attributes", {}).get("memory")
         if state.global_step > 0 and memory:
-            self._session.restore(memory)
+            self._session.restore(unpacked(memory))
         if is_leader:
             self._session.audit(averages, dashboards)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The update that comes is counted by the Trainer when it is done."""
+        self._is_in_step = True
+
+    def _global_step(self, state: Any) -> int:
+        return int(state.global_step) + self._is_in_step
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Take note of what arrived; act on stalls."""
-        reports = self._collect(state, kwargs.get("optimizer"))
+        self._is_in_step = False
+        is_last = control.should_training_stop or state.global_step >= state.max_steps
+        reports = self._collect(args, state, control, kwargs.get("optimizer"), is_last)
         if self._session is not None and self._response is not None:
             for report in reports or ():
                 self._response.hear(report)
@@ -128,20 +144,30 @@ class UpdateWatch(TrainerCallback, ExportableState):
         return control
 
     @harmless
-    def _collect(self, state: Any, optimizer: Any) -> list[Report]:
-        """The reports that came, noted."""
+    def _collect(self, args: Any, state: Any, control: Any, optimizer: Any, is_last: bool) -> list[Report]:
+        """The reports that came, noted; after the last step that of the window that is open, before the summary."""
         if self._session is None:
             return []
         if optimizer is not None:
             self._session.follow([optimizer])
-        reports = self._session.take()
+        reports = self._session.finish() if is_last else self._session.take()
         for report in reports:
-            self._note(state, report)
+            self._note(args, state, control, report)
         return reports
 
-    def _note(self, state: Any, report: Report) -> None:
+    def _note(self, args: Any, state: Any, control: Any, report: Report) -> None:
         self.last = report
-        state.log_history.append({**run_numbers(report), "step": report.step})
+        numbers = run_numbers(report)
+        epoch = {} if state.epoch is None else {"epoch": state.epoch}
+        state.log_history.append({**numbers, **epoch, "step": report.step})
+        then = copy.copy(state)  # trackers log under the state's step; reports come some steps late
+        then.global_step = report.step
+        for tracker in list(self._trackers):
+            try:
+                tracker.on_log(args, then, control, logs=dict(numbers))
+            except Exception as error:
+                self._trackers.remove(tracker)
+                logger.warning("update-watch: %s takes none of its numbers: %r", type(tracker).__name__, error)
 
     @harmless
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -153,15 +179,16 @@ class UpdateWatch(TrainerCallback, ExportableState):
 
     @harmless
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report the last window, let go of the optimizer."""
-        self._end(state)
+        """Report the last window where a loop ended early, let go of the optimizer."""
+        self._is_in_step = False
+        self._end(args, state, control)
 
-    def _end(self, state: Any) -> None:
+    def _end(self, args: Any, state: Any, control: Any) -> None:
         session, self._session = self._session, None
         if session is not None:
             try:
                 for report in session.finish():
-                    self._note(state, report)
+                    self._note(args, state, control, report)
                 self.memory = session.watch.state_dict()
             finally:
                 session.close()
@@ -177,11 +204,24 @@ class UpdateWatch(TrainerCallback, ExportableState):
         if callable(args["on_stall"]):
             args["on_stall"] = "warn"
         memory = self._session.watch.state_dict() if self._session is not None else self.memory
-        return {"args": args, "attributes": {"memory": dict(memory)}}
+        return {"args": args, "attributes": {"memory": packed(memory)}}
 
 
-def _next_step(state: Any) -> int:
-    return int(state.global_step) + 1  # the Trainer counts a step after its update
+def _trackers() -> list[TrainerCallback]:
+    """The Trainer's own callbacks for what it reports to, but for W&B, which has a sink of its own.
+
+    No event hands a callback its neighbours; the handler that calls it is on the stack.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    callbacks = frame.f_locals["self"].callbacks if frame is not None else []
+    kinds = ((one, type(one)) for one in callbacks)
+    return [
+        one
+        for one, kind in kinds
+        if kind.__module__.startswith("transformers.integrations") and kind.__name__ != "WandbCallback"
+    ]
 
 
 def _any_rank(flag: bool, *, device: Any) -> bool:

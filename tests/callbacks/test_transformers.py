@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from tests.support.lightning_models import FullComparison
 from update_watch.callbacks import StalledError
+from update_watch.callbacks._packing import packed, unpacked
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 
@@ -102,6 +105,59 @@ def test_reports_are_numbered_by_the_global_step_and_kept_in_the_log_history(tra
     assert all(0.98 < entry["update_watch/efficiency"] < 1.02 for entry in ours)
 
 
+def test_the_last_window_comes_before_the_summary_with_step_and_epoch_and_is_in_the_last_line(
+    train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = Watched(thresholds=FAST, window=6)
+    trainer = train(Model(torch.bfloat16), watch, steps=20, learning_rate=LOW, logging_steps=10)
+    history = trainer.state.log_history
+    assert "train_loss" in history[-1] and history[-1]["step"] == 20
+    ours = [entry for entry in history if "update_watch/efficiency" in entry]
+    assert [entry["step"] for entry in ours] == [6, 12, 18, 20]
+    assert all(0 < entry["epoch"] < 1 for entry in ours)
+    assert watch.last is not None and (watch.last.step, watch.last.window) == (20, 2)
+    last = [line for line in capsys.readouterr().out.splitlines() if "'loss'" in line][-1]
+    assert f"'efficiency': '{round(watch.last.efficiency, 4)}'" in last  # type: ignore[arg-type]
+
+
+def test_a_loop_that_is_stopped_early_reports_its_last_step(train: Train) -> None:
+    class Stop(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 7
+
+    watch = Watched()
+    trainer = train(Model(), watch, Stop(), steps=20)
+    assert [(r.step, r.window) for r in watch.reports] == [(4, 4), (7, 3)]
+    assert trainer.state.global_step == 7
+
+
+def test_every_tracker_of_the_trainer_gets_the_numbers(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    watch = Watched()
+    train(Model(), watch, report_to="tensorboard")
+    (folder,) = {path.parent for path in (tmp_path / "tb").rglob("events.out.*")}
+    events = EventAccumulator(str(folder)).Reload()
+    scalars = events.Scalars("train/update_watch/efficiency")
+    assert [s.step for s in scalars] == [4, 8, 12]
+    assert [s.value for s in scalars] == pytest.approx([r.efficiency for r in watch.reports])
+
+
+def test_a_tracker_that_fails_costs_its_numbers_alone(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, *_: Any, logs: Any, **__: Any) -> None:
+            if any(key.startswith("update_watch/") for key in logs):
+                raise RuntimeError("planted")
+
+    Failing.__module__ = "transformers.integrations.planted"
+    watch = Watched()
+    train(Model(), Failing(), watch)
+    assert len(watch.reports) == 3
+    assert caplog.text.count("Failing takes none of its numbers") == 1
+
+
 def test_gradient_accumulation_counts_updates(train: Train) -> None:
     watch = Watched()
     train(Model(), watch, steps=8, gradient_accumulation_steps=3)
@@ -185,6 +241,25 @@ def test_state_goes_through_the_trainers_checkpoint(train: Train, tmp_path: Path
     assert stalled_names(resumed.reports[-1]) and not again
 
 
+def test_what_checkpoints_hold_is_a_few_kilobytes_for_hundreds_of_tensors(train: Train, tmp_path: Path) -> None:
+    class Many(Model):
+        def __init__(self) -> None:
+            super().__init__(torch.bfloat16)
+            self.scales = nn.ParameterList(nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(600))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            loss = super().forward(x)["loss"]
+            return {"loss": loss * torch.stack([p.float().mean() for p in self.scales]).mean()}
+
+    watch = Watched(thresholds=FAST)
+    train(Many(), watch, learning_rate=LOW, save_strategy="steps", save_steps=12)
+    assert len(stalled_names(watch.reports[-1])) > 250
+    text = (tmp_path / "run" / "checkpoint-12" / "trainer_state.json").read_text()
+    held = json.loads(text)["stateful_callbacks"]["Watched"]
+    assert len(json.dumps(held)) < 16_000
+    assert len(unpacked(held["attributes"]["memory"])["diagnosis"]) > 0
+
+
 def test_a_run_begun_without_it_can_be_resumed_and_saved_with_it(train: Train, tmp_path: Path) -> None:
     train(Model(), save_strategy="steps", save_steps=12)
     watch = Watched()
@@ -215,7 +290,7 @@ def test_printed_lines_have_efficiency_and_stalled(train: Train, capsys: pytest.
     train(Model(torch.bfloat16), watch, steps=24, learning_rate=LOW)
     lines = [line for line in capsys.readouterr().out.splitlines() if "'loss'" in line]
     assert len(lines) == 6
-    assert "'efficiency': " in lines[-1] and f"'stalled': {len(stalled_names(watch.reports[-2]))}" in lines[-1]
+    assert "'efficiency': " in lines[-1] and f"'stalled': {len(stalled_names(watch.reports[-1]))}" in lines[-1]
 
 
 def test_printed_lines_stay_as_they_are_without_the_entry(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,3 +366,20 @@ def test_an_error_of_ours_does_not_reach_training(train: Train, caplog: pytest.L
     trainer = train(Model(), watch)
     assert trainer.state.global_step == 12 and watch.last is None
     assert "stopped watching, training goes on" in caplog.text
+
+
+# --- packing ---------------------------------------------------------------------------------------------
+
+
+def test_packed_state_comes_back_and_damage_is_a_value_error() -> None:
+    state = {"version": 1, "names": ["a.weight"] * 100, "value": 0.25}
+    text = packed(state)
+    assert unpacked(text) == state and packed(text) == text and packed({}) == {}
+    assert unpacked(state) == state  # of a checkpoint from before
+    (key,) = text
+    for damaged in (text[key][:-5], text[key][:10], "no base85 \x00", 7):
+        with pytest.raises(ValueError, match="cannot be read"):
+            unpacked({key: damaged})
+    bomb = base64.b85encode(zlib.compress(b"[" + b" " * (65 * 2**20) + b"]", 9)).decode()
+    with pytest.raises(ValueError, match="too large"):
+        unpacked({key: bomb})
