@@ -26,6 +26,7 @@ from update_watch.callbacks._shared import (
     Session,
     Sink,
     average_models,
+    become,
     harmless,
     logger,
     run_numbers,
@@ -118,6 +119,13 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         callback = cls()
         callback._is_automatic = True
         return callback
+
+    def on_init_end(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's Trainer was given this callback, and calls this first: it becomes the one made for that Trainer."""
+        from update_watch.callbacks import transformers
+
+        become(self, transformers.UpdateWatch)
+        return self.on_init_end(*args, **kwargs)
 
     # --- the fit begins ------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from update_watch.callbacks._shared import (
     Session,
     Sink,
     average_models,
+    become,
     harmless,
     logger,
     run_numbers,
@@ -92,6 +93,15 @@ class UpdateWatch(TrainerCallback, ExportableState):
         self._response: StallResponse | None = None
         self._is_in_step = False
         self._trackers: list[TrainerCallback] = []
+
+    state_key = "UpdateWatch"  # Lightning's Trainer reads it before anything else
+
+    def setup(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's Trainer was given this callback, and calls this first: it becomes the one made for that Trainer."""
+        from update_watch.callbacks import lightning
+
+        become(self, lightning.UpdateWatch)
+        return self.setup(*args, **kwargs)
 
     @harmless
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
