@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -194,13 +195,13 @@ class Session:
             self.watch.detach()
 
 
-def become(callback: Any, kind: type) -> None:
+def become(callback: Any, trainer: str) -> None:
     """Make a callback that was given to another trainer than its own the callback for that trainer.
 
     Both have one name, and users take the import they saw last.
     """
     options = dict(vars(callback._options))
-    callback.__class__ = kind
+    callback.__class__ = importlib.import_module(f"update_watch.callbacks.{trainer}").UpdateWatch
     callback.__init__(**options)
 
 

@@ -122,9 +122,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's Trainer was given this callback, and calls this first: it becomes the one made for that Trainer."""
-        from update_watch.callbacks import transformers
-
-        become(self, transformers.UpdateWatch)
+        become(self, "transformers")
         return self.on_init_end(*args, **kwargs)
 
     # --- the fit begins ------------------------------------------------------------------------------

@@ -98,9 +98,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
 
     def setup(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning's Trainer was given this callback, and calls this first: it becomes the one made for that Trainer."""
-        from update_watch.callbacks import lightning
-
-        become(self, lightning.UpdateWatch)
+        become(self, "lightning")
         return self.setup(*args, **kwargs)
 
     @harmless
