@@ -18,7 +18,7 @@ from tests.support.wandb_loopback import LoopbackServer
 from update_watch.dashboards import metrics
 
 STEP = "trainer/global_step"
-SCRIPT = Path(__file__).parents[3] / "support" / "wandb_training.py"
+SCRIPT = Path(__file__).parents[2] / "support" / "wandb_training.py"
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Optimizers that are stepped in parts and hold flat partitions: stand-ins with the attributes the real wrappers have.
 
-tests/test_deepspeed.py and tests/test_megatron.py run the real ones, where they are installed.
+test_deepspeed.py and test_megatron.py beside it run the real ones, where they are installed.
 """
 
 from __future__ import annotations

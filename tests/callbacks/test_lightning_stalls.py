@@ -1,0 +1,174 @@
+"""What UpdateWatch tells in Lightning's Trainer, and what happens on a stall."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+)
+
+from tests.support.lightning_fits import FAST, LOW, STALLS, Watched, fit, hook_count, stalled_names
+from tests.support.lightning_models import Module, trainer
+from update_watch.callbacks import StalledError, UpdateWatch
+from update_watch.report import Report
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
+
+# --- what it tells ----------------------------------------------------------------------------------------
+
+
+def test_progress_bar_shows_the_last_report_in_every_epoch() -> None:
+    shown: list[dict[str, Any]] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            shown.append(dict(trainer.progress_bar_metrics))
+
+    watch = Watched(thresholds=FAST)
+    fit(Module(lr=LOW), watch, Look(), max_epochs=2, **STALLS)
+    assert watch.last is not None
+    # the first report is judged on another thread; how soon depends on the machine
+    known = [s for s in shown if s]
+    assert (
+        shown[-len(known) :] == known and len(known) > len(shown) / 2
+    )  # once there, it stays, in the second epoch too
+    assert set(known[0]) == {"efficiency", "stalled"}
+    assert known[-1]["efficiency"] < 0.3 and known[-1]["stalled"] == len(stalled_names(watch.reports[-2]))
+
+
+def test_progress_bar_entry_can_be_turned_off() -> None:
+    watch = Watched(progress_bar=False)
+    fitted = fit(Module(), watch, max_epochs=2)
+    assert len(watch.reports) == 6 and fitted.progress_bar_metrics == {}
+
+
+def test_efficiency_can_be_monitored() -> None:
+    stopping = EarlyStopping(
+        "efficiency", mode="max", stopping_threshold=0.5, check_on_train_epoch_end=True, strict=False
+    )
+    fitted = fit(Module(), Watched(), stopping, max_epochs=4)
+    assert fitted.current_epoch < 4 and float(fitted.callback_metrics["efficiency"]) > 0.5
+
+
+def test_audit_is_one_line_when_nothing_will_stall(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(Module(), UpdateWatch(window=4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "update-watch" in line]
+    assert lines == ["update-watch: 6 tensors watched; nothing in their formats will stall."]
+
+
+def test_audit_is_printed_once_when_something_will_stall(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(Module(lr=LOW), UpdateWatch(window=4), max_epochs=2, **STALLS)
+    out = capsys.readouterr().out
+    assert out.count("update-watch:") == 1 and "bfloat16" in out.lower().replace("bf16", "bfloat16")
+    assert "nothing in their formats will stall" not in out
+
+
+def test_audit_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(Module(lr=LOW), UpdateWatch(window=4, print_audit=False), **STALLS)
+    assert "update-watch" not in capsys.readouterr().out
+
+
+# --- on_stall --------------------------------------------------------------------------------------------
+
+
+def test_warn_logs_and_trains_on(caplog: pytest.LogCaptureFixture) -> None:
+    fitted = fit(Module(lr=LOW, batches=24), Watched(thresholds=FAST), **STALLS)
+    assert fitted.global_step == 24
+    assert any(r.name == "update_watch" and r.levelname == "ERROR" and "stalled" in r.message for r in caplog.records)
+
+
+def test_stop_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
+    watch = Watched(thresholds=FAST, on_stall="stop")
+    checkpoint = ModelCheckpoint(tmp_path, save_top_k=0)
+    fitted = fit(Module(lr=LOW, batches=400), watch, checkpoint, enable_checkpointing=True, **STALLS)
+    assert 4 <= fitted.global_step < 400
+    assert fitted.state.finished
+    (path,) = tmp_path.glob("stalled-step=*.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == fitted.global_step
+
+
+def test_stop_without_checkpointing_ends_the_run_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    fitted = fit(Module(lr=LOW, batches=400), Watched(thresholds=FAST, on_stall="stop"), **STALLS)
+    assert fitted.global_step < 400 and "checkpointing is off" in caplog.text
+
+
+def test_raise_raises_with_the_report() -> None:
+    watch = Watched(thresholds=FAST, on_stall="raise")
+    with pytest.raises(StalledError, match="stalled") as caught:
+        fit(Module(lr=LOW, batches=400), watch, **STALLS)
+    assert caught.value.report is not None and stalled_names(caught.value.report)
+    assert str(caught.value) == f"update-watch: {caught.value.report.headline}"
+
+
+@pytest.mark.parametrize("answer", [True, None])
+def test_a_function_is_called_once_per_stall_and_stops_when_it_says_so(answer: bool | None) -> None:
+    heard: list[Report] = []
+
+    def on_stall(report: Report) -> bool | None:
+        heard.append(report)
+        return answer
+
+    fitted = fit(Module(lr=LOW, batches=60), Watched(thresholds=FAST, on_stall=on_stall), **STALLS)
+    assert (fitted.global_step < 60) == (answer is True)
+    names = [stalled_names(report) for report in heard]
+    assert names and all(b - a for a, b in itertools.pairwise(names))
+
+
+def test_what_the_users_function_raises_comes_through() -> None:
+    def on_stall(report: Report) -> None:
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine"):
+        fit(Module(lr=LOW, batches=400), Watched(thresholds=FAST, on_stall=on_stall), **STALLS)
+
+
+def test_a_healthy_twin_is_neither_stopped_nor_raised() -> None:
+    for on_stall in ("stop", "raise"):
+        fitted = fit(Module(batches=24), Watched(thresholds=FAST, on_stall=on_stall))
+        assert fitted.global_step == 24
+
+
+# --- processes -----------------------------------------------------------------------------------------
+
+
+class TellAtEnd(Callback):
+    """Writes what a rank saw to a file: spawned processes keep their callbacks to themselves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        watch = next(c for c in trainer.callbacks if isinstance(c, UpdateWatch))
+        last = watch.last.step if watch.last is not None else None
+        (self.folder / str(trainer.global_rank)).write_text(f"{trainer.global_step} {last} {hook_count(trainer)}")
+
+
+@pytest.mark.slow
+def test_ranks_stop_together_with_a_checkpoint_and_one_of_them_prints(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    watch = UpdateWatch(window=4, on_stall="stop", thresholds=FAST)
+    fitted = trainer(
+        callbacks=[watch, TellAtEnd(tmp_path), ModelCheckpoint(tmp_path / "checkpoints", save_top_k=0)],
+        enable_checkpointing=True,
+        devices=2,
+        strategy="ddp_spawn",
+        max_epochs=100,
+        precision="bf16-true",
+    )
+    torch.manual_seed(0)
+    fitted.fit(Module(lr=LOW))
+    first, second = ((tmp_path / str(rank)).read_text().split() for rank in (0, 1))
+    assert first[0] == second[0] and int(first[0]) < 600
+    assert first[2] == second[2] == "0"
+    (path,) = (tmp_path / "checkpoints").glob("stalled-step=*.ckpt")
+    stored = torch.load(path, weights_only=True)
+    assert stored["global_step"] == int(first[0]) and stored["callbacks"]["UpdateWatch"]
+    assert capfd.readouterr().out.count("update-watch:") == 1

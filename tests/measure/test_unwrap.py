@@ -1,0 +1,66 @@
+"""Wrappers are looked through to the optimizer that steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from tests.support.tap_recorder import LR
+from update_watch.measure.tap import StepTap, unwrap
+
+# --- unwrap ---------------------------------------------------------------------------------------
+
+
+class _Wrapper:
+    def __init__(self, attribute: str, inner: Any) -> None:
+        setattr(self, attribute, inner)
+
+
+def test_unwrap_looks_through_wrappers_of_wrappers(param: torch.nn.Parameter) -> None:
+    opt = SGD([param], lr=LR)
+    assert unwrap(opt) is opt
+    assert unwrap(_Wrapper("_optimizer", opt)) is opt
+    assert unwrap(_Wrapper("optimizer", _Wrapper("_optimizer", opt))) is opt
+
+
+def test_unwrap_keeps_an_optimizer_that_contains_another(param: torch.nn.Parameter) -> None:
+    opt = SGD([param], lr=LR)
+    opt.optimizer = SGD([param], lr=LR)  # type: ignore[attr-defined]
+    assert unwrap(opt) is opt
+
+
+@pytest.mark.parametrize(
+    "thing", [None, 3, "adam", _Wrapper("optimizer", None), object()], ids=lambda thing: type(thing).__name__
+)
+def test_unwrap_names_what_it_was_given_and_the_remedy(thing: Any) -> None:
+    with pytest.raises(TypeError, match=rf"{type(thing).__name__} has no torch optimizer .* give a torch.optim.Opt"):
+        unwrap(thing)
+
+
+def test_unwrap_of_a_circle_raises() -> None:
+    circle = _Wrapper("optimizer", None)
+    circle.optimizer = circle  # type: ignore[attr-defined]
+    with pytest.raises(TypeError, match="no torch optimizer"):
+        unwrap(circle)
+
+
+def test_unwrap_of_accelerates_and_lightnings_wrappers(param: torch.nn.Parameter) -> None:
+    accelerate = pytest.importorskip("accelerate.optimizer")
+    opt = SGD([param], lr=LR)
+    wrapped = object.__new__(accelerate.AcceleratedOptimizer)
+    wrapped.__dict__["optimizer"] = opt
+    assert unwrap(wrapped) is opt
+
+
+def test_parameters_on_a_device_without_autocast_are_seen() -> None:
+    param = torch.nn.Parameter(torch.ones(3, device="meta"))
+    opt = SGD([param], lr=LR)
+    seen: list[Any] = []
+    tap = StepTap(lambda opt: param.shape, lambda opt, shape: seen.append(shape))
+    tap.attach(opt)
+    param.grad = torch.ones_like(param)
+    opt.step()
+    assert tap.error is None and seen == [(3,)]
