@@ -138,3 +138,46 @@ def switch(trainer: str, dtype: str) -> str:
 def extra_bytes(cure: Cure, numel: int) -> int:
     """What the cure costs in memory for so many parameters kept in a 16-bit format."""
     return BYTES_PER_PARAMETER[cure] * numel
+
+
+_LANGUAGE = {"torchtune": "yaml", "torchtitan": "sh"}
+_PAGE = """# Fix it: what to change, trainer by trainer
+
+<!-- Made from update_watch/cures.py: python -m update_watch.cures > docs/fix.md -->
+
+Each block is to be pasted. Those whose trainer installs on a CPU are run by `tests/callbacks/test_cures.py`, after which the
+tensors that stalled move; DeepSpeed, TRL, torchtune and torchtitan are written from their documentation.
+
+Which one? The watch names the cause; the table names the cures for it, the cheapest first.
+
+| said | cures |
+|---|---|
+| BF16 weights round the updates away (`weight_rounding`) | [stochastic rounding](#stochastic-rounding), [Kahan summation](#kahan), [FP32 masters](#masters) |
+| weight decay is lost (`decay_rounding`) | [one rounding for decay and gradient](#fused-decay), or any of the above |
+| the optimizer's state is rounded (`state_rounding`) | [FP32 states](#fp32-states), or a smaller beta |
+| an average does not follow (`average_rounding`) | [the average in FP32](#fp32-average) |
+| summed gradients lose micro-batches (`accumulation_rounding`) | [FP32 masters](#masters): gradients then are FP32 too |
+
+Every one of them raises the effective learning rate of what stood still: look at the loss, and retune it.
+"""
+
+
+def markdown() -> str:
+    """The table as a documentation page."""
+    lines = [_PAGE]
+    for cure in Cure:
+        cost = BYTES_PER_PARAMETER[cure]
+        price = f"Costs {cost} bytes per parameter." if cost else "Costs no memory."
+        lines += [f"## {TITLES[cure][:1].upper()}{TITLES[cure][1:]} {{#{cure.value.replace('_', '-')}}}", "", price, ""]
+        seen: dict[str, list[str]] = {}
+        for trainer in TRAINERS:
+            seen.setdefault(code(cure, trainer), []).append(trainer)
+        for text, trainers in seen.items():
+            if text:
+                language = _LANGUAGE.get(trainers[0], "python")
+                lines += [", ".join(TRAINERS[one] for one in trainers), "", f"```{language}", text, "```", ""]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

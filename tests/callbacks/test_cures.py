@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import update_watch as uw
-from update_watch.cures import TITLES, TRAINERS, Cure, code, extra_bytes, switch
+from update_watch.cures import TITLES, TRAINERS, Cure, code, extra_bytes, markdown, switch
 
 LR, STEPS = 1e-5, 24
 OPTIMIZERS = (Cure.stochastic_rounding, Cure.kahan)
@@ -246,3 +246,7 @@ def test_costs_are_those_of_the_formats() -> None:
     assert extra_bytes(Cure.masters, 1000) == 1000 * (4 - 2)
     assert extra_bytes(Cure.kahan, 1000) == 1000 * 2  # one more buffer in BF16
     assert set(TITLES) == set(Cure)
+
+
+def test_the_page_of_cures_is_the_table() -> None:
+    assert (Path(__file__).parents[2] / "docs" / "fix.md").read_text() == markdown()
