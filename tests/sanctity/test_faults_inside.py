@@ -171,6 +171,36 @@ def test_where_warnings_are_errors_an_overflow_ends_neither_training_nor_the_thr
     assert len(seen) + watch._post.dropped == 90
 
 
+@pytest.mark.parametrize("kind", ["jump", "infinite state", "infinite update", "tiny", "complex", "empty window"])
+def test_where_warnings_are_errors_no_number_ends_the_watch(kind: str) -> None:
+    """NumPy warns of infinities and what is made of them, torch of casts; neither is an error of ours."""
+    dtype = {"infinite state": torch.float16, "complex": torch.complex64}.get(kind, torch.float32)
+    weight = torch.nn.Parameter(torch.randn(64, 8).to(dtype))
+    other = torch.nn.Parameter(torch.randn(64, 8))
+    optimizer = torch.optim.SGD([weight, other], lr=0.1, momentum=0.9 if kind == "infinite state" else 0.0)
+    scales = {
+        "jump": [1.0] * 8 + [1e9] * 8,
+        "infinite state": [6e4] * 16,
+        "infinite update": [1.0] * 12 + [3e38] * 4,
+        "tiny": [1e-38, 1e-30, 1.0, 1e30] * 4,
+        "complex": [1.0] * 16,
+        "empty window": [0.0] * 16,
+    }[kind]
+    seen: list[Report] = []
+    with warnings.catch_warnings(record=False):
+        warnings.simplefilter("error")
+        with uw.watch([("w", weight), ("o", other)], optimizer, window=16, sinks=[seen.append]) as watch:
+            for _ in range(3):
+                for scale in scales:
+                    weight.grad = (torch.randn(64, 8) * scale).to(dtype)
+                    other.grad = torch.randn(64, 8)
+                    optimizer.step()
+            watch.flush()
+        assert watch._tap.error is None, repr(watch._tap.error)
+    assert [report.step for report in seen] == [16, 32, 48]
+    assert all({t.name: t for t in report.tensors}["o"].health is Health.healthy for report in seen)
+
+
 # --- signals -------------------------------------------------------------------------------------------
 
 

@@ -23,10 +23,10 @@ from update_watch.audit.weights import decay_rows, frozen_rows, weight_rows
 from update_watch.measure.identity.names import names_of
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.tap import unwrap
-from update_watch.replay.copier import ReplayError
+from update_watch.readable import unreadable
 from update_watch.replay.rule_properties import RuleProperties, find_properties
 from update_watch.replay.state_forms import StateForm, find_states, likeness
-from update_watch.wording import listed, plural
+from update_watch.wording import first_line, listed, plural
 
 SAMPLES = 128  # elements looked at per tensor
 
@@ -88,16 +88,18 @@ def _members(optimizers: Sequence[Optimizer], parameters: list[tuple[str, Tensor
         for index, group in enumerate(optimizer.param_groups):
             lr, decay = peak_lr(group), number_of(group.get("weight_decay"))
             for position, param in enumerate(group["params"]):
-                key = likeness(optimizer, index, local(param))
-                if key not in known:
-                    known[key] = _find_properties(optimizer, index, local(param))
+                shard = local(param)
+                odd = "" if shard.is_meta else unreadable(shard)  # of meta tensors all but the values is known
+                key: Hashable = odd or likeness(optimizer, index, shard)
+                if odd:
+                    known[key] = None, {}, odd
+                elif key not in known:
+                    known[key] = _find_properties(optimizer, index, shard)
                     if known[key][2] and param.is_floating_point():
                         notes.append(f"Not everything is known of {type(optimizer).__name__}: {known[key][2]}.")
                 properties, forms, reason = known[key]
                 name = names.get(id(param), (f"group{index}.param{position}",))[0]
-                reason = (
-                    reason or unsamplable(local(param)) or ("its weights are complex" if param.is_complex() else "")
-                )
+                reason = reason or unsamplable(shard) or ("its weights are complex" if param.is_complex() else "")
                 state = optimizer.state.get(param) or {}
                 members.append(Member(name, param, lr or 0.0, decay or 0.0, properties, forms, reason, state))
     _read_samples(members)
@@ -114,8 +116,8 @@ def _find_properties(
     try:
         forms = find_states(optimizer, group, param)
         return find_properties(optimizer, group, param.dtype, param.dim()), forms, ""
-    except (ReplayError, RuntimeError, TypeError) as error:  # formats without arithmetic raise torch's own errors
-        return None, {}, str(error).partition("\n")[0]
+    except Exception as error:  # formats without arithmetic raise torch's own errors, and optimizers any
+        return None, {}, first_line(error)
 
 
 def _read_samples(members: list[Member]) -> None:

@@ -98,6 +98,10 @@ class Cohort:
         """Whether its steps can be added later."""
         return self._replay.can_wait
 
+    def problem(self, row: Row) -> str:
+        """Why a row of it cannot be read now; "" when it can."""
+        return self.gathers.problem(row)
+
     # --- in the step -----------------------------------------------------------------------------
 
     def before(self) -> Snapshot:
@@ -112,10 +116,8 @@ class Cohort:
         for row, state in zip(self.rows, states, strict=True):
             row.check(state)
         dense = grads
-        if any([g is not None and g.layout is not torch.strided for g in grads]):
-            dense = [g if g is None or g.layout is torch.strided else None for g in grads]
-            for row, g, d in zip(self.rows, grads, dense, strict=True):
-                row.reason = row.reason if g is d else f"its gradients are sparse ({g.layout})"  # type: ignore[union-attr]
+        if any([g is not None and (g.layout is not torch.strided or g.is_complex()) for g in grads]):
+            dense = [None if g is None or _left_out(row, g) else g for g, row in zip(grads, self.rows, strict=True)]
         held = self.gathers.before(states, dense)
         if held.device != self.device:
             raise RuntimeError(f"parameters planned for on {self.device} are on {held.device}")
@@ -210,6 +212,17 @@ class Cohort:
         self.gathers.move(path=True)
         has_changed = any(row.has_changed for row in self.rows)
         return self.sums.pack(None if has_changed else self.gathers.weights(), self._formats)
+
+
+def _left_out(row: Row, grad: Tensor) -> bool:
+    """Whether samples of a gradient cannot be taken as real numbers; its row gets the reason."""
+    if grad.layout is not torch.strided:
+        row.reason = row.reason or f"its gradients are sparse ({grad.layout})"
+    elif grad.is_complex():
+        row.reason = row.reason or "its gradients are complex"
+    else:
+        return False
+    return True
 
 
 def _format_runs(rows: list[Row]) -> list[tuple[slice, Format]]:

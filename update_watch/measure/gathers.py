@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from update_watch import formats
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local, mask, pack_views
+from update_watch.readable import unreadable
+from update_watch.wording import first_line
 
 
 class Gathers:
@@ -52,6 +54,23 @@ class Gathers:
         """The states of all rows, as the optimizer has them."""
         found = self.optimizer.state
         return [found.get(row.param) or {} for row in self.rows]
+
+    def problem(self, row: Row) -> str:
+        """Why what is read of a row, beside its weight, cannot be read now; "" when it can."""
+        state = self.optimizer.state.get(row.param) or {}
+        read = {"its gradient": row.param.grad, **{f"its state '{name}'": state.get(name) for name in row.shaped}}
+        for what, tensor in read.items():
+            if not isinstance(tensor, Tensor):
+                continue
+            problem = unreadable(local(tensor))
+            try:
+                if not problem and row.sampler is not None:
+                    row.sampler.view(local(tensor)).to(torch.float32)
+            except Exception as error:
+                problem = first_line(error)
+            if problem:
+                return f"{what} cannot be read: {problem}"
+        return ""
 
     def before(self, states: list[dict[str, Any]], grads: list[Tensor | None]) -> Tensor:
         """[(A + 1) n, K]: weights, states, gradients, in a format that holds them all."""

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from update_watch.measure.identity.partitions import Piece, PieceSampler
 from update_watch.measure.sampling import Sampler, local, unsamplable
+from update_watch.readable import shape_of, unreadable
 from update_watch.replay import rule_properties, state_forms
-from update_watch.replay.copier import ReplayError
 from update_watch.replay.rounding_scheme import Scheme, find_scheme
 from update_watch.replay.rule_kind import Kind, Rule, find_rule
 from update_watch.replay.synthetic_training import mimic
@@ -94,7 +94,8 @@ class Row:
         self.shaped = frozenset(
             name
             for name, value in state.items()
-            if (isinstance(value, Tensor) and local(value).shape == shape) or (value is None and name in elements)
+            if (isinstance(value, Tensor) and not unreadable(local(value)) and local(value).shape == shape)
+            or (value is None and name in elements)
         )
         if away := self.states_elsewhere(state):
             self.shaped -= {*away}  # not even read: that would be a copy between devices in every step
@@ -133,9 +134,9 @@ class Row:
         return self.sampler is not None and self.sampler.is_whole
 
 
-def _layout(param: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+def _layout(param: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
     shard = local(param)
-    return shard.shape, shard.dtype, shard.device
+    return shape_of(shard) if shard.is_nested else shard.shape, shard.dtype, shard.device
 
 
 def _elsewhere(param: Tensor, states: Mapping[str, torch.device]) -> str:
@@ -177,16 +178,19 @@ def build_rows(
     kind = found.setdefault(("kind", id(optimizer)), _kind_of(optimizer))
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
-            shape = tuple(local(param).shape)
-            rule_key = ("rule", kind, index, mimic(shape))
+            shape = shape_of(local(param))
+            odd = unsamplable(local(param))  # it is only named: nothing has to be known of its rule
+            rule_key = ("odd", odd) if odd else ("rule", kind, index, mimic(shape))
+            if odd:
+                found[rule_key] = Rule(Kind.unknown, odd)
             if rule_key not in found:
                 is_empty = 0 in shape  # an empty shard has no updates to find the rule with
                 found[rule_key] = (
                     Rule(Kind.unknown) if is_empty else find_rule(optimizer, index, len(shape), shape=shape)
                 )
-            scheme_key = ("scheme", kind, index, param.dtype, min(len(shape), 2))
+            scheme_key = ("odd scheme",) if odd else ("scheme", kind, index, param.dtype, min(len(shape), 2))
             if scheme_key not in found:
-                found[scheme_key] = find_scheme(optimizer, index, param.dtype, len(shape))
+                found[scheme_key] = Scheme("unknown") if odd else find_scheme(optimizer, index, param.dtype, len(shape))
             known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
             for piece in (pieces or {}).get(id(param), (None,)):
                 called = known if piece is None else piece.names
@@ -238,11 +242,11 @@ def _find_properties(row: Row, optimizer: Optimizer, kind: Any, found: dict[Any,
             seen = rule_properties.find_properties(optimizer, row.group, param.dtype, ndim)
             # joined with the gradient's part before rounding, decay arrives as that does
             decouples = seen.decouples_decay and not seen.merges_decay
-        except ReplayError:
+        except Exception:  # torch's own errors as well, of formats that it cannot compute with
             decouples = False
         try:
             states = state_forms.find_states(optimizer, row.group, param)
-        except ReplayError:
+        except Exception:  # as above
             states = {}
         found[key] = decouples, {k: 1 - s.decay for k, s in states.items() if s.decay is not None}
     row.decouples_decay, row.rates = found[key]

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from update_watch.readable import unreadable
+
 try:
     from torch.distributed.tensor import DTensor as _DTensor
 except ImportError:  # a torch build without distributed
@@ -35,10 +37,8 @@ def unsamplable(tensor: Tensor) -> str:
     """Why elements of this (local) tensor cannot be sampled one by one; "" when they can."""
     if type(tensor) not in (Tensor, torch.nn.Parameter) and not _is_plain_subclass(tensor):
         return f"{type(tensor).__name__} is a tensor subclass that hides its stored values"
-    if tensor.layout is not torch.strided:
-        return f"layout {tensor.layout} has no strided storage"
-    if tensor.is_meta:
-        return "it is on the meta device: there are no values yet"
+    if problem := unreadable(tensor):
+        return problem
     if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
         return f"dtype {_name(tensor.dtype)} is not floating point"
     if not is_dense(tensor):

@@ -22,8 +22,9 @@ from update_watch.measure.parameters import Row, build_rows
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch, Part
 from update_watch.measure.windows import CohortWindow, RowFacts
-from update_watch.replay.copier import ReplayError
+from update_watch.readable import shape_of, unreadable
 from update_watch.replay.twin import Twin
+from update_watch.wording import first_line
 
 # Up to so many tensors are measured in every step. More are split into cohorts that take turns, so that the cost of a step
 # stops growing; with 8 cohorts every tensor is still measured in an eighth of the steps.
@@ -64,13 +65,14 @@ class Watched:
         self._twin_error = ""
         try:
             self._twin: Twin | None = Twin(optimizer)
-        except ReplayError as error:
-            self._twin, self._twin_error = None, str(error)
+        except Exception as error:  # whatever the optimizer holds
+            self._twin, self._twin_error = None, first_line(error)
         self.accumulation = Accumulation(rng)
         self.shadow = Shadow(optimizer, self._twin, rng, found)
         self.turns = 1  # it is measured in one of so many steps
         self.is_shadowed = True
         self._is_replayed = False  # the step that is running
+        self._odd: dict[int, str] = {}  # id of a parameter whose gradient or state could not be read -> why
         self._plan()
         self.read_counters()
 
@@ -86,6 +88,7 @@ class Watched:
         self._samples = self._asked * (_FEW if len(self._names) <= _ALL else 1)
         self.rows = build_rows(self.optimizer, self._names, self._samples, label, self.found, self._pieces)
         for row in self.rows:
+            row.reason = row.reason or self._odd.get(id(row.param), "")
             row.lived = lived.get(id(row.param), ((), 0))
         self._counts_lives = any(local(row.param).device.type != "cpu" for row in self.rows)
         self.cohorts: list[Cohort] = []
@@ -119,7 +122,7 @@ class Watched:
         if self._counts_lives:
             for row in self.rows:
                 state = self.optimizer.state.get(row.param) or {}
-                counters = (v for v in state.values() if isinstance(v, Tensor) and v.numel() == 1 and not v.is_meta)
+                counters = (v for v in state.values() if isinstance(v, Tensor) and not unreadable(v) and v.numel() == 1)
                 row.lived = tuple(map(float, counters)), 0
 
     # --- in the step -----------------------------------------------------------------------------
@@ -148,10 +151,8 @@ class Watched:
         cohort = self._queue.pop()
         try:
             self._measured = None if cohort is None else (cohort, cohort.before())
-        except Exception:
-            if not any(row.has_changed or self._has_states_elsewhere(row) for row in self.rows):
-                raise
-            self._plan()  # and this step passes
+        except Exception as error:
+            self._leave_out(error)
         return self._measured
 
     def after(self, measured: tuple[Cohort, Snapshot] | None) -> None:
@@ -160,10 +161,13 @@ class Watched:
             cohort, snapshot = measured
             if self._is_replayed:
                 cohort.take_gradients(snapshot)
-            can_wait = cohort.after(snapshot)
-            self._waiting.append(measured)
-            if not can_wait or len(self._waiting) == _WAITING:
-                self._add_waiting()
+            try:
+                can_wait = cohort.after(snapshot)
+                self._waiting.append(measured)
+                if not can_wait or len(self._waiting) == _WAITING:
+                    self._add_waiting()
+            except Exception as error:
+                self._leave_out(error)
         self._measured = None
         if not self._is_replayed:
             if self.is_shadowed:
@@ -184,6 +188,16 @@ class Watched:
                 seen[0], seen[1] = lr, max(seen[1], lr)
         self.steps += 1
         self.window_steps += 1
+
+    def _leave_out(self, error: Exception) -> None:
+        """Plan without the rows that cannot be read any more, and let this step pass; raise what is not their fault."""
+        odd = {
+            id(row.param): problem for cohort in self.cohorts for row in cohort.rows if (problem := cohort.problem(row))
+        }
+        if not odd and not any(row.has_changed or self._has_states_elsewhere(row) for row in self.rows):
+            raise error
+        self._odd.update(odd)
+        self._plan()
 
     def _has_states_elsewhere(self, row: Row) -> bool:
         return bool(row.states_elsewhere(self.optimizer.state.get(row.param) or {}))
@@ -287,6 +301,7 @@ def _counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEviden
     for name, value in state.items():
         if (
             isinstance(value, Tensor)
+            and not unreadable(value)
             and value.numel() == 1
             and value.device.type == "cpu"
             and value.dtype in (torch.bfloat16, torch.float16)
@@ -299,7 +314,9 @@ def _counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEviden
 
 def describe(param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
     """What a tensor is, as keyword arguments of `TensorEvidence`."""
-    shape = tuple(getattr(param, "ds_shape", param.shape))  # ZeRO-3 leaves an empty tensor where none is needed
+    shape = (
+        tuple(param.ds_shape) if hasattr(param, "ds_shape") else shape_of(param)
+    )  # ZeRO-3 leaves an empty tensor where none is needed
     return {
         "name": names[0],
         "names": names,

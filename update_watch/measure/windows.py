@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 
+import numpy as np
+
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence, median_headroom
 from update_watch.measure.accumulators.averages import AverageWindow
 from update_watch.measure.accumulators.averages import read as read_average
@@ -60,6 +62,7 @@ class Window:
     time: float = dataclasses.field(default_factory=time.time)
 
 
+@np.errstate(all="ignore")  # sums of updates that overflow are infinite: that is a verdict and no warning
 def read(window: Window) -> WindowEvidence:
     """Wait for the device and make the evidence. Runs on the background thread."""
     skipped = max((int(t.wait()[0]) for t in window.skipped), default=0)

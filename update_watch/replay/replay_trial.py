@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from update_watch.readable import described, unreadable
 from update_watch.replay.copier import Copier, ReplayError
 from update_watch.replay.synthetic_training import Counters, RuleError, SyntheticTraining, TrainingSettings, sampled
 from update_watch.replay.twin import Run, Twin
@@ -127,8 +128,8 @@ class ReplayTrial:
         for name, value in state.items():
             form = self.training.form(name)
             if form == "other":
-                kind = f"{type(value).__name__} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "value"
-                raise ReplayError(f"{self.training.name} keeps state '{name}', a {kind} that cannot be sampled")
+                kind = described(value) if isinstance(value, Tensor) else "a value"
+                raise ReplayError(f"{self.training.name} keeps state '{name}', {kind} that cannot be sampled")
             if form == "element" and value is not None:
                 drawn[name] = sampled(value, at).float() if self.widen else sampled(value, at)
             else:
@@ -171,7 +172,9 @@ def _alike(first: dict[str, Any], *others: dict[str, Any]) -> bool:
 
 def _values(run: Run) -> dict[str, Tensor]:
     """The replayed weight under "", and every state with as many values."""
-    states = {k: v for k, v in run.state.items() if type(v) is Tensor and v.shape == run.param.shape}
+    states = {
+        k: v for k, v in run.state.items() if type(v) is Tensor and not unreadable(v) and v.shape == run.param.shape
+    }
     return {"": run.param, **states}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch import formats
-from update_watch.replay.copier import ReplayError
+from update_watch.readable import unreadable
 from update_watch.replay.side_effects import RandomStates
 from update_watch.replay.synthetic_parameter import SyntheticParameter, undisturbed
 
@@ -88,7 +88,7 @@ def find_scheme(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int)
                 if isinstance(found, Scheme):
                     return found
                 lr *= found
-    except ReplayError:
+    except Exception:  # also torch's own, of formats and states that it cannot compute with
         pass
     return Scheme("unknown")
 
@@ -126,7 +126,7 @@ def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: fl
     if alone < _ON_THE_PATH:
         return _SMALLER  # what it cannot hold makes no difference
     for name, value in low.state.items():
-        if isinstance(value, Tensor) and value.shape == start.shape:
+        if isinstance(value, Tensor) and not unreadable(value) and value.shape == start.shape:
             for join in _ways(value, dtype):
                 scheme = Scheme(f"carried:{name}", name, join)
                 whole = scheme.joined(stored, value.detach().float(), fmt)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from update_watch.readable import described, unreadable
 from update_watch.replay.copier import ReplayError
 from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way
 from update_watch.replay.side_effects import without_effects
@@ -33,6 +34,7 @@ from update_watch.replay.synthetic_training import (
     uncounted,
 )
 from update_watch.replay.twin import Twin
+from update_watch.wording import first_line
 
 _STEPS_SMALL = 6
 _FEW = 256  # elements
@@ -75,8 +77,8 @@ class Rule:
                 return f"its optimizer keeps state '{name}' for it, which was not met when the rule was probed"
             if not isinstance(value, Tensor):
                 continue
-            if expected == "element" and (value.shape != param.shape or type(value) not in plain):
-                return f"state '{name}' is a {type(value).__name__} of shape {tuple(value.shape)}, not one value per weight"
+            if expected == "element" and (unreadable(value) or value.shape != param.shape or type(value) not in plain):
+                return f"state '{name}' is {described(value)}, not one value per weight"
             if expected == "none":
                 return f"state '{name}' is a tensor, but was None when the rule was probed"
             if expected == "scalar" and value.numel() != 1:
@@ -105,6 +107,8 @@ def find_rule(optimizer: Optimizer, group: int, ndim: int, *, shape: tuple[int, 
                 return _find(settings, shape)
             except ReplayError as error:
                 reasons.append(str(error))
+            except Exception as error:  # the optimizer holds what nobody could foresee
+                reasons.append(_untried(optimizer, error))
     return Rule(Kind.unknown, reasons[0])
 
 
@@ -132,10 +136,14 @@ def _first_right(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
             return _rule(way, trials, widens=_widens(trials[-1]))
         except RuleError:
             raise
-        except ReplayError as error:
-            reason = error
+        except Exception as error:  # torch's own as well, of states that it cannot compute with
+            reason = error if isinstance(error, ReplayError) else ReplayError(_untried(settings.optimizer, error))
             size_matters |= bool(trials) and trials[-1].settings.shapes == mimic(shape)
     raise reason or ReplayError(f"{type(settings.optimizer).__name__} has no parameter to be tried on")
+
+
+def _untried(optimizer: Optimizer, error: Exception) -> str:
+    return f"the rule of {type(optimizer).__name__} cannot be tried: {first_line(error)}"
 
 
 def _starts(settings: TrainingSettings) -> list[TrainingSettings]:

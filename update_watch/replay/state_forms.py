@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch.readable import shape_of, unreadable
 from update_watch.replay.synthetic_parameter import (
     SECONDS,
     STEPS,
@@ -21,6 +22,8 @@ from update_watch.replay.synthetic_parameter import (
     spread,
     undisturbed,
 )
+
+_HUGE = 1e300  # Python's whole numbers may be too large for a float; no counter is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,9 +116,9 @@ def _factor(before: Tensor, after: Tensor) -> float | None:
 def _snapshot(state: Mapping[str, Any]) -> dict[str, Tensor]:
     taken: dict[str, Tensor] = {}
     for name, value in state.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _HUGE:
             taken[name] = torch.tensor([float(value)], dtype=torch.float64)
-        elif type(value) is Tensor and not value.is_complex():
+        elif type(value) is Tensor and not unreadable(value) and not value.is_complex():
             taken[name] = value.detach().to("cpu", torch.float64, copy=True)
     return taken
 
@@ -136,7 +139,7 @@ def _form(value: Any, stand_in: tuple[int, ...], dynamics: StateForm) -> StateFo
     """None for what is no number: settings kept in the state."""
     tensors = [v for v in value if isinstance(v, Tensor)] if isinstance(value, (list, tuple)) else [value]
     if tensors and all(isinstance(t, Tensor) for t in tensors):
-        parts = tuple((stored_bytes(t), tuple(t.shape)) for t in tensors)
+        parts = tuple((stored_bytes(t), shape_of(t)) for t in tensors)
         return dataclasses.replace(dynamics, dtype=dtype_name(tensors[0]), stand_in=stand_in, parts=parts)
     return dataclasses.replace(dynamics, dtype=type(value).__name__) if dynamics.is_counter else None
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch.readable import unreadable
 from update_watch.replay.copier import Copier, ReplayError
 from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
 
@@ -41,6 +42,7 @@ _WEIGHTS = (0.05, 0.2)  # rms of the two parameters: small, so that FP32 resolve
 _RESOLVED = 1e-3  # of the weights' rms; smaller updates drown in rounding, and every rule looks like any other
 _FAR = 1000  # a step that divides by most of what rules count in
 _MOST_TARGETS = 6
+_HUGE = 1e300  # counted in nothing; Python's whole numbers may be too large for a float
 
 
 # (place, name) -> value and what sets it
@@ -159,9 +161,10 @@ class SyntheticTraining:
         found: Counters = {}
         for i, place in enumerate((self.group, vars(self.optimizer), *self.states())):
             for name, value in place.items():
-                if isinstance(value, Tensor) and value.numel() == 1 and type(value) is Tensor and value.dim() == 0:
-                    found[i, name] = (float(value), _filler(value))
-                elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                if type(value) is Tensor and not unreadable(value) and value.numel() == 1 and value.dim() == 0:
+                    if not value.is_complex():
+                        found[i, name] = (float(value), _filler(value))
+                elif isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _HUGE:
                     found[i, name] = (float(value), _setter(place, name, type(value)))
         return found
 
@@ -282,6 +285,8 @@ def _form(value: Any, param: Tensor) -> str:
     if value is None:
         return "none"
     if type(value) is Tensor:
+        if unreadable(value):
+            return "other"
         if value.shape == param.shape and value.dtype.is_floating_point:
             return "element"
         return "scalar" if value.numel() == 1 else "other"

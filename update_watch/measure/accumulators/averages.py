@@ -20,6 +20,7 @@ from torch import Tensor
 from update_watch.evidence import AccumulatorEvidence, Numbers
 from update_watch.measure.sampling import Sampler, gather, local, mask, unsamplable
 from update_watch.measure.transfer import Batch, Part
+from update_watch.readable import shape_of
 
 _CHUNK = 12  # tensors looked at in one step
 _SUMS = 7  # dot, want, wanted, lost, looks, rounded looks, moved
@@ -33,15 +34,16 @@ class _Pair(NamedTuple):
 
 
 class AverageWindow(NamedTuple):
-    """One chunk's sums on their way to the host."""
+    """One chunk's sums on their way to the host; `reasons` in their place for tensors that cannot be read."""
 
     label: str
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     sizes: tuple[int, ...]
     rate: float | None
-    transfer: Part
+    transfer: Part | None
     updates: int  # writes to the average that were seen
+    reasons: tuple[str, ...] = ()
 
 
 class Averages:
@@ -51,26 +53,37 @@ class Averages:
         self, averages: Mapping[str, Any], named: list[tuple[str, Tensor]], samples: int, rng: random.Random
     ) -> None:
         self._chunks: list[_Chunk] = []
+        self._unread: list[AverageWindow] = []  # said again in every window
         self._turn = 0
         self._open: _Chunk | None = None
         for label, given in averages.items():
             module, rate = _rate_of(label, given)
             tensors = {_stripped(n): t for n, t in _tensors(label, module)}
             pairs = []
+            odd: list[tuple[str, str, str]] = []  # name, dtype, reason
             for name, weight in named:
                 average = tensors.get(name)
-                if average is None or average is weight or average.shape != weight.shape:
+                if average is None or average is weight:
+                    continue
+                problem = _obstacle(local(average))
+                if problem:
+                    odd.append((name, str(average.dtype).removeprefix("torch."), problem))
+                    continue
+                if shape_of(average) != shape_of(weight):
                     continue
                 if average.is_inference():  # it does not count who writes to it
                     raise ValueError(
                         f"watch(averages={{{label!r}: ...}}): {name} was made in torch.inference_mode; "
                         "make the average under torch.no_grad"
                     )
-                if unsamplable(local(average)) or unsamplable(local(weight)) or not local(weight).numel():
+                if _obstacle(local(weight)) or not local(weight).numel():
                     continue
                 if local(average).device == local(weight).device:
                     pairs.append(_Pair(name, weight, average, Sampler(local(average), samples)))
-            if not pairs:
+            if odd:
+                names, dtypes, reasons = zip(*odd, strict=True)
+                self._unread.append(AverageWindow(label, names, dtypes, (), rate, None, 0, reasons))
+            if not pairs and not odd:
                 raise ValueError(
                     f"watch(averages={{{label!r}: ...}}): none of its tensors has a name and shape of the model's; "
                     "give the averaged copy of the watched model"
@@ -95,7 +108,7 @@ class Averages:
     def close_window(self, batch: Batch) -> list[AverageWindow]:
         """Hand the sums to `batch` and start new ones."""
         self._open = None
-        return [chunk.close(batch) for chunk in self._chunks]
+        return [*self._unread, *(chunk.close(batch) for chunk in self._chunks)]
 
 
 class _Chunk:
@@ -166,6 +179,10 @@ class _Chunk:
 
 def read(window: AverageWindow) -> dict[str, AccumulatorEvidence]:
     """Evidence by tensor name. Runs on the background thread."""
+    key = f"average:{window.label}"
+    if window.transfer is None:
+        odd = zip(window.names, window.dtypes, window.reasons, strict=True)
+        return {name: AccumulatorEvidence(key, dtype, Numbers(), reason=reason) for name, dtype, reason in odd}
     sums = window.transfer.wait().reshape(_SUMS, len(window.names))
     found = {}
     for i, (name, dtype, size) in enumerate(zip(window.names, window.dtypes, window.sizes, strict=True)):
@@ -184,11 +201,15 @@ def read(window: AverageWindow) -> dict[str, AccumulatorEvidence]:
                 wanted_fraction=wanted / (size * looks),
                 lost_fraction=lost / wanted,
             )
-        key = f"average:{window.label}"
         found[name] = AccumulatorEvidence(
             key, dtype, numbers, reason="" if note else reason, rate=window.rate, note=note
         )
     return found
+
+
+def _obstacle(tensor: Tensor) -> str:
+    """Why a (local) tensor of an average, or the weight it follows, cannot be read; "" when it can."""
+    return unsamplable(tensor) or ("its values are complex" if tensor.is_complex() else "")
 
 
 def _rate_of(label: str, given: Any) -> tuple[Any, float | None]:

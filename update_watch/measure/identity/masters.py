@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from update_watch.measure.identity import partitions
 from update_watch.measure.identity.partitions import Piece
 from update_watch.measure.sampling import local
+from update_watch.readable import unreadable
 
 _ELSEWHERE = "its optimizer steps other tensors than the model's, and which of them hold this parameter is not known"
 _ZERO_3 = (
@@ -119,6 +120,8 @@ def _is_constant(tensor: Tensor) -> bool:
 
 def _is_copy(master: Any, param: Tensor) -> bool:
     a, b = local(master.detach()), local(param.detach())
+    if unreadable(a) or unreadable(b):
+        return False
     if a.shape != b.shape or a.device != b.device or a.is_meta or not a.numel():
         return False
     return bool(torch.equal(a.to(b.dtype), b))
