@@ -481,11 +481,11 @@ def test_an_error_of_ours_detaches_with_one_warning_and_training_goes_on(monkeyp
     expected = trained(False)
     before, calls = Watched.before, []
 
-    def failing(self: Watched) -> Any:
+    def failing(self: Watched, *given: Any) -> Any:
         calls.append(1)
         if len(calls) == 3:
             raise RuntimeError("a bug of ours")
-        return before(self)
+        return before(self, *given)
 
     monkeypatch.setattr(Watched, "before", failing)
     with pytest.warns(UserWarning, match=r"stopped watching; training goes on unwatched.*a bug of ours") as caught:
