@@ -14,7 +14,7 @@ from update_watch.measure.sampling import Sampler, local, unsamplable
 from update_watch.readable import shape_of, unreadable
 from update_watch.replay import rule_properties, state_forms
 from update_watch.replay.rounding_scheme import Scheme, find_scheme
-from update_watch.replay.rule_kind import Kind, Rule, find_rule
+from update_watch.replay.rule_kind import Kind, Rule, find_rule, find_scaled_rule
 from update_watch.replay.synthetic_training import mimic
 
 # whole-tensor replays of more elements than this would cost too much memory and time in one step
@@ -178,28 +178,39 @@ def build_rows(
     kind = found.setdefault(("kind", id(optimizer)), _kind_of(optimizer))
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
-            shape = shape_of(local(param))
-            odd = unsamplable(local(param))  # it is only named: nothing has to be known of its rule
-            rule_key = ("odd", odd) if odd else ("rule", kind, index, mimic(shape))
-            if odd:
-                found[rule_key] = Rule(Kind.unknown, odd)
-            if rule_key not in found:
-                is_empty = 0 in shape  # an empty shard has no updates to find the rule with
-                found[rule_key] = (
-                    Rule(Kind.unknown) if is_empty else find_rule(optimizer, index, len(shape), shape=shape)
-                )
-            scheme_key = ("odd scheme",) if odd else ("scheme", kind, index, param.dtype, min(len(shape), 2))
-            if scheme_key not in found:
-                found[scheme_key] = Scheme("unknown") if odd else find_scheme(optimizer, index, param.dtype, len(shape))
+            rule, scheme = _rule_and_scheme(optimizer, index, local(param), kind, found)
             known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
             for piece in (pieces or {}).get(id(param), (None,)):
                 called = known if piece is None else piece.names
-                row = Row(param, called, index, found[rule_key], found[scheme_key], samples, piece)
+                row = Row(param, called, index, rule, scheme, samples, piece)
                 if row.is_measured and param.dtype in (torch.bfloat16, torch.float16):
                     _find_properties(row, optimizer, kind, found)
                 rows.append(row)
     rows.sort(key=_likeness)
     return rows
+
+
+def _rule_and_scheme(
+    optimizer: Optimizer, group: int, shard: Tensor, kind: Any, found: dict[Any, Any]
+) -> tuple[Rule, Scheme]:
+    """How the updates of parameters like `shard` can be replayed, and what becomes of what rounding takes."""
+    if odd := unsamplable(shard):  # it is only named: nothing has to be known of its rule
+        return Rule(Kind.unknown, odd), Scheme("unknown")
+    shape, dtype = shape_of(shard), shard.dtype
+    key = ("rule", kind, group, mimic(shape), dtype)
+    if key in found:
+        return found[key]  # type: ignore[no-any-return]
+    # an empty shard has no updates to find the rule with
+    rule = Rule(Kind.unknown) if 0 in shape else find_rule(optimizer, group, len(shape), shape=shape, dtype=dtype)
+    scheme_key = ("scheme", kind, group, dtype, min(len(shape), 2))
+    if rule.scaled is None and scheme_key not in found:
+        found[scheme_key] = find_scheme(optimizer, group, dtype, len(shape))
+    if rule.scaled is None and rule.low_states - {found[scheme_key].carrier}:
+        other = find_scaled_rule(optimizer, group, shape, dtype)
+        rule = rule if other.scaled is None else other
+    scheme = found[scheme_key] if rule.scaled is None else rule.scaled.scheme
+    found[key] = rule, scheme
+    return rule, scheme
 
 
 # attributes of torch's optimizers and schedulers that say nothing of the rule

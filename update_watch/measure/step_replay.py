@@ -159,7 +159,8 @@ class StepReplay:
             name: intended_AnK[value, rows].view(shape) if name in self._slots and value is not None else value
             for name, value in span.scalars.items()
         }
-        return Run(row.group, intended_AnK[0, rows].view(shape), grad_nK[rows].view(shape), state)
+        param, rule = intended_AnK[0, rows].view(shape), row.rule
+        return Run(row.group, param, grad_nK[rows].view(shape), state, rule.scaled, rule.may_draw)
 
     def _replay_whole(self, intended_AnK: Tensor, states: list[dict[str, Any]], live: list[bool]) -> None:
         """Replay a bounded number of elements as whole tensors, in turn; the other such rows sit this step out."""
@@ -208,4 +209,7 @@ def _replay_whole(twin: Twin, row: Row, state: dict[str, Any]) -> Run:
             del shards[scheme.carrier]
         elif scheme.join is not Join.master:
             shards[scheme.carrier] = torch.zeros_like(rest)
-    return twin.replay_whole(row.group, weight, local(grad), shards)
+    rule = row.rule
+    return twin.replay_whole(
+        row.group, weight, local(grad), shards, widen=rule.widens, scaled=rule.scaled, may_draw=rule.may_draw
+    )

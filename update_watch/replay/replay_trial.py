@@ -110,7 +110,7 @@ class ReplayTrial:
                 for found, at in zip(values, self.training.drawn, strict=True)
             ]
         parts = [self._part(i) for i in range(count)]
-        if _alike(*(part.state for part in parts)):
+        if alike(*(part.state for part in parts)):
             result = _values(self._replay_parts(parts))
             return [{name: value.reshape(count, -1)[i] for name, value in result.items()} for i in range(count)]
         self.apart = True
@@ -142,18 +142,18 @@ class ReplayTrial:
             return stacked if self.way is Way.rows else stacked.reshape(-1)
 
         state = {
-            name: joined([part.state[name] for part in parts]) if _is_element(value, parts[0].param) else value
+            name: joined([part.state[name] for part in parts]) if is_element(value, parts[0].param) else value
             for name, value in parts[0].state.items()
         }
         grads = [part.grad for part in parts if part.grad is not None]
         return self.twin.replay([Run(0, joined([part.param for part in parts]), joined(grads), state)])[0]
 
 
-def _is_element(value: Any, part: Tensor) -> bool:
+def is_element(value: Any, part: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == part.shape
 
 
-def _alike(first: dict[str, Any], *others: dict[str, Any]) -> bool:
+def alike(first: dict[str, Any], *others: dict[str, Any]) -> bool:
     """The states differ in nothing but values that come one per weight."""
     for other in others:
         if list(first) != list(other):

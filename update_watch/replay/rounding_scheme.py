@@ -71,6 +71,17 @@ class Scheme:
             bits = bits & 0xFFFF
         return (weight.view(torch.int32) + bits).view(torch.float32)
 
+    def parted(self, whole: Tensor, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Stored weights of `dtype` and a carrier of `state_dtype` that together are `whole` (FP32), as near as they can."""
+        raw = whole.view(torch.int32)
+        if self.join is Join.low_bits:
+            return (raw & ~0xFFFF).view(torch.float32).to(dtype), (raw & 0xFFFF).to(state_dtype)
+        if self.join is Join.signed_bits:
+            rounded = (raw + 0x8000) & ~0xFFFF
+            return rounded.view(torch.float32).to(dtype), (raw - rounded).to(state_dtype)
+        weight = whole.to(dtype)
+        return weight, (whole if self.join is Join.master else whole - weight.float()).to(state_dtype)
+
 
 def find_scheme(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int) -> Scheme:
     """Try the rule of `optimizer.param_groups[group]` on a parameter of `dtype`. Costs about 20 ms for torch's rules."""
@@ -157,6 +168,24 @@ def _ways(state: Tensor, dtype: torch.dtype) -> list[Join]:
     if state.dtype.itemsize > dtype.itemsize:
         ways.append(Join.master)
     if float(state.detach().abs().max()) <= 2 * torch.finfo(dtype).eps:  # all that rounding a weight below 2 can take
+        ways.append(Join.sum)
+    return ways
+
+
+def ways_to_join(weight: Tensor, state: Tensor, dtype: torch.dtype) -> list[Join]:
+    """How the values of a state could complete those of a weight of `dtype`."""
+    if not bool(state.any()):
+        return []
+    if state.dtype in _BIT_DTYPES:
+        return [Join.low_bits, Join.signed_bits] if dtype is torch.bfloat16 else []
+    if not state.dtype.is_floating_point or not bool(state.isfinite().all()):
+        return []
+    value, rest = weight.detach().float(), state.detach().float()
+    gap = value.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal
+    ways = []
+    if state.dtype.itemsize > dtype.itemsize and bool(((rest - value).abs() <= gap).all()):
+        ways.append(Join.master)
+    if bool((rest.abs() <= gap).all()):
         ways.append(Join.sum)
     return ways
 

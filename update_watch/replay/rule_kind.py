@@ -1,6 +1,7 @@
 """How an optimizer's updates can be replayed, found out by trying it on a small synthetic training.
 
-Three ways are tried, the cheapest first: on samples as one vector, on samples as a matrix, on whole tensors. Before
+Three ways are tried, the cheapest first: on samples as one vector, on samples as a matrix, on whole tensors. Where none of
+them is right in FP32, the same three are tried on scaled weights in their own format (`scaled_trial`). Before
 every synthetic step a replay is made, after it the two are compared. The first way that is always right is the rule's
 kind. If none is, nothing may be said about this optimizer's updates, and the reason is kept. Nothing is guessed from
 names, and the real optimizer is not touched.
@@ -23,6 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from update_watch.readable import described, unreadable
 from update_watch.replay.copier import ReplayError
 from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way
+from update_watch.replay.rounding_scheme import Scheme
+from update_watch.replay.scaled_trial import try_scaled
+from update_watch.replay.scaled_weights import ScaledWeights
 from update_watch.replay.side_effects import without_effects
 from update_watch.replay.synthetic_training import (
     RuleError,
@@ -38,6 +42,7 @@ from update_watch.wording import first_line
 
 _STEPS_SMALL = 6
 _FEW = 256  # elements
+_LOW = (torch.bfloat16, torch.float16)
 _TINY_GRADIENT = 1e-5  # scale at which decay, epsilons and averages over tensors show
 _TYPICAL: dict[int, tuple[int, ...]] = {0: (1,), 1: (4096,), 2: (128, 128), 3: (32, 16, 32), 4: (32, 32, 3, 3)}
 
@@ -60,6 +65,9 @@ class Rule:
     exact_states: frozenset[str] = frozenset()  # of `element_states`, those whose replay may be judged as well
     forms: Mapping[str, str] = dataclasses.field(default_factory=dict)  # state -> as of `SyntheticTraining.form`
     widens: bool = True  # False: low-precision state must be replayed in its own format (`Twin.replay_whole`)
+    low_states: frozenset[str] = frozenset()  # made for low-precision weights and not in FP32
+    scaled: ScaledWeights | None = None  # replays are made in the weight's own format
+    may_draw: bool = False  # the rule throws dice, and its update does not depend on them
     apart: bool = False  # scalar state differs by parameter, beyond step counts: replay each parameter on its own
 
     def misfit(self, param: Tensor, state: Mapping[str, Any]) -> str:
@@ -86,30 +94,103 @@ class Rule:
         return ""
 
 
-def find_rule(optimizer: Optimizer, group: int, ndim: int, *, shape: tuple[int, ...] | None = None) -> Rule:
+def find_rule(
+    optimizer: Optimizer,
+    group: int,
+    ndim: int,
+    *,
+    shape: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Rule:
     """Find out how parameters of `optimizer.param_groups[group]` can be replayed.
 
     Args:
         ndim: number of dimensions of the parameters.
         shape: their shape; without it a typical one, which may be on the other side of a limit the rule has
             (factored from 128 columns). Shapes of the same `synthetic_training.mimic` have the same rule.
+        dtype: their format. Rules that are bound to one below FP32 are tried in it.
 
-    Costs 10 to 40 ms for torch's optimizers. Random states, parameters and optimizer state stay untouched.
+    Costs 10 to 40 ms for torch's optimizers, and 0.2 s for a rule that is bound to a low-precision format. Random states,
+    parameters and optimizer state stay untouched.
     """
     shape = _TYPICAL[min(ndim, 4)] if shape is None else tuple(shape)
     reasons: list[str] = []
     for device in dict.fromkeys((torch.device("cpu"), _device(optimizer, group))):
+        settings = TrainingSettings(optimizer, group, small(shape), device)
+        low = settings._replace(dtype=dtype) if dtype in _LOW else None
         with without_effects(device), _silence():
             try:
                 Twin(optimizer)
-                settings = TrainingSettings(optimizer, group, small(shape), device)
-                _refuse_marks(settings)
-                return _find(settings, shape)
+                _refuse_marks(low or settings)
+                rule = _find(settings, shape)
+                return (
+                    rule if low is None else dataclasses.replace(rule, low_states=_states_of(low) - rule.forms.keys())
+                )
             except ReplayError as error:
                 reasons.append(str(error))
             except Exception as error:  # the optimizer holds what nobody could foresee
                 reasons.append(_untried(optimizer, error))
-    return Rule(Kind.unknown, reasons[0])
+            if low is not None:
+                try:
+                    return _find_scaled(low, shape)
+                except ReplayError as error:
+                    reasons.append(str(error))
+    first, *others = dict.fromkeys(reasons)
+    return Rule(Kind.unknown, first + "".join(f"; and in its own format {scaled}" for scaled in others[:1] if low))
+
+
+def find_scaled_rule(optimizer: Optimizer, group: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rule:
+    """The same on scaled weights alone: for rules that keep other states for `dtype` than in FP32."""
+    with without_effects(torch.device("cpu")), _silence():
+        try:
+            return _find_scaled(
+                TrainingSettings(optimizer, group, small(shape), torch.device("cpu"), dtype=dtype), shape
+            )
+        except ReplayError as error:
+            return Rule(Kind.unknown, str(error))
+
+
+def _states_of(settings: TrainingSettings) -> frozenset[str]:
+    """Names of the states that the rule makes in this training."""
+    training = SyntheticTraining(settings)
+    with suppress(RuleError):
+        for _ in range(2):
+            training.set_gradients()
+            training.step()
+    return frozenset(training.forms())
+
+
+def _find_scaled(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
+    """The first way that is right on scaled weights."""
+    reason: ReplayError | None = None
+    size_matters = False
+    for way in Way:
+        if way is Way.rows and len(shape) < 2:
+            continue
+        try:
+            found = try_scaled(settings, way)
+            if way is not Way.whole or size_matters:
+                size_matters = True
+                found = try_scaled(settings._replace(shapes=mimic(shape)), way)
+        except Exception as error:  # torch's own as well
+            reason = error if isinstance(error, ReplayError) else ReplayError(_untried(settings.optimizer, error))
+            continue
+        scheme = found.scaled.scheme
+        widens = way is not Way.whole and not found.element_states & found.scaled.state_dtypes.keys()
+        if not scheme.carrier:
+            scheme = Scheme("stochastic" if found.is_random else "carried" if found.is_kept_elsewhere else "plain")
+        return Rule(
+            Kind.whole if way is Way.whole else Kind.elementwise,
+            rows=way is Way.rows,
+            element_states=found.element_states,
+            forms=found.forms,
+            exact_states=found.element_states if widens else frozenset(),
+            widens=widens,
+            scaled=dataclasses.replace(found.scaled, scheme=scheme),
+            may_draw=found.is_random,
+            apart=found.apart,
+        )
+    raise reason or ReplayError("nothing was tried")
 
 
 def _find(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:

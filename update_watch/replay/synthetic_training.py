@@ -63,6 +63,7 @@ class TrainingSettings(NamedTuple):
     instead: Mapping[str, Any] = {}  # group settings replaced; a value of None leaves the setting out
     lr_factor: float = 1.0
     gradient: float = 1.0  # scale of all gradients
+    dtype: torch.dtype = torch.float32  # of parameters and gradients
     is_gentle: bool = False  # fresh gradients of one scale only, for rules that break on others
 
 
@@ -79,9 +80,11 @@ class SyntheticTraining:
         self.device = device
         self.name = type(optimizer).__name__
         self.params = [
-            cls((normal(*shape) * rms).to(device)) for shape, rms in zip(settings.shapes, _WEIGHTS, strict=True)
+            cls((normal(*shape) * rms).to(device, settings.dtype))
+            for shape, rms in zip(settings.shapes, _WEIGHTS, strict=True)
         ]
         self.drawn = [_draw(p.numel(), generator).to(device) for p in self.params]
+        self._dtype = settings.dtype
         self._profiles = [_profile(shape, normal) for shape in settings.shapes]
         self._noise = normal(max(p.numel() for p in self.params) + 1024)
         self._noise[3::7] = 0.0
@@ -97,6 +100,10 @@ class SyntheticTraining:
         self._scale = settings.gradient
         self.steps = 0
         self._start = 0
+
+    @property
+    def _format(self) -> str:
+        return "FP32" if self._dtype is torch.float32 else str(self._dtype).removeprefix("torch.")
 
     @property
     def group(self) -> dict[str, Any]:
@@ -139,20 +146,20 @@ class SyntheticTraining:
             noise = self._noise[start : start + param.numel()].view(param.shape)
             grad = (noise * self._profiles[i]).mul_(scale * factor).to(self.device)
             if direction == "along":
-                grad = param.detach() * (scale * factor)
+                grad = param.detach().float() * (scale * factor)
             elif direction == "nearly orthogonal":
-                grad = _turned(grad, param.detach())
-            param.grad = grad
+                grad = _turned(grad, param.detach().float())
+            param.grad = grad.to(self._dtype)
 
     def step(self) -> None:
         """One step of the rule. Raises `RuleError` when it fails."""
         try:
             self._rule(self.optimizer)
         except Exception as error:
-            raise RuleError(f"{self.name} fails on a plain FP32 parameter: {error!r}") from error
+            raise RuleError(f"{self.name} fails on a plain {self._format} parameter: {error!r}") from error
         self.steps += 1
         if not all(bool(param.isfinite().all()) for param in self.params):
-            raise RuleError(f"{self.name} makes a plain FP32 parameter infinite or NaN")
+            raise RuleError(f"{self.name} makes a plain {self._format} parameter infinite or NaN")
 
     # --- counting ---------------------------------------------------------------------------------
 

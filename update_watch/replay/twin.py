@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from update_watch.replay.copier import Copier, ReplayError, is_plain
 from update_watch.replay.optimizer_copy import LIMIT, OWN, copy_of, rule_of, settings_of, shadows_method
+from update_watch.replay.scaled_weights import ScaledWeights
 from update_watch.replay.side_effects import without_effects
 
 __all__ = ["GroupSettings", "Run", "Twin"]
@@ -38,6 +39,10 @@ class Run(NamedTuple):
     param: Tensor  # FP32, any shape
     grad: Tensor | None  # FP32, same shape; the rule may write into it
     state: dict[str, Any]  # per-element tensors in FP32, scalars as they are
+    scaled: ScaledWeights | None = None  # the rule is run in the weight's own format
+    may_draw: bool = (
+        False  # a rule that throws dice: every replay throws others, and the update does not depend on them
+    )
 
 
 class Twin:
@@ -76,7 +81,15 @@ class Twin:
         `param`, `grad` and `state` tensors are updated in place where the rule does so; read the returned runs, which
         hold whatever the rule left. Containers in `state` are copied first. Raises `ReplayError` when the rule fails.
         """
-        return self._run(_owning(runs), changes, settings)
+        kinds = dict.fromkeys((run.scaled and (run.scaled.exponent, run.scaled.decays)) for run in runs)
+        if len(kinds) < 2:
+            return self._run(_owning(runs), changes, settings)
+        # in one group, some settings are multiplied for scaled weights and not for others
+        found: dict[int, Run] = {}
+        for kind in kinds:
+            chosen = [i for i, r in enumerate(runs) if (r.scaled and (r.scaled.exponent, r.scaled.decays)) == kind]
+            found.update(zip(chosen, self.replay([runs[i] for i in chosen], changes, settings), strict=True))
+        return [found[i] for i in range(len(runs))]
 
     def replay_steps(self, runs: Sequence[Run], steps: Iterable[GroupSettings]) -> list[Run]:
         """Several steps in a row, for a rule that can wait: half the work of one `replay` each.
@@ -103,7 +116,15 @@ class Twin:
         return _results(runs, params, state)
 
     def replay_whole(
-        self, group: int, param: Tensor, grad: Tensor, state: dict[str, Any], *, widen: bool = True
+        self,
+        group: int,
+        param: Tensor,
+        grad: Tensor,
+        state: dict[str, Any],
+        *,
+        widen: bool = True,
+        scaled: ScaledWeights | None = None,
+        may_draw: bool = False,
     ) -> Run:
         """Run the rule on FP32 copies of a whole parameter, its gradient and all of its state; nothing is overwritten.
 
@@ -112,12 +133,20 @@ class Twin:
         """
         copier = Copier(None, widen=widen)
         copies = {name: copier.copy(value, f"state '{name}'") for name, value in state.items()}
-        run = Run(group, _widened(param.detach()), _widened(grad.detach()), copies)
-        return self._run([run], _eps_of(self._optimizer.param_groups[group], param.dtype))[0]
+        run = Run(group, _widened(param.detach()), _widened(grad.detach()), copies, scaled, may_draw)
+        return self._run([run], _eps_of(self._optimizer.param_groups[group], param.dtype), is_whole=True)[0]
 
     def _run(
-        self, runs: Sequence[Run], changes: Mapping[str, Any] | None = None, settings: GroupSettings | None = None
+        self,
+        runs: Sequence[Run],
+        changes: Mapping[str, Any] | None = None,
+        settings: GroupSettings | None = None,
+        is_whole: bool = False,
     ) -> list[Run]:
+        given, scaled = runs, runs[0].scaled
+        if scaled is not None:
+            changes = {**scaled.changes, **(changes or {})}
+            runs, starts = _in_own_format(runs, is_whole)
         params, members, state = _parameters(runs)
         try:
             copier = Copier(LIMIT, optimizer=self._optimizer)
@@ -127,7 +156,11 @@ class Twin:
             else:
                 groups = [{**settings[i], "params": group} for i, group in members.items()]
             for group in groups if changes else ():
-                group.update(changes or {})
+                group.update(
+                    (k, v(group[k]) if callable(v) else v)
+                    for k, v in (changes or {}).items()
+                    if not callable(v) or k in group
+                )
             if self._is_native:
                 self._rule(self._native(groups, state, copier, is_earlier=settings is not None))
             else:
@@ -137,13 +170,15 @@ class Twin:
                         state[key] = copier.copy(value, f"state '{key}'")
                 with without_effects(params[0].device) as random_states:
                     self._rule(twin)
-                    if random_states.have_moved():
+                    if not all(run.may_draw for run in runs) and random_states.have_moved():
                         raise ReplayError(f"{self._name} draws random numbers in its step, and a replay draws others")
         except ReplayError:
             raise
         except Exception as error:
-            raise ReplayError(f"{self._name} fails on FP32 copies: {error!r}") from error
-        return _results(runs, params, state)
+            copies = "FP32 copies" if scaled is None else "scaled copies"
+            raise ReplayError(f"{self._name} fails on {copies}: {error!r}") from error
+        results = _results(runs, params, state)
+        return results if scaled is None else [_in_fp32(*found) for found in zip(given, starts, results, strict=True)]
 
     def _native(
         self, groups: list[dict[str, Any]], state: defaultdict[Tensor, dict[str, Any]], copier: Copier, is_earlier: bool
@@ -211,9 +246,38 @@ def _results(runs: Sequence[Run], params: list[torch.nn.Parameter], state: _Stat
     ]
 
 
+def _in_own_format(runs: Sequence[Run], is_whole: bool) -> tuple[list[Run], list[Tensor]]:
+    """The runs with scaled weights, and these weights in FP32."""
+    stored, starts = [], []
+    for run in runs:
+        assert run.scaled is not None
+        param, grad, state = run.scaled.stored(run.param, run.grad, run.state, is_whole=is_whole)
+        stored.append(run._replace(param=param, grad=grad, state=state))
+        starts.append(run.scaled.whole(param, state))
+    return stored, starts
+
+
+def _in_fp32(given: Run, start: Tensor, result: Run) -> Run:
+    """What a run on scaled weights says of those in FP32: no state holds a rest of them."""
+    scaled = given.scaled
+    assert scaled is not None
+    # the update is what it is: only the weight was scaled
+    param = given.param + (scaled.whole(result.param, result.state) - start)
+    state = {
+        name: value.float() if _is_element(value, result.param) else value
+        for name, value in result.state.items()
+        if name != scaled.scheme.carrier
+    }
+    return Run(given.group, param, result.grad, state)
+
+
+def _is_element(value: Any, param: Tensor) -> bool:
+    return type(value) is Tensor and value.shape == param.shape and value.is_floating_point()
+
+
 def _owning(runs: Sequence[Run]) -> list[Run]:
     copier = Copier(None)
-    return [Run(r.group, r.param, r.grad, _own(r.state, copier)) for r in runs]
+    return [r._replace(state=_own(r.state, copier)) for r in runs]
 
 
 def _own(state: dict[str, Any], copier: Copier) -> dict[str, Any]:

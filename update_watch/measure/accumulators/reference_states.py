@@ -35,7 +35,7 @@ class ShadowWindow(NamedTuple):
 def short_states(row: Row, state: dict[str, Any]) -> list[str]:
     """The states of a row that are stored below FP32 and can be kept in FP32 as well."""
     row.check(state)
-    if not row.is_measured or row.rule.kind is not Kind.elementwise or row.sampler is None:
+    if not row.is_measured or row.rule.kind is not Kind.elementwise or not row.rule.widens or row.sampler is None:
         return []
     return [
         name
@@ -51,7 +51,7 @@ def short_states(row: Row, state: dict[str, Any]) -> list[str]:
 def form(row: Row, state: dict[str, Any]) -> tuple[Any, ...]:
     """Rows of one copy agree in this."""
     names = tuple(n for n, v in state.items() if is_element(row, n) and isinstance(v, Tensor))
-    return local(row.param).device, names, row.scheme.addend, row.left_out
+    return local(row.param).device, names, row.scheme.addend, row.left_out, row.rule.scaled, row.rule.may_draw
 
 
 def is_element(row: Row, name: str) -> bool:
@@ -94,7 +94,7 @@ class FullStates:
         self._samplers = [row.sampler_of(_SAMPLES) for row in self.rows]
         for sampler in self._samplers:
             sampler.redraw(rng)
-        self._device, self._names, carrier, self._left_out = form(self.rows[0], optimizer.state[self.rows[0].param])
+        self._device, self._names, carrier, self._left_out, *_ = form(self.rows[0], optimizer.state[self.rows[0].param])
         self._carrier = carrier if carrier in self._names else ""
         short = {name for row in self.rows for name in short_states(row, optimizer.state[row.param])}
         self._is_split = not short.issubset(self._names)
@@ -149,7 +149,8 @@ class FullStates:
     def _run(self, parts: list[_Part], steps: list[_Step]) -> None:
         if not parts:
             return
-        runs = [Run(part.group, part.param, part.grad, part.state) for part in parts]
+        rule = self.rows[0].rule  # `form`: rows of one copy are replayed in one way
+        runs = [Run(part.group, part.param, part.grad, part.state, rule.scaled, rule.may_draw) for part in parts]
         if steps[0].settings is None:
             self._fill(steps[0])
             results = self._twin.replay(runs)
