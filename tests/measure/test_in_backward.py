@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import update_watch as uw
-from tests.support.watch_nets import adamw
+from bench.shared.exact_rules import adamw
 
 BLOCKS = 24  # 48 parameters, and as many optimizers
 

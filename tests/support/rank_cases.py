@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import update_watch as uw
-from tests.support.watch_nets import adamw
+from bench.shared.exact_rules import adamw
 from update_watch.ranks import gloo_group
 from update_watch.ranks import joining as ranks
 

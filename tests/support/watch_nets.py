@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from lion_pytorch import Lion
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bench.shared.exact_rules import RULES as EXACT
+from bench.shared.exact_rules import Rule
+from update_watch.report import Report, TensorReport
+
 Make = Callable[[Any, float], Optimizer]
-Rule = Callable[[Tensor, Tensor, dict[str, Any], dict[str, Any]], Tensor]
 
 
 class Net(nn.Module):
@@ -53,33 +57,13 @@ def train(model: nn.Module, optimizers: Optimizer | Iterable[Optimizer], count: 
             optimizer.step()
 
 
-def adamw(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    b1, b2 = group["betas"]
-    t = float(state["step"]) + 1 if state else 1.0
-    m = (state["exp_avg"].double() if state else 0) * b1 + (1 - b1) * g
-    v = (state["exp_avg_sq"].double() if state else 0) * b2 + (1 - b2) * g * g
-    rule = m / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + group["eps"])
-    return -group["lr"] * (group["weight_decay"] * p + rule)
-
-
-def sgd(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    buffer = state.get("momentum_buffer")
-    return -group["lr"] * (g if buffer is None else group["momentum"] * buffer.double() + g)
-
-
-def lion(p: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    b1, _ = group["betas"]
-    m = state["exp_avg"].double() if state else torch.zeros_like(g)
-    return -group["lr"] * (group["weight_decay"] * p + (m * b1 + (1 - b1) * g).sign())
-
-
 # eps: the usual 1e-8 is nothing in FP16
 RULES: dict[str, tuple[Make, Rule]] = {
-    "adamw-loop": (lambda p, lr: torch.optim.AdamW(p, lr=lr, eps=1e-4, foreach=False), adamw),
-    "adamw-foreach": (lambda p, lr: torch.optim.AdamW(p, lr=lr, eps=1e-4, foreach=True), adamw),
-    "adamw-fused": (lambda p, lr: torch.optim.AdamW(p, lr=lr, eps=1e-4, fused=True), adamw),
-    "sgd-momentum": (lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9), sgd),
-    "lion": (lambda p, lr: Lion(p, lr=lr, weight_decay=0.01), lion),
+    "adamw-loop": (lambda p, lr: torch.optim.AdamW(p, lr=lr, eps=1e-4, foreach=False), EXACT["adamw"]),
+    "adamw-foreach": (lambda p, lr: torch.optim.AdamW(p, lr=lr, eps=1e-4, foreach=True), EXACT["adamw"]),
+    "adamw-fused": (lambda p, lr: torch.optim.AdamW(p, lr=lr, eps=1e-4, fused=True), EXACT["adamw"]),
+    "sgd-momentum": (lambda p, lr: torch.optim.SGD(p, lr=lr, momentum=0.9), EXACT["sgd"]),
+    "lion": (lambda p, lr: Lion(p, lr=lr, weight_decay=0.01), EXACT["lion"]),
 }
 
 
@@ -111,3 +95,18 @@ class Full:
     def lost_fraction(self, name: str) -> float:
         wanted, lost = self._sums[name][2:].tolist()
         return lost / wanted
+
+
+def tensors(report: Report | None) -> dict[str, TensorReport]:
+    assert report is not None
+    return {t.name: t for t in report.tensors}
+
+
+def make_adamw(params: Any, lr: float = 1e-3, **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(params, lr=lr, **options)
+
+
+def all_exact(report: Report | None, *names: str) -> None:
+    found = tensors(report)
+    for name in names or tuple(found):
+        assert found[name].efficiency == pytest.approx(1, abs=0.005), (name, found[name].advice)

@@ -1,0 +1,335 @@
+"""The HTML report in a real browser: every chart is drawn, everything can be used, nothing hostile runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.report_pages import HOSTILE, hostile_run, page_data, until
+from tests.support.run_samples import CURE, Spec, gpt, large, synthetic_run
+from update_watch.dashboards.frame import frame_of
+from update_watch.dashboards.journal.lines import encode, header_line, table_line, window_line
+from update_watch.dashboards.report.history import history_of, read_history
+from update_watch.dashboards.report.html import render_html
+from update_watch.report import Cause, Health
+
+pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+pytest.importorskip("jinja2", reason="jinja2 is not installed")
+
+# --- in the browser ----------------------------------------------------------------------------------------
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1240,1000",
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("Debian's chromium and chromedriver are not installed: apt-get install chromium chromium-driver")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    from selenium.webdriver.chrome.service import Service
+
+    opened = selenium.Chrome(options=options, service=Service(driver))
+    yield opened
+    opened.quit()
+
+
+class Page:
+    """A report opened in the browser, with everything drawn."""
+
+    def __init__(self, browser: Any, path: Path, scheme: str = "light") -> None:
+        self.browser = browser
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        browser.get("about:blank")
+        browser.get_log("browser")
+        browser.execute_cdp_cmd("Network.enable", {})
+        browser.get(path.as_uri())
+        assert self.is_drawn()
+        self.console = browser.get_log("browser")
+
+    def is_drawn(self) -> bool:
+        return until(lambda: self.js("return document.documentElement.dataset.height") is not None)
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        return self.browser.execute_script(script, *arguments)
+
+    def names(self) -> list[str]:
+        return list(self.js("return [...document.querySelectorAll('#table .row .name')].map(e => e.textContent)"))
+
+    def column(self, title: str) -> list[str]:
+        place = self.js(
+            "return [...document.querySelectorAll('#table th')].findIndex(e => e.innerText === arguments[0])", title
+        )
+        return list(
+            self.js(
+                "return [...document.querySelectorAll('#table .row')].map(e => e.cells[arguments[0]].innerText)", place
+            )
+        )
+
+    def sort(self, title: str) -> None:
+        self.js(
+            "[...document.querySelectorAll('#table th button')].find(e => e.textContent === arguments[0]).click()",
+            title,
+        )
+
+    def search(self, words: str) -> None:
+        self.js(
+            "const s = document.getElementById('search'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))",
+            words,
+        )
+
+
+def to_file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "report.html"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def empty_charts(page: Page) -> list[str]:
+    """Charts without marks: an SVG without shapes, or a canvas of one colour."""
+    script = """
+        return [...document.querySelectorAll("[data-chart]")].filter((e) => {
+          const svg = e.querySelector("svg"), canvas = e.querySelector("canvas");
+          if (svg) return svg.querySelectorAll("[class*=mark] path, [class*=mark] line").length < 3;
+          if (!canvas) return true;
+          const pixels = new Uint32Array(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data.buffer);
+          return new Set(pixels).size < 4;
+        }).map((e) => e.dataset.chart);
+    """
+    return list(page.js(script))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_chart_is_drawn_without_a_word_on_the_console(browser, tmp_path, mixed, scheme):
+    page = Page(browser, to_file(tmp_path, mixed), scheme)
+    assert page.console == []
+    assert page.js("return document.querySelectorAll('[data-chart]').length") == 9
+    assert empty_charts(page) == []
+
+
+def test_the_page_follows_the_systems_dark_mode_while_it_is_open(browser, tmp_path, mixed):
+    page = Page(browser, to_file(tmp_path, mixed), "light")
+    look = "return [getComputedStyle(document.body).backgroundColor, document.querySelector('[data-chart=efficiency] svg').outerHTML]"
+    background, chart = page.js(look)
+    features = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+    assert until(lambda: page.js(look)[1] != chart)
+    assert page.is_drawn()
+    assert background == "rgb(255, 255, 255)"
+    assert page.js(look)[0] == "rgb(16, 20, 24)"
+    assert "#79b8e6" in page.js(look)[1]  # the line in the dark theme's colour
+    assert browser.get_log("browser") == []
+
+
+def test_the_table_sorts_by_any_column_and_back(browser, tmp_path, mixed):
+    page = Page(browser, to_file(tmp_path, mixed))
+    unsorted = page.names()
+    page.sort("Efficiency")
+    values = [float(v) for v in page.column("Efficiency") if v != "–"]
+    assert values == sorted(values)
+    assert len(set(values)) > 3
+    assert page.column("Efficiency")[-1] == "–"  # what is not known comes last
+    page.sort("Efficiency")
+    values = [float(v) for v in page.column("Efficiency") if v != "–"]
+    assert values == sorted(values, reverse=True)
+    assert page.column("Efficiency")[-1] == "–"
+    assert page.js("return document.querySelector('#table th[aria-sort]').getAttribute('aria-sort')") == "descending"
+    page.sort("Efficiency")
+    assert page.names() == unsorted
+    page.sort("Elements")
+    elements = [int(v.replace(",", "")) for v in page.column("Elements")]
+    assert elements == sorted(elements, reverse=True)
+    page.sort("Tensor")
+    assert page.names()[:2] == ["transformer.h.0.attn.c_attn.bias", "transformer.h.0.attn.c_attn.weight"]
+
+
+def test_the_table_finds_by_words_of_name_cause_and_advice_and_by_health(browser, tmp_path, mixed):
+    page = Page(browser, to_file(tmp_path, mixed))
+    total = len(page.names())
+    page.search("LN_1  h.1. weight_rounding")
+    assert sorted(page.names()) == ["transformer.h.1.ln_1.bias", "transformer.h.1.ln_1.weight"]
+    page.search("detaches it from the loss")
+    assert page.names() == ["transformer.h.0.ln_1.bias"]
+    page.search("no such tensor")
+    assert page.names() == []
+    assert "No tensor matches." in page.js("return document.getElementById('more').innerText")
+    page.search("")
+    assert len(page.names()) == total
+    page.js("[...document.querySelectorAll('#chips button')].find(e => e.innerText.startsWith('broken')).click()")
+    assert set(page.column("Health")) == {"broken"}
+    assert page.js("return document.getElementById('found').innerText") == f"1 of {total} tensors"
+
+
+def test_a_click_on_a_tensor_shows_its_advice_and_its_accumulators(browser, tmp_path, mixed):
+    page = Page(browser, to_file(tmp_path, mixed))
+    page.search("h.1.ln_2.weight")
+    page.js("document.querySelector('#table .row .name button').click()")
+    detail = page.js("return document.querySelector('#table .detail').innerText")
+    assert CURE in detail
+    assert "exp_avg_sq" in detail
+    assert "rounds its decay away" in detail
+    assert page.js("return document.querySelector('#table .name button').getAttribute('aria-expanded')") == "true"
+    page.js("document.querySelector('#table .row').click()")
+    assert page.js("return document.querySelector('#table .detail')") is None
+
+
+def test_the_heatmaps_rows_can_be_changed(browser, tmp_path, mixed):
+    page = Page(browser, to_file(tmp_path, mixed))
+    height = "return document.querySelector('[data-chart=heatmap-0] canvas').getBoundingClientRect().height"
+    by_tensor = page.js(height)
+    page.js("document.querySelector('[data-view=kind]').click()")
+    assert page.is_drawn()
+    assert page.js(height) < by_tensor
+    assert empty_charts(page) == []
+    page.js("document.querySelector('[data-view=tensor]').click()")  # the choice is remembered: put it back
+    assert page.is_drawn()
+
+
+def test_search_and_order_outlive_a_reload(browser, tmp_path, mixed):
+    path = to_file(tmp_path, mixed)
+    page = Page(browser, path)
+    page.search("ln_1")
+    page.sort("Elements")
+    names = page.names()
+    page = Page(browser, path)
+    assert page.names() == names
+    assert page.js("return document.getElementById('search').value") == "ln_1"
+
+
+def test_a_live_page_loads_itself_anew(browser, tmp_path):
+    history = history_of(list(synthetic_run(gpt(1), windows=2)), "first")
+    path = to_file(tmp_path, render_html([history], reload_seconds=1.5))
+    page = Page(browser, path)
+    to_file(tmp_path, render_html([dataclasses.replace(history, name="second")]))
+    assert until(lambda: "second" in browser.title)
+    assert page.is_drawn()
+
+
+def test_hostile_names_are_shown_as_text_and_never_run(browser, tmp_path):
+    page = Page(
+        browser, to_file(tmp_path, render_html([history_of(hostile_run(), HOSTILE), history_of(hostile_run(), "b")]))
+    )
+    page.js("document.querySelectorAll('#table .row').forEach(e => e.click())")
+    page.js("document.querySelectorAll('details').forEach(e => { e.open = true })")
+    from selenium.webdriver import ActionChains
+
+    find = "const e = document.querySelector('[data-chart=heatmap-0] canvas'); e.scrollIntoView({block: 'center'}); return e"
+    tooltip = "return document.getElementById('vg-tooltip-element')?.innerText || ''"
+    offsets = itertools.cycle((-20, -10, 0, 10, 20, 30))
+
+    def is_shown() -> bool:  # the chart may still be drawn or move: the pointer goes over its rows until one answers
+        ActionChains(browser).move_to_element_with_offset(page.js(find), 100, next(offsets)).perform()
+        time.sleep(0.2)
+        return "onerror" in page.js(tooltip)
+
+    assert until(is_shown), page.js(tooltip)
+    assert page.js("return document.title").startswith("</script><img src=x onerror")
+    assert page.js("return document.querySelectorAll('img, iframe').length") == 0
+    assert page.js("return document.querySelectorAll('script').length") == 3
+    assert HOSTILE in page.js("return document.querySelector('#table').innerText")
+    assert browser.get_log("browser") == []
+
+
+def test_the_policy_stops_what_would_get_through(browser, tmp_path, mixed):
+    text = mixed.replace(
+        "<footer>",
+        "<img src=x onerror=\"document.title='executed'\"><script>document.title='executed'</script><footer>",
+    )
+    page = Page(browser, to_file(tmp_path, text))
+    assert page.js("return document.title") != "executed"
+    assert any("Content Security Policy" in entry["message"] for entry in page.console)
+
+
+def test_runs_side_by_side_are_drawn_next_to_each_other(browser, tmp_path):
+    runs = [history_of(list(synthetic_run(gpt(2), windows=8, precision=p)), p) for p in ("bf16", "fp32")]
+    page = Page(browser, to_file(tmp_path, render_html(runs)))
+    assert page.console == []
+    assert empty_charts(page) == []
+    boxes = [
+        page.js(
+            f"const b = document.querySelector('[data-chart=heatmap-{i}]').getBoundingClientRect(); return [b.x, b.y]"
+        )
+        for i in (0, 1)
+    ]
+    assert boxes[0][1] == boxes[1][1]
+    assert boxes[0][0] < boxes[1][0]
+    assert set(page.column("Run")) == {"bf16", "fp32"}
+
+
+@pytest.mark.parametrize("width", [390, 1240])
+def test_nothing_makes_the_page_wider_than_the_window(browser, tmp_path, mixed, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page = Page(browser, to_file(tmp_path, mixed))
+        assert page.js("return document.documentElement.scrollWidth") <= width
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+# --- scale --------------------------------------------------------------------------------------------------
+
+
+def thinned_journal(path: Path, specs: tuple[Spec, ...], lines: int, windows_per_line: int) -> Path:
+    """What a journal of `lines * windows_per_line` windows looks like once it is thinned; one tensor stalls once."""
+    with path.open("wb") as file:
+        file.write(encode(header_line({"name": "large"}, 0.0)))
+        for k, report in enumerate(synthetic_run(specs, windows=lines, window=128 * windows_per_line, peak=3e-2)):
+            if k == lines // 2:
+                stalled = dataclasses.replace(
+                    report.tensors[1234], health=Health.stalled, cause=Cause.weight_rounding, efficiency=0.01
+                )
+                report = dataclasses.replace(
+                    report, tensors=(*report.tensors[:1234], stalled, *report.tensors[1235:]), health=Health.stalled
+                )
+            frame = dataclasses.replace(frame_of(report), windows=windows_per_line)
+            table = table_line(frame.table)
+            file.write((encode(table) if k == 0 else b"") + encode(window_line(frame, table["table"])))
+    return path
+
+
+@pytest.mark.slow
+def test_two_thousand_tensors_and_ten_thousand_windows_open_in_two_seconds(browser, tmp_path):
+    history = read_history(thinned_journal(tmp_path / "j.jsonl", large(2000), lines=100, windows_per_line=100))
+    assert (len(history.table.name), history.windows) == (2000, 10_000)
+    text = render_html([history])
+    assert len(text.encode()) < 10e6
+    for view in ("kind", "layer", "worst"):
+        cells = page_data(text)["charts"][f"heatmap-0-{view}"]["data"]["values"]
+        assert any(c["verdict"] == "stalled" and c["begin"] < 646_400 <= c["end"] for c in cells), view
+    # Time of the page's main thread on the processor: what other programs do meanwhile does not count.
+    browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    page = Page(browser, to_file(tmp_path, text))
+    metrics = {m["name"]: m["value"] for m in browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]}
+    browser.execute_cdp_cmd("Performance.disable", {})
+    assert page.console == []
+    assert empty_charts(page) == []
+    assert metrics["TaskDuration"] < 2.0, metrics
+    started = time.process_time()
+    assert page.js("return document.querySelectorAll('#table .row').length") == 100
+    page.js("[...document.querySelectorAll('#more button')].at(-1).click()")
+    assert len(page.names()) == 2000
+    assert time.process_time() - started < 2.0

@@ -1,0 +1,35 @@
+"""Journals of small reports."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from update_watch.dashboards.journal.journal import Journal, read_journal
+from update_watch.report import Health, Report, TensorReport
+
+
+def tiny(step: int, health: Health = Health.healthy, efficiency: float | None = 1.0, **fields: Any) -> Report:
+    """A report of two tensors; the first has the given health."""
+    text = "" if health is Health.healthy else f"Its efficiency is {efficiency}."
+    first = TensorReport("a", health, advice=text, efficiency=efficiency, numel=8, lr=1e-3)
+    second = TensorReport("b", Health.healthy, efficiency=0.99, numel=8, lr=1e-3)
+    return Report(step, 10, health, f"step {step}", (first, second), time=float(step), **fields)
+
+
+def write(path: Path, *reports: Report, **options: Any) -> Path:
+    journal = Journal(path, **options)
+    for report in reports:
+        journal(report)
+    journal.close()
+    return path
+
+
+def steps(path: Path) -> list[int]:
+    return [report.step for report in read_journal(path)]
+
+
+def environment() -> dict[str, str]:
+    """For another process that imports this checkout."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
