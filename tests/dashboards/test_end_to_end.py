@@ -11,7 +11,7 @@ import wandb
 from torch import nn
 
 import update_watch as uw
-from tests.support.wandb_samples import OfflineRun
+from tests.support.wandb.samples import OfflineRun
 from update_watch.dashboards import WandbSink
 from update_watch.dashboards.journal.journal import Journal, read_journal
 from update_watch.dashboards.report.html import write_report

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.wandb_samples import healthy_tensor, sample_alert, sample_report, stalled_tensor
+from tests.support.wandb.samples import healthy_tensor, sample_alert, sample_report, stalled_tensor
 from update_watch.dashboards import metrics
 from update_watch.report import AccumulatorReport, Health
 

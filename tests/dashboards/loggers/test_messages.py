@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.wandb_samples import sample_alert, sample_report
+from tests.support.wandb.samples import sample_alert, sample_report
 from update_watch.dashboards import AppriseAlerts, WebhookAlerts
 from update_watch.report import Level, Report
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.wandb_samples import sample_report
+from tests.support.wandb.samples import sample_report
 from update_watch.dashboards import LogSink, MlflowSink, TensorBoardSink, TrackioSink
 from update_watch.dashboards.headroom import headroom_counts
 from update_watch.dashboards.loggers.numbers import VERDICT

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.wandb_loopback import ENTITY, LoopbackServer, connected
+from tests.support.wandb.loopback import ENTITY, LoopbackServer, connected
 from update_watch.dashboards import metrics
 from update_watch.dashboards.wandb import automations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.wandb_samples import START, large_model, sample_alert, sample_report
+from tests.support.wandb.samples import START, large_model, sample_alert, sample_report
 from update_watch.dashboards.metrics import RUN_METRICS, SERIES
 from update_watch.dashboards.wandb import limits as wandb_limits
 from update_watch.dashboards.wandb.limits import DOCUMENTED, Pace

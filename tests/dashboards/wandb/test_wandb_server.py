@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.wandb_loopback import LoopbackServer
+from tests.support.wandb.loopback import LoopbackServer
 from update_watch.dashboards import metrics
 
 STEP = "trainer/global_step"
-SCRIPT = Path(__file__).parents[2] / "support" / "wandb_training.py"
+SCRIPT = Path(__file__).parents[2] / "support" / "wandb" / "training.py"
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import wandb
 
-from tests.support.wandb_samples import (
+from tests.support.wandb.samples import (
     OfflineRun,
     healthy_tensor,
     large_model,

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.wandb_loopback import ENTITY, LoopbackServer, connected
+from tests.support.wandb.loopback import ENTITY, LoopbackServer, connected
 from update_watch.dashboards import metrics
 from update_watch.dashboards.wandb import workspace
 

@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[3]))
 
 import torch
 import wandb
 
-from tests.support.wandb_loopback import API_KEY, ENTITY
-from tests.support.wandb_samples import large_model, sample_alert, sample_report
+from tests.support.wandb.loopback import API_KEY, ENTITY
+from tests.support.wandb.samples import large_model, sample_alert, sample_report
 from update_watch.dashboards.wandb.sink import WandbSink
 from update_watch.worker import Sinks, Worker
 
