@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from update_watch.watching import attention
+
 torch.set_num_threads(1)
 
 _SLOW = ("test_wandb_server", "test_packaging")
@@ -18,3 +20,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(str(item.path)).stem in _SLOW:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(autouse=True)
+def _every_step_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models step in a fraction of a millisecond: within the default budget hardly any step would be seen."""
+    monkeypatch.setattr(attention, "always", True)

@@ -117,6 +117,8 @@ class WindowEvidence:
     time: float = 0.0
     cost_ms: float | None = None
     skipped_steps: int = 0
+    observed_steps: int | None = None  # looked at
+    cost_share: float | None = None  # of the window's time, what the watch took
 
 
 def median_headroom(histogram: Sequence[float]) -> float | None:

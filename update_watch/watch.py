@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from update_watch import endings
 from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
-from update_watch.judge.history import check_state
 from update_watch.measure.device.streams import StepStreams, is_capturing
 from update_watch.measure.identity.partitions import chain
 from update_watch.measure.plain_torch import PlainTorch
@@ -30,6 +29,7 @@ from update_watch.ranks.joining import Ranks
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 from update_watch.watching import arguments, graphs
+from update_watch.watching.attention import Attention
 from update_watch.worker import Sink, Sinks, Worker, warn
 
 logger = logging.getLogger("update_watch")
@@ -45,6 +45,7 @@ class Watch:
         optimizers: Sequence[Any],
         window: int,
         samples: int,
+        budget: float | None,
         sinks: Sequence[Sink],
         thresholds: Thresholds,
         averages: Mapping[str, Any],
@@ -59,15 +60,17 @@ class Watch:
         self._ranks = Ranks(join)
         rng = random.Random(seed + 1_000_003 * self._ranks.rank)  # replicas look at different elements
         self._model = WatchedModel(model, samples, rng, averages, check_replicas)
-        self._seconds, self._base_step = 0.0, 0
+        self._base_step = 0
+        self._attention = Attention(budget, window, lambda: self._ranks.is_joining)
         self._closed = False
         self._is_closing_window = False
         self._windows = 0  # closed so far
         self._diagnosis, self._alerts = Diagnosis(thresholds), Alerts(thresholds)
         self._sinks = Sinks(list(sinks))
-        self._judge = Worker("judging", self._judge_window)
-        self._post = Worker("sink", self._sinks)
+        self._judge = Worker("judging", self._attention.beside(self._judge_window))
+        self._post = Worker("sink", self._attention.beside(self._sinks))
         self._tap = StepTap(self._before, self._after, self._fail, graphs.say_what_was_captured)
+        self._tap.wants = self._wants
         for optimizer in optimizers:
             self.attach(optimizer)
         endings.add(self)
@@ -114,15 +117,27 @@ class Watch:
 
     # --- in the step -----------------------------------------------------------------------------
 
+    def _wants(self, optimizer: Optimizer) -> bool:
+        """Whether to look at the step that begins; one that passes unseen is counted."""
+        started = time.perf_counter()
+        watched = self._model.stepping(optimizer)
+        if watched is None or self._attention.looks(id(optimizer), watched.window_steps):
+            return True
+        if watched.pass_by():
+            self._attention.wake()
+        self._attention.spend(time.perf_counter() - started)
+        return False
+
     def _before(self, optimizer: Optimizer) -> Any:
         started = time.perf_counter()
         watched = self._model.stepping(optimizer)
         if watched is None:  # detached in the step's closure
             return None
-        if watched.window_steps >= self.window:  # one that was waited for did not step
+        if self._attention.may_close(watched.window_steps):  # one that was waited for did not step
             self._close_window()
+        watched.is_resting = not self._attention.is_full
         measured = self._model.before(watched)
-        self._seconds += time.perf_counter() - started
+        self._attention.spend(time.perf_counter() - started)
         return watched, measured
 
     def _after(self, optimizer: Optimizer, snapshot: Any) -> None:
@@ -131,9 +146,9 @@ class Watch:
         started = time.perf_counter()
         watched: Watched = snapshot[0]
         self._model.after(watched, snapshot[1])
-        if self._model.is_full(watched, self.window):
+        if self._model.is_full(watched, self.window) and self._attention.may_close(watched.window_steps):
             self._close_window()
-        self._seconds += time.perf_counter() - started
+        self._attention.spend(time.perf_counter() - started)
 
     def replayed(self, *optimizers: Any) -> AbstractContextManager[None]:
         """Put it around the replay of a CUDA graph that the optimizers' steps were captured in; see `watching.graphs`.
@@ -154,8 +169,7 @@ class Watch:
 
     def _close_window(self) -> None:
         self._windows += 1
-        seconds, self._seconds = self._seconds, 0.0
-        self._judge.put(self._model.close_window(self.step, seconds))
+        self._judge.put(self._model.close_window(self.step, *self._attention.close_window()))
 
     def _judge_window(self, window: Window | Callable[[], None]) -> None:
         if not isinstance(window, Window):
@@ -170,6 +184,7 @@ class Watch:
             self._fail(error)
             return
         self.last = report
+        self._attention.judged(report)
         self._post.put(report)
 
     def flush(self, timeout: float | None = None) -> Report | None:
@@ -265,17 +280,7 @@ class Watch:
         Raises:
             TypeError, ValueError: data this version cannot read; nothing is changed then.
         """
-        if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION:
-            version = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-            raise ValueError(
-                f"Watch.load_state_dict: version {version!r} cannot be read, {_STATE_VERSION} is expected; "
-                "leave the state out to start the watch's memory anew"
-            )
-        check_state("Watch", state, _STATE_VERSION, {"diagnosis": Mapping, "alerts": Mapping, "step": int})
-        if isinstance(state["step"], bool) or state["step"] < 0:
-            raise ValueError(
-                f"Watch.load_state_dict: step={state['step']!r} is not a step; pass what state_dict() gave"
-            )
+        arguments.check_saved(state, _STATE_VERSION)
         self._judge.wait(5.0)
         alerts = self._alerts.state_dict()
         self._alerts.load_state_dict(state["alerts"])
@@ -293,6 +298,7 @@ def watch(
     *,
     window: int = 128,
     samples: int = 256,
+    budget: float | None = 0.01,
     sinks: Iterable[Sink] = (),
     thresholds: Thresholds | None = None,
     averages: Mapping[str, Any] | None = None,
@@ -308,6 +314,8 @@ def watch(
         optimizer: one torch optimizer or a sequence of them; wrappers (Lightning, Accelerate) are looked through.
         window: optimizer steps per report.
         samples: elements looked at per parameter.
+        budget: share of the time between steps that the watch may take, once every tensor has a verdict or four windows have
+            passed: it then looks at fewer steps, and reports say at how many. None: every step, always at the same ones.
         sinks: callables that take a `Report`; they run on a background thread, a failing one is dropped.
         thresholds: limits of the verdicts.
         averages: further accumulators to watch, `{"ema": averaged_model}` or, where the decay cannot be told from the
@@ -329,18 +337,9 @@ def watch(
     """
     sinks = list(sinks) if isinstance(sinks, Iterable) and not isinstance(sinks, str) else sinks
     optimizers = arguments.check(
-        optimizer, window, samples, sinks, thresholds, averages, seed, step, join, check_replicas
+        optimizer, window, samples, budget, sinks, thresholds, averages, seed, step, join, check_replicas
     )
     return Watch(
-        model,
-        optimizers,
-        window,
-        samples,
-        sinks,
-        thresholds or Thresholds(),
-        averages or {},
-        seed,
-        step,
-        join,
-        check_replicas,
+        *(model, optimizers, window, samples, budget, sinks, thresholds or Thresholds(), averages or {}),
+        *(seed, step, join, check_replicas),
     )

@@ -82,6 +82,8 @@ class Diagnosis:
             time=evidence.time,
             cost_ms=evidence.cost_ms,
             skipped_steps=evidence.skipped_steps,
+            observed_steps=evidence.observed_steps,
+            cost_share=evidence.cost_share,
         )
 
     # --- resume ------------------------------------------------------------------------------------

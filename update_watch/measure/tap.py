@@ -65,6 +65,7 @@ class StepTap:
     ) -> None:
         self.enabled = True  # False: steps pass unseen
         self.missed = 0
+        self.wants: Callable[[Optimizer], bool] | None = None  # asked whether a step is to be seen
         self.captured = 0  # steps that were recorded in a CUDA graph, not run
         self.error: Exception | None = None
         self._before, self._after, self._on_error, self._on_capture = before, after, on_error, on_capture
@@ -74,6 +75,7 @@ class StepTap:
         self._depth = 0  # of our hooks on the stack
         self._thread: int | None = None  # that steps
         self._snap = torch.compiler.disable(self._run_before)  # type: ignore[no-untyped-call]  # torch's
+        self._is_unwanted = torch.compiler.disable(self._ask)  # type: ignore[no-untyped-call]
         self._finish = torch.compiler.disable(self._run_after)  # type: ignore[no-untyped-call]
         _hide_from_dynamo()
 
@@ -153,6 +155,9 @@ class StepTap:
         frame = sys._getframe(1)
         if self._is_nested(opt, frame):
             return None
+        if self._is_unwanted(opt):
+            self._live.pop(id(opt), None)
+            return None
         step = self._live[id(opt)] = _Step(frame)
         self._thread = threading.get_ident()
         position = 1 if len(args) > 1 else None
@@ -206,6 +211,13 @@ class StepTap:
                 return True
             frame = frame.f_back
         return False
+
+    def _ask(self, opt: Optimizer) -> bool:
+        try:
+            return self.wants is not None and not self.wants(opt)
+        except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
+            self._fail(error)
+            return True
 
     def _run_before(self, opt: Optimizer, step: _Step) -> None:
         if step.is_seen or self.error is not None:

@@ -130,8 +130,13 @@ class WatchedModel:
             other.window_steps != window - 1 for other in self.watched.values()
         )
 
-    def close_window(self, step: int, seconds: float) -> Window:
-        """The window's sums, on their way to the host, and a new window. `seconds` the watch took in it."""
+    def close_window(
+        self, step: int, seconds: float, observed: int | None = None, cost_share: float | None = None
+    ) -> Window:
+        """The window's sums, on their way to the host, and a new window.
+
+        `seconds` the watch took in it on this thread, `observed` steps were looked at, `cost_share`: see `Report`.
+        """
         steps = self.window_steps
         cohorts: list[Any] = []
         others: list[TensorEvidence] = []
@@ -172,6 +177,8 @@ class WatchedModel:
             tuple(shadows),
             tuple(accumulations),
             checksums,
+            observed,
+            cost_share,
         )
 
     def _unheld(self, held: set[int], steps: int) -> list[TensorEvidence]:

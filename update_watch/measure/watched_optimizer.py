@@ -18,6 +18,7 @@ from update_watch.measure.accumulators.gradient_accumulation import Accumulation
 from update_watch.measure.accumulators.state_factor import Shadow
 from update_watch.measure.cohort import Cohort, Snapshot
 from update_watch.measure.identity.partitions import Piece
+from update_watch.measure.learning_rates import LearningRates, as_number
 from update_watch.measure.parameters import Row, build_rows
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch, Part
@@ -61,7 +62,7 @@ class Watched:
         self.window_steps = 0
         self._names, self._asked, self._rng, self.found = names, samples, rng, found
         self._members: list[Tensor] = []
-        self._lrs: dict[int, list[float]] = {}
+        self._rates = LearningRates()
         self._twin_error = ""
         try:
             self._twin: Twin | None = Twin(optimizer)
@@ -73,6 +74,8 @@ class Watched:
         self.is_shadowed = True
         self._is_replayed = False  # the step that is running
         self._odd: dict[int, str] = {}  # id of a parameter whose gradient or state could not be read -> why
+        self.is_resting = False  # only some steps are looked at
+        self._has_gaps = False  # a parameter was without gradient while another had one
         self._plan()
         self.read_counters()
 
@@ -127,6 +130,16 @@ class Watched:
 
     # --- in the step -----------------------------------------------------------------------------
 
+    def pass_by(self) -> bool:
+        """Let a step go by unseen. Returns whether something has changed that should be looked at."""
+        self.steps += 1
+        self.window_steps += 1
+        self.accumulation.pause()
+        if self._has_gaps:
+            self._count_lives()
+        is_new = len(self.optimizer.param_groups) != len(self._sizes)
+        return self._rates.note(self.optimizer.param_groups) or is_new
+
     def before(self, is_replayed: bool = False) -> tuple[Cohort, Snapshot] | None:
         """Measure the cohort whose turn it is, just before the rule runs.
 
@@ -139,7 +152,7 @@ class Watched:
             self.shadow.replan()
         self.groups = self.optimizer.param_groups
         if not is_replayed:
-            if self.is_shadowed:
+            if self.is_shadowed and not self.shadow.rest(self.is_resting):
                 self.shadow.before()
             self.accumulation.before(self.rows)
         if not self.cohorts or (is_replayed and not self._can_be_replayed):
@@ -170,22 +183,15 @@ class Watched:
                 self._leave_out(error)
         self._measured = None
         if not self._is_replayed:
-            if self.is_shadowed:
+            if self.is_shadowed and not self.is_resting:
                 self.shadow.after(self.rows)
             self.accumulation.after()
-        if self._counts_lives:
-            for row in self.rows:
-                if row.param.grad is not None:
-                    row.lived = row.lived[0], row.lived[1] + 1
+        self._count_lives()
         overflow = getattr(self.optimizer, "found_inf", None)  # exists only inside a GradScaler's fused step
         if isinstance(overflow, Tensor):
             total = self._skipped.get(overflow.device)
             self._skipped[overflow.device] = overflow.clone() if total is None else total.add_(overflow)
-        for i, group in enumerate(self.optimizer.param_groups):
-            lr = _number(group.get("lr"))
-            if lr is not None:
-                seen = self._lrs.setdefault(i, [lr, lr])
-                seen[0], seen[1] = lr, max(seen[1], lr)
+        self._rates.note(self.optimizer.param_groups)
         self.steps += 1
         self.window_steps += 1
 
@@ -198,6 +204,16 @@ class Watched:
             raise error
         self._odd.update(odd)
         self._plan()
+
+    def _count_lives(self) -> None:
+        """Count the steps with a gradient, by which parameters are known whose counters cannot be read."""
+        if not self._counts_lives:
+            return
+        for row in self.rows:
+            if row.param.grad is not None:
+                row.lived = row.lived[0], row.lived[1] + 1
+            else:
+                self._has_gaps = True  # until then all are alike, however many steps pass unseen
 
     def _has_states_elsewhere(self, row: Row) -> bool:
         return bool(row.states_elsewhere(self.optimizer.state.get(row.param) or {}))
@@ -239,13 +255,14 @@ class Watched:
         if any(row.has_changed for row in self.rows):
             self._sizes = []  # to plan anew before the next step
         skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]
-        self._skipped, self._lrs, self.window_steps = {}, {}, 0
+        self._skipped, self.window_steps = {}, 0
+        self._rates.open_window()
         self.redraw()
         return cohorts, others, skipped
 
     def _identity(self, row: Row) -> TensorEvidence:
         group = self.groups[row.group] if row.group < len(self.groups) else {}  # taken away since
-        lr = self._lrs.get(row.group)
+        lr, lr_max = self._rates.of(row.group)
         identity = describe(row.param, row.names) | {"dtype": str(row.layout[1]).removeprefix("torch.")}
         if row.piece is not None:
             shape = row.piece.shape
@@ -256,9 +273,9 @@ class Watched:
             optimizer_group=f"{self.index}/{number}",
             reason=row.reason or self._twin_error,
             steps=self.window_steps,
-            lr=lr[0] if lr else None,
-            lr_max=lr[1] if lr else None,
-            weight_decay=_number(group.get("weight_decay")),
+            lr=lr,
+            lr_max=lr_max,
+            weight_decay=as_number(group.get("weight_decay")),
             scheme=row.scheme.name,
         )
 
@@ -335,10 +352,3 @@ def _members(optimizer: Optimizer) -> list[Tensor]:
 
 def _sizes(optimizer: Optimizer) -> list[int]:
     return [len(group["params"]) for group in optimizer.param_groups]
-
-
-def _number(value: Any) -> float | None:
-    """A setting as a float; None for values on a device, which must not be read."""
-    if isinstance(value, Tensor):
-        return float(value) if value.device.type == "cpu" and value.numel() == 1 else None
-    return float(value) if isinstance(value, (int, float)) else None

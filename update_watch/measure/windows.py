@@ -59,6 +59,8 @@ class Window:
     shadows: tuple[ShadowWindow, ...] = ()
     accumulations: tuple[AccumulationWindow, ...] = ()
     checksums: tuple[ChecksumWindow, ...] = ()
+    observed: int | None = None  # steps looked at
+    cost_share: float | None = None  # of the window's time, what the watch took
     time: float = dataclasses.field(default_factory=time.time)
 
 
@@ -93,7 +95,8 @@ def read(window: Window) -> WindowEvidence:
         for t in tensors
     ]
     tensors.sort(key=lambda t: window.order.get(t.name, len(window.order)))
-    return WindowEvidence(window.step, window.window, tuple(tensors), window.time, window.cost_ms, skipped)
+    head = window.step, window.window, tuple(tensors), window.time
+    return WindowEvidence(*head, window.cost_ms, skipped, window.observed, window.cost_share)
 
 
 def _tensor(sums: WindowSums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: int) -> TensorEvidence:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from update_watch.judge.history import check_state
 from update_watch.measure.identity.names import short
 from update_watch.measure.identity.partitions import chain
 from update_watch.measure.tap import unwrap
@@ -15,6 +16,7 @@ def check(
     optimizer: Any,
     window: Any,
     samples: Any,
+    budget: Any,
     sinks: Any,
     thresholds: Any,
     averages: Any,
@@ -32,6 +34,12 @@ def check(
         raise ValueError(f"watch(window={window!r}): the number of optimizer steps per report must be 1 or more")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 4:
         raise ValueError(f"watch(samples={samples!r}): the number of elements per parameter must be 4 or more")
+    is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if budget is not None and not (is_number and 0 < budget <= 1):
+        raise ValueError(
+            f"watch(budget={short(budget)}): the share of the time between steps must be above 0 and at most 1; "
+            "None looks at every step"
+        )
     if thresholds is not None and not isinstance(thresholds, Thresholds):
         raise TypeError(f"watch(thresholds={thresholds!r}): expected update_watch.Thresholds or None")
     if isinstance(sinks, str) or not isinstance(sinks, Iterable):
@@ -62,3 +70,20 @@ def check(
         except TypeError as error:
             raise TypeError(f"watch(optimizer={short(one)}): {error}") from None
     return optimizers
+
+
+def check_saved(state: Any, version: int) -> None:
+    """What `Watch.load_state_dict` may be given.
+
+    Raises:
+        ValueError, TypeError: for anything else.
+    """
+    if not isinstance(state, Mapping) or state.get("version") != version:
+        found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(
+            f"Watch.load_state_dict: version {found!r} cannot be read, {version} is expected; "
+            "leave the state out to start the watch's memory anew"
+        )
+    check_state("Watch", state, version, {"diagnosis": Mapping, "alerts": Mapping, "step": int})
+    if isinstance(state["step"], bool) or state["step"] < 0:
+        raise ValueError(f"Watch.load_state_dict: step={state['step']!r} is not a step; pass what state_dict() gave")

@@ -96,6 +96,12 @@ class Accumulation:
         self._hook((self._looks[0].row if self._looks else self._eligible[0]).param, self._note)
         self._eligible = []
 
+    def pause(self) -> None:
+        """The next optimizer step passes unseen: what was begun is given up."""
+        if self._handles:
+            self.remove()
+            self._looks, self._wait = [], 0
+
     def remove(self) -> None:
         """Take all hooks off."""
         for handle in self._handles:

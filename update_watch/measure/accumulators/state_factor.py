@@ -46,8 +46,17 @@ class Shadow:
     def __init__(self, optimizer: Optimizer, twin: Twin | None, rng: random.Random, found: dict[Any, Any]) -> None:
         self._optimizer, self._twin, self._rng, self._found = optimizer, twin, rng, found
         self._copy: FullStates | None = None
+        self._is_resting = False
+        self._found_last: ShadowWindow | None = None
         self._may_begin = True
         self._rest, self._pause = 0, 1  # windows until the states are looked at again, where there was nothing to copy
+
+    def rest(self, is_resting: bool) -> bool:
+        """Steps pass unseen from now on, or again all are seen. A copy cannot miss one: it ends, what it found stays."""
+        if is_resting and self._copy is not None:
+            self._copy = None
+        self._is_resting = is_resting
+        return is_resting
 
     def before(self) -> None:
         """Advance by this step; call when gradients are final and the rule has not run."""
@@ -89,7 +98,10 @@ class Shadow:
         """Hand the sums to `batch` and start new ones."""
         self._rest -= 1
         self._may_begin = self._rest <= 0
-        return None if self._copy is None else self._copy.close(batch)
+        if self._is_resting:
+            return self._found_last
+        self._found_last = None if self._copy is None else self._copy.close(batch)
+        return self._found_last
 
     def _give_up(self, error: Exception) -> None:
         logger.debug("update-watch: no state factor for %s: %r", type(self._optimizer).__name__, error)

@@ -1,0 +1,215 @@
+"""How many steps are looked at: the account of time, on a clock of its own; and `watch(budget=...)` on real training."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import update_watch as uw
+from update_watch.report import Health, Report
+from update_watch.watching import attention
+from update_watch.watching.attention import FIRST_WINDOWS, Attention
+
+WINDOW = 128
+
+
+class Simulated:
+    """Steps of `step` s with a watch whose looks, window ends and judging take so long."""
+
+    def __init__(self, step: float, budget: float | None = 0.01, **options: Any) -> None:
+        self.now = 100.0
+        self.attention = Attention(budget, WINDOW, clock=lambda: self.now, **options)
+        self.step, self.window_steps, self.windows = step, 0, 0
+        self.spent: list[float] = []  # per step
+        self.looked: list[bool] = []
+        self.shares: list[float | None] = []
+        self.observed: list[int] = []
+        self.is_known = True
+
+    def take(self, count: int, optimizers: int = 1) -> None:
+        for _ in range(count):
+            spent = 0.0
+            looks = {self.attention.looks(key, self.window_steps) for key in range(optimizers)}
+            assert len(looks) == 1
+            look = looks.pop()
+            spent += self._spend(1e-3 if look else 5e-6)
+            self.window_steps += 1
+            if look and self.attention.may_close(self.window_steps):
+                spent += self._spend(4e-3)
+                _, observed, share = self.attention.close_window()
+                self.observed.append(observed)
+                self.shares.append(share)
+                self.window_steps, self.windows = 0, self.windows + 1
+                self.attention.judged(report(self.is_known))
+            self.now += self.step
+            self.spent.append(spent)
+            self.looked.append(look)
+
+    def _spend(self, seconds: float) -> float:
+        self.now += seconds
+        self.attention.spend(seconds)
+        return seconds
+
+    def share(self, since: int) -> float:
+        spent = sum(self.spent[since:])
+        return spent / (spent + self.step * len(self.spent[since:]))
+
+
+def report(is_known: bool, health: str = "healthy") -> Report:
+    tensor = SimpleNamespace(name="w", health=Health(health if is_known else "unknown"), cause=None)
+    return SimpleNamespace(tensors=(tensor,))  # type: ignore[return-value]
+
+
+@pytest.fixture(autouse=True)
+def _a_budget_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "always", False)
+
+
+@pytest.mark.parametrize("step", [0.005, 0.013, 0.05, 0.3])
+def test_the_budget_is_held_within_a_fifth(step: float) -> None:
+    run = Simulated(step)
+    run.take(3000)
+    if step < 0.1:
+        assert run.share(1000) == pytest.approx(0.01, rel=0.2)
+    else:  # all that there is to be seen costs less
+        assert all(run.looked) and run.share(1000) < 0.01
+
+
+@pytest.mark.parametrize("budget", [0.003, 0.05, 0.2])
+def test_any_budget_is_held(budget: float) -> None:
+    run = Simulated(0.004, budget)
+    run.take(6000)
+    assert run.share(1000) == pytest.approx(min(budget, run.share(0)), rel=0.2)
+
+
+def test_all_steps_are_seen_until_every_tensor_has_a_verdict() -> None:
+    run = Simulated(0.005)
+    run.take(WINDOW + 1)
+    assert all(run.looked[:WINDOW]) and run.windows == 1
+    run.take(1000)
+    assert sum(run.looked[WINDOW + 1 :]) < 200
+
+
+def test_all_steps_are_seen_for_four_windows_where_a_tensor_stays_unknown() -> None:
+    run = Simulated(0.005)
+    run.is_known = False
+    run.take(2000)
+    seen = FIRST_WINDOWS * WINDOW
+    assert all(run.looked[:seen]) and sum(run.looked[seen:]) < 300
+
+
+def test_without_a_budget_every_step_is_seen_and_windows_end_on_time() -> None:
+    run = Simulated(0.0003, None)
+    run.take(10 * WINDOW)
+    assert all(run.looked) and run.windows == 10 and set(run.observed) == {WINDOW}
+
+
+def test_steps_are_seen_in_bursts_and_windows_wait_for_a_fourth_of_theirs() -> None:
+    run = Simulated(0.005)
+    run.take(8000)
+    text = "".join("x" if look else "." for look in run.looked[WINDOW + 8 :])
+    assert {len(part) for part in text.strip("x").split(".") if part} <= {8, 16}
+    assert all(WINDOW // 4 <= observed for observed in run.observed[1:])
+    assert run.shares[-1] is not None and run.shares[-1] == pytest.approx(0.01, rel=0.5)
+
+
+def test_a_changed_verdict_wakes_for_a_window_and_not_again_before_it_is_paid_for() -> None:
+    run = Simulated(0.02)
+    run.take(600)
+    run.attention.judged(report(True, "stalled"))
+    run.take(200)
+    assert all(run.looked[-190:-80])
+    run.attention.judged(report(True))
+    run.take(100)
+    assert sum(run.looked[-90:]) == 0
+
+
+def test_optimizers_that_step_in_turn_agree() -> None:
+    run = Simulated(0.005)
+    run.take(2000, optimizers=3)
+
+
+def test_windows_of_several_processes_end_at_their_step() -> None:
+    run = Simulated(0.001, is_exact=lambda: True)
+    run.take(20 * WINDOW)
+    assert run.windows == 20
+
+
+def test_a_long_pause_does_not_pay_for_the_steps_after_it() -> None:
+    run = Simulated(0.005)
+    run.take(1000)
+    run.now += 600  # a validation
+    before = len(run.spent)
+    run.take(1)
+    run.take(400)
+    # what those steps themselves allow, two bursts saved up and one that has begun
+    assert sum(run.spent[before:]) < 0.01 * 401 * 0.006 + 3 * 0.0085 + 0.004
+
+
+# --- in training ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for _ in range(count):
+        x = torch.randn(4, 16)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_watched_run_counts_all_steps_and_says_how_many_it_saw(
+    training: tuple[nn.Module, torch.optim.Optimizer],
+) -> None:
+    model, optimizer = training
+    with uw.watch(model, optimizer, window=16, budget=0.02) as watch:
+        steps(model, optimizer, 64)
+        watch._judge.wait()
+        time.sleep(0.01)
+        steps(model, optimizer, 1500)
+        last = watch.flush()
+        assert watch.step == 1564 and watch._tap.error is None
+    assert last is not None and last.observed_steps is not None and last.window is not None
+    assert 0 < last.observed_steps < last.window / 2
+    assert last.cost_share is not None and 0 < last.cost_share < 0.5
+    assert all(t.efficiency == pytest.approx(1, abs=0.01) for t in last.tensors)
+
+
+def test_a_jump_of_the_learning_rate_and_a_new_group_wake(
+    training: tuple[nn.Module, torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = training
+    with uw.watch(model, optimizer, window=16, budget=0.01) as watch:
+        steps(model, optimizer, 400)
+        woken: list[int] = []
+        monkeypatch.setattr(watch._attention, "wake", lambda: woken.append(watch.step))
+        monkeypatch.setattr(watch._attention, "looks", lambda *_: False)
+        steps(model, optimizer, 5)
+        assert woken == []
+        optimizer.param_groups[0]["lr"] *= 2
+        steps(model, optimizer, 5)
+        assert len(woken) == 1
+        optimizer.param_groups[0]["lr"] *= 1.1
+        steps(model, optimizer, 5)
+        assert len(woken) == 1
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+        steps(model, optimizer, 1)
+        assert len(woken) == 2
+        assert watch._tap.error is None
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, 1.5, True, "1%", float("nan")])
+def test_a_budget_that_is_no_share_is_refused(budget: Any, training: tuple[nn.Module, torch.optim.Optimizer]) -> None:
+    with pytest.raises(ValueError, match=r"watch\(budget=.*None looks at every step"):
+        uw.watch(*training, budget=budget)

@@ -1,0 +1,46 @@
+"""The learning rates of an optimizer's groups: first seen and largest of a window, and whether one has jumped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+_JUMP = 1.5  # from one step to the next
+
+
+class LearningRates:
+    """Looked at in every step, those that pass unseen included."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, list[float]] = {}  # of the open window: last, largest
+        self._last: dict[int, float] = {}
+
+    def note(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Learn the rates as they are now. Returns whether one has jumped since the last step."""
+        has_jumped = False
+        for i, group in enumerate(groups):
+            rate = as_number(group.get("lr"))
+            if rate is not None:
+                before = self._last.get(i, rate)
+                has_jumped = has_jumped or max(rate, before) > _JUMP * min(rate, before)
+                self._last[i] = rate
+                self._seen[i] = [rate, max(rate, self._seen[i][1])] if i in self._seen else [rate, rate]
+        return has_jumped
+
+    def of(self, group: int) -> tuple[float | None, float | None]:
+        """The window's last rate of a group, and its largest."""
+        seen = self._seen.get(group)
+        return (seen[0], seen[1]) if seen else (None, None)
+
+    def open_window(self) -> None:
+        """Forget what was seen in the last one."""
+        self._seen = {}
+
+
+def as_number(value: Any) -> float | None:
+    """A setting as a float; None for values on a device, which must not be read."""
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" and value.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) else None

@@ -1,0 +1,171 @@
+"""Which steps are looked at, so that the watch takes no larger share of the time between steps than it may.
+
+At first every step is, until every tensor has a verdict or `FIRST_WINDOWS` windows have passed: the first answer comes as
+fast as it can. From then on time is an account. Every second that passes pays in `budget` seconds; what the watch takes is
+drawn from it: on the training thread, and the processor time of its own threads (judging, sinks), which slow training down
+as much. Steps are looked at in bursts of a few in a row, since what is written between steps shows only between neighbours;
+a burst begins when the account is not overdrawn. A window then ends when enough steps were seen in it.
+
+For a window all steps are looked at again when a verdict has changed, a learning rate has jumped or a group was added. That
+is drawn from the account, too, so that it cannot happen all the time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from update_watch.report import Health, Report
+
+FIRST_WINDOWS = 4
+BURST = 8  # steps
+_ENOUGH = 4  # a window ends when this part of its steps was looked at: every fourth
+_SAVINGS = 2.0  # bursts that may be saved up, while training pauses or steps are slow
+
+always = False  # tests: every step, whatever the budget is
+
+
+class Attention:
+    """Asked at every step. `budget`: share of the time between steps; None: every step is looked at.
+
+    `is_exact`: whether windows must end at their step, as where several processes join theirs.
+    """
+
+    def __init__(
+        self,
+        budget: float | None,
+        window: int,
+        is_exact: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._budget = None if always else budget
+        self._window, self._is_exact, self._clock = window, is_exact, clock
+        self._round: set[int] = set()  # optimizers that have stepped since the round began
+        self._looks = True
+        self._account = 0.0  # s
+        self._at: float | None = None  # when the round began
+        self._burst = 0  # steps left of it
+        self._burst_cost = 0.0  # s, of the last whole one
+        self._burst_spent = 0.0
+        self._full = FIRST_WINDOWS if budget is not None else 0  # windows left that are looked at in full
+        self._is_first = True  # nothing is drawn yet
+        self.observed = 0  # steps of the open window
+        self._window_spent, self._window_began = 0.0, clock()
+        self._lock = threading.Lock()
+        self._beside = 0.0  # s, of other threads, still to be drawn
+        self._window_beside = 0.0
+        self._is_known = False  # every tensor has a verdict
+        self._has_changed = False
+        self._verdicts: dict[str, tuple[str, str]] = {}
+
+    # --- in the step -----------------------------------------------------------------------------
+
+    def looks(self, key: int, window_steps: int) -> bool:
+        """Whether the step that optimizer `key` is about to take is looked at. Optimizers that step in turn agree.
+
+        `window_steps`: those it has taken in the open window.
+        """
+        if key in self._round or not self._round:
+            self._round.clear()
+            self._begin_round()
+        self._round.add(key)
+        return self._looks or (self._is_exact() and window_steps + 1 >= self._window)
+
+    def _begin_round(self) -> None:
+        if self._budget is None:
+            self.observed += 1
+            return
+        now = self._clock()
+        passed, self._at = now - (now if self._at is None else self._at), now
+        self._draw_what_was_spent_beside()
+        if not self._is_first:
+            self._account += self._budget * passed
+            # a long pause (a validation) does not pay for many looks after it
+            self._account = min(self._account, _SAVINGS * self._burst_cost)
+        if self._full:
+            self._looks = True
+        elif self._burst:
+            self._burst -= 1
+        else:
+            if self._looks:
+                self._burst_cost, self._burst_spent = self._burst_spent, 0.0
+            self._looks = self._account >= 0
+            self._burst = BURST - 1 if self._looks else 0
+        self.observed += self._looks
+
+    def spend(self, seconds: float) -> None:
+        """The watch took `seconds` on the training thread."""
+        self._window_spent += seconds
+        self._burst_spent += seconds
+        if not self._is_first:
+            self._account -= seconds
+
+    def beside(self, function: Callable[[Any], None]) -> Callable[[Any], None]:
+        """The same function; the processor time of the thread that runs it is counted."""
+
+        def counted(item: Any) -> None:
+            began = time.thread_time()
+            try:
+                function(item)
+            finally:
+                with self._lock:
+                    taken = time.thread_time() - began
+                    self._beside += taken
+                    self._window_beside += taken
+
+        return counted
+
+    def _draw_what_was_spent_beside(self) -> None:
+        if self._beside:
+            with self._lock:
+                seconds, self._beside = self._beside, 0.0
+            if not self._is_first:
+                self._account -= seconds
+        if self._has_changed:
+            self._has_changed = False
+            self.wake()
+        if self._is_known and self._is_first:
+            self._full = 0
+            self._is_first = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every step is looked at just now."""
+        return self._budget is None or self._full > 0
+
+    def wake(self) -> None:
+        """Look at all steps for a window, unless that is not paid for yet from the last time."""
+        if self._budget is not None and not self._full and self._account >= -_SAVINGS * self._burst_cost:
+            self._full = 1
+
+    # --- windows -----------------------------------------------------------------------------------
+
+    def may_close(self, steps: int) -> bool:
+        """Whether a window of so many steps may end."""
+        if steps < self._window:
+            return False
+        return self.is_full or self._is_exact() or self.observed * _ENOUGH >= self._window
+
+    def close_window(self) -> tuple[float, int, float | None]:
+        """Of the window that ends: seconds on the training thread, steps looked at, share of its time the watch took."""
+        observed, self.observed = self.observed, 0
+        now = self._clock()
+        began, self._window_began = self._window_began, now
+        with self._lock:
+            beside, self._window_beside = self._window_beside, 0.0
+        spent, self._window_spent = self._window_spent, 0.0
+        if self._full:
+            self._full -= 1
+            self._is_first = self._is_first and self._full > 0
+        share = (spent + beside) / (now - began) if now > began else None
+        return spent, observed, share
+
+    def judged(self, report: Report) -> None:
+        """Learn from a report; called on the judging thread."""
+        verdicts = {t.name: (t.health.value, "" if t.cause is None else t.cause.value) for t in report.tensors}
+        known = [t for t in report.tensors if t.health is not Health.unknown]
+        before, self._verdicts = self._verdicts, verdicts
+        self._has_changed = any(before.get(name, verdict) != verdict for name, verdict in verdicts.items())
+        self._is_known = self._is_known or (len(known) == len(report.tensors) > 0)
