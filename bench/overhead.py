@@ -110,7 +110,7 @@ def measure(steps: int) -> dict[str, Any]:
     alone: list[float] = []
     naive: list[float] = []
     watched: list[float] = []
-    with uw.watch(bench.named, bench.optimizer) as watch:
+    with uw.watch(bench.named, bench.optimizer, budget=None) as watch:
         for _ in range(40):
             bench.time(bench.optimizer.step)
         for i in range(steps):
@@ -181,7 +181,7 @@ def memory() -> tuple[int, int]:
     bench.optimizer.step()
     gc.collect()
     known = _storages()
-    with uw.watch(bench.named, bench.optimizer):
+    with uw.watch(bench.named, bench.optimizer, budget=None):
         for _ in range(40):
             bench.prepare()
             bench.optimizer.step()

@@ -71,6 +71,7 @@ def play(build: Callable[[], Run], samples: int, seed: int) -> tuple[Run, list[R
     with uw.watch(
         [*run.named, *crowd],
         run.optimizer,
+        budget=None,
         window=WINDOW,
         samples=samples,
         seed=seed,

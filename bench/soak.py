@@ -98,7 +98,7 @@ def soak(count: int, folder: Path, with_wandb: bool = False) -> dict[str, Any]:
         settings = wandb.Settings(console="off", silent=True, x_disable_stats=True)
         run = wandb.init(mode="offline", project="soak", dir=str(folder), settings=settings)
         sinks.append(WandbSink(run))
-    watch = uw.watch(model, optimizer, window=STEPS, sinks=sinks)
+    watch = uw.watch(model, optimizer, window=STEPS, sinks=sinks, budget=None)
     windows = captured(watch, model, optimizer)
     marks = {count // 10: 0.0, count // 2: 0.0, count: 0.0}
     journal_bytes, remembered, started, now = 0, 0, time.perf_counter(), [time.time()]

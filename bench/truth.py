@@ -81,6 +81,7 @@ def measure(regime: Regime, seed: int) -> list[Reading]:
     truths: list[dict[str, Exact]] = []
     with uw.watch(
         *(training.model, training.optimizers),
+        budget=None,
         window=regime.window,
         samples=regime.samples,
         seed=seed,

@@ -43,6 +43,7 @@ class Options:
     progress_bar: bool
     print_audit: bool
     check_replicas: bool
+    budget: float | None
 
     def __post_init__(self) -> None:
         if self.on_stall not in ("warn", "stop", "raise") and not callable(self.on_stall):
@@ -56,6 +57,9 @@ class Options:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"UpdateWatch({name}={value!r}) must be a whole number of at least {least}")
+        is_number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
+        if self.budget is not None and not (is_number and 0 < self.budget <= 1):
+            raise ValueError(f"UpdateWatch(budget={self.budget!r}) must be a share above 0 and at most 1, or None")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"UpdateWatch(seed={self.seed!r}) must be a whole number")
         for name in ("progress_bar", "print_audit", "check_replicas"):
@@ -72,7 +76,7 @@ class Options:
 
     def for_watch(self) -> dict[str, Any]:
         """Keyword arguments of `update_watch.watch`."""
-        names = ("window", "samples", "sinks", "thresholds", "seed", "check_replicas")
+        names = ("window", "samples", "budget", "sinks", "thresholds", "seed", "check_replicas")
         return {name: getattr(self, name) for name in names}
 
 

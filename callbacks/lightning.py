@@ -82,6 +82,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         progress_bar: show `efficiency` and `stalled` in the progress bar.
         print_audit: print once, when training begins, what will stall, or that nothing will.
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
+        budget: share of the time between steps that watching may take once every tensor has a verdict; None: see every step.
 
     Attributes:
         last: the last Report, or None; on rank 0, also after fit. Processes that `fit` spawns keep theirs.
@@ -99,10 +100,21 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         progress_bar: bool = True,
         print_audit: bool = True,
         check_replicas: bool = False,
+        budget: float | None = 0.01,
     ) -> None:
         super().__init__()
         self._options = Options(
-            window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit, check_replicas
+            window,
+            samples,
+            sinks,
+            thresholds,
+            averages,
+            seed,
+            on_stall,
+            progress_bar,
+            print_audit,
+            check_replicas,
+            budget,
         )
         self.last: Report | None = None
         self._is_automatic = False

@@ -65,6 +65,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         progress_bar: add `efficiency` and `stalled` to the lines the Trainer prints.
         print_audit: print once, when training begins, what will stall, or that nothing will.
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
+        budget: share of the time between steps that watching may take once every tensor has a verdict; None: see every step.
 
     Attributes:
         last: the last Report, or None; on rank 0, also after training.
@@ -83,9 +84,20 @@ class UpdateWatch(TrainerCallback, ExportableState):
         progress_bar: bool = True,
         print_audit: bool = True,
         check_replicas: bool = False,
+        budget: float | None = 0.01,
     ) -> None:
         self._options = Options(
-            window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit, check_replicas
+            window,
+            samples,
+            sinks,
+            thresholds,
+            averages,
+            seed,
+            on_stall,
+            progress_bar,
+            print_audit,
+            check_replicas,
+            budget,
         )
         self.last: Report | None = None
         self.memory: dict[str, Any] = {}
@@ -207,7 +219,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         With `restore_callback_states_from_checkpoint=True` the Trainer makes a new callback from this, without sinks,
         thresholds, averages and functions, which no checkpoint can hold.
         """
-        names = ("window", "samples", "seed", "on_stall", "progress_bar", "print_audit", "check_replicas")
+        names = ("window", "samples", "seed", "on_stall", "progress_bar", "print_audit", "check_replicas", "budget")
         args = {name: getattr(self._options, name) for name in names}
         if callable(args["on_stall"]):
             args["on_stall"] = "warn"

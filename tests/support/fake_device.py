@@ -70,7 +70,7 @@ def main(count: int, fused: bool, seeded: bool) -> None:
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer = torch.optim.AdamW(params, lr=1e-3, **options)
-        watch = uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=10**6)
+        watch = uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=10**6, budget=None)
         if seeded:  # a host read in the step, to show that it would be seen
             watched = next(iter(watch._model.watched.values()))
             before = watched.before

@@ -94,7 +94,7 @@ def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer = make(params)
-        watch = uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=WINDOW)
+        watch = uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=WINDOW, budget=None)
         watch.enabled = False
         for _ in range(2):
             optimizer.step()

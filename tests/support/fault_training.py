@@ -63,28 +63,28 @@ def train(
 def run_bare(folder: Path, steps: int, sinks: list[Any]) -> None:
     """No `with`, no `close`."""
     model, optimizer = model_and_optimizer()
-    uw.watch(model, optimizer, window=WINDOW, sinks=sinks)
+    uw.watch(model, optimizer, window=WINDOW, sinks=sinks, budget=None)
     train(folder, steps, model, optimizer, pause_from=12)
     torch.save(model.state_dict(), folder / "weights.pt")
 
 
 def run_context(folder: Path, steps: int, sinks: list[Any]) -> None:
     model, optimizer = model_and_optimizer()
-    with uw.watch(model, optimizer, window=WINDOW, sinks=sinks):
+    with uw.watch(model, optimizer, window=WINDOW, sinks=sinks, budget=None):
         train(folder, steps, model, optimizer, pause_from=12)
     torch.save(model.state_dict(), folder / "weights.pt")
 
 
 def run_raising(folder: Path, steps: int, sinks: list[Any]) -> None:
     model, optimizer = model_and_optimizer()
-    with uw.watch(model, optimizer, window=WINDOW, sinks=sinks):
+    with uw.watch(model, optimizer, window=WINDOW, sinks=sinks, budget=None):
         train(folder, steps, model, optimizer)
         raise RuntimeError("CUDA out of memory")
 
 
 def run_bare_raising(folder: Path, steps: int, sinks: list[Any]) -> None:
     model, optimizer = model_and_optimizer()
-    uw.watch(model, optimizer, window=WINDOW, sinks=sinks)
+    uw.watch(model, optimizer, window=WINDOW, sinks=sinks, budget=None)
     train(folder, steps, model, optimizer)
     raise RuntimeError("CUDA out of memory")
 
@@ -117,7 +117,7 @@ def run_signal_in_hook(folder: Path, steps: int, sinks: list[Any]) -> None:
 def run_forking(folder: Path, steps: int, sinks: list[Any]) -> None:
     """Forks in mid-window; the child trains too, and ends like a program of its own."""
     model, optimizer = model_and_optimizer()
-    uw.watch(model, optimizer, window=WINDOW, sinks=sinks)
+    uw.watch(model, optimizer, window=WINDOW, sinks=sinks, budget=None)
     train(folder, 12, model, optimizer)
     child = os.fork()
     for n in range(13, steps + 1):
@@ -141,7 +141,7 @@ class Numbers(torch.utils.data.Dataset[Tensor]):
 def run_loader(folder: Path, steps: int, sinks: list[Any], context: str) -> None:
     """Two data-loader workers, begun anew in mid-window in every epoch."""
     model, optimizer = model_and_optimizer()
-    with uw.watch(model, optimizer, window=WINDOW, sinks=sinks):
+    with uw.watch(model, optimizer, window=WINDOW, sinks=sinks, budget=None):
         done = 0
         while done < steps:
             loader = torch.utils.data.DataLoader(

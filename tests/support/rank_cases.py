@@ -96,7 +96,7 @@ class Case:
         for x in self.batches(warm, seed=1):
             self.backward(x)
             self.optimizer.step()
-        watch = uw.watch(self.named, self.optimizer, window=STEPS, samples=SAMPLES, check_replicas=True)
+        watch = uw.watch(self.named, self.optimizer, window=STEPS, samples=SAMPLES, check_replicas=True, budget=None)
         truth = watched_truth(self, STEPS)
         report = watch.flush()
         assert report is not None
@@ -255,7 +255,7 @@ def _is_identical(make: Callable[[], Case]) -> dict[str, Any]:
     for watched in (False, True):
         case = make()
         start = _digest(case.model, case.optimizer)
-        watch = uw.watch(case.model, case.optimizer, window=4, check_replicas=True) if watched else None
+        watch = uw.watch(case.model, case.optimizer, window=4, check_replicas=True, budget=None) if watched else None
         for x in case.batches(24):
             case.backward(x)
             case.optimizer.step()
@@ -274,7 +274,7 @@ def fails_in_a_hook() -> dict[str, Any]:
     reports: list[Any] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
+        watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append], budget=None)
         started, steps = time.monotonic(), 0
         for x in case.batches(40):
             case.backward(x)
@@ -300,7 +300,7 @@ def drifts(make: Callable[[], Case] | None = None) -> dict[str, Any]:
     """Windows of 8; after 12 steps the last rank alone writes to one tensor."""
     case = ddp() if make is None else make()
     reports: list[Any] = []
-    watch = uw.watch(case.named, case.optimizer, window=8, sinks=[reports.append], check_replicas=True)
+    watch = uw.watch(case.named, case.optimizer, window=8, sinks=[reports.append], check_replicas=True, budget=None)
     for steps, x in enumerate(case.batches(24), 1):
         case.backward(x)
         case.optimizer.step()
@@ -330,7 +330,7 @@ PLACES = ("read", "before", "encode", "after", "close_window", "catalogue", "jud
 def fails_at(place: str, rank: int, step: int) -> dict[str, Any]:
     """`rank` raises in our code in or after `step`, at one of PLACES; windows of 4, 24 steps of FSDP2."""
     case = fsdp2(24, 40, 16)
-    watch = uw.watch(case.model, case.optimizer, window=4)
+    watch = uw.watch(case.model, case.optimizer, window=4, budget=None)
     started, steps = time.monotonic(), 0
     logger = logging.getLogger("update_watch")
     logger.disabled = True
@@ -385,7 +385,7 @@ def one_closes_alone() -> dict[str, Any]:
     reports: list[Any] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
+        watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append], budget=None)
         told = 0
         for steps, x in enumerate(case.batches(24), 1):
             case.backward(x)
@@ -405,7 +405,7 @@ def whole_rules() -> dict[str, str]:
     """A rule that needs the whole tensor, on shards and on a tensor that is whole here."""
     net = nn.ModuleList([nn.Linear(24, 40, bias=False), nn.Linear(24, 16, bias=False)]).bfloat16()
     fully_shard(net[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    watch = uw.watch(net, torch.optim.Muon(net.parameters(), lr=1e-3), window=4)
+    watch = uw.watch(net, torch.optim.Muon(net.parameters(), lr=1e-3), window=4, budget=None)
     (watched,) = watch._model.watched.values()
     reasons = {row.names[0]: row.reason for row in watched.rows}
     watch.close()
@@ -420,7 +420,7 @@ def one_watches_late() -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught, mock.patch.object(gloo_group, "MEET", 0.5):
         warnings.simplefilter("always")
         if dist.get_rank() == 0:
-            watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
+            watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append], budget=None)
         for steps, x in enumerate(case.batches(32), 1):
             case.backward(x)
             case.optimizer.step()
@@ -429,7 +429,7 @@ def one_watches_late() -> dict[str, Any]:
                     watch.flush()
                 dist.barrier()
                 started = time.monotonic()
-                watch = watch or uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
+                watch = watch or uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append], budget=None)
         assert watch is not None
         watch.flush()
         seconds = time.monotonic() - started
@@ -441,7 +441,7 @@ def one_watches_late() -> dict[str, Any]:
 def ends_without_closing() -> dict[str, Any]:
     """A window ends with the last step, and nobody waits for it."""
     case = fsdp2(24, 40, 16)
-    uw.watch(case.model, case.optimizer, window=4)
+    uw.watch(case.model, case.optimizer, window=4, budget=None)
     for x in case.batches(24):
         case.backward(x)
         case.optimizer.step()
@@ -454,7 +454,7 @@ def one_dies() -> dict[str, Any]:
     reports: list[Any] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watch = uw.watch(case.named, case.optimizer, window=8, sinks=[reports.append])
+        watch = uw.watch(case.named, case.optimizer, window=8, sinks=[reports.append], budget=None)
         started = time.monotonic()
         for steps, x in enumerate(case.batches(32), 1):
             case.backward(x)
@@ -479,7 +479,7 @@ def one_flushes_alone() -> dict[str, Any]:
     """Windows of 8; after 11 steps rank 0 alone closes one, and at 16 both."""
     case = ddp()
     reports: list[Any] = []
-    watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append])
+    watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append], budget=None)
     for steps, x in enumerate(case.batches(24), 1):
         case.backward(x)
         case.optimizer.step()

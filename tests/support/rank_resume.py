@@ -46,7 +46,7 @@ def begin(arguments: str) -> dict[str, Any]:
     """ "kind,to": 48 steps, and a checkpoint."""
     kind, to = arguments.split(",")
     case = _case(kind)
-    watch = uw.watch(case.model, case.optimizer, window=FIRST + THEN, samples=SAMPLES)
+    watch = uw.watch(case.model, case.optimizer, window=FIRST + THEN, samples=SAMPLES, budget=None)
     watched_truth(case, FIRST + THEN)
     report = watch.flush()
     assert report is not None
@@ -76,7 +76,7 @@ def go_on(arguments: str, remembers: bool = True) -> dict[str, Any]:
     limits = uw.Thresholds(stalling=low - MARGIN, stalling_exit=min(high + MARGIN, 1.0))
     reports: list[Any] = []
     watch = uw.watch(
-        case.model, case.optimizer, window=1000, samples=SAMPLES, thresholds=limits, sinks=[reports.append]
+        case.model, case.optimizer, window=1000, samples=SAMPLES, thresholds=limits, sinks=[reports.append], budget=None
     )
     if remembers:
         watch.load_state_dict(saved["watch"])

@@ -102,7 +102,13 @@ def _attach(training: Training, settings: Settings, screen: Screen, stack: ExitS
         sinks.append(sink)
     # a step of this model takes less time than the usual look at it would: 256 elements of each tensor are enough
     watched = watch(
-        training.model, training.optimizer, window=settings.window, samples=32, seed=settings.seed, sinks=sinks
+        training.model,
+        training.optimizer,
+        window=settings.window,
+        samples=32,
+        budget=None,  # the runs are compared window by window
+        seed=settings.seed,
+        sinks=sinks,
     )
     return _Watched(training, stack.enter_context(watched), reports, journal, wandb_run)
 
