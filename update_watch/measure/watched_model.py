@@ -21,7 +21,8 @@ from update_watch.measure.identity.optimizer_parts import Parts
 from update_watch.measure.identity.partitions import Piece, wrappers
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.transfer import Batch
-from update_watch.measure.watched_optimizer import Watched, describe, share_turns
+from update_watch.measure.turns import turns_of_optimizers
+from update_watch.measure.watched_optimizer import Watched, describe
 from update_watch.measure.windows import Window
 
 
@@ -65,11 +66,18 @@ class WatchedModel:
                     *(optimizer, index, self._names, self._samples, self._rng, found, self._pieces, part, groups)
                 )
             self.watched[id(optimizer), part] = watched
-            share_turns(list(self.watched.values()))
+            self._share_turns()
             return watched
 
         parts = self._parts[id(optimizer)] = Parts(make(0, self.found), make)
         self._handles.append(optimizer.register_load_state_dict_post_hook(lambda _: parts.read_counters()))
+
+    def _share_turns(self) -> None:
+        """Let many optimizers take turns, as the tensors of one do."""
+        every = self.watched.values()
+        turns, shadowed = turns_of_optimizers(len(every), sum(len(watched.rows) for watched in every))
+        for i, watched in enumerate(every):
+            watched.turns, watched.is_shadowed = turns, i % shadowed == 0
 
     def _find_masters(self, optimizer: Optimizer, wrapped_in: Sequence[Any]) -> None:
         """Name what the optimizer steps instead of the model's own tensors."""

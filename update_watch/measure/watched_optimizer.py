@@ -22,19 +22,12 @@ from update_watch.measure.learning_rates import LearningRates, as_number
 from update_watch.measure.parameters import Row, build_rows
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch, Part
+from update_watch.measure.turns import samples_for, turns_of
 from update_watch.measure.windows import CohortWindow, RowFacts
 from update_watch.readable import shape_of, unreadable
 from update_watch.replay.twin import Twin
 from update_watch.wording import first_line
 
-# Up to so many tensors are measured in every step. More are split into cohorts that take turns, so that the cost of a step
-# stops growing; with 8 cohorts every tensor is still measured in an eighth of the steps.
-_ALL = 16
-_FEW = 8  # so many times the samples where the whole model has no more tensors than that: there is time for them
-_COHORT = 8
-_MAX_COHORTS = 8
-_MAX_TURNS = 16
-_SHADOWED = 4  # optimizers whose states are compared with FP32 ones
 _WAITING = 4  # measured steps that are added together; they hold a few kilobytes
 
 
@@ -88,7 +81,7 @@ class Watched:
         self.ids = frozenset(map(id, self._members))
         label = (f"optimizer{self.index}." if self.index else "") + (f"part{self.part}." if self.part else "")
         lived = {id(row.param): row.lived for row in getattr(self, "rows", [])}
-        self._samples = self._asked * (_FEW if len(self._names) <= _ALL else 1)
+        self._samples = samples_for(self._asked, len(self._names))
         self.rows = build_rows(self.optimizer, self._names, self._samples, label, self.found, self._pieces)
         for row in self.rows:
             row.reason = row.reason or self._odd.get(id(row.param), "")
@@ -104,7 +97,7 @@ class Watched:
             rows = [r for r in self.rows if r.is_measured and local(r.param).device == device]
             if not rows:  # on the meta device, say
                 continue
-            turns = min(_MAX_COHORTS, math.ceil(len(rows) / _COHORT)) if len(rows) > _ALL else 1
+            turns = turns_of(len(rows), device)
             self.cohorts += [Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)]
         self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))
         self.redraw()
@@ -298,18 +291,6 @@ class Watched:
             accumulators=_counters(row, state),
         )
         return RowFacts(evidence, cohort.samplers[i].size, cohort.live_steps[i], cohort.full_steps[i], dtypes, rates)
-
-
-def share_turns(all_watched: Sequence[Watched]) -> None:
-    """Let many optimizers take turns, as the tensors of one do.
-
-    With one optimizer per parameter, stepped in the backward pass, hundreds of optimizers make one step.
-    """
-    tensors = sum(len(watched.rows) for watched in all_watched)
-    turns = min(_MAX_TURNS, math.ceil(tensors / _COHORT)) if tensors > _ALL and len(all_watched) > _COHORT else 1
-    every = math.ceil(len(all_watched) / _SHADOWED)
-    for i, watched in enumerate(all_watched):
-        watched.turns, watched.is_shadowed = turns, i % every == 0
 
 
 def _counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEvidence]:
