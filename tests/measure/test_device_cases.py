@@ -275,7 +275,7 @@ def test_states_that_move_away_later_are_seen() -> None:
         report = watch.flush()
         assert watch._tap.error is None
     assert report is not None
-    assert all(t.health.value == "unknown" and "is on meta" in str(t.advice) for t in report.tensors)
+    assert all(t.health.value == "unknown" and "'momentum' cannot be read" in str(t.advice) for t in report.tensors)
 
 
 # --- compiled steps ---------------------------------------------------------------------------------------
