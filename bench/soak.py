@@ -31,7 +31,7 @@ from torch import nn
 
 import update_watch as uw
 from update_watch.dashboards.journal.journal import Journal, read_journal
-from update_watch.measure.windows import Window
+from update_watch.measure.window_evidence import Window
 from update_watch.report import Health, Report
 
 JOURNAL_BYTES = 2 * 2**20

@@ -15,8 +15,8 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from update_watch.callbacks._stall import StalledError
     from update_watch.callbacks.lightning import UpdateWatch
+    from update_watch.callbacks.on_stall import StalledError
 
 __all__ = ["StalledError", "UpdateWatch"]
 
@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
 
         return UpdateWatch
     if name == "StalledError":
-        from update_watch.callbacks._stall import StalledError
+        from update_watch.callbacks.on_stall import StalledError
 
         return StalledError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

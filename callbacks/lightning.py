@@ -20,7 +20,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from update_watch.callbacks._shared import (
+from update_watch.callbacks.on_stall import OnStall, StallResponse
+from update_watch.callbacks.session import (
     Names,
     Options,
     Session,
@@ -33,7 +34,6 @@ from update_watch.callbacks._shared import (
     stalled_count,
     wandb_sink,
 )
-from update_watch.callbacks._stall import OnStall, StallResponse
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 

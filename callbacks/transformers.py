@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from update_watch.callbacks._packing import packed, unpacked
-from update_watch.callbacks._shared import (
+from update_watch.callbacks.on_stall import OnStall, StallResponse
+from update_watch.callbacks.packed_state import packed, unpacked
+from update_watch.callbacks.session import (
     Names,
     Options,
     Session,
@@ -28,7 +29,6 @@ from update_watch.callbacks._shared import (
     stalled_count,
     wandb_sink,
 )
-from update_watch.callbacks._stall import OnStall, StallResponse
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 

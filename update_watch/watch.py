@@ -24,7 +24,7 @@ from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.tap import StepTap, unwrap
 from update_watch.measure.watched_model import WatchedModel
 from update_watch.measure.watched_optimizer import Watched
-from update_watch.measure.windows import Window, read
+from update_watch.measure.window_evidence import Window, read
 from update_watch.ranks.joining import Ranks
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds

@@ -68,7 +68,7 @@ def test_accumulation_counts_updates_not_batches() -> None:
 
 
 def test_logged_keys_and_values_are_those_of_the_dashboards() -> None:
-    from update_watch.callbacks._shared import run_numbers
+    from update_watch.callbacks.session import run_numbers
     from update_watch.dashboards.metrics import run_values
 
     watch = Watched()

@@ -51,7 +51,7 @@ def test_lightnings_ema_is_found_and_its_efficiency_is_that_of_a_full_comparison
 
 
 def test_a_plain_average_and_a_named_one_are_found() -> None:
-    from update_watch.callbacks._shared import average_models
+    from update_watch.callbacks.session import average_models
 
     average = WeightAveraging()
     seen: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tests.support.lightning_models import FullComparison
 from update_watch.callbacks import StalledError
-from update_watch.callbacks._packing import packed, unpacked
+from update_watch.callbacks.packed_state import packed, unpacked
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 

@@ -15,8 +15,8 @@ from update_watch.evidence import Numbers, TensorEvidence, median_headroom
 from update_watch.formats import BF16, FP32, Format
 from update_watch.measure.device_sums import DeviceSums
 from update_watch.measure.transfer import Transfer
+from update_watch.measure.window_evidence import CohortWindow, RowFacts, Window, read
 from update_watch.measure.window_sums import WindowSums
-from update_watch.measure.windows import CohortWindow, RowFacts, Window, read
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
 
 Array = npt.NDArray[np.float64]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from update_watch.replay.copier import ReplayError
+from update_watch.replay.attribute_copy import ReplayError
 from update_watch.replay.optimizer_copy import copy_of, rule_of
 from update_watch.replay.twin import Run, Twin
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import update_watch as uw
-from update_watch.readable import described, is_computable, shape_of, unreadable
+from update_watch.odd_tensors import described, is_computable, shape_of, unreadable
 from update_watch.report import Health, Report
 
 SHAPE = (8, 8)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from update_watch import formats
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local, mask, pack_views
-from update_watch.readable import unreadable
+from update_watch.odd_tensors import unreadable
 from update_watch.wording import first_line
 
 

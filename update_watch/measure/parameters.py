@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from update_watch.measure.identity.partitions import Piece, PieceSampler
 from update_watch.measure.sampling import Sampler, local, unsamplable
-from update_watch.readable import shape_of, unreadable
+from update_watch.odd_tensors import shape_of, unreadable
 from update_watch.replay import rule_properties, state_forms
 from update_watch.replay.rounding_scheme import Scheme, find_scheme
 from update_watch.replay.rule_kind import Kind, Rule, find_rule, find_scaled_rule

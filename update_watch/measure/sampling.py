@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from update_watch.readable import unreadable
+from update_watch.odd_tensors import unreadable
 
 try:
     from torch.distributed.tensor import DTensor as _DTensor

@@ -16,7 +16,7 @@ from update_watch.measure.accumulators.decay import decay_sums
 from update_watch.measure.gathers import Gathers
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import gather, local
-from update_watch.replay.copier import ReplayError
+from update_watch.replay.attribute_copy import ReplayError
 from update_watch.replay.rounding_scheme import Join
 from update_watch.replay.rule_kind import Kind
 from update_watch.replay.twin import GroupSettings, Run, Twin

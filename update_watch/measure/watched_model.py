@@ -23,7 +23,7 @@ from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.transfer import Batch
 from update_watch.measure.turns import turns_of_optimizers
 from update_watch.measure.watched_optimizer import Watched, describe
-from update_watch.measure.windows import Window
+from update_watch.measure.window_evidence import Window
 
 
 class WatchedModel:

@@ -23,8 +23,8 @@ from update_watch.measure.parameters import Row, build_rows
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch, Part
 from update_watch.measure.turns import samples_for, turns_of
-from update_watch.measure.windows import CohortWindow, RowFacts
-from update_watch.readable import shape_of, unreadable
+from update_watch.measure.window_evidence import CohortWindow, RowFacts
+from update_watch.odd_tensors import shape_of, unreadable
 from update_watch.replay.twin import Twin
 from update_watch.wording import first_line
 

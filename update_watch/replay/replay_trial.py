@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from update_watch.readable import described, unreadable
-from update_watch.replay.copier import Copier, ReplayError
+from update_watch.odd_tensors import described, unreadable
+from update_watch.replay.attribute_copy import Copier, ReplayError
 from update_watch.replay.synthetic_training import Counters, RuleError, SyntheticTraining, TrainingSettings, sampled
 from update_watch.replay.twin import Run, Twin
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch import formats
-from update_watch.readable import unreadable
+from update_watch.odd_tensors import unreadable
 from update_watch.replay.side_effects import RandomStates
 from update_watch.replay.synthetic_parameter import SyntheticParameter, undisturbed
 

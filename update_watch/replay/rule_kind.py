@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from update_watch.readable import described, unreadable
-from update_watch.replay.copier import ReplayError
+from update_watch.odd_tensors import described, unreadable
+from update_watch.replay.attribute_copy import ReplayError
 from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way
 from update_watch.replay.rounding_scheme import Scheme
 from update_watch.replay.scaled_trial import try_scaled

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.readable import shape_of, unreadable
+from update_watch.odd_tensors import shape_of, unreadable
 from update_watch.replay.synthetic_parameter import (
     SECONDS,
     STEPS,

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.readable import unreadable
-from update_watch.replay.copier import Copier, ReplayError
+from update_watch.odd_tensors import unreadable
+from update_watch.replay.attribute_copy import Copier, ReplayError
 from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
 
 SAMPLES = 96  # elements looked at in each parameter

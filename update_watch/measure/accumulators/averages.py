@@ -20,7 +20,7 @@ from torch import Tensor
 from update_watch.evidence import AccumulatorEvidence, Numbers
 from update_watch.measure.sampling import Sampler, gather, local, mask, unsamplable
 from update_watch.measure.transfer import Batch, Part
-from update_watch.readable import shape_of
+from update_watch.odd_tensors import shape_of
 
 _CHUNK = 12  # tensors looked at in one step
 _SUMS = 7  # dot, want, wanted, lost, looks, rounded looks, moved

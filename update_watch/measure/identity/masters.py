@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from update_watch.measure.identity import partitions
 from update_watch.measure.identity.partitions import Piece
 from update_watch.measure.sampling import local
-from update_watch.readable import unreadable
+from update_watch.odd_tensors import unreadable
 
 _ELSEWHERE = "its optimizer steps other tensors than the model's, and which of them hold this parameter is not known"
 _ZERO_3 = (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.callbacks._stall import OnStall
+from update_watch.callbacks.on_stall import OnStall
 from update_watch.measure.tap import unwrap
 from update_watch.report import Health, Report, weighted_mean
 from update_watch.thresholds import Thresholds
