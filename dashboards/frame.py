@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from update_watch.dashboards.run_numbers import RunNumbers, run_numbers
 from update_watch.report import (
     HEADROOM_BINS,
     SEVERITY,
@@ -42,19 +43,6 @@ def _number_fields(cls: Any) -> tuple[str, ...]:
 TENSOR_NUMBERS = _number_fields(TensorReport)
 ACCUMULATOR_NUMBERS = _number_fields(AccumulatorReport)
 WHOLE_NUMBERS = frozenset({"since_step"})
-
-# Where several windows are joined, each tensor keeps its worst one: a stall is never hidden. "unknown" does not
-# hide what was measured before or after it.
-_KEEPING_ORDER = (
-    Health.broken,
-    Health.stalled,
-    Health.stalling,
-    Health.idle,
-    Health.healthy,
-    Health.unknown,
-    Health.frozen,
-)
-_KEEPING_RANK = np.array([_KEEPING_ORDER.index(h) for h in SEVERITY], dtype=np.int8)
 
 
 class TensorTable(NamedTuple):
@@ -101,6 +89,7 @@ class Frame:
     what_if: Mapping[str, Floats]
     accumulators: Mapping[str, Columns]
     has_layers: bool = True
+    run: RunNumbers = RunNumbers()  # of the run as a whole; of several windows the mean
 
     @property
     def begin(self) -> int:
@@ -117,6 +106,7 @@ def frame_of(report: Report) -> Frame:
     table = TensorTable(*(tuple(getattr(t, field) for t in tensors) for field in TensorTable._fields))
     names = dict.fromkeys(name for t in tensors for name in t.accumulators)
     formats = dict.fromkeys(name for t in tensors if t.what_if for name in t.what_if)
+    columns = _columns(tensors, TENSOR_NUMBERS)
     return Frame(
         step=report.step,
         window=report.window,
@@ -128,7 +118,7 @@ def frame_of(report: Report) -> Frame:
         skipped_steps=report.skipped_steps,
         alerts=report.alerts,
         table=table,
-        tensors=_columns(tensors, TENSOR_NUMBERS),
+        tensors=columns,
         headroom=_headroom(tensors),
         what_if={name: _floats([(t.what_if or {}).get(name) for t in tensors]) for name in formats},
         accumulators={
@@ -136,6 +126,7 @@ def frame_of(report: Report) -> Frame:
             for name in names
         },
         has_layers=bool(report.layers),
+        run=run_numbers(table.numel, columns.health, columns.numbers),
     )
 
 
@@ -242,86 +233,3 @@ def _layers(tensors: Sequence[TensorReport]) -> tuple[LayerReport, ...]:
         names = tuple(t.name for t in members if t.health is worst)
         found.append(LayerReport(name, worst, names, weighted_mean((t.efficiency, t.numel) for t in members)))
     return tuple(found)
-
-
-# --- joining windows ---------------------------------------------------------------------------------
-
-
-def join(first: Frame, second: Frame) -> Frame:
-    """One frame for two neighbours of the same tensors: each tensor (and accumulator) as in the worse of the two.
-
-    Alerts are kept, all of them. Time and step are those of the second; the cost is the mean over windows.
-    """
-    takes_first = _is_worse(first.tensors, second.tensors)
-    worse = first if SEVERITY.index(first.health) < SEVERITY.index(second.health) else second
-    windows = first.windows + second.windows
-    costs = [(f.cost_ms, f.windows) for f in (first, second)]
-    return Frame(
-        step=second.step,
-        window=first.window + second.window,
-        windows=windows,
-        time=second.time,
-        health=worse.health,
-        headline=worse.headline,
-        cost_ms=weighted_mean(costs),
-        skipped_steps=first.skipped_steps + second.skipped_steps,
-        alerts=first.alerts + second.alerts,
-        table=second.table,
-        tensors=_pick(takes_first, first.tensors, second.tensors),
-        headroom=_pick_optional(takes_first, first.headroom, second.headroom),
-        what_if=_pick_each(takes_first, first.what_if, second.what_if),
-        accumulators=_join_accumulators(first.accumulators, second.accumulators),
-        has_layers=first.has_layers or second.has_layers,
-    )
-
-
-def _is_worse(first: Columns, second: Columns) -> NDArray[np.bool_]:
-    """Where `first` is worse than `second`, or equally healthy with a lower efficiency."""
-    rank_a, rank_b = _rank(first.health), _rank(second.health)
-    low_a, low_b = (np.nan_to_num(c.numbers["efficiency"], nan=np.inf) for c in (first, second))
-    worse: NDArray[np.bool_] = (rank_a < rank_b) | ((rank_a == rank_b) & (low_a < low_b))
-    return worse
-
-
-def _rank(health: Codes) -> Codes:
-    return np.where(health == NO_CODE, np.int8(len(SEVERITY)), _KEEPING_RANK[health])
-
-
-def _pick(takes_first: NDArray[np.bool_], first: Columns, second: Columns) -> Columns:
-    advice = {i: text for i, text in first.advice.items() if takes_first[i]}
-    advice.update((i, text) for i, text in second.advice.items() if not takes_first[i])
-    dtype = second.dtype
-    if first.dtype != second.dtype:
-        dtype = tuple(a if take else b for take, a, b in zip(takes_first, first.dtype, second.dtype, strict=True))
-    return Columns(
-        health=np.where(takes_first, first.health, second.health),
-        cause=np.where(takes_first, first.cause, second.cause),
-        numbers=_pick_each(takes_first, first.numbers, second.numbers),
-        advice=advice,
-        dtype=dtype,
-    )
-
-
-def _pick_each(takes_first: NDArray[np.bool_], a: Mapping[str, Floats], b: Mapping[str, Floats]) -> dict[str, Floats]:
-    nothing = np.full(len(takes_first), np.nan)
-    return {name: np.where(takes_first, a.get(name, nothing), b.get(name, nothing)) for name in {**a, **b}}
-
-
-def _pick_optional(takes_first: NDArray[np.bool_], a: Floats | None, b: Floats | None) -> Floats | None:
-    if a is None and b is None:
-        return None
-    nothing = np.full((len(takes_first), HEADROOM_BINS), np.nan)
-    return np.where(takes_first[:, None], nothing if a is None else a, nothing if b is None else b)
-
-
-def _join_accumulators(first: Mapping[str, Columns], second: Mapping[str, Columns]) -> dict[str, Columns]:
-    joined = {}
-    for name in {**first, **second}:
-        a, b = first.get(name), second.get(name)
-        if a is None or b is None:
-            only = a or b
-            assert only is not None
-            joined[name] = only
-        else:
-            joined[name] = _pick(_is_worse(a, b), a, b)
-    return joined

@@ -140,6 +140,16 @@ def extra_bytes(cure: Cure, numel: int) -> int:
     return BYTES_PER_PARAMETER[cure] * numel
 
 
+# the first is the usual one; causes that are not here are no matter of precision, and have no code
+FOR_CAUSE: dict[str, tuple[Cure, ...]] = {
+    "weight_rounding": (Cure.masters, Cure.stochastic_rounding, Cure.kahan),
+    "decay_rounding": (Cure.fused_decay, Cure.masters, Cure.stochastic_rounding),
+    "state_rounding": (Cure.fp32_states,),
+    "average_rounding": (Cure.fp32_average,),
+    "accumulation_rounding": (Cure.masters,),
+}
+
+
 _LANGUAGE = {"torchtune": "yaml", "torchtitan": "sh"}
 _PAGE = """# Fix it: what to change, trainer by trainer
 

@@ -74,7 +74,7 @@ def _least(kind: str, parts: Sequence[str]) -> int:
 
 
 def group_words(chosen: Collection[str], shapes: Mapping[str, Sequence[int]], limit: int = 4) -> list[str]:
-    """Tensors in a few phrases, the largest first: ["all 5 norms", "q_proj in layers 17-31", "head.weight"].
+    """Tensors in a few phrases, whole families and kinds first, then the largest: ["all 5 norms", "q_proj in layers 17-31", "head.weight"].
 
     Args:
         chosen: names of the tensors to speak of; each must be in `shapes`.
@@ -83,7 +83,7 @@ def group_words(chosen: Collection[str], shapes: Mapping[str, Sequence[int]], li
     """
     inside = set(chosen)
     if len(inside) > 1 and len(inside) == len(shapes):
-        return [f"all {len(inside):,} tensors"]
+        return [f"{_all(len(inside))} tensors"]
     found = places(shapes)
     labels = kind_labels(place.kind for place in found.values())
     families: dict[str, list[str]] = {}
@@ -93,13 +93,13 @@ def group_words(chosen: Collection[str], shapes: Mapping[str, Sequence[int]], li
     for word, members in families.items():
         mine = [name for name in members if name in inside]
         if len(mine) == len(members) > 1:
-            phrases.append((len(mine), f"all {len(mine):,} {plural_of(word)}"))
+            phrases.append((len(mine), f"{_all(len(mine))} {plural_of(word)}"))
             continue
         spoken = _kinds_in_words(mine, members, found, labels)
         if len(spoken) > _PHRASES:
             spoken = [(len(mine), f"{len(mine):,} of {len(members):,} {plural_of(word)}")]
         phrases += spoken
-    phrases.sort(key=lambda pair: -pair[0])
+    phrases.sort(key=lambda pair: (not pair[1].startswith(("all ", "both ")), -pair[0]))  # what is whole says most
     if len(phrases) > limit:
         rest = sum(count for count, _ in phrases[limit - 1 :])
         phrases = [*phrases[: limit - 1], (rest, f"{rest:,} more")]
@@ -122,11 +122,15 @@ def _kinds_in_words(
         if len(alike) == 1:
             words = alike[0]
         elif len(alike) == total:
-            words = f"all {total:,} {label}"
+            words = f"{_all(total)} {label}"
         else:
             words = _stretch(label, [found[name] for name in alike]) or f"{len(alike):,} of {total:,} {label}"
         spoken.append((len(alike), words))
     return spoken
+
+
+def _all(count: int) -> str:
+    return "both" if count == 2 else f"all {count:,}"
 
 
 def _stretch(label: str, alike: Sequence[Place]) -> str:

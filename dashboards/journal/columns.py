@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from update_watch.dashboards.frame import Floats
-from update_watch.report import HEADROOM_BINS
+from update_watch.dashboards.run_numbers import NUMBERS, RunNumbers
+from update_watch.report import HEADROOM_BINS, SEVERITY
 
 _SHARE = 10_000  # headroom shares are stored as whole ten-thousandths
 _SPARSE = 0.6  # from this share on, a column is stored as the exceptions from its most common value
@@ -155,6 +156,20 @@ def advice_of(lines: Any, count: int) -> dict[int, str]:
         for i, *fill in zip(tensors, *numbers, strict=True):
             advice[i] = texts[0] + "".join(number + text for number, text in zip(fill, texts[1:], strict=True))
     return advice
+
+
+def run_line(run: RunNumbers) -> dict[str, Any]:
+    """What is known of a window's numbers for the run as a whole."""
+    line: dict[str, Any] = {name: short(getattr(run, name)) for name in NUMBERS}
+    return {**{k: v for k, v in line.items() if v is not None}, "counts": [round(n, 2) for n in run.counts]}
+
+
+def run_of(line: Any) -> RunNumbers:
+    counts = [float(n) for n in line["counts"]]
+    values = [_float(line.get(name)) for name in NUMBERS]
+    if len(counts) != len(SEVERITY) or any(math.isinf(v) for v in values) or not all(map(math.isfinite, counts)):
+        raise ValueError("damaged window (numbers of the run)")
+    return RunNumbers(**dict(zip(NUMBERS, values, strict=True)), counts=tuple(counts))
 
 
 # --- checks --------------------------------------------------------------------------------------------

@@ -31,10 +31,13 @@ from update_watch.dashboards.journal.columns import (
     headroom_lines,
     headroom_of,
     indices_of,
+    run_line,
+    run_of,
     short,
     text_of,
     whole_of,
 )
+from update_watch.dashboards.run_numbers import run_numbers
 from update_watch.report import SEVERITY, Alert, Cause, Health, Level
 
 SCHEMA = 1
@@ -139,6 +142,7 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
         "cost_ms": short(frame.cost_ms),
         "skipped_steps": frame.skipped_steps,
         "layers": frame.has_layers,
+        "run": run_line(frame.run),
         "alerts": _alert_lines(frame.alerts, frame.table),
         "tensors": _columns_line(frame.tensors),
         "accumulators": {name: _columns_line(columns) for name, columns in frame.accumulators.items()},
@@ -174,6 +178,8 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
     count = len(table.name)
     headroom = line.get("headroom")
     cost = line.get("cost_ms")
+    tensors = _columns(line["tensors"], count, TENSOR_NUMBERS, has_dtype=False)
+    run = line.get("run")  # early journals have none
     return Frame(
         step=whole_of(line["step"]),
         window=whole_of(line["window"]),
@@ -185,7 +191,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
         skipped_steps=whole_of(line["skipped_steps"]),
         alerts=tuple(_alert(alert, table) for alert in line["alerts"]),
         table=table,
-        tensors=_columns(line["tensors"], count, TENSOR_NUMBERS, has_dtype=False),
+        tensors=tensors,
         headroom=None if headroom is None else headroom_of(headroom, count),
         what_if={text_of(k): column_of(v, count) for k, v in line.get("what_if", {}).items()},
         accumulators={
@@ -193,6 +199,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
             for name, columns in line["accumulators"].items()
         },
         has_layers=bool(line["layers"]),
+        run=run_numbers(table.numel, tensors.health, tensors.numbers) if run is None else run_of(run),
     )
 
 

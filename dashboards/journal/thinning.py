@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from update_watch.dashboards.frame import Frame, TensorTable, join
+from update_watch.dashboards.frame import Frame, TensorTable
+from update_watch.dashboards.joining import join
 from update_watch.dashboards.journal.lines import decode, encode, frame_of_line, table_of, window_line
 
 KEPT = 16  # last windows that are never joined

@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from update_watch.dashboards.frame import Columns, Floats, Frame, TensorTable, frame_of, join
+from update_watch.dashboards.frame import Columns, Floats, Frame, TensorTable, frame_of
+from update_watch.dashboards.joining import join
 from update_watch.dashboards.journal.journal import EmptyJournalError, JournalReader
 from update_watch.dashboards.journal.thinning import window_steps
-from update_watch.report import HEADROOM_BINS, SEVERITY, Alert, Health, Report
+from update_watch.dashboards.run_numbers import RunNumbers, mean_of
+from update_watch.report import SEVERITY, Alert, Health, Report
 
 SPANS = 200
-_TENSOR_SERIES = ("efficiency", "update_ratio", "applied_ratio")
-_HEALTHY, _ABSENT = SEVERITY.index(Health.healthy), len(SEVERITY)
+ABSENT = len(SEVERITY)  # in `health_PH`: the tensor was not watched
+# per tensor: what is drawn over the run. "margin" is the learning rate over the critical one
+SERIES = ("efficiency", "update_ratio", "applied_ratio", "lr", "margin", "gradient_rms")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +37,11 @@ class History:
     table: TensorTable  # every tensor the run had
     last: Frame
     spans: tuple[tuple[int, int], ...]  # (the step before, the last step)
+    times: tuple[float, ...]  # when each span ended, seconds since the epoch
     windows: int  # closed windows in all
-    health_PH: NDArray[np.int8]  # index in SEVERITY; len(SEVERITY) where the tensor was not watched
-    series_PH: Mapping[str, NDArray[np.float32]]  # efficiency, update_ratio, applied_ratio
-    efficiency_H: Floats  # of the run, weighted by number of elements
-    lr_H: Floats  # largest of the tensors
-    counts_HS: NDArray[np.float64]  # tensors per health (in the order of SEVERITY), mean over the span
-    headroom_B: Floats | None  # share of the wanted elements per octave, last span that knew it
+    health_PH: NDArray[np.int8]  # index in SEVERITY, or ABSENT
+    series_PH: Mapping[str, NDArray[np.float32]]  # by name, those of SERIES
+    run_H: tuple[RunNumbers, ...]  # means over a span
     alerts: tuple[Alert, ...]
     damaged: int = 0  # journal lines that could not be read
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -57,6 +58,10 @@ class History:
     def windows_per_span(self) -> int:
         """Windows a column of a chart stands for, rounded."""
         return max(1, round(self.windows / len(self.spans)))
+
+    def of_run(self, name: str) -> Floats:
+        """One of the run's numbers per span, (H,)."""
+        return np.array([getattr(numbers, name) for numbers in self.run_H], dtype=np.float64)
 
 
 def read_history(path: str | os.PathLike[str], name: str | None = None, spans: int = SPANS) -> History:
@@ -86,7 +91,9 @@ def read_history(path: str | os.PathLike[str], name: str | None = None, spans: i
     return builder.finish(label, len(reader.damaged), reader.run)
 
 
-def history_of(reports: Sequence[Report], name: str = "run", spans: int = SPANS) -> History:
+def history_of(
+    reports: Sequence[Report], name: str = "run", spans: int = SPANS, run: Mapping[str, Any] | None = None
+) -> History:
     """The history in reports.
 
     Raises:
@@ -101,7 +108,7 @@ def history_of(reports: Sequence[Report], name: str = "run", spans: int = SPANS)
     builder = _Builder(kept[-1].step, kept[0].step, spans)
     for report in reversed(kept):
         builder.add(frame_of(report))
-    return builder.finish(name)
+    return builder.finish(name, run=run)
 
 
 class _Builder:
@@ -111,10 +118,9 @@ class _Builder:
         self._length = max(1.0, (last - first) / max(1, spans - 1))
         self._spans: list[_Span] = []
         self._held: Frame | None = None
-        self._runs: list[_RunValues] = []  # of the windows in `_held`
+        self._runs: list[tuple[RunNumbers, int]] = []  # of the windows in `_held`
         self._alerts: list[Alert] = []
         self._windows = 0
-        self._headroom: Floats | None = None
         self.last: Frame | None = None
 
     def add(self, frame: Frame) -> None:
@@ -125,10 +131,9 @@ class _Builder:
         else:
             self._close()
             self._held = frame
-        self._runs.append(_run_values(frame))
+        self._runs.append((frame.run, frame.windows))
         self._alerts += frame.alerts
         self._windows += frame.windows
-        self._headroom = _headroom_of(frame, self._headroom)
         self.last = frame
 
     def finish(self, name: str, damaged: int = 0, run: Mapping[str, Any] | None = None) -> History:
@@ -136,8 +141,8 @@ class _Builder:
         assert self.last is not None
         table, places = _union([span.table for span in self._spans], self.last.table)
         shape = (len(table.name), len(self._spans))
-        health = np.full(shape, _ABSENT, dtype=np.int8)
-        series = {key: np.full(shape, np.nan, dtype=np.float32) for key in _TENSOR_SERIES}
+        health = np.full(shape, ABSENT, dtype=np.int8)
+        series = {key: np.full(shape, np.nan, dtype=np.float32) for key in SERIES}
         for h, span in enumerate(self._spans):
             at = places[span.table]
             health[at, h] = span.health
@@ -148,13 +153,11 @@ class _Builder:
             table=table,
             last=self.last,
             spans=tuple(span.steps for span in self._spans),
+            times=tuple(span.time for span in self._spans),
             windows=self._windows,
             health_PH=health,
             series_PH=series,
-            efficiency_H=np.array([span.run.efficiency for span in self._spans]),
-            lr_H=np.array([span.run.lr for span in self._spans]),
-            counts_HS=np.array([span.run.counts for span in self._spans]),
-            headroom_B=self._headroom,
+            run_H=tuple(span.run for span in self._spans),
             alerts=tuple(self._alerts),
             damaged=damaged,
             run=run or {},
@@ -163,59 +166,34 @@ class _Builder:
     def _close(self) -> None:
         frame = self._held
         if frame is not None:
-            series = {key: frame.tensors.numbers[key].astype(np.float32) for key in _TENSOR_SERIES}
+            run = mean_of([numbers for numbers, _ in self._runs], [windows for _, windows in self._runs])
             steps = (frame.begin, frame.step)
-            self._spans.append(_Span(steps, frame.table, frame.tensors.health, series, _mean(self._runs)))
+            self._spans.append(_Span(steps, frame.time, frame.table, frame.tensors.health, _series(frame), run))
             self._held, self._runs = None, []
-
-
-@dataclasses.dataclass(frozen=True)
-class _RunValues:
-    windows: int
-    efficiency: float
-    lr: float
-    counts: Floats
 
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
     steps: tuple[int, int]
+    time: float
     table: TensorTable
     health: NDArray[np.int8]
     series: Mapping[str, NDArray[np.float32]]
-    run: _RunValues
+    run: RunNumbers
 
 
-def _run_values(frame: Frame) -> _RunValues:
-    numel = np.array(frame.table.numel, dtype=np.float64)
-    counts = np.bincount(frame.tensors.health, minlength=len(SEVERITY)).astype(np.float64)
-    return _RunValues(
-        frame.windows,
-        _weighted(frame.tensors.numbers["efficiency"], numel),
-        _largest(frame.tensors.numbers["lr"]),
-        counts,
-    )
+def _series(frame: Frame) -> dict[str, NDArray[np.float32]]:
+    numbers = frame.tensors.numbers
+    found = {key: numbers[key].astype(np.float32) for key in SERIES if key in numbers}
+    return {**found, "margin": margin(frame.tensors).astype(np.float32)}
 
 
-def _mean(values: Sequence[_RunValues]) -> _RunValues:
-    weights = np.array([v.windows for v in values], dtype=np.float64)
-    return _RunValues(
-        int(weights.sum()),
-        _weighted(np.array([v.efficiency for v in values]), weights),
-        _weighted(np.array([v.lr for v in values]), weights),
-        np.average(np.array([v.counts for v in values]), axis=0, weights=weights),
-    )
-
-
-def _weighted(values: Floats, weights: Floats) -> float:
-    known = ~np.isnan(values)
-    total = weights[known].sum()
-    return float((values[known] * weights[known]).sum() / total) if total else float("nan")
-
-
-def _largest(values: Floats) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.max()) if len(known) else float("nan")
+def margin(tensors: Columns) -> Floats:
+    """Learning rate over the one at which half of a tensor's updates are lost, (P,): under 1 more than half is lost."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios: Floats = tensors.numbers["lr"] / tensors.numbers["critical_lr"]
+    ratios[~np.isfinite(ratios)] = np.nan
+    return ratios
 
 
 def headroom_weights(frame: Frame) -> Floats:
@@ -223,14 +201,6 @@ def headroom_weights(frame: Frame) -> Floats:
     wanted = np.nan_to_num(frame.tensors.numbers["wanted_fraction"], nan=1.0)
     weights: Floats = np.array(frame.table.numel, dtype=np.float64) * wanted
     return weights
-
-
-def _headroom_of(frame: Frame, before: Floats | None) -> Floats | None:
-    if frame.headroom is None:
-        return before
-    known = ~np.isnan(frame.headroom[:, 0])
-    total = headroom_weights(frame)[known] @ frame.headroom[known] if known.any() else np.zeros(HEADROOM_BINS)
-    return total / total.sum() if total.sum() > 0 else before
 
 
 def _union(tables: Iterable[TensorTable], last: TensorTable) -> tuple[TensorTable, dict[TensorTable, NDArray[np.intp]]]:
@@ -260,3 +230,9 @@ def efficiency_of(columns: Columns) -> Floats:
     parts = [columns.numbers[key] for key in ("efficiency", "growth_efficiency", "decay_efficiency")]
     stacked = np.where(np.isnan(parts), np.inf, parts).min(axis=0)
     return np.where(np.isinf(stacked), np.nan, stacked)
+
+
+def is_unwell(health: NDArray[np.int8]) -> NDArray[np.bool_]:
+    """Broken, stalled or stalling."""
+    found: NDArray[np.bool_] = health <= SEVERITY.index(Health.stalling)
+    return found

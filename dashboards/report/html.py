@@ -16,33 +16,26 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from update_watch.dashboards.journal.journal import EmptyJournalError
 from update_watch.dashboards.outputs import check_output
-from update_watch.dashboards.report import charts
-from update_watch.dashboards.report.chart_parts import scales_of
-from update_watch.dashboards.report.headroom_charts import headroom, headroom_by_row
-from update_watch.dashboards.report.heatmap_chart import heatmap
+from update_watch.dashboards.report.charts.classes import CLASSES
+from update_watch.dashboards.report.comparison import compare
+from update_watch.dashboards.report.details import details
+from update_watch.dashboards.report.drawing import every_chart
+from update_watch.dashboards.report.first_screen import first_screen
 from update_watch.dashboards.report.history import History, read_history
-from update_watch.dashboards.report.page import run_page
-from update_watch.dashboards.report.palette import CLASSES, THEMES, chart_config
+from update_watch.dashboards.report.palette import RUNS, THEMES, chart_config
 from update_watch.dashboards.report.picture import write_picture
-from update_watch.dashboards.report.ratio_charts import ratios_by_layer, ratios_over_steps
-from update_watch.dashboards.report.row_groups import Rows, kind_rows, layer_rows, tensor_rows
 from update_watch.dashboards.report.tensor_list import tensor_list
-from update_watch.report import SEVERITY
 
-ROWS = 80  # of a heatmap; a model with more tensors is shown by layers, by kinds, and by its worst tensors
-_RATIO_ROWS = 60
-_WORST = 60
 _POLL_SECONDS = 2.0
 _RELOAD_SECONDS = 10.0
+_SCRIPTS = ("page.js", "charts.js", "map.js", "table.js", "start.js")
 _BUNDLE = "window.vegaEmbed = vegaEmbed;"
 _INSTALL = "The HTML report needs {}: pip install 'update-watch[report]'"
 
@@ -64,30 +57,43 @@ def render_html(histories: Sequence[History], reload_seconds: float | None = Non
         import jinja2
     except ImportError as error:
         raise ImportError(_INSTALL.format("jinja2")) from error
-    library, script = _vega(), _resource("report.js")
+    # a scope of its own: the bundle's thousands of short names are global
+    library, script = _vega(), '(() => {\n"use strict";\n' + "\n".join(_resource(name) for name in _SCRIPTS) + "})();\n"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    found = _charts(histories)
+    screens = [first_screen(history) for history in histories]
+    drawn = every_chart(histories, screens)
     data = {
         "themes": {theme: chart_config(theme) for theme in THEMES},
-        "charts": found,
+        "classes": CLASSES,
+        "charts": drawn.charts,
+        "maps": drawn.maps,
+        "tensorCharts": drawn.tensor_charts,
         "tensors": tensor_list(histories),
+        "cures": [screen.cure.codes if screen.cure else {} for screen in screens],
         "runs": [history.name for history in histories],
         "reload": reload_seconds,
     }
     safe = jinja2.utils.markupsafe.Markup  # only for what is ours or was made safe by `_script_json`
-    page: str = environment.from_string(_resource("report.html")).render(
-        runs=[run_page(history) for history in histories],
+    page: str = environment.from_string(_resource("page.html")).render(
+        runs=screens,
+        details=[details(history) for history in histories],
+        compared=compare(histories, screens) if len(histories) > 1 else (),
+        charts=drawn.charts,
+        has_heatmaps=any(name.startswith("heatmap-") for name in drawn.charts),
         data=safe(_script_json(data)),
         library=safe(library),
         script=safe(script),
         style=safe(_style()),
         policy=_policy(library, script),
         classes=CLASSES,
-        healths=[health.value for health in SEVERITY],
+        is_shallow=all(
+            "width" in spec and spec["width"] != "container"
+            for name, spec in drawn.charts.items()
+            if name.startswith("map-")
+        ),
         is_live=reload_seconds is not None,
-        views=[(key, label) for key, label in _VIEWS.items() if f"heatmap-0-{key}" in found],
     )
     return page
 
@@ -167,68 +173,6 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
-# --- charts ----------------------------------------------------------------------------------------------
-
-_VIEWS = {"tensor": "by tensor", "kind": "by kind", "layer": "by layer", "worst": "worst tensors"}
-
-
-def _charts(histories: Sequence[History]) -> dict[str, Any]:
-    """Specifications by "<chart>-<run>", for heatmaps "heatmap-<run>-<view>"."""
-    scales = scales_of(histories)
-    names = list(dict.fromkeys(name for history in histories for name in history.table.name))
-    layers = {
-        n: layer for history in histories for n, layer in zip(history.table.name, history.table.layer, strict=True)
-    }
-    views = _heatmap_rows(histories, names, layers)
-    by_layer = layer_rows(names, [layers[name] for name in names], _RATIO_ROWS)
-    by_kind = kind_rows(names, _RATIO_ROWS)
-    found: dict[str, Any] = {"efficiency": charts.efficiency_over_steps(histories, scales)}
-    for run, history in enumerate(histories):
-        place = {name: i for i, name in enumerate(history.table.name)}
-        for key, rows in views.items():
-            found[f"heatmap-{run}-{key}"] = heatmap(history, _of_run(rows, names, place), scales)
-        found[f"health-{run}"] = charts.health_over_steps(history, scales)
-        found[f"ratios-{run}"] = ratios_over_steps(history, scales)
-        found[f"layers-{run}"] = ratios_by_layer(history, _of_run(by_layer, names, place), scales)
-        found[f"headroom-{run}"] = headroom(history, scales)
-        found[f"kinds-{run}"] = headroom_by_row(history, _of_run(by_kind, names, place), scales)
-        found[f"accumulators-{run}"] = charts.accumulators(history)
-        found[f"alerts-{run}"] = charts.alert_timeline(history, scales)
-    return found
-
-
-def _heatmap_rows(histories: Sequence[History], names: Sequence[str], layers: Mapping[str, str]) -> dict[str, Rows]:
-    kinds = kind_rows(names, ROWS)
-    views = {"tensor": tensor_rows(names)} if len(names) <= ROWS else {}
-    if len(kinds.labels) < 0.7 * len(names):
-        views["kind"] = kinds
-    if len(names) > ROWS:
-        views["layer"] = layer_rows(names, [layers[name] for name in names], ROWS)
-        views["worst"] = tensor_rows(names, _worst(histories, names))
-    return views
-
-
-def _worst(histories: Sequence[History], names: Sequence[str]) -> list[int]:
-    """The tensors that were worst in any run: by health, then by how long, then by efficiency."""
-    place = {name: i for i, name in enumerate(names)}
-    order: dict[int, tuple[float, ...]] = {}
-    for history in histories:
-        health = history.health_PH
-        worst_P = health.min(axis=1)
-        long_P = (health == worst_P[:, None]).sum(axis=1)
-        low_P = np.nan_to_num(history.series_PH["efficiency"], nan=9.0).min(axis=1)
-        for name, *key in zip(history.table.name, worst_P.tolist(), (-long_P).tolist(), low_P.tolist(), strict=True):
-            i = place[name]
-            order[i] = min(order.get(i, tuple(key)), tuple(key))
-    return sorted(order, key=order.__getitem__)[:_WORST]
-
-
-def _of_run(rows: Rows, names: Sequence[str], place: Mapping[str, int]) -> Rows:
-    """The same rows with the indices that a run's own tensors have."""
-    members = tuple(tuple(place[names[i]] for i in row if names[i] in place) for row in rows.members)
-    return rows._replace(members=members)
-
-
 # --- assembling ------------------------------------------------------------------------------------------
 
 
@@ -244,7 +188,12 @@ def _vega() -> str:
 
 
 def _resource(name: str) -> str:
-    return importlib.resources.files("update_watch.dashboards.report").joinpath(name).read_text(encoding="utf-8")
+    return (
+        importlib.resources.files("update_watch.dashboards.report")
+        .joinpath("page")
+        .joinpath(name)
+        .read_text(encoding="utf-8")
+    )
 
 
 def _style() -> str:
@@ -253,8 +202,13 @@ def _style() -> str:
     def variables(theme: str) -> str:
         return "".join(f"--{name}:{color};" for name, color in THEMES[theme].items())
 
-    dark = f"@media (prefers-color-scheme: dark){{:root{{{variables('dark')}}}}}"
-    return f":root{{{variables('light')}}}\n{dark}\n{_resource('report.css')}"
+    # the system's choice, unless the reader made one
+    dark = (
+        f"@media (prefers-color-scheme: dark){{:root:not([data-theme=light]){{{variables('dark')}}}}}\n"
+        f":root[data-theme=dark]{{{variables('dark')}}}"
+    )
+    runs = "".join(f".s{i}{{background:{color}}}" for i, color in enumerate(RUNS["light"]))
+    return f":root{{{variables('light')}}}{runs}\n{dark}\n{_resource('page.css')}"
 
 
 def _policy(*scripts: str) -> str:

@@ -8,18 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from update_watch.dashboards.report.charts.classes import CLASSES
 from update_watch.report import SEVERITY, Health
-
-# The classes of a heatmap cell, worst first; `history.health_PH` and the efficiency decide which (`charts.cell_class`).
-CLASSES = (
-    "broken",
-    "stalled",
-    "stalling, under half",
-    "stalling",
-    "healthy, under 0.96",
-    "healthy",
-)
-NO_CLASS = len(CLASSES)  # idle, frozen, unknown, not there: the page shows through
 
 THEMES: dict[str, dict[str, str]] = {
     "light": {
@@ -29,13 +19,15 @@ THEMES: dict[str, dict[str, str]] = {
         "grid": "#eceef1",
         "text": "#1b1f24",
         "quiet": "#5c6570",
-        "faint": "#8b949e",
+        "faint": "#68717c",
         "accent": "#2f6f9f",
         "accent-soft": "#dfeaf3",
         "broken": "#6a1b8a",
         "stalled": "#b3261e",
         "stalling": "#e08a1e",
         "unknown": "#7d8590",
+        "unknown-strong": "#5c6570",
+        "stalling-strong": "#a85a00",
         "idle": "#b2a48c",
         "frozen": "#a9c8dd",
         "healthy": "#6da4cb",
@@ -44,7 +36,9 @@ THEMES: dict[str, dict[str, str]] = {
         "class-2": "#e2631a",
         "class-3": "#f6b75c",
         "class-4": "#c9dbe8",
-        "class-5": "#e7eff5",
+        "class-5": "#d9d3c8",
+        "class-6": "#e4e6e9",
+        "class-7": "#c4cad1",
         "band": "#f3d9b1",
         "epsilon": "#8b949e",
         "lost": "#b3261e",
@@ -59,13 +53,15 @@ THEMES: dict[str, dict[str, str]] = {
         "grid": "#222931",
         "text": "#e6e9ed",
         "quiet": "#a3adb8",
-        "faint": "#737d88",
+        "faint": "#909aa6",
         "accent": "#79b8e6",
         "accent-soft": "#1c2f40",
         "broken": "#d69bf2",
         "stalled": "#ff6f5e",
         "stalling": "#e9a23b",
         "unknown": "#8d96a1",
+        "unknown-strong": "#a3adb8",
+        "stalling-strong": "#e9a23b",
         "idle": "#8f8269",
         "frozen": "#47687f",
         "healthy": "#4a86b0",
@@ -73,8 +69,10 @@ THEMES: dict[str, dict[str, str]] = {
         "class-1": "#ff6a57",
         "class-2": "#d9741f",
         "class-3": "#8f5f1c",
-        "class-4": "#2a4256",
-        "class-5": "#1b2935",
+        "class-4": "#26435a",
+        "class-5": "#4a4335",
+        "class-6": "#2a313a",
+        "class-7": "#3f4854",
         "band": "#4a3a1e",
         "epsilon": "#737d88",
         "lost": "#ff6f5e",
@@ -120,6 +118,7 @@ def chart_config(theme: str) -> dict[str, Any]:
         "background": "transparent",
         "font": SANS,
         "view": {"stroke": None},
+        "mark": {"aria": False},  # a chart has one description, its own
         "axis": axis,
         "legend": {
             "labelColor": c["quiet"],
@@ -139,11 +138,14 @@ def chart_config(theme: str) -> dict[str, Any]:
         },
         "style": {
             "band": {"color": c["band"], "opacity": 0.75},
+            "cursor": {"color": c["text"], "opacity": 0.45},
+            "rate": {"color": c["faint"], "strokeWidth": 1.5},
+            "onset": {"color": c["faint"], "strokeDash": [3, 3]},
+            "cell": {"strokeWidth": 0},
+            "cell-mark": {"color": c["quiet"], "fontSize": 10, "font": SANS},
             "epsilon": {"color": c["epsilon"], "strokeDash": [4, 3]},
             "edge": {"color": c["text"]},
             "note": {"color": c["quiet"], "fontSize": 10.5, "font": SANS},
-            "intended": {"color": c["quiet"]},
-            "way": {"color": c["faint"]},
             "main": {"color": c["accent"], "strokeWidth": 2},
             "second": {"color": c["stalled"], "strokeWidth": 2},
             "spread": {"color": c["accent"], "opacity": 0.16},

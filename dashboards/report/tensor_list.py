@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from update_watch.dashboards.frame import CAUSES, NO_CODE, Columns, Floats
-from update_watch.dashboards.report.history import History
+from update_watch.dashboards.report.history import History, margin
+from update_watch.dashboards.report.traces import run_traces
+from update_watch.naming import without_prefix
 from update_watch.report import SEVERITY
 
 MOST_ROWS = 6000  # of all runs together; the worst are kept
@@ -24,7 +24,7 @@ FIELDS = (
     "lost",
     "displacement",
     "ratio",
-    "critical",
+    "margin",
     "since",
     "numel",
     "dtype",
@@ -34,17 +34,24 @@ FIELDS = (
     "also",
     "state",
     "accumulators",
+    "short",
+    "trace",
 )
 
 
 def tensor_list(histories: Sequence[History]) -> dict[str, Any]:
-    """`fields`, `rows` (worst first), `texts` (advice, by index), `causes`, `healths`, and `left_out`."""
+    """`fields`, `rows` (worst first), `texts` (advice, by index), `causes`, `healths`, `left_out`, and `traces` of each
+    run: what was measured of its rows' tensors over the run, in the order of `trace`."""
     texts: dict[str, int] = {"": 0}
     ranked: list[tuple[tuple[int, float, int], list[Any]]] = []
     for run, history in enumerate(histories):
         ranked += _rows(run, history, texts)
     ranked.sort(key=lambda pair: pair[0])
     kept = [row for _, row in ranked[:MOST_ROWS]]
+    shown: list[list[int]] = [[] for _ in histories]
+    for row in kept:  # the last cell holds the tensor's index so far
+        row[-1], index = len(shown[row[0]]), row[-1]
+        shown[row[0]].append(index)
     return {
         "fields": FIELDS,
         "rows": kept,
@@ -52,6 +59,7 @@ def tensor_list(histories: Sequence[History]) -> dict[str, Any]:
         "causes": [cause.value for cause in CAUSES],
         "healths": [health.value for health in SEVERITY],
         "left_out": len(ranked) - len(kept),
+        "traces": [run_traces(history, index) for history, index in zip(histories, shown, strict=True)],
     }
 
 
@@ -69,8 +77,8 @@ def _rows(run: int, history: History, texts: dict[str, int]) -> list[tuple[tuple
             "state_factor",
         )
     }
-    with np.errstate(divide="ignore", invalid="ignore"):
-        critical = _short(tensors.numbers["critical_lr"] / tensors.numbers["lr"])
+    margins = _short(margin(tensors))
+    shorts, _ = without_prefix(table.name)
     parts = {name: (columns, _accumulator_numbers(columns)) for name, columns in frame.accumulators.items()}
     found = []
     for i, name in enumerate(table.name):
@@ -84,7 +92,7 @@ def _rows(run: int, history: History, texts: dict[str, int]) -> list[tuple[tuple
             numbers["lost_fraction"][i],
             numbers["displacement_efficiency"][i],
             numbers["update_ratio"][i],
-            critical[i],
+            margins[i],
             numbers["since_step"][i],
             table.numel[i],
             table.dtype[i],
@@ -104,6 +112,8 @@ def _rows(run: int, history: History, texts: dict[str, int]) -> list[tuple[tuple
                 for part, (columns, three) in parts.items()
                 if columns.health[i] != NO_CODE
             ],
+            shorts[i],
+            i,
         ]
         low = math.inf if efficiency is None else efficiency
         found.append(((int(tensors.health[i]), low, -table.numel[i]), row))

@@ -9,7 +9,8 @@ import pytest
 
 from tests.support.journals import steps, tiny, write
 from tests.support.run_samples import synthetic_run
-from update_watch.dashboards.frame import frame_of, join, report_of
+from update_watch.dashboards.frame import frame_of, report_of
+from update_watch.dashboards.joining import join
 from update_watch.dashboards.journal.journal import Journal, read_journal
 from update_watch.dashboards.journal.thinning import KEPT, thin
 from update_watch.report import Alert, Health, Level, Report
@@ -97,8 +98,8 @@ def test_a_journal_that_cannot_be_thinned_goes_on_and_warns_once(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("update_watch.dashboards.journal.thinning.tempfile.mkstemp", fail)
-    with pytest.warns(UserWarning, match="could not be thinned to 20000: .*No space left") as caught:
-        path = write(tmp_path / "j.jsonl", *(tiny(10 * n) for n in range(1, 100)), max_bytes=20_000)
+    with pytest.warns(UserWarning, match="could not be thinned to 25000: .*No space left") as caught:
+        path = write(tmp_path / "j.jsonl", *(tiny(10 * n) for n in range(1, 100)), max_bytes=25_000)
     assert len(caught) == 1
     assert steps(path) == [10 * n for n in range(1, 100)]
 

@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from update_watch.dashboards.report.chart_parts import ROW_AXIS, Scales, Spec, chart, step_axis
+from update_watch.dashboards.report.charts.classes import CLASSES, NO_CLASS, cell_class
+from update_watch.dashboards.report.charts.parts import ROW_AXIS, Scales, Spec, step_axis, time_chart
 from update_watch.dashboards.report.history import History
-from update_watch.dashboards.report.palette import CLASSES, NO_CLASS
 from update_watch.dashboards.report.row_groups import Rows
-from update_watch.report import SEVERITY, Health
 
 
-def cell_class(health: NDArray[np.int8], efficiency: NDArray[np.floating[Any]]) -> NDArray[np.int8]:
-    """Index in `CLASSES` of each cell. The verdict decides between well and not, the efficiency the shade."""
-    efficiency = np.nan_to_num(efficiency, nan=1.0)
-    classes = np.full(health.shape, NO_CLASS, dtype=np.int8)
-    classes[health == SEVERITY.index(Health.healthy)] = 5
-    classes[(classes == 5) & (efficiency < 0.96)] = 4
-    classes[health == SEVERITY.index(Health.stalling)] = 3
-    classes[(classes == 3) & (efficiency < 0.5)] = 2
-    classes[health == SEVERITY.index(Health.stalled)] = 1
-    classes[health == SEVERITY.index(Health.broken)] = 0
-    return classes
-
-
-def heatmap(history: History, rows: Rows, scales: Scales, step_px: int = 12) -> Spec:
+def heatmap(history: History, rows: Rows, scales: Scales, step_px: int = 16) -> Spec:
     """Efficiency, rows by steps: of each row's worst tensor in the worst window of each span.
 
     Neighbours of one class are one rectangle, which says from when to when, and how low the efficiency was.
@@ -68,11 +52,10 @@ def heatmap(history: History, rows: Rows, scales: Scales, step_px: int = 12) -> 
         "scale": {"domain": list(CLASSES), "range": "ordinal"},
         "legend": None,
     }
-    body = {
-        "params": [{"name": "labels", "value": list(rows.labels)}],
+    layer: Spec = {
         "data": {"values": values},
         # a stroke of the same colour closes the hair lines between neighbours
-        "mark": {"type": "rect", "tooltip": True, "strokeWidth": 0.7},
+        "mark": {"type": "rect", "tooltip": True, "strokeWidth": 0.7, "cursor": "pointer"},
         "encoding": {
             "x": {"field": "begin", **step_axis(scales)},
             "x2": {"field": "end"},
@@ -86,14 +69,20 @@ def heatmap(history: History, rows: Rows, scales: Scales, step_px: int = 12) -> 
             "stroke": color,
             "tooltip": [
                 {"field": "name", "type": "nominal", "title": "tensor" if rows.by == "tensor" else "worst tensor"},
-                {"field": "verdict", "type": "nominal"},
-                {"field": "efficiency", "type": "quantitative", "title": "lowest efficiency", "format": ".2f"},
+                {"field": "verdict", "type": "nominal", "title": "its updates"},
+                {"field": "efficiency", "type": "quantitative", "title": "arrived, at the least", "format": ".0%"},
                 {"field": "begin", "type": "quantitative", "title": "after step", "format": ","},
                 {"field": "end", "type": "quantitative", "title": "up to step", "format": ","},
             ],
         },
     }
-    return chart(max(60, step_px * len(rows.labels)), body, renderer="canvas")
+    return time_chart(
+        max(60, step_px * len(rows.labels)),
+        [layer],
+        f"Heatmap of {history.name}: how much of each update arrived, by {rows.by} over the run",
+        renderer="canvas",
+        params=[{"name": "labels", "value": list(rows.labels)}],
+    )
 
 
 def _rounded(value: float) -> float | None:

@@ -1,7 +1,7 @@
 """What the charts of the HTML report share: scales, axes and the frame of a Vega-Lite specification.
 
-A specification has no colours: it names styles and ranges that `palette.chart_config` fills in for the light or the
-dark theme. Names of tensors appear as data and in `params`, never in an expression.
+A chart over time has a data set "cursor", which the page fills with where the pointer is in any of them, and `time` in
+its `usermeta`, by which the page knows that its steps may be shown as hours instead.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from update_watch.dashboards.frame import Floats
 from update_watch.dashboards.report.history import History
+from update_watch.dashboards.run_numbers import Floats
 from update_watch.report import HEADROOM_LOW, SEVERITY
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
@@ -24,12 +24,11 @@ BF16_HALF_ULP = (2.0**-9, 2.0**-8)
 
 HEALTHS = [health.value for health in SEVERITY]
 HEALTH_COLOR = {"field": "health", "type": "nominal", "scale": {"domain": HEALTHS, "range": "category"}}
-_STEP_LABEL = "format(datum.value, '~s')"
 ROW_AXIS = {
     "title": None,
     "labelExpr": "labels[datum.value]",
     "labelFont": "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace",
-    "labelFontSize": 10,
+    "labelFontSize": 11,
     "labelLimit": 230,
     "labelOverlap": True,
     "ticks": False,
@@ -43,6 +42,7 @@ class Scales(NamedTuple):
     steps: tuple[int, int]
     ratio: tuple[float, float]  # update / weight
     octaves: tuple[int, int]  # headroom
+    lr: tuple[float, float] | None  # of the runs
 
 
 def scales_of(histories: Sequence[History]) -> Scales:
@@ -58,10 +58,13 @@ def scales_of(histories: Sequence[History]) -> Scales:
         filled = np.flatnonzero(np.nanmax(np.concatenate([_known(r) for r in rows]), axis=0, initial=0.0) > 0.002)
         if len(filled):
             octaves = (int(filled[0]) + HEADROOM_LOW, int(filled[-1]) + HEADROOM_LOW + 1)
+    rates = np.concatenate([h.of_run("lr") for h in histories])
+    rates = rates[~np.isnan(rates) & (rates > 0)]
     return Scales(
         steps=(min(h.first_step for h in histories), max(h.last_step for h in histories)),
         ratio=(max(low / 1.5, 1e-9, high * 1e-8), high * 1.5),
         octaves=(min(octaves[0], -2), max(octaves[1], 2)),
+        lr=(float(rates.min()), float(rates.max())) if len(rates) else None,
     )
 
 
@@ -69,20 +72,45 @@ def _known(rows: Floats) -> Floats:
     return rows[~np.isnan(rows[:, 0])]
 
 
-def chart(height: int, body: Mapping[str, Any], renderer: str = "svg") -> Spec:
+def chart(height: int, body: Mapping[str, Any], description: str, renderer: str = "svg", **usermeta: Any) -> Spec:
     return {
         "$schema": SCHEMA,
+        "description": description,
         "width": "container",
         "height": height,
         "autosize": {"type": "fit-x", "contains": "padding"},
-        "usermeta": {"embedOptions": {"renderer": renderer}},
+        "usermeta": {"embedOptions": {"renderer": renderer}, **usermeta},
         **body,
     }
+
+
+def time_chart(height: int, layers: Sequence[Spec], description: str, renderer: str = "svg", **body: Any) -> Spec:
+    """A chart whose x axis is the run: layers, and the line at the pointer."""
+    cursor = {
+        "data": {"name": "cursor", "values": []},
+        "mark": {"type": "rule", "style": "cursor"},
+        "encoding": {"x": {"field": "step", "type": "quantitative"}},
+    }
+    return chart(height, {**body, "layer": [*layers, cursor]}, description, renderer, time=True)
 
 
 def step_axis(scales: Scales) -> dict[str, Any]:
     return {
         "type": "quantitative",
         "scale": {"domain": list(scales.steps), "nice": False},
-        "axis": {"title": "step", "labelExpr": _STEP_LABEL, "grid": False, "tickCount": 8},
+        "axis": {"title": None, "labelExpr": "format(datum.value, ',')", "grid": False, "tickCount": 5},
     }
+
+
+def nearest(values: Sequence[Mapping[str, Any]], tooltip: Sequence[Spec]) -> Spec:
+    """Invisible lines that make every point of a chart over time answer the pointer, at any height."""
+    return {
+        "data": {"values": list(values)},
+        "mark": {"type": "rule", "opacity": 0, "strokeWidth": 9, "tooltip": True},
+        "encoding": {"x": {"field": "step", "type": "quantitative"}, "tooltip": list(tooltip)},
+    }
+
+
+def number(value: float, digits: int = 4) -> float | None:
+    """So many significant digits; None where it is not known."""
+    return float(f"{value:.{digits}g}") if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""Charts of headroom: how far updates are from being rounded away."""
+"""Headroom: how far updates are from being rounded away, by kind of tensor."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from update_watch.dashboards.frame import Floats, Frame
-from update_watch.dashboards.report.chart_parts import ROW_AXIS, Scales, Spec, chart
+from update_watch.dashboards.frame import Frame
+from update_watch.dashboards.report.charts.parts import ROW_AXIS, Scales, Spec, chart
 from update_watch.dashboards.report.history import History, headroom_weights
 from update_watch.dashboards.report.row_groups import Rows
-from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
+from update_watch.dashboards.run_numbers import Floats
+from update_watch.report import HEADROOM_LOW
 
 
 def _edge() -> list[Spec]:
@@ -31,47 +32,7 @@ def _edge() -> list[Spec]:
     return [rule, word(0, "← lost", "right", "lost-word"), word(0, "arrives →", "left", "arrives-word")]
 
 
-def headroom(history: History, scales: Scales) -> Spec:
-    """Wanted elements of the whole run by headroom, last window."""
-    shares = np.zeros(HEADROOM_BINS) if history.headroom_B is None else history.headroom_B
-    values = [
-        {"from": HEADROOM_LOW + i, "to": HEADROOM_LOW + i + 1, "share": float(f"{share:.4g}")}
-        for i, share in enumerate(shares)
-        if share > 0
-    ]
-    tooltip = [
-        {"field": "from", "type": "quantitative", "title": "headroom from"},
-        {"field": "to", "type": "quantitative", "title": "to"},
-        {"field": "share", "type": "quantitative", "title": "of the wanted elements", "format": ".1%"},
-    ]
-
-    def bars(test: str, style: str) -> Spec:
-        return {
-            "data": {"values": values},
-            "transform": [{"filter": test}],
-            "mark": {"type": "rect", "style": style, "tooltip": True, "clip": True, "xOffset": 0.5, "x2Offset": -0.5},
-            "encoding": {
-                "x": {
-                    "field": "from",
-                    "type": "quantitative",
-                    "scale": {"domain": list(scales.octaves), "nice": False},
-                    "axis": {"title": "headroom (octaves above half a gap)", "grid": False, "tickCount": 12},
-                },
-                "x2": {"field": "to"},
-                "y": {
-                    "field": "share",
-                    "type": "quantitative",
-                    "axis": {"title": "of the wanted elements", "format": "%", "tickCount": 4},
-                },
-                "y2": {"datum": 0},
-                "tooltip": tooltip,
-            },
-        }
-
-    return chart(190, {"layer": [bars("datum.from < 0", "lost"), bars("datum.from >= 0", "arrives"), *_edge()]})
-
-
-def headroom_by_row(history: History, rows: Rows, scales: Scales, step_px: int = 14) -> Spec:
+def headroom_by_row(history: History, rows: Rows, scales: Scales, step_px: int = 17) -> Spec:
     """Headroom of each row's elements, last window: how dark a cell is says how many lie there."""
     frame = history.last
     by_row = [_row_headroom(frame, members) for members in rows.members]
@@ -94,7 +55,11 @@ def headroom_by_row(history: History, rows: Rows, scales: Scales, step_px: int =
                     "field": "from",
                     "type": "quantitative",
                     "scale": {"domain": list(scales.octaves), "nice": False},
-                    "axis": {"title": "headroom (octaves above half a gap)", "grid": False, "tickCount": 12},
+                    "axis": {
+                        "title": "doublings above the smallest step that is stored",
+                        "grid": False,
+                        "tickCount": 12,
+                    },
                 },
                 "x2": {"field": "to"},
                 "y": {
@@ -111,9 +76,14 @@ def headroom_by_row(history: History, rows: Rows, scales: Scales, step_px: int =
                 },
                 "tooltip": [
                     labels,
-                    {"field": "from", "type": "quantitative", "title": "headroom from"},
+                    {"field": "from", "type": "quantitative", "title": "doublings above the smallest step, from"},
                     {"field": "to", "type": "quantitative", "title": "to"},
-                    {"field": "share", "type": "quantitative", "title": "of its wanted elements", "format": ".1%"},
+                    {
+                        "field": "share",
+                        "type": "quantitative",
+                        "title": "of the elements that should have changed",
+                        "format": ".1%",
+                    },
                 ],
             },
         }
@@ -122,7 +92,8 @@ def headroom_by_row(history: History, rows: Rows, scales: Scales, step_px: int =
         "params": [{"name": "labels", "value": list(rows.labels)}],
         "layer": [cells("datum.from < 0", "lost"), cells("datum.from >= 0", "arrives"), *_edge()],
     }
-    return chart(max(60, step_px * len(rows.labels)), body, renderer="canvas")
+    words = "How far updates are above the smallest step that is stored, by kind of tensor"
+    return chart(max(60, step_px * len(rows.labels)), body, words, renderer="canvas")
 
 
 def _row_headroom(frame: Frame, members: Sequence[int]) -> Floats | None:

@@ -1,0 +1,95 @@
+"""One number over the run: how much of each update arrived, with the learning rate beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from update_watch.dashboards.report.charts.parts import Scales, Spec, nearest, number, step_axis, time_chart
+from update_watch.dashboards.report.history import History
+
+_MARKS = 3
+
+
+def arrived(
+    histories: Sequence[History], scales: Scales, marks: Sequence[tuple[int, str]] = (), height: int = 150
+) -> Spec:
+    """Efficiency of the run (weighted by size), a line per run, and the learning rate in grey.
+
+    Args:
+        marks: (step, what began there).
+    """
+    values: list[dict[str, Any]] = []
+    for run, history in enumerate(histories):
+        rows = [
+            {"step": end, "run": run, "name": history.name, "arrived": number(arrived), "lr": number(lr)}
+            for (_, end), arrived, lr in zip(
+                history.spans, history.of_run("efficiency"), history.of_run("lr"), strict=True
+            )
+        ]
+        values += [{**rows[0], "step": history.first_step}, *rows]
+    is_one = len(histories) == 1
+    x = {"field": "step", **step_axis(scales)}
+    low = min((v["arrived"] for v in values if v["arrived"] is not None), default=0.0)
+    y = {
+        "field": "arrived",
+        "type": "quantitative",
+        "scale": {"domain": [min(0.0, low), 1.05], "nice": False},
+        "axis": {"title": None, "format": "%", "values": [0, 0.25, 0.5, 0.75, 1]},
+    }
+    line: Spec = {
+        "mark": {"type": "line", "style": "main", "interpolate": "linear"},
+        "encoding": {"x": x, "y": y, "detail": {"field": "run"}},
+    }
+    if not is_one:
+        line["mark"] = {"type": "line", "strokeWidth": 2}
+        names = [history.name for history in histories]
+        by_run = {"field": "name", "type": "nominal", "scale": {"domain": names, "range": "diverging"}, "legend": None}
+        line["encoding"] |= {"color": by_run, "strokeDash": {**by_run, "scale": {"domain": names}}}
+    layers = [line]
+    if scales.lr is not None:
+        low_lr, high_lr = scales.lr
+        rate = {
+            "field": "lr",
+            "type": "quantitative",
+            "scale": {"type": "log", "domain": [low_lr / 1.3, high_lr * 1.3], "nice": False},
+            "axis": {"title": None, "format": ".0e", "tickCount": 3, "grid": False, "orient": "right"},
+        }
+        layers = [
+            {"mark": {"type": "line", "style": "rate"}, "encoding": {"x": x, "y": rate, "detail": {"field": "run"}}},
+            line,
+        ]
+    tooltip = [
+        *([] if is_one else [{"field": "name", "type": "nominal", "title": "run"}]),
+        {"field": "arrived", "type": "quantitative", "title": "arrived", "format": ".1%"},
+        {"field": "lr", "type": "quantitative", "title": "learning rate", "format": ".2e"},
+        {"field": "step", "type": "quantitative", "title": "up to step", "format": ","},
+    ]
+    layers += [_mark(step, text, i, scales) for i, (step, text) in enumerate(marks[:_MARKS])]
+    layers.append(nearest(values, tooltip))
+    names_ = ", ".join(history.name for history in histories)
+    return time_chart(
+        height,
+        layers,
+        f"Share of each update that arrived in the stored weights, and the learning rate, over the run ({names_})",
+        data={"values": values},
+        resolve={"scale": {"y": "independent"}},
+    )
+
+
+def _mark(step: int, text: str, row: int, scales: Scales) -> Spec:
+    first, last = scales.steps
+    is_late = step - first > 0.7 * (last - first)  # no room for its word on the right
+    align, dx = ("right", -4) if is_late else ("left", 4)
+    x = {"field": "step", "type": "quantitative"}
+    data = {"values": [{"step": step, "text": text}]}
+    return {
+        "data": data,
+        "layer": [
+            {"mark": {"type": "rule", "style": "onset"}, "encoding": {"x": x}},
+            {
+                "mark": {"type": "text", "style": "note", "align": align, "baseline": "top", "dx": dx},
+                "encoding": {"x": x, "y": {"value": 88 + 13 * row}, "text": {"field": "text"}},
+            },
+        ],
+    }
