@@ -228,9 +228,6 @@ def test_a_tensor_is_two_clicks_away_and_has_an_address(browser, tmp_path, mixed
     from selenium.webdriver import ActionChains
 
     find = "const e = document.querySelector('[data-chart=map-0] svg'); e.scrollIntoView({block: 'center'}); return e"
-    box = page.js(
-        "const b = document.querySelector('[data-chart=map-0] svg .mark-rect path').getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]"
-    )
     place = """
         const b = document.querySelector('[data-chart=map-0] svg .mark-rect path').getBoundingClientRect();
         const w = arguments[0].getBoundingClientRect();

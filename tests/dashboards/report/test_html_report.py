@@ -17,7 +17,7 @@ from tests.support.run_samples import CURE, gpt, synthetic_run
 from update_watch.dashboards.journal.journal import Journal, JournalError
 from update_watch.dashboards.report.history import history_of, read_history
 from update_watch.dashboards.report.html import read_runs, render_html, write_report
-from update_watch.report import Alert, Health, Level, Report, TensorReport
+from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
 
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
