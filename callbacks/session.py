@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.callbacks.on_stall import OnStall
-from update_watch.measure.tap import unwrap
 from update_watch.report import Health, Report, weighted_mean
 from update_watch.thresholds import Thresholds
 from update_watch.watch import Watch, watch
+from update_watch.wrappers import unwrap
 
 logger = logging.getLogger("update_watch")
 

@@ -28,6 +28,7 @@ VOCABULARY = {
     "thresholds",
     "wording",
     "worker",
+    "wrappers",
 }
 # room -> rooms below it, whose files it may import beside its own
 BELOW: dict[str, set[str]] = {
@@ -69,7 +70,6 @@ DASHBOARDS_KNOW = {
 
 # what is not yet so; must end empty
 NOT_YET: tuple[str, ...] = (  # beginnings of lines
-    "update_watch.callbacks.session -> update_watch.measure.tap: callbacks does not import measure",
     "dashboards/metrics.py: ",
 )
 

@@ -21,7 +21,7 @@ from update_watch.judge.diagnosis import Diagnosis
 from update_watch.measure.device.streams import StepStreams, is_capturing
 from update_watch.measure.identity.partitions import chain
 from update_watch.measure.plain_torch import PlainTorch
-from update_watch.measure.tap import StepTap, unwrap
+from update_watch.measure.tap import StepTap
 from update_watch.measure.watched_model import WatchedModel
 from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.window_evidence import Window, read
@@ -31,6 +31,7 @@ from update_watch.thresholds import Thresholds
 from update_watch.watching import arguments, graphs
 from update_watch.watching.attention import Attention
 from update_watch.worker import Sink, Sinks, Worker, warn
+from update_watch.wrappers import unwrap
 
 logger = logging.getLogger("update_watch")
 _STATE_VERSION = 1

@@ -285,3 +285,14 @@ def test_copies_of_an_optimizer_are_not_watched(recorder: Recorder, param: torch
     twin.param_groups[0]["params"][0].grad = torch.ones(5)
     twin.step()
     assert recorder.steps == []
+
+
+def test_parameters_on_a_device_without_autocast_are_seen() -> None:
+    param = torch.nn.Parameter(torch.ones(3, device="meta"))
+    opt = SGD([param], lr=LR)
+    seen: list[Any] = []
+    tap = StepTap(lambda opt: param.shape, lambda opt, shape: seen.append(shape))
+    tap.attach(opt)
+    param.grad = torch.ones_like(param)
+    opt.step()
+    assert tap.error is None and seen == [(3,)]

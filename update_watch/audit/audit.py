@@ -22,11 +22,11 @@ from update_watch.audit.table import Audit
 from update_watch.audit.weights import decay_rows, frozen_rows, weight_rows
 from update_watch.measure.identity.names import names_of
 from update_watch.measure.sampling import local, unsamplable
-from update_watch.measure.tap import unwrap
 from update_watch.odd_tensors import unreadable
 from update_watch.replay.rule_properties import RuleProperties, find_properties
 from update_watch.replay.state_forms import StateForm, find_states, likeness
 from update_watch.wording import first_line, listed, plural
+from update_watch.wrappers import unwrap
 
 SAMPLES = 128  # elements looked at per tensor
 

@@ -8,8 +8,8 @@ from typing import Any
 from update_watch.judge.history import check_state
 from update_watch.measure.identity.names import short
 from update_watch.measure.identity.partitions import chain
-from update_watch.measure.tap import unwrap
 from update_watch.thresholds import Thresholds
+from update_watch.wrappers import unwrap
 
 
 def check(

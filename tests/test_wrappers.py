@@ -9,9 +9,14 @@ import torch
 from torch.optim import SGD
 
 from tests.support.tap_recorder import LR
-from update_watch.measure.tap import StepTap, unwrap
+from update_watch.wrappers import unwrap
 
 # --- unwrap ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def param() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(5))
 
 
 class _Wrapper:
@@ -53,14 +58,3 @@ def test_unwrap_of_accelerates_and_lightnings_wrappers(param: torch.nn.Parameter
     wrapped = object.__new__(accelerate.AcceleratedOptimizer)
     wrapped.__dict__["optimizer"] = opt
     assert unwrap(wrapped) is opt
-
-
-def test_parameters_on_a_device_without_autocast_are_seen() -> None:
-    param = torch.nn.Parameter(torch.ones(3, device="meta"))
-    opt = SGD([param], lr=LR)
-    seen: list[Any] = []
-    tap = StepTap(lambda opt: param.shape, lambda opt, shape: seen.append(shape))
-    tap.attach(opt)
-    param.grad = torch.ones_like(param)
-    opt.step()
-    assert tap.error is None and seen == [(3,)]
