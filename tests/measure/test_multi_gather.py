@@ -125,3 +125,27 @@ def test_values_that_are_no_numbers_arrive_as_they_are() -> None:
     p = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-42, 0.0]).repeat(30)
     gather = gather_of([p], rows([180]))
     assert multi_gather.equals(gather([p], (1, 2)), expected([p], rows([180]), (1, 2)))
+
+
+def test_gradients_of_another_format_at_the_same_address_are_read_as_they_are() -> None:
+    at = rows([700])
+    param = torch.randn(700)
+    gather = gather_of([param], at)
+    memory = torch.randn(700)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float32):
+        grad = memory.view(dtype)[:700]
+        assert torch.equal(gather([param, grad], (3, 11), fresh=1), expected([param, grad], at * 2, (3, 11)))
+    assert gather.uploads == 4
+
+
+def test_formats_are_looked_at_again_from_time_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_gather, "_RECHECK", 3)
+    at = rows([700])
+    param = torch.randn(700)
+    gather = gather_of([param], at)
+    memory = torch.randn(700)
+    gather([param, memory], (3, 11))
+    other = memory.view(torch.bfloat16)[:700]
+    for _ in range(2):
+        found = gather([param, other], (3, 11))
+    assert multi_gather.equals(found, expected([param, other], at * 2, (3, 11)))

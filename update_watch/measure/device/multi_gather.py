@@ -23,6 +23,8 @@ from update_watch.measure.positions import Positions
 
 logger = logging.getLogger("update_watch")
 
+_RECHECK = 64  # calls until formats are looked at again where no address has changed
+
 _interpreted = False  # tests run the kernel in Triton's interpreter, on the CPU
 
 Reader = Callable[[int, Tensor], Tensor]
@@ -77,16 +79,17 @@ class MultiGather:
         self._tables: dict[int, _Table] = {}  # by views: another number of slots has a table of its own
         self.uploads = 0
 
-    def __call__(self, tensors: Sequence[Tensor | None], shares: tuple[int, int]) -> Tensor:
+    def __call__(self, tensors: Sequence[Tensor | None], shares: tuple[int, int], fresh: int = 0) -> Tensor:
         """[len(tensors), K] FP32. `tensors`: local ones, slot by slot and row by row; None reads zeros.
 
-        `shares`: of the two sets of a row, the lower first; see `positions`.
+        `shares`: of the two sets of a row, the lower first; see `positions`. `fresh`: so many at the end are made anew in
+        every step (gradients), and may have another format at the address of the last ones; any other has its own.
         """
         views = len(tensors)
         table = self._tables.get(views)
         if table is None:
             table = self._tables[views] = _Table(views, self.device)
-        kept = self._fill(table, tensors)
+        kept = self._fill(table, tensors, views - fresh)
         if table.send():
             self.uploads += 1
         out = torch.empty(views, self.samples, dtype=torch.float32, device=self.device)
@@ -101,27 +104,33 @@ class MultiGather:
         del kept  # what torch has read for the kernel: it may go once the kernel is in the stream
         return out
 
-    def _fill(self, table: _Table, tensors: Sequence[Tensor | None]) -> list[Tensor]:
-        """Note addresses and formats."""
+    def _fill(self, table: _Table, tensors: Sequence[Tensor | None], settled: int) -> list[Tensor]:
+        """Note addresses and formats. On the host of a GPU each look at an attribute counts: there are thousands."""
+        now = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        fresh = [None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in tensors[settled:]]
+        table.calls += 1
+        if table.calls % _RECHECK == 0:
+            table.known = [-1] * len(now)
+        elif now == table.known and fresh == table.known_fresh and not table.packed:
+            return []
+        changed = {i for i, (a, b) in enumerate(zip(now, table.known, strict=True)) if a != b}
+        if fresh != table.known_fresh:
+            changed.update(range(settled, len(now)))
+        table.known, table.known_fresh = now, fresh
         kept: list[Tensor] = []
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        formats = [None if tensor is None else tensor.dtype for tensor in tensors]
-        layouts = [None if tensor is None else tensor.stride() for tensor in tensors]
-        known = addresses, formats, layouts
-        if known == table.known and not table.has_packed:
-            return kept
-        kinds = [0] * len(tensors)
-        table.known, table.has_packed = (list(addresses), formats, layouts), False
-        for i, tensor in enumerate(tensors):
-            if tensor is None:
-                continue
-            kind = self._kernel.KINDS.get(tensor.dtype)
-            if kind is None or not _is_laid_out(tensor, self._strides[i % self.n]):
-                read = self._read(i % self.n, tensor).to(torch.float32).contiguous()
-                kept.append(read)
-                addresses[i], kind, table.has_packed = read.data_ptr(), self._kernel.PACKED, True
-            kinds[i] = kind
-        table.write(addresses, kinds)
+        for i in changed | table.packed:
+            tensor = tensors[i]
+            kind, address = 0, now[i]
+            table.packed.discard(i)
+            if tensor is not None:
+                known = self._kernel.KINDS.get(tensor.dtype)
+                if known is None or not _is_laid_out(tensor, self._strides[i % self.n]):
+                    read = self._read(i % self.n, tensor).to(torch.float32).contiguous()
+                    kept.append(read)
+                    table.packed.add(i)
+                    known, address = self._kernel.PACKED, read.data_ptr()
+                kind = known
+            table.set(i, address, kind)
         return kept
 
 
@@ -136,28 +145,33 @@ class _Table:
     """Addresses and kinds of so many views, on the device and in a ring of pinned buffers."""
 
     def __init__(self, views: int, device: torch.device) -> None:
-        self._views, self._device = views, device
-        self._here = torch.zeros(2, views, dtype=torch.int64, device=device)
-        self.addresses, self.kinds = self._here
-        self.known: tuple[list[int], list[Any], list[Any]] = [], [], []
-        self.has_packed = False
+        self._device = device
+        self._there = torch.zeros(2, views, dtype=torch.int64, device=device)
+        self.addresses, self.kinds = self._there
+        self._here = np.zeros((2, views), dtype=np.int64)
+        self.known = [-1] * views  # addresses of the tensors
+        self.known_fresh: list[Any] = []
+        self.packed: set[int] = set()  # views that torch reads, anew each time
+        self.calls = 0
+        self._has_changed = True
         self._ring: list[_Buffer] = []
-        self._next: _Buffer | None = None
 
-    def write(self, addresses: list[int], kinds: list[int]) -> None:
+    def set(self, view: int, address: int, kind: int) -> None:
         """What the next `send` uploads."""
-        self._next = next((buffer for buffer in self._ring if buffer.is_free()), None)
-        if self._next is None:
-            self._next = _Buffer(self._views, self._device)
-            self._ring.append(self._next)
-        self._next.values[0], self._next.values[1] = addresses, kinds
+        self._here[0, view], self._here[1, view] = address, kind
+        self._has_changed = True
 
     def send(self) -> bool:
-        """Upload what was written, if anything was."""
-        buffer, self._next = self._next, None
-        if buffer is None:
+        """Upload the table if it has changed."""
+        if not self._has_changed:
             return False
-        self._here.copy_(buffer.pinned, non_blocking=True)
+        self._has_changed = False
+        buffer = next((buffer for buffer in self._ring if buffer.is_free()), None)
+        if buffer is None:
+            buffer = _Buffer(self._here.shape[1], self._device)
+            self._ring.append(buffer)
+        buffer.values[:] = self._here
+        self._there.copy_(buffer.pinned, non_blocking=True)
         buffer.mark(self._device)
         return True
 
