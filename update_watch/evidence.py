@@ -56,6 +56,7 @@ class TensorEvidence:
     shape: tuple[int, ...] = ()
     trainable: bool = True
     reason: str = ""  # why the update cannot be replayed ("" when it can)
+    note: str = ""  # how it came about that no optimizer holds it
     steps: int = 0  # optimizer steps of its optimizer in the window
     measured_steps: int = 0  # of those, steps in which its update was measured
     gradless_steps: int = 0  # of those, steps in which its grad was None

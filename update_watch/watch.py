@@ -28,13 +28,13 @@ from update_watch.measure.window_evidence import Window, read
 from update_watch.ranks.joining import Ranks
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
-from update_watch.watching import arguments, graphs
+from update_watch.watching import arguments, graphs, memory
 from update_watch.watching.attention import Attention
+from update_watch.watching.discovery import Discovery
 from update_watch.worker import Sink, Sinks, Worker, warn
 from update_watch.wrappers import unwrap
 
 logger = logging.getLogger("update_watch")
-_STATE_VERSION = 1
 
 
 class Watch:
@@ -72,8 +72,10 @@ class Watch:
         self._post = Worker("sink", self._attention.beside(self._sinks))
         self._tap = StepTap(self._before, self._after, self._fail, graphs.say_what_was_captured)
         self._tap.wants = self._wants
+        self._discovery = Discovery(self._model, self._tap, self._attach)
         for optimizer in optimizers:
             self.attach(optimizer)
+        self._discovery.start()
         endings.add(self)
 
     # --- attaching -------------------------------------------------------------------------------
@@ -89,14 +91,16 @@ class Watch:
             raise RuntimeError("Watch.attach: this watch is closed; make another with update_watch.watch")
         for one in chain(optimizer):
             self._attach(one)
+        self._discovery.start()
 
-    def _attach(self, optimizer: Any) -> None:
+    def _attach(self, optimizer: Any, outside: Sequence[Optimizer] = ()) -> None:
         inner = unwrap(optimizer)
-        self._model.add(inner, optimizer)
+        self._model.add(inner, optimizer, outside)
         self._tap.attach(inner)
 
     def detach(self) -> None:
         """Remove every hook; `attach` puts them back."""
+        self._discovery.stop()
         self._tap.detach()
         self._model.clear()
 
@@ -114,7 +118,7 @@ class Watch:
         """The step reports are numbered by: the trainer's global step if it was given, else steps counted here."""
         if self._step is not None:
             return int(self._step())
-        return self._base_step + self._model.steps
+        return self._base_step + self._model.step
 
     # --- in the step -----------------------------------------------------------------------------
 
@@ -124,20 +128,21 @@ class Watch:
         watched = self._model.stepping(optimizer)
         if watched is None or self._attention.looks(id(optimizer), watched.window_steps):
             return True
-        if watched.pass_by():
+        if self._model.pass_by(watched):
             self._attention.wake()
         self._attention.spend(time.perf_counter() - started)
         return False
 
     def _before(self, optimizer: Optimizer) -> Any:
         started = time.perf_counter()
-        watched = self._model.stepping(optimizer)
+        outside = self._tap.outside(optimizer)
+        watched = self._model.stepping(optimizer, outside)
         if watched is None:  # detached in the step's closure
             return None
-        if self._attention.may_close(watched.window_steps):  # one that was waited for did not step
+        if self._attention.may_close(watched.window_step):  # one that was waited for did not step
             self._close_window()
         watched.is_resting = not self._attention.is_full
-        measured = self._model.before(watched)
+        measured = self._model.before(watched, outside)
         self._attention.spend(time.perf_counter() - started)
         return watched, measured
 
@@ -171,6 +176,9 @@ class Watch:
     def _close_window(self) -> None:
         self._windows += 1
         self._judge.put(self._model.close_window(self.step, *self._attention.close_window()))
+        for optimizer in self._model.release():
+            self._tap.detach(optimizer)
+            self._discovery.forget(optimizer)
 
     def _judge_window(self, window: Window | Callable[[], None]) -> None:
         if not isinstance(window, Window):
@@ -268,12 +276,7 @@ class Watch:
     def state_dict(self) -> dict[str, Any]:
         """Plain data (safe to load weights-only): what verdicts and alerts remember between windows."""
         self._judge.wait(5.0)
-        return {
-            "version": _STATE_VERSION,
-            "step": self.step,
-            "diagnosis": self._diagnosis.state_dict(),
-            "alerts": self._alerts.state_dict(),
-        }
+        return memory.save(self.step, self._diagnosis, self._alerts)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
@@ -281,21 +284,14 @@ class Watch:
         Raises:
             TypeError, ValueError: data this version cannot read; nothing is changed then.
         """
-        arguments.check_saved(state, _STATE_VERSION)
+        memory.check(state)
         self._judge.wait(5.0)
-        alerts = self._alerts.state_dict()
-        self._alerts.load_state_dict(state["alerts"])
-        try:
-            self._diagnosis.load_state_dict(state["diagnosis"])
-        except (TypeError, ValueError):
-            self._alerts.load_state_dict(alerts)  # all or nothing
-            raise
-        self._base_step = state["step"]
+        self._base_step = memory.load(state, self._diagnosis, self._alerts)
 
 
 def watch(
     model: Any,
-    optimizer: Any,
+    optimizer: Any = None,
     *,
     window: int = 128,
     samples: int = 256,
@@ -312,7 +308,9 @@ def watch(
 
     Args:
         model: a module, or (name, tensor) pairs.
-        optimizer: one torch optimizer or a sequence of them; wrappers (Lightning, Accelerate) are looked through.
+        optimizer: none, one torch optimizer or a sequence of them; wrappers (Lightning, Accelerate) are looked through.
+            What is given is planned at once. Any other optimizer of the process that steps tensors of the model, or
+            masters of them, is found at its first step.
         window: optimizer steps per report.
         samples: elements looked at per parameter.
         budget: share of the time between steps that the watch may take, once every tensor has a verdict or four windows have

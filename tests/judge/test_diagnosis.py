@@ -38,7 +38,7 @@ CAUSES = {
         tensor(net_efficiency=0.0, is_master=True, moved=0.0, displacement_evidence=1.0),
         Health.stalled,
         Cause.not_copied_back,
-        tensor(net_efficiency=0.0, is_master=True, moved=0.0, displacement_evidence=0.2),  # too small to show yet
+        tensor(net_efficiency=None, is_master=True, moved=0.0),  # too small to show yet
     ),
     "not_in_optimizer": (tensor(optimizer_group=""), Health.idle, Cause.not_in_optimizer, tensor()),
     "no_gradient": (tensor(None, gradless_steps=128), Health.idle, Cause.no_gradient, tensor(gradless_steps=127)),

@@ -34,7 +34,6 @@ WATCH: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"samples": True}, ValueError, r"watch\(samples=True\)"),
     ({"samples": 256.0}, ValueError, r"watch\(samples=256\.0\)"),
     ({"samples": "256"}, ValueError, r"watch\(samples='256'\)"),
-    ({"optimizer": None}, TypeError, rf"watch\(optimizer=None\): NoneType {NO_OPTIMIZER}"),
     ({"optimizer": "adamw"}, TypeError, rf"watch\(optimizer='adamw'\): str {NO_OPTIMIZER}"),
     ({"optimizer": torch.optim.AdamW}, TypeError, rf"watch\(optimizer=.*AdamW.*{NO_OPTIMIZER}"),
     ({"optimizer": Net().parameters()}, TypeError, rf"watch\(optimizer=generator\): generator {NO_OPTIMIZER}"),

@@ -38,6 +38,7 @@ class Seen(NamedTuple):
     net: float | None = None  # net efficiency
     written_step: int | None = None  # the last step after which something else wrote to it
     gradient: float | None = None  # the largest
+    moved: float | None = None  # given where it should not: rms of the window's movement, as a share of the weights
     reason: str = ""
 
 
@@ -86,6 +87,11 @@ def _weight_rounding(seen: Seen) -> Advice:
             f"{kind} weights round the drift away: {fixed(seen.displacement)} of the summed update arrived, although"
             f" single steps look well (efficiency {fixed(seen.efficiency)})"
         )
+    elif seen.efficiency is None and seen.steps:
+        still = (
+            f"not one sampled bit of its optimizer's tensors has moved in {plural(seen.steps, 'step')} with gradients"
+        )
+        finding = f"{still}: {kind} weights round the updates away"
     else:
         without = "" if seen.dtype in FULL else " without an FP32 master"
         finding = f"{kind} weights{without} round the updates away ({_loss(seen)})"
@@ -213,16 +219,21 @@ def _negligible_gradient(seen: Seen) -> Advice:
 
 
 def _requires_grad_off(seen: Seen) -> Advice:
-    return Advice(
-        "it is frozen: requires_grad is False", "to train it, set requires_grad=True and give it to an optimizer"
-    )
+    if seen.moved is not None:
+        return Advice(
+            f"it is frozen (requires_grad is False), and yet it moves, by {percent(seen.moved)} of its size in this window",
+            "if that is not meant, look for adapters merged and unmerged in a short format, or an optimizer that holds it",
+        )
+    cure = "to train it, set requires_grad=True and give it to an optimizer"
+    return Advice("it is frozen: requires_grad is False", cure)
 
 
 def _not_in_optimizer(seen: Seen) -> Advice:
-    return Advice(
-        "it requires a gradient, but no optimizer holds it",
-        "add it to a parameter group, or set requires_grad=False if it should stay as it is",
-    )
+    if seen.reason:
+        cure = "make the optimizer after the model is wrapped or changed, or give it the new tensor (add_param_group)"
+        return Advice(f"no optimizer holds it: {seen.reason}", cure)
+    cure = "add it to a parameter group, or set requires_grad=False if it should stay as it is"
+    return Advice("it requires a gradient, but no optimizer holds it", cure)
 
 
 def _no_gradient(seen: Seen) -> Advice:
@@ -233,6 +244,12 @@ def _no_gradient(seen: Seen) -> Advice:
 
 
 def _zero_gradient(seen: Seen) -> Advice:
+    if seen.moved is not None:
+        return Advice(
+            f"all its sampled gradients were 0 in {_all(seen.steps)}, and yet decay or momentum moves it",
+            "if it should stay as it is, set its gradient to None (zero_grad(set_to_none=True)) or take it out of the"
+            " optimizer; else look for dead activations, a mask or a zero in front of it",
+        )
     return Advice(
         f"all its sampled gradients were 0 in {_all(seen.steps)}",
         "check for dead activations, a mask, a zero in front of it, or (an embedding) rows that no token uses",

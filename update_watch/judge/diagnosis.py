@@ -14,6 +14,7 @@ A tensor is judged by the first line that fits:
 | 7  | every sampled gradient was 0; what momentum and decay do is no signal | idle | zero_gradient |
 | 8  | learning rate 0 in every step | idle | zero_learning_rate |
 | 9  | the update cannot be replayed | unknown | not_replayable |
+|    | and no bit of any tensor of its optimizer has moved in many steps | stalled | weight_rounding |
 | 10 | measured, and no update intended | idle | |
 | 11 | fewer measured steps or more noise than a verdict allows, even pooled | unknown | |
 | 12 | score not healthy, but not by rounding: hardly any lost, or backwards | unknown | |
@@ -50,6 +51,7 @@ from update_watch.thresholds import Thresholds
 _VERSION = 1
 _NEARLY_ALL = 0.9  # of the steps, skipped
 _UNDONE = 0.5  # of what the steps applied: less may come again, as in an outer step
+_STILL = 48  # steps in which no tensor of an optimizer moved by one bit, though it has gradients and a learning rate
 _STEEP = 3.0  # rise of the learning rate within a window, or since the one before, that makes it a warm-up
 _WELL_ABOVE = 2 - HEADROOM_LOW  # first bin of the headroom histogram at four half gaps or more
 
@@ -64,6 +66,7 @@ class Diagnosis:
         self._limits = thresholds
         self._memories: dict[str, TensorHistory] = {}
         self._last_step: int | None = None
+        self._moving: set[str] = set()  # optimizers of which any tensor moved in this window
 
     def judge(self, evidence: WindowEvidence) -> Report:
         """The report of a window, without alerts. Never raises on missing or non-finite numbers."""
@@ -71,6 +74,7 @@ class Diagnosis:
         if self._last_step is not None and first_step <= self._last_step < evidence.step:
             first_step = self._last_step + 1
         self._last_step = evidence.step
+        self._moving = {_owner(tensor) for tensor in evidence.tensors if tensor.moved}
         tensors = tuple(self._tensor(tensor, evidence, first_step) for tensor in evidence.tensors)
         return Report(
             step=evidence.step,
@@ -189,7 +193,7 @@ class Diagnosis:
     def _without_signal(self, e: TensorEvidence, memory: TensorHistory, window: WindowEvidence) -> _Verdict | None:
         """Lines 1 to 10 of the table; None when there is an update to judge."""
         if not e.trainable:
-            return _verdict(Health.frozen, Cause.requires_grad_off, Seen())
+            return _verdict(Health.frozen, Cause.requires_grad_off, Seen(moved=known(e.moved) or None))
         skipped = e.skipped_steps if e.steps else window.skipped_steps
         steps = max(e.steps, skipped)
         nearly_all = skipped > 0 and skipped >= _NEARLY_ALL * steps
@@ -202,27 +206,36 @@ class Diagnosis:
         if e.replicas_differ:
             return _verdict(Health.broken, Cause.replicas_differ, Seen())
         if not e.optimizer_group:
-            return _verdict(Health.idle, Cause.not_in_optimizer, Seen())
+            return _verdict(Health.idle, Cause.not_in_optimizer, Seen(reason=e.note))
         if nearly_all:
             if is_persistent:
                 return _verdict(Health.idle, Cause.skipped_steps, Seen(skipped=skipped, steps=steps))
             return UNKNOWN, None, reasons.unknown(reasons.overflow(skipped, steps))
         if not e.steps:
-            return UNKNOWN, None, reasons.unknown(reasons.not_measured(0))
+            return UNKNOWN, None, reasons.unknown(e.reason or reasons.not_measured(0))
         if e.gradless_steps >= e.steps:
             return _verdict(Health.idle, Cause.no_gradient, Seen(steps=e.steps))
         zero = known(e.zero_gradient_fraction)
         if zero is not None and zero >= 1 and e.measured_steps:
-            return _verdict(Health.idle, Cause.zero_gradient, Seen(steps=e.steps))
+            return _verdict(Health.idle, Cause.zero_gradient, Seen(steps=e.steps, moved=known(e.moved) or None))
         if (known(e.lr_max) if e.lr_max is not None else known(e.lr)) == 0:
             return _verdict(Health.idle, Cause.zero_learning_rate, Seen(steps=e.steps))
         if e.reason:
-            return _verdict(UNKNOWN, Cause.not_replayable, Seen(reason=e.reason))
+            return self._without_rule(e, memory)
         if e.measured_steps and e.numbers.wanted_fraction == 0:
             if e.dtype == "float64":
                 return UNKNOWN, None, reasons.unknown(reasons.finer_than_fp32())
             return Health.idle, None, advice.nothing_intended(e.measured_steps)
         return None
+
+    def _without_rule(self, e: TensorEvidence, memory: TensorHistory) -> _Verdict:
+        """Line 9 of the table. Where one tensor moves, updates of others may be kept until they are large enough."""
+        is_still = e.moved == 0 and bool(known(e.gradient_rms)) and not e.is_master and _owner(e) not in self._moving
+        memory.still_steps = memory.still_steps + e.steps if is_still else 0
+        if memory.still_steps < _STILL:
+            return _verdict(UNKNOWN, Cause.not_replayable, Seen(reason=e.reason))
+        seen = Seen(dtype=e.dtype, steps=memory.still_steps, lr=known(e.lr))
+        return _verdict(Health.stalled, Cause.weight_rounding, seen)
 
     def _by_score(self, e: TensorEvidence, memory: TensorHistory) -> _Verdict:
         """Lines 11 to 16 of the table."""
@@ -264,9 +277,7 @@ class Diagnosis:
         before, memory.net_grade = memory.net_grade, HEALTHY
         health = HEALTHY if net is None else grade(net + 2 * error, before, self._limits)
         undone = share(e.undone_fraction) or 0.0
-        # a copy of lower precision follows its master in leaps, when the sum has passed half a gap
-        reached = (known(e.displacement_evidence) or 0.0) >= self._limits.displacement_evidence
-        is_uncopied = e.is_master and e.moved == 0 and reached
+        is_uncopied = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
         is_undone = not e.is_master and undone >= _UNDONE
         if health is HEALTHY or not (is_uncopied or is_undone):
             memory.lossy_windows = 0
@@ -307,6 +318,10 @@ class Diagnosis:
                     dtype=a.dtype, accumulator=a.name, efficiency=decay, rate=known(a.rate), state_factor=factor
                 )
         return _verdict(STALLING, Cause.state_rounding, blamed)
+
+
+def _owner(e: TensorEvidence) -> str:
+    return e.optimizer_group.partition("/")[0]
 
 
 def _verdict(health: Health, cause: Cause, seen: Seen) -> _Verdict:

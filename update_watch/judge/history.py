@@ -60,6 +60,7 @@ class TensorHistory:
         "proven",
         "since",
         "skipped_windows",
+        "still_steps",
     )
 
     def __init__(self) -> None:
@@ -76,6 +77,7 @@ class TensorHistory:
         self.bad_state_windows = 0  # in a row with a state factor outside the band
         self.net_grade = HEALTHY  # of what is left of the applied updates at a window's end
         self.lossy_windows = 0  # in a row in which they were undone
+        self.still_steps = 0  # in a row, in which it had gradients and not one bit of it moved
         self.skipped_windows = 0  # in a row with nearly all steps skipped
         self.lr: float | None = None  # in the window before
         self.peak_lr = 0.0
@@ -107,6 +109,7 @@ class TensorHistory:
             "net_grade": self.net_grade.value,
             "lossy_windows": self.lossy_windows,
             "skipped_windows": self.skipped_windows,
+            "still_steps": self.still_steps,
             "lr": self.lr,
             "peak_lr": self.peak_lr,
             "accumulators": {name: a.to_plain() for name, a in self.accumulators.items()},
@@ -134,6 +137,7 @@ class TensorHistory:
         memory.net_grade = _grade(data["net_grade"])
         memory.lossy_windows = _count(data["lossy_windows"])
         memory.skipped_windows = _count(data["skipped_windows"])
+        memory.still_steps = _count(data["still_steps"])
         memory.lr = _optional(data["lr"])
         memory.peak_lr = _number(data["peak_lr"])
         memory.accumulators = {

@@ -78,7 +78,7 @@ class StepTap:
         self._snap = torch.compiler.disable(self._run_before)  # type: ignore[no-untyped-call]  # torch's
         self._is_unwanted = torch.compiler.disable(self._ask)  # type: ignore[no-untyped-call]
         self._finish = torch.compiler.disable(self._run_after)  # type: ignore[no-untyped-call]
-        _hide_from_dynamo()
+        hide_from_dynamo(StepTap._pre, StepTap._post)
 
     def attach(self, optimizer: Any) -> None:
         """See the steps of `optimizer`; wrappers are looked through, one that is attached stays as it is.
@@ -131,12 +131,24 @@ class StepTap:
         if is_seen and step.is_seen:
             self._run_after(opt, step)
 
+    def outside(self, optimizer: Optimizer) -> list[Optimizer]:
+        """The attached optimizers within whose steps this one steps."""
+        running = [hooked.optimizer for key, hooked in self._hooked.items() if key in self._live]
+        if not any(one is not optimizer for one in running):
+            return []
+        frames = set()
+        frame: FrameType | None = sys._getframe()
+        while frame is not None:
+            frames.add(frame)
+            frame = frame.f_back
+        return [one for one in running if one is not optimizer and self._live[id(one)].frame in frames]
+
     def replace(self, before: Before) -> None:
         """From now on call `before` instead."""
         self._before = before
 
     def _sweep(self) -> None:
-        if self._depth == 0 and self._thread in (None, threading.get_ident()) and not _is_in_step(sys._getframe()):
+        if self._depth == 0 and self._thread in (None, threading.get_ident()) and not is_in_step(sys._getframe()):
             for hook in self._leftover:
                 hook.handle.remove()
             self._leftover.clear()
@@ -194,13 +206,13 @@ class StepTap:
             if number == hooked.pre.handle.id:
                 return True
             hook = hooked.pre.hooks[number]
-            if hook is not _nothing and not isinstance(getattr(hook, "__self__", None), StepTap):
+            if hook is not nothing and not isinstance(getattr(hook, "__self__", None), StepTap):
                 return False
         return True
 
     def _go_last(self, opt: Optimizer, frame: FrameType) -> None:
         """Move our pre-hook behind those that were registered since."""
-        if not _is_in_step(frame.f_back):  # else a hook steps: torch may be iterating over the hooks, and would raise
+        if not is_in_step(frame.f_back):  # else a hook steps: torch may be iterating over the hooks, and would raise
             hooked = self._hooked[id(opt)]
             hooked.pre.hooks.move_to_end(hooked.pre.handle.id)
 
@@ -279,7 +291,7 @@ class _Hook:
 
     def silence(self) -> None:
         if self.handle.id in self.hooks:  # giving a present key another value does not disturb a running iteration
-            self.hooks[self.handle.id] = _nothing
+            self.hooks[self.handle.id] = nothing
 
 
 class _Hooked:
@@ -289,23 +301,23 @@ class _Hooked:
         self.optimizer, self.pre, self.post = optimizer, pre, post
 
 
-def _hide_from_dynamo() -> None:
-    """Let `torch.compile` step over the hooks: it cannot trace `sys._getframe`, and would warn of it.
+def hide_from_dynamo(*hooks: Any) -> None:
+    """Let `torch.compile` step over these hooks: it cannot trace `sys._getframe`, and would warn of it.
 
     `skip` marks the function itself, where `torch.compiler.disable` would put a frame around it.
     """
     from torch._dynamo.decorators import skip  # loaded already: torch needs it to make an optimizer
 
-    skip(StepTap._pre)
-    skip(StepTap._post)
+    for hook in hooks:
+        skip(hook)
 
 
-def _is_in_step(frame: FrameType | None) -> bool:
+def is_in_step(frame: FrameType | None) -> bool:
     """Whether a step is running in this frame or outside of it."""
     while frame is not None and frame.f_code is not _STEP_CODE:
         frame = frame.f_back
     return frame is not None
 
 
-def _nothing(*_: Any) -> None:
+def nothing(*_: Any) -> None:
     """Takes the place of a hook that cannot be removed just now."""

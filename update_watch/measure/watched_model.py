@@ -15,15 +15,19 @@ from update_watch.measure.accumulators.gradient_accumulation import Accumulation
 from update_watch.measure.accumulators.reference_states import ShadowWindow
 from update_watch.measure.accumulators.replicas import Checksums
 from update_watch.measure.device.streams import StepStreams
-from update_watch.measure.identity import masters
-from update_watch.measure.identity.names import named_tensors, names_of
+from update_watch.measure.identity.belonging import Belonging
+from update_watch.measure.identity.names import describe, members_of
 from update_watch.measure.identity.optimizer_parts import Parts
-from update_watch.measure.identity.partitions import Piece, wrappers
+from update_watch.measure.ledger.ledger import Ledger
+from update_watch.measure.ledger.sheet import Line
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.transfer import Batch
 from update_watch.measure.turns import turns_of_optimizers
-from update_watch.measure.watched_optimizer import Watched, describe
+from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.window_evidence import Window
+
+_QUIET = 2  # windows without a step, after which an optimizer whose tensors others step is let go of
+Key = tuple[int, int]  # id of an optimizer, part of it
 
 
 class WatchedModel:
@@ -32,45 +36,64 @@ class WatchedModel:
     def __init__(
         self, model: Any, samples: int, rng: random.Random, averages: Mapping[str, Any], check_replicas: bool
     ) -> None:
-        self._model, self._samples, self._rng = model, samples, rng
-        self._named = named_tensors(model)
-        self._names = names_of(self._named)
+        self._samples, self._rng = samples, rng
+        self._belonging = Belonging(model)
         self._checksums = Checksums() if check_replicas else None
         self.found: dict[Any, Any] = {}  # what probes found out
-        self._instead: dict[int, str] = {}  # id of a parameter that no optimizer holds -> what is said of it
-        self._pieces: dict[int, Sequence[Piece]] = {}  # id of a flat tensor that is stepped -> what lies in it
         self._parts: dict[int, Parts] = {}  # id of an optimizer -> the parts it is stepped in
-        self.watched: dict[tuple[int, int], Watched] = {}  # all of them, by optimizer and part
-        self._handles: list[Any] = []
+        self.watched: dict[Key, Watched] = {}  # all of them, by optimizer and part
+        self._lead: Key | None = None  # steps with every step of the run
+        self._handles: dict[int, Any] = {}
+        self._ledger = Ledger(random.Random(rng.random()))
+        self._is_ledger_old = True  # since optimizers came, went or answer for other tensors
         self.streams = StepStreams()
         self.is_replaying = False  # of a CUDA graph that holds steps
         with PlainTorch():
-            self._averages = Averages(averages, self._named, samples, rng)
+            self._averages = Averages(averages, self._belonging.named.pairs, samples, rng)
 
     # --- which optimizers ------------------------------------------------------------------------
 
-    def add(self, optimizer: Optimizer, wrapper: Any) -> None:
+    def adopts(self, optimizer: Optimizer, outside: Sequence[Optimizer] = ()) -> bool | None:
+        """Whether an optimizer steps this model's tensors or masters of them; None: that cannot be told yet.
+
+        `outside`: those within whose steps it steps.
+        """
+        return id(optimizer) in self._parts or self._belonging.is_ours(optimizer, self._stepped(outside), self.step)
+
+    def _stepped(self, but: Sequence[Optimizer] = ()) -> frozenset[int]:
+        """Ids of all tensors that optimizers step, but for those of some."""
+        outer = set(map(id, but))
+        return frozenset(i for key, watched in self.watched.items() if key[0] not in outer for i in watched.ids)
+
+    def has(self, optimizer: Optimizer) -> bool:
+        """Whether it is watched."""
+        return id(optimizer) in self._parts
+
+    def add(self, optimizer: Optimizer, wrapper: Any, outside: Sequence[Optimizer] = ()) -> None:
         """Plan for an optimizer, which came in `wrapper`; one that is known stays as it is."""
         if id(optimizer) in self._parts:
             return
-        held = [param for group in optimizer.param_groups for param in group["params"]]
-        if not held or any(id(param) not in self._names for param in held):
-            self._named = named_tensors(self._model)  # parameters made since
-            self._names.update(names_of(self._named))
-            self._find_masters(optimizer, wrappers(wrapper))
-        index, groups = len(self._parts), optimizer.param_groups
+        self._belonging.claim(optimizer, wrapper, self._stepped(outside), self.step)
+        index, groups = self._free_index(), optimizer.param_groups
+        earlier = self._earlier(set(map(id, members_of(optimizer))))
+        names, pieces = self._belonging.names, self._belonging.pieces
 
         def make(part: int, found: dict[Any, Any]) -> Watched:
             with PlainTorch(optimizer):
-                watched = Watched(
-                    *(optimizer, index, self._names, self._samples, self._rng, found, self._pieces, part, groups)
-                )
-            self.watched[id(optimizer), part] = watched
+                watched = Watched(*(optimizer, index, names, self._samples, self._rng, found, pieces, part, groups))
+            key = id(optimizer), part
+            if part == 0:
+                watched.earlier, watched.earlier_in_window = earlier
+            if self._lead is None or not self.watched[self._lead].ids.isdisjoint(watched.ids):
+                self._lead = key
+            self.watched[key] = watched
+            self._is_ledger_old = True
             self._share_turns()
             return watched
 
         parts = self._parts[id(optimizer)] = Parts(make(0, self.found), make)
-        self._handles.append(optimizer.register_load_state_dict_post_hook(lambda _: parts.read_counters()))
+        hook = optimizer.register_load_state_dict_post_hook(lambda _: parts.read_counters())
+        self._handles[id(optimizer)] = hook
 
     def _share_turns(self) -> None:
         """Let many optimizers take turns, as the tensors of one do."""
@@ -79,63 +102,146 @@ class WatchedModel:
         for i, watched in enumerate(every):
             watched.turns, watched.is_shadowed = turns, i % shadowed == 0
 
-    def _find_masters(self, optimizer: Optimizer, wrapped_in: Sequence[Any]) -> None:
-        """Name what the optimizer steps instead of the model's own tensors."""
-        found = masters.find(self._named, self._names, optimizer, wrapped_in)
-        self._names.update(found.names)
-        self._instead.update(found.instead)
-        self._pieces.update(found.pieces)
+    def _free_index(self) -> int:
+        taken = {watched.index for watched in self.watched.values()}
+        return next(i for i in range(len(taken) + 1) if i not in taken)
+
+    def _earlier(self, ids: set[int]) -> tuple[int, int]:
+        """Steps of the run and of the open window before an optimizer's first one.
+
+        One that steps the tensors of another goes on where that is; one that steps others makes the same step with it.
+        """
+        others = [one for one in self.watched.values() if not ids.isdisjoint(one.ids)]
+        if others:
+            return max(one.step for one in others), max(one.window_step for one in others)
+        return max(self.step - 1, 0), max(self.window_steps - 1, 0)
 
     def clear(self) -> None:
         """Let go of all optimizers."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
         for watched in self.watched.values():
             watched.accumulation.remove()
         self.watched.clear()
+        for key in self._parts:
+            self._belonging.disown(key)
         self._parts.clear()
+        self._lead, self._is_ledger_old = None, True
 
-    def stepping(self, optimizer: Optimizer) -> Watched | None:
-        """The part of an optimizer that is about to be stepped; None for one that is not watched."""
+    def release(self) -> list[Optimizer]:
+        """Let go of the optimizers that have not stepped for some windows while others stepped all their tensors."""
+        stepped = {key for watched in self.watched.values() if not watched.quiet_windows for key in watched.ids}
+        gone: dict[int, Optimizer] = {}
+        for key, parts in self._parts.items():
+            if all(part.quiet_windows >= _QUIET and part.ids <= stepped for part in parts.all):
+                gone[key] = parts.all[0].optimizer
+        for key in gone:
+            for part in self._parts.pop(key).all:
+                part.accumulation.remove()
+                del self.watched[key, part.part]
+                self._belonging.forget_masters(part.ids - stepped)
+            self._handles.pop(key).remove()
+            self._belonging.disown(key)
+            self._is_ledger_old = True
+            # its id may be another one's soon
+            for known in [k for k in self.found if key in k]:
+                del self.found[known]
+        return list(gone.values())
+
+    def stepping(self, optimizer: Optimizer, outside: Sequence[Optimizer] = ()) -> Watched | None:
+        """The part of an optimizer that is about to be stepped; None for one that is not watched.
+
+        `outside`: those within whose steps it steps. What both hold is judged by the inner one's rule.
+        """
         parts = self._parts.get(id(optimizer))
-        return None if parts is None else parts.current(optimizer)
+        current = None if parts is None else parts.current(optimizer)
+        if current is not None:
+            for outer in outside:
+                for part in self._parts[id(outer)].all if id(outer) in self._parts else ():
+                    self._is_ledger_old |= part.exclude(self._belonging.covered_by(current.ids))
+        return current
 
     @property
     def optimizers(self) -> list[Optimizer]:
         """Those that are watched, once for each part."""
         return [watched.optimizer for watched in self.watched.values()]
 
+    # --- which tensors ---------------------------------------------------------------------------
+
+    def _look_at_identity(self, step: int) -> None:
+        """At the end of a window: what has left the model since a step, and which copies are no masters."""
+        for key in self._belonging.supposed():
+            parts = self._parts[key].all
+            steps, count = max(part.window_steps for part in parts), sum(len(part.ids) for part in parts)
+            if self._belonging.doubt(key, steps, any(part.is_fed() for part in parts), count):
+                for part in parts:
+                    part.exclude(part.ids)
+        gone = self._belonging.refresh(step, self._stepped())
+        if gone:
+            for watched in self.watched.values():
+                watched.exclude(gone)
+
+    def _plan_ledger(self) -> None:
+        """Every tensor of the model, with who steps it or its master."""
+        self._is_ledger_old = False
+        owners: dict[int, set[Key]] = {}
+        for key, watched in self.watched.items():
+            for tensor_id in watched.ids:
+                owners.setdefault(tensor_id, set()).add(key)
+        measured = {id(row.param) for watched in self.watched.values() for row in watched.rows if row.is_measured}
+        lines = []
+        for tensor in self._belonging.named.tensors():
+            master = self._belonging.masters.get(id(tensor))
+            ids = {id(tensor)} if master is None else {id(tensor), id(master)}
+            line = Line(tensor, self._belonging.names[id(tensor)], master)
+            who = frozenset(owner for tensor_id in ids for owner in owners.get(tensor_id, ()))
+            lines.append((line, who, bool(who) and measured.isdisjoint(ids)))
+        self._ledger.plan(lines)
+
     # --- in the step -----------------------------------------------------------------------------
 
-    def before(self, watched: Watched) -> Any:
-        """Measure what is about to be stepped; the result is for `Watched.after`."""
-        if watched.index == 0 and watched.part == 0:
+    def before(self, watched: Watched, outside: Sequence[Optimizer] = ()) -> Any:
+        """Measure what is about to be stepped; the result is for `after`."""
+        key = id(watched.optimizer), watched.part
+        if key == self._lead:
             self._averages.look()
-        return watched.before(self.is_replaying)
+        if self._is_ledger_old and (watched.steps or len(self.watched) == 1):  # else others may be met in this step
+            self._plan_ledger()
+        around = [one for one in self.watched if any(one[0] == id(outer) for outer in outside)]
+        sheets = self._ledger.before(key, around, self.step + 1, key == self._lead)
+        return watched.before(self.is_replaying), sheets
 
-    def after(self, watched: Watched, measured: Any) -> None:
-        """Add the step that was just taken."""
+    def pass_by(self, watched: Watched) -> bool:
+        """Let a step go by unseen. Returns whether something has changed that should be looked at."""
+        key = id(watched.optimizer), watched.part
+        self._ledger.miss(key, key == self._lead)
+        return watched.pass_by()
+
+    def after(self, watched: Watched, seen: Any) -> None:
+        """Measure what was stored."""
+        measured, sheets = seen
         watched.after(measured)
+        self._ledger.after(sheets)
         for device in watched.devices:
             self.streams.note(device)
 
     # --- windows -----------------------------------------------------------------------------------
 
     @property
-    def steps(self) -> int:
-        """Steps since attached."""
-        return max((watched.steps for watched in self.watched.values()), default=0)
+    def step(self) -> int:
+        """Of the run, as far as it was seen."""
+        return max((watched.step for watched in self.watched.values()), default=0)
 
     @property
     def window_steps(self) -> int:
         """Steps in the window that is open."""
-        return max((watched.window_steps for watched in self.watched.values()), default=0)
+        return max((watched.window_step for watched in self.watched.values()), default=0)
 
     def is_full(self, watched: Watched, window: int) -> bool:
         """Whether the window ends with the step `watched` has taken: optimizers that step in turn end theirs together."""
-        return watched.window_steps >= window and all(
-            other.window_steps != window - 1 for other in self.watched.values()
+        return watched.window_step >= window and all(
+            other.window_step != window - 1 for other in self.watched.values() if not other.quiet_windows
         )
 
     def close_window(
@@ -146,6 +252,8 @@ class WatchedModel:
         `seconds` the watch took in it on this thread, `observed` steps were looked at, `cost_share`: see `Report`.
         """
         steps = self.window_steps
+        self._lead = max(self.watched, key=lambda key: self.watched[key].window_steps, default=None)
+        self._look_at_identity(step - steps)
         cohorts: list[Any] = []
         others: list[TensorEvidence] = []
         skipped: list[Any] = []
@@ -156,6 +264,9 @@ class WatchedModel:
             for unused in optimizer_parts.forget_unused():
                 unused.accumulation.remove()
                 del self.watched[key, unused.part]
+                self._is_ledger_old = True
+        if self._lead not in self.watched:
+            self._lead = next(iter(self.watched), None)
         with torch.no_grad():
             for watched in self.watched.values():
                 parts = watched.close_window(batch)
@@ -170,9 +281,11 @@ class WatchedModel:
             rows = [row for watched in self.watched.values() for row in watched.rows]
             whole = [row for row in rows if row.piece is None]
             checksums = () if self._checksums is None else tuple(self._checksums.take(whole, batch))
+            ledger = self._ledger.close_window(batch)
             batch.send()
+        self._plan_ledger()
         others += self._unheld({id(row.param) for row in rows}, steps)
-        order = {self._names[id(tensor)][0]: i for i, (_, tensor) in reversed(list(enumerate(self._named)))}
+        order = self._belonging.named.order()
         return Window(
             step,
             steps,
@@ -187,19 +300,18 @@ class WatchedModel:
             checksums,
             observed,
             cost_share,
+            ledger,
         )
 
     def _unheld(self, held: set[int], steps: int) -> list[TensorEvidence]:
         """The model's tensors that no optimizer holds, and whose masters are not known."""
-        found: list[TensorEvidence] = []
-        seen: set[int] = set()
-        for _, tensor in self._named:
-            if id(tensor) in held or id(tensor) in seen or self._instead.get(id(tensor)) == "":
-                continue
-            seen.add(id(tensor))
-            reason = self._instead.get(id(tensor), "")
-            identity = describe(tensor, self._names[id(tensor)])
-            found.append(
-                TensorEvidence(**identity, steps=steps, reason=reason, optimizer_group="0/0" if reason else "")
+        return [
+            TensorEvidence(
+                **describe(tensor, self._belonging.names[id(tensor)]),
+                steps=steps,
+                reason=reason,
+                optimizer_group="0/0" if reason else "",
+                note=note,
             )
-        return found
+            for tensor, reason, note in self._belonging.unheld(held)
+        ]

@@ -17,6 +17,7 @@ from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
 from update_watch.measure.accumulators.gradient_accumulation import Accumulation
 from update_watch.measure.accumulators.state_factor import Shadow
 from update_watch.measure.cohort import Cohort, Snapshot
+from update_watch.measure.identity.names import describe, members_of
 from update_watch.measure.identity.partitions import Piece
 from update_watch.measure.learning_rates import LearningRates, as_number
 from update_watch.measure.parameters import Row, build_rows
@@ -24,7 +25,7 @@ from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch, Part
 from update_watch.measure.turns import samples_for, turns_of
 from update_watch.measure.window_evidence import CohortWindow, RowFacts
-from update_watch.odd_tensors import shape_of, unreadable
+from update_watch.odd_tensors import unreadable
 from update_watch.replay.twin import Twin
 from update_watch.wording import first_line
 
@@ -53,6 +54,9 @@ class Watched:
         self._pieces = pieces
         self.steps = 0  # seen since attached
         self.window_steps = 0
+        self.earlier = self.earlier_in_window = 0  # steps of the run, and of the open window, before it was attached
+        self.quiet_windows = 0  # closed in a row without a step of it
+        self._excluded: set[int] = set()  # ids of tensors that are not its to answer for
         self._names, self._asked, self._rng, self.found = names, samples, rng, found
         self._members: list[Tensor] = []
         self._rates = LearningRates()
@@ -76,13 +80,15 @@ class Watched:
         """Rows and cohorts for the parameters the optimizer holds now."""
         self._waiting: list[tuple[Cohort, Snapshot]] = []  # measured steps that are not added yet
         self._measured: tuple[Cohort, Snapshot] | None = None  # the step that is running
-        self._members, self._sizes = _members(self.optimizer), _sizes(self.optimizer)
+        self._members, self._sizes = members_of(self.optimizer), _sizes(self.optimizer)
         self.groups = self.optimizer.param_groups
         self.ids = frozenset(map(id, self._members))
+        self.first = self._members[0] if self._members else None  # by which a part is known
         label = (f"optimizer{self.index}." if self.index else "") + (f"part{self.part}." if self.part else "")
         lived = {id(row.param): row.lived for row in getattr(self, "rows", [])}
         self._samples = samples_for(self._asked, len(self._names))
-        self.rows = build_rows(self.optimizer, self._names, self._samples, label, self.found, self._pieces)
+        rows = build_rows(self.optimizer, self._names, self._samples, label, self.found, self._pieces)
+        self.rows = [row for row in rows if id(row.param) not in self._excluded]
         for row in self.rows:
             row.reason = row.reason or self._odd.get(id(row.param), "")
             row.lived = lived.get(id(row.param), ((), 0))
@@ -103,9 +109,29 @@ class Watched:
         self.redraw()
 
     @property
-    def first(self) -> Tensor | None:
-        """The first parameter, by which a part is known."""
-        return self._members[0] if self._members else None
+    def step(self) -> int:
+        """Of the run: it may have been attached late."""
+        return self.earlier + self.steps
+
+    @property
+    def window_step(self) -> int:
+        """Of the open window."""
+        return self.earlier_in_window + self.window_steps
+
+    def exclude(self, ids: frozenset[int]) -> bool:
+        """Tensors that an optimizer within this one steps, or that are no longer the model's. False: nothing is new."""
+        if ids <= self._excluded:
+            return False
+        self._excluded |= ids
+        if not ids.isdisjoint(id(row.param) for row in self.rows):
+            self._plan()
+            self.shadow = Shadow(self.optimizer, self._twin, self._rng, self.found)
+        return True
+
+    def is_fed(self) -> bool:
+        """Whether any of its tensors had a gradient in this window."""
+        looks = [gradless < cohort.steps for cohort in self.cohorts for gradless in cohort.gradless_steps]
+        return any(looks) or any(row.param.grad is not None for row in self.rows)
 
     def redraw(self) -> None:
         """New sample positions for the next window."""
@@ -139,7 +165,7 @@ class Watched:
         `is_replayed`: in a CUDA graph, which makes the gradients too; they are read in `after`.
         """
         self._is_replayed = is_replayed
-        members, sizes = _members(self.optimizer), _sizes(self.optimizer)
+        members, sizes = members_of(self.optimizer), _sizes(self.optimizer)
         if sizes != self._sizes or not all(map(operator.is_, members, self._members)):
             self._plan()
             self.shadow.replan()
@@ -248,7 +274,8 @@ class Watched:
         if any(row.has_changed for row in self.rows):
             self._sizes = []  # to plan anew before the next step
         skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]
-        self._skipped, self.window_steps = {}, 0
+        self.quiet_windows = 0 if self.window_steps else self.quiet_windows + 1
+        self._skipped, self.window_steps, self.earlier_in_window = {}, 0, 0
         self._rates.open_window()
         self.redraw()
         return cohorts, others, skipped
@@ -308,27 +335,6 @@ def _counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEviden
             dtype = str(value.dtype).removeprefix("torch.")
             counters[name] = AccumulatorEvidence(name, dtype, Numbers(), value=float(value))
     return counters
-
-
-def describe(param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
-    """What a tensor is, as keyword arguments of `TensorEvidence`."""
-    shape = (
-        tuple(param.ds_shape) if hasattr(param, "ds_shape") else shape_of(param)
-    )  # ZeRO-3 leaves an empty tensor where none is needed
-    return {
-        "name": names[0],
-        "names": names,
-        "layer": names[0].rpartition(".")[0],
-        "dtype": str(param.dtype).removeprefix("torch."),
-        "shape": shape,
-        "numel": math.prod(shape),
-        "held": None if local(param) is param else local(param).numel(),
-        "trainable": param.requires_grad,
-    }
-
-
-def _members(optimizer: Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def _sizes(optimizer: Optimizer) -> list[int]:

@@ -17,6 +17,8 @@ from update_watch.measure.accumulators.replicas import ChecksumWindow
 from update_watch.measure.accumulators.replicas import read as read_checksums
 from update_watch.measure.accumulators.state_factor import read as read_shadow
 from update_watch.measure.device_sums import UNCHANGED
+from update_watch.measure.ledger.ledger import with_ledger
+from update_watch.measure.ledger.sheet import SheetWindow
 from update_watch.measure.transfer import Part, Transfer
 from update_watch.measure.window_sums import WindowSums
 
@@ -61,6 +63,7 @@ class Window:
     checksums: tuple[ChecksumWindow, ...] = ()
     observed: int | None = None  # steps looked at
     cost_share: float | None = None  # of the window's time, what the watch took
+    ledger: tuple[SheetWindow, ...] = ()
     time: float = dataclasses.field(default_factory=time.time)
 
 
@@ -73,6 +76,7 @@ def read(window: Window) -> WindowEvidence:
         sums = WindowSums.unpack(cohort.transfer.wait(), 1 + len(cohort.states), len(cohort.rows))
         for i, facts in enumerate(cohort.rows):
             tensors.append(_tensor(sums, i, facts, cohort, skipped))
+    tensors = with_ledger(_one_each(tensors), window.ledger)
     others = [read_average(average) for average in window.averages]
     others += [read_accumulation(accumulation) for accumulation in window.accumulations]
     for found in others:
@@ -97,6 +101,17 @@ def read(window: Window) -> WindowEvidence:
     tensors.sort(key=lambda t: window.order.get(t.name, len(window.order)))
     head = window.step, window.window, tuple(tensors), window.time
     return WindowEvidence(*head, window.cost_ms, skipped, window.observed, window.cost_share)
+
+
+def _one_each(tensors: list[TensorEvidence]) -> list[TensorEvidence]:
+    """Of a tensor that several optimizers step, what the one showed that stepped it most."""
+    most: dict[str, TensorEvidence] = {}
+    for tensor in tensors:
+        known = most.get(tensor.name)
+        if known is None or tensor.steps > known.steps:
+            most[tensor.name] = tensor
+    owner = {name: tensor.optimizer_group.partition("/")[0] for name, tensor in most.items()}
+    return [tensor for tensor in tensors if tensor.optimizer_group.partition("/")[0] == owner[tensor.name]]
 
 
 def _tensor(sums: WindowSums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: int) -> TensorEvidence:

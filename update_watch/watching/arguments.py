@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from update_watch.judge.history import check_state
+from torch.optim import Optimizer
+
 from update_watch.measure.identity.names import short
 from update_watch.measure.identity.partitions import chain
 from update_watch.thresholds import Thresholds
@@ -61,29 +62,17 @@ def check(
         raise TypeError(f"watch(join={join!r}): expected True, False or a process group")
     if not isinstance(check_replicas, bool):
         raise TypeError(f"watch(check_replicas={check_replicas!r}): expected True or False")
+    if optimizer is None:
+        return []
     optimizers = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     if not optimizers:
-        raise ValueError("watch(optimizer=[]): give at least one torch optimizer")
+        raise ValueError(
+            "watch(optimizer=[]): give at least one torch optimizer, or None: what steps the model is found"
+        )
     for one in (member for optimizer in optimizers for member in chain(optimizer)):
         try:
             unwrap(one)
         except TypeError as error:
-            raise TypeError(f"watch(optimizer={short(one)}): {error}") from None
+            if not isinstance(one, Optimizer):
+                raise TypeError(f"watch(optimizer={short(one)}): {error}") from None
     return optimizers
-
-
-def check_saved(state: Any, version: int) -> None:
-    """What `Watch.load_state_dict` may be given.
-
-    Raises:
-        ValueError, TypeError: for anything else.
-    """
-    if not isinstance(state, Mapping) or state.get("version") != version:
-        found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
-        raise ValueError(
-            f"Watch.load_state_dict: version {found!r} cannot be read, {version} is expected; "
-            "leave the state out to start the watch's memory anew"
-        )
-    check_state("Watch", state, version, {"diagnosis": Mapping, "alerts": Mapping, "step": int})
-    if isinstance(state["step"], bool) or state["step"] < 0:
-        raise ValueError(f"Watch.load_state_dict: step={state['step']!r} is not a step; pass what state_dict() gave")

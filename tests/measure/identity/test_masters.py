@@ -52,9 +52,14 @@ def test_a_master_is_known_by_its_values_where_only_one_parameter_has_them() -> 
     masters = clones(model)
     found = find_in(model, masters[:1] + [torch.randn(5, requires_grad=True)])
     assert found.names == {id(masters[0]): ("enter.weight",)}
+    # five more elements hold none of the others: a temperature, say
+    assert found.instead == {id(model.enter.weight): ""}
+    found = find_in(
+        model, masters[:1] + [torch.randn(64, 1, requires_grad=True), torch.randn(4096, requires_grad=True)]
+    )
     reasons = {name: found.instead[id(p)] for name, p in model.named_parameters()}
     assert reasons.pop("enter.weight") == ""
-    assert all("not known" in reason for reason in reasons.values())
+    assert len(reasons) == 3 and all("not known" in reason for reason in reasons.values())
 
 
 def test_equal_values_name_nobody() -> None:
@@ -108,7 +113,7 @@ def test_parameters_behind_an_unknown_partition_are_unknown_and_not_idle() -> No
 
 def test_an_ordinary_optimizer_of_some_parameters_has_no_masters() -> None:
     model = Net()
-    assert find_in(model, list(model.parameters())[:2]) == ({}, {}, {})
+    assert find_in(model, list(model.parameters())[:2]) == ({}, {}, {}, [])
 
 
 def test_ones_alone_do_not_make_an_optimizer_that_of_the_model() -> None:

@@ -3,7 +3,8 @@
 Mixed-precision wrappers (Apex, Megatron, DeepSpeed, hand-written loops) keep FP32 weights of their own, let the optimizer
 step those, and copy the result into the model. What arrives is then to be seen in the master, under the parameter's name.
 A master is known by what its wrapper says (`partitions`), or by having the shape and, rounded, the values of exactly one
-parameter. What cannot be told stays unknown, with the reason.
+parameter, and gradients as the parameter has them: a copy that nobody feeds is no master. What cannot be told stays
+unknown, with the reason.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ _ZERO_3 = (
     "`engine.optimizer`, not the optimizer inside it; a partition that is swapped out cannot be watched"
 )
 
+_SHORTEST_PARTITION = 1024
+_ALIKE = 0.98  # squared cosine of gradients of which one is the other, rounded and scaled
+
 
 class Masters(NamedTuple):
     """What was found out about the tensors of one optimizer that are not the model's."""
@@ -33,6 +37,12 @@ class Masters(NamedTuple):
     names: dict[int, tuple[str, ...]]  # id of a stepped tensor -> the parameters it holds
     instead: dict[int, str]  # id of a model's parameter -> why it is not measured itself; "": its master has its name
     pieces: dict[int, list[Piece]]  # id of a flat tensor that is stepped -> what lies in it
+    pairs: list[tuple[Tensor, Tensor]]  # master and parameter, where both have the same shape
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing that is stepped stands for a parameter."""
+        return not self.names and not self.pieces
 
 
 def find(
@@ -45,7 +55,7 @@ def find(
 
     `wrappers`: what the optimizer came wrapped in.
     """
-    found = Masters({}, {}, {})
+    found = Masters({}, {}, {}, [])
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     held = {id(p) for p in stepped}
     left = [p for _, p in named if id(p) not in held and p.requires_grad]
@@ -60,6 +70,7 @@ def find(
         _by_mark(left, names, free, found)
         _by_value([p for p in left if id(p) not in found.instead], names, free, found)
     shared: set[int] = set().union(*map(partitions.of_all_ranks, wrappers))
+    is_foreign = len(free) == len(stepped)  # it steps nothing that is known to be the model's
     in_pieces = {name for pieces in found.pieces.values() for piece in pieces for name in piece.names}
     for param in left:
         if not in_pieces.isdisjoint(names[id(param)]):
@@ -68,7 +79,7 @@ def find(
             found.instead.setdefault(id(param), "")  # other ranks step it
         elif hasattr(param, "ds_tensor"):
             found.instead.setdefault(id(param), _ZERO_3)
-        elif free:
+        elif is_foreign or any(_could_hold(one, param) for one in free.values()):
             found.instead.setdefault(id(param), _ELSEWHERE)
     return found
 
@@ -81,6 +92,8 @@ def _by_mark(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[i
             piece = partitions.shard(param, names[id(param)], master)
             if piece is not None:
                 found.pieces[id(master)] = [piece]
+            else:
+                found.pairs.append((master, param))
             found.names[id(free.pop(id(master)))] = names[id(param)]
             found.instead[id(param)] = ""
     for flat in list(free.values()):
@@ -111,6 +124,30 @@ def _by_value(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[
         for master, param in pairs:
             found.names[id(free.pop(id(master)))] = names[id(param)]
             found.instead[id(param)] = ""
+            found.pairs.append((master, param))
+
+
+def share_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
+    """Whether masters are given the gradients of the parameters they are copies of, whatever they are scaled by.
+
+    None: no pair has a gradient on both sides. Reads values: not for use in every step.
+    """
+    for master, param in sorted(pairs, key=lambda pair: -pair[1].numel()):
+        a, b = master.grad, param.grad
+        if a is None or b is None or a.layout is not torch.strided or b.layout is not torch.strided:
+            continue
+        x, y = local(a).detach().double().reshape(-1), local(b).detach().double().reshape(-1)
+        if not bool(y.any()):
+            continue
+        return float(x @ y) ** 2 >= _ALIKE * float(x @ x) * float(y @ y)
+    return None
+
+
+def _could_hold(stepped: Tensor, param: Tensor) -> bool:
+    """A tensor of the parameter's shape, or a vector that is long enough to be a partition: not a temperature."""
+    if stepped.shape == param.shape:
+        return True
+    return stepped.dim() == 1 and stepped.numel() >= min(param.numel(), _SHORTEST_PARTITION)
 
 
 def _is_constant(tensor: Tensor) -> bool:

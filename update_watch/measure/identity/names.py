@@ -1,12 +1,58 @@
-"""What the model's tensors are called."""
+"""What the model's tensors are called, now and as they are replaced."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.measure.sampling import local
+from update_watch.odd_tensors import shape_of
+
+
+class NamedModel:
+    """The model's tensors by name. A tensor that takes another's place takes its name.
+
+    `names` is one dict for ever: id(tensor) -> its names, of the model's tensors and of those that stand for them.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Raises TypeError for what is neither a module nor (name, tensor) pairs."""
+        self._model = model
+        self.pairs = named_tensors(model)
+        self.names = names_of(self.pairs)
+        self._is_once = iter(model) is model if not isinstance(model, torch.nn.Module) else False
+
+    def refresh(self) -> dict[str, Tensor]:
+        """Read the model anew. Returns the old tensors, by name, that have left the model since."""
+        if self._is_once:  # a generator is used up
+            return {}
+        before, now = dict(self.pairs), dict(named_tensors(self._model))
+        if len(before) == len(now) and all(before.get(name) is tensor for name, tensor in now.items()):
+            return {}
+        for name, old in before.items():
+            # out of the step FSDP shows gathered tensors, or none: what is stepped is still the shard
+            if name not in now or (local(old) is not old and local(now[name]) is now[name]):
+                now[name] = old
+        self.pairs = list(now.items())
+        staying = {id(tensor) for tensor in now.values()}
+        left = {name: old for name, old in before.items() if id(old) not in staying}
+        for old in left.values():
+            self.names.pop(id(old), None)
+        self.names.update(names_of(self.pairs))
+        return left
+
+    def tensors(self) -> list[Tensor]:
+        """Each tensor once, in the model's order."""
+        return list({id(tensor): tensor for _, tensor in self.pairs}.values())
+
+    def order(self) -> dict[str, int]:
+        """First name of each tensor -> its place in the model."""
+        return {self.names[id(tensor)][0]: i for i, (_, tensor) in reversed(list(enumerate(self.pairs)))}
 
 
 def named_tensors(model: Any) -> list[tuple[str, Tensor]]:
@@ -47,6 +93,27 @@ def _clean(name: str) -> str:
     for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
         name = name.replace(part, "")
     return name.removeprefix("module.")
+
+
+def describe(param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    """What a tensor is, as keyword arguments of `TensorEvidence`."""
+    # ZeRO-3 leaves an empty tensor where none is needed
+    shape = tuple(param.ds_shape) if hasattr(param, "ds_shape") else shape_of(param)
+    return {
+        "name": names[0],
+        "names": names,
+        "layer": names[0].rpartition(".")[0],
+        "dtype": str(param.dtype).removeprefix("torch."),
+        "shape": shape,
+        "numel": math.prod(shape),
+        "held": None if local(param) is param else local(param).numel(),
+        "trainable": param.requires_grad,
+    }
+
+
+def members_of(optimizer: Optimizer) -> list[Tensor]:
+    """The tensors an optimizer steps."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def short(value: Any) -> str:

@@ -1,0 +1,139 @@
+"""Which optimizer steps which of the model's tensors, itself or a master of it, and what is said of those none steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.measure.identity import masters, owners
+from update_watch.measure.identity.names import NamedModel, members_of
+from update_watch.measure.identity.partitions import Piece, wrappers
+
+_LEAST_STEPS = 6  # of an optimizer whose tensors got no gradient, before that means something
+_ASKED = 3  # steps of an optimizer in which the gradients of copies may still tell whose they are
+
+
+class Belonging:
+    """What is known of the model's tensors and of those that stand for them."""
+
+    def __init__(self, model: Any) -> None:
+        """Raises TypeError for what is neither a module nor (name, tensor) pairs."""
+        self.named = NamedModel(model)
+        self.names = self.named.names  # id(tensor) -> its names, masters included
+        self.pieces: dict[int, Sequence[Piece]] = {}  # id of a flat tensor that is stepped -> what lies in it
+        self.masters: dict[int, Tensor] = {}  # id of a parameter -> the tensor of its shape that is stepped instead
+        self._instead: dict[int, str] = {}  # id of a parameter that no optimizer holds -> what is said of it
+        self._notes: dict[int, str] = {}  # id of a parameter that no optimizer holds -> how that came about
+        # id of an optimizer that steps none of the model's tensors -> supposed masters, parameters they may be of
+        self._supposed: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._unsure: dict[int, int] = {}  # id of an optimizer -> how often it could not be told whether it is ours
+
+    # --- optimizers ------------------------------------------------------------------------------
+
+    def is_ours(self, optimizer: Optimizer, stepped: frozenset[int], step: int) -> bool | None:
+        """Whether an optimizer steps this model's tensors or masters of them; None: that cannot be told yet.
+
+        `stepped`: ids of what other optimizers step.
+        """
+        members = members_of(optimizer)
+        if not members:
+            return None
+        if all(id(param) not in self.names for param in members):
+            self.refresh(step, stepped)
+        if any(id(param) in self.names for param in members):
+            return True
+        found = masters.find(self._unstepped(stepped), self.names, optimizer)
+        if found.is_empty:
+            return False
+        if len(found.names) > len(found.pairs) or found.pieces:
+            return True  # the model's parameters say so
+        is_fed = masters.share_gradients(found.pairs)
+        if is_fed is None and not owners.modules_with(master for master, _ in found.pairs):
+            return True  # copies of the model's tensors that are no other model's
+        self._unsure[id(optimizer)] = asked = self._unsure.get(id(optimizer), 0) + 1
+        return is_fed if is_fed is not None or asked < _ASKED else False
+
+    def claim(self, optimizer: Optimizer, wrapper: Any, stepped: frozenset[int], step: int) -> None:
+        """Name what an optimizer steps; `wrapper`: what it came in."""
+        members = members_of(optimizer)
+        if members and all(id(param) in self.names for param in members):
+            return
+        self.refresh(step, stepped)  # parameters made since
+        known = {id(tensor) for tensor in self.named.tensors()}
+        found = masters.find(self._unstepped(stepped), self.names, optimizer, wrappers(wrapper))
+        self.names.update(found.names)
+        self.pieces.update(found.pieces)
+        for param_id, reason in found.instead.items():
+            if reason == "" or self._instead.get(param_id) != "":
+                self._instead[param_id] = reason
+        self.masters.update({id(param): master for master, param in found.pairs})
+        if not found.pieces and known.isdisjoint(map(id, members)):
+            supposed = [tensor for tensor in self.named.tensors() if id(tensor) in found.instead]
+            self._supposed[id(optimizer)] = [master for master, _ in found.pairs], supposed
+
+    def disown(self, optimizer_id: int) -> None:
+        """An optimizer is watched no more: its masters' parameters are free."""
+        self._supposed.pop(optimizer_id, None)
+        self._unsure.pop(optimizer_id, None)
+
+    def forget_masters(self, ids: frozenset[int]) -> None:
+        """These tensors are stepped no more."""
+        for param_id, master in list(self.masters.items()):
+            if id(master) in ids:
+                del self.masters[param_id]
+                self.names.pop(id(master), None)
+                self._instead.pop(param_id, None)
+
+    def supposed(self) -> list[int]:
+        """Ids of the optimizers that step copies of the model's tensors, or what may be such, and nothing else of it."""
+        return list(self._supposed)
+
+    def doubt(self, optimizer_id: int, steps: int, is_fed: bool, count: int) -> bool:
+        """Copies that had no gradient in a whole window are no masters. Whether that is so of this optimizer's."""
+        if steps < _LEAST_STEPS:
+            return False
+        copies, params = self._supposed.pop(optimizer_id)
+        if is_fed:
+            return False
+        for master in copies:
+            self.names.pop(id(master), None)
+        for param in params:
+            self._instead.pop(id(param), None)
+            self.masters.pop(id(param), None)
+            self._notes[id(param)] = (
+                f"its optimizer steps {count} tensors that are not the model's and that get no gradient, as when it was"
+                " made before the model was wrapped or moved"
+            )
+        return True
+
+    def covered_by(self, ids: frozenset[int]) -> frozenset[int]:
+        """What an optimizer that steps these tensors answers for: them, and the parameters they are masters of."""
+        return ids.union(param_id for param_id, master in self.masters.items() if id(master) in ids)
+
+    # --- tensors ---------------------------------------------------------------------------------
+
+    def refresh(self, step: int, stepped: frozenset[int]) -> frozenset[int]:
+        """See what has taken the place of what in the model since a step. Returns the ids of what has left it."""
+        left = self.named.refresh()
+        now = dict(self.named.pairs) if left else {}
+        for name, old in left.items():
+            if id(old) in stepped and name in now and id(now[name]) not in stepped:
+                self._notes[id(now[name])] = (
+                    f"it was replaced after step {step:,}, and the optimizer still steps the old one"
+                )
+        return frozenset(id(old) for old in left.values())
+
+    def _unstepped(self, stepped: frozenset[int]) -> list[tuple[str, Tensor]]:
+        """The model's tensors that no optimizer steps itself."""
+        return [(name, tensor) for name, tensor in self.named.pairs if id(tensor) not in stepped]
+
+    def unheld(self, held: set[int]) -> list[tuple[Tensor, str, str]]:
+        """The model's tensors of which nothing that is held stands: with why that is unknown, and how it came about."""
+        return [
+            (tensor, self._instead.get(id(tensor), ""), self._notes.get(id(tensor), ""))
+            for tensor in self.named.tensors()
+            if id(tensor) not in held and self._instead.get(id(tensor)) != ""
+        ]

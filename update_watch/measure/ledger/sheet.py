@@ -1,0 +1,290 @@
+"""A sheet of the ledger: a block of elements of each of some tensors, before and after every step they are stepped in.
+
+In the step there is one gather before and one after, from cached views; every few steps the gathered values are added up
+on the device. Sums are of the open window, and of a span of some windows with the same elements, for what happens more
+seldom than once a window. Elements that sit at a bound (0, or the smallest or largest of a tensor whose values are not all
+the same) are summed apart: clipping, pruning and projections write those back by design.
+
+Legend: n tensors, E elements of each, T steps that wait to be added up.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from update_watch.measure.sampling import local, unsamplable
+from update_watch.measure.transfer import Batch, Part
+
+ELEMENTS = 16
+SPAN = 8  # windows in which the same elements are read
+_WAITING = 8  # steps
+_TALL = 4  # rows per column, from which on a matrix is taken for an embedding
+_GRADIENT_EVERY = 4  # steps between two looks at gradients
+
+_OF_BOTH = ("dot", "square", "spread", "free_dot", "free_square", "moved", "writes", "due", "copied")
+# what leaves the device per tensor, sums over its elements: D what it moved by, A the sum of what steps applied
+COLUMNS = (
+    *_OF_BOTH,  # <D, A>, <A, A>, spread of <D, A>; the same of elements at no bound; <D, D>; steps it was written before
+    *(f"span_{name}" for name in _OF_BOTH),  # due, copied: <R, R>, <D, R>, R what the master moved by, rounded
+    "written",  # sum of squares of what was written between steps
+    "stored",  # sum of squares at the window's begin
+    "last",  # the last look of the span before which it was written, from 1; 0: none
+    "signature",  # of the set of steps before which it was written
+    "gradient",  # sum of squares of its gradients
+    "largest",  # of them
+)
+
+
+class Line(NamedTuple):
+    """One tensor of a sheet."""
+
+    tensor: Tensor
+    names: tuple[str, ...]
+    master: Tensor | None = None  # of the same shape, which an optimizer steps in its place
+
+
+class SheetWindow(NamedTuple):
+    """A closed window of one sheet, on its way to the host."""
+
+    transfer: Part
+    names: tuple[tuple[str, ...], ...]
+    has_masters: bool
+    is_stepped: bool  # else no optimizer holds its tensors
+    steps: int
+    span_windows: int
+    run_steps: tuple[int, ...]  # the steps of the run that were looked at in the span
+    looks: tuple[int, ...]  # at gradients
+
+
+class Sheet:
+    """Tensors of one device and dtype that are stepped together, or that nobody steps. All have masters, or none has."""
+
+    def __init__(self, lines: Sequence[Line], rng: random.Random, is_stepped: bool, needs_gradients: bool) -> None:
+        self.lines, self._rng = list(lines), rng
+        self._is_stepped, self._needs_gradients = is_stepped, needs_gradients
+        masters = [line.master for line in lines if line.master is not None]
+        self._runs = [[line.tensor for line in lines]] + ([masters] if masters else [])
+        self._members = [tensor for run in self._runs for tensor in run]
+        self._is_sharded = any(local(tensor) is not tensor for tensor in self._members)
+        self._layouts = [_layout(tensor) for tensor in self._members]
+        self.device = local(self._members[0]).device
+        self._rings = [
+            torch.empty(_WAITING, 2, len(run), ELEMENTS, dtype=run[0].dtype, device=self.device) for run in self._runs
+        ]
+        self._slots = [[[ring[t, side].view(-1) for ring in self._rings] for side in (0, 1)] for t in range(_WAITING)]
+        self._no_gradient = torch.zeros(ELEMENTS, device=self.device)
+        self._open_span()
+
+    @property
+    def has_changed(self) -> bool:
+        """A tensor has another shape, format or device than it was planned for."""
+        return any(_layout(tensor) != layout for tensor, layout in zip(self._members, self._layouts, strict=True))
+
+    def _open_span(self) -> None:
+        """Choose other elements and start all sums anew."""
+        self._place = self._rng.random()
+        self._pointers: list[int] = []
+        self._views: list[list[Tensor]] = []
+        self._waiting = self._span_steps = self._span_windows = 0
+        self._steps: list[int] = []  # of the run, that were looked at
+        self._gaps: list[int] = []  # those of the waiting steps before which others passed unseen
+        self._has_missed = False
+        self._begin: Tensor | None = None  # [n, E] before the span's first step
+        self._last: Tensor | None = None  # [n, E] after the latest step that was added up
+        self._span = _Sums(len(self._members), self.device)
+        self._signature = torch.zeros(len(self._members), device=self.device)
+        self._last_write = torch.zeros(len(self._members), device=self.device)
+        self._open_window()
+
+    def _open_window(self) -> None:
+        self.steps = 0
+        self._window = _Sums(len(self._members), self.device)
+        # what is written before the window's first step is part of the window
+        self._window_begin = self._last
+        self._first_before: Tensor | None = None  # [n, E] before the window's first step
+        self._written = torch.zeros(len(self._members), device=self.device)
+        self._gradients = torch.zeros(2, len(self.lines), device=self.device)
+        self._looks = [0] * len(self.lines)
+
+    # --- in the step -----------------------------------------------------------------------------
+
+    def before(self, step: int) -> None:
+        """Read what is stored just before a step of the run."""
+        self._read(0)
+        if self._has_missed:
+            self._gaps.append(self._waiting)
+            self._has_missed = False
+        self._step = step
+        if self._needs_gradients and self.steps % _GRADIENT_EVERY == 0:
+            self._look_at_gradients()
+
+    def after(self) -> None:
+        """Read what is stored just after it."""
+        self._read(1)
+        self._steps.append(self._step)
+        self._waiting += 1
+        self.steps += 1
+        self._span_steps += 1
+        if self._waiting == _WAITING:
+            self._add()
+
+    def miss(self) -> None:
+        """A step passes unseen: what changes till the next one is not to be told from what it applied."""
+        self._has_missed = True
+
+    def _read(self, side: int) -> None:
+        members = [local(tensor) for tensor in self._members] if self._is_sharded else self._members
+        pointers = [tensor.data_ptr() for tensor in members]
+        if pointers != self._pointers:
+            # what was put in a tensor's place is compared by its values like anything else
+            self._views = [
+                [block for tensor in run for block in _block(local(tensor.detach()), self._place)] for run in self._runs
+            ]
+            self._pointers = pointers
+        for views, slot in zip(self._views, self._slots[self._waiting][side], strict=True):
+            torch.cat(views, out=slot)
+
+    def _look_at_gradients(self) -> None:
+        blocks: list[Tensor] = []
+        for i, line in enumerate(self.lines):
+            grad = line.tensor.grad
+            if grad is None or not can_be_read(grad) or local(grad).shape != local(line.tensor).shape:
+                blocks.append(self._no_gradient)
+                continue
+            self._looks[i] += 1
+            blocks += [block.to(torch.float32) for block in _block(local(grad.detach()), self._place)]
+        grad_nE = torch.cat(blocks).view(-1, ELEMENTS)
+        self._gradients[0].add_(grad_nE.square().sum(-1))
+        self._gradients[1].copy_(torch.maximum(self._gradients[1], grad_nE.abs().amax(-1)))
+
+    # --- every few steps -------------------------------------------------------------------------
+
+    def _add(self) -> None:
+        """Add up the steps that wait."""
+        T, self._waiting = self._waiting, 0
+        if not T:
+            return
+        held_T2nE = torch.cat([ring[:T].to(torch.float32) for ring in self._rings], 2)
+        before_TnE, after_TnE = held_T2nE[:, 0], held_T2nE[:, 1]
+        if self._begin is None or self._last is None:  # what was before the first look is not known
+            self._begin = self._last = before_TnE[0].clone()
+        if self._window_begin is None:
+            self._window_begin = self._last
+        if self._first_before is None:
+            self._first_before = before_TnE[0].clone()
+        between_TnE = before_TnE - torch.cat([self._last.unsqueeze(0), after_TnE[:-1]])
+        applied_nE = (after_TnE - before_TnE).sum(0)
+        for t in self._gaps:
+            applied_nE.add_(between_TnE[t])
+            between_TnE[t].zero_()
+        self._gaps.clear()
+        wrote_Tn = between_TnE.abs().sum(-1).ne(0).float()
+        # made on the device: nothing is copied to it
+        first = self._span_steps - T
+        step_T1 = torch.arange(first + 1, first + T + 1, device=self.device, dtype=torch.float32).unsqueeze(1)
+        for sums in (self._window, self._span):
+            sums.applied_nE.add_(applied_nE)
+            sums.writes_n.add_(wrote_Tn.sum(0))
+        self._written.add_(between_TnE.square().sum((0, 2)))
+        self._last_write = torch.maximum(self._last_write, (wrote_Tn * step_T1).amax(0))
+        self._signature.add_((wrote_Tn * torch.sin(step_T1 * 12.9898)).sum(0))  # as good as different for each step
+        self._last, self._last_before = after_TnE[-1].clone(), before_TnE[-1].clone()
+
+    # --- at the end of a window ------------------------------------------------------------------
+
+    def close_window(self, batch: Batch) -> SheetWindow | None:
+        """Hand the sums to `batch` and start new ones; None where no step was seen."""
+        if not self.steps:
+            return None
+        self._add()
+        assert self._last is not None and self._begin is not None
+        assert self._window_begin is not None and self._first_before is not None
+        n, now_nE = len(self.lines), self._last
+        low, high = now_nE.amin(-1, keepdim=True), now_nE.amax(-1, keepdim=True)
+        free_nE = (~((now_nE.eq(0) | now_nE.eq(low) | now_nE.eq(high)) & low.ne(high))).float()
+        rows: list[Tensor] = []
+        for sums, begin_nE, copy_begin_nE in (
+            (self._window, self._window_begin, self._first_before),
+            (self._span, self._begin, self._begin),
+        ):
+            moved_nE, applied_nE = now_nE - begin_nE, sums.applied_nE
+            dot_nE, square_nE = moved_nE * applied_nE, applied_nE.square()
+            dot, square = dot_nE.sum(-1), square_nE.sum(-1)
+            share = torch.where(square > 0, dot / square, 0.0)
+            rows += [dot, square, (dot_nE - share.unsqueeze(1) * square_nE).square().sum(-1)]
+            rows += [(dot_nE * free_nE).sum(-1), (square_nE * free_nE).sum(-1)]
+            rows += [moved_nE.square().sum(-1), sums.writes_n, *self._compare_copies(copy_begin_nE)]
+        rows += [self._written, self._window_begin.square().sum(-1), self._last_write, self._signature]
+        rows += list(self._gradients)
+        packed = torch.cat([row[:n] for row in rows])
+        self._span_windows += 1
+        window = SheetWindow(
+            batch.add(packed),
+            tuple(line.names for line in self.lines),
+            len(self._runs) > 1,
+            self._is_stepped,
+            self.steps,
+            self._span_windows,
+            tuple(self._steps),
+            tuple(self._looks),
+        )
+        if self._span_windows == SPAN:
+            self._open_span()
+        else:
+            self._open_window()
+        return window
+
+    def _compare_copies(self, begin_nE: Tensor) -> list[Tensor]:
+        """Have the model's tensors moved as their masters have? Both before the first and before the last step."""
+        n = len(self.lines)
+        if len(self._runs) == 1:
+            return [torch.zeros(n, device=self.device)] * 2
+        dtype, end_nE = self._runs[0][0].dtype, self._last_before
+        due_nE = end_nE[n:].to(dtype).float() - begin_nE[n:].to(dtype).float()
+        moved_nE = end_nE[:n] - begin_nE[:n]
+        return [due_nE.square().sum(-1), (due_nE * moved_nE).sum(-1)]
+
+
+class _Sums:
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.applied_nE = torch.zeros(n, ELEMENTS, device=device)
+        self.writes_n = torch.zeros(n, device=device)
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether a block of its elements can be read."""
+    if is_lazy(tensor):
+        return False
+    shard = local(tensor)
+    return not unsamplable(shard) and shard.numel() > 0 and shard.dtype.is_floating_point
+
+
+def _block(shard: Tensor, place: float) -> list[Tensor]:
+    """Views of E elements in memory order, contiguous ones; of a smaller tensor all of it, again and again.
+
+    A gather of contiguous views takes a third of the time of any other.
+    """
+    numel, offset = shard.numel(), shard.storage_offset()
+    rows = shard.shape[0]
+    if shard.dim() == 2 and rows >= ELEMENTS and rows > _TALL * shard.shape[1]:
+        # an embedding: of neighbours a batch uses all or none
+        begins = [int((place + k / ELEMENTS) % 1.0 * numel) for k in range(ELEMENTS)]
+        return [shard.as_strided((1,), (1,), offset + begin) for begin in begins]
+    if numel >= ELEMENTS:
+        return [shard.as_strided((ELEMENTS,), (1,), offset + int(place * (numel - ELEMENTS)))]
+    whole = shard.as_strided((numel,), (1,), offset)
+    times, rest = divmod(ELEMENTS, numel)
+    return [whole] * times + ([whole[:rest]] if rest else [])
+
+
+def _layout(tensor: Tensor) -> Any:
+    if is_lazy(tensor):
+        return None
+    shard = local(tensor)
+    return shard.shape, shard.dtype, shard.device

@@ -1,0 +1,44 @@
+"""Finds the optimizers that step a model, at their first step, whatever object hides them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from torch.optim import Optimizer
+
+from update_watch.measure.device.streams import is_capturing
+from update_watch.measure.plain_torch import PlainTorch
+from update_watch.measure.process_steps import ProcessSteps
+from update_watch.measure.tap import StepTap
+from update_watch.measure.watched_model import WatchedModel
+
+logger = logging.getLogger("update_watch")
+
+Attach = Callable[[Optimizer, Sequence[Optimizer]], None]  # the optimizer, and those within whose step it steps
+
+
+class Discovery:
+    """Calls `attach` for every optimizer of the process that steps the model, before its first step."""
+
+    def __init__(self, model: WatchedModel, tap: StepTap, attach: Attach) -> None:
+        self._model, self._tap, self._attach = model, tap, attach
+        self._steps = ProcessSteps(self._meet)
+        self.start, self.stop, self.forget = self._steps.start, self._steps.stop, self._steps.forget
+
+    def _meet(self, optimizer: Optimizer) -> bool | None:
+        if self._tap.is_running or not self._tap.enabled or is_capturing():
+            return None
+        try:
+            with PlainTorch(optimizer):
+                outside = self._tap.outside(optimizer)
+                is_ours = self._model.adopts(optimizer, outside)
+                if is_ours and not self._model.has(optimizer):
+                    self._attach(optimizer, outside)
+                    count = sum(len(group["params"]) for group in optimizer.param_groups)
+                    text = "update-watch: %s with %d tensors is watched from step %d on"
+                    logger.info(text, type(optimizer).__name__, count, self._model.step + 1)
+        except Exception as error:  # it costs this optimizer, not the watch
+            logger.warning("update-watch: %s cannot be watched: %r", type(optimizer).__name__, error, exc_info=error)
+            return False
+        return is_ours
