@@ -1,0 +1,190 @@
+"""What a watch costs at scale, worked out from real windows on stand-ins: as many tensors as the model has, small ones.
+
+    python bench/scale.py [--only WORDS] [--json FILE]
+
+What the watch does depends on how many tensors there are and how many elements of each are looked at, not on their size: so
+7B parameters on 8 ranks, 70B on 512 and a mixture of experts of 10,000 tensors are each stood for by as many small BF16
+tensors as one rank steps. Measured on them (CPU): operators per step that is looked at, host time of it and of a window's
+end, processor time of the judging thread, bytes held, bytes that leave the device (and are summed over ranks) per window,
+lines of a journal, and what a W&B run is given. Per day they follow from the step time and the budget of 1%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor, nn
+
+import update_watch as uw
+from bench.overhead import Operators
+from update_watch.dashboards import Journal
+from update_watch.measure import transfer
+
+WINDOW, DAY, BUDGET = 32, 86_400.0, 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A model and where it trains. `tensors`: that one rank steps; `step_s`: a usual time of a step."""
+
+    name: str
+    tensors: int
+    parameters: float
+    ranks: int
+    step_s: float
+
+
+SETUPS = [
+    Setup("GPT-2, 124M, 1 rank", 148, 124e6, 1, 0.2),
+    Setup("Llama, 7B, 8 ranks", 291, 6.7e9, 8, 2.0),
+    Setup("Llama, 70B, 512 ranks", 723, 69e9, 512, 5.0),
+    Setup("experts, 10,000 tensors, 64 ranks", 10_000, 40e9, 64, 3.0),
+]
+
+
+def measure(setup: Setup) -> dict[str, Any]:
+    torch.manual_seed(0)
+    params = [nn.Parameter((torch.randn(32, 32) * 0.02).bfloat16()) for _ in range(setup.tensors)]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    optimizer = torch.optim.AdamW(params, lr=3e-4, weight_decay=0.1, fused=True)
+    optimizer.step()
+    gc.collect()
+    before = _storages()
+    sent: list[int] = []
+    send = transfer.Batch.send
+
+    def counted(batch: transfer.Batch) -> None:
+        sent.append(sum(v.numel() * v.element_size() for parts in batch._waiting.values() for _, v in parts))
+        send(batch)
+
+    names = [f"layers.{i // 9}.{'qkvoghudn'[i % 9]}.weight" for i in range(setup.tensors)]
+    judged: list[float] = []
+    logged: list[int] = []
+    with tempfile.TemporaryDirectory() as folder:
+        journal = Path(folder) / "run.jsonl"
+        sinks: list[Any] = [Journal(journal), lambda report: logged.append(len(json.dumps(_numbers(report))))]
+        started = time.perf_counter()
+        watch = uw.watch(list(zip(names, params, strict=True)), optimizer, window=WINDOW, budget=None, sinks=sinks)
+        attach_s = time.perf_counter() - started
+        judge = watch._judge_window
+
+        def timed(window: Any) -> None:
+            began = time.thread_time()
+            judge(window)
+            judged.append(time.thread_time() - began)
+
+        watch._judge._handle = timed
+        transfer.Batch.send = counted  # type: ignore[method-assign]
+        added: list[float] = []
+        ends: list[float] = []
+        try:
+            for i in range(3 * WINDOW):
+                watch.enabled = False
+                alone = _timed(optimizer.step)
+                watch.enabled = True
+                took = _timed(optimizer.step) - alone
+                if i >= WINDOW:
+                    (ends if (i + 1) % WINDOW == 0 else added).append(1e3 * took)
+        finally:
+            transfer.Batch.send = send  # type: ignore[method-assign]
+        watch._judge.wait()
+        watch._post.wait()
+        gc.collect()
+        held = sum(size for key, size in _storages().items() if key not in before)
+        counter = Operators()
+        with counter:
+            for _ in range(8):
+                optimizer.step()
+        watch.enabled = False
+        alone_counter = Operators()
+        with alone_counter:
+            for _ in range(8):
+                optimizer.step()
+        lines = journal.stat().st_size / 3
+        watch.close()
+    look_ms, end_ms = statistics.fmean(added), statistics.median(ends)
+    window_ms = WINDOW * look_ms + end_ms + 1e3 * statistics.median(judged)
+    # of the steps of a day, those that fit into the budget; a window takes WINDOW of them
+    looks = min(BUDGET * DAY * 1e3 / (window_ms / WINDOW), DAY / setup.step_s)
+    windows = looks / WINDOW
+    return {
+        "tensors": setup.tensors,
+        "attach_s": attach_s,
+        "operators": (counter.seen.total() - alone_counter.seen.total()) / 8,
+        "look_ms": look_ms,
+        "window_end_ms": end_ms,
+        "judging_ms": 1e3 * statistics.median(judged),
+        "held_mb": held / 1e6,
+        "held_share": held / (2 * setup.parameters / setup.ranks),
+        "window_kb": statistics.median(sent) / 1e3,
+        "journal_kb": lines / 1e3,
+        "logged_kb": statistics.median(logged) / 1e3,
+        "looked_at": min(looks * setup.step_s / DAY, 1.0),
+        "windows_per_day": windows,
+        "journal_mb_per_day": windows * lines / 1e6,
+        "logged_mb_per_day": windows * statistics.median(logged) / 1e6,
+    }
+
+
+def _numbers(report: uw.Report) -> dict[str, Any]:
+    """About what a logger is given of a report: the run's numbers, and of each tensor a few."""
+    from update_watch.dashboards import metrics
+
+    return {**metrics.run_values(report), **{t.name: [t.efficiency, t.update_ratio] for t in report.tensors}}
+
+
+def _timed(step: Any) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
+
+
+def _storages() -> dict[int, int]:
+    found = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter):
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", metavar="WORDS", default="", help="setups with these words in their name")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here too")
+    given = parser.parse_args()
+    logging.getLogger("update_watch").setLevel(logging.CRITICAL)
+    found = {}
+    for setup in SETUPS:
+        if given.only in setup.name:
+            found[setup.name] = r = measure(setup)
+            print(
+                f"{setup.name}: {r['tensors']:,} tensors a rank; attached in {r['attach_s']:.1f} s\n"
+                f"  a step looked at: {r['operators']:.0f} operators, {r['look_ms']:.2f} ms; a window's end {r['window_end_ms']:.1f} ms;"
+                f" judged in {r['judging_ms']:.0f} ms\n"
+                f"  holds {r['held_mb']:.1f} MB ({100 * r['held_share']:.2f}% of a rank's weights); {r['window_kb']:.0f} kB leave per window\n"
+                f"  with steps of {setup.step_s:g} s: {100 * r['looked_at']:.0f}% are looked at, {r['windows_per_day']:.0f} windows a day;"
+                f" journal {r['journal_mb_per_day']:.1f} MB, logger {r['logged_mb_per_day']:.1f} MB a day",
+                flush=True,
+            )
+    if given.json:
+        Path(given.json).write_text(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
