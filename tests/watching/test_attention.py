@@ -213,3 +213,21 @@ def test_a_jump_of_the_learning_rate_and_a_new_group_wake(
 def test_a_budget_that_is_no_share_is_refused(budget: Any, training: tuple[nn.Module, torch.optim.Optimizer]) -> None:
     with pytest.raises(ValueError, match=r"watch\(budget=.*None looks at every step"):
         uw.watch(*training, budget=budget)
+
+
+def test_an_average_is_not_judged_over_steps_that_passed_unseen(
+    training: tuple[nn.Module, torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = training
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    average.update_parameters(model)
+    with uw.watch(model, optimizer, window=10_000, averages={"ema": (average, 0.9)}) as watch:
+        for i in range(200):
+            # never two in a row, then some in a row: updates are only seen between neighbours
+            monkeypatch.setattr(watch._attention, "looks", lambda *_, i=i: i % 2 == 0 if i < 100 else i % 10 < 8)
+            steps(model, optimizer, 1)
+            average.update_parameters(model)
+        report = watch.flush()
+    assert report is not None
+    seen = [t.accumulators["average:ema"] for t in report.tensors]
+    assert [a.efficiency for a in seen] == [pytest.approx(1, abs=1e-4)] * len(seen)

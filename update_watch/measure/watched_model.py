@@ -216,6 +216,8 @@ class WatchedModel:
         """Let a step go by unseen. Returns whether something has changed that should be looked at."""
         key = id(watched.optimizer), watched.part
         self._ledger.miss(key, key == self._lead)
+        if key == self._lead:
+            self._averages.pass_by()
         return watched.pass_by()
 
     def after(self, watched: Watched, seen: Any) -> None:

@@ -105,6 +105,10 @@ class Averages:
             self._open.finish()
             self._open = None
 
+    def pass_by(self) -> None:
+        """The step that begins is not looked at: what was begun is given up, since the next look would see two updates."""
+        self._open = None
+
     def close_window(self, batch: Batch) -> list[AverageWindow]:
         """Hand the sums to `batch` and start new ones."""
         self._open = None
