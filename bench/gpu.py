@@ -37,7 +37,7 @@ SECTIONS: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {  # with the 
     "syncs": (sanctity.syncs, 10),
     "launches": (launches.launches, 25),
     "step_time": (times.step_time, 30),
-    "training_time": (times.training_time, 25),
+    "training_time": (times.training_time, 45),
     "truth": (long_runs.truth, 10),
     "streams": (sanctity.streams, 5),
     "other_device": (sanctity.other_device, 3),

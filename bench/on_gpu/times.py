@@ -150,24 +150,35 @@ def _step_time(shapes: Shapes, window: int) -> dict[str, Any]:
 
 
 def training_time() -> dict[str, Any]:
-    """Whole training steps of a GPT with 124M parameters, blocks of steps in turns."""
-    uw = quiet_watch()
-    if given.quick:
-        sizes, shape, per_block, blocks = (
-            {"width": 64, "layers": 2, "heads": 2, "vocabulary": 128, "length": 64},
-            (2, 64),
-            4,
-            4,
-        )
-    else:
-        sizes, shape, per_block, blocks = {}, (8, 1024), 8, 20
-    models = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        model = GPT(**sizes).to(given.device, torch.bfloat16)
-        models.append((model, torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, fused=True)))
-    high = sizes.get("vocabulary", 50304)
+    """Whole training steps of a GPT with 124M parameters, blocks of steps in turns: every step looked at, and by budget."""
+    per_block, blocks = (4, 4) if given.quick else (8, 16)
+    models = [_gpt() for _ in range(2)]
+    high = models[0][0].tokens.num_embeddings
+    shape = (2, 64) if given.quick else (8, 1024)
     batches = [torch.randint(0, high, shape, device=given.device) for _ in range(per_block)]
+    found: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in models[0][0].parameters()),
+        "tensors": len(list(models[0][0].parameters())),
+        "steps_per_block": per_block,
+    }
+    for label, budget in (("every step", None), ("budget", 0.01)):
+        if given.left() > 20:
+            found[label] = _training_time(models, batches, budget, blocks if budget is None else 2 * blocks)
+    return found
+
+
+def _gpt() -> tuple[GPT, torch.optim.Optimizer]:
+    sizes = {"width": 64, "layers": 2, "heads": 2, "vocabulary": 128, "length": 64} if given.quick else {}
+    torch.manual_seed(0)
+    model = GPT(**sizes).to(given.device, torch.bfloat16)
+    return model, torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, fused=True)
+
+
+def _training_time(
+    models: list[tuple[GPT, torch.optim.Optimizer]], batches: list[torch.Tensor], budget: float | None, blocks: int
+) -> dict[str, Any]:
+    """`models`: one to train alone, one to train with a watch."""
+    uw = quiet_watch()
 
     def block(which: int) -> float:
         model, optimizer = models[which]
@@ -180,9 +191,16 @@ def training_time() -> dict[str, Any]:
         sync()
         return 1e3 * (time.perf_counter() - t) / len(batches)
 
-    with uw.watch(*models[1], window=128) as watch:
-        for _ in range(1 if given.quick else 3):
-            block(0), block(1)
+    window = 16 if budget is not None else 128
+    with uw.watch(*models[1], window=window, budget=budget) as watch:
+        block(0)
+        for _ in range(2 if given.quick else 4):
+            block(1)
+        # the first windows are looked at in full, until every tensor has a verdict
+        for _ in range(8):
+            if budget is None or not watch._attention.is_full:
+                break
+            block(1)
         alone, pairs = [], []
         for i in range(blocks):
             order = (0, 1) if i % 2 else (1, 0)
@@ -191,20 +209,21 @@ def training_time() -> dict[str, Any]:
             pairs.append(t[1] - t[0])
             if given.left() < 15:
                 break
-        error = error_of(watch)
+        is_full, error = watch._attention.is_full, error_of(watch)
         report = watch.flush(10.0)
     base = median(alone)
     return {
-        "parameters": sum(p.numel() for p in models[0][0].parameters()),
-        "tensors": len(list(models[0][0].parameters())),
         "step_ms": base,
         "added_ms_median": median(pairs),
-        "added_ms_mean": fold(pairs),
-        "added_share_median": median(pairs) / base,
-        "added_share_mean": fold(pairs) / base,
+        "added_ms_mean": fold(pairs, 0.05 if budget is None else 0.0),
+        "added_share_mean": fold(pairs, 0.05 if budget is None else 0.0) / base,
         "spread_alone_ms": statistics.pstdev(alone) if len(alone) > 1 else 0.0,
         "blocks": len(pairs),
-        "steps_per_block": per_block,
+        "looks_at_every_step": is_full,
+        "own_share": None if report is None else report.cost_share,
+        "own_ms": None if report is None else report.cost_ms,
+        "observed_steps": None if report is None else report.observed_steps,
+        "window": None if report is None else report.window,
         "error": error,
         "headline": None if report is None else str(report.headline)[:160],
     }
