@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.replay.attribute_copy import ReplayError
+from update_watch.replay.absent import ReplayError
 from update_watch.replay.rule_kind import Kind, Rule, find_rule
 from update_watch.replay.twin import Run, Twin
 

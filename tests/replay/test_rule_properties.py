@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from update_watch.replay.attribute_copy import ReplayError
+from update_watch.replay.absent import ReplayError
 from update_watch.replay.rule_properties import find_properties
 from update_watch.replay.state_forms import find_states, likeness
 

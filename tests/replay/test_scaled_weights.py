@@ -21,7 +21,7 @@ from bench.planted.remainders import (
     Remainders,
     Split,
 )
-from update_watch.replay.attribute_copy import ReplayError
+from update_watch.replay.absent import ReplayError
 from update_watch.replay.rounding_scheme import Join, Scheme
 from update_watch.replay.rule_kind import Kind, find_rule
 from update_watch.replay.scaled_weights import ScaledWeights, exponent_of

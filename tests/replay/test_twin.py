@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from update_watch.replay.attribute_copy import ReplayError
+from update_watch.replay.absent import Absent, AbsentError, ReplayError
 from update_watch.replay.optimizer_copy import copy_of, rule_of
 from update_watch.replay.twin import Run, Twin
 
@@ -419,20 +421,66 @@ def test_whole_replay_widens_low_precision_state_also_in_containers() -> None:
 # --- what is refused -----------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_copied_at_every_step_is_refused_by_name() -> None:
-    param = parameter(8)
+def _not_to_be_copied(param: Tensor) -> dict[str, Any]:
     held = torch.ones(3)
-    refused = {
+    return {
         "one of its parameters outside param_groups": [param],
         "something per parameter outside optimizer.state": {param: 1},
         "too large to copy at every step": torch.ones(5000),
         "closes over a Tensor": lambda: held,
         "a list of 5000 items": list(range(5000)),
-        "cannot be copied": (_ for _ in ()),
+        "an iterator": (_ for _ in ()),
+        "cannot be copied": threading.Lock(),
     }
-    for reason, value in refused.items():
-        with pytest.raises(ReplayError, match=f"Plain.thing .*{reason}"):
-            Twin(Plain([param], thing=value))
+
+
+USES: dict[str, Callable[[Any], Any]] = {
+    "one of its parameters outside param_groups": lambda thing: thing[0] + 1,
+    "something per parameter outside optimizer.state": lambda thing: thing.get(1),
+    "too large to copy at every step": lambda thing: torch.sum(thing),
+    "closes over a Tensor": lambda thing: thing(),
+    "a list of 5000 items": lambda thing: [*thing],
+    "an iterator": next,
+    "cannot be copied": lambda thing: thing.acquire(),
+}
+
+
+@pytest.mark.parametrize("reason", USES)
+def test_what_cannot_be_copied_at_every_step_is_refused_by_name_where_it_is_used(reason: str) -> None:
+    class Using(Plain):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            if self.uses:
+                USES[reason](self.thing)
+            super().step()
+
+    param = parameter(8)
+    thing = _not_to_be_copied(param)[reason]
+    torch.testing.assert_close(
+        replayed(Using([param], thing=thing, uses=False), param), param.detach() - 0.1 * param.grad
+    )
+    with pytest.raises(ReplayError, match=f"its step uses Using.thing, which .*{reason}"):
+        replayed(Using([param], thing=thing, uses=True), param)
+
+
+def test_a_stand_in_says_nothing_of_itself_and_only_compares() -> None:
+    model = torch.nn.Linear(2, 3)
+    absent = Absent(model)
+    assert absent is not None and absent != model
+    assert absent.weight.shape == (3, 2) and absent.weight.is_meta and isinstance(absent.weight, torch.nn.Parameter)
+    uses: tuple[Callable[[Any], Any], ...] = (
+        bool,
+        len,
+        list,
+        lambda a: a.forward,
+        lambda a: a[0],
+        lambda a: torch.add(a, 1),
+        lambda a: a + 1,
+        lambda a: isinstance(a, torch.nn.Linear),
+        torch.is_tensor,
+    )
+    for use in uses:
+        with pytest.raises(AbsentError, match="its step uses a Linear"):
+            use(absent)
 
 
 def test_a_model_may_be_kept_but_not_used_in_the_step() -> None:

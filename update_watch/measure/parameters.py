@@ -94,7 +94,7 @@ class Row:
         self.shaped = frozenset(
             name
             for name, value in state.items()
-            if (isinstance(value, Tensor) and not unreadable(local(value)) and local(value).shape == shape)
+            if (isinstance(value, Tensor) and holds_elements(local(value), shape))
             or (value is None and name in elements)
         )
         if away := self.states_elsewhere(state):
@@ -132,6 +132,11 @@ class Row:
     def is_whole(self) -> bool:
         """All its elements are looked at, in every measured step."""
         return self.sampler is not None and self.sampler.is_whole
+
+
+def holds_elements(state: Tensor, shape: torch.Size) -> bool:
+    """One number per weight. Quantised states say that they have the weight's shape; what they hold has another."""
+    return not unreadable(state) and state.shape == shape and not hasattr(state, "__tensor_flatten__")
 
 
 def _layout(param: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:

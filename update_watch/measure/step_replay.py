@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from update_watch import formats
 from update_watch.measure.accumulators.decay import decay_sums
 from update_watch.measure.gathers import Gathers
-from update_watch.measure.parameters import Row
+from update_watch.measure.parameters import Row, holds_elements
 from update_watch.measure.sampling import gather, local
-from update_watch.replay.attribute_copy import ReplayError
+from update_watch.replay.absent import ReplayError
 from update_watch.replay.rounding_scheme import Join
 from update_watch.replay.rule_kind import Kind
 from update_watch.replay.twin import GroupSettings, Run, Twin
@@ -133,7 +133,12 @@ class StepReplay:
                 intended_AnK[0, rows].copy_(result.param.view(count, -1))
             for name, slot in self._slots.items():
                 replayed = result.state.get(name)
-                if isinstance(replayed, Tensor) and replayed is not run.state.get(name):
+                # a rule that quantises large tensors may take the samples of many for one, when it makes their states
+                if (
+                    isinstance(replayed, Tensor)
+                    and replayed is not run.state.get(name)
+                    and holds_elements(replayed, run.param.shape)
+                ):
                     intended_AnK[slot, rows].copy_(replayed.view(count, -1))
 
     def _look_at_decay(
@@ -190,7 +195,7 @@ class StepReplay:
             intended_AnK[0, i] = gather([row.sampler.view(result.param)], [row.sampler])[0]
             for name, slot in self._slots.items():
                 value = result.state.get(name)
-                if isinstance(value, Tensor) and value.shape == result.param.shape:
+                if isinstance(value, Tensor) and holds_elements(value, result.param.shape):
                     intended_AnK[slot, i] = gather([row.sampler.view(value)], [row.sampler])[0]
             live[i] = True
 

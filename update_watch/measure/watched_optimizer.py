@@ -26,6 +26,7 @@ from update_watch.measure.transfer import Batch, Part
 from update_watch.measure.turns import samples_for, turns_of
 from update_watch.measure.window_evidence import CohortWindow, RowFacts
 from update_watch.odd_tensors import unreadable
+from update_watch.replay.rule_kind import Rule
 from update_watch.replay.twin import Twin
 from update_watch.wording import first_line
 
@@ -108,6 +109,15 @@ class Watched:
         self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))
         self.redraw()
 
+    def _try_again(self) -> None:
+        """Some optimizers set themselves up in their first step: what could not be tried before it may be tried now."""
+        for key, value in list(self.found.items()):
+            if isinstance(value, tuple) and value and isinstance(value[0], Rule) and value[0].has_failed:
+                del self.found[key]
+        self.found.pop(("kind", id(self.optimizer)), None)
+        self._plan()
+        self.shadow.replan()
+
     @property
     def step(self) -> int:
         """Of the run: it may have been attached late."""
@@ -166,6 +176,8 @@ class Watched:
         """
         self._is_replayed = is_replayed
         members, sizes = members_of(self.optimizer), _sizes(self.optimizer)
+        if self.steps == 1 and any(row.rule.has_failed for row in self.rows):
+            self._try_again()
         if sizes != self._sizes or not all(map(operator.is_, members, self._members)):
             self._plan()
             self.shadow.replan()

@@ -2,7 +2,7 @@
 
 One `Copier` per replay: things that are the same object in the optimizer are the same object in the copy, and what
 points back to the optimizer points to the twin. What cannot be copied, or must not be copied at every step (models,
-process groups, buffers as large as the model), is refused by a `ReplayError` that names it.
+process groups, buffers as large as the model) has an `Absent` in its place, which refuses to be used and says what it is.
 """
 
 from __future__ import annotations
@@ -17,29 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-
-class ReplayError(RuntimeError):
-    """The rule cannot be run on copies; the message says why."""
-
-
-class _Absent:
-    """Stands in the twin for something that cannot be copied; using it in a step is refused."""
-
-    def __init__(self, original: Any) -> None:
-        self.__dict__["_kind"] = type(original).__name__
-
-    def __deepcopy__(self, _: Any) -> Any:
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        raise ReplayError(f"its step uses a {self._kind} ('{name}') that a replay cannot have")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self.__getattr__(name)
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        self.__getattr__("__call__")
-
+from update_watch.replay.absent import Absent
 
 # values that nobody can write to, by exact type
 _PLAIN = frozenset(
@@ -58,7 +36,7 @@ _PLAIN = frozenset(
         torch.Size,
         types.BuiltinFunctionType,
         types.ModuleType,
-        _Absent,
+        Absent,
     }
 )
 _LOW_PRECISION = frozenset({torch.bfloat16, torch.float16})
@@ -88,6 +66,7 @@ class Copier:
         self._left = limit
         self._widen = widen
         self.has_widened = False
+        self._owner = ""  # of what is being copied
         self._memo: dict[int, Any] = {}
         self._kept: list[Any] = []  # an id is only good while its object lives
 
@@ -97,68 +76,77 @@ class Copier:
         self._kept.append(original)
 
     def copy(self, value: Any, owner: str) -> Any:
-        """A copy; raises `ReplayError` naming `owner` for what must not be copied."""
+        """A copy; what must not be copied is `Absent` in it, under the name of `owner`."""
         if type(value) is dict and all(map(is_plain, value)) and all(map(is_plain, value.values())):
             if id(value) not in self._memo:
                 self.replace(value, dict(value))
             return self._memo[id(value)]
-        problem = self._visit(value, 0)
-        if problem:
-            raise ReplayError(f"{owner} holds {problem}")
+        self._owner = owner
+        self._visit(value, 0)
         try:
             return copy.deepcopy(value, self._memo)
         except Exception as error:
-            raise ReplayError(f"{owner} cannot be copied: {error!r}") from error
+            self._memo[id(value)] = Absent(value, f"{owner}, which cannot be copied: {error!r}")
+            self._kept.append(value)
+            return self._memo[id(value)]
 
-    def _visit(self, value: Any, depth: int) -> str:
-        """Copy the tensors and generators below `value`; what in it must not be copied, "" when nothing."""
+    def _refuse(self, value: Any, problem: str) -> None:
+        self.replace(value, Absent(value, f"{self._owner}, which holds {problem}"))
+
+    def _visit(self, value: Any, depth: int) -> None:
+        """Copy the tensors and generators below `value`, and put something in the place of what must not be copied."""
         if is_plain(value) or id(value) in self._memo:
-            return ""
+            return
         if isinstance(value, Tensor):
-            return self._visit_tensor(value)
-        if isinstance(value, torch.Generator):
+            self._visit_tensor(value)
+        elif isinstance(value, torch.Generator):
             self.replace(value, value.clone_state())
-            return ""
-        if isinstance(value, (Optimizer, torch.nn.Module)):
-            self.replace(value, _Absent(value))  # may never be used in a step; to be copied they are too large
-            return ""
-        if depth == _DEPTH:
-            return "containers nested too deeply"
-        if isinstance(value, types.FunctionType):
+        elif isinstance(value, (Optimizer, torch.nn.Module)):
+            self.replace(value, Absent(value))  # may never be used in a step; to be copied they are too large
+        elif depth == _DEPTH:
+            self._refuse(value, "containers nested too deeply")
+        elif isinstance(value, types.FunctionType):
             # deepcopy shares functions, so what they close over would be written to
-            return self._visit_closure(value, depth)
-        if isinstance(value, types.MethodType):
-            return self._visit(value.__self__, depth + 1)
-        if isinstance(value, dict):
-            if any(isinstance(key, Tensor) for key in value):
-                return "something per parameter outside optimizer.state"
-            items = list(value.values())
-        elif isinstance(value, (list, tuple, set, frozenset, deque)):
-            items = list(value)
+            if problem := self._closure_of(value):
+                self._refuse(value, problem)
+        elif isinstance(value, types.MethodType):
+            self._visit(value.__self__, depth + 1)
+        elif isinstance(value, types.GeneratorType):
+            self._refuse(value, "an iterator")
+        elif isinstance(value, dict) and any(isinstance(key, Tensor) for key in value):
+            self._refuse(value, "something per parameter outside optimizer.state")
         else:
-            items = list(getattr(value, "__dict__", {}).values())
-        if len(items) > _ITEMS:
-            return f"a {type(value).__name__} of {len(items)} items"
-        for item in items:
-            if problem := self._visit(item, depth + 1):
-                return problem
-        return ""
+            if isinstance(value, dict):
+                items = list(value.values())
+            elif isinstance(value, (list, tuple, set, frozenset, deque)):
+                items = list(value)
+            else:
+                items = list(getattr(value, "__dict__", {}).values())
+            if len(items) > _ITEMS:
+                self._refuse(value, f"a {type(value).__name__} of {len(items)} items")
+                return
+            for item in items:
+                self._visit(item, depth + 1)
 
-    def _visit_tensor(self, value: Tensor) -> str:
+    def _visit_tensor(self, value: Tensor) -> None:
         if id(value) in self._members():
-            return "one of its parameters outside param_groups"
+            self._refuse(value, "one of its parameters outside param_groups")
+            return
         if self._left is not None:
             self._left -= value.numel()
             if self._left < 0:
-                return f"tensors outside optimizer.state that are too large to copy at every step ({value.numel()})"
+                self._refuse(
+                    value, f"tensors outside optimizer.state that are too large to copy at every step ({value.numel()})"
+                )
+                return
         try:
             copied = _cloned(value.detach())
         except Exception as error:
-            return f"a {type(value).__name__} that cannot be copied ({error!r})"
+            self._refuse(value, f"a {type(value).__name__} that cannot be copied ({error!r})")
+            return
         if self._widen and type(value) is Tensor and value.dtype in _LOW_PRECISION:
             copied, self.has_widened = copied.to(torch.float32), True
         self.replace(value, torch.nn.Parameter(copied) if isinstance(value, torch.nn.Parameter) else copied)
-        return ""
 
     def _members(self) -> frozenset[int]:
         if self._member_ids is None:
@@ -166,13 +154,14 @@ class Copier:
             self._member_ids = frozenset(id(param) for group in groups for param in group["params"])
         return self._member_ids
 
-    def _visit_closure(self, function: types.FunctionType, depth: int) -> str:
+    def _closure_of(self, function: types.FunctionType, depth: int = 0) -> str:
         for cell in function.__closure__ or ():
             content = cell.cell_contents
             if not is_plain(content) and not isinstance(content, types.FunctionType):
                 return f"the function {function.__qualname__}, which closes over a {type(content).__name__}"
-            if isinstance(content, types.FunctionType) and (problem := self._visit_closure(content, depth + 1)):
-                return problem
+            if isinstance(content, types.FunctionType) and depth < _DEPTH:
+                if problem := self._closure_of(content, depth + 1):
+                    return problem
         return ""
 
 

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.replay.attribute_copy import Copier, ReplayError, is_plain
+from update_watch.replay.absent import ReplayError
+from update_watch.replay.attribute_copy import Copier, is_plain
 
 # attributes of torch.optim.Optimizer that the twin gets anew
 _HOOKS = (

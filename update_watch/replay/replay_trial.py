@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from update_watch.odd_tensors import described, unreadable
-from update_watch.replay.attribute_copy import Copier, ReplayError
+from update_watch.replay.absent import ReplayError
+from update_watch.replay.attribute_copy import Copier
 from update_watch.replay.synthetic_training import Counters, RuleError, SyntheticTraining, TrainingSettings, sampled
 from update_watch.replay.twin import Run, Twin
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from update_watch.odd_tensors import described, unreadable
-from update_watch.replay.attribute_copy import ReplayError
+from update_watch.replay.absent import AbsentError, ReplayError
 from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way
 from update_watch.replay.rounding_scheme import Scheme
 from update_watch.replay.scaled_trial import try_scaled
@@ -33,6 +33,7 @@ from update_watch.replay.synthetic_training import (
     SyntheticTraining,
     TrainingSettings,
     mimic,
+    premade_state,
     resolving,
     small,
     uncounted,
@@ -67,6 +68,7 @@ class Rule:
     widens: bool = True  # False: low-precision state must be replayed in its own format (`Twin.replay_whole`)
     low_states: frozenset[str] = frozenset()  # made for low-precision weights and not in FP32
     scaled: ScaledWeights | None = None  # replays are made in the weight's own format
+    has_failed: bool = False  # the rule did not run: it may do so once its optimizer has set itself up in a first step
     may_draw: bool = False  # the rule throws dice, and its update does not depend on them
     apart: bool = False  # scalar state differs by parameter, beyond step counts: replay each parameter on its own
 
@@ -115,8 +117,9 @@ def find_rule(
     """
     shape = _TYPICAL[min(ndim, 4)] if shape is None else tuple(shape)
     reasons: list[str] = []
+    has_failed = False
     for device in dict.fromkeys((torch.device("cpu"), _device(optimizer, group))):
-        settings = TrainingSettings(optimizer, group, small(shape), device)
+        settings = TrainingSettings(optimizer, group, small(shape), device, premade=premade_state(optimizer, group))
         low = settings._replace(dtype=dtype) if dtype in _LOW else None
         with without_effects(device), _silence():
             try:
@@ -127,8 +130,10 @@ def find_rule(
                     rule if low is None else dataclasses.replace(rule, low_states=_states_of(low) - rule.forms.keys())
                 )
             except ReplayError as error:
+                has_failed |= isinstance(error, (AbsentError, RuleError))
                 reasons.append(str(error))
             except Exception as error:  # the optimizer holds what nobody could foresee
+                has_failed = True
                 reasons.append(_untried(optimizer, error))
             if low is not None:
                 try:
@@ -136,7 +141,8 @@ def find_rule(
                 except ReplayError as error:
                     reasons.append(str(error))
     first, *others = dict.fromkeys(reasons)
-    return Rule(Kind.unknown, first + "".join(f"; and in its own format {scaled}" for scaled in others[:1] if low))
+    reason = first + "".join(f"; and in its own format {scaled}" for scaled in others[:1] if low)
+    return Rule(Kind.unknown, reason, has_failed=has_failed)
 
 
 def find_scaled_rule(optimizer: Optimizer, group: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rule:

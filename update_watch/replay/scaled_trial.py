@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from update_watch import formats
-from update_watch.replay.attribute_copy import ReplayError
+from update_watch.replay.absent import ReplayError
 from update_watch.replay.replay_trial import STEPS, Way, alike, is_element
 from update_watch.replay.rounding_scheme import Scheme, ways_to_join
 from update_watch.replay.scaled_weights import ScaledWeights, exponent_of

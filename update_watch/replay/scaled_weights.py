@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from update_watch import formats
-from update_watch.replay.attribute_copy import ReplayError
+from update_watch.replay.absent import ReplayError
 from update_watch.replay.rounding_scheme import Scheme
 
 _SHARE = (

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.replay.attribute_copy import Copier, ReplayError
+from update_watch.replay.absent import ReplayError
+from update_watch.replay.attribute_copy import Copier
 from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
 from update_watch.replay.side_effects import without_effects
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.odd_tensors import unreadable
-from update_watch.replay.attribute_copy import Copier, ReplayError
+from update_watch.replay.absent import Absent, ReplayError
+from update_watch.replay.attribute_copy import Copier
 from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
 
 SAMPLES = 96  # elements looked at in each parameter
@@ -64,6 +65,7 @@ class TrainingSettings(NamedTuple):
     lr_factor: float = 1.0
     gradient: float = 1.0  # scale of all gradients
     dtype: torch.dtype = torch.float32  # of parameters and gradients
+    premade: Mapping[str, Any] = {}  # state that the optimizer makes with itself, for every parameter alike
     is_gentle: bool = False  # fresh gradients of one scale only, for rules that break on others
 
 
@@ -96,6 +98,8 @@ class SyntheticTraining:
         for key, value in optimizer.state.items():
             if not isinstance(key, Tensor):  # state of all parameters together
                 self.optimizer.state[key] = copier.copy(value, f"state '{key}'")
+        for param in self.params if settings.premade else ():
+            self.optimizer.state[param] = {k: copier.copy(v, f"state '{k}'") for k, v in settings.premade.items()}
         self._gradients = ((1.0, "new"),) if settings.is_gentle else _GRADIENTS
         self._scale = settings.gradient
         self.steps = 0
@@ -168,6 +172,8 @@ class SyntheticTraining:
         found: Counters = {}
         for i, place in enumerate((self.group, vars(self.optimizer), *self.states())):
             for name, value in place.items():
+                if type(value) is Absent:
+                    continue
                 if type(value) is Tensor and not unreadable(value) and value.numel() == 1 and value.dim() == 0:
                     if not value.is_complex():
                         found[i, name] = (float(value), _filler(value))
@@ -244,6 +250,19 @@ def uncounted(settings: TrainingSettings) -> TrainingSettings:
     return settings._replace(instead={name: fresh[name] for name in written})
 
 
+def premade_state(optimizer: Optimizer, group: int) -> dict[str, Any]:
+    """What is in a parameter's state before its first step: numbers and settings, as the seed of a projection.
+
+    Empty where there are tensors of values: then steps have been taken.
+    """
+    for param in optimizer.param_groups[group]["params"]:
+        state = optimizer.state.get(param) or {}
+        if state:
+            values = [v for v in state.values() if isinstance(v, Tensor)]
+            return {} if any(unreadable(v) or v.numel() != 1 for v in values) else dict(state)
+    return {}
+
+
 def _adapt(group: dict[str, Any], settings: TrainingSettings) -> None:
     for name, value in settings.instead.items():
         if value is None:
@@ -251,7 +270,7 @@ def _adapt(group: dict[str, Any], settings: TrainingSettings) -> None:
         else:
             group[name] = value
     for name, value in group.items():
-        if isinstance(value, Tensor):
+        if type(value) is not Absent and isinstance(value, Tensor):
             group[name] = value.to(settings.device)
     if settings.device.type == "cpu" and "capturable" in group:
         group["capturable"] = False  # only accelerators have it; same arithmetic
@@ -316,7 +335,9 @@ def _filler(tensor: Tensor) -> Callable[[float], None]:
 
 def _whole_numbers(values: Any, depth: int) -> Iterator[int]:
     for value in values:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if type(value) is Absent:
+            continue
+        if type(value) is int:
             yield value
         elif isinstance(value, (list, tuple, dict)) and depth < 2:
             yield from _whole_numbers(value.values() if isinstance(value, dict) else value, depth + 1)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.replay.attribute_copy import Copier, ReplayError, is_plain
+from update_watch.replay.absent import ReplayError
+from update_watch.replay.attribute_copy import Copier, is_plain
 from update_watch.replay.optimizer_copy import LIMIT, OWN, copy_of, rule_of, settings_of, shadows_method
 from update_watch.replay.scaled_weights import ScaledWeights
 from update_watch.replay.side_effects import without_effects

@@ -28,7 +28,7 @@ from update_watch.measure.accumulators.reference_states import FullStates, Shado
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch
-from update_watch.replay.attribute_copy import ReplayError
+from update_watch.replay.absent import ReplayError
 from update_watch.replay.synthetic_parameter import SyntheticParameter, undisturbed
 from update_watch.replay.twin import Twin
 
