@@ -218,6 +218,17 @@ def _rule_and_scheme(
     return rule, scheme
 
 
+def forget_failed_trials(optimizer: Optimizer, rows: Sequence[Row], found: dict[Any, Any]) -> bool:
+    """Let the rules that did not run when they were tried be tried again. False: there are none."""
+    if not any(row.rule.has_failed for row in rows):
+        return False
+    failed = [k for k, v in found.items() if isinstance(v, tuple) and v and isinstance(v[0], Rule) and v[0].has_failed]
+    for key in failed:
+        del found[key]
+    found.pop(("kind", id(optimizer)), None)
+    return True
+
+
 # attributes of torch's optimizers and schedulers that say nothing of the rule
 _BOOKKEEPING = ("state", "param_groups", "step", "defaults", "_optimizer_", "_zero_grad", "_opt_called", "_warned")
 

@@ -20,13 +20,12 @@ from update_watch.measure.cohort import Cohort, Snapshot
 from update_watch.measure.identity.names import describe, members_of
 from update_watch.measure.identity.partitions import Piece
 from update_watch.measure.learning_rates import LearningRates, as_number
-from update_watch.measure.parameters import Row, build_rows
+from update_watch.measure.parameters import Row, build_rows, forget_failed_trials
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch, Part
 from update_watch.measure.turns import samples_for, turns_of
 from update_watch.measure.window_evidence import CohortWindow, RowFacts
 from update_watch.odd_tensors import unreadable
-from update_watch.replay.rule_kind import Rule
 from update_watch.replay.twin import Twin
 from update_watch.wording import first_line
 
@@ -54,6 +53,7 @@ class Watched:
         self._all_groups = self.groups if all_groups is None else all_groups
         self._pieces = pieces
         self.steps = 0  # seen since attached
+        self._was_set_up = False  # trials that failed before the first step have been repeated
         self.window_steps = 0
         self.earlier = self.earlier_in_window = 0  # steps of the run, and of the open window, before it was attached
         self.quiet_windows = 0  # closed in a row without a step of it
@@ -108,15 +108,6 @@ class Watched:
             self.cohorts += [Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)]
         self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))
         self.redraw()
-
-    def _try_again(self) -> None:
-        """Some optimizers set themselves up in their first step: what could not be tried before it may be tried now."""
-        for key, value in list(self.found.items()):
-            if isinstance(value, tuple) and value and isinstance(value[0], Rule) and value[0].has_failed:
-                del self.found[key]
-        self.found.pop(("kind", id(self.optimizer)), None)
-        self._plan()
-        self.shadow.replan()
 
     @property
     def step(self) -> int:
@@ -176,9 +167,12 @@ class Watched:
         """
         self._is_replayed = is_replayed
         members, sizes = members_of(self.optimizer), _sizes(self.optimizer)
-        if self.steps == 1 and any(row.rule.has_failed for row in self.rows):
-            self._try_again()
-        if sizes != self._sizes or not all(map(operator.is_, members, self._members)):
+        # some optimizers set themselves up in their first step: what could not be tried before it may be tried now
+        may_run = False
+        if self.steps and not self._was_set_up:
+            self._was_set_up = True
+            may_run = forget_failed_trials(self.optimizer, self.rows, self.found)
+        if may_run or sizes != self._sizes or not all(map(operator.is_, members, self._members)):
             self._plan()
             self.shadow.replan()
         self.groups = self.optimizer.param_groups
