@@ -40,6 +40,7 @@ class AccumulatorEvidence:
     # what the rule is, where it is known: rate = 1 - beta of `x <- beta*x + (1-beta)*y`
     rate: float | None = None
     value: float | None = None  # of a counter (the `step` state): its stored value now
+    is_updated: bool | None = None  # of an average: it was written, or moved, in this window; None: not looked at
     note: str = ""  # a finding of its own, e.g. "rounded by validation swap"
 
 
@@ -55,6 +56,7 @@ class TensorEvidence:
     optimizer_group: str = ""  # "optimizer/group"; "" when no optimizer holds it
     shape: tuple[int, ...] = ()
     trainable: bool = True
+    requires_grad: bool = True  # False beside `trainable`: it is still given gradients
     reason: str = ""  # why the update cannot be replayed ("" when it can)
     note: str = ""  # how it came about that no optimizer holds it
     steps: int = 0  # optimizer steps of its optimizer in the window

@@ -76,7 +76,7 @@ def _plant(**planted: Cause) -> Callable[[Any], None]:
             lambda run: run.planted.clear(),
             "not healthy: norm.weight: of what was meant, only 0",
         ),
-        ("norms at one in bf16", lambda run: run.planted.clear(), "false alarm '1 of 20 tensors stalled"),
+        ("norms at one in bf16", lambda run: run.planted.clear(), "false alarm 'STALLED: 1 of 20 tensors"),
         ("second moment that cannot decay", lambda run: run.planted.clear(), "exp_avg_sq called state_rounding"),
         ("average kept in bf16", lambda run: run.planted.clear(), "weight/average:ema: of what was meant, only 0"),
         ("healthy fp32", _plant(enter__weight=Cause.weight_rounding), "weight_rounding of enter.weight is not there"),

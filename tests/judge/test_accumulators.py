@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.evidence_samples import accumulator, numbers, reports, tensor, verdict, verdicts
+from tests.support.evidence_samples import STILL, accumulator, numbers, reports, tensor, verdict, verdicts
 from update_watch.evidence import AccumulatorEvidence, Numbers
 from update_watch.judge.accumulators import alert_level
 from update_watch.judge.reasons import unknown
@@ -173,7 +173,8 @@ def test_good_windows_in_between_start_the_count_anew() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "health"), [({"trainable": False}, Health.frozen), ({"zero_gradient_fraction": 1.0}, Health.idle)]
+    ("fields", "health"),
+    [({"trainable": False, **STILL}, Health.frozen), ({"zero_gradient_fraction": 1.0, **STILL}, Health.idle)],
 )
 @pytest.mark.parametrize("name", STUCK)
 def test_what_rests_with_its_tensor_is_not_accused(name: str, fields: dict[str, Any], health: Health) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from update_watch import wording
 from update_watch.judge import reasons
-from update_watch.judge.advice import Seen, brief, finding, say
+from update_watch.judge.advice import brief, finding, say
+from update_watch.judge.seen import Seen
 from update_watch.report import Cause
 
 SENTENCES = [
@@ -14,7 +15,7 @@ SENTENCES = [
         Cause.weight_rounding,
         Seen(dtype="bfloat16", efficiency=0.0, lost=1.0, lr=1e-5, critical_lr=2.8e-3),
         "BF16 weights without an FP32 master round the updates away (efficiency 0.00, 100% lost); keep FP32 master"
-        " weights (precision='bf16-mixed') or use stochastic rounding (torchao) or Kahan summation (optimi), or keep"
+        " weights (model.float() and torch.autocast) or use stochastic rounding (torchao) or Kahan summation (optimi), or keep"
         " the"
         " learning rate above 0.0028 (now 1e-05), below which half of the updates are lost; either repair raises the"
         " effective learning rate, so retune it.",
@@ -24,7 +25,7 @@ SENTENCES = [
         Cause.weight_rounding,
         Seen(dtype="float16", efficiency=0.42, lost=0.613),
         "FP16 weights without an FP32 master round the updates away (efficiency 0.42, 61% lost); keep FP32 master"
-        " weights (precision='16-mixed') or use stochastic rounding (torchao) or Kahan summation (optimi); either"
+        " weights (model.float() and torch.autocast) or use stochastic rounding (torchao) or Kahan summation (optimi); either"
         " repair"
         " raises the effective learning rate, so retune it.",
         id="weight_rounding-fp16",
@@ -46,7 +47,7 @@ SENTENCES = [
         Cause.weight_rounding,
         Seen(dtype="bfloat16", efficiency=0.87, displacement=0.41, lost=0.3),
         "BF16 weights round the drift away: 0.41 of the summed update arrived, although single steps look well"
-        " (efficiency 0.87); keep FP32 master weights (precision='bf16-mixed') or use stochastic rounding (torchao) or"
+        " (efficiency 0.87); keep FP32 master weights (model.float() and torch.autocast) or use stochastic rounding (torchao) or"
         " Kahan summation (optimi); either repair raises the effective learning rate, so retune it.",
         id="weight_rounding-drift",
     ),
@@ -108,7 +109,7 @@ SENTENCES = [
         Cause.decay_rounding,
         Seen(dtype="bfloat16", efficiency=0.0, lost=1.0, decay_rate=1e-5),
         "Weight decay (lr * weight_decay = 1e-05 per step) is lost in BF16 weights (efficiency 0.00, 100% lost); keep"
-        " FP32 master weights (precision='bf16-mixed'), or use stochastic rounding, or an optimizer that adds decay and"
+        " FP32 master weights (model.float() and torch.autocast), or use stochastic rounding, or an optimizer that adds decay and"
         " gradient in one rounding (fused=True); the decay then starts to act.",
         id="decay_rounding",
     ),
@@ -125,14 +126,14 @@ SENTENCES = [
             dtype="float32", accumulator="average:ema", efficiency=0.2, reason="rounded to BF16 by the validation swap"
         ),
         "The average 'ema' is rounded to BF16 by the validation swap (efficiency 0.20); validate an FP32 copy of the"
-        " averaged model, or train with FP32 weights (precision='bf16-mixed').",
+        " averaged model, or train with FP32 weights (model.float() and torch.autocast).",
         id="average_rounding-note",
     ),
     pytest.param(
         Cause.accumulation_rounding,
         Seen(dtype="bfloat16", accumulator="grad", efficiency=0.41, lost=0.66),
-        "Gradients summed in BF16 lose micro-batches (efficiency 0.41, 66% lost); accumulate gradients in FP32 (FP32"
-        " weights with precision='bf16-mixed'), or use fewer and larger micro-batches; the summed gradient then grows.",
+        "Gradients summed in BF16 lose micro-batches (efficiency 0.41, 66% lost); accumulate gradients in FP32"
+        " (model.float() and torch.autocast), or use fewer and larger micro-batches; the summed gradient then grows.",
         id="accumulation_rounding",
     ),
     pytest.param(
@@ -158,7 +159,7 @@ SENTENCES = [
     pytest.param(
         Cause.zero_gradient,
         Seen(steps=1),
-        "All its sampled gradients were 0 in the one step of this window; check for dead activations, a mask, a zero in"
+        "All its sampled gradients were 0 in every step; check for dead activations, a mask, a zero in"
         " front of it, or (an embedding) rows that no token uses.",
         id="zero_gradient",
     ),
@@ -236,7 +237,7 @@ SENTENCES = [
     pytest.param(
         Cause.negligible_gradient,
         Seen(gradient=2.1e-9),
-        "Its gradient is so small (largest 2.1e-09) that the rule makes next to no update of it: no signal reaches it;"
+        "Its gradient is at the level of round-off (largest 2.1e-09), far below what the rule needs for a real update: no signal reaches it;"
         " look for what cancels its gradient, such as a softmax over a single choice; more precision changes nothing.",
         id="negligible_gradient",
     ),
@@ -268,7 +269,7 @@ def test_a_cause_of_which_nothing_else_is_known_still_makes_one_sentence(cause: 
 def test_a_headline_leaves_out_the_caution_and_a_list_the_cure() -> None:
     text = say(Cause.decay_rounding, Seen(dtype="bfloat16", efficiency=0.0))
     assert brief(text) == (
-        "Weight decay is lost in BF16 weights (efficiency 0.00); keep FP32 master weights (precision='bf16-mixed'), or"
+        "Weight decay is lost in BF16 weights (efficiency 0.00); keep FP32 master weights (model.float() and torch.autocast), or"
         " use stochastic rounding, or an optimizer that adds decay and gradient in one rounding (fused=True)"
     )
     assert finding(text) == "Weight decay is lost in BF16 weights (efficiency 0.00)."

@@ -265,13 +265,11 @@ def test_alerts_of_a_time_that_is_still_to_come_hold_nothing_back() -> None:
         report = alerts.update(Report(1, 1, Health.stalled, "", tuple(tensors)))
         return [alert.tensors for alert in report.alerts]
 
-    assert told(Health.stalled, Health.healthy) == [("w0",)]
+    assert told(Health.stalled) == [("w0",)]
     now[0] = 1e9
-    assert told(Health.stalled, Health.stalled) == [("w1",)]  # the budget of this hour
+    assert told(Health.healthy) == [()]  # over: the budget of this hour
     now[0] -= 1e6
-    assert told(Health.healthy, Health.stalled) == [("w0",)]  # recovered
-    now[0] -= 1e6
-    assert told(Health.stalled, Health.stalled) == [("w0",)]  # and not cooling down
+    assert told(Health.stalled) == [("w0",)]  # and not cooling down
 
 
 # --- several watches, and what they leave behind -----------------------------------------------------------

@@ -30,6 +30,9 @@ def numbers(efficiency: float | None, lost: float | None = None, **more: Any) ->
     return Numbers(efficiency, **{**fields, **more})
 
 
+STILL: dict[str, Any] = {"changed_fraction": 0.0, "applied_ratio": 0.0}
+
+
 def tensor(efficiency: float | None = 0.99, name: str = "blocks.0.attn.weight", **fields: Any) -> TensorEvidence:
     """A BF16 tensor trained by plain rounding; healthy by default. `numbers` fields can be given by their names."""
     of_numbers = {
@@ -46,9 +49,9 @@ def tensor(efficiency: float | None = 0.99, name: str = "blocks.0.attn.weight", 
         "measured_steps": 128,
         "zero_gradient_fraction": 0.0,
         "numbers": numbers(efficiency, **of_numbers),
-        "changed_fraction": 0.5,
-        "update_ratio": 1e-3,
-        "applied_ratio": 1e-3,
+        "changed_fraction": 0.5 if efficiency else efficiency,
+        "update_ratio": None if efficiency is None else 1e-3,
+        "applied_ratio": 1e-3 * efficiency if efficiency else efficiency,
         "headroom_histogram": histogram(-1, 0, 1),
         "lr": 1e-3,
         "lr_max": 1e-3,

@@ -18,15 +18,28 @@ on, a weight decay never below 1e-7 per step, and nothing that is kept in FP32, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
-from update_watch.judge.advice import Seen, say
+from update_watch.judge.advice import say
 from update_watch.judge.efficiency_grade import grade, known, share
 from update_watch.judge.history import HEALTHY, STALLED, STALLING, UNKNOWN, AccumulatorHistory
 from update_watch.judge.number_formats import SIGNIFICANT_BITS
-from update_watch.judge.reasons import not_measured, one_window, too_few_steps, unknown
+from update_watch.judge.reasons import faster_than_said, not_measured, one_window, too_few_steps, unknown
+from update_watch.judge.seen import Seen
 from update_watch.report import AccumulatorReport, Cause, Health, Level, quick
 from update_watch.thresholds import Thresholds
 
+_LOSSES = (
+    Cause.average_rounding,
+    Cause.average_diverges,
+    Cause.average_not_updated,
+    Cause.accumulation_rounding,
+)
+_NEVER_UPDATED = 3  # windows in which an average that never was updated is waited for
+_AWAY = -0.1  # efficiency of an average from which on it moves away from the weights
+_MOST = 1.5  # and up to which its decay can be what was said
+_ROUNDED_SHARE = 0.5  # of what did not arrive, that lost elements must account for, to call it rounding
 _AT_REST = (Health.frozen, Health.idle, Health.broken)
 _HARMLESS_AVERAGE_RATE = 0.1
 _HARMLESS_DECAY_RATE = 1e-7  # 1% in 100,000 steps
@@ -34,32 +47,39 @@ _MINIMUM_WANTED = 0.05  # share of a state's elements that want to shrink (or to
 _PASSES = 0.5  # efficiency of a growth that passes
 
 
+class Setting(NamedTuple):
+    """With what it is judged."""
+
+    limits: Thresholds
+    trainer: str = "torch"  # in whose words cures are told: a key of `cures.TRAINERS`
+
+
 def judge_accumulator(
     evidence: AccumulatorEvidence,
     tensor: TensorEvidence,
     health: Health,
-    memory: AccumulatorHistory,
-    limits: Thresholds,
+    history: AccumulatorHistory,
+    setting: Setting,
 ) -> AccumulatorReport:
     """The verdict on one accumulator of a tensor whose own health is `health`."""
     name = evidence.name
     if health in _AT_REST:
-        memory.acquit()
+        history.acquit()
         return _report(evidence, health)
     if evidence.reason:
         return _report(evidence, UNKNOWN, advice=unknown(evidence.reason))
     steps = tensor.measured_steps or tensor.steps
     if name == "weight_decay":
-        return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.decay_rounding)
+        return _by_efficiency(evidence, tensor, history, setting, steps, Cause.decay_rounding)
     if name == "grad":
-        return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.accumulation_rounding)
+        return _by_efficiency(evidence, tensor, history, setting, steps, Cause.accumulation_rounding)
     if name.startswith("average:"):
-        return _by_efficiency(evidence, tensor, memory, limits, steps, Cause.average_rounding)
+        return _average(evidence, tensor, history, setting, steps)
     if tensor.scheme == f"carried:{name}":  # it holds what rounding took from the weight: small changes are its nature
         return _report(evidence, HEALTHY)
     if evidence.value is not None:
-        return _counter(evidence, tensor, memory, limits)
-    return _state(evidence, tensor, memory, limits, steps)
+        return _counter(evidence, tensor, history, setting)
+    return _state(evidence, tensor, history, setting, steps)
 
 
 def is_state(name: str) -> bool:
@@ -74,8 +94,8 @@ def alert_level(accumulator: AccumulatorReport) -> Level | None:
     """
     health = accumulator.health
     if health is not STALLED and health is not STALLING:
-        return None
-    is_loss = accumulator.cause in (Cause.average_rounding, Cause.accumulation_rounding)
+        return Level.warn if accumulator.cause is Cause.average_not_updated else None
+    is_loss = accumulator.cause in _LOSSES
     if health is STALLED:
         return Level.error if is_loss else Level.warn
     return Level.warn if is_loss else None
@@ -84,25 +104,61 @@ def alert_level(accumulator: AccumulatorReport) -> Level | None:
 def _by_efficiency(
     evidence: AccumulatorEvidence,
     tensor: TensorEvidence,
-    memory: AccumulatorHistory,
-    limits: Thresholds,
+    history: AccumulatorHistory,
+    setting: Setting,
     steps: int,
     cause: Cause,
 ) -> AccumulatorReport:
     efficiency = known(evidence.numbers.efficiency)
     if efficiency is None and not evidence.note:
-        memory.acquit()
+        history.acquit()
         return _nothing_wanted(evidence, steps)
     displacement = known(evidence.numbers.displacement_efficiency)
     value = efficiency if efficiency is not None else 1.0
     if displacement is not None and (displacement > value or cause is Cause.accumulation_rounding):
         value = displacement  # the rest arrived later: it is carried somewhere. Of gradients only the whole sum is used
-    verdict = grade(value, memory.grade, limits)
+    verdict = grade(value, history.grade, setting.limits)
     if verdict is not HEALTHY and not _can_matter(evidence, tensor, cause):
         verdict = HEALTHY
     if evidence.note and verdict is HEALTHY:
         verdict = STALLING
-    return _settle(evidence, tensor, memory, limits, steps, verdict, cause)
+    return _settle(evidence, tensor, history, setting, steps, verdict, cause)
+
+
+def _average(
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, history: AccumulatorHistory, setting: Setting, steps: int
+) -> AccumulatorReport:
+    """An average is judged by its numbers, whatever its format: it may run away, or never be updated, in FP32 too."""
+    efficiency, lost = known(evidence.numbers.efficiency), share(evidence.numbers.lost_fraction)
+    if efficiency is None and not evidence.note:
+        return _without_update(evidence, tensor, history)
+    history.quiet_windows, history.was_updated = 0, True
+    if evidence.note:  # found by other means than its numbers
+        return _by_efficiency(evidence, tensor, history, setting, steps, Cause.average_rounding)
+    if efficiency is not None and efficiency > _MOST:
+        history.acquit()
+        return _report(evidence, UNKNOWN, advice=unknown(faster_than_said(efficiency)))
+    if efficiency is not None and efficiency < _AWAY:
+        return _settle(evidence, tensor, history, setting, steps, STALLED, Cause.average_diverges)
+    if efficiency is not None and (lost or 0.0) < _ROUNDED_SHARE * (1 - efficiency):
+        verdict = grade(efficiency, history.grade, setting.limits)
+        if verdict is not HEALTHY:
+            return _settle(evidence, tensor, history, setting, steps, verdict, Cause.average_not_updated)
+    return _by_efficiency(evidence, tensor, history, setting, steps, Cause.average_rounding)
+
+
+def _without_update(
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, history: AccumulatorHistory
+) -> AccumulatorReport:
+    if evidence.is_updated is not False:  # it was written, and next to nothing was to be averaged
+        history.was_updated = history.was_updated or bool(evidence.is_updated)
+        return _nothing_wanted(evidence, tensor.measured_steps or tensor.steps)
+    history.quiet_windows += 1
+    history.quiet_steps += tensor.steps
+    if history.was_updated or history.quiet_windows < _NEVER_UPDATED:
+        return _report(evidence, UNKNOWN, advice=unknown("no update of it was seen in this window"))
+    seen = Seen(accumulator=evidence.name, steps=history.quiet_steps)
+    return _report(evidence, Health.idle, Cause.average_not_updated, say(Cause.average_not_updated, seen))
 
 
 def _can_matter(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -> bool:
@@ -124,7 +180,7 @@ def _decay_rate(tensor: TensorEvidence) -> float | None:
 
 
 def _state(
-    evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorHistory, limits: Thresholds, steps: int
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, history: AccumulatorHistory, setting: Setting, steps: int
 ) -> AccumulatorReport:
     bits = SIGNIFICANT_BITS.get(evidence.dtype)
     rate = known(evidence.rate)
@@ -134,20 +190,20 @@ def _state(
         if rate is not None:
             worst = 1.0 if growth is None else growth
             worst = worst if decay is None or decay > worst else decay
-            verdict = grade(worst, memory.grade, limits)
+            verdict = grade(worst, history.grade, setting.limits)
         # once convicted, it need not grow any more to stay so
-        elif memory.grade is STALLED or (growth is not None and growth >= _PASSES):
-            verdict = grade(1.0 if decay is None else decay, memory.grade, limits)
+        elif history.grade is STALLED or (growth is not None and growth >= _PASSES):
+            verdict = grade(1.0 if decay is None else decay, history.grade, setting.limits)
             verdict = HEALTHY if verdict is STALLING else verdict
     if verdict is HEALTHY:
-        memory.acquit()
+        history.acquit()
         if evidence.numbers.efficiency is None and evidence.decay.efficiency is None:
             return _nothing_wanted(evidence, steps)
-        memory.grade = HEALTHY
+        history.grade = HEALTHY
         return _report(evidence, HEALTHY)
     # where a compensation may hold the rest, a first window can mislead
     windows = 2 if rate is None or tensor.scheme.startswith("carried") else 1
-    return _settle(evidence, tensor, memory, limits, steps, verdict, Cause.state_rounding, windows)
+    return _settle(evidence, tensor, history, setting, steps, verdict, Cause.state_rounding, windows)
 
 
 def _if_wanted(part: Numbers) -> float | None:
@@ -157,16 +213,16 @@ def _if_wanted(part: Numbers) -> float | None:
 
 
 def _counter(
-    evidence: AccumulatorEvidence, tensor: TensorEvidence, memory: AccumulatorHistory, limits: Thresholds
+    evidence: AccumulatorEvidence, tensor: TensorEvidence, history: AccumulatorHistory, setting: Setting
 ) -> AccumulatorReport:
-    value, before = known(evidence.value), memory.value
-    memory.value = value
+    value, before = known(evidence.value), history.value
+    history.value = value
     bits = SIGNIFICANT_BITS.get(evidence.dtype)
     has_stopped = bits is not None and value is not None and value == before and value == 2.0**bits and tensor.steps > 0
-    memory.grade = STALLED if has_stopped else HEALTHY
+    history.grade = STALLED if has_stopped else HEALTHY
     if not has_stopped:
         return _report(evidence, HEALTHY)
-    factor = _factor(tensor, limits)
+    factor = _factor(tensor, setting)
     seen = Seen(dtype=evidence.dtype, accumulator=evidence.name, counter=value, state_factor=factor)
     advice = say(Cause.state_rounding, seen)
     return _report(evidence, STALLED, Cause.state_rounding, advice)
@@ -175,8 +231,8 @@ def _counter(
 def _settle(
     evidence: AccumulatorEvidence,
     tensor: TensorEvidence,
-    memory: AccumulatorHistory,
-    limits: Thresholds,
+    history: AccumulatorHistory,
+    setting: Setting,
     steps: int,
     verdict: Health,
     cause: Cause,
@@ -184,20 +240,22 @@ def _settle(
 ) -> AccumulatorReport:
     """Believe a bad verdict only once enough steps and windows in a row speak for it."""
     if verdict is HEALTHY:
-        memory.acquit()
-        memory.grade = verdict
+        history.acquit()
+        history.grade = verdict
         return _report(evidence, verdict)
-    memory.bad_steps += steps
-    memory.bad_windows += 1
-    if memory.bad_steps < limits.minimum_steps:
-        return _report(evidence, UNKNOWN, advice=unknown(too_few_steps(memory.bad_steps, limits.minimum_steps)))
-    if memory.bad_windows < windows:
+    history.bad_steps += steps
+    history.bad_windows += 1
+    if history.bad_steps < setting.limits.minimum_steps:
+        return _report(
+            evidence, UNKNOWN, advice=unknown(too_few_steps(history.bad_steps, setting.limits.minimum_steps))
+        )
+    if history.bad_windows < windows:
         return _report(evidence, UNKNOWN, advice=unknown(one_window()))
-    memory.grade = verdict
-    return _report(evidence, verdict, cause, say(cause, _seen(evidence, tensor, limits, cause)))
+    history.grade = verdict
+    return _report(evidence, verdict, cause, say(cause, _seen(evidence, tensor, setting, cause)))
 
 
-def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, limits: Thresholds, cause: Cause) -> Seen:
+def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, setting: Setting, cause: Cause) -> Seen:
     """The numbers an accumulator's advice speaks of."""
     numbers, is_growth = evidence.numbers, False
     if cause is Cause.state_rounding:
@@ -215,14 +273,15 @@ def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, limits: Thresho
         rate=known(evidence.rate),
         decay_rate=_decay_rate(tensor),
         is_growth=is_growth,
-        state_factor=_factor(tensor, limits) if cause is Cause.state_rounding else None,
+        state_factor=_factor(tensor, setting) if cause is Cause.state_rounding else None,
         reason=evidence.note,
+        trainer=setting.trainer,
     )
 
 
-def _factor(tensor: TensorEvidence, limits: Thresholds) -> float | None:
+def _factor(tensor: TensorEvidence, setting: Setting) -> float | None:
     """What the states' rounding does to the update, once enough steps speak for it."""
-    return known(tensor.state_factor) if tensor.state_factor_steps >= limits.minimum_steps else None
+    return known(tensor.state_factor) if tensor.state_factor_steps >= setting.limits.minimum_steps else None
 
 
 def _nothing_wanted(evidence: AccumulatorEvidence, steps: int) -> AccumulatorReport:

@@ -85,56 +85,56 @@ def is_exact(scheme: str) -> bool:
     return scheme == "plain" or scheme.startswith("carried:")
 
 
-def score(e: TensorEvidence, memory: TensorHistory, limits: Thresholds) -> Score:
-    """Add a window's evidence to the memory and say what all of it shows."""
+def score(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Score:
+    """Add a window's evidence to the history and say what all of it shows."""
     displacement, exact = None, is_exact(e.scheme)
     efficiency = known(e.numbers.efficiency)
     if e.measured_steps and efficiency is not None:
-        _remember(e, efficiency, memory, exact)
+        _remember(e, efficiency, history, exact)
         if (known(e.displacement_evidence) or 0.0) >= limits.displacement_evidence:
             displacement = known(e.numbers.displacement_efficiency)
     else:
-        memory.age += 1
-        if memory.age > limits.pool_windows:
-            memory.forget_evidence()
-        if not memory.pool:
+        history.age += 1
+        if history.age > limits.pool_windows:
+            history.forget_evidence()
+        if not history.pool:
             return Score(UNKNOWN, reasons.not_measured(e.steps))
     if displacement is not None:
-        memory.drift.append(displacement)
-        del memory.drift[: -2 * limits.drift_windows]
-        memory.proven = displacement >= limits.stalling or (memory.proven and displacement >= limits.stalling / 2)
-    pooled = _pool(memory, limits)
+        history.drift.append(displacement)
+        del history.drift[: -2 * limits.drift_windows]
+        history.proven = displacement >= limits.stalling or (history.proven and displacement >= limits.stalling / 2)
+    pooled = _pool(history, limits)
     if pooled.steps < limits.minimum_steps:
         return Score(UNKNOWN, reasons.too_few_steps(pooled.steps, limits.minimum_steps))
     if exact or e.scheme == "stochastic":
         most = _ROUNDED_MOST if e.scheme == "plain" else _CARRIED_MOST
-        result = _by_steps(pooled, displacement, memory, limits, exact, most)
+        result = _by_steps(pooled, displacement, history, limits, exact, most)
     else:
-        result = _by_displacement(pooled, displacement, memory, limits, e.scheme == "carried")
+        result = _by_displacement(pooled, displacement, history, limits, e.scheme == "carried")
     if result.health is HEALTHY:
-        drift = _lost_drift(memory, limits)
+        drift = _lost_drift(history, limits)
         if drift is not None:
-            result = Score(grade(drift, memory.grade, limits), "", pooled.efficiency, pooled.lost, drift)
+            result = Score(grade(drift, history.grade, limits), "", pooled.efficiency, pooled.lost, drift)
     if e.dtype == "float64" and result.health in (STALLING, STALLED):
         return Score(UNKNOWN, reasons.finer_than_fp32())
     return result
 
 
 def _by_steps(
-    pooled: Pooled, displacement: float | None, memory: TensorHistory, limits: Thresholds, exact: bool, most: float
+    pooled: Pooled, displacement: float | None, history: TensorHistory, limits: Thresholds, exact: bool, most: float
 ) -> Score:
     efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
     margin = (_SURE if exact else _SURER) * error
-    health = grade(efficiency + margin, memory.grade, limits)  # at best
+    health = grade(efficiency + margin, history.grade, limits)  # at best
     if error > limits.maximum_error:
-        if health is HEALTHY and grade(efficiency - margin, memory.grade, limits) is not HEALTHY:
+        if health is HEALTHY and grade(efficiency - margin, history.grade, limits) is not HEALTHY:
             return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
-    elif memory.grade is not HEALTHY:  # the margin protects from accusing, it is no way out
-        health = grade(efficiency, memory.grade, limits)
+    elif history.grade is not HEALTHY:  # the margin protects from accusing, it is no way out
+        health = grade(efficiency, history.grade, limits)
     if exact and efficiency - margin > most:
         return Score(UNKNOWN, reasons.unexplained(efficiency, None))
     if health is not HEALTHY and displacement is not None and displacement > efficiency:
-        health = grade(displacement, memory.grade, limits)
+        health = grade(displacement, history.grade, limits)
     if health is HEALTHY:
         return Score(health, "", efficiency, lost)
     if not exact and pooled.expected < _EXPECTED_CHANGES:
@@ -145,23 +145,23 @@ def _by_steps(
 
 
 def _by_displacement(
-    pooled: Pooled, displacement: float | None, memory: TensorHistory, limits: Thresholds, is_carried: bool
+    pooled: Pooled, displacement: float | None, history: TensorHistory, limits: Thresholds, is_carried: bool
 ) -> Score:
     efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
     margin = _SURER * error
     if efficiency - margin > _CARRIED_MOST:
         return Score(UNKNOWN, reasons.unexplained(efficiency, None))
-    if error <= limits.maximum_error and grade(efficiency - margin, memory.grade, limits) is HEALTHY:
+    if error <= limits.maximum_error and grade(efficiency - margin, history.grade, limits) is HEALTHY:
         return Score(HEALTHY, "", efficiency, lost)
     if displacement is None:
-        if is_carried or memory.proven:
+        if is_carried or history.proven:
             return Score(HEALTHY, "", efficiency, lost)
         return Score(UNKNOWN, reasons.remainder_unclear(efficiency))
     value = displacement
-    if displacement >= limits.stalled and len(memory.drift) > 1:
-        value = max(displacement, memory.drift[-2])
-    health = grade(max(value, efficiency), memory.grade, limits)
-    if health is STALLING and len(memory.drift) < 2:
+    if displacement >= limits.stalled and len(history.drift) > 1:
+        value = max(displacement, history.drift[-2])
+    health = grade(max(value, efficiency), history.grade, limits)
+    if health is STALLING and len(history.drift) < 2:
         return Score(UNKNOWN, reasons.remainder_unclear(efficiency))
     if health is not HEALTHY and efficiency + margin >= limits.stalling:
         return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
@@ -170,9 +170,9 @@ def _by_displacement(
     return Score(health, "", efficiency, lost)
 
 
-def _remember(e: TensorEvidence, efficiency: float, memory: TensorHistory, exact: bool) -> None:
-    memory.age = 0
-    memory.pool.append(
+def _remember(e: TensorEvidence, efficiency: float, history: TensorHistory, exact: bool) -> None:
+    history.age = 0
+    history.pool.append(
         (
             e.measured_steps,
             efficiency,
@@ -183,9 +183,9 @@ def _remember(e: TensorEvidence, efficiency: float, memory: TensorHistory, exact
     )
 
 
-def _pool(memory: TensorHistory, limits: Thresholds) -> Pooled:
+def _pool(history: TensorHistory, limits: Thresholds) -> Pooled:
     """As few of the latest windows as give enough evidence, weighted by measured steps; older ones are forgotten."""
-    pool = memory.pool
+    pool = history.pool
     steps, dot, square, lost, expected, used = 0, 0.0, 0.0, 0.0, 0.0, 0
     efficiency = error = 0.0
     for n, window_efficiency, window_error, window_lost, window_expected in reversed(pool):
@@ -205,13 +205,13 @@ def _pool(memory: TensorHistory, limits: Thresholds) -> Pooled:
     return Pooled(steps, efficiency, error, lost / steps, expected, used)
 
 
-def _lost_drift(memory: TensorHistory, limits: Thresholds) -> float | None:
+def _lost_drift(history: TensorHistory, limits: Thresholds) -> float | None:
     """Mean displacement efficiency of the latest windows, if it is certainly low; else None."""
-    drift = memory.drift
+    drift = history.drift
     n = len(drift)
     if n < limits.drift_windows:
         return None
-    was_healthy = memory.grade is HEALTHY
+    was_healthy = history.grade is HEALTHY
     limit = limits.stalling if was_healthy else limits.stalling_exit
     if was_healthy and drift[-1] >= limit:
         return None

@@ -16,28 +16,33 @@ GRADES = (HEALTHY, STALLING, STALLED)
 class AccumulatorHistory:
     """One accumulator of a tensor."""
 
-    __slots__ = ("bad_steps", "bad_windows", "grade", "value")
+    __slots__ = ("bad_steps", "bad_windows", "grade", "quiet_steps", "quiet_windows", "value", "was_updated")
 
     def __init__(self) -> None:
         self.grade = HEALTHY
         self.bad_steps = 0  # measured steps in the unbroken run of windows that spoke against it
         self.bad_windows = 0  # in that run
         self.value: float | None = None  # of a counter, in the window before
+        self.quiet_windows = self.quiet_steps = 0  # of an average: in a row, in which it was not written
+        self.was_updated = False  # of an average: ever
 
     def acquit(self) -> None:
         """A window spoke for it."""
         self.bad_steps = self.bad_windows = 0
 
     def to_plain(self) -> list[Any]:
-        return [self.grade.value, self.bad_steps, self.bad_windows, self.value]
+        quiet = [self.quiet_windows, self.quiet_steps, self.was_updated]
+        return [self.grade.value, self.bad_steps, self.bad_windows, self.value, *quiet]
 
     @classmethod
     def from_plain(cls, data: Any) -> AccumulatorHistory:
-        grade, bad_steps, bad_windows, value = _items(data, 4)
-        memory = cls()
-        memory.grade, memory.value = _grade(grade), _optional(value)
-        memory.bad_steps, memory.bad_windows = _count(bad_steps), _count(bad_windows)
-        return memory
+        grade, bad_steps, bad_windows, value, quiet_windows, quiet_steps, was_updated = _items(data, 7)
+        history = cls()
+        history.grade, history.value = _grade(grade), _optional(value)
+        history.bad_steps, history.bad_windows = _count(bad_steps), _count(bad_windows)
+        history.quiet_windows, history.quiet_steps = _count(quiet_windows), _count(quiet_steps)
+        history.was_updated = bool(was_updated)
+        return history
 
 
 class TensorHistory:
@@ -61,6 +66,7 @@ class TensorHistory:
         "since",
         "skipped_windows",
         "still_steps",
+        "zero_looks",
     )
 
     def __init__(self) -> None:
@@ -79,12 +85,13 @@ class TensorHistory:
         self.lossy_windows = 0  # in a row in which they were undone
         self.still_steps = 0  # in a row, in which it had gradients and not one bit of it moved
         self.skipped_windows = 0  # in a row with nearly all steps skipped
+        self.zero_looks = 0  # steps in a row of windows in which its gradient was looked at and was 0
         self.lr: float | None = None  # in the window before
         self.peak_lr = 0.0
         self.accumulators: dict[str, AccumulatorHistory] = {}
 
     def accumulator(self, name: str) -> AccumulatorHistory:
-        """The memory of one accumulator, new at first."""
+        """The history of one accumulator, new at first."""
         found = self.accumulators.get(name)
         if found is None:
             found = self.accumulators[name] = AccumulatorHistory()
@@ -110,6 +117,7 @@ class TensorHistory:
             "lossy_windows": self.lossy_windows,
             "skipped_windows": self.skipped_windows,
             "still_steps": self.still_steps,
+            "zero_looks": self.zero_looks,
             "lr": self.lr,
             "peak_lr": self.peak_lr,
             "accumulators": {name: a.to_plain() for name, a in self.accumulators.items()},
@@ -120,30 +128,31 @@ class TensorHistory:
         """Raises ValueError, TypeError or KeyError on anything `to_plain` would not write."""
         if not isinstance(data, Mapping):
             raise TypeError(f"{data!r} is not a mapping")
-        memory = cls()
-        memory.health = None if data["health"] is None else Health(data["health"])
-        memory.since = _count(data["since"])
-        memory.grade = _grade(data["grade"])
-        memory.graded = None if data["graded"] is None else _grade(data["graded"])
-        memory.graded_since = _count(data["graded_since"])
+        history = cls()
+        history.health = None if data["health"] is None else Health(data["health"])
+        history.since = _count(data["since"])
+        history.grade = _grade(data["grade"])
+        history.graded = None if data["graded"] is None else _grade(data["graded"])
+        history.graded_since = _count(data["graded_since"])
         for entry in _items(data["pool"]):
             steps, *numbers = _items(entry, 5)
             efficiency, error, lost, expected = map(_number, numbers)
-            memory.pool.append((_count(steps, 1), efficiency, error, lost, expected))
-        memory.age = _count(data["age"])
-        memory.drift = [_number(value) for value in _items(data["drift"])]
-        memory.proven = bool(data["proven"])
-        memory.bad_state_windows = _count(data["bad_state_windows"])
-        memory.net_grade = _grade(data["net_grade"])
-        memory.lossy_windows = _count(data["lossy_windows"])
-        memory.skipped_windows = _count(data["skipped_windows"])
-        memory.still_steps = _count(data["still_steps"])
-        memory.lr = _optional(data["lr"])
-        memory.peak_lr = _number(data["peak_lr"])
-        memory.accumulators = {
+            history.pool.append((_count(steps, 1), efficiency, error, lost, expected))
+        history.age = _count(data["age"])
+        history.drift = [_number(value) for value in _items(data["drift"])]
+        history.proven = bool(data["proven"])
+        history.bad_state_windows = _count(data["bad_state_windows"])
+        history.net_grade = _grade(data["net_grade"])
+        history.lossy_windows = _count(data["lossy_windows"])
+        history.zero_looks = _count(data["zero_looks"])
+        history.skipped_windows = _count(data["skipped_windows"])
+        history.still_steps = _count(data["still_steps"])
+        history.lr = _optional(data["lr"])
+        history.peak_lr = _number(data["peak_lr"])
+        history.accumulators = {
             str(name): AccumulatorHistory.from_plain(a) for name, a in dict(data["accumulators"]).items()
         }
-        return memory
+        return history
 
 
 def check_state(owner: str, state: Any, version: int, parts: Mapping[str, type]) -> None:

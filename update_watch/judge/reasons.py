@@ -27,6 +27,27 @@ def too_few_steps(seen: int, needed: int) -> str:
     return f"only {seen} of the {needed} measured steps a verdict needs {'was' if seen == 1 else 'were'} seen so far"
 
 
+def too_few_looks(looks: int, needed: int) -> str:
+    return (
+        f"its gradient was 0 in {'the one step' if looks == 1 else f'all {looks} steps'} in which it was looked at, and"
+        f" {needed} are needed to say that none arrives"
+    )
+
+
+def rate_ran_out(lr: float, peak: float) -> str:
+    return (
+        f"its learning rate of {number(lr)} has all but run out (peak {number(peak)}): what is lost at the end of a"
+        " schedule is no stall, though it still moves"
+    )
+
+
+def faster_than_said(efficiency: float) -> str:
+    return (
+        f"it moved by {fixed(efficiency)} times what its decay says: give the decay that it really has, or its owner's"
+        " object, which tells it"
+    )
+
+
 def one_window() -> str:
     return "one window alone may mislead about it; the next one decides"
 

@@ -321,6 +321,7 @@ class Watched:
             gradless_steps=cohort.gradless_steps[i],
             # a master is given its gradient, and need not say that it requires one
             trainable=row.param.requires_grad or cohort.gradless_steps[i] < cohort.steps,
+            requires_grad=row.param.requires_grad,
             accumulators=_counters(row, state),
         )
         return RowFacts(evidence, cohort.samplers[i].size, cohort.live_steps[i], cohort.full_steps[i], dtypes, rates)

@@ -8,7 +8,7 @@ import time
 import numpy as np
 
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence, median_headroom
-from update_watch.measure.accumulators.averages import AverageWindow
+from update_watch.measure.accumulators.averages import AverageWindow, UnreadWindow
 from update_watch.measure.accumulators.averages import read as read_average
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
 from update_watch.measure.accumulators.gradient_accumulation import read as read_accumulation
@@ -57,7 +57,7 @@ class Window:
     order: dict[str, int]  # name -> place in the report
     cost_ms: float | None
     skipped: tuple[Transfer | Part, ...] = ()
-    averages: tuple[AverageWindow, ...] = ()
+    averages: tuple[AverageWindow | UnreadWindow, ...] = ()
     shadows: tuple[ShadowWindow, ...] = ()
     accumulations: tuple[AccumulationWindow, ...] = ()
     checksums: tuple[ChecksumWindow, ...] = ()

@@ -26,7 +26,7 @@ TENSOR_NUMBERS = (
     *("state_factor", "state_factor_steps", "displacement_evidence", "what_if"),
 )
 ACCUMULATOR_NUMBERS = (
-    *("present", "efficiency", "displacement", "wanted", "lost", "value"),
+    *("present", "efficiency", "displacement", "wanted", "lost", "value", "updated"),
     *("growth.efficiency", "growth.wanted", "growth.lost", "decay.efficiency", "decay.wanted", "decay.lost"),
 )
 
@@ -112,6 +112,7 @@ def put_histogram(t: TensorEvidence, values: list[float], start: int) -> None:
 def put_accumulator(a: AccumulatorEvidence, held: float, means: Means) -> None:
     means.put("present", 1.0, 1.0)
     means.put("value", a.value, 1.0)
+    means.put("updated", None if a.is_updated is None else float(a.is_updated), 1.0)
     means.put("displacement", a.numbers.displacement_efficiency, _times(_or(a.numbers.path_weight, 1.0), held))
     for prefix, n in (("", a.numbers), ("growth.", a.growth), ("decay.", a.decay)):
         wanted = _times(_or(n.wanted_fraction, 1.0), held)
@@ -191,8 +192,11 @@ def read_accumulator(name: str, entry: Mapping[str, Any], means: Means) -> Accum
     numbers = dataclasses.replace(part(""), displacement_efficiency=means.get("displacement"))
     reason = "" if numbers.efficiency is not None else entry["reason"]
     value, note = means.get("value"), entry["note"]
+    updated = means.get("updated")
     return AccumulatorEvidence(
-        name, entry["dtype"], numbers, part("growth."), part("decay."), reason, entry["rate"], value, note
+        *(name, entry["dtype"], numbers, part("growth."), part("decay."), reason, entry["rate"], value),
+        is_updated=None if updated is None else updated > 0,
+        note=note,
     )
 
 

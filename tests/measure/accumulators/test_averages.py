@@ -105,12 +105,188 @@ def test_an_fp32_average_rounded_by_a_validation_swap_is_named() -> None:
     assert all("swap for validation" in a.advice for a in accumulators)
 
 
-def test_an_average_of_another_model_is_refused() -> None:
+def test_what_is_no_average_of_the_model_costs_the_average_and_not_the_watch(caplog: pytest.LogCaptureFixture) -> None:
+    for other in (torch.nn.Linear(7, 7), 3, [torch.zeros(2)]):
+        caplog.clear()
+        report = _train(torch.float32, lambda model, other=other: (None, other), lambda *_: None, steps=32)
+        assert {t.health for t in report.tensors} == {uw.Health.healthy}
+        assert {a.health for a in _of(report)} == {uw.Health.unknown}
+        assert all(a.advice.startswith("Unknown, because ") for a in _of(report))
+        assert "the average 'ema' is not watched" in caplog.text
+
+
+def test_a_decay_that_is_none_is_refused() -> None:
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match="none of its tensors has a name and shape of the model's"):
-        uw.watch(model, optimizer, averages={"ema": torch.nn.Linear(7, 7)})
-    with pytest.raises(TypeError, match="expected a module or"):
-        uw.watch(model, optimizer, averages={"ema": 3})
     with pytest.raises(ValueError, match="decay must be in"):
         uw.watch(model, optimizer, averages={"ema": (copy.deepcopy(model), 1.5)})
+
+
+# --- whenever it is updated ----------------------------------------------------------------------------
+
+
+def _given(decay: float) -> Any:
+    def average_of(model: Any) -> Any:
+        average = copy.deepcopy(model)
+        return average, (average, decay)
+
+    return average_of
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 4, 7, 10, 50])
+@pytest.mark.parametrize("phase", [0, 1])
+def test_updates_are_seen_whatever_their_period(period: int, phase: int) -> None:
+    def update(average: Any, model: Any, step: int) -> None:
+        if step % period == phase % period:
+            _lerp(average, model, step)
+
+    fp32 = _of(_train(torch.float32, _given(0.999), update, steps=128))
+    assert all(a.efficiency == pytest.approx(1.0, abs=0.01) for a in fp32 if period < 30 or a.efficiency is not None)
+    bf16 = _of(_train(torch.bfloat16, _given(0.999), update, steps=128))
+    assert {a.health for a in bf16} <= ({uw.Health.stalled} if period < 30 else {uw.Health.stalled, uw.Health.unknown})
+
+
+def _through_data(average: Any, model: Any, _: int, rate: float = 0.1) -> None:
+    for a, w in zip(average.parameters(), model.parameters(), strict=True):
+        a.data.mul_(1 - rate).add_(rate * w.data.to(a.dtype))
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_updates_that_no_counter_sees_are_changes_of_values(period: int) -> None:
+    def update(average: Any, model: Any, step: int) -> None:
+        if step % period == 0:
+            _through_data(average, model, step)
+
+    accumulators = _of(_train(torch.float32, _given(0.9), update, steps=256))
+    assert all(a.health is uw.Health.healthy for a in accumulators)
+    assert all(a.efficiency == pytest.approx(1.0, abs=0.05) for a in accumulators)
+
+
+def test_an_average_that_is_never_updated_is_told_after_three_windows_and_its_twin_that_is_seldom_is_not() -> None:
+    never = _train(torch.float32, _given(0.999), lambda *_: None, steps=96)
+    assert {(a.health, a.cause) for a in _of(never)} == {(uw.Health.idle, uw.Cause.average_not_updated)}
+    assert all("96 steps in which its weights moved" in a.advice for a in _of(never))
+    assert [a.level for a in never.alerts] == [uw.Level.warn]
+
+    def seldom(average: Any, model: Any, step: int) -> None:
+        if step == 40:
+            _lerp(average, model, step)
+
+    assert {a.cause for a in _of(_train(torch.float32, _given(0.999), seldom, steps=192))} == {None}
+
+
+# --- at whichever rate ----------------------------------------------------------------------------------
+
+
+def _at_rate(rate: Any) -> Any:
+    def update(average: Any, model: Any, step: int) -> None:
+        for a, w in zip(average.parameters(), model.parameters(), strict=True):
+            a.lerp_(w.to(a.dtype), rate(step))
+
+    return update
+
+
+def test_a_decay_that_ramps_up_is_no_efficiency_of_hundreds() -> None:
+    """min(0.9999, (1 + n) / (10 + n)): diffusers, timm, Karras, ultralytics."""
+    ramp = _at_rate(lambda n: 1 - min(0.9999, (1 + n) / (10 + n)))
+    fp32 = _of(_train(torch.float32, _given(0.9999), ramp, steps=64))
+    assert all(a.health is uw.Health.healthy and a.efficiency == pytest.approx(1.0, abs=0.01) for a in fp32)
+    bf16 = _of(_train(torch.bfloat16, _given(0.9999), ramp, steps=64))
+    assert all(a.efficiency is not None and a.efficiency < 1.5 for a in bf16)
+
+
+def test_an_average_that_runs_away_is_named_in_fp32() -> None:
+    away = _of(_train(torch.float32, _given(0.999), _at_rate(lambda _: -0.001)))
+    assert {(a.health, a.cause) for a in away} == {(uw.Health.stalled, uw.Cause.average_diverges)}
+    assert all(a.efficiency == pytest.approx(-1.0, abs=0.01) for a in away)
+
+
+def test_an_average_that_moves_slower_than_said_is_no_rounding() -> None:
+    slow = _of(_train(torch.float32, _given(0.9), _at_rate(lambda _: 0.03)))
+    assert {(a.health, a.cause) for a in slow} == {(uw.Health.stalling, uw.Cause.average_not_updated)}
+    assert all(a.efficiency == pytest.approx(0.3, abs=0.01) for a in slow)
+
+
+def test_equal_averages_are_judged_by_their_number() -> None:
+    def swa(model: Any) -> Any:
+        average = AveragedModel(model)
+        return average, average
+
+    report = _train(torch.float32, swa, lambda a, m, _: a.update_parameters(m), steps=96)
+    assert all(a.health is uw.Health.healthy and a.efficiency == pytest.approx(1.0, abs=0.02) for a in _of(report))
+
+
+# --- as public code keeps them ----------------------------------------------------------------------------
+
+
+class _ShadowParams:
+    """As diffusers' EMAModel and torch-ema: a list in the order of the parameters."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.decay = 0.9
+        self.shadow_params = [p.detach().clone() for p in model.parameters()]
+
+    def step(self, model: torch.nn.Module) -> None:
+        for s, p in zip(self.shadow_params, model.parameters(), strict=True):
+            s.sub_((1 - self.decay) * (s - p.detach()))
+
+
+class _Shadow(_ShadowParams):
+    """As many tutorials: a mapping that holds new tensors after every update."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.decay = 0.9
+        self.shadow = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    def step(self, model: torch.nn.Module) -> None:
+        for n, p in model.named_parameters():
+            self.shadow[n] = self.decay * self.shadow[n] + (1 - self.decay) * p.detach()
+
+
+class _Buffers(torch.nn.Module):
+    """As LitEma of latent diffusion: buffers, whose names have no dots."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.beta = 0.9
+        for n, p in model.named_parameters():
+            self.register_buffer(n.replace(".", ""), p.detach().clone())
+
+    def step(self, model: torch.nn.Module) -> None:
+        held = dict(self.named_buffers())
+        for n, p in model.named_parameters():
+            held[n.replace(".", "")].lerp_(p.detach(), 1 - self.beta)
+
+
+class _Wrapped(torch.nn.Module):
+    """As timm's ModelEma and ema-pytorch: a module in a module; here with a prefix of its own as well."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.decay = 0.9
+        self.ema_model = torch.nn.ModuleDict({"online": copy.deepcopy(model)})
+
+    def step(self, model: torch.nn.Module) -> None:
+        for a, p in zip(self.ema_model.parameters(), model.parameters(), strict=True):
+            a.copy_(a * self.decay + (1 - self.decay) * p.detach())
+
+
+@pytest.mark.parametrize("kind", [_ShadowParams, _Shadow, _Buffers, _Wrapped])
+def test_objects_of_public_code_are_read(kind: Any) -> None:
+    def average_of(model: Any) -> Any:
+        average = kind(model)
+        return average, average
+
+    report = _train(torch.float32, average_of, lambda a, m, _: a.step(m), steps=64)
+    assert all(a.health is uw.Health.healthy and a.efficiency == pytest.approx(1.0, abs=0.02) for a in _of(report))
+
+
+def test_a_list_and_a_mapping_are_averages_too() -> None:
+    for kind, read in ((_ShadowParams, "shadow_params"), (_Shadow, "shadow")):
+
+        def average_of(model: Any, kind: Any = kind, read: str = read) -> Any:
+            average = kind(model)
+            return average, (getattr(average, read), 0.9)
+
+        report = _train(torch.float32, average_of, lambda a, m, _: a.step(m), steps=64)
+        assert all(a.efficiency == pytest.approx(1.0, abs=0.02) for a in _of(report))

@@ -143,7 +143,7 @@ def test_lost_micro_batches_are_named_with_cause_and_cure() -> None:
     assert efficiency < 0.8
     assert found.advice == (
         f"Gradients summed in BF16 lose micro-batches (efficiency {efficiency:.2f}, {100 * lost:.0f}% lost); accumulate"
-        " gradients in FP32 (FP32 weights with precision='bf16-mixed'), or use fewer and larger micro-batches; the"
+        " gradients in FP32 (model.float() and torch.autocast), or use fewer and larger micro-batches; the"
         " summed gradient then grows."
     )
     assert [a.cause for a in report.alerts] == [Cause.accumulation_rounding]

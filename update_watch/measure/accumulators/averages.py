@@ -1,49 +1,68 @@
 """Averaged models (EMA, Polyak, SWA) as accumulators: does the average follow the weights?
 
-An average moves between two optimizer steps, by `rate * (weight - average)`. It is looked at just before two steps
-that follow each other: what it moved by against what an FP32 average would have. Whether it was updated in between at all
-is told by the tensors' version counters, which count writes even where no bit changed.
+An average moves by `rate * (weight - average)`, whenever its owner says so: after every step, after every thousandth, in
+a hook, in a validation. A chunk of its tensors is remembered at one look (just before an optimizer step) and compared at
+the first look at which it was written since. That it was written is told by version counters, which count writes even where
+no bit changed; writes that no counter sees (through `.data`) are found by comparing values between two neighbouring
+looks. Which looks these are is drawn at random, so that no period of the training can hide from them.
+
+The rate is what was said of it, or more: where an update moved elements by several gaps of the format, their own rate is
+known (a decay that ramps up averages faster at first), and all elements of this update should have moved at it.
 
 Legend: n tensors of a chunk, K samples.
 """
 
 from __future__ import annotations
 
-import inspect
+import logging
 import random
+import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from update_watch import formats
 from update_watch.evidence import AccumulatorEvidence, Numbers
+from update_watch.measure.accumulators.average_sources import Decay, Source, UnreadableAverage, decay_of, sources_of
 from update_watch.measure.sampling import Sampler, gather, local, mask, unsamplable
 from update_watch.measure.transfer import Batch, Part
 from update_watch.odd_tensors import shape_of
 
-_CHUNK = 12  # tensors looked at in one step
-_SUMS = 7  # dot, want, wanted, lost, looks, rounded looks, moved
+logger = logging.getLogger("update_watch")
+
+_CHUNK = 12  # tensors looked at together
+_SUMS = 9  # dot, want, wanted, lost, looks, rounded looks, moved, gap^2 of all looks, moved over the window
+_RESOLVED = 8.0  # half gaps from which on a movement tells its own rate
+_ENOUGH = 8  # resolved elements for that
+_LONGEST_PAUSE = 3  # looks between a chunk that was measured and the next
 
 
 class _Pair(NamedTuple):
-    name: str
-    weight: Tensor
-    average: Tensor
+    source: Source
     sampler: Sampler
+    dtype: torch.dtype
 
 
 class AverageWindow(NamedTuple):
-    """One chunk's sums on their way to the host; `reasons` in their place for tensors that cannot be read."""
+    """One chunk's sums on their way to the host."""
 
     label: str
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     sizes: tuple[int, ...]
-    rate: float | None
-    transfer: Part | None
+    rate: float | None  # None: not known
+    transfer: Part
     updates: int  # writes to the average that were seen
-    reasons: tuple[str, ...] = ()
+    counts: bool  # whether writes to it are counted
+
+
+class UnreadWindow(NamedTuple):
+    """Tensors of an average that cannot be read, with why."""
+
+    label: str
+    reasons: dict[str, str]  # name -> why
 
 
 class Averages:
@@ -53,111 +72,199 @@ class Averages:
         self, averages: Mapping[str, Any], named: list[tuple[str, Tensor]], samples: int, rng: random.Random
     ) -> None:
         self._chunks: list[_Chunk] = []
-        self._unread: list[AverageWindow] = []  # said again in every window
+        self._unread: list[UnreadWindow] = []
+        self._rng = random.Random(rng.random())  # its own: other draws do not depend on how often it is updated
         self._turn = 0
         self._open: _Chunk | None = None
+        self._pause = 0
         for label, given in averages.items():
-            module, rate = _rate_of(label, given)
-            tensors = {_stripped(n): t for n, t in _tensors(label, module)}
-            pairs = []
-            odd: list[tuple[str, str, str]] = []  # name, dtype, reason
-            for name, weight in named:
-                average = tensors.get(name)
-                if average is None or average is weight:
-                    continue
-                problem = _obstacle(local(average))
-                if problem:
-                    odd.append((name, str(average.dtype).removeprefix("torch."), problem))
-                    continue
-                if shape_of(average) != shape_of(weight):
-                    continue
-                if average.is_inference():  # it does not count who writes to it
-                    raise ValueError(
-                        f"watch(averages={{{label!r}: ...}}): {name} was made in torch.inference_mode; "
-                        "make the average under torch.no_grad"
-                    )
-                if _obstacle(local(weight)) or not local(weight).numel():
-                    continue
-                if local(average).device == local(weight).device:
-                    pairs.append(_Pair(name, weight, average, Sampler(local(average), samples)))
+            holder, decay = decay_of(label, given)
+            try:
+                pairs, odd = _pairs(sources_of(holder, named), samples)
+            except UnreadableAverage as reason:
+                message = f"the average {label!r} is not watched: {reason}"
+                logger.warning("update-watch: %s", message)
+                self._unread.append(UnreadWindow(label, {name: str(reason) for name, _ in named}))
+                continue
             if odd:
-                names, dtypes, reasons = zip(*odd, strict=True)
-                self._unread.append(AverageWindow(label, names, dtypes, (), rate, None, 0, reasons))
-            if not pairs and not odd:
-                raise ValueError(
-                    f"watch(averages={{{label!r}: ...}}): none of its tensors has a name and shape of the model's; "
-                    "give the averaged copy of the watched model"
-                )
-            pairs.sort(key=lambda p: (str(local(p.average).device), str(p.average.dtype), str(p.weight.dtype)))
+                self._unread.append(UnreadWindow(label, odd))
             for start in range(0, len(pairs), _CHUNK):
-                part = pairs[start : start + _CHUNK]
-                self._chunks.append(_Chunk(label, part, rate, samples, rng))
+                self._chunks.append(_Chunk(label, pairs[start : start + _CHUNK], decay, samples, rng))
 
     def look(self) -> None:
         """Call just before every optimizer step, with gradients final."""
         if not self._chunks:
             return
-        if self._open is None:
-            self._open = self._chunks[self._turn % len(self._chunks)]
-            self._turn += 1
-            self._open.start()
-        else:
-            self._open.finish()
+        if self._open is not None:
+            if not self._open.finish():
+                return
             self._open = None
+            self._pause = self._rng.randrange(_LONGEST_PAUSE) if len(self._chunks) > 1 else 0
+        elif self._pause:
+            self._pause -= 1
+            return
+        self._turn += 1
+        self._open = self._chunks[self._turn % len(self._chunks)]
+        self._open.start()
 
     def pass_by(self) -> None:
-        """The step that begins is not looked at: what was begun is given up, since the next look would see two updates."""
-        self._open = None
+        """The step that begins is not looked at: what was written is given up, since the next look may see two updates."""
+        if self._open is not None and not self._open.is_waiting():
+            self._open = None
 
-    def close_window(self, batch: Batch) -> list[AverageWindow]:
+    def close_window(self, batch: Batch) -> list[AverageWindow | UnreadWindow]:
         """Hand the sums to `batch` and start new ones."""
         self._open = None
-        return [*self._unread, *(chunk.close(batch) for chunk in self._chunks)]
+        return [*(chunk.close(batch) for chunk in self._chunks), *self._unread]
+
+
+def _pairs(sources: list[Source], samples: int) -> tuple[list[_Pair], dict[str, str]]:
+    """What can be compared; name -> why of the others."""
+    pairs: list[_Pair] = []
+    odd: dict[str, str] = {}
+    for source in sources:
+        average = source.get()
+        if average is None:
+            continue
+        problem = _obstacle(local(average)) or _obstacle(local(source.weight))
+        if problem:
+            odd[source.name] = problem
+            continue
+        if not local(source.weight).numel():
+            continue
+        if local(average).device == local(source.weight).device:
+            pairs.append(_Pair(source, Sampler(local(average), samples), local(average).dtype))
+    if not pairs and not odd:
+        raise UnreadableAverage("none of its tensors can be sampled on the device of the model's")
+    pairs.sort(key=lambda p: (str(local(p.source.weight).device), str(p.dtype), str(p.source.weight.dtype)))
+    return pairs, odd
+
+
+def _obstacle(tensor: Tensor) -> str:
+    """Why a (local) tensor of an average, or the weight it follows, cannot be read; "" when it can."""
+    return unsamplable(tensor) or ("its values are complex" if tensor.is_complex() else "")
 
 
 class _Chunk:
-    def __init__(self, label: str, pairs: list[_Pair], rate: float | None, samples: int, rng: random.Random) -> None:
-        self.label, self.pairs, self.rate, self._rng = label, pairs, rate, rng
+    def __init__(self, label: str, pairs: list[_Pair], decay: Decay, samples: int, rng: random.Random) -> None:
+        self.label, self.pairs, self.rate, self._rng = label, pairs, decay.rate, rng
+        self._counter = decay.counter
+        self._counted = int(decay.counter) if decay.counter is not None else 0  # a host read, once
+        self._counter_version = _version(decay.counter)
         self._samplers = [pair.sampler for pair in pairs]
-        self._device = local(pairs[0].average).device
+        self._device = local(pairs[0].source.weight).device
         self._mask = mask(self._samplers, self._device)
         self._sums = torch.zeros(_SUMS, len(pairs), device=self._device)
         self._was_finer = torch.zeros(len(pairs), dtype=torch.bool, device=self._device)
+        self._runs = _format_runs(pairs)
         self._updates = 0
+        self._counts = False  # writes to it were seen in its counters
+        self._first: Tensor | None = None  # at the window's first look
         self._redraw()
 
     def _redraw(self) -> None:
         for sampler in self._samplers:
             sampler.redraw(self._rng)
 
+    def _averages(self) -> list[Tensor]:
+        """The averages as they are now. Where one is gone, what it averages stands in: it then shows nothing."""
+        found = []
+        for pair in self.pairs:
+            average = pair.source.get()
+            fits = (
+                average is not None
+                and shape_of(average) == shape_of(pair.source.weight)
+                and average.dtype == pair.dtype
+            )
+            found.append(average if fits and average is not None else pair.source.weight)
+        return found
+
     def _gather(self, tensors: list[Tensor]) -> Tensor:
         return gather([s.view(local(t.detach())) for s, t in zip(self._samplers, tensors, strict=True)], self._samplers)
 
     def start(self) -> None:
-        self._before = self._gather([p.average for p in self.pairs])
-        self._versions = [p.average._version for p in self.pairs]
+        """Remember the average."""
+        averages = self._averages()
+        self._before = self._gather(averages)
+        self._marks = _marks(averages)
+        self._is_next_look = True
         self._note_rounding(self._before)
+        if self._first is None:
+            self._first = self._before.clone()
 
-    def finish(self) -> None:
-        after = self._gather([p.average for p in self.pairs])
+    def is_waiting(self) -> bool:
+        """Whether it certainly has not been written since it was remembered."""
+        return self._counts and _is_same(self._averages(), self._marks)
+
+    def finish(self) -> bool:
+        """Compare, if there is something to compare; False: it waits to be written."""
+        averages = self._averages()
+        is_written = not _is_same(averages, self._marks)
+        if not is_written and (self._counts or not self._is_next_look):
+            if self._counts or self._rng.random() < 0.5:
+                return False
+            self.start()  # two neighbouring looks again: what no counter sees shows in values only
+            return False
+        self._is_next_look = False
+        after = self._gather(averages)
         self._note_rounding(after)
-        if [p.average._version for p in self.pairs] == self._versions:
-            moved = after.ne(self._before).any(-1).float()
-            self._sums[6].add_(moved)
-            return
-        self._updates += 1
-        weights = self._gather([p.weight for p in self.pairs])
+        self._updates += is_written
+        self._counts = self._counts or is_written
+        self._add(after, is_written)
+        return is_written
+
+    def _add(self, after: Tensor, is_written: bool) -> None:
+        weights = self._gather([p.source.weight for p in self.pairs])
+        moved = after.ne(self._before)
         # the first update of AveragedModel copies the weights: that is no averaging, and would swamp all others
         averaged = after.ne(weights).any(-1, keepdim=True)
-        applied = torch.where(averaged, after.sub_(self._before), 0.0)
-        intended = torch.where(averaged, weights.sub_(self._before), 0.0)
+        if not is_written:  # that no bit changed then says nothing
+            averaged = averaged & moved.any(-1, keepdim=True)
+        zero = after.new_zeros(())
+        applied = torch.where(averaged, after - self._before, zero)
+        gap = torch.where(averaged, weights - self._before, zero)
         if self._mask is not None:
-            applied, intended = applied.mul_(self._mask), intended.mul_(self._mask)
-        intended.mul_(1.0 if self.rate is None else self.rate)
+            applied, gap = applied * self._mask, gap * self._mask
+        rate = self._rate_now()
+        intended = gap * (1.0 if rate is None else rate)
+        scale, is_known = self._speed(applied, intended, rate is not None)
+        intended = torch.where(is_known, intended * scale, zero)
+        applied = torch.where(is_known, applied, zero)
         wanted = intended.ne(0).float()
         parts = (applied * intended, intended * intended, wanted, wanted * applied.eq(0))
         self._sums[:4].add_(torch.stack([part.sum(-1) for part in parts]))
-        self._sums[4].add_(averaged.squeeze(-1).float())
+        self._sums[4].add_((averaged & is_known).squeeze(-1).float())
+        self._sums[6].add_(moved.any(-1).float())
+        self._sums[7].add_(gap.square().sum(-1))
+
+    def _rate_now(self) -> float | None:
+        """Of this update: as said, or of equal averages by their number."""
+        if self._counter is None:
+            return self.rate
+        version = _version(self._counter)
+        if version is not None and self._counter_version is not None:
+            self._counted += version - self._counter_version
+        self._counter_version = version
+        return 1.0 / max(self._counted, 2)
+
+    def _speed(self, applied: Tensor, intended: Tensor, is_said: bool) -> tuple[Tensor, Tensor]:
+        """How much faster than `intended` this update was, [n, 1], as the elements tell that moved by several gaps.
+
+        And whether that is known. Slower than said it is never taken to be: that is a finding, and not a rate.
+        """
+        half_gap = torch.full_like(applied, float("inf"))
+        for rows, fmt in self._runs:
+            half_gap[rows] = fmt.half_gap(self._before[rows], applied[rows])
+        resolved = (applied.abs() >= _RESOLVED * half_gap) & intended.ne(0)
+        enough = resolved.sum(-1, keepdim=True) >= _ENOUGH
+        a, d = (
+            torch.where(resolved, applied, applied.new_zeros(())),
+            torch.where(resolved, intended, intended.new_zeros(())),
+        )
+        speed = (a * d).sum(-1, keepdim=True) / d.square().sum(-1, keepdim=True).clamp_min(1e-38)
+        if is_said:
+            return torch.where(enough, speed.clamp_min(1.0), torch.ones_like(speed)), torch.ones_like(enough)
+        return speed.abs(), enough & speed.ne(0)
 
     def _note_rounding(self, average: Tensor) -> None:
         """Count looks at which an FP32 average that was finer before holds BF16 values only."""
@@ -166,14 +273,20 @@ class _Chunk:
         self._was_finer.logical_or_(~coarse)
 
     def close(self, batch: Batch) -> AverageWindow:
+        if self._first is not None:
+            now = self._gather(self._averages())
+            self._sums[8].add_(now.ne(self._first).any(-1).float())
+            self._first = None
+        rate = self._rate_now() if self._counter is not None else self.rate
         window = AverageWindow(
             self.label,
-            tuple(p.name for p in self.pairs),
-            tuple(str(p.average.dtype).removeprefix("torch.") for p in self.pairs),
+            tuple(p.source.name for p in self.pairs),
+            tuple(str(p.dtype).removeprefix("torch.") for p in self.pairs),
             tuple(s.size for s in self._samplers),
-            self.rate,
+            rate,
             batch.add(self._sums.reshape(-1).clone()),
             self._updates,
+            self._counts,
         )
         self._sums.zero_()
         self._updates = 0
@@ -181,81 +294,56 @@ class _Chunk:
         return window
 
 
-def read(window: AverageWindow) -> dict[str, AccumulatorEvidence]:
+def _version(tensor: Tensor | None) -> int | None:
+    """How often it was written; None for one that does not count (made in inference mode)."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _marks(tensors: list[Tensor]) -> list[tuple[weakref.ref[Tensor], int | None]]:
+    """Changes when one of them is written, or replaced (another may lie where it lay)."""
+    return [(weakref.ref(tensor), _version(tensor)) for tensor in tensors]
+
+
+def _is_same(tensors: list[Tensor], marks: list[tuple[weakref.ref[Tensor], int | None]]) -> bool:
+    return all(ref() is t and _version(t) == version for t, (ref, version) in zip(tensors, marks, strict=True))
+
+
+def _format_runs(pairs: list[_Pair]) -> list[tuple[slice, formats.Format]]:
+    """Neighbours of one format; those of none that is known are left out."""
+    runs = []
+    start = 0
+    for stop in range(1, len(pairs) + 1):
+        if stop == len(pairs) or pairs[stop].dtype != pairs[start].dtype:
+            fmt = formats.of(pairs[start].dtype)
+            if fmt is not None:
+                runs.append((slice(start, stop), fmt))
+            start = stop
+    return runs
+
+
+def read(window: AverageWindow | UnreadWindow) -> dict[str, AccumulatorEvidence]:
     """Evidence by tensor name. Runs on the background thread."""
     key = f"average:{window.label}"
-    if window.transfer is None:
-        odd = zip(window.names, window.dtypes, window.reasons, strict=True)
-        return {name: AccumulatorEvidence(key, dtype, Numbers(), reason=reason) for name, dtype, reason in odd}
+    if isinstance(window, UnreadWindow):
+        return {name: AccumulatorEvidence(key, "", Numbers(), reason=why) for name, why in window.reasons.items()}
     sums = window.transfer.wait().reshape(_SUMS, len(window.names))
     found = {}
     for i, (name, dtype, size) in enumerate(zip(window.names, window.dtypes, window.sizes, strict=True)):
-        dot, want, wanted, lost, looks, rounded, moved = (float(x) for x in sums[:, i])
+        dot, want, wanted, lost, looks, rounded, moved, gaps, has_moved = (float(x) for x in sums[:, i])
+        is_updated = bool(window.updates or moved or has_moved)
         reason = note = ""
         numbers = Numbers()
         if rounded and dtype == "float32":
             note = "rounded through BF16 weights, as by a swap for validation"
-        if not window.updates:
-            reason = "its updates bypass version counters" if moved else "no update of it was seen in this window"
-        elif window.rate is None:
-            reason = f"its decay is not known; give it: averages={{{window.label!r}: (model, decay)}}"
-        elif want > 0:
+        if want > 0:
             numbers = Numbers(
-                efficiency=dot / want,
-                wanted_fraction=wanted / (size * looks),
-                lost_fraction=lost / wanted,
+                efficiency=dot / want, wanted_fraction=wanted / (size * looks), lost_fraction=lost / wanted
             )
+        elif is_updated and gaps > 0 and window.rate is None:
+            reason = f"its decay is not known; give it: averages={{{window.label!r}: (model, decay)}}"
+        elif is_updated and not (window.updates or moved):
+            reason = "it moved in this window, and no update of it was seen"
         found[name] = AccumulatorEvidence(
-            key, dtype, numbers, reason="" if note else reason, rate=window.rate, note=note
+            key, dtype, numbers, reason="" if note else reason, rate=window.rate, note=note, is_updated=is_updated
         )
     return found
-
-
-def _obstacle(tensor: Tensor) -> str:
-    """Why a (local) tensor of an average, or the weight it follows, cannot be read; "" when it can."""
-    return unsamplable(tensor) or ("its values are complex" if tensor.is_complex() else "")
-
-
-def _rate_of(label: str, given: Any) -> tuple[Any, float | None]:
-    """The averaged module and 1 - decay: as given, or as its own settings tell."""
-    if isinstance(given, (tuple, list)) and len(given) == 2 and isinstance(given[1], (int, float)):
-        module, decay = given
-        if not 0 <= decay < 1:
-            raise ValueError(f"watch(averages={{{label!r}: (model, {decay!r})}}): the decay must be in [0, 1)")
-        return module, 1.0 - decay
-    for name in ("multi_avg_fn", "avg_fn"):  # torch.optim.swa_utils.AveragedModel
-        function = inspect.unwrap(getattr(given, name, None) or _rate_of)  # torch wraps it in no_grad
-        code = getattr(function, "__code__", None)
-        if code is not None and "decay" in code.co_freevars:
-            decay = function.__closure__[code.co_freevars.index("decay")].cell_contents
-            if isinstance(decay, float):
-                return given, 1.0 - decay
-    for name in ("decay", "beta", "ema_decay"):
-        decay = getattr(given, name, None)
-        if isinstance(decay, float) and 0 <= decay < 1:
-            return given, 1.0 - decay
-    return given, None
-
-
-def _tensors(label: str, module: Any) -> list[tuple[str, Tensor]]:
-    for name in ("ema_model", "module"):  # ema-pytorch, AveragedModel
-        inner = getattr(module, name, None)
-        if isinstance(inner, torch.nn.Module):
-            return list(inner.named_parameters(remove_duplicate=False))
-    if isinstance(module, torch.nn.Module):
-        return list(module.named_parameters(remove_duplicate=False))
-    try:
-        pairs = list(module.items() if isinstance(module, Mapping) else module)
-        if all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in pairs):
-            return pairs
-    except (TypeError, ValueError):
-        pass
-    raise TypeError(
-        f"watch(averages={{{label!r}: ...}}): expected a module or (name, tensor) pairs, got {type(module).__name__}"
-    )
-
-
-def _stripped(name: str) -> str:
-    for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(part, "")
-    return name.removeprefix("module.")

@@ -1,0 +1,156 @@
+"""Alerts: one story per cause, told when it begins, grows, becomes worse in kind and ends.
+
+What is news is decided in `episodes`, what is said in `texts`. News that the cooldown or the budget holds back stays
+news: it is told later if it is still true then, and forgotten if it is not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from update_watch.judge.alerts.episodes import BEGAN, Episode, level_of
+from update_watch.judge.alerts.findings import NOTHING_TRAINS, Finding, find
+from update_watch.judge.alerts.texts import alert_of
+from update_watch.judge.history import check_state
+from update_watch.report import Cause, Health, Level, Report
+from update_watch.thresholds import Thresholds
+from update_watch.wording import plural
+
+_VERSION = 2
+_HOUR = 3600.0
+_LOUDEST_FIRST = (Level.error, Level.warn, Level.info)
+_LOGGING = {Level.info: logging.INFO, Level.warn: logging.WARNING, Level.error: logging.ERROR}
+_FOR_GOOD = 3  # windows with a learning rate of 0, from which on it is no warm-up and no last window
+
+
+class Alerts:
+    """Turns reports into alerts. `clock` returns seconds since the epoch."""
+
+    def __init__(self, thresholds: Thresholds, clock: Callable[[], float] = time.time) -> None:
+        self._limits, self._clock = thresholds, clock
+        self.is_logging = True  # False: another rank, which has the same reports, logs them
+        self.trainer = "torch"  # in whose words cures are told: a key of `cures.TRAINERS`
+        self._episodes: dict[str, Episode] = {}
+        self._was_well: set[str] = set()  # keys that have been well: only of these it is news that they came to rest
+        self._resting: set[str] = set()  # keys that were idle in the window before
+        self._sent: list[float] = []  # times of the alerts of the last hour
+        self._held: set[str] = set()  # episodes whose news the budget held back since the last alert
+
+    def update(self, report: Report) -> Report:
+        """The report with its alerts, loudest first. They are logged too, by the logger "update_watch"."""
+        now = self._clock()
+        self._sent = [t for t in self._sent if now - _HOUR < t <= now]
+        found = find(report)
+        bad = self._without_old_rest(found.bad)
+        self._was_well |= found.well
+        trained = sum(t.numel for t in report.tensors if t.trainable) or 1
+        news: list[tuple[Level, str, str, list[Finding], float]] = []
+        for name in {**self._episodes, **bad}:
+            members = bad.get(name, [])
+            episode = self._episodes.setdefault(name, Episode())
+            episode.take_in(members, found.well)
+            share = sum({f.tensor.name: f.tensor.numel for f in members}.values()) / trained
+            event = episode.news(members, share)
+            if event and not self._must_wait(name, episode, event, members, now):
+                level = level_of(members) if members else Level.info
+                news.append((level, event, name, members, share))
+        news.sort(key=lambda item: (_LOUDEST_FIRST.index(item[0]), -item[4]))
+        alerts = []
+        for level, event, name, members, share in news:
+            if len(self._sent) >= self._budget(level):
+                self._held.add(name)
+                continue
+            self._sent.append(now)
+            self._held.discard(name)
+            count = self._episodes[name].told_members
+            self._episodes[name].tell(event, members, share, now)
+            alerts.append(alert_of(event, name, level, members, report, count, self._limits, self.trainer))
+        if alerts and self._held:
+            held, self._held = self._held, set()
+            note = f"\n{plural(len(held), 'other change')} held back: {self._limits.alerts_per_hour} alerts an hour at most."
+            alerts[-1] = dataclasses.replace(alerts[-1], text=alerts[-1].text + note)
+        self._episodes = {
+            name: e for name, e in self._episodes.items() if e.is_open or e.members or e.over_at > -math.inf
+        }
+        for alert in alerts if self.is_logging else ():
+            logging.getLogger("update_watch").log(
+                _LOGGING[alert.level], "update-watch, step %d: %s\n%s", alert.step, alert.title, alert.text
+            )
+        return dataclasses.replace(report, alerts=tuple(alerts))
+
+    def _without_old_rest(self, bad: dict[str, list[Finding]]) -> dict[str, list[Finding]]:
+        """Of what is idle, only what was well before and has been idle for two windows; nothing where nothing trains."""
+        resting = {f.key for findings in bad.values() for f in findings if f.health is Health.idle}
+        news: dict[str, list[Finding]] = {}
+        for name, findings in bad.items():
+            if name != NOTHING_TRAINS:
+                findings = [
+                    f
+                    for f in findings
+                    if f.health is not Health.idle
+                    or f.level is not Level.info
+                    or (NOTHING_TRAINS not in bad and f.key in self._was_well and f.key in self._resting)
+                ]
+            if findings:
+                news[name] = findings
+        self._resting = resting
+        return news
+
+    def _must_wait(self, name: str, episode: Episode, event: str, members: list[Finding], now: float) -> bool:
+        if event != BEGAN:
+            return False
+        episode.patience += 1
+        if name == NOTHING_TRAINS and members[0].cause is Cause.zero_learning_rate and episode.patience < _FOR_GOOD:
+            return True
+        # a time to come is of a clock that was set back since
+        return 0 <= now - episode.over_at < self._limits.alert_cooldown
+
+    def _budget(self, level: Level) -> int:
+        per_hour = self._limits.alerts_per_hour
+        return per_hour if level is Level.error else per_hour - per_hour // 4
+
+    # --- resume ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data (str, int, float, list, dict), safe to load weights-only."""
+        return {
+            "version": _VERSION,
+            "episodes": {name: episode.to_plain() for name, episode in self._episodes.items()},
+            "was_well": sorted(self._was_well),
+            "resting": sorted(self._resting),
+            "sent": list(self._sent),
+            "held": sorted(self._held),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned, so that nothing is told twice. Entries that cannot be read are dropped.
+
+        Raises:
+            TypeError, ValueError: `state` as a whole is not such data; nothing is changed then.
+        """
+        parts = {"episodes": Mapping, "was_well": list, "resting": list, "sent": list, "held": list}
+        check_state("Alerts", state, _VERSION, parts)
+        episodes, dropped = {}, 0
+        for name, data in state["episodes"].items():
+            try:
+                episodes[str(name)] = Episode.from_plain(data)
+            except (KeyError, TypeError, ValueError):
+                dropped += 1
+        if dropped:
+            logging.getLogger("update_watch").warning(
+                "Alerts.load_state_dict: %s cannot be read and may be told again.", plural(dropped, "episode")
+            )
+        self._episodes = episodes
+        self._was_well, self._resting, self._held = (
+            {value for value in state[part] if isinstance(value, str)} for part in ("was_well", "resting", "held")
+        )
+        self._sent = [float(v) for v in state["sent"] if _is_time(v)]
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,102 @@
+"""What a report holds that somebody may have to hear of: tensors and accumulators that are not well, by episode.
+
+An episode is one cause in one run, however many tensors it takes in the course of it. Two of them are of the run as a
+whole: nothing trains, and too much of what is trained cannot be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from update_watch.judge.accumulators import alert_level
+from update_watch.judge.run_summary import (
+    is_measurable,
+    is_moving_unasked,
+    is_training_nothing,
+    unmeasured,
+    worst_first,
+)
+from update_watch.report import Cause, Health, Level, Report, TensorReport
+
+NOTHING_TRAINS, NOT_MEASURED = "nothing_trains", "not_measured"  # episodes of the run
+_NOT_MEASURED_SHARE = 0.1  # of what is trained, by tensors or by elements, from which on it is told
+_LEVELS = {Health.broken: Level.error, Health.stalled: Level.error, Health.stalling: Level.warn}
+_IDLE_CAUSES = frozenset({Cause.no_gradient, Cause.zero_gradient, Cause.negligible_gradient})
+
+
+class Finding(NamedTuple):
+    """One tensor or accumulator that is not well."""
+
+    key: str  # the tensor's name; of an accumulator "name [accumulator]"
+    tensor: TensorReport
+    part: str  # the accumulator; "" for the tensor itself
+    level: Level
+    health: Health
+    cause: Cause | None
+    advice: str
+
+
+class Findings(NamedTuple):
+    """Of one report."""
+
+    bad: dict[str, list[Finding]]  # by episode, worst first
+    well: set[str]  # keys that are certainly well
+
+
+def find(report: Report) -> Findings:
+    """Everything in a report that is something to tell, or to compare with."""
+    bad: dict[str, list[Finding]] = {}
+    well: set[str] = set()
+    for tensor in worst_first(report.tensors):
+        level = _LEVELS.get(tensor.health)
+        if level is not None:
+            _add(bad, Finding(tensor.name, tensor, "", level, tensor.health, tensor.cause, tensor.advice))
+        elif is_moving_unasked(tensor):
+            level = Level.warn if tensor.health is Health.healthy else Level.info
+            if tensor.cause is Cause.requires_grad_off:
+                _add(bad, Finding(tensor.name, tensor, "", level, tensor.health, tensor.cause, tensor.advice))
+        elif tensor.health is Health.idle and tensor.cause in _IDLE_CAUSES:
+            _add(bad, Finding(tensor.name, tensor, "", Level.info, tensor.health, tensor.cause, tensor.advice))
+        elif tensor.health is Health.healthy:
+            well.add(tensor.name)
+        for accumulator in tensor.accumulators.values():
+            key = f"{tensor.name} [{accumulator.name}]"
+            loud = alert_level(accumulator)
+            if loud is None:
+                if accumulator.health is Health.healthy:
+                    well.add(key)
+            # the loss of a bad weight drowns what its states and decay lose beside it
+            elif tensor.health not in _LEVELS or not _is_early(accumulator.cause):
+                _add(
+                    bad,
+                    Finding(
+                        *(key, tensor, accumulator.name, loud),
+                        *(accumulator.health, accumulator.cause, accumulator.advice),
+                    ),
+                )
+    if is_training_nothing(report.tensors):
+        bad[NOTHING_TRAINS] = [
+            Finding(t.name, t, "", Level.error, t.health, t.cause, t.advice) for t in report.tensors if t.trainable
+        ]
+    _find_unmeasured(report.tensors, bad)
+    return Findings(bad, well)
+
+
+def _find_unmeasured(tensors: Sequence[TensorReport], bad: dict[str, list[Finding]]) -> None:
+    lacking, trained = unmeasured(tensors), [t for t in tensors if is_measurable(t)]
+    if not lacking:
+        return
+    share = max(len(lacking) / len(trained), sum(t.numel for t in lacking) / max(sum(t.numel for t in trained), 1))
+    if share > _NOT_MEASURED_SHARE:
+        bad[NOT_MEASURED] = [Finding(t.name, t, "", Level.warn, t.health, t.cause, t.advice) for t in lacking]
+
+
+def _add(bad: dict[str, list[Finding]], finding: Finding) -> None:
+    # every average is an episode of its own: they are other models
+    average = f" {finding.part}" if finding.part.startswith("average:") else ""
+    bad.setdefault(f"{finding.cause or finding.health}{average}", []).append(finding)
+
+
+def _is_early(cause: Cause | None) -> bool:
+    return cause in (Cause.state_rounding, Cause.decay_rounding)

@@ -1,0 +1,139 @@
+"""What an alert says: who, since when, what was seen, what to change and what that costs; then the tensors, as a list.
+
+Everything before the list has room on a phone: under 600 characters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from update_watch.judge.advice import advise, finding
+from update_watch.judge.alerts.episodes import GREW, OVER, WORSE
+from update_watch.judge.alerts.findings import NOT_MEASURED, NOTHING_TRAINS, Finding
+from update_watch.judge.headline import mean_seen, nothing_trains, unmeasured_sentence
+from update_watch.judge.remedies import remedy
+from update_watch.judge.run_summary import is_measurable
+from update_watch.naming import group_words
+from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
+from update_watch.thresholds import Thresholds
+from update_watch.wording import fixed, percent, plural
+
+_TITLE, _HEAD = 63, 590  # characters
+_HAS_GROUP_ADVICE = frozenset({Cause.weight_rounding, Cause.decay_rounding, Cause.average_rounding})
+
+
+def alert_of(
+    event: str,
+    episode: str,
+    level: Level,
+    members: Sequence[Finding],
+    report: Report,
+    told: int,
+    limits: Thresholds,
+    trainer: str,
+) -> Alert:
+    """The alert for an event of an episode. `told`: how many members it had when it was told last."""
+    tensors = report.tensors
+    if event == OVER:
+        return Alert(
+            step=report.step,
+            level=Level.info,
+            title=_fit(f"Over: {_name(episode)}"),
+            text=f"{_sentence(plural(told, 'tensor'))} that had it {'is' if told == 1 else 'are'} well again.",
+            tensors=(),
+            cause=_cause(episode),
+        )
+    chosen = list(dict.fromkeys(f.tensor.name for f in members))
+    if episode == NOTHING_TRAINS:
+        title, head = "NOTHING TRAINS", nothing_trains(tensors, report.step)
+    elif episode == NOT_MEASURED:
+        of = sum(is_measurable(t) for t in tensors)
+        title, head = f"NOT MEASURED: {len(chosen)} of {plural(of, 'tensor')}", unmeasured_sentence(tensors)
+    else:
+        title, head = _title(event, members, tensors, told), _head(members, tensors, trainer)
+    lines = [head if len(head) <= _HEAD else head[: _HEAD - 1] + "…"]
+    if len(members) > 1 and episode not in (NOTHING_TRAINS, NOT_MEASURED):
+        lines += [f"- {_line(f)}" for f in members[: limits.alert_tensors]]
+        if len(members) > limits.alert_tensors:
+            lines.append(f"and {len(members) - limits.alert_tensors} more")
+    return Alert(report.step, level, _fit(title), "\n".join(lines), tuple(chosen), members[0].cause)
+
+
+def _title(event: str, members: Sequence[Finding], tensors: Sequence[TensorReport], told: int) -> str:
+    worst = max(members, key=lambda f: (f.health is Health.broken, f.health is Health.stalled)).health
+    word = "STILL MOVING" if worst is Health.healthy or worst is Health.unknown else str(worst).upper()
+    parts = {f.part for f in members}
+    count = len({f.tensor.name for f in members})
+    what = f"{count} of {plural(len(tensors), 'tensor')}"
+    if "" not in parts:
+        what = f"{parts.pop() if len(parts) == 1 else 'what accumulates'} of {what}"
+    grown = f", was {told}" if event == GREW or (event == WORSE and told != count) else ""
+    return f"{word}: {what}{grown}"
+
+
+def _head(members: Sequence[Finding], tensors: Sequence[TensorReport], trainer: str) -> str:
+    """Who since when and what was seen; what to change."""
+    mine = list({f.tensor.name: f.tensor for f in members}.values())
+    cause = members[0].cause
+    if len(members) > 1 and cause in _HAS_GROUP_ADVICE and all(not f.part for f in members):
+        seen = advise(cause, mean_seen(mine)).finding + "."
+    else:
+        seen = finding(members[0].advice)
+    fix = remedy(cause, mine, tensors, trainer, members[0].advice, members[0].part)
+    text = f"{_who(mine, tensors)}: {seen[:1].lower() if seen[:2].islower() else seen[:1]}{seen[1:]}"
+    return f"{text}\nFix: {fix}." if fix else text
+
+
+def _who(mine: Sequence[TensorReport], tensors: Sequence[TensorReport]) -> str:
+    """ "All 5 norms since step 50, head.weight since step 551": by when it began, the oldest first."""
+    shapes = {t.name: t.shape for t in tensors}
+    since: dict[int | None, list[str]] = {}
+    for tensor in mine:
+        since.setdefault(tensor.since_step if tensor.health is not Health.healthy else None, []).append(tensor.name)
+    if len(since) > 2:
+        first, last = min(s for s in since if s is not None), max(s for s in since if s is not None)
+        words = group_words([t.name for t in mine], shapes, 3)
+        return _sentence(f"{', '.join(words)} since steps {first} to {last}")
+    parts = []
+    for step, names in sorted(since.items(), key=lambda item: item[0] or 0):
+        when = f" since step {step}" if step is not None else ""
+        parts.append(", ".join(group_words(names, shapes, 3)) + when)
+    return _sentence(", ".join(parts))
+
+
+def _line(found: Finding) -> str:
+    """One tensor of the list, numbers only."""
+    t = found.tensor
+    numbers: list[str] = []
+    if found.part:
+        accumulator = t.accumulators.get(found.part)
+        if accumulator is not None and accumulator.efficiency is not None:
+            numbers.append(f"efficiency {fixed(accumulator.efficiency)}")
+    else:
+        if t.efficiency is not None:
+            numbers.append(f"efficiency {fixed(t.efficiency)}")
+        if t.lost_fraction is not None:
+            numbers.append(f"{percent(t.lost_fraction)} lost")
+        if found.cause is Cause.state_rounding and t.state_factor is not None:
+            numbers = [f"updates {fixed(t.state_factor)} of what FP32 state gives"]
+    return f"{found.key}: {found.health}" + (f", {', '.join(numbers)}" if numbers else "")
+
+
+def _cause(episode: str) -> Cause | None:
+    try:
+        return Cause(episode.split(" ")[0])
+    except ValueError:
+        return None
+
+
+def _name(episode: str) -> str:
+    return episode.replace("_", " ").replace(" average:", " of ")
+
+
+def _sentence(text: str) -> str:
+    """With a capital where it begins with a word, not with the name of a tensor."""
+    return f"{text[:1].upper()}{text[1:]}" if text.startswith("all ") else text
+
+
+def _fit(text: str) -> str:
+    return text if len(text) <= _TITLE else f"{text[: _TITLE - 3]}..."

@@ -1,0 +1,66 @@
+"""What can be wrong with a weight that takes its steps: they are undone between the steps, or the states are at fault."""
+
+from __future__ import annotations
+
+import math
+
+from update_watch.evidence import TensorEvidence
+from update_watch.judge.accumulators import is_state
+from update_watch.judge.efficiency_grade import grade, known, share
+from update_watch.judge.history import HEALTHY, STALLING, TensorHistory
+from update_watch.judge.no_signal import Verdict, verdict
+from update_watch.judge.number_formats import FULL, SIGNIFICANT_BITS
+from update_watch.judge.seen import Seen
+from update_watch.report import Cause
+from update_watch.thresholds import Thresholds
+
+_UNDONE = 0.5  # of what the steps applied: less may come again, as in an outer step
+
+
+def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Verdict | None:
+    """The steps apply their updates, but are they still there at the window's end?"""
+    net, error = known(e.net_efficiency), known(e.net_efficiency_error) or 0.0
+    before, history.net_grade = history.net_grade, HEALTHY
+    health = HEALTHY if net is None else grade(net + 2 * error, before, limits)
+    undone = share(e.undone_fraction) or 0.0
+    is_uncopied = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
+    is_undone = not e.is_master and undone >= _UNDONE
+    if health is HEALTHY or not (is_uncopied or is_undone):
+        history.lossy_windows = 0
+        return None
+    history.lossy_windows += 1
+    if is_undone and e.written_steps < 2 and history.lossy_windows < 2:  # a checkpoint may have been loaded
+        return None
+    history.net_grade = health
+    cause = Cause.not_copied_back if is_uncopied else Cause.overwritten
+    return verdict(health, cause, Seen(dtype=e.dtype, net=net, written_step=e.written_step))
+
+
+def by_state(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Verdict | None:
+    """The weight takes its updates, but are they the right ones?"""
+    factor = known(e.state_factor)
+    if factor is None or e.state_factor_steps < limits.minimum_steps:
+        return None
+    inside = 1 + limits.state_margin if history.bad_state_windows >= 2 else 1.0
+    margin = 2 * (known(e.state_factor_error) or 0.0)
+    if factor + margin >= limits.state_low * inside and factor - margin <= limits.state_high / inside:
+        history.bad_state_windows = 0
+        return None
+    states = [a for a in e.accumulators.values() if is_state(a.name)]
+    # FP32 state has nothing to lose: then the shadow differs for another reason (state edited, restored)
+    if states and all(a.dtype in FULL for a in states):
+        return None
+    history.bad_state_windows += 1
+    if history.bad_state_windows < 2:
+        return None
+    blamed = Seen(state_factor=factor)
+    worst = math.inf
+    for a in states:
+        decay, value, bits = known(a.decay.efficiency), known(a.value), SIGNIFICANT_BITS.get(a.dtype)
+        if value is not None and bits is not None and value == 2.0**bits:
+            blamed = Seen(dtype=a.dtype, accumulator=a.name, counter=value, state_factor=factor)
+            break
+        if decay is not None and decay < min(worst, limits.stalling):
+            worst = decay
+            blamed = Seen(dtype=a.dtype, accumulator=a.name, efficiency=decay, rate=known(a.rate), state_factor=factor)
+    return verdict(STALLING, Cause.state_rounding, blamed)

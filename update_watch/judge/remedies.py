@@ -1,0 +1,73 @@
+"""What to change where tensors are not well, as far as it applies to them: in the words of the trainer, with its cost.
+
+`cures` holds what each cure is and costs; here it is chosen. The cheapest that fits comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from update_watch.cures import Cure, extra_bytes, switch
+from update_watch.judge.advice import brief
+from update_watch.judge.number_formats import FULL, smallest_rate
+from update_watch.naming import family, group_words
+from update_watch.report import Cause, TensorReport
+from update_watch.wording import size
+
+_FEW = 0.01  # share of the parameters that may be kept in FP32 alone, beside the others
+
+
+def remedy(
+    cause: Cause | None,
+    mine: Sequence[TensorReport],
+    tensors: Sequence[TensorReport],
+    trainer: str,
+    advice: str,
+    part: str = "",
+) -> str:
+    """What to change for the tensors `mine` of `tensors`, without capital or full stop; "" where there is nothing.
+
+    `advice`: that of the worst of them. `part`: the accumulator it is about, "" for the weights.
+    """
+    if mine[0].dtype in FULL and not part:
+        return _cure_of(advice)
+    numel, masters = sum(t.numel for t in mine), switch(trainer, mine[0].dtype)
+    trained = sum(t.numel for t in tensors if t.trainable) or 1
+    if cause is Cause.weight_rounding:
+        whole = f"keep FP32 master weights: {masters} (+{size(extra_bytes(Cure.masters, trained))})"
+        kahan = f"Kahan summation (optimi, +{size(extra_bytes(Cure.kahan, trained))})"
+        if can_stand_alone(mine, tensors):
+            words = ", ".join(group_words([t.name for t in mine], {t.name: t.shape for t in tensors}, 3))
+            alone = f"keep {words} in FP32 (+{size(extra_bytes(Cure.masters, numel))})"
+            centred = ", or store norm weights zero-centred (w - 1)" if are_norms(mine) else ""
+            return f"{alone}{centred}, or {whole}"
+        return f"{whole}, or use stochastic rounding (torchao, +0 B) or {kahan}; then retune the learning rate"
+    if cause is Cause.decay_rounding:
+        return (
+            f"fused=True in the optimizer, which adds decay and gradient in one rounding (+0 B), or FP32 master weights:"
+            f" {masters} (+{size(extra_bytes(Cure.masters, trained))})"
+        )
+    if cause is Cause.state_rounding:
+        floor = smallest_rate(mine[0].dtype)
+        beta = f", or use a beta of at most {1 - floor:.4g} (+0 B)" if floor is not None else ""
+        return f"keep the optimizer state in FP32 (+{size(extra_bytes(Cure.fp32_states, numel))}){beta}"
+    if cause is Cause.average_rounding:
+        return f"keep the averaged model in FP32 (+{size(extra_bytes(Cure.fp32_average, numel))})"
+    return _cure_of(advice)
+
+
+def can_stand_alone(mine: Sequence[TensorReport], tensors: Sequence[TensorReport]) -> bool:
+    """Whether these can be kept in FP32 beside the others: few elements, none that is multiplied as a matrix."""
+    trained = sum(t.numel for t in tensors if t.trainable) or 1
+    few = sum(t.numel for t in mine) <= _FEW * trained
+    return few and all(len(t.shape) == 1 for t in mine) and any(t not in mine for t in tensors)
+
+
+def are_norms(mine: Sequence[TensorReport]) -> bool:
+    """Whether all of them are weights of norms."""
+    return all(family(t.name, t.shape) == "norm" for t in mine)
+
+
+def _cure_of(advice: str) -> str:
+    parts = brief(advice).split("; ")
+    return parts[1] if len(parts) > 1 else ""
