@@ -147,7 +147,7 @@ def test_tensors_are_called_by_what_they_have_in_common() -> None:
     def headline(*names: str) -> str:
         return report(*[stalled(name) for name in names], healthy("l0.attn.weight"), healthy("l1.mlp.weight")).headline
 
-    assert "(all 2 norms, norm.bias)" in headline("l0.norm1.weight", "l0.norm2.weight", "norm.bias")
+    assert "(both norms, norm.bias)" in headline("l0.norm1.weight", "l0.norm2.weight", "norm.bias")
     assert "(l0.norm1.weight)" in headline("l0.norm1.weight")
 
 

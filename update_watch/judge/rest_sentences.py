@@ -30,16 +30,16 @@ def requires_grad_off(seen: Seen) -> Advice:
 
 
 def not_in_optimizer(seen: Seen) -> Advice:
+    if seen.reason:
+        return Advice(
+            f"no optimizer holds it: {seen.reason}",
+            "make the optimizer after the model is wrapped or changed, or give it the new tensor (add_param_group)",
+        )
     if seen.moved:
         return Advice(
             f"no optimizer that is watched holds it, and yet it moves, {_movement(seen)}",
             "if an optimizer should train it, add it to a parameter group; if it is an average or a copy of other weights,"
             " set requires_grad=False",
-        )
-    if seen.reason:
-        return Advice(
-            f"no optimizer holds it: {seen.reason}",
-            "make the optimizer after the model is wrapped or changed, or give it the new tensor (add_param_group)",
         )
     return Advice(
         "it requires a gradient, but no optimizer holds it",
