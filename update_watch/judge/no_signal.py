@@ -88,11 +88,16 @@ def _without_gradient(e: TensorEvidence, history: TensorHistory, limits: Thresho
     zero, looks = known(e.zero_gradient_fraction), e.gradient_looks or e.measured_steps
     if zero is not None and zero >= 1 and looks:
         history.zero_looks += looks
-        if history.zero_looks < limits.minimum_steps:
+        seen = Seen(steps=e.steps, looks=looks)
+        if not e.requires_grad and not e.is_master:
+            return Rest(Cause.requires_grad_off, seen)
+        if history.zero_looks >= limits.minimum_steps:
+            return Rest(Cause.zero_gradient, seen)
+        if not movement(e)[0]:
             return UNKNOWN, None, reasons.unknown(reasons.too_few_looks(history.zero_looks, limits.minimum_steps))
-        is_frozen = not e.requires_grad and not e.is_master
-        return Rest(Cause.requires_grad_off if is_frozen else Cause.zero_gradient, Seen(steps=e.steps, looks=looks))
-    history.zero_looks = 0
+        return None  # till more is known of its gradients, its movement is judged
+    if zero is not None:
+        history.zero_looks = 0
     if (known(e.lr_max) if e.lr_max is not None else known(e.lr)) == 0:
         return Rest(Cause.zero_learning_rate, Seen(steps=e.steps))
     if not e.reason and e.measured_steps and e.numbers.wanted_fraction == 0 and not movement(e)[0]:
