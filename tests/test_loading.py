@@ -78,6 +78,13 @@ def test_the_core_loads_no_optional_package_and_no_upper_layer() -> None:
     assert {name for name in modules if name.startswith(("update_watch.callbacks", "update_watch.dashboards"))} == set()
 
 
+def test_a_watch_loads_nothing_of_torch_that_takes_a_second() -> None:
+    slow = {"sympy", "torch.distributed.tensor", "torch._dynamo", "torch._inductor", "triton"}
+    loaded = loaded_by("import torch, numpy, torch.optim")
+    assert loaded & slow == set(), "torch itself loads it: this test says nothing"
+    assert loaded_by("import update_watch\nupdate_watch.watch") & slow == set()
+
+
 def test_dashboards_load_neither_optional_packages_nor_callbacks() -> None:
     assert len(DASHBOARDS) > 5, "the dashboards' modules were not found"
     modules = loaded_by(imports(["update_watch.dashboards", *DASHBOARDS]))

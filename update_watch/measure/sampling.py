@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -20,16 +21,16 @@ from torch import Tensor
 
 from update_watch.odd_tensors import unreadable
 
-try:
-    from torch.distributed.tensor import DTensor as _DTensor
-except ImportError:  # a torch build without distributed
-    _DTensor = None  # type: ignore[assignment, misc]
-
 
 def local(tensor: Tensor) -> Tensor:
     """The shard of a DTensor that lives here; any other tensor as it is."""
-    if _DTensor is not None and isinstance(tensor, _DTensor):
-        return tensor._local_tensor
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return tensor
+    # there is none before their module is loaded, which takes a second that we do not ask for
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and isinstance(tensor, module.DTensor):
+        shard: Tensor = tensor._local_tensor  # type: ignore[attr-defined]
+        return shard
     return tensor
 
 
