@@ -34,8 +34,9 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 
 bench: $(STAMP)
+	$(PY) bench/startup.py
 	$(PY) bench/overhead.py
-	$(PY) bench/truth.py
+	$(PY) bench/truth.py --jobs 2
 	$(PY) bench/coverage.py
 	$(PY) bench/scenarios.py
 	$(PY) bench/ranks.py

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "update_watch"
+OTHERS = ("tests", "bench", "examples")
 MOST_LINES, MOST_FILES = 350, 18
 
 # The root holds two rooms: the words that everybody speaks, and the entrance, which puts the wings together.
@@ -185,7 +187,7 @@ def sources() -> dict[str, str]:
 
 
 def others() -> list[str]:
-    return [relative(path) for top in ("tests", "bench", "examples") for path in (ROOT / top).rglob("*.py")]
+    return [relative(path) for top in OTHERS for path in (ROOT / top).rglob("*.py")]
 
 
 def test_rooms_import_only_what_is_below_them() -> None:
@@ -197,7 +199,7 @@ def test_rooms_import_only_what_is_below_them() -> None:
 def test_every_import_names_a_module_that_is_there() -> None:
     tried = IMPORTS | {
         one
-        for top in ("tests", "bench", "examples")
+        for top in OTHERS
         for path in (ROOT / top).rglob("*.py")
         for one in imports_of(relative(path), path.read_text(encoding="utf-8"), set(MODULES))
     }
@@ -243,6 +245,14 @@ def test_every_wing_says_what_is_in_it_and_what_it_may_import() -> None:
         if path.name == "__init__.py" and name != PACKAGE:
             said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
             assert len(said) > 40, f"{name} does not say what is in it"
+
+
+def test_the_map_names_files_that_are_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = {name for name in re.findall(r"[\w/*]+\.py", text) if "*" not in name}
+    there = [relative(path) for top in (PACKAGE, *OTHERS) for path in (ROOT / top).rglob("*.py")]
+    assert len(named) > 30
+    assert [name for name in sorted(named) if not any(f"/{path}".endswith(f"/{name}") for path in there)] == []
 
 
 # --- that these can fail ----------------------------------------------------------------------------------
