@@ -188,7 +188,8 @@ def test_parameters_that_are_grouped_anew_are_replayed_with_the_settings_of_thei
         train(model, optimizer, 10)
         report = watch.flush()
     assert report is not None
-    assert [t.efficiency for t in report.tensors] == pytest.approx([1.0] * len(report.tensors), abs=1e-6)
+    # measured in FP64, FP32 arithmetic is seen to round in the fifth digit
+    assert [t.efficiency for t in report.tensors] == pytest.approx([1.0] * len(report.tensors), abs=1e-4)
 
 
 def test_sparse_gradients_are_unknown_with_the_reason_and_the_other_tensors_are_measured() -> None:

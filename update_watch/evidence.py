@@ -25,6 +25,7 @@ class Numbers:
     weight: float | None = None  # <intended, intended> per element and step
     path_weight: float | None = None  # |sum intended|^2 over the window, per element and step
     lost_fraction_error: float | None = None  # standard error of `lost_fraction`
+    displacement_error: float | None = None  # standard error of `displacement_efficiency`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Watch:
         self._step = step
         self._ranks = Ranks(join)
         rng = random.Random(seed + 1_000_003 * self._ranks.rank)  # replicas look at different elements
-        self._model = WatchedModel(model, samples, rng, averages, check_replicas)
+        self._model = WatchedModel(model, samples, rng, averages, check_replicas, window)
         self._base_step = 0
         self._attention = Attention(budget, window, lambda: self._ranks.is_joining)
         self._closed = False

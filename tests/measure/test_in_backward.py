@@ -78,12 +78,15 @@ def test_lost_updates_are_those_of_all_elements_though_optimizers_take_turns() -
         training.run(72)
         report = watch.flush()
     # a turn comes every sixth step: what differs between steps adds to what differs between elements
-    errors = []
+    errors, lost_errors = [], []
     for t in report.tensors:
         dot, want, wanted, lost = sums[t.name].tolist()
         assert t.efficiency == pytest.approx(dot / want, abs=0.1), t.name
-        errors += [abs(t.efficiency - dot / want), abs(t.lost_fraction - lost / wanted)]
+        assert t.efficiency_error is not None and abs(t.efficiency - dot / want) < 3 * t.efficiency_error, t.name
+        errors.append(abs(t.efficiency - dot / want))
+        lost_errors.append(abs(t.lost_fraction - lost / wanted))
     assert sum(errors) / len(errors) < 0.02
+    assert sum(lost_errors) / len(lost_errors) < 0.05  # in these first steps twice as many are lost at the end
 
 
 def test_most_optimizers_rest_in_a_step_and_alike_ones_share_a_trial() -> None:
@@ -95,7 +98,7 @@ def test_most_optimizers_rest_in_a_step_and_alike_ones_share_a_trial() -> None:
     for watched in watch._model.watched.values():
         for cohort in watched.cohorts:
             add = cohort.before
-            cohort.before = lambda add=add: (measured.append(1), add())[1]
+            cohort.before = lambda group=0, add=add: (measured.append(1), add(group))[1]
     training.run(48)
     assert sum(watched.is_shadowed for watched in watch._model.watched.values()) == 4
     watch.close()

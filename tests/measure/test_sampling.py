@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from update_watch.measure.positions import SHARES
 from update_watch.measure.sampling import Sampler, gather, is_dense, local, mask, unsamplable
 
 K = 256
@@ -23,17 +24,35 @@ def indices(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("samples", [16, 100, 256])
-def test_positions_are_inside_and_hardly_repeat(shape: tuple[int, ...], samples: int) -> None:
+@pytest.mark.parametrize("sets", [1, 2])
+def test_positions_are_inside_and_a_set_never_repeats(shape: tuple[int, ...], samples: int, sets: int) -> None:
     values, rng = indices(*shape), random.Random(0)
-    sampler = Sampler(values, samples)
+    sampler = Sampler(values, samples, sets)
     for _ in range(50):
         sampler.redraw(rng)
-        seen = sampler.view(values).flatten()
+        seen = sampler.view(values).reshape(-1)
         assert len(seen) == samples == sampler.size
         assert seen.min() >= 0 and seen.max() < values.numel()
         assert torch.equal(values.flatten()[seen.long()], seen)
-        # blocks that only just fit may share an edge
-        assert len(seen.unique()) >= 0.9 * samples
+        assert all(len(one.unique()) == samples // sets for one in seen.view(sets, -1))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_views_read_the_elements_that_positions_name(shape: tuple[int, ...]) -> None:
+    values, rng = indices(*shape), random.Random(0)
+    sampler = Sampler(values, K, 2)
+    p = sampler.positions
+    assert p is not None
+    for _ in range(20):
+        shares = rng.randrange(SHARES), rng.randrange(SHARES)
+        sampler.place(*shares)
+        expected = [[start + k for start in p.starts(at) for k in range(p.block)] for at in sorted(shares)]
+        assert sampler.view(values).reshape(2, -1).long().tolist() == expected
+
+
+def test_sets_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"samples=7, sets=2.*one size"):
+        Sampler(indices(100), 7, 2)
 
 
 def test_positions_reach_both_ends() -> None:
@@ -42,8 +61,8 @@ def test_positions_reach_both_ends() -> None:
     seen: set[int] = set()
     for _ in range(300):
         sampler.redraw(rng)
-        seen.update(sampler.view(values).flatten().long().tolist())
-    assert min(seen) < 50 and max(seen) > 9_950
+        seen.update(sampler.view(values).reshape(-1).long().tolist())
+    assert min(seen) == 0 and max(seen) == 9_999
     assert len(seen) > 0.95 * 10_000  # in the long run every element is looked at
 
 
@@ -57,46 +76,6 @@ def test_every_redraw_looks_elsewhere_and_no_redraw_looks_at_the_same() -> None:
         sampler.redraw(rng)
         draws.add(tuple(sampler.view(values).flatten().tolist()))
     assert len(draws) == 20
-
-
-def test_straying_is_for_one_step() -> None:
-    values, rng = indices(300, 300), random.Random(0)
-    sampler = Sampler(values, K)
-    sampler.redraw(rng)
-    home = sampler.view(values).clone()
-    for _ in range(3):
-        sampler.stray()
-        assert not torch.equal(sampler.view(values), home)
-    sampler.settle()
-    assert torch.equal(sampler.view(values), home)
-
-
-@pytest.mark.parametrize("shape", [(256, 64), (64, 256), (50_000,), (3, 10_007), (129, 33)], ids=str)
-def test_straying_meets_all_elements_equally_often(shape: tuple[int, ...]) -> None:
-    values, rng = indices(*shape), random.Random(0)
-    sampler = Sampler(values, K)
-    sampler.redraw(rng)
-    met = torch.zeros(values.numel())
-    steps = 16 * values.numel() // K
-    for _ in range(steps):
-        sampler.stray()
-        met[sampler.view(values).flatten().long()] += 1
-    first, last = met.nonzero().min(), met.nonzero().max()
-    between = met[first + 16 : last - 15]
-    assert len(between) > 0.93 * values.numel()
-    # 16 times each; positions drawn at random would differ by 4 (one standard deviation) and by 15 at most
-    assert between.std() < 1.5 and between.min() >= 10 and between.max() <= 22
-
-
-@pytest.mark.parametrize("row", [16, 64, 768, 1024, 4096, 30, 210])
-def test_positions_are_never_aligned_with_the_rows(row: int) -> None:
-    values, rng = indices(512, row), random.Random(1)
-    sampler = Sampler(values, K)
-    for _ in range(30):
-        sampler.redraw(rng)
-        starts = sampler.view(values)[:, 0].long() % row
-        # 16 blocks at a distance coprime to the row length begin in different columns
-        assert len(starts.unique()) == min(len(starts), row)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "transposed", "permuted"])
@@ -113,10 +92,11 @@ def test_the_same_logical_elements_are_read_of_a_tensor_laid_out_otherwise(layou
     values, rng = indices(8, 6, 10, 12), random.Random(0)
     param = laid_out(values, layout)
     assert is_dense(param) and unsamplable(param) == ""
-    sampler = Sampler(param, K)
+    sampler = Sampler(param, K, 2)
     for _ in range(5):
         sampler.redraw(rng)
         read = sampler.view(param)
+        assert read.shape == sampler.view_shape
         assert read.data_ptr() >= param.data_ptr()  # nothing was copied
         assert read.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
         for other in ("contiguous", "channels-last", "transposed", "permuted"):
@@ -155,7 +135,7 @@ def test_a_small_tensor_is_read_whole_and_its_padding_masked(shape: tuple[int, .
     values = indices(*shape)
     sampler = Sampler(values, K)
     sampler.redraw(random.Random(0))
-    assert sampler.is_whole and sampler.size == values.numel()
+    assert sampler.is_whole and sampler.size == values.numel() and sampler.positions is None
     assert torch.equal(sampler.view(values), values.flatten())
     valid = mask([sampler], torch.device("cpu"))
     if values.numel() == K:
@@ -175,6 +155,7 @@ def test_gather_puts_every_row_in_its_place_whatever_its_size_and_dtype() -> Non
     torch.manual_seed(0)
     tensors = [
         torch.randn(30, 30),
+        torch.randn(31, 31),  # in other blocks
         torch.randn(40, 20).bfloat16(),
         torch.randn(50, 20).bfloat16(),
         torch.randn(5).bfloat16(),

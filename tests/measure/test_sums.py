@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from update_watch.evidence import Numbers, TensorEvidence, median_headroom
 from update_watch.formats import BF16, FP32, Format
-from update_watch.measure.device_sums import DeviceSums
+from update_watch.measure.sums.device_sums import DeviceSums
+from update_watch.measure.sums.layout import GROUPS, PARTS, Layout
+from update_watch.measure.sums.window_sums import Steps, WindowSums
 from update_watch.measure.transfer import Transfer
 from update_watch.measure.window_evidence import CohortWindow, RowFacts, Window, read
-from update_watch.measure.window_sums import WindowSums
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
 
 Array = npt.NDArray[np.float64]
@@ -32,7 +32,6 @@ class Step(NamedTuple):
     grad_nK: Tensor
     mask_nK: Tensor | None
     full: bool
-    path: bool
 
 
 def steps(count: int, scale: float = 1e-3, masked: bool = False, seed: int = 0) -> list[Step]:
@@ -54,15 +53,15 @@ def steps(count: int, scale: float = 1e-3, masked: bool = False, seed: int = 0) 
             mask_nK[1, 10:] = 0  # a small tensor
             if t % 3 == 1:
                 mask_nK[2] = 0  # no gradient this time
-        made.append(Step(stored_AnK, intended_AnK, after_AnK, grad_nK, mask_nK, t % 2 == 0, t % 4 == 0))
+        made.append(Step(stored_AnK, intended_AnK, after_AnK, grad_nK, mask_nK, t % 2 == 0))
         stored_AnK = after_AnK
     return made
 
 
-def added(made: list[Step], fmt: Format = BF16) -> DeviceSums:
-    sums = DeviceSums(A, N, K, torch.device("cpu"))
-    for s in made:
-        # the sums may use its arguments up
+def gone_through(made: list[Step], fmt: Format = BF16, has_clusters: bool = False) -> DeviceSums:
+    sums = DeviceSums(A - 1, N, K, torch.device("cpu"), has_clusters=has_clusters)
+    for t, s in enumerate(made):
+        # the sums may use their arguments up
         value_AnK = s.before_AnK + s.intended_AnK
         mask_nK = None if s.mask_nK is None else s.mask_nK.clone()
         present = A if s.full else 1
@@ -70,26 +69,51 @@ def added(made: list[Step], fmt: Format = BF16) -> DeviceSums:
             s.before_AnK[:present].clone(),
             value_AnK[:present],
             s.after_AnK[:present].clone(),
-            s.grad_nK if s.full else None,
+            s.grad_nK.double().square(),
             mask_nK,
-            path=s.path,
+            None,
+            t % GROUPS,
         )
         live = s.intended_AnK[0] if s.mask_nK is None else torch.where(s.mask_nK > 0, s.intended_AnK[0], 0.0)
-        sums.add_headroom(s.before_AnK[0], live, slice(0, N), fmt)
+        sums.add_headroom(s.before_AnK[0], live, slice(0, N), fmt, 0.0)
     return sums
 
 
-def summed(made: list[Step], fmt: Format = BF16) -> WindowSums:
-    packed = added(made, fmt).pack(made[-1].after_AnK[0], [(slice(0, N), fmt)])
+def counted(made: list[Step], window: int | None = None, plain: bool = True) -> Steps:
+    """The host's part: all rows are read whole."""
+    live = np.array([[s.mask_nK is None or bool(s.mask_nK[row].any()) for row in range(N)] for s in made], dtype=float)
+    groups = np.stack([live[g::GROUPS].sum(0) for g in range(GROUPS)])
+    window_Gn = groups if window is None else np.full((GROUPS, N), window / GROUPS)
+    parts = live
+    while len(parts) > PARTS:
+        parts = np.concatenate([parts, np.zeros((len(parts) % 2, N))]).reshape(-1, 2, N).sum(1)
+    return Steps(parts, groups, window_Gn, np.ones(N, bool), np.full(N, plain))
+
+
+def summed(made: list[Step], fmt: Format = BF16, has_clusters: bool = False) -> WindowSums:
+    sums = gone_through(made, fmt, has_clusters)
+    packed = sums.pack(made[-1].after_AnK[0], None, [(slice(0, N), fmt)])
     assert packed.dim() == 1 and packed.dtype is torch.float32
-    return WindowSums.unpack(packed.numpy().astype(np.float64), A, N)
+    return WindowSums.unpack(packed.numpy().astype(np.float64), sums.layout)
+
+
+NOTHING = np.zeros(N)  # no step that was not measured carries anything
+
+
+def numbers_of(made: list[Step], accumulator: int, fmt: Format = BF16, part: int = 0) -> list[dict[str, float]]:
+    """By row."""
+    sums = summed(made, fmt)
+    found = sums.numbers(counted(made), NOTHING) if accumulator == 0 else None
+    if found is None:
+        found = {name: values[accumulator - 1] for name, values in sums.state_numbers()[part].items()}
+    return [{name: float(values[row]) for name, values in found.items()} for row in range(N)]
 
 
 class Slow:
-    """The same of one row, every element in FP64. Of states, and with `full`, only the full steps."""
+    """The same of one row, every element in FP64. Of states only the full steps."""
 
-    def __init__(self, made: list[Step], accumulator: int, row: int, full: bool = False) -> None:
-        if accumulator or full:
+    def __init__(self, made: list[Step], accumulator: int, row: int) -> None:
+        if accumulator:
             made = [s for s in made if s.full]
 
         def of(tensor: Tensor) -> Array:
@@ -106,13 +130,12 @@ class Slow:
         self.applied = [of(s.after_AnK[at])[v] - b for s, v, b in zip(made, self.valid, self.before, strict=True)]
         self.grad = [of(s.grad_nK[row])[v] for s, v in zip(made, self.valid, strict=True)]
         self.sampled = float(sum(v.sum() for v in self.valid))
-        # the path: states are thinned to every fourth sample
+        # the way: states are thinned to every fourth sample
         thin = slice(None, None, 4 if accumulator else 1)
         total = np.zeros((2, K))
         for s, v in zip(made, self.valid, strict=True):
-            if s.path:
-                total[0] += np.where(v, of(s.after_AnK[at]) - of(s.before_AnK[at]), 0)
-                total[1] += np.where(v, of(s.intended_AnK[at]), 0)
+            total[0] += np.where(v, of(s.after_AnK[at]) - of(s.before_AnK[at]), 0)
+            total[1] += np.where(v, of(s.intended_AnK[at]), 0)
         self.path = total[:, thin]
 
     def numbers(self, part: str = "") -> Numbers:
@@ -121,15 +144,8 @@ class Slow:
             chosen = (b * d < 0) if part == "decay" else ~(b * d < 0)
             d, a = d[chosen], a[chosen]
         wanted = d != 0
-        error = None
-        if not part:
-            eta = (a @ d) / (d @ d)
-            # each step's dot misses eta times its want by so much
-            misses = [float(x @ y - eta * (y @ y)) for x, y in zip(self.applied, self.intended, strict=True)]
-            error = float(np.sqrt(np.sum(np.square(misses))) / (d @ d))
         return Numbers(
             efficiency=float((a @ d) / (d @ d)),
-            efficiency_error=error,
             displacement_efficiency=float(self.path[0] @ self.path[1] / (self.path[1] @ self.path[1])),
             wanted_fraction=float(wanted.sum() / self.sampled),
             lost_fraction=float((wanted & (a == 0)).sum() / wanted.sum()),
@@ -141,26 +157,26 @@ class Slow:
 @pytest.mark.parametrize("accumulator", range(A))
 def test_all_numbers_are_those_of_the_full_comparison(accumulator: int, scale: float, masked: bool) -> None:
     made = steps(12, scale, masked)
-    sums = summed(made)
-    for row in range(N):
-        slow = Slow(made, accumulator, row)
-        expected = slow.numbers()
-        found = sums.numbers(accumulator, row, slow.sampled)
-        assert found.efficiency == pytest.approx(expected.efficiency, rel=1e-4, abs=1e-6)
-        assert found.displacement_efficiency == pytest.approx(expected.displacement_efficiency, rel=1e-4, abs=1e-6)
-        assert found.wanted_fraction == pytest.approx(expected.wanted_fraction, rel=1e-6)
-        assert found.lost_fraction == pytest.approx(expected.lost_fraction, rel=1e-6)
-        if accumulator == 0:
-            assert found.efficiency_error == pytest.approx(expected.efficiency_error, rel=1e-2, abs=1e-4)
-        else:
-            assert found.efficiency_error is None
-        if not accumulator:
-            continue
-        for part, found in zip(("growth", "decay"), sums.growth_and_decay(accumulator, row, slow.sampled), strict=True):
-            expected = slow.numbers(part)
-            assert found.efficiency == pytest.approx(expected.efficiency, rel=1e-4, abs=1e-6)
-            assert found.wanted_fraction == pytest.approx(expected.wanted_fraction, rel=1e-6)
-            assert found.lost_fraction == pytest.approx(expected.lost_fraction, rel=1e-6)
+    for row, found in enumerate(numbers_of(made, accumulator)):
+        expected = Slow(made, accumulator, row).numbers()
+        for name in ("efficiency", "displacement_efficiency"):
+            assert found[name] == pytest.approx(getattr(expected, name), rel=1e-4, abs=1e-6)
+        for name in ("wanted_fraction", "lost_fraction"):
+            assert found[name] == pytest.approx(getattr(expected, name), rel=1e-6)
+    for part, name in enumerate(("growth", "decay")) if accumulator else ():
+        for row, found in enumerate(numbers_of(made, accumulator, part=1 + part)):
+            expected = Slow(made, accumulator, row).numbers(name)
+            assert found["efficiency"] == pytest.approx(expected.efficiency, rel=1e-4, abs=1e-6)
+            assert found["wanted_fraction"] == pytest.approx(expected.wanted_fraction, rel=1e-6)
+            assert found["lost_fraction"] == pytest.approx(expected.lost_fraction, rel=1e-6)
+
+
+def test_long_windows_are_kept_in_parts_and_nothing_is_lost() -> None:
+    made = steps(3 * PARTS + 5, 4e-3, masked=True)
+    sums = gone_through(made)
+    assert sums.steps_per_part == 4 and sums.layout.parts == -(-len(made) // 4)
+    for row, found in enumerate(numbers_of(made, 0)):
+        assert found["efficiency"] == pytest.approx(Slow(made, 0, row).numbers().efficiency, rel=1e-4)
 
 
 def test_the_data_hold_what_is_to_be_told_apart() -> None:
@@ -174,53 +190,64 @@ def test_the_data_hold_what_is_to_be_told_apart() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_root_mean_squares_and_zero_gradients(masked: bool) -> None:
+def test_root_mean_squares_and_gradients(masked: bool) -> None:
     made = steps(10, masked=masked)
-    sums = summed(made)
-    for row in range(N):
-        slow, full = Slow(made, 0, row), Slow(made, 0, row, full=True)
-        intended, applied, before = (
-            np.sqrt(np.mean(np.square(np.concatenate(x)))) for x in (slow.intended, slow.applied, full.before)
+    for row, found in enumerate(numbers_of(made, 0)):
+        slow = Slow(made, 0, row)
+        before, intended, applied, grad = (
+            np.concatenate(x) for x in (slow.before, slow.intended, slow.applied, slow.grad)
         )
-        assert sums.root_mean_squares(row, slow.sampled) == pytest.approx([intended, applied], rel=1e-4)
-        assert sums.stored(row, full.sampled) == pytest.approx(before, rel=1e-4)
-        grads = np.concatenate(full.grad)
-        zeros, rms, largest = sums.gradients(row, full.sampled)
-        assert zeros == pytest.approx(1 - np.count_nonzero(grads) / len(grads))
-        assert rms == pytest.approx(np.sqrt(np.mean(np.square(grads))), rel=1e-5)
-        assert largest == np.abs(grads).max()
+        rms = [float(np.sqrt(np.mean(np.square(x)))) for x in (before, intended, applied, grad)]
+        assert found["stored"] == pytest.approx(rms[0], rel=1e-4)
+        assert found["update_ratio"] == pytest.approx(rms[1] / rms[0], rel=1e-4)
+        assert found["applied_ratio"] == pytest.approx(rms[2] / rms[0], rel=1e-4)
+        assert found["gradient_rms"] == pytest.approx(rms[3], rel=1e-4)
+        assert found["gradient_max"] == pytest.approx(np.abs(grad).max(), rel=1e-4)
+        assert found["zero_gradient_fraction"] == pytest.approx(np.mean(grad == 0), abs=1e-6)
+        assert found["changed_fraction"] == pytest.approx(np.mean(applied != 0), abs=1e-6)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-6, 1e6, 1e15])
 def test_ratios_do_not_depend_on_the_size_of_the_values(size: float) -> None:
     names = ("before_AnK", "intended_AnK", "after_AnK")
     made = [s._replace(**{name: getattr(s, name) * size for name in names}) for s in steps(6)]
-    plain, scaled = summed(steps(6)), summed(made)
-    for row in range(N):
-        for accumulator in (0, 1):
-            if size < 1e-25 and accumulator:
-                continue  # 1e-2 * 1e-30 * gaps is near the end of FP32
-            a, b = (s.numbers(accumulator, row, 6.0 * K) for s in (plain, scaled))
-            for field in dataclasses.fields(Numbers):
-                x, y = getattr(a, field.name), getattr(b, field.name)
-                assert (x is None) == (y is None)
-                if field.name.endswith("weight"):  # what ranks are joined by grows with the square
-                    assert y / size**2 == pytest.approx(x, rel=0.01), field.name
-                elif x is not None:
-                    assert y == pytest.approx(x, rel=0.01, abs=1e-4), field.name
+    for accumulator in (0, 1):
+        if size < 1e-25 and accumulator:
+            continue  # 1e-2 * 1e-30 * gaps is near the end of FP32
+        for plain, scaled in zip(numbers_of(steps(6), accumulator), numbers_of(made, accumulator), strict=True):
+            for name, x in plain.items():
+                if name in ("weight", "path_weight"):  # what ranks are joined by grows with the square
+                    assert scaled[name] / size**2 == pytest.approx(x, rel=0.01), name
+                elif name == "stored":
+                    assert scaled[name] / size == pytest.approx(x, rel=0.01)
+                elif not np.isnan(x):
+                    assert scaled[name] == pytest.approx(x, rel=0.01, abs=1e-4), name
+
+
+@pytest.mark.parametrize("first", [1e-20, 1e-15])
+def test_a_first_step_that_is_tiny_does_not_spoil_the_others(first: float) -> None:
+    """A zero-initialised tensor, a first gradient of 1e-20 and then real ones."""
+    made = steps(8, 0.5)
+    tiny = made[0]
+    nothing = torch.zeros_like(tiny.before_AnK)
+    move = (tiny.intended_AnK * first).bfloat16().float()
+    made[0] = tiny._replace(before_AnK=nothing, intended_AnK=move, after_AnK=move)
+    assert summed(made).is_finite().all()
+    for row, found in enumerate(numbers_of(made, 0)):
+        assert found["efficiency"] == pytest.approx(Slow(made, 0, row).numbers().efficiency, rel=1e-4)
 
 
 def test_a_second_moment_of_1e_20_that_comes_in_late_is_measured_too() -> None:
-    """Parameters without a gradient in the first step have no state yet: nothing to take the unit of sums from."""
+    """Parameters without a gradient in the first step have no state yet."""
     made = steps(8)
     off = torch.ones(N, K)
     off[3] = 0
     first = made[0]._replace(mask_nK=off)
     for tensor in (first.before_AnK, first.intended_AnK, first.after_AnK):
         assert tensor[2, 3].any()
-    sums = summed([first, *made[1:]])
     expected = Slow([first, *made[1:]], 2, 3)
-    assert sums.numbers(2, 3, expected.sampled).efficiency == pytest.approx(expected.numbers().efficiency, rel=1e-3)
+    found = numbers_of([first, *made[1:]], 2)[3]
+    assert found["efficiency"] == pytest.approx(expected.numbers().efficiency, rel=1e-3)
 
 
 def test_headroom_is_counted_in_its_octave() -> None:
@@ -236,18 +263,19 @@ def test_headroom_is_counted_in_its_octave() -> None:
         octaves = np.clip(np.floor(np.log2(np.abs(d) / (gap / 2))), HEADROOM_LOW, HEADROOM_LOW + HEADROOM_BINS - 1)
         expected = np.bincount((octaves - HEADROOM_LOW).astype(int), minlength=HEADROOM_BINS)
         # FP32 logarithms may put an update on the edge into the next octave
-        assert np.abs(sums.headroom_nB[row] - expected).sum() <= 2
-        assert sums.headroom_nB[row].sum() == len(d)
+        for histogram in sums.headroom_2nB[:, row]:
+            assert np.abs(histogram - expected).sum() <= 2
+            assert histogram.sum() == len(d)
 
 
 def test_headroom_of_zero_weights_and_huge_updates_stays_inside_the_histogram() -> None:
-    sums = DeviceSums(1, 1, 4, torch.device("cpu"))
+    sums = DeviceSums(0, 1, 4, torch.device("cpu"))
     w = torch.tensor([[0.0, 1.0, 1e-38, 1.0]])
     d = torch.tensor([[1e-3, 1e30, 0.0, 1e-30]])
-    sums.add(w.expand(1, 1, 4).clone(), (w + d).expand(1, 1, 4).clone(), w.expand(1, 1, 4).clone(), d, None)
-    sums.add_headroom(w, d, slice(0, 1), BF16)
-    packed = sums.pack(w, [(slice(0, 1), BF16)])
-    histogram = WindowSums.unpack(packed.numpy().astype(np.float64), 1, 1).headroom_nB[0]
+    sums.add(w.expand(1, 1, 4).clone(), (w + d).expand(1, 1, 4).clone(), w.expand(1, 1, 4).clone(), d, None, None)
+    sums.add_headroom(w, d, slice(0, 1), BF16, 0.0)
+    packed = sums.pack(w, None, [(slice(0, 1), BF16)])
+    histogram = WindowSums.unpack(packed.numpy().astype(np.float64), sums.layout).headroom_2nB[0, 0]
     assert histogram[0] == 1 and histogram[-1] == 2 and histogram.sum() == 3
 
 
@@ -261,15 +289,15 @@ def test_median_headroom() -> None:
 
 
 def as_window(made: list[Step], fmt: Format = BF16, **fields: float) -> Window:
-    transfer = Transfer(added(made, fmt).pack(made[-1].after_AnK[0], [(slice(0, N), fmt)]))
+    sums = gone_through(made, fmt)
+    transfer = Transfer(sums.pack(made[-1].after_AnK[0], None, [(slice(0, N), fmt)]))
     facts = []
     for row in range(N):
-        sampled = sum(K if s.mask_nK is None else int(s.mask_nK[row].sum()) for s in made)
-        live = sum(s.mask_nK is None or bool(s.mask_nK[row].any()) for s in made)
         evidence = TensorEvidence(f"t{row}", fmt.name, K, steps=len(made), **fields)  # type: ignore[arg-type]
-        full = sum(s.full and (s.mask_nK is None or bool(s.mask_nK[row].any())) for s in made)
-        facts.append(RowFacts(evidence, sampled // live, live, full, ("bfloat16", ""), (None, None)))
-    cohort = CohortWindow(transfer, tuple(facts), ("exp_avg", "exp_avg_sq"), K, len(made))
+        size = max(K if s.mask_nK is None else int(s.mask_nK[row].sum()) for s in made)
+        facts.append(RowFacts(evidence, size, ("bfloat16", ""), (None, None), fields.get("lr")))
+    names = ("exp_avg", "exp_avg_sq")
+    cohort = CohortWindow(transfer, tuple(facts), names, sums.layout, counted(made), len(made), (0, 0))
     return Window(len(made), len(made), (cohort,), (), {f"t{i}": N - i for i in range(N)}, 1.0)
 
 
@@ -279,14 +307,14 @@ def test_evidence_of_a_window_is_that_of_the_full_comparison() -> None:
     assert [t.name for t in evidence.tensors] == ["t3", "t2", "t1", "t0"]  # the model's order
     for t in evidence.tensors:
         row = int(t.name[1:])
-        slow, full = Slow(made, 0, row), Slow(made, 0, row, full=True)
+        slow = Slow(made, 0, row)
         intended, applied = (np.concatenate(x) for x in (slow.intended, slow.applied))
-        before = np.sqrt(np.mean(np.square(np.concatenate(full.before))))
+        before = np.sqrt(np.mean(np.square(np.concatenate(slow.before))))
         assert t.finite and t.measured_steps == (6 if row == 2 else 9)
         assert t.changed_fraction == pytest.approx(np.mean(applied != 0), abs=1e-6)
         assert t.update_ratio == pytest.approx(np.sqrt(np.mean(intended**2)) / before, rel=1e-4)
         assert t.applied_ratio == pytest.approx(np.sqrt(np.mean(applied**2)) / before, rel=1e-4)
-        assert t.zero_gradient_fraction == pytest.approx(np.mean(np.concatenate(full.grad) == 0), abs=1e-6)
+        assert t.zero_gradient_fraction == pytest.approx(np.mean(np.concatenate(slow.grad) == 0), abs=1e-6)
         assert t.headroom_histogram is not None and sum(t.headroom_histogram) == pytest.approx(1)
         assert list(t.accumulators) == ["exp_avg"]  # the other state's replay is not exact
         state = t.accumulators["exp_avg"].numbers
@@ -359,4 +387,4 @@ def test_where_nothing_is_wanted_nothing_is_known() -> None:
 
 def test_a_vector_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the vector of sums has 10 values, \d+ expected"):
-        WindowSums.unpack(np.zeros(10), 1, 1)
+        WindowSums.unpack(np.zeros(10), Layout(1, 0, 1, False))

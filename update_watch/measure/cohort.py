@@ -1,33 +1,36 @@
 """Rows of an optimizer that are measured in the same steps.
 
 `before` gathers weights, gradients and states just before the rule runs, `after` what was stored; `add` replays the rule
-on them in FP32 and adds both to the sums. `add` may wait for a few steps: several in a row cost half as much as each on
-its own, in caches that training has used since. Everything is arithmetic on small tensors on the device.
+on them and adds both to the sums. `add` may wait for a few steps: several in a row cost half as much as each on its own,
+in caches that training has used since. Everything is arithmetic on small tensors on the device.
 
 Legend: A accumulators (0 the weight, then states), n rows, K samples.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+import random
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch import formats
 from update_watch.formats import Format
-from update_watch.measure.device_sums import DeviceSums
 from update_watch.measure.gathers import Gathers
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.step_replay import Span, StepReplay
-from update_watch.replay.rule_kind import Kind
+from update_watch.measure.sums.device_sums import DeviceSums
+from update_watch.measure.sums.layout import GROUPS, PARTS
+from update_watch.measure.sums.window_sums import Steps
 from update_watch.replay.twin import GroupSettings, Twin
 
-_HEADROOM_EVERY = 8  # measured steps between two looks at headroom and decay: they change slowly
-_PATH_EVERY = 8  # of so many measured steps one is at the window's own positions; it is a full step
-_FULL_EVERY = 2  # measured steps between two in which states and gradients are compared and not weights alone
+_HEADROOM_EVERY = 8  # measured steps of which one looks at headroom and decay: they change slowly
+_FULL_EVERY = 2  # measured steps of which one compares states too, and not weights alone
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 
 
@@ -37,61 +40,95 @@ class Snapshot:
     __slots__ = (
         "after",
         "before_AnK",
-        "counts_all",
         "full",
-        "grad_nK",
+        "group",
+        "gradient_nK",
         "held",
         "intended_AnK",
         "live",
         "look",
-        "path",
+        "moving_first",
+        "rates",
         "settings",
         "spans",
+        "turn",
     )
 
     def __init__(self, held: Tensor, live: list[bool], spans: list[Span], settings: GroupSettings | None) -> None:
         self.held, self.live, self.spans, self.settings = held, live, spans, settings
-        self.full = self.path = self.look = False
-        self.counts_all = True
+        self.full = self.look = self.moving_first = False
+        self.group = 0  # of neighbouring steps of the window
+        self.turn = 0  # whose positions it is at
+        self.rates: list[float | None] = []  # learning rates of the runs of like rows, where it looks at headroom
         self.after: Tensor | None = None
         self.before_AnK: Tensor | None = None
         self.intended_AnK: Tensor | None = None  # the replayed values
-        self.grad_nK: Tensor | None = None
+        self.gradient_nK: Tensor | None = None  # squared
+
+
+class _Run(NamedTuple):
+    """Neighbouring rows of one format and one group."""
+
+    rows: slice
+    format: Format
+    group: int
+
+
+class _OneOf:
+    """Says yes once in every so many steps, each time at another place, drawn at random.
+
+    At a fixed place it could beat in time with training that does one thing in even steps and another in odd ones.
+    """
+
+    def __init__(self, every: int, rng: random.Random) -> None:
+        self._every, self._rng = every, rng
+        self._at = self._place = 0
+
+    def now(self) -> bool:
+        if self._at == 0:
+            self._place = self._rng.randrange(self._every)
+        found = self._at == self._place
+        self._at = (self._at + 1) % self._every
+        return found
 
 
 class Cohort:
     """Rows of one optimizer on one device, measured together."""
 
-    def __init__(self, optimizer: Optimizer, twin: Twin, rows: list[Row], samples: int) -> None:
+    def __init__(
+        self, optimizer: Optimizer, twin: Twin, rows: list[Row], samples: int, rng: random.Random, window_steps: int
+    ) -> None:
+        """`window_steps`: in which it will be measured in a window, as far as is known."""
         self.optimizer, self.rows, self.samples = optimizer, rows, samples
-        self.gathers = Gathers(optimizer, rows, samples)
+        self.gathers = Gathers(optimizer, rows, samples, rng)
         self.device, self.samplers, self.states = self.gathers.device, self.gathers.samplers, self.gathers.states
         self._replay = StepReplay(optimizer, twin, self.gathers)
-        # rows that count at the path's positions too: [n, 1], or true or false for all of them
-        self._counts = [row.is_whole or row.rule.kind is Kind.whole for row in rows]
-        self._counts_n1: Tensor | bool = all(self._counts)
-        if any(self._counts) and not all(self._counts):
-            self._counts_n1 = torch.zeros(len(rows), 1, dtype=torch.bool, device=self.device)
-            for i, counts in enumerate(self._counts):
-                if counts:
-                    self._counts_n1[i].fill_(True)
         self._zero = torch.zeros((), device=self.device)
-        self._formats = _format_runs(rows)
+        self._runs = _runs_of(rows)
         self._fresh = list(range(len(rows)))  # rows that had no state yet
+        # at least twice in a window
+        self._full = _OneOf(max(min(_FULL_EVERY, window_steps // 2), 1) if self.states else 1, rng)
+        self._look = _OneOf(max(min(_HEADROOM_EVERY, window_steps // 2), 1), rng)
+        is_plain = [row.scheme.name == "plain" for row in rows]
+        self._is_plain_n, self._is_whole_n = np.array(is_plain), np.array([row.is_whole for row in rows])
+        self._has_clusters = bool((~self._is_plain_n & self._is_whole_n).any())
         self.steps = 0  # measured in this window, those that are still to be added included
         self.open_window()
 
     def open_window(self) -> None:
         """Start new sums."""
-        old = getattr(self, "sums", None)
-        self.sums = DeviceSums(1 + len(self.states), len(self.rows), self.samples, self.device)
+        old: DeviceSums | None = getattr(self, "sums", None)
+        n = len(self.rows)
+        whole, whole_n1 = self.gathers.are_whole, self.gathers.whole_n1
+        self.sums = DeviceSums(len(self.states), n, self.samples, self.device, whole, whole_n1, self._has_clusters)
         if old is not None:
             # a decay far below one step of the format shows only over many windows: they are pooled, the old ones less
             self.sums.decay_5n.copy_(old.decay_5n).mul_(_DECAY_MEMORY)
+        self.gathers.open_window()
         self.steps = 0
-        self.live_steps = [0] * len(self.rows)
-        self.full_steps = [0] * len(self.rows)
-        self.gradless_steps = [0] * len(self.rows)
+        self._gradless_n = np.zeros(n)
+        self._live_Pn, self._live_Gn = np.zeros((PARTS, n)), np.zeros((GROUPS, n))
+        self.first_rates: dict[int, float] = {}  # group -> learning rate at the first look
 
     @property
     def can_wait(self) -> bool:
@@ -104,13 +141,9 @@ class Cohort:
 
     # --- in the step -----------------------------------------------------------------------------
 
-    def before(self) -> Snapshot:
-        """Gather; call when gradients are final and the rule has not run."""
-        steps = self.steps
-        # not always the same one of eight: some parameters are trained in every eighth step only
-        path = steps % _PATH_EVERY == 6 * (steps // _PATH_EVERY) % _PATH_EVERY
-        # a path over the window needs the same elements again; all other sums gain from other elements
-        self.gathers.move(path)
+    def before(self, group: int = 0) -> Snapshot:
+        """Gather; call when gradients are final and the rule has not run. `group`: of neighbouring steps of the window."""
+        turn, moving_first = self.gathers.move()
         states = self.gathers.stored_states()
         grads = [row.param.grad for row in self.rows]
         for row, state in zip(self.rows, states, strict=True):
@@ -125,14 +158,12 @@ class Cohort:
         spans = self._replay.spans(states, live)
         can_wait = self._replay.can_wait and not hasattr(self.optimizer, "found_inf")
         snapshot = Snapshot(held, live, spans, self._replay.settings(spans) if can_wait else None)
-        snapshot.path = path
-        # the path's elements are met in many steps: in the sums they would outweigh all others
-        snapshot.counts_all = not path or steps == 0
-        snapshot.full = not self.states or steps % _FULL_EVERY == 0
-        snapshot.look = steps == 0 or steps % _HEADROOM_EVERY == _HEADROOM_EVERY - 1
+        snapshot.group, snapshot.turn, snapshot.moving_first = group, turn, moving_first
+        snapshot.full, snapshot.look = self._full.now(), self._look.now()
+        if snapshot.look:
+            snapshot.rates = [_rate(self.optimizer.param_groups[run.group].get("lr")) for run in self._runs]
         if not all(live):
-            for i, grad in enumerate(grads):
-                self.gradless_steps[i] += grad is None
+            self._gradless_n += [g is None for g in grads]
         if not can_wait:
             self._run(snapshot, states)
         return snapshot
@@ -160,42 +191,61 @@ class Cohort:
         """Replay the step and add it to the sums."""
         if snapshot.intended_AnK is None:
             self._run(snapshot, None)
-        before_AnK, intended_AnK, grad_nK = snapshot.before_AnK, snapshot.intended_AnK, snapshot.grad_nK
+        before_AnK, intended_AnK, gradient_nK = snapshot.before_AnK, snapshot.intended_AnK, snapshot.gradient_nK
         assert (
-            before_AnK is not None and intended_AnK is not None and grad_nK is not None and snapshot.after is not None
+            before_AnK is not None
+            and intended_AnK is not None
+            and gradient_nK is not None
+            and snapshot.after is not None
         )
-        after_AnK = self.gathers.widened(snapshot.after)
+        after_AnK = self.gathers.widened(snapshot.after, snapshot.moving_first)
         self.gathers.join(after_AnK)
-        live, full = tuple(snapshot.live), snapshot.full
-        present = len(after_AnK) if full else 1
+        live = tuple(snapshot.live)
+        present = len(after_AnK) if snapshot.full else 1
         mask_nK = self.gathers.mask_of(live)
-        intended_AnK = intended_AnK[:present]
+        part = self._part()
         self.sums.add(
             before_AnK[:present],
-            intended_AnK,
+            intended_AnK[:present],
             after_AnK[:present],
-            grad_nK if full else None,
+            gradient_nK,
             mask_nK,
-            path=snapshot.path,
-            counted=snapshot.counts_all or self._counts_n1,
+            self.gathers.weights_of(snapshot.turn),
+            snapshot.group,
         )
         if snapshot.look:
-            intended_nK = intended_AnK[0]
-            if mask_nK is not None:
-                intended_nK = torch.where(mask_nK > 0, intended_nK, self._zero)
-            for rows, fmt in self._formats:
-                self.sums.add_headroom(before_AnK[0], intended_nK, rows, fmt)
-        for i, is_live in enumerate(live):
-            if is_live and (snapshot.counts_all or self._counts[i]):
-                self.live_steps[i] += 1
-                self.full_steps[i] += full
+            self._look_at_headroom(before_AnK[0], intended_AnK[0], mask_nK, snapshot.rates)
+        self._live_Pn[part] += live
+        self._live_Gn[snapshot.group] += live
+
+    def _part(self) -> int:
+        """Which part of the window the step that is added next belongs to."""
+        before = self.sums.steps_per_part
+        part = self.sums.next_part()
+        if self.sums.steps_per_part != before:
+            half = PARTS // 2
+            self._live_Pn[:half] = self._live_Pn.reshape(half, 2, -1).sum(1)
+            self._live_Pn[half:] = 0
+        return part
+
+    def _look_at_headroom(
+        self, before_nK: Tensor, intended_nK: Tensor, mask_nK: Tensor | None, rates: list[float | None]
+    ) -> None:
+        before_nK, intended_nK = before_nK.float(), intended_nK.float()
+        if mask_nK is not None:
+            intended_nK = torch.where(mask_nK > 0, intended_nK, self._zero)
+        for run, rate in zip(self._runs, rates, strict=True):
+            octaves = 0.0
+            if rate:  # at 0 nothing is wanted, save what momentum or decay of other kinds do
+                octaves = math.log2(rate / self.first_rates.setdefault(run.group, rate))
+            self.sums.add_headroom(before_nK, intended_nK, run.rows, run.format, octaves)
 
     def _run(self, snapshot: Snapshot, states: list[dict[str, Any]] | None) -> None:
         """Replay a step. `states`: given where it is replayed at once, whole tensors with it."""
-        held_AnK = self.gathers.widened(snapshot.held)
+        held_AnK = self.gathers.widened(snapshot.held, snapshot.moving_first)
         before_AnK, grad_nK = held_AnK[:-1], held_AnK[-1]
         # before the rule, which may write into the gradient
-        snapshot.before_AnK, snapshot.grad_nK = before_AnK, grad_nK.clone() if snapshot.full else grad_nK
+        snapshot.before_AnK, snapshot.gradient_nK = before_AnK, grad_nK.to(self.sums.dtype).square()
         self.gathers.join(before_AnK)
         snapshot.intended_AnK = self._replay.run(
             before_AnK,
@@ -204,14 +254,33 @@ class Cohort:
             snapshot.settings,
             snapshot.live,
             states,
-            self.sums.decay_5n if snapshot.path else None,
+            snapshot.moving_first,
+            self.sums.decay_5n if snapshot.look else None,
         )
 
-    def pack(self) -> Tensor:
+    # --- at the end of a window --------------------------------------------------------------------
+
+    def pack(self, window_steps: int) -> Tensor:
         """The window's sums in one vector on the device; see `window_sums.WindowSums`."""
-        self.gathers.move(path=True)
-        has_changed = any(row.has_changed for row in self.rows)
-        return self.sums.pack(None if has_changed else self.gathers.weights(), self._formats)
+        stored_nK = None
+        if not any(row.has_changed for row in self.rows):
+            self.gathers.settle()
+            kept = self.samples if self.gathers.are_whole or self.gathers.whole_n1 is not None else self.samples // 2
+            stored_nK = self.gathers.widened(self.gathers.after(None), False)[0, :, :kept].float()
+        formats = [(run.rows, run.format) for run in self._runs]
+        return self.sums.pack(stored_nK, self.gathers.kept_weights, formats, window_steps / max(self.steps, 1))
+
+    def counted_steps(self, group_steps: list[int]) -> Steps:
+        """The steps behind the sums. `group_steps`: of the window, by group."""
+        with_gradient_n = 1 - self._gradless_n / max(self.steps, 1)
+        parts = self.sums.layout.parts
+        window_Gn = np.outer(group_steps, with_gradient_n)
+        return Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, self._is_whole_n, self._is_plain_n)
+
+    @property
+    def gradless_steps(self) -> list[int]:
+        """Measured steps in which each row had no gradient."""
+        return [int(steps) for steps in self._gradless_n]
 
 
 def _left_out(row: Row, grad: Tensor) -> bool:
@@ -225,16 +294,23 @@ def _left_out(row: Row, grad: Tensor) -> bool:
     return True
 
 
-def _format_runs(rows: list[Row]) -> list[tuple[slice, Format]]:
-    runs: list[tuple[slice, Format]] = []
+def _rate(value: Any) -> float | None:
+    """A learning rate that can be read without asking a device."""
+    if isinstance(value, Tensor):
+        value = float(value) if value.device.type == "cpu" and value.numel() == 1 else None
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) and value > 0 else None
+
+
+def _runs_of(rows: list[Row]) -> list[_Run]:
+    runs: list[_Run] = []
     start = 0
     while start < len(rows):
-        dtype = local(rows[start].param).dtype
+        key = local(rows[start].param).dtype, rows[start].group
         stop = start
-        while stop < len(rows) and local(rows[stop].param).dtype == dtype:
+        while stop < len(rows) and (local(rows[stop].param).dtype, rows[stop].group) == key:
             stop += 1
-        fmt = formats.of(dtype)
+        fmt = formats.of(key[0])
         if fmt is not None:
-            runs.append((slice(start, stop), fmt))
+            runs.append(_Run(slice(start, stop), fmt, key[1]))
         start = stop
     return runs

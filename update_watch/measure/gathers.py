@@ -1,13 +1,15 @@
 """What is read of an optimizer's parameters in a step: weights, gradients and states at the same positions, side by side.
 
-One strided view per tensor and array, packed into one block; see `sampling`. States that hold what rounding took from a
-weight are joined with it here.
+One strided view per tensor and array, packed into one block; see `sampling`. The samples of a row are those of the kept set
+and then those of the moving set (`positions`), or all of a small tensor. States that hold what rounding took from a weight
+are joined with it here.
 
 Legend: A accumulators (0 the weight, then states), n rows, K samples.
 """
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -16,15 +18,19 @@ from torch.optim import Optimizer
 
 from update_watch import formats
 from update_watch.measure.parameters import Row
+from update_watch.measure.position_weights import PositionWeights, column
+from update_watch.measure.positions import SHARES, share
 from update_watch.measure.sampling import local, mask, pack_views
 from update_watch.odd_tensors import unreadable
 from update_watch.wording import first_line
+
+_FINE = (torch.float32, torch.float64)
 
 
 class Gathers:
     """Reads rows of one optimizer on one device. `slots`: state -> its place among the accumulators."""
 
-    def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int) -> None:
+    def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random) -> None:
         self.optimizer, self.rows, self.samples = optimizer, rows, samples
         self.device = local(rows[0].param).device
         self.samplers = [row.sampler for row in rows if row.sampler is not None]
@@ -33,7 +39,19 @@ class Gathers:
         self.slots = {name: 1 + i for i, name in enumerate(self.states)}
         # rows with a state that holds what rounding took from the weight: what is stored is both together
         self.carried = [(i, self.slots[row.scheme.carrier], row) for i, row in enumerate(rows) if row.scheme.carrier]
+        # what FP32 itself loses is seen in FP64 only, which not every device has
+        is_fine = any(local(row.param).dtype in _FINE for row in rows) and self.device.type != "mps"
+        self.dtype = torch.float64 if is_fine else torch.float32
         self._moving = [sampler for sampler in self.samplers if not sampler.is_whole]
+        self.are_whole = not self._moving
+        # [n, 1]: rows read whole, beside others that are not; None where all rows are alike
+        self.whole_n1: Tensor | None = None
+        if self._moving and len(self._moving) < len(rows):
+            self.whole_n1 = column([sampler.is_whole for sampler in self.samplers], self.device).bool()
+        phase = rng.randrange(SHARES)
+        self._phase, self._turn, self._kept_turn = phase, 0, 0
+        self._weights = PositionWeights(self.samplers, phase, self.device) if self._moving else None
+        self._kept_weights_nJ: Tensor | None = None
         zero = torch.zeros((), device=self.device)
         self._zeros = [zero.to(local(row.param).dtype).expand(row.sampler.view_shape) for row in rows if row.sampler]
         self._view = [sampler.view for sampler in self.samplers]
@@ -42,13 +60,47 @@ class Gathers:
         self._mask: Tensor | None = self._padding
         self._masked: tuple[bool, ...] = (True,) * len(rows)
 
-    def move(self, path: bool) -> None:
-        """Go to the positions of the window's path, or to others."""
+    # --- where -----------------------------------------------------------------------------------
+
+    def open_window(self) -> None:
+        """Other positions for the kept set."""
+        self._turn += 1
+        self._kept_turn = self._turn
+        self._kept_weights_nJ = None
+        self._place()
+
+    def move(self) -> tuple[int, bool]:
+        """Go on with the moving set. Returns the turn, and whether the moving set comes first in what is read."""
+        self._turn += 1
+        return self._turn, self._place()
+
+    def settle(self) -> None:
+        """Both sets at the kept positions."""
         for sampler in self._moving:
-            if path:
-                sampler.settle()
-            else:
-                sampler.stray()
+            sampler.place(*[share(self._phase, self._kept_turn)] * 2)
+
+    def _place(self) -> bool:
+        kept, moving = share(self._phase, self._kept_turn), share(self._phase, self._turn)
+        for sampler in self._moving:
+            sampler.place(kept, moving)
+        return moving < kept
+
+    def weights_of(self, turn: int) -> Tensor | None:
+        """[n, 2, J]: weights of both sets at a turn, for cells of K / 2J neighbours; None where all rows are read whole."""
+        if self._weights is None:
+            return None
+        if self._kept_weights_nJ is None:
+            # cloned: what is worked out ahead goes on
+            self._kept_weights_nJ = self._weights.at(self._kept_turn).clone()
+        return torch.stack([self._kept_weights_nJ, self._weights.at(turn)], 1)
+
+    @property
+    def kept_weights(self) -> Tensor | None:
+        """[n, J]: weights of the kept set; None where all rows are read whole."""
+        known = self._kept_weights_nJ
+        return known if known is not None or self._weights is None else self._weights.at(self._kept_turn)
+
+    # --- what ------------------------------------------------------------------------------------
 
     def stored_states(self) -> list[dict[str, Any]]:
         """The states of all rows, as the optimizer has them."""
@@ -74,7 +126,7 @@ class Gathers:
 
     def before(self, states: list[dict[str, Any]], grads: list[Tensor | None]) -> Tensor:
         """[(A + 1) n, K]: weights, states, gradients, in a format that holds them all."""
-        return pack_views(self._weights() + self._states(states) + self._views(grads), self.samplers)
+        return pack_views(self._stored() + self._states(states) + self._views(grads), self.samplers)
 
     def gradients(self, grads: list[Tensor | None]) -> Tensor:
         """[n, K]: gradients alone, in a format that holds them all."""
@@ -82,23 +134,32 @@ class Gathers:
 
     def after(self, states: list[dict[str, Any]] | None) -> Tensor:
         """[A n, K]: weights, and states unless None, as `before`."""
-        views = self._weights() if states is None else self._weights() + self._states(states)
+        views = self._stored() if states is None else self._stored() + self._states(states)
         return pack_views(views, self.samplers)
 
-    def weights(self) -> Tensor:
-        """[n, K] FP32."""
-        return self.widened(pack_views(self._weights(), self.samplers))[0]
+    def widened(self, packed: Tensor, moving_first: bool) -> Tensor:
+        """[accumulators, n, K] in `dtype` from one row per accumulator and parameter: the kept set, the moving set."""
+        values_AnK = packed.to(self.dtype).view(-1, len(self.rows), self.samples)
+        if moving_first and self._moving:
+            turned_AnK = values_AnK.view(*values_AnK.shape[:2], 2, -1).flip(-2).view_as(values_AnK)
+            values_AnK = turned_AnK if self.whole_n1 is None else torch.where(self.whole_n1, values_AnK, turned_AnK)
+        return values_AnK
 
-    def widened(self, packed: Tensor) -> Tensor:
-        """[accumulators, n, K] FP32 from one row per accumulator and parameter."""
-        return packed.to(torch.float32).view(-1, len(self.rows), self.samples)
+    def samples_of(self, i: int, tensor: Tensor, moving_first: bool) -> Tensor:
+        """[K]: the samples of one row in a tensor laid out like it, as `widened`."""
+        sampler = self.samplers[i]
+        values_K = pack_views([sampler.view(tensor)], [sampler])[0].to(self.dtype)
+        if moving_first and not sampler.is_whole:
+            values_K = values_K.view(2, -1).flip(0).view(-1)
+        return values_K
 
     def join(self, values_AnK: Tensor) -> None:
         """Make the stored weights whole; the states that held the rest are empty then, as in FP32."""
         for i, slot, row in self.carried:
             fmt = formats.of(local(row.param).dtype)
             assert fmt is not None  # else there is no scheme
-            values_AnK[0, i].copy_(row.scheme.joined(values_AnK[0, i], values_AnK[slot, i], fmt))
+            joined_K = row.scheme.joined(values_AnK[0, i].float(), values_AnK[slot, i].float(), fmt)
+            values_AnK[0, i].copy_(joined_K)
             values_AnK[slot, i].zero_()
 
     def mask_of(self, live: tuple[bool, ...]) -> Tensor | None:
@@ -116,7 +177,7 @@ class Gathers:
                 self._mask = valid
         return self._mask
 
-    def _weights(self) -> list[Tensor]:
+    def _stored(self) -> list[Tensor]:
         return self._views([row.param for row in self.rows])
 
     def _states(self, states: list[dict[str, Any]]) -> list[Tensor]:

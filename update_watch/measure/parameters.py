@@ -61,18 +61,18 @@ class Row:
         # counters when they were last read, and steps with a gradient since: parameters equal here have equal counters
         self.lived: tuple[tuple[float, ...], int] = (), 0
         self.reason = why_unknown(param, rule)
-        self.sampler: Sampler | None = None if unsamplable(local(param)) else self.sampler_of(samples)
+        self.sampler: Sampler | None = None if unsamplable(local(param)) else self.sampler_of(samples, 2)
         self._checked: tuple[str, ...] = ()
         self.shaped: frozenset[str] = frozenset()  # states of the parameter's shape
         # the carrier, where the rule keeps none of that name in FP32: there is nothing to carry then
         self.left_out = frozenset({scheme.carrier} - {"", *rule.forms})
         self.form: tuple[Any, ...] = (group, rule.rows, rule.kind, id(self) if rule.apart else 0, ())
 
-    def sampler_of(self, samples: int) -> Sampler:
+    def sampler_of(self, samples: int, sets: int = 1) -> Sampler:
         """Sample positions of their own."""
         if self.piece is not None:
-            return PieceSampler(self.param, self.piece, samples)
-        return Sampler(local(self.param), samples)
+            return PieceSampler(self.param, self.piece, samples, sets)
+        return Sampler(local(self.param), samples, sets)
 
     @property
     def is_measured(self) -> bool:

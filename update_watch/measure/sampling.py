@@ -1,17 +1,15 @@
 """Which elements of a parameter are looked at, and how they leave it.
 
-K elements of each parameter are read as nb blocks of B neighbours at a regular, jittered distance:
-one strided view, no index tensor, so nothing is copied from the host and a gather of many parameters
-is one `torch.stack`. Parameters with K elements or fewer are read whole and padded; a mask marks the
+K elements of each parameter are read as one or two sets of nb blocks of B neighbours (`positions`): one strided view, no
+index tensor, so nothing is copied from the host and a gather of many parameters is one `torch.stack`. Parameters with K elements or fewer are read whole and padded; a mask marks the
 padding. Positions are counted in memory order, so any dense layout (channels-last, transposed) will do;
 gradients and states laid out otherwise than their parameter are read through computed positions.
 
-Legend: n rows (parameters), K samples per row, nb blocks of B elements.
+Legend: n rows (parameters), K samples per row, nb blocks of B elements in a set.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from update_watch.measure.positions import SHARES, Positions, plan
 from update_watch.odd_tensors import unreadable
 
 
@@ -75,93 +74,71 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_BLOCK = 16  # neighbours: a whole sector of memory in 16-bit formats
-_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill the unit interval most evenly
-
-
 class Sampler:
-    """The sample positions of one parameter.
+    """The samples of one parameter: views of tensors laid out like it, at its `positions`.
 
-    `view(t)` reads the samples of a tensor laid out like the parameter, in the shape `view_shape`. `size` is the number of
-    samples that are real (K, or the parameter's size if that is smaller); `is_whole`: there are too few elements to choose
-    from, all are read.
+    `size` is the number of samples that are real (K, or the parameter's size if that is smaller); `is_whole`: there are too
+    few elements to choose from, all are read. Else there are one or two `sets` of blocks; see `positions`.
     """
 
     __slots__ = (
-        "_base",
-        "_block",
-        "_blocks",
-        "_kept",
+        "_gap",
+        "_low",
         "_numel",
-        "_offset",
-        "_phase",
-        "_reach",
         "_shape",
-        "_step",
         "_strides",
         "_view_strides",
         "is_whole",
+        "positions",
         "samples",
+        "sets",
         "size",
         "view_shape",
     )
 
-    def __init__(self, param: Tensor, samples: int) -> None:
-        self.samples = samples
+    def __init__(self, param: Tensor, samples: int, sets: int = 1) -> None:
+        if samples % sets:
+            raise ValueError(f"Sampler(samples={samples}, sets={sets}): the sets must be of one size")
+        self.samples, self.sets = samples, sets
         self._numel = param.numel()
         self.size = min(samples, self._numel)
         self._shape = tuple(param.shape)
         self._strides = param.stride()
-        self._block = max(b for b in range(1, min(math.isqrt(samples), _BLOCK) + 1) if samples % b == 0)
-        self._blocks = samples // self._block
         self.is_whole = self._numel <= samples
-        self.view_shape = (self._numel,) if self.is_whole else (self._blocks, self._block)
-        self._step = 1 if self.is_whole else _distance(self._numel, self._row_length(), self._blocks, self._block)
-        self._view_strides = (1,) if self.is_whole else (self._step, 1)
-        self._base, self._reach = 0, 1  # offsets from `_base` on, so many of them
-        self._offset = self._kept = 0
-        self._phase = 0.0
-        self.redraw(None)
+        self._low = self._gap = 0  # elements before the first set, and from there to the second
+        self.positions: Positions | None = None
+        self.view_shape: tuple[int, ...] = (self._numel,)
+        self._view_strides: tuple[int, ...] = (1,)
+        if not self.is_whole:
+            self.positions = plan(self._numel, self._row_length(), samples // sets)
+            self.view_shape = (sets, self.positions.blocks, self.positions.block)
+            self._view_strides = (0, self.positions.step * self.positions.block, 1)
+            self.place(*[SHARES // 2] * sets)
 
     def _row_length(self) -> int:
         """Elements of the dimension that lies contiguous in memory."""
         return next((n for n, stride in zip(self._shape, self._strides, strict=True) if stride == 1 and n > 1), 1)
 
-    def redraw(self, rng: random.Random | None) -> None:
-        """Choose new positions; `rng=None` gives the evenly spread ones."""
-        if self.is_whole:
-            return
-        room = self._numel - (self._blocks - 1) * self._step - self._block + 1
-        self._reach = min(self._step, room)  # further on, a block would be where its neighbour began
-        spare = room - self._reach
-        self._base = spare // 2 if rng is None else rng.randint(0, spare)
-        self._phase = 0.5 if rng is None else rng.random()
-        self._kept = self._base + int((0.5 if rng is None else rng.random()) * self._reach)
-        self._offset = self._kept
+    def redraw(self, rng: random.Random) -> None:
+        """Choose new positions."""
+        self.place(*(rng.randrange(SHARES) for _ in range(self.sets)))
 
-    def stray(self) -> None:
-        """Look at other positions for now. Which updates are lost differs by element and hardly by step.
-
-        Straying again and again sweeps the tensor: after any number of steps all elements were met about equally often,
-        and after `reach / B` steps each was. Where a few elements make most of a tensor's update (the rows of frequent
-        tokens), positions drawn at random would meet them too often or too seldom.
-        """
-        if not self.is_whole:
-            self._phase = (self._phase + _GOLDEN) % 1.0
-            self._offset = self._base + int(self._phase * self._reach)
-
-    def settle(self) -> None:
-        """Back to the positions of the last `redraw`."""
-        self._offset = self._kept
+    def place(self, *shares: int) -> None:
+        """Go to the positions of so many sets, the one of the lower share first in what `view` reads."""
+        if self.positions is not None:
+            offsets = sorted(self.positions.offset(share) for share in shares)
+            block = self.positions.block
+            self._low, self._gap = block * offsets[0], block * (offsets[-1] - offsets[0])
+            self._view_strides = (self._gap, *self._view_strides[1:])
 
     def view(self, tensor: Tensor) -> Tensor:
         """Samples of a tensor with this parameter's shape.
 
-        Shape [nb, B], or [size] for a parameter read whole. A view where the layouts agree, else a gathered copy.
+        Shape [sets, nb, B], or [size] for a parameter read whole. A view where the layouts agree, else a gathered copy.
         """
         if tensor.stride() != self._strides and not self.shares_layout(tensor):
             return self._gather_other_layout(tensor)
-        return tensor.as_strided(self.view_shape, self._view_strides, tensor.storage_offset() + self._offset)
+        return tensor.as_strided(self.view_shape, self._view_strides, tensor.storage_offset() + self._low)
 
     def shares_layout(self, tensor: Tensor) -> bool:
         """The tensor's elements lie in memory in the parameter's order."""
@@ -174,41 +151,17 @@ class Sampler:
 
     def _gather_other_layout(self, tensor: Tensor) -> Tensor:
         # memory position in the parameter -> coordinates -> memory position in `tensor`; arithmetic on the device
-        device = tensor.device
-        if self.is_whole:
-            position = torch.arange(self._numel, device=device)
-        else:
-            starts = torch.arange(self._blocks, device=device) * self._step + self._offset
-            position = (starts[:, None] + torch.arange(self._block, device=device)).reshape(-1)
+        position = torch.full((), self._low, dtype=torch.int64, device=tensor.device)
+        for size, stride in zip(self.view_shape, self._view_strides, strict=True):
+            position = position.unsqueeze(-1) + torch.arange(size, device=tensor.device) * stride
+        position = position.reshape(-1)
         address = torch.zeros_like(position)
         for size, mine, theirs in zip(self._shape, self._strides, tensor.stride(), strict=True):
             if size > 1:
                 address = address + position.div(mine, rounding_mode="floor").remainder(size) * theirs
         span = 1 + sum((size - 1) * s for size, s in zip(self._shape, tensor.stride(), strict=True))
         flat = tensor.as_strided((span,), (1,), tensor.storage_offset())
-        picked = flat.index_select(0, address)
-        return picked if self.is_whole else picked.view(self._blocks, self._block)
-
-
-def _distance(numel: int, row: int, blocks: int, block: int) -> int:
-    """Elements between the beginnings of two blocks.
-
-    Large enough to span the tensor; within that, the blocks begin in different columns, evenly spread: a distance that
-    shares factors with the row length would visit the same few columns.
-    """
-    most = max((numel - 2 * block) // blocks, block)
-    least = max(most - most // 32, block)
-    if row == 1 or most == least:
-        return most
-    shift = round(_GOLDEN * row)
-    while math.gcd(shift, row) != 1:
-        shift += 1
-    distance = most - (most - shift) % row
-    if distance >= least:
-        return distance
-    tried = range(most, least - 1, -max((most - least) // 64, 1))
-    coprime = [d for d in tried if math.gcd(d, row) == 1] or [most]
-    return min(coprime, key=lambda d: abs(abs(d % row / row - 0.5) - (_GOLDEN - 0.5)))
+        return flat.index_select(0, address).view(self.view_shape)
 
 
 def gather(views: Sequence[Tensor], samplers: Sequence[Sampler]) -> Tensor:
@@ -225,15 +178,17 @@ def pack_views(views: Sequence[Tensor], samplers: Sequence[Sampler]) -> Tensor:
     """
     n, samples = len(views), samplers[0].samples
     is_one = len({view.dtype for view in views}) == 1
-    if is_one and not any([sampler.is_whole for sampler in samplers]):
+    if is_one and not any([sampler.is_whole for sampler in samplers]) and len({s.view_shape for s in samplers}) == 1:
         return torch.stack(list(views)).view(n, samples)
     out_nK = torch.empty(n, samples, dtype=views[0].dtype if is_one else torch.float32, device=views[0].device)
     matching = list(samplers) * (n // len(samplers))
     start = 0
     while start < n:
-        dtype, whole = views[start].dtype, matching[start].is_whole
+        dtype, whole, shape = views[start].dtype, matching[start].is_whole, matching[start].view_shape
         stop = start + 1
         while stop < n and views[stop].dtype is dtype and matching[stop].is_whole == whole:
+            if not whole and matching[stop].view_shape != shape:
+                break
             stop += 1
         if whole:
             pieces: list[Tensor] = []

@@ -15,7 +15,7 @@ from update_watch import formats
 from update_watch.measure.accumulators.decay import decay_sums
 from update_watch.measure.gathers import Gathers
 from update_watch.measure.parameters import Row, holds_elements
-from update_watch.measure.sampling import gather, local
+from update_watch.measure.sampling import local
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.rounding_scheme import Join
 from update_watch.replay.rule_kind import Kind
@@ -83,11 +83,13 @@ class StepReplay:
         settings: GroupSettings | None,
         live: list[bool],
         states: list[dict[str, Any]] | None,
+        moving_first: bool,
         decay_5n: Tensor | None,
     ) -> Tensor:
         """[A, n, K]: what an FP32 accumulator would hold after the step.
 
         `settings`: of an earlier step; None: as they are now. `states`: None where no whole tensor is to be replayed.
+        `moving_first`: how samples of whole tensors are read, see `Gathers`.
         `decay_5n`: sums that the decay's part is added to, or None. A row that turns out not to be replayable gets its
         reason and is taken out of `live`, as is a whole tensor whose turn it is not. `grad_nK` may be overwritten.
         """
@@ -98,7 +100,7 @@ class StepReplay:
                 intended_AnK[slot, i].copy_(before_AnK[0, i])  # the rule may step it instead of the weight
         self._replay_samples(intended_AnK, grad_nK, spans, settings, live, decay_5n)
         if states is not None:
-            self._replay_whole(intended_AnK, states, live)
+            self._replay_whole(intended_AnK, states, live, moving_first)
         for i, slot, row in carried:
             if row.scheme.addend:
                 intended_AnK[0, i].add_(intended_AnK[slot, i])
@@ -167,7 +169,9 @@ class StepReplay:
         param, rule = intended_AnK[0, rows].view(shape), row.rule
         return Run(row.group, param, grad_nK[rows].view(shape), state, rule.scaled, rule.may_draw)
 
-    def _replay_whole(self, intended_AnK: Tensor, states: list[dict[str, Any]], live: list[bool]) -> None:
+    def _replay_whole(
+        self, intended_AnK: Tensor, states: list[dict[str, Any]], live: list[bool], moving_first: bool
+    ) -> None:
         """Replay a bounded number of elements as whole tensors, in turn; the other such rows sit this step out."""
         waiting = [i for i, row in enumerate(self._rows) if live[i] and row.rule.kind is Kind.whole]
         if not waiting:
@@ -191,12 +195,11 @@ class StepReplay:
             except ReplayError as error:
                 row.reason = str(error)
                 continue
-            assert row.sampler is not None
-            intended_AnK[0, i] = gather([row.sampler.view(result.param)], [row.sampler])[0]
+            intended_AnK[0, i] = self._gathers.samples_of(i, result.param, moving_first)
             for name, slot in self._slots.items():
                 value = result.state.get(name)
                 if isinstance(value, Tensor) and holds_elements(value, result.param.shape):
-                    intended_AnK[slot, i] = gather([row.sampler.view(value)], [row.sampler])[0]
+                    intended_AnK[slot, i] = self._gathers.samples_of(i, value, moving_first)
             live[i] = True
 
 

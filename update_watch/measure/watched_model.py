@@ -34,9 +34,15 @@ class WatchedModel:
     """Everything one watch measures."""
 
     def __init__(
-        self, model: Any, samples: int, rng: random.Random, averages: Mapping[str, Any], check_replicas: bool
+        self,
+        model: Any,
+        samples: int,
+        rng: random.Random,
+        averages: Mapping[str, Any],
+        check_replicas: bool,
+        window: int,
     ) -> None:
-        self._samples, self._rng = samples, rng
+        self._samples, self._rng, self._window = samples, rng, window
         self._belonging = Belonging(model)
         self._checksums = Checksums() if check_replicas else None
         self.found: dict[Any, Any] = {}  # what probes found out
@@ -80,7 +86,8 @@ class WatchedModel:
 
         def make(part: int, found: dict[Any, Any]) -> Watched:
             with PlainTorch(optimizer):
-                watched = Watched(*(optimizer, index, names, self._samples, self._rng, found, pieces, part, groups))
+                settings = self._samples, self._rng, found, pieces, part, groups, self._window
+                watched = Watched(optimizer, index, names, *settings)
             key = id(optimizer), part
             if part == 0:
                 watched.earlier, watched.earlier_in_window = earlier

@@ -22,6 +22,7 @@ from update_watch.measure.identity.partitions import Piece
 from update_watch.measure.learning_rates import LearningRates, as_number
 from update_watch.measure.parameters import Row, build_rows, forget_failed_trials
 from update_watch.measure.sampling import local
+from update_watch.measure.step_order import StepOrder
 from update_watch.measure.transfer import Batch, Part
 from update_watch.measure.turns import samples_for, turns_of
 from update_watch.measure.window_evidence import CohortWindow, RowFacts
@@ -46,8 +47,9 @@ class Watched:
         pieces: Mapping[int, Sequence[Piece]] | None = None,
         part: int = 0,
         all_groups: list[dict[str, Any]] | None = None,
+        window: int = 128,
     ) -> None:
-        """`pieces`: id(flat tensor) -> what lies in it. `all_groups`: those of all parts."""
+        """`pieces`: id(flat tensor) -> what lies in it. `all_groups`: those of all parts. `window`: steps of a report."""
         self.optimizer, self.index, self.part = optimizer, index, part
         self.groups = optimizer.param_groups  # a part's are not to be found there when it is not stepped
         self._all_groups = self.groups if all_groups is None else all_groups
@@ -58,7 +60,8 @@ class Watched:
         self.earlier = self.earlier_in_window = 0  # steps of the run, and of the open window, before it was attached
         self.quiet_windows = 0  # closed in a row without a step of it
         self._excluded: set[int] = set()  # ids of tensors that are not its to answer for
-        self._names, self._asked, self._rng, self.found = names, samples, rng, found
+        self._names, self._asked, self._rng, self.found = names, samples + samples % 2, rng, found  # two sets
+        self._window = window
         self._members: list[Tensor] = []
         self._rates = LearningRates()
         self._twin_error = ""
@@ -95,7 +98,7 @@ class Watched:
             row.lived = lived.get(id(row.param), ((), 0))
         self._counts_lives = any(local(row.param).device.type != "cpu" for row in self.rows)
         self.cohorts: list[Cohort] = []
-        self._queue: list[Cohort | None] = []
+        self._order: StepOrder[Cohort] = StepOrder(self.cohorts, self._window, self._rng)
         self._skipped: dict[torch.device, Tensor] = {}
         self.devices: tuple[torch.device, ...] = ()
         if self._twin is None:
@@ -105,9 +108,11 @@ class Watched:
             if not rows:  # on the meta device, say
                 continue
             turns = turns_of(len(rows), device)
-            self.cohorts += [Cohort(self.optimizer, self._twin, rows[k::turns], self._samples) for k in range(turns)]
+            self.cohorts += [
+                Cohort(self.optimizer, self._twin, rows[k::turns], self._samples, self._rng, self._window // turns)
+                for k in range(turns)
+            ]
         self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))
-        self.redraw()
 
     @property
     def step(self) -> int:
@@ -134,12 +139,6 @@ class Watched:
         looks = [gradless < cohort.steps for cohort in self.cohorts for gradless in cohort.gradless_steps]
         return any(looks) or any(row.param.grad is not None for row in self.rows)
 
-    def redraw(self) -> None:
-        """New sample positions for the next window."""
-        for row in self.rows:
-            if row.sampler is not None:
-                row.sampler.redraw(self._rng)
-
     def read_counters(self) -> None:
         """Learn which parameters are at the same step. Reads device values: not for use inside a step."""
         if self._counts_lives:
@@ -154,6 +153,7 @@ class Watched:
         """Let a step go by unseen. Returns whether something has changed that should be looked at."""
         self.steps += 1
         self.window_steps += 1
+        self._order.pass_by()
         self.accumulation.pause()
         if self._has_gaps:
             self._count_lives()
@@ -182,13 +182,9 @@ class Watched:
             self.accumulation.before(self.rows)
         if not self.cohorts or (is_replayed and not self._can_be_replayed):
             return None
-        if not self._queue:
-            # a fixed order could beat in time with an oscillating gradient
-            rests = [None] * (self.turns - len(self.cohorts))
-            self._queue = self._rng.sample([*self.cohorts, *rests], len(self.cohorts) + len(rests))
-        cohort = self._queue.pop()
+        cohort, group = self._order.next(self.turns - len(self.cohorts))
         try:
-            self._measured = None if cohort is None else (cohort, cohort.before())
+            self._measured = None if cohort is None else (cohort, cohort.before(group))
         except Exception as error:
             self._leave_out(error)
         return self._measured
@@ -271,8 +267,10 @@ class Watched:
                 continue
             facts = tuple(self._facts(cohort, i) for i in range(len(cohort.rows)))
             in_cohort.update(id(row) for row in cohort.rows)
-            transfer = batch.add(cohort.pack())
-            cohorts.append(CohortWindow(transfer, facts, tuple(cohort.states), self._samples, cohort.sums.steps))
+            states, steps = tuple(cohort.states), cohort.counted_steps(self._order.group_steps)
+            transfer = batch.add(cohort.pack(self.window_steps))
+            own = self.index, self.part
+            cohorts.append(CohortWindow(transfer, facts, states, cohort.sums.layout, steps, self.window_steps, own))
             cohort.open_window()
         for row in self.rows:
             if id(row) not in in_cohort:
@@ -283,7 +281,7 @@ class Watched:
         self.quiet_windows = 0 if self.window_steps else self.quiet_windows + 1
         self._skipped, self.window_steps, self.earlier_in_window = {}, 0, 0
         self._rates.open_window()
-        self.redraw()
+        self._order.open_window()
         return cohorts, others, skipped
 
     def _identity(self, row: Row) -> TensorEvidence:
@@ -324,7 +322,7 @@ class Watched:
             requires_grad=row.param.requires_grad,
             accumulators=_counters(row, state),
         )
-        return RowFacts(evidence, cohort.samplers[i].size, cohort.live_steps[i], cohort.full_steps[i], dtypes, rates)
+        return RowFacts(evidence, cohort.samplers[i].size, dtypes, rates, cohort.first_rates.get(row.group))
 
 
 def _counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEvidence]:

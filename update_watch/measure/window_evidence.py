@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence, median_headroom
+from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, WindowEvidence, median_headroom
 from update_watch.measure.accumulators.averages import AverageWindow, UnreadWindow
 from update_watch.measure.accumulators.averages import read as read_average
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
@@ -16,11 +18,12 @@ from update_watch.measure.accumulators.reference_states import ShadowWindow
 from update_watch.measure.accumulators.replicas import ChecksumWindow
 from update_watch.measure.accumulators.replicas import read as read_checksums
 from update_watch.measure.accumulators.state_factor import read as read_shadow
-from update_watch.measure.device_sums import UNCHANGED
 from update_watch.measure.ledger.ledger import with_ledger
 from update_watch.measure.ledger.sheet import SheetWindow
+from update_watch.measure.sums.error_bars import Array, largest_unmeasured
+from update_watch.measure.sums.layout import WANT, Layout
+from update_watch.measure.sums.window_sums import Steps, WindowSums
 from update_watch.measure.transfer import Part, Transfer
-from update_watch.measure.window_sums import WindowSums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +32,9 @@ class RowFacts:
 
     evidence: TensorEvidence  # identity, settings and counters; no numbers yet
     size: int  # real samples per step
-    live_steps: int
-    full_steps: int  # of these, the ones in which states, gradients and the weights' size were looked at
     state_dtypes: tuple[str, ...]  # "" for a state that does not exist or whose replay is not exact
     state_rates: tuple[float | None, ...]  # 1 - beta, where it is known
+    first_rate: float | None  # learning rate at the window's first look at headroom
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,10 @@ class CohortWindow:
     transfer: Transfer | Part
     rows: tuple[RowFacts, ...]
     states: tuple[str, ...]
-    samples: int
-    steps: int  # cohort steps
+    layout: Layout
+    steps: Steps
+    window_steps: int
+    optimizer: tuple[int, int]  # cohorts of one optimizer are measured in steps of one window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +76,9 @@ def read(window: Window) -> WindowEvidence:
     """Wait for the device and make the evidence. Runs on the background thread."""
     skipped = max((int(t.wait()[0]) for t in window.skipped), default=0)
     tensors = list(window.others)
-    for cohort in window.cohorts:
-        sums = WindowSums.unpack(cohort.transfer.wait(), 1 + len(cohort.states), len(cohort.rows))
-        for i, facts in enumerate(cohort.rows):
-            tensors.append(_tensor(sums, i, facts, cohort, skipped))
+    sums = [WindowSums.unpack(cohort.transfer.wait(), cohort.layout) for cohort in window.cohorts]
+    for cohort, own, largest_n in zip(window.cohorts, sums, _largest_unmeasured(window.cohorts, sums), strict=True):
+        tensors += _tensors(own, cohort, largest_n, skipped)
     tensors = with_ledger(_one_each(tensors), window.ledger)
     others = [read_average(average) for average in window.averages]
     others += [read_accumulation(accumulation) for accumulation in window.accumulations]
@@ -114,57 +117,81 @@ def _one_each(tensors: list[TensorEvidence]) -> list[TensorEvidence]:
     return [tensor for tensor in tensors if tensor.optimizer_group.partition("/")[0] == owner[tensor.name]]
 
 
-def _tensor(sums: WindowSums, i: int, facts: RowFacts, cohort: CohortWindow, skipped: int) -> TensorEvidence:
-    base = facts.evidence
-    sampled = float(facts.size * facts.live_steps)
-    if not sampled or base.reason:
-        return dataclasses.replace(base, skipped_steps=skipped)
-    numbers = sums.numbers(0, i, sampled)
-    in_full = float(facts.size * facts.full_steps)
-    intended, applied = sums.root_mean_squares(i, sampled)
-    before = sums.stored(i, in_full)
-    # padding and steps the row sat out were counted as unchanged
-    idle = cohort.samples * cohort.steps - sampled
-    changed = 1 - (float(sums.sums_FAn[UNCHANGED, 0, i]) - idle) / sampled
-    histogram = sums.headroom_nB[i]
-    zeros, gradient_rms, gradient_max = sums.gradients(i, in_full)
-    total = histogram.sum()
-    headroom = median_headroom(histogram.tolist())
-    what_if = None
-    if sums.what_if_2n[1, i] > 0:
-        what_if = {"bfloat16": float(sums.what_if_2n[0, i] / sums.what_if_2n[1, i])}
-    accumulators = {
-        name: _state(sums, 1 + k, i, name, dtype, rate, in_full)
-        for k, (name, dtype, rate) in enumerate(zip(cohort.states, facts.state_dtypes, facts.state_rates, strict=True))
-        if dtype
-    }
-    decay = sums.weight_decay(i, sampled)
-    if decay is not None:
-        accumulators["weight_decay"] = AccumulatorEvidence("weight_decay", base.dtype, decay)
-    return dataclasses.replace(
-        base,
-        measured_steps=facts.live_steps,
-        skipped_steps=skipped,
-        zero_gradient_fraction=zeros,
-        gradient_looks=facts.full_steps,
-        gradient_rms=gradient_rms,
-        gradient_max=gradient_max,
-        finite=sums.is_finite(i),
-        numbers=numbers,
-        changed_fraction=min(max(changed, 0.0), 1.0),
-        update_ratio=intended / before if before else None,
-        applied_ratio=applied / before if before else None,
-        headroom_histogram=tuple(float(x) for x in histogram / total) if total else None,
-        critical_lr=base.lr * 2**-headroom if base.lr and headroom is not None else None,
-        displacement_evidence=float(sums.evidence_n[i]) / facts.size,
-        accumulators={**base.accumulators, **accumulators},
-        what_if=what_if,
-        stored=before,
-    )
+def _largest_unmeasured(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSums]) -> list[Array]:
+    """Per cohort, [n]; see `error_bars`. Cohorts of one optimizer share its steps."""
+    found: list[Array] = [np.zeros(0)] * len(cohorts)
+    for optimizer in dict.fromkeys(cohort.optimizer for cohort in cohorts):
+        own = [i for i, cohort in enumerate(cohorts) if cohort.optimizer == optimizer]
+        energies = [sums[i].parts_PFn[:, WANT] for i in own]
+        steps = [cohorts[i].steps.parts_Pn for i in own]
+        for i, largest_n in zip(own, largest_unmeasured(energies, steps, cohorts[own[0]].window_steps), strict=True):
+            found[i] = largest_n
+    return found
 
 
-def _state(
-    sums: WindowSums, slot: int, i: int, name: str, dtype: str, rate: float | None, sampled: float
-) -> AccumulatorEvidence:
-    growth, decay = sums.growth_and_decay(slot, i, sampled)
-    return AccumulatorEvidence(name, dtype, sums.numbers(slot, i, sampled), growth, decay, rate=rate)
+_OF_NUMBERS = frozenset(field.name for field in dataclasses.fields(Numbers))
+
+
+def _tensors(sums: WindowSums, cohort: CohortWindow, largest_n: Array, skipped: int) -> list[TensorEvidence]:
+    """The evidence of all rows of a cohort."""
+    numbers = _by_row(sums.numbers(cohort.steps, largest_n))
+    states = [
+        [_by_row({name: values_Sn[k] for name, values_Sn in part.items()}) for part in sums.state_numbers()]
+        for k in range(len(cohort.states))
+    ]
+    decays = _by_row(sums.decay_numbers())
+    finite, measured = sums.is_finite().tolist(), cohort.steps.measured_n.tolist()
+    evidence = sums.evidence_n.tolist()
+    tensors = []
+    for i, facts in enumerate(cohort.rows):
+        base = facts.evidence
+        if not measured[i] or base.reason:
+            tensors.append(dataclasses.replace(base, skipped_steps=skipped))
+            continue
+        own = numbers[i]
+        of_numbers = Numbers(**{name: value for name, value in own.items() if name in _OF_NUMBERS})
+        histogram, by_rate = sums.headroom_2nB[:, i].tolist()
+        total = sum(histogram)
+        headroom = median_headroom(by_rate) if facts.first_rate else None
+        what_if = own.pop("what_if")
+        accumulators = {
+            name: AccumulatorEvidence(
+                name,
+                facts.state_dtypes[k],
+                Numbers(**states[k][0][i]),
+                Numbers(**states[k][1][i]),
+                Numbers(**states[k][2][i]),
+                rate=facts.state_rates[k],
+            )
+            for k, name in enumerate(cohort.states)
+            if facts.state_dtypes[k]
+        }
+        if decays[i]["wanted_fraction"] is not None:
+            accumulators["weight_decay"] = AccumulatorEvidence("weight_decay", base.dtype, Numbers(**decays[i]))
+        kept = facts.size if cohort.steps.is_whole_n[i] else facts.size // 2
+        tensors.append(
+            dataclasses.replace(
+                base,
+                **{name: value for name, value in own.items() if name not in _OF_NUMBERS},
+                measured_steps=round(measured[i]),
+                gradient_looks=round(measured[i]),
+                skipped_steps=skipped,
+                finite=finite[i],
+                numbers=of_numbers,
+                headroom_histogram=tuple(count / total for count in histogram) if total else None,
+                critical_lr=facts.first_rate * 2**-headroom if facts.first_rate and headroom is not None else None,
+                displacement_evidence=evidence[i] / kept,
+                accumulators={**base.accumulators, **accumulators},
+                what_if=None if what_if is None else {"bfloat16": what_if},
+            )
+        )
+    return tensors
+
+
+def _by_row(arrays: Mapping[str, Array]) -> list[dict[str, Any]]:
+    """By row its values under their names, None for what is not known."""
+    columns = [
+        [None if value != value else value for value in array.tolist()]  # noqa: PLR0124  NaN differs from itself
+        for array in arrays.values()
+    ]
+    return [dict(zip(arrays, values, strict=True)) for values in zip(*columns, strict=True)]

@@ -49,7 +49,7 @@ def decay_sums(
     # a decay below one step of the format should show as a change of that share of the elements
     fmt = formats.of(dtype)
     assert fmt is not None
-    start = run.param.view(rows, -1)
+    start = run.param.float().view(rows, -1)
     expected = (intended.abs() / (2 * fmt.half_gap(start, intended))).clamp_max(1.0)
     sums = ((a * d), (d * d), wanted, wanted * a.eq(0), expected)
     return torch.stack([part.sum(-1) for part in sums])

@@ -40,9 +40,9 @@ class PieceSampler(Sampler):
 
     __slots__ = ("_start",)
 
-    def __init__(self, flat: Tensor, piece: Piece, samples: int) -> None:
+    def __init__(self, flat: Tensor, piece: Piece, samples: int, sets: int = 1) -> None:
         self._start = piece.start
-        super().__init__(flat.detach().narrow(0, piece.start, piece.held), samples)
+        super().__init__(flat.detach().narrow(0, piece.start, piece.held), samples, sets)
 
     def view(self, tensor: Tensor) -> Tensor:
         """Samples of the piece; see `Sampler.view`."""

@@ -1,0 +1,66 @@
+"""What samples weigh, on the device: 1 / m of `positions`, for all rows that are measured together, from one number.
+
+Legend: n rows (parameters), J cells of one set of samples, T turns.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from update_watch.measure.positions import Positions, share
+from update_watch.measure.sampling import Sampler
+
+_AHEAD = 8  # turns worked out at once: a dozen operators for all of them
+
+
+class PositionWeights:
+    """Weights of rows with two sets of samples, of which one is kept for a window. Rows read whole weigh 1 everywhere.
+
+    `cell`: neighbours of one weight; K / 2 = J * cell.
+    """
+
+    def __init__(self, samplers: Sequence[Sampler], phase: int, device: torch.device) -> None:
+        half = samplers[0].samples // 2
+        plans = [s.positions or Positions(half, 1, half, 1, 1) for s in samplers]  # of one offset: m is 1
+        self.cell = math.gcd(*(s.positions.block for s in samplers if s.positions is not None))
+        self._phase, self._device = phase, device
+        self._room_n1 = column([p.room for p in plans], device)
+        self._step_n1 = column([p.step for p in plans], device)
+        cell_J = torch.arange(half // self.cell, device=device)
+        per_block_n1 = column([max(p.block // self.cell, 1) for p in plans], device)
+        blocks_n1 = column([p.blocks for p in plans], device)
+        self._left_nJ = cell_J.div(per_block_n1, rounding_mode="floor").clamp(max=blocks_n1 - 1)  # blocks to the left
+        self._right_nJ = blocks_n1 - 1 - self._left_nJ
+        self._first = 0
+        self._ahead_TnJ: Tensor | None = None
+
+    def at(self, turn: int) -> Tensor:
+        """[n, J] FP32: weights of a set at the positions of a turn."""
+        if self._ahead_TnJ is None or not 0 <= turn - self._first < _AHEAD:
+            self._first = turn
+            self._ahead_TnJ = self._of([share(self._phase, turn + i) for i in range(_AHEAD)])
+        return self._ahead_TnJ[turn - self._first]
+
+    def _of(self, shares: list[int]) -> Tensor:
+        # (share * room) >> 32 without a number of the host's becoming a tensor: shares are scalars of operators
+        offset_Tn1 = torch.stack([(self._room_n1 * at) >> 32 for at in shares])
+        behind_Tn1 = (self._room_n1 - 1 - offset_Tn1).div_(self._step_n1, rounding_mode="floor")
+        before_Tn1 = offset_Tn1.div_(self._step_n1, rounding_mode="floor")
+        ways_TnJ = torch.minimum(before_Tn1, self._right_nJ).add_(torch.minimum(behind_Tn1, self._left_nJ)).add_(1)
+        return ways_TnJ.to(torch.float32).reciprocal_()
+
+
+def column(values: Sequence[int], device: torch.device) -> Tensor:
+    """[n, 1] whole numbers on a device, made without a copy from the host: equal neighbours are filled in at once."""
+    column_n1 = torch.zeros(len(values), 1, dtype=torch.int64, device=device)
+    start = 0
+    for value, alike in itertools.groupby(values):
+        stop = start + len(list(alike))
+        column_n1[start:stop].fill_(value)
+        start = stop
+    return column_n1

@@ -1,0 +1,62 @@
+"""Whose turn it is: which rows of an optimizer are measured in the next step.
+
+Legend: a window's steps are in at most G groups of neighbours (`sums.layout.GROUPS`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+from update_watch.measure.sums.layout import GROUPS
+
+T = TypeVar("T")
+_LONGEST = 128  # steps of a group
+
+
+class StepOrder(Generic[T]):
+    """Turns of some members in the steps of a window of `window` steps.
+
+    In a group each comes as often as any other, in an order in which all pairs of its steps are equally likely to fall to
+    one member: sums over all steps are made up for from those of the measured ones (`window_sums`). Rounds in which each
+    comes once would never measure a tensor in two steps that follow each other, and a fixed order could beat in time with
+    training that does one thing in even steps and another in odd ones.
+    """
+
+    def __init__(self, members: Sequence[T], window: int, rng: random.Random) -> None:
+        self._members, self._window, self._rng = members, window, rng
+        self._rests = 0
+        self.open_window()
+
+    def open_window(self) -> None:
+        """Start a new window."""
+        self._queue: list[T | None] = []
+        self._steps = 0
+        self.group_steps = [0] * GROUPS  # of this window
+
+    def pass_by(self) -> None:
+        """A step in which nobody is measured, though it was somebody's turn."""
+        self.group_steps[self._steps // self._group_length() % GROUPS] += 1
+        self._steps += 1
+
+    def next(self, rests: int = 0) -> tuple[T | None, int]:
+        """Who is measured in the next step, and which group the step belongs to.
+
+        `rests`: steps in which nobody is, beside one for each member.
+        """
+        self._rests = max(rests, 0)
+        length = self._group_length()
+        group, inside = divmod(self._steps, length)
+        if not self._queue:
+            once: list[T | None] = [*self._members, *[None] * self._rests]
+            everybody = once * max((length - inside) // len(once), 1)
+            self._queue = self._rng.sample(everybody, len(everybody))
+        self._steps += 1
+        self.group_steps[group % GROUPS] += 1
+        return self._queue.pop(), group % GROUPS
+
+    def _group_length(self) -> int:
+        """Steps of a group: a quarter of the window, or more where each member would not come twice in it."""
+        groups = min(max(self._window // (2 * (max(len(self._members) + self._rests, 1))), 1), GROUPS)
+        return min(-(-self._window // groups), _LONGEST)

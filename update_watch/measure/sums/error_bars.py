@@ -1,0 +1,112 @@
+"""How far ratios of sums may be from the truth: the steps of a window as the sample they are.
+
+The efficiency of a window is a ratio of sums over its steps, and as a rule only some of the steps were measured. What the
+others would have said is told by how much the measured ones differ: the jackknife takes out one part of the window after the
+other. What it cannot know is added:
+
+- few steps may carry the whole sum (a warm-up): n_eff = W^2 / sum w_t^2 of them speak, and where others were not measured
+  these are taken to differ by 0.5 / n_eff;
+- the largest step may be one that was not measured (a loss spike): its share of the window's energy, lambda, is known from
+  the tensors that were measured then, and what happened in it may be anything from 0 to 1: 0.5 lambda;
+- few elements may carry the sum of a tensor that is sampled: n_eff of its cells in the same way, 0.5 / n_eff;
+- one part alone says nothing of how parts differ: the error is unknown, not 0.
+
+A tensor that is read whole is known where it was measured; only the steps that were not (a share of 1 - n / T) are in
+doubt. With n = T the number is exact for its window and the error is 0.
+
+All arrays have the rows last: [P, n] parts by rows, [n] rows. NaN is what is not known.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def ratio(above: Array, below: Array) -> Array:
+    """above / below where that is a finite number and something was below."""
+    with np.errstate(all="ignore"):
+        found = np.where(below > 0, above / below, np.nan)
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+def spread_over_steps(above_Pn: Array, below_Pn: Array, steps_Pn: Array) -> tuple[Array, Array]:
+    """[n] variance of sum above / sum below from its spread over parts of the window, and n_eff of the steps.
+
+    `steps`: measured in each part. NaN where there are fewer than two parts.
+    """
+    used = steps_Pn > 0
+    count = used.sum(0)
+    above, below = above_Pn.sum(0), below_Pn.sum(0)
+    value = ratio(above, below)
+    with np.errstate(all="ignore"):
+        left_out = (above - above_Pn) / (below - below_Pn)
+        # one part that carries all of it leaves nothing to compare with: n_eff is 1 then, which says it
+        differences = np.where(used & (below - below_Pn > 1e-12 * below), left_out - value, 0.0)
+        jackknife = (count - 1) / count * (differences**2).sum(0)
+        effective = below**2 / np.where(used, below_Pn**2 / np.maximum(steps_Pn, 1), 0.0).sum(0)
+    known = (count >= 2) & np.isfinite(jackknife) & np.isfinite(effective)
+    return np.where(known, jackknife, np.nan), np.where(known, effective, np.nan)
+
+
+def largest_unmeasured(energies: list[Array], steps: list[Array], window_steps: int) -> list[Array]:
+    """Per cohort [n]: the share of the window's energy in the largest step that was not measured of a row.
+
+    `energies[c]` [P, n]: sum of |intended|^2 in each part; `steps[c]` [P, n]: steps measured of each row. Cohorts are
+    measured in different steps of the same window. A step's size is that of the tensors measured in it, each by its own
+    usual size: the median, which one large step does not change.
+    """
+    profiles, measured = [], []
+    for energy_Pn, steps_Pn in zip(energies, steps, strict=True):
+        with np.errstate(all="ignore"):
+            per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1), np.nan)
+            usual = _median(np.where(per_step > 0, per_step, np.nan), 0)
+            profiles.append(np.nan_to_num(_median(per_step / usual, 1)))
+        measured.append(steps_Pn.max(1, initial=0))
+    seen = sum(float(m.sum()) for m in measured)
+    total = sum(float((p * m).sum()) for p, m in zip(profiles, measured, strict=True))
+    if not seen or not total:
+        return [np.zeros(e.shape[1]) for e in energies]
+    total *= max(window_steps / seen, 1.0)
+    found = []
+    for c, steps_Pn in enumerate(steps):
+        elsewhere = max((p.max(initial=0.0) for k, p in enumerate(profiles) if k != c), default=0.0)
+        sat_out = np.where(steps_Pn < measured[c][:, None], profiles[c][:, None], 0.0).max(0, initial=0.0)
+        found.append(np.minimum(np.maximum(elsewhere, sat_out) / total, 1.0))
+    return found
+
+
+def standard_error(
+    jackknife_n: Array,
+    effective_n: Array,
+    unmeasured_n: Array,
+    largest_n: Array,
+    cells_n: Array,
+    is_exact_n: npt.NDArray[np.bool_],
+) -> Array:
+    """[n] from the spread over steps and n_eff of them, the share of steps that were not measured, the largest of those.
+
+    `is_exact`: rows of which nothing but those steps is unknown, as all their elements are read. Of others `cells` is the
+    n_eff of what was sampled.
+    """
+    with np.errstate(all="ignore"):
+        spread = np.where(is_exact_n, unmeasured_n, 1.0)
+        # exact where every step of a whole tensor was measured, also if it was a single one
+        steps = np.where(spread > 0, spread * jackknife_n, 0.0)
+        others = np.where(unmeasured_n > 0, unmeasured_n * (0.5 / effective_n) ** 2 + (0.5 * largest_n) ** 2, 0.0)
+        elements = np.where(is_exact_n, 0.0, (0.5 / cells_n) ** 2)
+        found: Array = np.sqrt(steps + others + elements)
+    return found
+
+
+def _median(values: Array, axis: int) -> Array:
+    """Median of what is known; NaN where nothing is."""
+    ordered = np.sort(values, axis)  # NaN last
+    known = np.isfinite(values).sum(axis)
+    last = np.maximum(known - 1, 0)
+    low = np.take_along_axis(ordered, np.expand_dims(last // 2, axis), axis)
+    high = np.take_along_axis(ordered, np.expand_dims((last + 1) // 2, axis), axis)
+    middle = np.squeeze((low + high) / 2, axis)
+    return np.where(known > 0, middle, np.nan)

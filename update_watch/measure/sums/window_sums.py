@@ -1,0 +1,252 @@
+"""A window's sums on the host, and the ratios that are made of them: for all rows at once, in FP64.
+
+Legend as in `layout`: P parts of a window, F sums, S states, n rows, G groups of steps. NaN is what is not known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from update_watch.measure.sums.error_bars import Array, ratio, spread_over_steps, standard_error
+from update_watch.measure.sums.layout import (
+    BEFORE,
+    CHANGED,
+    COUNT,
+    DOT,
+    GRADIENT,
+    LOST,
+    MOVED,
+    NONZERO,
+    SQUARE,
+    STATE_SUMS,
+    WANT,
+    WANTED,
+    Layout,
+)
+
+_DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
+_WAY_STEPS = 16  # a displacement of fewer measured steps is noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What the host knows of the steps behind a window's sums."""
+
+    parts_Pn: Array  # steps measured of each row, by part
+    groups_Gn: Array  # the same, by group
+    window_Gn: Array  # steps of the window in which the row had a gradient, as far as that was seen, by group
+    is_whole_n: npt.NDArray[np.bool_]  # all its elements are read
+    is_plain_n: npt.NDArray[np.bool_]  # its steps are independent of each other: nothing is carried between them
+
+    @property
+    def measured_n(self) -> Array:
+        """Steps measured of each row."""
+        found: Array = self.parts_Pn.sum(0)
+        return found
+
+    @property
+    def unmeasured_n(self) -> Array:
+        """Share of the steps that were not measured."""
+        found: Array = np.clip(1 - self.measured_n / np.maximum(self.window_Gn.sum(0), 1), 0.0, 1.0)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowSums:
+    """What `DeviceSums.pack` sent; see `layout` for the shapes."""
+
+    parts_PFn: Array
+    states_FSn: Array
+    full_n: Array
+    gradient_max_n: Array
+    headroom_2nB: Array
+    what_if_2n: Array
+    decay_5n: Array
+    arrived_GGn: Array
+    meant_GGn: Array
+    single_G2n: Array
+    cells_3n: Array
+    evidence_n: Array
+    state_way_2Sn: Array
+    units_3n: Array
+    state_units_2Sn: Array
+    elements_3n: Array | None = None
+    both_3n: Array | None = None
+
+    @classmethod
+    def unpack(cls, flat: Array, layout: Layout) -> WindowSums:
+        """Raises ValueError for a vector of another length."""
+        shapes = layout.shapes()
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+        if ends[-1] != flat.size:
+            raise ValueError(f"the vector of sums has {flat.size} values, {ends[-1]} expected")
+        parts = np.split(flat, ends[:-1])
+        found = {name: part.reshape(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
+        energy, before, gradient = found["units_3n"] ** 2
+        state, way = found["state_units_2Sn"] ** 2
+        sums = found["parts_PFn"]
+        sums[:, [DOT, WANT, MOVED]] *= energy
+        sums[:, BEFORE] *= before
+        sums[:, GRADIENT] *= gradient
+        sums[:, SQUARE] *= energy**2
+        found["gradient_max_n"] *= gradient
+        for name in ("arrived_GGn", "meant_GGn", "single_G2n"):
+            found[name] *= energy
+        for name in ("cells_3n", "elements_3n", "both_3n"):
+            if name in found:
+                found[name] *= energy**2
+        half = STATE_SUMS // 2
+        found["states_FSn"][[0, 1, half, half + 1]] *= state
+        found["state_way_2Sn"] *= way
+        return cls(**found)
+
+    @property
+    def total_Fn(self) -> Array:
+        """[F, n] sums over the window."""
+        found: Array = self.parts_PFn.sum(0)
+        return found
+
+    def numbers(self, steps: Steps, largest_n: Array) -> dict[str, Array]:
+        """The numbers of the weights, [n] each, by their names in `TensorEvidence` and `Numbers`.
+
+        `largest`: share of the window's energy in the largest step that was not measured, see `error_bars`.
+        """
+        t = self.total_Fn
+        measured = steps.measured_n
+        is_exact = steps.is_whole_n & steps.is_plain_n
+        cells = ratio(t[WANT] ** 2, t[SQUARE])
+
+        def error(above: int, below: int) -> Array:
+            parts = self.parts_PFn
+            jackknife, effective = spread_over_steps(parts[:, above], parts[:, below], steps.parts_Pn)
+            if above == DOT:
+                jackknife = jackknife + self._spread_over_elements(t)
+            return standard_error(jackknife, effective, steps.unmeasured_n, largest_n, cells, is_exact)
+
+        with np.errstate(all="ignore"):
+            update_ratio = np.sqrt(ratio(t[WANT], t[BEFORE]))
+            # of a root: half the relative error of what is below it
+            update_error = update_ratio * error(WANT, BEFORE) / (2 * ratio(t[WANT], t[BEFORE]))
+            displacement, displacement_error, way = self._displacement(steps)
+            efficiency, lost = ratio(t[DOT], t[WANT]), ratio(t[LOST], t[WANTED])
+            return {
+                "efficiency": efficiency,
+                "efficiency_error": np.where(np.isnan(efficiency), np.nan, error(DOT, WANT)),
+                "lost_fraction": lost,
+                "lost_fraction_error": np.where(np.isnan(lost), np.nan, error(LOST, WANTED)),
+                "wanted_fraction": ratio(t[WANTED], t[COUNT]),
+                "weight": ratio(t[WANT], t[COUNT]),
+                "displacement_efficiency": displacement,
+                "displacement_error": displacement_error,
+                "path_weight": way / np.maximum(t[COUNT] / np.maximum(measured, 1), 1),
+                "update_ratio": update_ratio,
+                "update_ratio_error": update_error,
+                "applied_ratio": np.sqrt(ratio(t[MOVED], t[BEFORE])),
+                "changed_fraction": ratio(t[CHANGED], t[COUNT]),
+                "zero_gradient_fraction": 1 - ratio(t[NONZERO], t[COUNT]),
+                "gradient_rms": np.sqrt(ratio(t[GRADIENT], t[COUNT])),
+                "gradient_max": np.where(np.isfinite(self.gradient_max_n), np.sqrt(self.gradient_max_n), np.nan),
+                "stored": np.sqrt(ratio(t[BEFORE], t[COUNT])),
+                "what_if": ratio(self.what_if_2n[0], self.what_if_2n[1]),
+            }
+
+    def _spread_over_elements(self, t: Array) -> Array:
+        """What elements differ by beyond what steps do: [n] V_elements - V_both, of two-way clusters, at least 0.
+
+        Where a remainder is carried from step to step, what is lost in one step comes in another, and not steps but
+        elements are the independent ones.
+        """
+        if self.elements_3n is None or self.both_3n is None:
+            return np.zeros(t.shape[1])
+        efficiency = ratio(t[DOT], t[WANT])
+
+        def squared(sums_3n: Array) -> Array:
+            found: Array = sums_3n[0] - 2 * efficiency * sums_3n[1] + efficiency**2 * sums_3n[2]
+            return found
+
+        beyond: Array = (squared(self.elements_3n) - squared(self.both_3n)) / t[WANT] ** 2
+        return np.where(np.isfinite(beyond), np.maximum(beyond, 0.0), 0.0)
+
+    def _displacement(self, steps: Steps) -> tuple[Array, Array, Array]:
+        """Net progress over all steps of the window, its error, and |sum intended|^2: [n] each.
+
+        With n of the T steps of a group measured, drawn at random, a step is among them with the chance n / T and a pair of
+        steps of the group with n (n - 1) / T (T - 1); a pair from two groups with the product of their n / T. By these the
+        products of all pairs are made up for those that were not measured. They are exact for n = T.
+        """
+        n_Gn, whole_Gn = steps.groups_Gn, np.maximum(steps.window_Gn, steps.groups_Gn)
+        groups = len(n_Gn)
+        above_GGn, below_GGn = (
+            _all_pairs(sums_GGn, self.single_G2n[:, i], n_Gn, whole_Gn)
+            for i, sums_GGn in enumerate((self.arrived_GGn, self.meant_GGn))
+        )
+        above, below = above_GGn.sum((0, 1)), below_GGn.sum((0, 1))
+        value = ratio(above, below)
+        variance = np.zeros_like(value)
+        for g in range(groups):
+            rest = np.arange(groups) != g
+            without = ratio(above_GGn[rest][:, rest].sum((0, 1)), below_GGn[rest][:, rest].sum((0, 1)))
+            variance += np.nan_to_num((without - value) ** 2) * (groups - 1) / groups
+        variance = variance * steps.unmeasured_n
+        # elements: of rows that are not read whole, or where something is carried and the window is itself a sample
+        x2, xy, y2 = self.cells_3n
+        meant = self.meant_GGn.sum((0, 1))
+        seen = ratio(self.arrived_GGn.sum((0, 1)), meant)
+        spread = (x2 - 2 * seen * xy + seen**2 * y2) / meant**2
+        is_sample = ~(steps.is_whole_n & steps.is_plain_n)
+        variance = variance + np.where(is_sample, np.maximum(spread, 0.0), 0.0)
+        n = n_Gn.sum(0)
+        known = (n > 0) & ((steps.unmeasured_n == 0) | ((n >= _WAY_STEPS) & ((n_Gn > 1) | (whole_Gn == 0)).all(0)))
+        return np.where(known, value, np.nan), np.where(known, np.sqrt(variance), np.nan), below
+
+    def state_numbers(self) -> list[dict[str, Array]]:
+        """[S, n] numbers of the states, three times: all changes, growth (away from zero), decay (towards it)."""
+        half = STATE_SUMS // 2
+        everything, decay = self.states_FSn[:half], self.states_FSn[half:]
+        found = []
+        for dot, want, wanted, lost in (everything, everything - decay, decay):
+            looked_Sn = np.broadcast_to(self.full_n, want.shape)
+            numbers = {
+                "efficiency": ratio(dot, want),
+                "wanted_fraction": ratio(wanted, looked_Sn),
+                "lost_fraction": ratio(lost, wanted),
+                "weight": ratio(want, looked_Sn),
+            }
+            found.append(numbers)
+        above, below = self.state_way_2Sn
+        found[0]["displacement_efficiency"] = ratio(above, below)
+        found[0]["path_weight"] = ratio(below, looked_Sn)
+        return found
+
+    def decay_numbers(self) -> dict[str, Array]:
+        """[n] numbers of the decay alone; NaN where too little of it was to be seen."""
+        dot, want, wanted, lost, expected = self.decay_5n
+        enough = expected >= _DECAY_EVIDENCE
+        found = {
+            "efficiency": ratio(dot, want),
+            "wanted_fraction": ratio(wanted, wanted),
+            "lost_fraction": ratio(lost, wanted),
+        }
+        return {name: np.where(enough, values, np.nan) for name, values in found.items()}
+
+    def is_finite(self) -> npt.NDArray[np.bool_]:
+        """[n]: no NaN or infinity among weights and updates. Gradients may overflow where a scaler skips the step."""
+        return np.asarray(np.isfinite(self.total_Fn[: BEFORE + 1]).all(0))
+
+
+def _all_pairs(sums_GGn: Array, single_Gn: Array, n_Gn: Array, whole_Gn: Array) -> Array:
+    """[G, G, n] products of the sums over all steps of two groups, from those over measured ones.
+
+    `sums`: products of sums over measured steps; `single`: of those, what pairs of a step with itself make.
+    """
+    share_Gn = ratio(whole_Gn, n_Gn)
+    found: Array = np.nan_to_num(sums_GGn * share_Gn[:, None] * share_Gn[None])
+    with np.errstate(all="ignore"):
+        pairs_Gn = np.where(n_Gn > 1, whole_Gn * (whole_Gn - 1) / (n_Gn * (n_Gn - 1)), 0.0)
+    for g, share in enumerate(share_Gn):
+        other = sums_GGn[g, g] - single_Gn[g]
+        found[g, g] = np.nan_to_num(pairs_Gn[g] * other + share * single_Gn[g])
+    return found
