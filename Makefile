@@ -38,6 +38,8 @@ bench: $(STAMP)
 	$(PY) bench/overhead.py
 	$(PY) bench/truth.py --jobs 2
 	$(PY) bench/coverage.py
+	$(PY) bench/remainders.py
+	$(PY) bench/scale.py
 	$(PY) bench/scenarios.py
 	$(PY) bench/ranks.py
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import update_watch as uw
-from bench.small_llama import SmallLlama, tokens
+from bench.shared.small_llama import SmallLlama, tokens
 from tests.support.run_samples import Spec, synthetic_run
 from update_watch.dashboards import Journal
 from update_watch.dashboards.report import write_report
