@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from update_watch import endings
 from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
+from update_watch.judge.selection import Selection
 from update_watch.measure.device.streams import StepStreams, is_capturing
 from update_watch.measure.identity.partitions import chain
 from update_watch.measure.plain_torch import PlainTorch
@@ -54,6 +55,7 @@ class Watch:
         step: Callable[[], int] | None,
         join: Any = True,
         check_replicas: bool = False,
+        selection: Selection | None = None,
     ) -> None:
         self.window, self.samples = window, samples
         self.last: Report | None = None
@@ -63,6 +65,7 @@ class Watch:
         self._model = WatchedModel(model, samples, rng, averages, check_replicas, window)
         self._base_step = 0
         self._attention = Attention(budget, window, lambda: self._ranks.is_joining)
+        self._selection = selection or Selection()
         self._closed = False
         self._is_closing_window = False
         self._windows = 0  # closed so far
@@ -185,7 +188,7 @@ class Watch:
             window()
             return
         try:
-            evidence = self._ranks.join(read(window))
+            evidence = self._selection.of(self._ranks.join(read(window)))
             self._alerts.is_logging = self._ranks.rank == 0 or not self._ranks.is_joining
             report = self._alerts.update(self._diagnosis.judge(evidence))
         except Exception as error:
@@ -303,6 +306,8 @@ def watch(
     step: Callable[[], int] | None = None,
     join: Any = True,
     check_replicas: bool = False,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
 ) -> Watch:
     """Watch what the stored weights receive of the updates the optimizer computes.
 
@@ -325,6 +330,7 @@ def watch(
             rank reports its own shards. A process group: its ranks join. See docs/ranks.md.
         check_replicas: compare, once a window, what ranks store that should be the same to the bit; a tensor whose
             replicas differ is reported `broken`.
+        include, exclude: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
 
     Raises:
         ValueError, TypeError: for arguments that cannot be used; the message names argument, value and remedy.
@@ -340,5 +346,5 @@ def watch(
     )
     return Watch(
         *(model, optimizers, window, samples, budget, sinks, thresholds or Thresholds(), averages or {}),
-        *(seed, step, join, check_replicas),
+        *(seed, step, join, check_replicas, Selection(include, exclude)),
     )
