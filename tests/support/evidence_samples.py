@@ -105,3 +105,8 @@ def verdicts(*tensors: TensorEvidence, thresholds: Thresholds | None = None) -> 
 def verdict(evidence: TensorEvidence) -> TensorReport:
     """The verdict on a tensor that looks the same for four windows."""
     return verdicts(*[evidence] * 4)[-1]
+
+
+GONE = {"lost": 1.0, "changed_fraction": 0.0, "headroom_histogram": histogram(-8, -7)}
+WELL_ABOVE = {"headroom_histogram": histogram(3, 4, 5)}
+STUCK_STATE = accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)
