@@ -138,6 +138,7 @@ class Watch:
 
     def _before(self, optimizer: Optimizer) -> Any:
         started = time.perf_counter()
+        self._tap.mend(self._model.renew)
         outside = self._tap.outside(optimizer)
         watched = self._model.stepping(optimizer, outside)
         if watched is None:  # detached in the step's closure
@@ -207,10 +208,15 @@ class Watch:
         if self._model.window_steps or (self._windows == 0 and self._model.watched):
             self._is_closing_window = True
             try:
-                with self._model.streams.resumed(), PlainTorch(*self._model.optimizers):
+                self._tap.mend(self._model.renew)
+                plain = PlainTorch(*self._model.optimizers)
+                with self._model.streams.resumed(), plain, plain:
                     self._close_window()
             except Exception as error:
                 self._fail(error)
+            except BaseException:  # Ctrl-C
+                self._tap.is_torn = True
+                raise
             finally:
                 self._is_closing_window = False
         self._settle(timeout)

@@ -21,6 +21,7 @@ from update_watch.audit.states import average_rows, gradient_rows, state_rows
 from update_watch.audit.table import Audit
 from update_watch.audit.weights import decay_rows, frozen_rows, weight_rows
 from update_watch.measure.identity.names import names_of
+from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.odd_tensors import unreadable
 from update_watch.replay.rule_properties import RuleProperties, find_properties
@@ -55,7 +56,8 @@ def audit(
     parameters = _pairs(model, "model")
     averaged = {name: (average, _pairs(average, f"averages[{name!r}]")) for name, average in (averages or {}).items()}
     notes: list[str] = []
-    with torch.no_grad():
+    plain = PlainTorch(*optimizers)
+    with plain, plain:
         members = _members(optimizers, parameters, notes)
         rows = [
             *weight_rows(members),

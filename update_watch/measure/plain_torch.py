@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from update_watch.replay.side_effects import Undone
 
-class PlainTorch:
-    """No autograd, no autocast, no inference mode, FP32 as default dtype; what was before comes back.
+
+class PlainTorch(Undone):
+    """No autograd, no autocast, no inference mode, FP32 as default dtype; what was before comes back. Enter it twice.
 
     A step taken inside a trainer's step (Lightning's manual optimization) runs in its precision context: under
     "bf16-true" `torch.zeros(1)` is BF16 there, under "bf16-mixed" a product of FP32 tensors is. And what is made in
@@ -19,27 +21,27 @@ class PlainTorch:
     __slots__ = ("_autocast", "_dtype", "_grad", "_inference")
 
     def __init__(self, *optimizers: Optimizer) -> None:
+        super().__init__()
         self._autocast: list[str] = []
         self._inference: Any = None
+        self._grad, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
         if torch._C._is_any_autocast_enabled():
             groups = [group for opt in optimizers for group in opt.param_groups]
             kinds = {"cpu", *(p.device.type for group in groups for p in group["params"][:1])}
             available = filter(torch.amp.is_autocast_available, kinds)
             self._autocast = [kind for kind in available if torch.is_autocast_enabled(kind)]
 
-    def __enter__(self) -> None:
+    def change(self) -> None:
         if torch.is_inference_mode_enabled():
-            self._inference = torch.inference_mode(False)
-            self._inference.__enter__()
-        self._grad, self._dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+            self._inference = torch._C._InferenceMode(False)  # entered by being made
         torch.set_grad_enabled(False)
         self._set(False, torch.float32)
 
-    def __exit__(self, *_: object) -> None:
+    def undo(self) -> None:
+        if self._inference is not None and not torch.is_inference_mode_enabled():
+            self._inference.__exit__(None, None, None)
         self._set(True, self._dtype)
         torch.set_grad_enabled(self._grad)
-        if self._inference is not None:
-            self._inference.__exit__(None, None, None)
 
     def _set(self, is_autocast: bool, dtype: torch.dtype) -> None:
         for kind in self._autocast:

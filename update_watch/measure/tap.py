@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 
 from update_watch.measure.device import streams
 from update_watch.measure.plain_torch import PlainTorch
+from update_watch.replay.side_effects import Undone
 from update_watch.wrappers import unwrap
 
 logger = logging.getLogger("update_watch")
@@ -67,6 +68,7 @@ class StepTap:
         self.enabled = True  # False: steps pass unseen
         self.missed = 0
         self.wants: Callable[[Optimizer], bool] | None = None  # asked whether a step is to be seen
+        self.is_torn = False  # an interrupt has cut off a `before` or `after`: what they keep may be half done
         self.captured = 0  # steps that were recorded in a CUDA graph, not run
         self.error: Exception | None = None
         self._before, self._after, self._on_error, self._on_capture = before, after, on_error, on_capture
@@ -142,6 +144,12 @@ class StepTap:
             frames.add(frame)
             frame = frame.f_back
         return [one for one in running if one is not optimizer and self._live[id(one)].frame in frames]
+
+    def mend(self, renew: Callable[[], None]) -> None:
+        """Where an interrupt has cut a `before` or `after` off, `renew` what they keep: it may be half done."""
+        if self.is_torn:
+            renew()
+            self.is_torn = False  # not before: an interrupt may come in there too
 
     def replace(self, before: Before) -> None:
         """From now on call `before` instead."""
@@ -236,27 +244,29 @@ class StepTap:
         if step.is_seen or self.error is not None:
             return
         step.is_seen = True  # before the call: a closure called again must not try again
-        self._depth += 1
+        plain, inside = PlainTorch(opt), _Inside(self)
         try:
-            with PlainTorch(opt):
+            with inside, inside, plain, plain:
                 step.snapshot = self._before(opt)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
-        finally:
-            self._depth -= 1
+        except BaseException:  # Ctrl-C
+            self.is_torn = True
+            raise
 
     def _run_after(self, opt: Optimizer, step: _Step) -> None:
         if not step.is_seen:
             self.missed += 1
             return
-        self._depth += 1
+        plain, inside = PlainTorch(opt), _Inside(self)
         try:
-            with PlainTorch(opt):
+            with inside, inside, plain, plain:
                 self._after(opt, step.snapshot)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
-        finally:
-            self._depth -= 1
+        except BaseException:  # Ctrl-C
+            self.is_torn = True
+            raise
 
     def _fail(self, error: Exception) -> None:
         self.error = error
@@ -268,6 +278,20 @@ class StepTap:
             self._on_error(error)
         except Exception as second:
             logger.error("update-watch: on_error failed: %r", second, exc_info=second)
+
+
+class _Inside(Undone):
+    """One of our hooks is on the stack."""
+
+    def __init__(self, tap: StepTap) -> None:
+        super().__init__()
+        self._tap, self._depth = tap, tap._depth
+
+    def change(self) -> None:
+        self._tap._depth = self._depth + 1
+
+    def undo(self) -> None:
+        self._tap._depth = self._depth
 
 
 class _Step:

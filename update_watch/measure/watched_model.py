@@ -54,7 +54,8 @@ class WatchedModel:
         self._is_ledger_old = True  # since optimizers came, went or answer for other tensors
         self.streams = StepStreams()
         self.is_replaying = False  # of a CUDA graph that holds steps
-        with PlainTorch():
+        plain = PlainTorch()
+        with plain, plain:
             self._averages = Averages(averages, self._belonging.named.pairs, samples, rng)
 
     # --- which optimizers ------------------------------------------------------------------------
@@ -85,7 +86,8 @@ class WatchedModel:
         names, pieces = self._belonging.names, self._belonging.pieces
 
         def make(part: int, found: dict[Any, Any]) -> Watched:
-            with PlainTorch(optimizer):
+            plain = PlainTorch(optimizer)
+            with plain, plain:
                 settings = self._samples, self._rng, found, pieces, part, groups, self._window
                 watched = Watched(optimizer, index, names, *settings)
             key = id(optimizer), part
@@ -122,6 +124,13 @@ class WatchedModel:
         if others:
             return max(one.step for one in others), max(one.window_step for one in others)
         return max(self.step - 1, 0), max(self.window_steps - 1, 0)
+
+    def renew(self) -> None:
+        """Begin a new window and throw away the one that is open; may be interrupted, and is called again then."""
+        for watched in self.watched.values():
+            watched.renew()
+        self._averages.renew()
+        self._ledger, self._is_ledger_old = Ledger(random.Random(self._rng.random())), True
 
     def clear(self) -> None:
         """Let go of all optimizers."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
+from update_watch.evidence import TensorEvidence
+from update_watch.measure.accumulators.counters import short_counters
 from update_watch.measure.accumulators.gradient_accumulation import Accumulation
 from update_watch.measure.accumulators.state_factor import Shadow
 from update_watch.measure.cohort import Cohort, Snapshot
@@ -79,6 +80,16 @@ class Watched:
         self._has_gaps = False  # a parameter was without gradient while another had one
         self._plan()
         self.read_counters()
+
+    def renew(self) -> None:
+        """Throw away all that was measured in the window that is open, and what may be half done."""
+        self._twin = None if self._twin is None else Twin(self.optimizer)
+        self.accumulation.remove()
+        self.accumulation = Accumulation(self._rng)
+        self.shadow = Shadow(self.optimizer, self._twin, self._rng, self.found)
+        self._rates = LearningRates()
+        self.window_steps = self.earlier_in_window = 0
+        self._plan()
 
     def _plan(self) -> None:
         """Rows and cohorts for the parameters the optimizer holds now."""
@@ -320,26 +331,9 @@ class Watched:
             # a master is given its gradient, and need not say that it requires one
             trainable=row.param.requires_grad or cohort.gradless_steps[i] < cohort.steps,
             requires_grad=row.param.requires_grad,
-            accumulators=_counters(row, state),
+            accumulators=short_counters(row, state),
         )
         return RowFacts(evidence, cohort.samplers[i].size, dtypes, rates, cohort.first_rates.get(row.group))
-
-
-def _counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEvidence]:
-    """Step counters in a format too short to count on. Read here, at the end of a window, where they are on the CPU."""
-    counters = {}
-    for name, value in state.items():
-        if (
-            isinstance(value, Tensor)
-            and not unreadable(value)
-            and value.numel() == 1
-            and value.device.type == "cpu"
-            and value.dtype in (torch.bfloat16, torch.float16)
-            and row.rule.forms.get(name) == "scalar"
-        ):
-            dtype = str(value.dtype).removeprefix("torch.")
-            counters[name] = AccumulatorEvidence(name, dtype, Numbers(), value=float(value))
-    return counters
 
 
 def _sizes(optimizer: Optimizer) -> list[int]:

@@ -93,7 +93,8 @@ def find_scheme(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int)
     device = torch.device("cpu")
     lr = fmt.epsilon / 37  # no power of two: a carrier would be empty just after so many steps
     try:
-        with undisturbed(optimizer, device):
+        quiet = undisturbed(optimizer, device)
+        with quiet, quiet:
             for _ in range(_TRIES):
                 found = _try(optimizer, group, dtype, ndim, lr)
                 if isinstance(found, Scheme):

@@ -27,7 +27,7 @@ from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way
 from update_watch.replay.rounding_scheme import Scheme
 from update_watch.replay.scaled_trial import try_scaled
 from update_watch.replay.scaled_weights import ScaledWeights
-from update_watch.replay.side_effects import without_effects
+from update_watch.replay.side_effects import WithoutEffects
 from update_watch.replay.synthetic_training import (
     RuleError,
     SyntheticTraining,
@@ -121,7 +121,8 @@ def find_rule(
     for device in dict.fromkeys((torch.device("cpu"), _device(optimizer, group))):
         settings = TrainingSettings(optimizer, group, small(shape), device, premade=premade_state(optimizer, group))
         low = settings._replace(dtype=dtype) if dtype in _LOW else None
-        with without_effects(device), _silence():
+        quiet = WithoutEffects(device)
+        with quiet, quiet, _silence():
             try:
                 Twin(optimizer)
                 _refuse_marks(low or settings)
@@ -147,7 +148,8 @@ def find_rule(
 
 def find_scaled_rule(optimizer: Optimizer, group: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rule:
     """The same on scaled weights alone: for rules that keep other states for `dtype` than in FP32."""
-    with without_effects(torch.device("cpu")), _silence():
+    quiet = WithoutEffects(torch.device("cpu"))
+    with quiet, quiet, _silence():
         try:
             return _find_scaled(
                 TrainingSettings(optimizer, group, small(shape), torch.device("cpu"), dtype=dtype), shape

@@ -44,7 +44,8 @@ def find_properties(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: 
     Raises `ReplayError` when the rule does not run on synthetic parameters; the message says why.
     """
     shape = small_shape(ndim)
-    with undisturbed(optimizer, torch.device("cpu")):
+    quiet = undisturbed(optimizer, torch.device("cpu"))
+    with quiet, quiet:
         step_size = _step_size(optimizer, group, shape)
         keeps = step_size is not None and _keeps_remainder(optimizer, group, dtype, shape, step_size)
         decouples, merges = _decay(optimizer, group, dtype, ndim)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import optimizer as _torch_optimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class RandomStates:
@@ -46,19 +47,63 @@ class RandomStates:
         return states if self._module is None else [*states, self._module.get_rng_state(self._device)]
 
 
-@contextmanager
-def without_effects(device: torch.device) -> Iterator[RandomStates]:
+class Undone:
+    """A change to the process that is undone even where the undoing is interrupted (Ctrl-C). Enter it twice:
+
+        with plain, plain:
+
+    The second entry makes the change, both exits undo it: an interrupt that cuts one of them off leaves the other. A
+    generator would not do, as an interrupt in `contextlib` leaves it where it is.
+    """
+
+    __slots__ = ("_entries",)
+
+    def __init__(self) -> None:
+        self._entries = 0
+
+    def __enter__(self) -> Self:
+        self._entries += 1
+        if self._entries == 2:
+            self.change()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def change(self) -> None:
+        """Make the change."""
+
+    def undo(self) -> None:
+        """Put back what was when this object was made; may be called again."""
+
+
+class WithoutEffects(Undone):
     """What a rule that is not torch's own may do to the process is kept from happening, or undone."""
-    hooks = _torch_optimizer._global_optimizer_pre_hooks, _torch_optimizer._global_optimizer_post_hooks
-    states = RandomStates(device)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        if any(hooks):  # `super().step()` calls the hooks that are registered for all optimizers
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._hooks = _torch_optimizer._global_optimizer_pre_hooks, _torch_optimizer._global_optimizer_post_hooks
+        self.random_states = RandomStates(device)
+        self._grad, self._stance = torch.is_grad_enabled(), eval_frame()._stance
+
+    def change(self) -> None:
+        torch.set_grad_enabled(False)
+        torch.compiler.set_stance("force_eager")
+        if any(self._hooks):  # `super().step()` calls the hooks that are registered for all optimizers
             _set_global_hooks(OrderedDict(), OrderedDict())
-        try:
-            yield states
-        finally:
-            _set_global_hooks(*hooks)
-            states.restore()
+
+    def undo(self) -> None:
+        _set_global_hooks(*self._hooks)
+        self.random_states.restore()
+        eval_frame()._set_stance(self._stance)
+        torch.set_grad_enabled(self._grad)
+
+
+def eval_frame() -> Any:
+    """Where torch keeps what is to be compiled; imported on use, since it takes a while."""
+    import torch._dynamo.eval_frame
+
+    return torch._dynamo.eval_frame
 
 
 def _set_global_hooks(before: Any, after: Any) -> None:

@@ -57,7 +57,8 @@ def find_states(optimizer: Optimizer, group: int, param: Tensor) -> dict[str, St
     """
     shape = _stand_in(tuple(param.shape))
     device = torch.device("cpu") if param.is_meta else param.device
-    with undisturbed(optimizer, device):
+    quiet = undisturbed(optimizer, device)
+    with quiet, quiet:
         trial = SyntheticParameter(optimizer, group, normal(shape), param.dtype, device)
         trial.step(normal(shape, seed=1))
         first = dict(trial.state)

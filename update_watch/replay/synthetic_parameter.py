@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import Copier
 from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
-from update_watch.replay.side_effects import without_effects
+from update_watch.replay.side_effects import WithoutEffects
 
 LR = 2.0**-10  # far above the resolution of FP32 weights of the size used
 STEPS = 48
@@ -69,10 +69,11 @@ class SyntheticParameter:
 
 
 def undisturbed(optimizer: Optimizer, device: torch.device) -> AbstractContextManager[Any]:
+    """To be entered twice, as `Undone`: the process as it was, whatever the rule of `optimizer` does to it."""
     # torch's own rules draw no random numbers, call no hook and compile nothing; keeping compilation from happening
     # would import the compiler: seconds
     is_native = type(optimizer).__module__.startswith("torch.optim")
-    return nullcontext() if is_native else without_effects(device)
+    return nullcontext() if is_native else WithoutEffects(device)
 
 
 def small_shape(ndim: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import Copier, is_plain
 from update_watch.replay.optimizer_copy import LIMIT, OWN, copy_of, rule_of, settings_of, shadows_method
 from update_watch.replay.scaled_weights import ScaledWeights
-from update_watch.replay.side_effects import without_effects
+from update_watch.replay.side_effects import WithoutEffects
 
 __all__ = ["GroupSettings", "Run", "Twin"]
 
@@ -169,9 +169,10 @@ class Twin:
                 for key, value in self._optimizer.state.items():
                     if not isinstance(key, Tensor):  # state of all parameters together: MADGRAD's counter
                         state[key] = copier.copy(value, f"state '{key}'")
-                with without_effects(params[0].device) as random_states:
+                quiet = WithoutEffects(params[0].device)
+                with quiet, quiet:
                     self._rule(twin)
-                    if not all(run.may_draw for run in runs) and random_states.have_moved():
+                    if not all(run.may_draw for run in runs) and quiet.random_states.have_moved():
                         raise ReplayError(f"{self._name} draws random numbers in its step, and a replay draws others")
         except ReplayError:
             raise

@@ -177,7 +177,8 @@ def _differ_with_weight(optimizer: Optimizer, group: int, shape: tuple[int, ...]
     grad = torch.linspace(0.1, 1, 48, device="cpu").reshape(shape)
     ends: list[dict[str, Tensor]] = []
     try:
-        with undisturbed(optimizer, torch.device("cpu")):
+        quiet = undisturbed(optimizer, torch.device("cpu"))
+        with quiet, quiet:
             for shift in (0.0, 0.5):
                 trial = SyntheticParameter(optimizer, group, start + shift, torch.float32, weight_decay=decay)
                 for scale in (1.0, -0.5, 0.25):

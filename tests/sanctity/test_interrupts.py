@@ -1,0 +1,199 @@
+"""A KeyboardInterrupt at any line of ours leaves torch's modes and all random states as they were.
+
+Ctrl-C comes between any two lines. Here it is raised at each line of this package in turn, once per run, while steps are
+taken in different precision contexts; the user catches it, as a notebook does.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+import update_watch as uw
+from tests.support.watch_nets import Net
+
+OURS = str(Path(uw.__file__).parent)
+
+
+class Signed(torch.optim.Optimizer):
+    """Not torch's own: it is replayed with its side effects kept away."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    state.setdefault("m", torch.zeros_like(param)).lerp_(param.grad, 0.1)
+                    param.sub_(group["lr"] * state["m"].sign())
+
+
+Place = tuple[str, int]  # file, line
+
+
+class InterruptAt:
+    """Raises KeyboardInterrupt where a line of ours is run inside; None: counts them all."""
+
+    def __init__(self, place: Place | None) -> None:
+        self._place = place
+        self.places: set[Place] = set()
+        self.is_done = False
+
+    def __enter__(self) -> InterruptAt:
+        sys.settrace(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _call(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any] | None:
+        wanted = OURS if self._place is None else self._place[0]
+        return self._line if frame.f_code.co_filename.startswith(wanted) else None
+
+    def _line(self, frame: FrameType, event: str, _: Any) -> Callable[..., Any]:
+        if event == "line":
+            place = frame.f_code.co_filename, frame.f_lineno
+            self.places.add(place)
+            if place == self._place:
+                sys.settrace(None)
+                self.is_done = True
+                raise KeyboardInterrupt
+        return self._line
+
+
+def modes() -> tuple[Any, ...]:
+    from torch._dynamo import eval_frame
+
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        str(np.random.get_state()),
+        id(torch_optimizer._global_optimizer_pre_hooks),
+        id(torch_optimizer._global_optimizer_post_hooks),
+        eval_frame._stance.stance,
+    )
+
+
+@contextmanager
+def _low_default() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+AROUND: dict[str, list[Callable[[], Any]]] = {
+    "plain": [],
+    "low default": [_low_default, lambda: torch.autocast("cpu", torch.bfloat16)],
+    "inference": [torch.inference_mode],
+}
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
+    "own": Signed,
+}
+
+
+class Run:
+    """A watched model that is trained."""
+
+    def __init__(self, make: Callable[[Any], torch.optim.Optimizer]) -> None:
+        self.model = Net(torch.bfloat16)
+        self.optimizer = make(self.model.parameters())
+        self.average = Net(torch.bfloat16)
+        self.watch = uw.watch(self.model, self.optimizer, window=4, budget=None, averages={"ema": (self.average, 0.9)})
+        for _ in range(3):
+            self.step()
+
+    def step(self) -> None:
+        for param in self.model.parameters():
+            param.grad = torch.full_like(param, 1e-3)
+        self.optimizer.step()
+
+
+def interrupt(around: list[Callable[[], Any]], place: Place | None, action: Callable[[], Any]) -> InterruptAt:
+    """Do `action` in a context, interrupted at a line; the modes must be as before."""
+    with ExitStack() as stack:
+        for context in around:
+            stack.enter_context(context())
+        before = modes()
+        trace = InterruptAt(place)
+        try:
+            with trace:
+                action()
+        except KeyboardInterrupt:
+            pass
+        after = modes()
+    assert after == before, (place, [(str(a)[:40], str(b)[:40]) for a, b in zip(before, after, strict=True) if a != b])
+    return trace
+
+
+def sampled(places: set[Place], stride: int) -> list[Place]:
+    return sorted(places)[::stride]
+
+
+EVERY = [pytest.param(1, id="every-line", marks=pytest.mark.slow), pytest.param(151, id="some")]
+
+
+@pytest.mark.parametrize("stride", EVERY)
+@pytest.mark.parametrize("around", list(AROUND))
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_an_interrupt_at_any_line_of_a_step_leaves_every_mode_as_it_was(
+    optimizer: str, around: str, stride: int
+) -> None:
+    run = Run(OPTIMIZERS[optimizer])
+
+    def steps() -> None:  # every kind of step there is, and the end of a window
+        for _ in range(4):
+            run.step()
+
+    places = set().union(*(interrupt(AROUND[around], None, steps).places for _ in range(3)))
+    assert len(places) > 300
+    chosen = sampled(places, stride)
+    done = 0
+    for place in chosen:
+        done += any(interrupt(AROUND[around], place, steps).is_done for _ in range(3))
+        assert not run.watch.is_measuring, place
+    assert done >= 0.6 * len(chosen)  # some lines are run now and then only
+    assert run.watch._tap.error is None
+    for _ in range(8):
+        run.step()
+    report = run.watch.flush()
+    run.watch.close()
+    assert report is not None and all(t.health.value != "unknown" for t in report.tensors)
+
+
+@pytest.mark.parametrize("stride", [pytest.param(3, id="many", marks=pytest.mark.slow), pytest.param(997, id="some")])
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_an_interrupt_while_a_watch_or_an_audit_is_made_leaves_every_mode_as_it_was(
+    optimizer: str, stride: int
+) -> None:
+    model = Net(torch.bfloat16)
+    made = OPTIMIZERS[optimizer](model.parameters())
+
+    def attach() -> None:
+        uw.audit(model, made)
+        uw.watch(model, made, window=4).close()
+
+    places = interrupt(AROUND["low default"], None, attach).places
+    assert len(places) > 500
+    for place in sampled(places, stride):
+        interrupt(AROUND["low default"], place, attach)
