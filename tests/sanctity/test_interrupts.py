@@ -21,6 +21,7 @@ from torch.optim import optimizer as torch_optimizer
 
 import update_watch as uw
 from tests.support.watch_nets import Net
+from update_watch.measure.plain_torch import PlainTorch
 
 OURS = str(Path(uw.__file__).parent)
 
@@ -197,3 +198,12 @@ def test_an_interrupt_while_a_watch_or_an_audit_is_made_leaves_every_mode_as_it_
     assert len(places) > 500
     for place in sampled(places, stride):
         interrupt(AROUND["low default"], place, attach)
+
+
+def test_a_change_that_is_entered_once_is_a_mistake() -> None:
+    with pytest.raises(RuntimeError, match="PlainTorch has to be entered twice"), PlainTorch():
+        assert torch.is_grad_enabled()
+    plain = PlainTorch()
+    with plain, plain:
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()

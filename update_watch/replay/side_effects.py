@@ -67,8 +67,10 @@ class Undone:
             self.change()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.undo()
+        if self._entries == 1 and kind is None:
+            raise RuntimeError(f"{type(self).__name__} has to be entered twice: with x, x")
 
     def change(self) -> None:
         """Make the change."""

@@ -30,7 +30,8 @@ class Discovery:
         if self._tap.is_running or not self._tap.enabled or is_capturing():
             return None
         try:
-            with PlainTorch(optimizer):
+            plain = PlainTorch(optimizer)
+            with plain, plain:
                 outside = self._tap.outside(optimizer)
                 is_ours = self._model.adopts(optimizer, outside)
                 if is_ours and not self._model.has(optimizer):

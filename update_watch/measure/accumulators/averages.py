@@ -112,12 +112,6 @@ class Averages:
         if self._open is not None and not self._open.is_waiting():
             self._open = None
 
-    def renew(self) -> None:
-        """Throw away what was summed up in the window that is open."""
-        self._open = None
-        for chunk in self._chunks:
-            chunk.renew()
-
     def close_window(self, batch: Batch) -> list[AverageWindow | UnreadWindow]:
         """Hand the sums to `batch` and start new ones."""
         self._open = None
@@ -294,15 +288,10 @@ class _Chunk:
             self._updates,
             self._counts,
         )
-        self.renew()
-        return window
-
-    def renew(self) -> None:
-        """Start new sums at new positions."""
-        self._first = None
         self._sums.zero_()
         self._updates = 0
         self._redraw()
+        return window
 
 
 def _version(tensor: Tensor | None) -> int | None:
