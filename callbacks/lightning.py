@@ -22,6 +22,7 @@ from typing import Any
 
 from update_watch.callbacks.on_stall import OnStall, StallResponse
 from update_watch.callbacks.session import (
+    AUTO,
     Names,
     Options,
     Session,
@@ -83,6 +84,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         print_audit: print once, when training begins, what will stall, or that nothing will.
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
         budget: share of the time between steps that watching may take once every tensor has a verdict; None: see every step.
+        journal: file that `update-watch report` and `top` read; "auto": update_watch.jsonl beside the logs (the first logger's folder); None: none is kept.
 
     Attributes:
         last: the last Report, or None; on rank 0, also after fit. Processes that `fit` spawns keep theirs.
@@ -101,6 +103,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         print_audit: bool = True,
         check_replicas: bool = False,
         budget: float | None = 0.01,
+        journal: str | os.PathLike[str] | None = AUTO,
     ) -> None:
         super().__init__()
         self._options = Options(
@@ -115,6 +118,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
             print_audit,
             check_replicas,
             budget,
+            journal,
         )
         self.last: Report | None = None
         self._is_automatic = False
@@ -155,7 +159,14 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         dashboards = [wandb_sink(run, "trainer/global_step") for run in _wandb_runs(trainer)] if is_leader else []
         self._step = _logged_step(trainer)
         session = Session(
-            self._options, self._names, trainer.optimizers, lambda: self._step, averages, dashboards, is_leader
+            self._options,
+            self._names,
+            trainer.optimizers,
+            lambda: self._step,
+            averages,
+            dashboards,
+            is_leader,
+            *(_log_folder(trainer), "lightning"),
         )
         self._session = session
         session.watch.enabled = False
@@ -284,6 +295,17 @@ def _logged_step(trainer: Any) -> int:
     """The x axis of Lightning's loggers; it is `global_step` only where one optimizer steps once per batch."""
     loop = trainer.fit_loop.epoch_loop
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _log_folder(trainer: Any) -> str | None:
+    """Where the first logger of this run writes; asked of the logger, as the Trainer's own answer is a collective."""
+    for one in trainer.loggers[:1]:
+        folder = getattr(one, "log_dir", None)
+        if folder is None and one.save_dir is not None:
+            version = one.version if isinstance(one.version, str) else f"version_{one.version}"
+            folder = os.path.join(one.save_dir, str(one.name), version)
+        return folder if isinstance(folder, str) else None
+    return None
 
 
 def _is_wandb(trainer_logger: Any) -> bool:

@@ -6,14 +6,17 @@ import dataclasses
 import functools
 import importlib
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch import run_journal
 from update_watch.callbacks.on_stall import OnStall
 from update_watch.report import Health, Report, weighted_mean
 from update_watch.thresholds import Thresholds
@@ -24,6 +27,7 @@ logger = logging.getLogger("update_watch")
 
 Sink = Callable[[Report], Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
+AUTO = "auto"  # a journal beside the trainer's logs, where it keeps any
 FLUSH_SECONDS = 10.0  # waited for the last window at the end of training
 # modules that only wrap another: their names in front of a parameter's say nothing
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -44,6 +48,7 @@ class Options:
     print_audit: bool
     check_replicas: bool
     budget: float | None
+    journal: str | os.PathLike[str] | None = AUTO
 
     def __post_init__(self) -> None:
         if self.on_stall not in ("warn", "stop", "raise") and not callable(self.on_stall):
@@ -65,6 +70,8 @@ class Options:
         for name in ("progress_bar", "print_audit", "check_replicas"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"UpdateWatch({name}={getattr(self, name)!r}) must be True or False")
+        if self.journal is not None and not (isinstance(self.journal, (str, os.PathLike)) and os.fspath(self.journal)):
+            raise TypeError(f"UpdateWatch(journal={self.journal!r}) must be the file to write, 'auto' or None")
         if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"UpdateWatch(thresholds={self.thresholds!r}) must be update_watch.Thresholds or None")
         if isinstance(self.sinks, str) or not isinstance(self.sinks, Iterable):
@@ -121,8 +128,10 @@ class Session:
         averages: Mapping[str, Any],
         sinks: Sequence[Sink] = (),
         is_leader: bool = True,
+        folder: str | os.PathLike[str] | None = None,
+        trainer: str = "",
     ) -> None:
-        """Only the leader (rank 0) feeds the user's sinks.
+        """Only the leader (rank 0) feeds the user's sinks, and keeps the journal: in `folder` unless it has a path.
 
         Raises:
             TypeError: none of the optimizers can be watched.
@@ -137,6 +146,9 @@ class Session:
         self._names = names
         names.optimizers = watchable
         settings = options.for_watch()
+        self._journal = _journal_path(options.journal, folder) if is_leader else None
+        if self._journal is not None:
+            sinks = [*sinks, run_journal.keep(self._journal, watchable, trainer, name=self._journal.parent.name)]
         settings["sinks"] = [self._inbox.append, *sinks, *options.sinks] if is_leader else [self._inbox.append]
         settings["step"] = step
         try:
@@ -188,7 +200,9 @@ class Session:
 
     def finish(self, timeout: float = FLUSH_SECONDS) -> list[Report]:
         """Report the open window; the reports that were not taken yet."""
-        self.watch.flush(timeout)
+        last = self.watch.flush(timeout)
+        if self._journal is not None and last is not None:
+            print(run_journal.how_to_open(self._journal, last), flush=True)
         return self.take()
 
     def close(self) -> None:
@@ -197,6 +211,12 @@ class Session:
             self.watch.close()
         finally:
             self.watch.detach()
+
+
+def _journal_path(chosen: str | os.PathLike[str] | None, folder: str | os.PathLike[str] | None) -> Path | None:
+    if chosen is None or (chosen == AUTO and folder is None):
+        return None
+    return Path(folder or "", run_journal.NAME) if chosen == AUTO else Path(chosen)
 
 
 def become(callback: Any, trainer: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from update_watch.callbacks.on_stall import OnStall, StallResponse
 from update_watch.callbacks.packed_state import packed, unpacked
 from update_watch.callbacks.session import (
+    AUTO,
     Names,
     Options,
     Session,
@@ -66,6 +68,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         print_audit: print once, when training begins, what will stall, or that nothing will.
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
         budget: share of the time between steps that watching may take once every tensor has a verdict; None: see every step.
+        journal: file that `update-watch report` and `top` read; "auto": update_watch.jsonl beside the checkpoints (output_dir); None: none is kept.
 
     Attributes:
         last: the last Report, or None; on rank 0, also after training.
@@ -85,6 +88,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         print_audit: bool = True,
         check_replicas: bool = False,
         budget: float | None = 0.01,
+        journal: str | os.PathLike[str] | None = AUTO,
     ) -> None:
         self._options = Options(
             window,
@@ -98,6 +102,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
             print_audit,
             check_replicas,
             budget,
+            journal,
         )
         self.last: Report | None = None
         self.memory: dict[str, Any] = {}
@@ -127,7 +132,14 @@ class UpdateWatch(TrainerCallback, ExportableState):
         self._is_in_step = False
         step = functools.partial(self._global_step, state)
         self._session = Session(
-            self._options, names, [kwargs["optimizer"]], step, averages, dashboards, is_leader=is_leader
+            self._options,
+            names,
+            [kwargs["optimizer"]],
+            step,
+            averages,
+            dashboards,
+            is_leader,
+            *(args.output_dir, "transformers"),
         )
         self._response = StallResponse(
             self._options.on_stall,

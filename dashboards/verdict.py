@@ -87,7 +87,8 @@ def verdict_of(frame: Frame, lr_at: Callable[[int], float] | None = None, first_
     if groups:
         text = "; ".join(_clause(group, first_step) for group in groups[:_NAMED])
         reason = _reason(frame, groups, lr_at, first_step)
-        return Verdict(groups[0].health, _sentence(text), reason, groups, groups[0].cause)
+        sentence = _sentence(text) if text.startswith(("all ", "both ")) else f"{text}."  # a name stays as it is
+        return Verdict(groups[0].health, sentence, reason, groups, groups[0].cause)
     return _calm(frame)
 
 

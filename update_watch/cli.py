@@ -98,15 +98,17 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    if not options.live:  # that one waits for them
-        for journal in options.journals:
-            _need_file(journal)
+    from update_watch.dashboards.journal.finding import journals_of
     from update_watch.dashboards.journal.journal import JournalError
     from update_watch.dashboards.outputs import OutputError
     from update_watch.dashboards.report.html import write_report
 
+    journals = journals_of(options.journals)
+    if not options.live:  # that one waits for them
+        for journal in journals:
+            _need_file(journal)
     try:
-        write_report(options.journals, options.out, live=options.live, png=options.png, overwrite=options.force)
+        write_report(journals, options.out, live=options.live, png=options.png, overwrite=options.force)
     except (JournalError, OutputError) as error:
         raise UsageError(str(error)) from error
     except RuntimeError as error:  # no Chromium for the picture
@@ -114,15 +116,21 @@ def _report(options: argparse.Namespace) -> None:
     for path in (options.out, options.png):
         if path is not None:
             print(path)
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(options.out.absolute().as_uri())
 
 
 def _top(options: argparse.Namespace) -> None:
-    _need_file(options.journal)
+    from update_watch.dashboards.journal.finding import journals_of
     from update_watch.dashboards.journal.journal import JournalError
     from update_watch.dashboards.terminal import top
 
+    (journal,) = journals_of([options.journal])
+    _need_file(journal)
     try:
-        top(options.journal, once=options.once)
+        top(journal, once=options.once)
     except JournalError as error:
         raise UsageError(str(error)) from error
 
@@ -239,14 +247,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--wandb", choices=("offline", "online", "disabled"), default="offline", help="(offline)")
 
     report = add("report", _report, "write one HTML file from the journals of one or more runs")
-    report.add_argument("journals", nargs="+", type=Path, metavar="JOURNAL")
+    report.add_argument("journals", nargs="*", type=Path, default=[Path()], metavar="JOURNAL",
+                        help="or a folder: its newest journal (the current folder)")  # fmt: skip
     report.add_argument("-o", "--output", dest="out", type=Path, default=Path("report.html"), metavar="FILE")
     report.add_argument("--live", action="store_true", help="write it again whenever a journal grows, until Ctrl-C")
+    report.add_argument("--open", action="store_true", help="show it in the browser")
     report.add_argument("--force", action="store_true", help="write over files that update-watch did not make, too")
     report.add_argument("--png", type=Path, metavar="FILE", help="a picture of it as well (needs Chromium)")
 
     top = add("top", _top, "show the tensors of a run in the terminal, live or after the fact")
-    top.add_argument("journal", type=Path, metavar="JOURNAL")
+    top.add_argument("journal", nargs="?", type=Path, default=Path(), metavar="JOURNAL",
+                     help="or a folder: its newest journal (the current folder)")  # fmt: skip
     top.add_argument("--once", action="store_true", help="show the last window and end")
 
     audit = add(

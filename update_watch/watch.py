@@ -7,6 +7,7 @@ vector per device leaves for a background thread, where it is judged and handed 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from update_watch import endings
+from update_watch import endings, run_journal
 from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
 from update_watch.judge.selection import Selection
@@ -38,7 +39,7 @@ from update_watch.wrappers import unwrap
 logger = logging.getLogger("update_watch")
 
 
-class Watch:
+class Watch(run_journal.Shown):
     """A running watch; made by `watch`. Also a context manager that closes itself."""
 
     def __init__(
@@ -314,6 +315,7 @@ def watch(
     check_replicas: bool = False,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    journal: str | os.PathLike[str] | None = None,
 ) -> Watch:
     """Watch what the stored weights receive of the updates the optimizer computes.
 
@@ -337,6 +339,7 @@ def watch(
         check_replicas: compare, once a window, what ranks store that should be the same to the bit; a tensor whose
             replicas differ is reported `broken`.
         include, exclude: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
+        journal: file to keep the run in ("run.jsonl"): what `update-watch report` and `top` read. Rank 0 writes it.
 
     Raises:
         ValueError, TypeError: for arguments that cannot be used; the message names argument, value and remedy.
@@ -350,7 +353,8 @@ def watch(
     optimizers = arguments.check(
         optimizer, window, samples, budget, sinks, thresholds, averages, seed, step, join, check_replicas
     )
+    sinks = run_journal.after(sinks, journal, optimizers, join)
     return Watch(
         *(model, optimizers, window, samples, budget, sinks, thresholds or Thresholds(), averages or {}),
         *(seed, step, join, check_replicas, Selection(include, exclude)),
-    )
+    ).kept_in(journal)

@@ -1,0 +1,127 @@
+"""The journal beside a run: what it says of the run, and what can be made of it at once (a page, a notebook's view)."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from update_watch.report import Report
+
+Self = TypeVar("Self", bound="Shown")
+NAME = "update_watch.jsonl"  # beside a trainer's logs
+
+
+def facts(optimizers: Iterable[Any], trainer: str = "", **more: Any) -> dict[str, Any]:
+    """What a journal's header says of a run: nothing that names a person, a machine or a path."""
+    from update_watch import __version__
+
+    names = dict.fromkeys(type(getattr(optimizer, "optimizer", optimizer)).__name__ for optimizer in optimizers)
+    processes = torch.distributed.get_world_size() if _is_distributed() else 1
+    found = {
+        "optimizer": ", ".join(names),
+        "trainer": trainer,
+        "processes": processes,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "update_watch": __version__,
+        **more,
+    }
+    return {key: value for key, value in found.items() if value not in ("", None)}
+
+
+def keep(path: str | os.PathLike[str], optimizers: Iterable[Any], trainer: str = "", **more: Any) -> Any:
+    """A sink that keeps a journal at `path`.
+
+    Raises:
+        TypeError: `path` names no file.
+    """
+    from update_watch.dashboards.journal import Journal
+
+    return Journal(path, run=facts(optimizers, trainer, **more))
+
+
+def after(sinks: Iterable[Any], path: str | os.PathLike[str] | None, optimizers: Iterable[Any], join: Any) -> list[Any]:
+    """`sinks`, and the journal at `path` if there is to be one: kept by the first of the processes that join."""
+    is_writer = join is False or not _is_distributed() or torch.distributed.get_rank() == 0
+    return [*sinks] if path is None or not is_writer else [*sinks, keep(path, optimizers)]
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def how_to_open(path: Path, last: Report) -> str:
+    """One line for the end of a training."""
+    return f"update-watch: {last.headline} Open: update-watch report --open {path}"
+
+
+def write_page(path: str | os.PathLike[str], journal: str | os.PathLike[str] | None, last: Report | None) -> Path:
+    """The HTML report at `path`, of the whole run where a journal is kept, else of the last window.
+
+    Raises:
+        ValueError: no window was closed so far.
+        OutputError: a file that is no report is there already.
+        ImportError: a package for it is missing.
+    """
+    from update_watch.dashboards.outputs import check_output
+    from update_watch.dashboards.report import history_of, render_html, write_report
+    from update_watch.dashboards.report.html import replace_text
+
+    path = Path(path)
+    if journal is not None and os.path.exists(journal):
+        write_report([Path(journal)], path)
+        return path
+    if last is None:
+        raise ValueError("Watch.report: no window was closed so far; train on, or call flush() first")
+    check_output(path, "report", "path", [])
+    replace_text(path, render_html([history_of([last], "last window")]))
+    return path
+
+
+def notebook_view(last: Report | None) -> str:
+    """The first screen in HTML for a notebook; every text is escaped."""
+    from update_watch.dashboards.report.notebook import first_screen_html
+
+    return "<p>update-watch: no window was closed so far.</p>" if last is None else first_screen_html(last)
+
+
+class Shown:
+    """What a person sees of a watch: its line, its view in a notebook, its page."""
+
+    last: Report | None
+    journal: str | os.PathLike[str] | None = None  # the one that `watch(journal=...)` keeps
+
+    def kept_in(self: Self, journal: str | os.PathLike[str] | None) -> Self:
+        """Itself, knowing of its journal."""
+        self.journal = journal
+        return self
+
+    @property
+    def step(self) -> int:
+        raise NotImplementedError
+
+    def flush(self, timeout: float | None = None) -> Report | None:
+        raise NotImplementedError
+
+    def report(self, path: str | os.PathLike[str] = "report.html") -> Path:
+        """Write the HTML report: of the whole run where a journal is kept, else of the last window. Closes the window.
+
+        Raises:
+            ValueError: no window was closed so far.
+            OutputError: a file that is no report is there already.
+            ImportError: `pip install 'update-watch[report]'` is missing.
+        """
+        self.flush(10.0)
+        return write_page(path, self.journal, self.last)
+
+    def __repr__(self) -> str:
+        said = self.last.headline if self.last is not None else "no window was closed so far"
+        return f"<update_watch.Watch, step {self.step:,}: {said}>"
+
+    def _repr_html_(self) -> str:
+        return notebook_view(self.last)
