@@ -274,7 +274,7 @@ def run_numbers(report: Report) -> dict[str, float]:
     displacement = weighted_mean((t.displacement_efficiency, t.numel) for t in report.tensors)
     values: dict[str, float | None] = {
         "efficiency": report.efficiency,
-        "displacement_efficiency": displacement,
+        "net_progress": displacement,
         **{
             f"tensors_{health}": float(report.counts[health])
             for health in ("healthy", "stalling", "stalled", "broken", "unknown")

@@ -1,7 +1,7 @@
 """What is logged: every metric key with its unit, its meaning and how it is computed from a report.
 
 This is the one table. The W&B sink logs from it, the workspace draws from it, and docs/metrics.md is
-printed from it: `python -m update_watch.dashboards.metrics > docs/metrics.md`.
+printed from it by `metrics_page`.
 
 A value that is not known in a window is left out of the row, never logged as zero.
 """
@@ -12,16 +12,12 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from update_watch.report import Health, Report, TensorReport, weighted_mean
 
 RUN_SECTION = "update_watch"
 UNWELL = (Health.broken, Health.stalled, Health.stalling)
-
-# BF16 keeps 7 mantissa bits: the gap between neighbours is 2^-7 of the value at a power of two and 2^-8 just
-# below the next, so half a gap lies between 2^-9 and 2^-8.
-BF16_EPSILON = 2.0**-7
-BF16_HALF_ULP = (2.0**-9, 2.0**-8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +29,8 @@ class RunMetric:
     meaning: str
     formula: str  # `compute` in words
     compute: Callable[[Report], float | None]
+    is_shown: bool = False  # drawn by W&B of itself; the others are there for charts that somebody makes
+    is_summed_up: bool = False  # a column of the runs table, and a line of W&B's summary at the end
 
     @property
     def key(self) -> str:
@@ -41,13 +39,16 @@ class RunMetric:
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """One number per row and tensor (or layer, where a model has more tensors than are logged)."""
+    """One number per row for a kind of tensors, or for one tensor."""
 
-    section: str  # the key is <section>/<tensor name>
+    section: str  # the key is update_watch/<section>/<name>
     unit: str
     meaning: str
     formula: str
     compute: Callable[[Sequence[TensorReport]], float | None]
+
+    def key(self, name: str) -> str:
+        return f"{RUN_SECTION}/{self.section}/{name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,9 @@ def lost_fraction(tensors: Iterable[TensorReport]) -> float | None:
     return weighted_mean((t.lost_fraction, t.numel * (t.wanted_fraction or 0.0)) for t in tensors)
 
 
-def critical_lr_ratio(tensor: TensorReport) -> float | None:
-    """Critical over current learning rate; above 1 more than half of the wanted updates are lost."""
-    return tensor.critical_lr / tensor.lr if tensor.critical_lr is not None and tensor.lr else None
+def lr_margin(tensor: TensorReport) -> float | None:
+    """Learning rate over the one at which half of the updates are lost; under 1 more than half is."""
+    return tensor.lr / tensor.critical_lr if tensor.critical_lr and tensor.lr is not None else None
 
 
 def stalled_share(report: Report) -> float | None:
@@ -114,18 +115,16 @@ def _farthest_state_factor(report: Report) -> float | None:
     return max(factors, key=lambda f: abs(math.log(f)), default=None)
 
 
-def _count(health: Health, meaning: str) -> RunMetric:
+def _count(health: Health, meaning: str, is_shown: bool = False) -> RunMetric:
     return RunMetric(
         f"tensors_{health}",
         "tensors",
         meaning,
         f"number of tensors with health `{health}`",
         lambda report: float(sum(t.health is health for t in report.tensors)),
+        is_shown=is_shown,
+        is_summed_up=health is Health.stalled,
     )
-
-
-def _line(name: str, value: float, meaning: str) -> RunMetric:
-    return RunMetric(name, "ratio", meaning, f"constant 2^{round(math.log2(value))}", lambda report: value)
 
 
 RUN_METRICS: tuple[RunMetric, ...] = (
@@ -135,6 +134,8 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "How much of the intended update arrived in the stored weights: 1 = all of it, 0 = none.",
         "mean of `efficiency` over tensors, weighted by number of elements",
         lambda r: r.efficiency,
+        is_shown=True,
+        is_summed_up=True,
     ),
     RunMetric(
         "efficiency_worst",
@@ -142,11 +143,12 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "The same for the tensor that is worst off.",
         "smallest `efficiency`",
         lambda r: _least(t.efficiency for t in r.tensors),
+        is_shown=True,
     ),
     RunMetric(
-        "displacement_efficiency",
+        "net_progress",
         "ratio",
-        "Net progress: how far the weights moved over the window, of what was intended. Right also where the "
+        "How far the weights moved over the window, of what was intended. Right also where the "
         "remainder is carried elsewhere (FP32 master, Kahan, stochastic rounding).",
         "mean of `displacement_efficiency`, weighted by number of elements",
         lambda r: weighted_mean((t.displacement_efficiency, t.numel) for t in r.tensors),
@@ -157,6 +159,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "Of the elements that should have changed, those whose stored value did not.",
         "lost over wanted elements, all tensors together",
         lambda r: lost_fraction(r.tensors),
+        is_shown=True,
     ),
     RunMetric(
         "stalled_share",
@@ -164,13 +167,14 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "How much of the model stands still.",
         "elements of trainable tensors with health `stalled` or `broken`, over all trainable elements",
         stalled_share,
+        is_shown=True,
     ),
     _count(Health.healthy, "Tensors that receive their updates."),
-    _count(Health.stalling, "Tensors that lose part of their updates."),
-    _count(Health.stalled, "Tensors that receive next to nothing."),
+    _count(Health.stalling, "Tensors that lose part of their updates.", True),
+    _count(Health.stalled, "Tensors that receive next to nothing.", True),
     _count(Health.idle, "Tensors that no signal reaches: nothing was intended."),
     _count(Health.frozen, "Tensors frozen on purpose."),
-    _count(Health.broken, "Tensors with NaN or infinity."),
+    _count(Health.broken, "Tensors with NaN or infinity.", True),
     _count(Health.unknown, "Tensors that cannot be judged; the reason is in their advice."),
     RunMetric(
         "update_ratio",
@@ -186,16 +190,14 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "median over tensors of rms(applied) / rms(before)",
         lambda r: _median(t.applied_ratio for t in r.tensors),
     ),
-    _line("bf16_epsilon", BF16_EPSILON, "BF16 epsilon, drawn beside the ratios."),
-    _line("bf16_half_ulp_low", BF16_HALF_ULP[0], "An update smaller than this against its weight is always lost."),
-    _line("bf16_half_ulp_high", BF16_HALF_ULP[1], "An update larger than this against its weight always arrives."),
     RunMetric(
-        "critical_lr_ratio",
+        "lr_margin",
         "ratio",
-        "How close the learning rate is to the edge, for the tensor nearest to it: at 1 half of its wanted updates "
-        "are lost; 0.1 means that the learning rate may still fall tenfold.",
-        "largest `critical_lr / lr` over tensors",
-        lambda r: _greatest(critical_lr_ratio(t) for t in r.tensors),
+        "The learning rate over the one at which the tensor nearest to it loses half of its updates: 12 means that it may "
+        "still fall twelvefold; under 1 more than half is lost.",
+        "smallest `lr / critical_lr` over tensors",
+        lambda r: _least(lr_margin(t) for t in r.tensors),
+        is_shown=True,
     ),
     RunMetric(
         "state_efficiency_worst",
@@ -203,12 +205,13 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "Efficiency of the accumulator that is worst off: optimizer state, averaged model, gradient buffer.",
         "smallest `efficiency` over all accumulators except `weight_decay`",
         lambda r: _least(_state_efficiencies(r)),
+        is_shown=True,
     ),
     RunMetric(
-        "state_factor_worst",
+        "state_update_factor",
         "ratio",
-        "Update with the stored optimizer state against the same with FP32 state: outside 0.67..1.5 the state is at "
-        "fault.",
+        "Size of the updates with the optimizer's state as it is stored, against the same with FP32 state: outside "
+        "0.67..1.5 the state is at fault.",
         "the `state_factor` farthest from 1 in either direction",
         _farthest_state_factor,
     ),
@@ -225,6 +228,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "Steps of the window that the gradient scaler skipped for overflow.",
         "`skipped_steps`",
         lambda r: float(r.skipped_steps),
+        is_shown=True,
     ),
     RunMetric(
         "cost_ms",
@@ -232,6 +236,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "What watching costs the training thread.",
         "`cost_ms`: host time of the watch per optimizer step",
         lambda r: r.cost_ms,
+        is_shown=True,
     ),
     RunMetric(
         "alert",
@@ -239,37 +244,31 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "1 where something changed that somebody should hear of. Every alert is here, sent or not.",
         "1 if there was an alert in this window or in one since the previous row",
         lambda r: float(bool(r.alerts)),
+        is_shown=True,
     ),
 )
 
-SERIES: tuple[Series, ...] = (
-    Series(
-        "update_efficiency",
-        "ratio",
-        "Efficiency of the tensor; of a layer: of its worst tensor.",
-        "smallest `efficiency`",
-        lambda tensors: _least(t.efficiency for t in tensors),
-    ),
-    Series(
-        "update_ratio",
-        "ratio",
-        "rms(intended) / rms(before) of the tensor; of a layer: the smallest.",
-        "smallest `update_ratio`",
-        lambda tensors: _least(t.update_ratio for t in tensors),
-    ),
-    Series(
-        "update_lost",
-        "fraction",
-        "Lost over wanted elements of the tensor; of a layer: the largest.",
-        "largest `lost_fraction`",
-        lambda tensors: _greatest(t.lost_fraction for t in tensors),
-    ),
+BY_KIND = Series(
+    "by_kind",
+    "ratio",
+    "How much of the update arrived for the tensors of a kind (`q_proj` of all layers): of the worst of them.",
+    "smallest `efficiency`",
+    lambda tensors: _least(t.efficiency for t in tensors),
 )
+BY_TENSOR = Series(
+    "tensors",
+    "ratio",
+    "The same for single tensors: the worst of those that are not well, and those that were asked for.",
+    "`efficiency`",
+    lambda tensors: _least(t.efficiency for t in tensors),
+)
+SERIES: tuple[Series, ...] = (BY_KIND, BY_TENSOR)
 
 HEADROOM = f"{RUN_SECTION}/headroom"
 HEATMAP = f"{RUN_SECTION}/heatmap"
-HEADROOM_LAYERS = f"{RUN_SECTION}/headroom_layers"
-TENSORS = f"{RUN_SECTION}/tensors"
+HEADROOM_KINDS = f"{RUN_SECTION}/headroom_by_kind"
+TENSORS = f"{RUN_SECTION}/unwell"
+VERDICT = f"{RUN_SECTION}/verdict"
 
 ENTRIES: tuple[Entry, ...] = (
     Entry(
@@ -280,26 +279,29 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         HEATMAP,
         "table",
-        "`layer, begin, step, efficiency`: worst efficiency per layer after step `begin` up to `step`, for the heatmap.",
+        "`kind, begin, step, efficiency`: worst efficiency per kind after step `begin` up to `step`, for the heatmap.",
     ),
     Entry(
-        HEADROOM_LAYERS,
+        HEADROOM_KINDS,
         "table",
-        "`layer, octave, share`: share of a layer's wanted elements with headroom from `octave` to one more, last "
+        "`kind, octave, share`: share of a kind's elements that should have changed with headroom from `octave` to one more, last "
         "window.",
     ),
     Entry(TENSORS, "table", "The tensors that are not well, worst first, with cause and advice, last window."),
+    Entry(VERDICT, "page", "The verdict in one sentence, why, since when, and the cure as code; whenever it changes."),
     Entry(f"{RUN_SECTION}/health", "summary", "Health of the run."),
     Entry(f"{RUN_SECTION}/headline", "summary", "One sentence: what is wrong, since when, what to change."),
-    Entry(f"{RUN_SECTION}/since_step", "summary", "First step of the trouble that began earliest and still lasts."),
-    Entry(f"{RUN_SECTION}/worst_tensor", "summary", "Name of the tensor that is worst off."),
-    Entry(f"{RUN_SECTION}/worst_cause", "summary", "Its cause."),
-    Entry(f"{RUN_SECTION}/worst_advice", "summary", "What to change for it."),
-    Entry(f"{RUN_SECTION}/alerts", "summary", "Number of alerts so far, sent or held back."),
-    Entry(f"{RUN_SECTION}/last_alert", "summary", "Title of the last alert."),
-    Entry(f"{RUN_SECTION}/last_alert_text", "summary", "Its text."),
-    Entry(f"{RUN_SECTION}/last_alert_step", "summary", "Its step."),
-    Entry(f"{RUN_SECTION}/audit_*", "summary", "Numbers and texts of the audit before the first step."),
+    Entry(
+        f"{RUN_SECTION}/worst",
+        "summary",
+        "`tensor`, `cause`, `since_step` and `advice` of the tensor that is worst off.",
+    ),
+    Entry(
+        f"{RUN_SECTION}/last_alert",
+        "summary",
+        "`title`, `text`, `step`, and `count` of alerts so far, sent or held back.",
+    ),
+    Entry(f"{RUN_SECTION}/audit", "summary", "Numbers and texts of the audit before the first step."),
     Entry(RUN_SECTION, "config", "Settings of the watch and the audit before the first step (`WandbSink.describe`)."),
 )
 
@@ -310,53 +312,17 @@ def run_values(report: Report) -> dict[str, float]:
     return {key: float(value) for key, value in values if value is not None and math.isfinite(value)}
 
 
-def summary_values(report: Report) -> dict[str, str | int]:
-    """Texts for the run's summary. What no longer holds becomes empty, so that old trouble does not stay."""
+def summary_values(report: Report) -> dict[str, Any]:
+    """For the run's summary. What no longer holds becomes empty, so that old trouble does not stay."""
     troubled = unwell(report)
     since = [t.since_step for t in troubled if t.since_step is not None]
     worst = troubled[0] if troubled else None
-    values: dict[str, str | int] = {
-        "health": report.health.value,
-        "headline": report.headline,
+    # what has parts is no line of W&B's summary at the end, which has ten: the training's own numbers stay in it
+    parts = {
+        "tensor": worst.name if worst else "",
+        "cause": worst.cause.value if worst and worst.cause else "",
         "since_step": min(since) if since else "",
-        "worst_tensor": worst.name if worst else "",
-        "worst_cause": worst.cause.value if worst and worst.cause else "",
-        "worst_advice": worst.advice if worst else "",
+        "advice": worst.advice if worst else "",
     }
+    values = {"health": report.health.value, "headline": report.headline, "worst": parts}
     return {f"{RUN_SECTION}/{name}": value for name, value in values.items()}
-
-
-def markdown() -> str:
-    """The table as a documentation page."""
-    lines = [
-        "# Metrics",
-        "",
-        "<!-- Made from dashboards/metrics.py: python -m update_watch.dashboards.metrics > docs/metrics.md -->",
-        "",
-        "What `WandbSink` logs. A value that is not known in a window is left out, never logged as zero.",
-        "",
-        "## The run",
-        "",
-        "| key | unit | meaning | computed as |",
-        "|---|---|---|---|",
-        *(f"| `{m.key}` | {m.unit} | {m.meaning} | {m.formula} |" for m in RUN_METRICS),
-        "",
-        "## Every tensor",
-        "",
-        "Dots in a name become underscores. Beyond `max_tensors` tensors these are layers.",
-        "",
-        "| key | unit | meaning | computed as |",
-        "|---|---|---|---|",
-        *(f"| `{s.section}/<name>` | {s.unit} | {s.meaning} | {s.formula} |" for s in SERIES),
-        "",
-        "## Pictures, tables, texts",
-        "",
-        "| key | kind | meaning |",
-        "|---|---|---|",
-        *(f"| `{e.key}` | {e.kind} | {e.meaning} |" for e in ENTRIES),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")

@@ -2,17 +2,16 @@
 
 A `run.alert` that W&B's server keeps refusing sits in the queue that also carries the metrics, and nothing behind
 it is uploaded while it is retried. So alerts go out at a bounded rate, and every alert is data as well:
-`update_watch/alert`, the run's summary, a line in Python's log.
+`update_watch/alert` and the run's summary. (Python's log has them from the watch itself.)
 """
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from update_watch.dashboards.metrics import RUN_SECTION
 from update_watch.dashboards.wandb.limits import Pace
-from update_watch.report import Alert, Level
+from update_watch.report import Alert
 
 if TYPE_CHECKING:
     import wandb
@@ -22,13 +21,6 @@ PER_MINUTE = 0.1  # ... and one every ten minutes after that
 WAIT_SECONDS = 300  # W&B's own cooldown for alerts of the same title
 TITLE_LENGTH = 63  # documented: under 64 characters
 TEXT_LENGTH = 2_000
-
-_LOG_LEVEL = {Level.info: logging.INFO, Level.warn: logging.WARNING, Level.error: logging.ERROR}
-
-
-def log_alert(logger: logging.Logger, alert: Alert) -> None:
-    """Write an alert to Python's log."""
-    logger.log(_LOG_LEVEL[alert.level], "update-watch, step %d: %s. %s", alert.step, alert.title, alert.text)
 
 
 def run_link(run: wandb.Run) -> str:
@@ -52,9 +44,8 @@ class AlertSender:
         Returns whether it was sent.
         """
         self._count += 1
-        values = {"alerts": self._count, "last_alert": alert.title, "last_alert_step": alert.step}
-        values["last_alert_text"] = alert.text[:TEXT_LENGTH]
-        run.summary.update({f"{RUN_SECTION}/{name}": value for name, value in values.items()})
+        said = {"title": alert.title, "text": alert.text[:TEXT_LENGTH], "step": alert.step, "count": self._count}
+        run.summary.update({f"{RUN_SECTION}/last_alert": said})
         if not self._pace.take(alert.step, time, urgent=True):
             self._held_back += 1
             return False

@@ -62,7 +62,7 @@ RULES: tuple[Rule, ...] = (
         level="ERROR",
         title="Updates are stalled",
         message="The stored weights of a tensor no longer change. The run's summary names the tensor and the remedy "
-        "(update_watch/headline, update_watch/worst_advice).",
+        "(update_watch/headline, update_watch/worst.advice).",
     ),
     Rule(
         name="tensors broken",
@@ -71,7 +71,7 @@ RULES: tuple[Rule, ...] = (
         rows=1,
         level="ERROR",
         title="NaN or infinity in the weights",
-        message="A watched tensor holds NaN or infinity; update_watch/worst_tensor in the run's summary names it.",
+        message="A watched tensor holds NaN or infinity; update_watch/worst.tensor in the run's summary names it.",
     ),
 )
 

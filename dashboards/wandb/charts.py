@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from update_watch.dashboards.metrics import HEADROOM_LAYERS, HEATMAP
+from update_watch.dashboards.metrics import HEADROOM_KINDS, HEATMAP
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 
@@ -47,10 +47,10 @@ def _first_run_only() -> list[dict[str, Any]]:
     ]
 
 
-def _layer_axis() -> dict[str, Any]:
+def _kind_axis() -> dict[str, Any]:
     # In the order of the model, which is the order of the rows.
     axis = {"labelFontSize": 9, "labelLimit": 260, "labelOverlap": True, "title": None}
-    return {"field": "${field:layer}", "type": "nominal", "sort": None, "axis": axis}
+    return {"field": "${field:kind}", "type": "nominal", "sort": None, "axis": axis}
 
 
 def _heatmap_spec() -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _heatmap_spec() -> dict[str, Any]:
                 "axis": {"title": "step", "grid": False, "format": "~s"},
             },
             "x2": {"field": "${field:step}"},
-            "y": _layer_axis(),
+            "y": _kind_axis(),
             "color": {
                 "field": "${field:efficiency}",
                 "type": "quantitative",
@@ -80,7 +80,7 @@ def _heatmap_spec() -> dict[str, Any]:
             },
             "tooltip": [
                 {"field": "${field:run}", "type": "nominal", "title": "run"},
-                {"field": "${field:layer}", "type": "nominal", "title": "layer"},
+                {"field": "${field:kind}", "type": "nominal", "title": "kind"},
                 {"field": "${field:begin}", "type": "quantitative", "title": "after step", "format": ","},
                 {"field": "${field:step}", "type": "quantitative", "title": "up to step", "format": ","},
                 {"field": "${field:efficiency}", "type": "quantitative", "title": "efficiency", "format": ".3f"},
@@ -108,17 +108,17 @@ def _headroom_spec() -> dict[str, Any]:
                 "axis": {"title": "headroom: log2(|intended update| / half a gap)", "grid": False, "tickCount": 16},
             },
             "x2": {"field": "octave_end"},
-            "y": _layer_axis(),
+            "y": _kind_axis(),
             "color": {"condition": {"test": f"{octave} < 0", "value": LOST_COLOR}, "value": ARRIVING_COLOR},
             "opacity": {
                 "field": "${field:share}",
                 "type": "quantitative",
                 "scale": {"domain": [0, 0.4], "range": [0.06, 1], "clamp": True},
-                "legend": {"title": "share of layer", "format": ".0%", "values": [0.05, 0.1, 0.2, 0.4]},
+                "legend": {"title": "share of kind", "format": ".0%", "values": [0.05, 0.1, 0.2, 0.4]},
             },
             "tooltip": [
                 {"field": "${field:run}", "type": "nominal", "title": "run"},
-                {"field": "${field:layer}", "type": "nominal", "title": "layer"},
+                {"field": "${field:kind}", "type": "nominal", "title": "kind"},
                 {"field": "${field:octave}", "type": "quantitative", "title": "headroom from"},
                 {"field": "octave_end", "type": "quantitative", "title": "to"},
                 {"field": "${field:share}", "type": "quantitative", "title": "share", "format": ".1%"},
@@ -147,22 +147,22 @@ def _headroom_spec() -> dict[str, Any]:
 
 
 HEATMAP_CHART = Chart(
-    name="update-watch-heatmap-v1",
-    title="update-watch: efficiency, layers by steps",
+    name="update-watch-heatmap-v2",
+    title="update-watch: efficiency, kinds by steps",
     table=HEATMAP,
-    fields={"run": "name", "layer": "layer", "begin": "begin", "step": "step", "efficiency": "efficiency"},
+    fields={"run": "name", "kind": "kind", "begin": "begin", "step": "step", "efficiency": "efficiency"},
     strings={
-        "title": "Which layers receive their updates",
-        "subtitle": "Efficiency of the worst tensor of a layer: 1 = every update arrives, 0 = none does",
+        "title": "Which kinds of tensors receive their updates",
+        "subtitle": "Efficiency of the worst tensor of a kind: 1 = every update arrives, 0 = none does",
     },
     spec=_heatmap_spec(),
 )
 
 HEADROOM_CHART = Chart(
-    name="update-watch-headroom-v1",
-    title="update-watch: headroom by layer",
-    table=HEADROOM_LAYERS,
-    fields={"run": "name", "layer": "layer", "octave": "octave", "share": "share"},
+    name="update-watch-headroom-v2",
+    title="update-watch: headroom by kind",
+    table=HEADROOM_KINDS,
+    fields={"run": "name", "kind": "kind", "octave": "octave", "share": "share"},
     strings={
         "title": "How far the updates are from being rounded away",
         "subtitle": "Left of 0 an update is under half a gap and lost; halving the learning rate moves all one to the left",

@@ -18,8 +18,7 @@ def write_facts(run: wandb.Run, facts: Mapping[str, Any]) -> None:
     audit = facts.get("audit")
     scalars = {k: v for k, v in audit.items() if isinstance(v, (str, int, float))} if isinstance(audit, Mapping) else {}
     if scalars:
-        names = KeyNames()
-        run.summary.update({f"{RUN_SECTION}/audit_{names[str(k)]}": _trim(v) for k, v in scalars.items()})
+        run.summary.update({f"{RUN_SECTION}/audit": _trim(scalars)})
 
 
 def _trim(value: Any, items: int = 100, characters: int = 1_000) -> Any:

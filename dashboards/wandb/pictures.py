@@ -36,11 +36,11 @@ class PictureLogger:
         self._commit = commit
         self._patience = patience
         self._lock = threading.Lock()
-        self._waiting: tuple[dict[str, Any], dict[str, TableRows]] | None = None
+        self._waiting: tuple[dict[str, Any], dict[str, TableRows | str]] | None = None
         self._thread: threading.Thread | None = None
 
-    def log(self, row: Mapping[str, Any], tables: Mapping[str, TableRows]) -> None:
-        """Log `tables` in one row, together with the values of `row` (the trainer's step)."""
+    def log(self, row: Mapping[str, Any], tables: Mapping[str, TableRows | str]) -> None:
+        """Log `tables`, and pages in HTML, in one row, together with the values of `row` (the trainer's step)."""
         with self._lock:
             self._waiting = (dict(row), dict(tables))
             if self._thread is not None:  # stuck: it takes what is waiting when it is through
@@ -64,8 +64,13 @@ class PictureLogger:
                 _logger.debug("WandbSink: tables of %s were not logged: %s", row, error)
 
 
-def _build(tables: Mapping[str, TableRows]) -> dict[str, Any]:
+def _build(tables: Mapping[str, TableRows | str]) -> dict[str, Any]:
     import wandb
 
     # Mixed types: W&B otherwise infers and checks a type per cell, which takes most of the time.
-    return {key: wandb.Table(list(t.columns), list(t.rows), allow_mixed_types=True) for key, t in tables.items()}
+    return {
+        key: wandb.Html(t, inject=False)
+        if isinstance(t, str)
+        else wandb.Table(list(t.columns), list(t.rows), allow_mixed_types=True)
+        for key, t in tables.items()
+    }

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from update_watch.dashboards import metrics
-from update_watch.dashboards.wandb.alerts import AlertSender, log_alert
+from update_watch.dashboards.report.notebook import first_screen_html
+from update_watch.dashboards.wandb.alerts import AlertSender
 from update_watch.dashboards.wandb.facts import write_facts
 from update_watch.dashboards.wandb.grid import LayerGrid
 from update_watch.dashboards.wandb.limits import alert_table_pace, picture_pace, row_pace, series_pace
@@ -26,7 +27,8 @@ from update_watch.dashboards.wandb.rows import (
     HEADROOM_COLUMN_NAMES,
     HEATMAP_COLUMN_NAMES,
     TENSOR_COLUMN_NAMES,
-    TensorGroups,
+    ChosenTensors,
+    KindGroups,
     headroom,
     headroom_rows,
     tensor_rows,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     import wandb
 
 INSTALL_HINT = "WandbSink needs wandb: pip install 'update-watch[wandb]'"
-HEATMAP_LAYERS = 64
+HEATMAP_KINDS = 64
 HEATMAP_COLUMNS = 64
 
 _logger = logging.getLogger(__name__)
@@ -50,7 +52,9 @@ class WandbSink:
         run: the run to log to; None means `wandb.run` at the time of each report.
         step_key: key of the trainer's step, the x axis of every chart: "trainer/global_step" under Lightning,
             "train/global_step" under Hugging Face's Trainer.
-        max_tensors: most series per section; a model with more tensors is logged by layer.
+        max_kinds: most kinds of tensors with a series of their own; the others share one.
+        max_tensors: most tensors with a series of their own because they are not well, worst first.
+        tensors: names (glob) of tensors that have a series in any case, as in ("*norm*",).
         alerts: send `Report.alerts` by `run.alert`.
         commit: each window is a row of its own. Set False where the training loop passes `step=` to `run.log`:
             values then join the loop's current row, and W&B's own step counter is not moved.
@@ -67,7 +71,9 @@ class WandbSink:
         run: wandb.Run | None = None,
         *,
         step_key: str = "trainer/global_step",
-        max_tensors: int = 200,
+        max_kinds: int = 14,
+        max_tensors: int = 6,
+        tensors: Sequence[str] = (),
         alerts: bool = True,
         commit: bool = True,
     ) -> None:
@@ -75,8 +81,11 @@ class WandbSink:
             import wandb  # noqa: F401 here, where a missing package can still be reported to the caller
         except ImportError as error:
             raise ImportError(INSTALL_HINT) from error
-        if isinstance(max_tensors, bool) or not isinstance(max_tensors, int) or max_tensors < 1:
-            raise ValueError(f"WandbSink(max_tensors={max_tensors!r}) must be a whole number of at least 1")
+        for name, value, least in (("max_kinds", max_kinds, 1), ("max_tensors", max_tensors, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"WandbSink({name}={value!r}) must be a whole number of at least {least}")
+        if isinstance(tensors, str) or not all(isinstance(pattern, str) for pattern in tensors):
+            raise ValueError(f"WandbSink(tensors={tensors!r}) must be a sequence of names, such as ('*norm*',)")
         if not step_key or not isinstance(step_key, str):
             raise ValueError(
                 f"WandbSink(step_key={step_key!r}) must name the trainer's step, such as 'trainer/global_step'"
@@ -87,7 +96,7 @@ class WandbSink:
             )
         self._run = run
         self._step_key = step_key
-        self._max_tensors = max_tensors
+        self._series = (max_kinds, max_tensors, tuple(tensors))
         self._alerts = alerts
         self._commit = commit
         self._facts: dict[str, Any] = {}
@@ -96,8 +105,6 @@ class WandbSink:
 
     def __call__(self, report: Report) -> None:
         """Log one report."""
-        for alert in report.alerts:
-            log_alert(_logger, alert)
         try:
             session = self._open()
             if session is not None:
@@ -133,7 +140,7 @@ class WandbSink:
             self._warn_once("no run", "WandbSink: there is no active W&B run, reports are not logged to W&B")
             return None
         if self._session is None or not self._session.is_for(run):
-            self._session = _Session(run, self._step_key, self._max_tensors, self._alerts, self._commit)
+            self._session = _Session(run, self._step_key, self._series, self._alerts, self._commit)
             if self._facts:
                 write_facts(run, self._facts)
         return None if self._session.finished else self._session
@@ -156,7 +163,9 @@ class WandbSink:
 class _Session:
     """What belongs to one run: its definitions, its keys, its pace."""
 
-    def __init__(self, run: wandb.Run, step_key: str, max_tensors: int, alerts: bool, commit: bool) -> None:
+    def __init__(
+        self, run: wandb.Run, step_key: str, series: tuple[int, int, tuple[str, ...]], alerts: bool, commit: bool
+    ) -> None:
         self.finished = False
         self._run = run
         self._step_key = step_key
@@ -164,17 +173,22 @@ class _Session:
         self._pictures = PictureLogger(run, self._commit)
         self._sender = AlertSender() if alerts else None
         self._defined = False
-        self._names = KeyNames()
-        self._series = TensorGroups(max_tensors)
-        self._layers = TensorGroups(HEATMAP_LAYERS)
+        self._names = {series.section: KeyNames() for series in metrics.SERIES}
+        max_kinds, max_tensors, patterns = series
+        self._kinds = KindGroups(max_kinds)
+        self._chosen = ChosenTensors(patterns, max_tensors)
+        self._rows = KindGroups(HEATMAP_KINDS)
+        self._series_defined: set[str] = set()
+        self._verdict = ""  # as it was logged last
         self._grid = LayerGrid(HEATMAP_COLUMNS)
         self._row_pace = row_pace()
         self._series_pace = series_pace()
         self._picture_pace = picture_pace()
         self._alert_table_pace = alert_table_pace()
+        self._verdict_pace = alert_table_pace()
         self._alert_pending = False
         self._shown: set[str] = set()  # tables whose last version had rows
-        self._summary: dict[str, str | int] = {}
+        self._summary: dict[str, Any] = {}
 
     def is_for(self, run: wandb.Run) -> bool:
         return self._run is run
@@ -185,17 +199,16 @@ class _Session:
             self._defined = True
         now = report.time or time.time()
         self._alert_pending |= bool(report.alerts)
-        layers = self._layers.of(report, by_layer=True)
-        efficiency = metrics.SERIES[0]
+        kinds = self._rows.of(report)
         begin = max(0, report.step - report.window)
-        self._grid.add(begin, report.step, {layer: efficiency.compute(tensors) for layer, tensors in layers.items()})
+        self._grid.add(begin, report.step, {k: metrics.BY_KIND.compute(tensors) for k, tensors in kinds.items()})
         try:
             if self._row_pace.take(report.step, now, urgent=self._alert_pending):
                 # One dict, so that the step is always the one these values belong to.
                 self._run.log(self._row(report, now), commit=self._commit)
                 self._alert_pending = False
                 self._summarize(report)
-                tables = self._tables(report, layers, now)
+                tables = self._tables(report, kinds, now)
                 if tables:
                     self._pictures.log({self._step_key: report.step}, tables)
         finally:
@@ -205,47 +218,61 @@ class _Session:
                     self._sender.send(self._run, alert, now)
 
     def _define(self) -> None:
-        """Give every key its x axis.
+        """Give every key its x axis, and say which W&B draws of itself.
 
-        By full name: beside another logger's "*" it is left to chance which of two matching globs wins. For the
-        series a glob will do, as both give the same x axis; they need no column in the runs table.
+        By full name: beside another logger's "*" it is left to chance which of two matching globs wins.
         """
         run = self._run
         run.define_metric(self._step_key)
-        logged = [e.key for e in metrics.ENTRIES if e.kind in ("histogram", "table")]
-        for key in [m.key for m in metrics.RUN_METRICS] + logged:
-            run.define_metric(key, step_metric=self._step_key)
-        for series in metrics.SERIES:
-            run.define_metric(f"{series.section}/*", step_metric=self._step_key, summary="none")
+        for metric in metrics.RUN_METRICS:
+            self._define_one(metric.key, metric.is_shown, metric.is_summed_up)
+        for entry in metrics.ENTRIES:
+            if entry.kind in ("histogram", "table", "page"):
+                run.define_metric(entry.key, step_metric=self._step_key)
+
+    def _define_one(self, key: str, is_shown: bool, is_summed_up: bool = False) -> None:
+        options = {} if is_summed_up else {"summary": "none"}
+        self._run.define_metric(key, step_metric=self._step_key, hidden=not is_shown, **options)
 
     def _row(self, report: Report, now: float) -> dict[str, Any]:
         row: dict[str, Any] = {self._step_key: report.step, **metrics.run_values(report)}
         row[f"{metrics.RUN_SECTION}/alert"] = float(self._alert_pending)
-        groups = self._series.of(report)
-        if self._series_pace.take(report.step, now, len(groups) * len(metrics.SERIES)):
-            row.update(self._series_values(groups))
+        values = self._series_values(report)
+        if self._series_pace.take(report.step, now, len(values)):
+            for key in values.keys() - self._series_defined:
+                self._define_one(key, is_shown=False)
+                self._series_defined.add(key)
+            row.update(values)
             row.update(headroom(report))
         return row
 
-    def _tables(self, report: Report, layers: Mapping[str, Sequence[TensorReport]], now: float) -> dict[str, TableRows]:
+    def _tables(
+        self, report: Report, kinds: Mapping[str, Sequence[TensorReport]], now: float
+    ) -> dict[str, TableRows | str]:
         tables: dict[str, TableRows] = {}
         is_due = bool(report.alerts) and self._alert_table_pace.take(report.step, now, urgent=True)
         if self._picture_pace.take(report.step, now):
             is_due = True
             tables[metrics.HEATMAP] = TableRows(HEATMAP_COLUMN_NAMES, self._grid.rows())
-            tables[metrics.HEADROOM_LAYERS] = TableRows(HEADROOM_COLUMN_NAMES, headroom_rows(layers))
+            tables[metrics.HEADROOM_KINDS] = TableRows(HEADROOM_COLUMN_NAMES, headroom_rows(kinds))
         if is_due:
             tables[metrics.TENSORS] = TableRows(TENSOR_COLUMN_NAMES, tensor_rows(report))
         # An empty table only where it replaces one that is no longer true.
         tables = {key: table for key, table in tables.items() if table.rows or key in self._shown}
         self._shown = (self._shown - set(tables)) | {key for key, table in tables.items() if table.rows}
-        return tables
+        said = _without_numbers(report.headline)
+        if said != self._verdict and self._verdict_pace.take(report.step, now, urgent=True):
+            self._verdict = said
+            return {**tables, metrics.VERDICT: first_screen_html(report)}
+        return dict(tables)
 
-    def _series_values(self, groups: Mapping[str, Sequence[TensorReport]]) -> dict[str, float]:
+    def _series_values(self, report: Report) -> dict[str, float]:
+        groups = {metrics.BY_KIND: self._kinds.of(report)}
+        groups[metrics.BY_TENSOR] = {tensor.name: [tensor] for tensor in self._chosen.of(report)}
         values = {
-            f"{series.section}/{self._names[name]}": series.compute(tensors)
-            for name, tensors in groups.items()
-            for series in metrics.SERIES
+            series.key(self._names[series.section][name]): series.compute(tensors)
+            for series, members in groups.items()
+            for name, tensors in members.items()
         }
         return {key: float(value) for key, value in values.items() if value is not None}
 
@@ -255,3 +282,8 @@ class _Session:
         if changed:
             self._run.summary.update(changed)
             self._summary = summary
+
+
+def _without_numbers(text: str) -> str:
+    """A verdict is another one when its words are."""
+    return "".join(c for c in text if not c.isdigit())

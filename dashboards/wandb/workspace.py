@@ -157,9 +157,9 @@ def _sections(entity: str, step_key: str) -> list[Section]:
     def number(title: str, name: str) -> Any:
         return wr.ScalarChart(title=title, metric=key(name), groupby_aggfunc="max")
 
-    def series(title: str, section: str, **options: Any) -> Any:
-        known = next(s.section for s in metrics.SERIES if s.section == section)
-        return wr.LinePlot(title=title, x=step_key, metric_regex=f"^{known}/.*", max_runs_to_show=1, **options)
+    def series(title: str, section: metrics.Series, **options: Any) -> Any:
+        prefix = section.key("")
+        return wr.LinePlot(title=title, x=step_key, metric_regex=f"^{prefix}.*", max_runs_to_show=1, **options)
 
     def custom(chart: Chart) -> Any:
         return wr.CustomChart(
@@ -180,6 +180,7 @@ def _sections(entity: str, step_key: str) -> list[Section]:
             pinned=True,
             layout_settings=grid(columns=3, rows=3),
             panels=[
+                wr.MediaBrowser(title="Verdict, and what to change", media_keys=[metrics.VERDICT], num_columns=1),
                 number("Tensors stalled", "tensors_stalled"),
                 number("Tensors stalling", "tensors_stalling"),
                 number("Tensors broken (NaN, infinity)", "tensors_broken"),
@@ -190,32 +191,28 @@ def _sections(entity: str, step_key: str) -> list[Section]:
             ],
         ),
         ws.Section(
-            name="Which layers, since when",
+            name="Which kinds, since when",
             is_open=True,
             layout_settings=grid(columns=1, rows=3),
             panels=[
                 custom(HEATMAP_CHART),
-                series("Efficiency by tensor", "update_efficiency", range_y=(0.0, 1.05)),
-                series("Updates lost by tensor", "update_lost", range_y=(0, 1)),
+                series("What arrives, by kind", metrics.BY_KIND, range_y=(0.0, 1.05)),
+                series("What arrives, tensors that are not well", metrics.BY_TENSOR, range_y=(0.0, 1.05)),
             ],
         ),
         ws.Section(
-            name="How far from the edge",
+            name="How far may the learning rate fall",
             is_open=True,
             layout_settings=grid(columns=2, rows=3),
             panels=[
                 lines(
-                    "Update to weight, with the BF16 band in which updates are lost",
+                    "Update to weight: BF16 loses what is under 2^-9, keeps what is over 2^-8",
                     "update_ratio",
                     "applied_ratio",
-                    "bf16_epsilon",
-                    "bf16_half_ulp_high",
-                    "bf16_half_ulp_low",
                     log_y=True,
                 ),
-                lines("Critical over current learning rate (at 1 half is lost)", "critical_lr_ratio", log_y=True),
+                lines("Learning rate margin (under 1 more than half is lost)", "lr_margin", log_y=True),
                 wr.LinePlot(title="Headroom: octaves above half a gap", x=step_key, y=[metrics.HEADROOM]),
-                series("Update to weight by tensor", "update_ratio", log_y=True),
                 custom(HEADROOM_CHART),
             ],
         ),
@@ -224,7 +221,7 @@ def _sections(entity: str, step_key: str) -> list[Section]:
             layout_settings=grid(columns=3, rows=1),
             panels=[
                 lines("Worst accumulator", "state_efficiency_worst", range_y=(0.0, 1.05)),
-                lines("Update by stored state over FP32 state (healthy: 0.67 to 1.5)", "state_factor_worst"),
+                lines("Update by stored state over FP32 state (healthy: 0.67 to 1.5)", "state_update_factor"),
                 lines("Weight decay that arrives", "decay_efficiency", range_y=(0.0, 1.05)),
             ],
         ),

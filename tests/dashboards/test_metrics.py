@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.wandb.samples import healthy_tensor, sample_alert, sample_report, stalled_tensor
-from update_watch.dashboards import metrics
+from update_watch.dashboards import metrics, metrics_page
 from update_watch.report import AccumulatorReport, Health
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -21,7 +21,7 @@ def test_run_values_of_one_healthy_and_one_stalled_tensor_are_those_worked_by_ha
         {
             "update_watch/efficiency": 0.75,
             "update_watch/efficiency_worst": 0.0,
-            "update_watch/displacement_efficiency": (300 * 0.98 + 100 * 0.02) / 400,
+            "update_watch/net_progress": (300 * 0.98 + 100 * 0.02) / 400,
             "update_watch/lost_fraction": 25 / 350,
             "update_watch/stalled_share": 0.25,
             "update_watch/tensors_healthy": 1,
@@ -33,12 +33,9 @@ def test_run_values_of_one_healthy_and_one_stalled_tensor_are_those_worked_by_ha
             "update_watch/tensors_unknown": 0,
             "update_watch/update_ratio": 0.0055,
             "update_watch/applied_ratio": 0.005,
-            "update_watch/bf16_epsilon": 0.0078125,
-            "update_watch/bf16_half_ulp_low": 0.001953125,
-            "update_watch/bf16_half_ulp_high": 0.00390625,
-            "update_watch/critical_lr_ratio": 4.0,
+            "update_watch/lr_margin": 0.25,
             "update_watch/state_efficiency_worst": 0.1,
-            "update_watch/state_factor_worst": 0.5,
+            "update_watch/state_update_factor": 0.5,
             "update_watch/decay_efficiency": 0.25,
             "update_watch/skipped_steps": 2,
             "update_watch/cost_ms": 0.5,
@@ -61,15 +58,14 @@ def test_what_is_not_known_is_left_out_and_never_zero() -> None:
     )
     values = metrics.run_values(sample_report(tensors=(blank,), cost_ms=float("inf")))
     counts = {f"update_watch/tensors_{h}": 0.0 for h in Health} | {"update_watch/tensors_unknown": 1.0}
-    lines = {m.key for m in metrics.RUN_METRICS if m.formula.startswith("constant")}
     known = {"update_watch/stalled_share": 0.0, "update_watch/skipped_steps": 0.0, "update_watch/alert": 0.0}
-    assert {k: v for k, v in values.items() if k not in lines} == counts | known
+    assert values == counts | known
     assert metrics.run_values(sample_report(tensors=()))["update_watch/tensors_stalled"] == 0
 
 
 def test_the_state_factor_farthest_from_one_counts_in_both_directions() -> None:
     tensors = (healthy_tensor("a", state_factor=0.6), healthy_tensor("b", state_factor=1.9))
-    assert metrics.run_values(sample_report(tensors=tensors))["update_watch/state_factor_worst"] == 1.9
+    assert metrics.run_values(sample_report(tensors=tensors))["update_watch/state_update_factor"] == 1.9
 
 
 def test_the_worst_state_is_never_the_weight_decay() -> None:
@@ -79,13 +75,16 @@ def test_the_worst_state_is_never_the_weight_decay() -> None:
     assert values["update_watch/decay_efficiency"] == 0.0
 
 
-def test_a_layer_shows_its_worst_tensor() -> None:
+def test_a_kind_shows_its_worst_tensor() -> None:
     tensors = [healthy_tensor(lost_fraction=0.2), stalled_tensor(), healthy_tensor(efficiency=None, update_ratio=None)]
-    assert {s.section: s.compute(tensors) for s in metrics.SERIES} == {
-        "update_efficiency": 0.0,
-        "update_ratio": 0.001,
-        "update_lost": 0.5,
-    }
+    assert metrics.BY_KIND.compute(tensors) == 0.0
+    assert metrics.BY_KIND.key("q_proj") == "update_watch/by_kind/q_proj"
+
+
+def test_a_dozen_numbers_are_drawn_by_wandb_and_two_are_lines_of_its_summary() -> None:
+    assert sum(m.is_shown for m in metrics.RUN_METRICS) == 12
+    assert {m.name for m in metrics.RUN_METRICS if m.is_summed_up} == {"efficiency", "tensors_stalled"}
+    assert all(m.is_shown for m in metrics.RUN_METRICS if m.is_summed_up)
 
 
 def test_the_summary_names_the_worst_tensor_its_cause_and_since_when() -> None:
@@ -99,20 +98,21 @@ def test_the_summary_names_the_worst_tensor_its_cause_and_since_when() -> None:
     assert summary == {
         "update_watch/health": "stalled",
         "update_watch/headline": "1 of 2 tensors is stalled.",
-        "update_watch/since_step": 128,  # of the broken one
-        "update_watch/worst_tensor": "nan",
-        "update_watch/worst_cause": "",
-        "update_watch/worst_advice": "NaN in the weights.",
+        "update_watch/worst": {
+            "tensor": "nan",
+            "cause": "",
+            "since_step": 128,  # of the broken one
+            "advice": "NaN in the weights.",
+        },
     }
     assert [t.name for t in metrics.unwell(sample_report(tensors=tensors))] == ["nan", "late", "early"]
 
 
 def test_the_summary_of_a_recovered_run_is_empty_again() -> None:
     summary = metrics.summary_values(sample_report(tensors=(healthy_tensor(),), health=Health.healthy, headline="ok"))
-    assert {k: v for k, v in summary.items() if v != ""} == {
-        "update_watch/health": "healthy",
-        "update_watch/headline": "ok",
-    }
+    worst = summary.pop("update_watch/worst")
+    assert set(worst.values()) == {""}
+    assert summary == {"update_watch/health": "healthy", "update_watch/headline": "ok"}
 
 
 def test_every_key_is_used_once_and_sorts_in_the_runs_table() -> None:
@@ -122,5 +122,5 @@ def test_every_key_is_used_once_and_sorts_in_the_runs_table() -> None:
 
 
 def test_the_documentation_is_made_from_the_table() -> None:
-    command = "python -m update_watch.dashboards.metrics > docs/metrics.md"
-    assert DOCS.read_text() == metrics.markdown(), f"docs/metrics.md is out of date: {command}"
+    command = "python -m update_watch.dashboards.metrics_page > docs/metrics.md"
+    assert DOCS.read_text() == metrics_page.markdown(), f"docs/metrics.md is out of date: {command}"

@@ -134,7 +134,7 @@ def test_a_wrong_argument_of_a_sink_is_named(make: Callable[[], object], error: 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"max_tensors": "a"}, ValueError, r"WandbSink\(max_tensors='a'\) must be a whole number of at least 1"),
+        ({"max_tensors": "a"}, ValueError, r"WandbSink\(max_tensors='a'\) must be a whole number of at least 0"),
         ({"max_tensors": True}, ValueError, r"WandbSink\(max_tensors=True\)"),
         ({"step_key": 3}, ValueError, r"WandbSink\(step_key=3\) must name the trainer's step"),
         (

@@ -63,7 +63,7 @@ def test_automations_are_created_in_the_project_and_write_to_slack(server: Loopb
     notification = first["triggeredActionConfig"]["notificationActionInput"]
     assert notification["integrationID"] == SLACK["id"]
     assert notification["severity"] == "ERROR"
-    assert "update_watch/worst_advice" in notification["message"]
+    assert "update_watch/worst.advice" in notification["message"]
     assert text.splitlines() == [
         "acme/training on Slack hears of loopback/p:",
         "  update-watch, p: tensors stalled: update_watch/tensors_stalled > 0.5",

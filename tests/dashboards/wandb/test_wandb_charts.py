@@ -37,7 +37,7 @@ def filled(chart: Chart, rows: list[dict[str, Any]], **size: Any) -> dict[str, A
 
 def heatmap_rows() -> list[dict[str, Any]]:
     def cell(run: str, layer: str, begin: int, efficiency: float) -> dict[str, Any]:
-        return {"name": run, "layer": layer, "begin": begin, "step": begin + 128, "efficiency": efficiency}
+        return {"name": run, "kind": layer, "begin": begin, "step": begin + 128, "efficiency": efficiency}
 
     return [
         *(cell("first", "z.first", begin, 1.0) for begin in (0, 128)),
@@ -49,7 +49,7 @@ def heatmap_rows() -> list[dict[str, Any]]:
 
 def headroom_rows() -> list[dict[str, Any]]:
     cells = [("norm", -4, 0.75), ("norm", 0, 0.25), ("attn", 3, 1.0)]
-    return [{"name": "first", "layer": layer, "octave": octave, "share": share} for layer, octave, share in cells]
+    return [{"name": "first", "kind": layer, "octave": octave, "share": share} for layer, octave, share in cells]
 
 
 ROWS = {HEATMAP_CHART.name: heatmap_rows(), HEADROOM_CHART.name: headroom_rows()}
@@ -80,7 +80,7 @@ def test_the_heatmap_paints_what_arrives_blue_and_what_stalls_dark_red() -> None
     assert colors == [rgb[-1], rgb[-1], rgb[-1], rgb[0]]
 
 
-def test_the_heatmap_keeps_the_models_order_of_layers() -> None:
+def test_the_heatmap_keeps_the_models_order_of_kinds() -> None:
     svg = vl_convert.vegalite_to_svg(filled(HEATMAP_CHART, heatmap_rows()))
     assert svg.index(">z.first<") < svg.index(">a.second<")
     assert ">b.third<" not in svg

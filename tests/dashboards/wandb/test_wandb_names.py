@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.wandb.samples import healthy_tensor, sample_report, stalled_tensor
 from update_watch.dashboards.wandb.grid import LayerGrid
-from update_watch.dashboards.wandb.names import KeyNames, group_names
+from update_watch.dashboards.wandb.names import KeyNames
+from update_watch.dashboards.wandb.rows import ChosenTensors, KindGroups
 
 
 def test_dots_and_other_characters_become_underscores() -> None:
@@ -38,47 +39,50 @@ def test_any_names_get_keys_that_differ_and_that_wandb_can_sort(texts: list[str]
     assert all(re.fullmatch(r"[0-9A-Za-z_]+", key) for key in keys)
 
 
-LAYER_OF = {f"blocks.{i}.{part}.weight": f"blocks.{i}.{part}" for i in range(4) for part in ("attn", "mlp")}
+def groups_of(limit: int, *names: str) -> dict[str, list[str]]:
+    report = sample_report(128, tuple(healthy_tensor(name) for name in names))
+    return {label: [t.name for t in tensors] for label, tensors in KindGroups(limit).of(report).items()}
 
 
-@pytest.mark.parametrize(
-    ("limit", "groups"),
-    [
-        (8, list(LAYER_OF)),
-        (7, ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]),
-        (4, ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]),
-        (3, ["blocks.0-1", "blocks.2-3"]),
-        (1, ["blocks"]),
-    ],
-)
-def test_tensors_are_grouped_as_finely_as_the_limit_allows(limit: int, groups: list[str]) -> None:
-    assert list(dict.fromkeys(group_names(LAYER_OF, limit).values())) == groups
+NAMES = [f"h.{i}.{part}.weight" for i in range(3) for part in ("attn.q", "mlp.up", "ln")]
 
 
-def test_two_hundred_blocks_stay_apart_as_ranges_of_blocks() -> None:
-    layer_of = {f"blocks.{i}.{part}.weight": f"blocks.{i}.{part}" for i in range(200) for part in ("attn", "mlp")}
-    groups = group_names(layer_of, 64)
-    assert groups["blocks.7.mlp.weight"] == "blocks.4-7"
-    assert len(set(groups.values())) == 50
+def test_tensors_are_together_by_kind_over_all_layers() -> None:
+    assert groups_of(8, *NAMES, "head.weight") == {
+        "q": [f"h.{i}.attn.q.weight" for i in range(3)],
+        "up": [f"h.{i}.mlp.up.weight" for i in range(3)],
+        "ln": [f"h.{i}.ln.weight" for i in range(3)],
+        "head": ["head.weight"],
+    }
 
 
-@given(
-    st.lists(st.text(alphabet="ab.", min_size=1, max_size=7), unique=True, min_size=1, max_size=40), st.integers(1, 9)
-)
-def test_there_are_never_more_groups_than_the_limit(paths: list[str], limit: int) -> None:
-    groups = group_names({f"{path}.w": path for path in paths}, limit)
-    assert len(set(groups.values())) <= limit
-    assert list(groups) == [f"{path}.w" for path in paths]
+@given(st.integers(1, 9), st.integers(1, 30))
+def test_there_are_never_more_groups_than_the_limit(limit: int, count: int) -> None:
+    names = [f"part{chr(97 + i % 26)}{chr(97 + i // 26)}.weight" for i in range(count)]
+    groups = groups_of(limit, *names, *NAMES)
+    assert len(groups) <= limit
+    assert sorted(name for members in groups.values() for name in members) == sorted([*names, *NAMES])
 
 
-def test_tensors_of_one_layer_are_grouped_by_layer_first() -> None:
-    layer_of = {"fc.weight": "fc", "fc.bias": "fc", "head.weight": "head"}
-    assert group_names(layer_of, 2) == {"fc.weight": "fc", "fc.bias": "fc", "head.weight": "head"}
+def test_a_kind_keeps_its_label_when_others_appear() -> None:
+    groups = KindGroups(8)
+    first = sample_report(128, tuple(healthy_tensor(name) for name in ("a.proj.weight", "b.other.weight")))
+    assert set(groups.of(first)) == {"proj", "other"}
+    names = ("a.proj.weight", "b.other.weight", "b.proj.weight")
+    assert list(groups.of(sample_report(256, tuple(healthy_tensor(name) for name in names)))) == [
+        "proj",
+        "other",
+        "b.proj",
+    ]
 
 
-def test_more_top_level_modules_than_the_limit_become_ranges() -> None:
-    layer_of = {f"layer{i}.w": f"layer{i}" for i in range(5)}
-    assert list(group_names(layer_of, 3).values()) == ["layer0-layer1"] * 2 + ["layer2-layer3"] * 2 + ["layer4"]
+def test_tensors_with_a_series_are_the_worst_and_those_asked_for_and_they_keep_it() -> None:
+    chosen = ChosenTensors(("*.ln.*",), 1)
+    bad = [stalled_tensor("h.0.mlp.up.weight", efficiency=0.05), stalled_tensor("h.1.mlp.up.weight", efficiency=0.01)]
+    found = chosen.of(sample_report(128, (*bad, healthy_tensor("h.0.ln.weight"), healthy_tensor("x.weight"))))
+    assert [t.name for t in found] == ["h.1.mlp.up.weight", "h.0.ln.weight"]
+    well = tuple(healthy_tensor(name) for name in ("h.0.mlp.up.weight", "h.1.mlp.up.weight"))
+    assert [t.name for t in chosen.of(sample_report(256, well))] == ["h.1.mlp.up.weight"]
 
 
 def test_the_grid_shows_every_window_while_there_is_room() -> None:

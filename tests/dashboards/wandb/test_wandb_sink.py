@@ -16,7 +16,6 @@ import wandb
 from tests.support.wandb.samples import (
     OfflineRun,
     healthy_tensor,
-    large_model,
     read_records,
     sample_alert,
     sample_report,
@@ -25,7 +24,7 @@ from tests.support.wandb.samples import (
 from update_watch.dashboards import metrics
 from update_watch.dashboards.wandb.alerts import run_link
 from update_watch.dashboards.wandb.sink import WandbSink
-from update_watch.report import Health, Level
+from update_watch.report import Health, Level, TensorReport
 
 STEP = "trainer/global_step"
 
@@ -63,14 +62,11 @@ def test_each_window_is_one_row_with_the_trainers_step_and_its_values(start_run:
     assert [row[STEP] for row in offline.history] == [128, 256]
     row = offline.history[1]
     assert {k: row[k] for k in metrics.run_values(second)} == pytest.approx(metrics.run_values(second))
-    series = {k: v for k, v in row.items() if k.split("/")[0] in {s.section for s in metrics.SERIES}}
+    series = {k: v for k, v in row.items() if k.count("/") == 2}
     assert series == {
-        "update_efficiency/blocks_0_attn_weight": 1.0,
-        "update_efficiency/blocks_0_norm_weight": 0.04,
-        "update_ratio/blocks_0_attn_weight": 0.01,
-        "update_ratio/blocks_0_norm_weight": 0.001,
-        "update_lost/blocks_0_attn_weight": 0.0,
-        "update_lost/blocks_0_norm_weight": 0.5,
+        "update_watch/by_kind/attn": 1.0,
+        "update_watch/by_kind/norm": 0.04,
+        "update_watch/tensors/blocks_0_norm_weight": 0.04,
     }
 
 
@@ -82,19 +78,19 @@ def test_the_headroom_histogram_counts_wanted_elements_per_octave(start_run: Any
     assert {b: n for b, n in zip(histogram["bins"], histogram["values"], strict=False) if n} == {3: 300, -4: 50}
 
 
-def test_tables_hold_the_heatmap_the_headroom_by_layer_and_the_unwell_tensors(start_run: Any) -> None:
+def test_tables_hold_the_heatmap_the_headroom_by_kind_and_the_unwell_tensors(start_run: Any) -> None:
     offline = logged(start_run(), sample_report(128), sample_report(256))
     row = offline.pictures[1]
     assert row[STEP] == 256
     assert offline.read_table(row["update_watch/heatmap"])["data"] == [
-        ["blocks.0.attn", 0, 128, 1.0],
-        ["blocks.0.attn", 128, 256, 1.0],
-        ["blocks.0.norm", 0, 128, 0.0],
-        ["blocks.0.norm", 128, 256, 0.0],
+        ["attn", 0, 128, 1.0],
+        ["attn", 128, 256, 1.0],
+        ["norm", 0, 128, 0.0],
+        ["norm", 128, 256, 0.0],
     ]
-    headroom = offline.read_table(row["update_watch/headroom_layers"])
-    assert headroom["data"] == [["blocks.0.attn", 3, 1.0], ["blocks.0.norm", -4, 1.0]]
-    tensors = offline.read_table(row["update_watch/tensors"])
+    headroom = offline.read_table(row["update_watch/headroom_by_kind"])
+    assert headroom["data"] == [["attn", 3, 1.0], ["norm", -4, 1.0]]
+    tensors = offline.read_table(row["update_watch/unwell"])
     (found,) = (dict(zip(tensors["columns"], values, strict=False)) for values in tensors["data"])
     assert found == {
         "tensor": "blocks.0.norm.weight",
@@ -121,10 +117,54 @@ def test_the_table_of_unwell_tensors_is_emptied_once_all_are_well(start_run: Any
 def test_every_run_level_key_is_defined_by_its_full_name(start_run: Any) -> None:
     offline = logged(start_run(), sample_report())
     step_of = {name: metric.step_metric for name, metric in offline.metrics.items()}
-    keys = {m.key for m in metrics.RUN_METRICS} | {e.key for e in metrics.ENTRIES if e.kind in ("histogram", "table")}
-    globs = {f"{s.section}/*" for s in metrics.SERIES}
-    assert step_of == {STEP: ""} | dict.fromkeys(keys | globs, STEP)
-    assert all(offline.metrics[glob].summary.none for glob in globs)
+    kinds = ("histogram", "table", "page")
+    keys = {m.key for m in metrics.RUN_METRICS} | {e.key for e in metrics.ENTRIES if e.kind in kinds}
+    series = {key for row in offline.history for key in row if key.count("/") == 2}
+    assert len(series) == 3
+    assert step_of == {STEP: ""} | dict.fromkeys(keys | series, STEP)
+    hidden = {name for name, metric in offline.metrics.items() if metric.options.hidden}
+    assert hidden == {m.key for m in metrics.RUN_METRICS if not m.is_shown} | series
+    silent = {name for name, metric in offline.metrics.items() if metric.summary.none}
+    assert silent == {m.key for m in metrics.RUN_METRICS if not m.is_summed_up} | series
+
+
+def stalled_llama() -> tuple[TensorReport, ...]:
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
+    parts += ("mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm")
+    names = [f"model.layers.{i}.{part}.weight" for i in range(32) for part in parts]
+    return tuple(
+        stalled_tensor(n) for n in ("model.embed_tokens.weight", *names, "model.norm.weight", "lm_head.weight")
+    )
+
+
+def test_a_model_of_291_stalled_tensors_has_at_most_60_keys_and_the_trainings_own_stay_in_sight(start_run: Any) -> None:
+    run = start_run()
+    sink = WandbSink(run)
+    sink.describe({"audit": {"bytes": 4096, "verdict": "norms will stall", "weights": 3, "states": 4}})
+    tensors = stalled_llama()
+    assert len(tensors) == 291
+    for step in (128, 256):
+        sink(sample_report(step, tensors, alerts=(sample_alert(step),)))
+    run.log({"train/loss": 1.0, "train/lr": 1e-4, "epoch": 1, "val/loss": 2.0})
+    run.finish()
+    offline = OfflineRun(run)
+    keys = {key for row in offline.rows for key in row if key.startswith("update_watch/")}
+    keys |= {key for key in offline.summary if key.startswith("update_watch/")}
+    assert len(keys) <= 60, sorted(keys)
+    # W&B prints the first ten lines of the summary when a run ends: texts and numbers, in the order of the alphabet
+    lines = sorted(k for k, v in offline.summary.items() if isinstance(v, (str, int, float)) and not k.startswith("_"))
+    assert "val/loss" in lines[:10], lines
+
+
+def test_the_verdict_is_a_page_that_is_logged_when_it_changes(start_run: Any) -> None:
+    headlines = ("1 of 2 tensors is stalled since step 1.", "1 of 2 tensors is stalled since step 2.", "All is well.")
+    reports = [sample_report(128 * (i + 1), headline=text) for i, text in enumerate(headlines)]
+    offline = logged(start_run(), *reports)
+    pages = [row for row in offline.rows if metrics.VERDICT in row]
+    assert [row[STEP] for row in pages] == [128, 384]
+    text = (Path(offline.path).parent / "files" / pages[0][metrics.VERDICT]["path"]).read_text()
+    assert "blocks.0.norm.weight" in text
+    assert "<script" not in text
 
 
 def test_the_summary_says_what_is_wrong_and_the_config_how_it_was_watched(start_run: Any) -> None:
@@ -137,10 +177,10 @@ def test_the_summary_says_what_is_wrong_and_the_config_how_it_was_watched(start_
     offline = OfflineRun(run)
     assert offline.summary["update_watch/health"] == "stalled"
     assert offline.summary["update_watch/headline"] == "1 of 2 tensors is stalled."
-    assert offline.summary["update_watch/since_step"] == 128
+    assert offline.summary["update_watch/worst"]["since_step"] == 128
     assert offline.summary["update_watch/efficiency"] == 0.75
-    assert offline.summary["update_watch/audit_bytes"] == 4096
-    assert offline.summary["update_watch/audit_verdict"] == "norms will stall"
+    assert offline.summary["update_watch/audit"]["bytes"] == 4096
+    assert offline.summary["update_watch/audit"]["verdict"] == "norms will stall"
     config = offline.config["update_watch"]
     assert config["window"] == 128
     assert config["thresholds"] == {"stalled": 0.1}
@@ -158,7 +198,7 @@ def test_facts_told_before_there_is_a_run_arrive_with_the_first_report(start_run
     assert OfflineRun(run).config["update_watch"] == {"window": 64}
 
 
-def test_an_alert_is_sent_with_a_link_and_is_data_and_a_log_line(
+def test_an_alert_is_sent_with_a_link_and_is_data_and_no_second_log_line(
     start_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = start_run(name="bf16-norms")
@@ -169,15 +209,10 @@ def test_an_alert_is_sent_with_a_link_and_is_data_and_a_log_line(
     assert first.text == "blocks.0.norm.weight is stalled: keep it in FP32.\nStep 128, run bf16-norms"
     assert (second.title, second.level) == ("x" * 63, "ERROR")
     assert [row["update_watch/alert"] for row in offline.history] == [1.0, 0.0]
-    assert offline.summary["update_watch/alerts"] == 2
-    assert offline.summary["update_watch/last_alert_step"] == 128
-    lines = [(r.levelname, r.getMessage()) for r in caplog.records if "tensor stalled" in r.getMessage()]
-    assert lines == [
-        (
-            "WARNING",
-            "update-watch, step 128: 1 tensor stalled. blocks.0.norm.weight is stalled: keep it in FP32.",
-        )
-    ]
+    assert offline.summary["update_watch/last_alert"]["count"] == 2
+    assert offline.summary["update_watch/last_alert"]["step"] == 128
+    # the watch itself has written it to Python's log: twice would be once too often
+    assert [r for r in caplog.records if "tensor stalled" in r.getMessage()] == []
 
 
 def test_the_address_of_an_offline_run_is_not_asked_for() -> None:
@@ -197,21 +232,12 @@ def test_without_alerts_nothing_is_sent_and_the_data_stays(start_run: Any) -> No
     assert offline.history[0]["update_watch/alert"] == 1.0
 
 
-def test_more_tensors_than_the_cap_are_logged_by_layer(start_run: Any) -> None:
-    tensors = (*large_model(300)[:-1], stalled_tensor("blocks.29.part4.weight"))
-    row = logged(start_run(), sample_report(128, tensors)).history[0]
-    series = [k for k in row if k.startswith("update_efficiency/")]
-    assert len(series) == 150
-    assert row["update_efficiency/blocks_29_part4"] == 0.0
-    assert row["update_efficiency/blocks_29_part3"] == 1.0
-
-
 def test_names_that_differ_only_in_dots_have_series_of_their_own(start_run: Any) -> None:
     tensors = (healthy_tensor("a.b", efficiency=0.9), healthy_tensor("a_b", efficiency=0.8))
-    row = logged(start_run(), sample_report(128, tensors)).history[0]
-    series = {k: v for k, v in row.items() if k.startswith("update_efficiency/")}
+    row = logged(start_run(), sample_report(128, tensors), tensors=("a*",)).history[0]
+    series = {k: v for k, v in row.items() if k.startswith("update_watch/tensors/")}
     assert sorted(series.values()) == [0.8, 0.9]
-    assert series["update_efficiency/a_b"] == 0.9
+    assert series["update_watch/tensors/a_b"] == 0.9
 
 
 def test_rows_of_the_training_loop_stay_as_they_are(start_run: Any) -> None:
@@ -357,10 +383,12 @@ def test_a_disabled_run_takes_everything_in_silence(caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_tensors": 0}, r"max_tensors=0\) must be a whole number of at least 1"),
+        ({"max_tensors": -1}, r"max_tensors=-1\) must be a whole number of at least 0"),
+        ({"max_kinds": 0}, r"max_kinds=0\) must be a whole number of at least 1"),
+        ({"tensors": "*norm*"}, r"tensors='\*norm\*'\) must be a sequence of names"),
         ({"step_key": ""}, "must name the trainer's step"),
     ],
-    ids=["max_tensors", "step_key"],
+    ids=["max_tensors", "max_kinds", "tensors", "step_key"],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

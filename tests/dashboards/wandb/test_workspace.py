@@ -64,8 +64,8 @@ def test_a_dry_run_prints_that_spec_as_json(no_network: None) -> None:
 def test_the_sections_are_the_five_questions_in_their_order() -> None:
     assert [s["name"] for s in sections_of(workspace.workspace_spec("team", "project"))] == [
         "Is anything stalled?",
-        "Which layers, since when",
-        "How far from the edge",
+        "Which kinds, since when",
+        "How far may the learning rate fall",
         "Optimizer state",
         "Cost",
     ]
@@ -79,10 +79,12 @@ def test_every_panel_draws_something_that_is_logged() -> None:
         if panel["viewType"] in ("Scalar Chart", "Run History Line Plot"):
             keys = set(config.get("metrics", []))
             if "metricRegex" in config:
-                matching = {s.section for s in metrics.SERIES if re.match(config["metricRegex"], f"{s.section}/a_b")}
+                matching = {s.section for s in metrics.SERIES if re.match(config["metricRegex"], s.key("a_b"))}
                 assert len(matching) == 1
                 keys |= matching
                 logged |= matching
+        elif panel["viewType"] == "Media Browser":
+            keys = set(config["mediaKeys"])
         elif panel["viewType"] == "Vega2":
             (query,) = config["userQuery"]["queryFields"]
             (table,) = (f for f in query["fields"] if f["name"] == "summaryTable")
@@ -94,7 +96,7 @@ def test_every_panel_draws_something_that_is_logged() -> None:
         drawn |= keys
     assert {m.key for m in metrics.RUN_METRICS} - drawn == {
         # told by the others: net progress stands beside efficiency in the table, healthy is the rest
-        "update_watch/displacement_efficiency",
+        "update_watch/net_progress",
         "update_watch/tensors_healthy",
     }
 
@@ -140,7 +142,7 @@ def test_a_refused_preset_is_told_and_the_workspace_is_saved_all_the_same(
     assert len(server.views) == 1
     warnings = [r.getMessage() for r in caplog.records if r.name == workspace.__name__]
     assert len(warnings) == 2
-    assert f"{ENTITY}/update-watch-heatmap-v1 was not made" in warnings[0]
+    assert f"{ENTITY}/update-watch-heatmap-v2 was not made" in warnings[0]
     assert "the name is taken" in warnings[0]
 
 
