@@ -47,7 +47,7 @@ class Options:
     progress_bar: bool
     print_audit: bool
     check_replicas: bool
-    budget: float | None
+    budget: float | None = 0.01
     journal: str | os.PathLike[str] | None = AUTO
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tests.support.lightning_models import FullComparison
 from update_watch.callbacks import StalledError
 from update_watch.callbacks.packed_state import packed, unpacked
+from update_watch.dashboards import read_journal
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 
@@ -295,17 +296,36 @@ def test_printed_lines_have_efficiency_and_stalled(train: Train, capsys: pytest.
 
 def test_printed_lines_stay_as_they_are_without_the_entry(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     train(Model(), Watched(progress_bar=False))
-    out = capsys.readouterr().out
-    assert "'loss'" in out and "efficiency" not in out
+    lines = capsys.readouterr().out.splitlines()
+    assert any("'loss'" in line for line in lines)
+    assert not any("efficiency" in line for line in lines if not line.startswith("update-watch:"))
 
 
 def test_audit_is_printed_once(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    train(Model(), UpdateWatch(window=4))
+    train(Model(), UpdateWatch(window=4, journal=None))
     lines = [line for line in capsys.readouterr().out.splitlines() if "update-watch" in line]
     assert lines == ["update-watch: 6 tensors watched; nothing in their formats will stall."]
-    train(Model(torch.bfloat16), UpdateWatch(window=4), learning_rate=LOW)
+    train(Model(torch.bfloat16), UpdateWatch(window=4, journal=None), learning_rate=LOW)
     out = capsys.readouterr().out
     assert out.count("update-watch:") == 1 and "nothing in their formats will stall" not in out
+
+
+def test_a_journal_is_kept_beside_the_checkpoints_and_the_last_line_says_how_to_open_it(
+    train: Train, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    train(Model(), UpdateWatch(window=4))
+    (path,) = tmp_path.rglob("update_watch.jsonl")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("update-watch: All 6 tensors are healthy")
+    assert last.endswith(f"Open: update-watch report --open {path}")
+    assert [report.step for report in read_journal(path)][0] == 4
+    header = json.loads(path.read_text().splitlines()[0])["run"]
+    assert (header["trainer"], header["optimizer"]) == ("transformers", "AdamW")
+
+
+def test_no_journal_is_kept_where_it_is_switched_off(train: Train, tmp_path: Path) -> None:
+    train(Model(), UpdateWatch(window=4, journal=None))
+    assert list(tmp_path.rglob("*.jsonl")) == []
 
 
 @pytest.mark.slow
