@@ -20,6 +20,10 @@ from contextlib import suppress
 from types import FrameType
 from typing import Protocol
 
+FORKED = (
+    "update-watch: this process was forked from one that watches, and trains. What it trains is not watched: call "
+    "update_watch.watch in it"
+)
 WAIT = 4.0  # seconds for all open watches
 _POLL = 0.002  # s
 

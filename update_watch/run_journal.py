@@ -91,7 +91,7 @@ def notebook_view(last: Report | None) -> str:
 
 
 class Shown:
-    """What a person sees of a watch: its line, its view in a notebook, its page."""
+    """A watch as a person has it at hand: its `with` block, its line, its view in a notebook, its page."""
 
     last: Report | None
     journal: str | os.PathLike[str] | None = None  # the one that `watch(journal=...)` keeps
@@ -118,6 +118,15 @@ class Shown:
         """
         self.flush(10.0)
         return write_page(path, self.journal, self.last)
+
+    def close(self, timeout: float = 5.0) -> None:
+        raise NotImplementedError
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __repr__(self) -> str:
         said = self.last.headline if self.last is not None else "no window was closed so far"

@@ -268,18 +268,8 @@ class Watch(run_journal.Shown):
 
     def _tell_to_watch_anew(self, optimizer: Optimizer) -> None:
         self.detach()
-        message = (
-            "update-watch: this process was forked from one that watches, and trains. What it trains is not watched: "
-            "call update_watch.watch in it"
-        )
-        logger.warning(message)
-        warn(message)
-
-    def __enter__(self) -> Watch:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        logger.warning(endings.FORKED)
+        warn(endings.FORKED)
 
     # --- state ------------------------------------------------------------------------------------
 
