@@ -9,7 +9,6 @@ pictures of them. "moe" and "moe 5" are synthetic: they are for volume, their nu
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from bench.shared.small_llama import SmallLlama, tokens
 from tests.support.run_samples import Spec, synthetic_run
 from update_watch.dashboards import Journal
 from update_watch.dashboards.report import write_report
+from update_watch.dashboards.report.picture import write_picture
 
 PEAK, WINDOW = 3e-4, 16
 
@@ -111,17 +111,17 @@ def demo(folder: Path) -> list[Path]:
 # name -> how its journals are made
 RUNS: dict[str, dict[str, Callable[[Path], Any]]] = {
     "stalled": {"llama-bf16": lambda path: llama(path)},
-    "healthy": {"llama-fp32": lambda path: llama(path, 24, dtype=torch.float32)},
+    "healthy": {"llama-fp32": lambda path: llama(path, 10, layers=16, dtype=torch.float32)},
     "idle": {"llama-idle": lambda path: llama(path, 6, peak=0.0, layers=4)},
-    "broken": {"llama-nan": lambda path: llama(path, 8, layers=8, poison=60)},
+    "broken": {"llama-nan": lambda path: llama(path, 6, layers=8, poison=60)},
     "unknown": {"llama-unknown": lambda path: llama(path, 6, layers=4, optimizer=Gambler)},
     "moe": {"moe": moe},
     "five": {
-        "bf16 lr 3e-4": lambda path: llama(path, 24, layers=8, precision="bf16"),
-        "bf16 lr 1e-3": lambda path: llama(path, 24, 1e-3, layers=8, precision="bf16"),
-        "bf16 lr 3e-5": lambda path: llama(path, 24, 3e-5, layers=8, precision="bf16"),
-        "bf16 lr 3e-4 floor 0.3": lambda path: llama(path, 24, floor=0.3, layers=8, precision="bf16"),
-        "fp32 lr 3e-4": lambda path: llama(path, 24, layers=8, dtype=torch.float32, precision="fp32"),
+        "bf16 lr 3e-4": lambda path: llama(path, 12, layers=4, precision="bf16"),
+        "bf16 lr 1e-3": lambda path: llama(path, 12, 1e-3, layers=4, precision="bf16"),
+        "bf16 lr 3e-5": lambda path: llama(path, 12, 3e-5, layers=4, precision="bf16"),
+        "bf16 lr 3e-4 floor 0.3": lambda path: llama(path, 12, floor=0.3, layers=4, precision="bf16"),
+        "fp32 lr 3e-4": lambda path: llama(path, 12, layers=4, dtype=torch.float32, precision="fp32"),
     },
 }
 
@@ -139,31 +139,27 @@ def made(folder: Path, only: set[str]) -> Iterator[tuple[str, list[Path]]]:
             path = folder / f"{stem}.jsonl"
             if not path.exists():
                 started = time.perf_counter()
-                part = path.with_suffix(".part")
-                part.unlink(missing_ok=True)
-                make(folder / f"{stem}.jsonl")
+                make(path)
                 print(f"{path}: {time.perf_counter() - started:.0f} s", flush=True)
             paths.append(path)
         yield name, paths
 
 
-@dataclasses.dataclass(frozen=True)
-class Shot:
-    """One picture of a page."""
-
-    width: int
-    height: int | None  # from the top; None: the whole page
-    theme: str = "light"
-
-    @property
-    def suffix(self) -> str:
-        return f"{self.width}-{self.theme}"
+# name of a page, and how its pictures for the docs are taken: (suffix, width, height)
+PICTURES = {
+    "stalled": (("", 1440, 900), ("-phone", 390, 1900)),
+    "healthy": (("", 1440, 620),),
+    "unknown": (("", 1440, 620),),
+    "five": (("", 1440, 1500),),
+    "moe": (("", 1440, 900),),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help=f"of demo, {', '.join(RUNS)}")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="take the pictures of the docs, too")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -171,6 +167,9 @@ def main() -> int:
         page = given.folder / f"{name}.html"
         started = time.perf_counter()
         write_report(journals, page)
+        if given.pictures is not None:
+            for suffix, width, height in PICTURES.get(name, ()):
+                write_picture(page, given.pictures / f"{name}{suffix}.png", width, 1.0, height)
         print(f"{page}: {page.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - started:.1f} s", flush=True)
     return 0
 

@@ -1,4 +1,4 @@
-"""The terminal's view of a report: a table with the worst tensors first, and `top`, which follows a journal.
+"""The terminal's view of a report: a table with the worst tensors first. `top` follows a journal.
 
 Rich is imported when it is used. Names from a run are shown as plain text: neither Rich's markup nor a terminal's
 escape sequences in them are obeyed.
@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import collections
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from update_watch.dashboards.frame import report_of
-from update_watch.dashboards.journal.journal import EmptyJournalError, JournalReader
-from update_watch.report import SEVERITY, Alert, Health, Report, TensorReport
+from update_watch.naming import cut_middle
+from update_watch.report import SEVERITY, Health, Report, TensorReport
 from update_watch.wording import printable
 
 if TYPE_CHECKING:
@@ -35,8 +31,6 @@ STYLES = {
 }
 ROWS = 20
 _ADVICES = 3  # sentences below a table that has no room for a column of them
-_ALERTS = 3
-_POLL_SECONDS = 1.0
 _WIDE, _USUAL, _NARROW = 150, 100, 72  # columns of the terminal
 
 
@@ -49,106 +43,8 @@ def table(report: Report, rows: int | None = ROWS) -> RenderableType:
     Raises:
         ImportError: rich is missing.
     """
-    _need_rich()
+    need_rich()
     return _View(report, rows)
-
-
-def top(
-    journal_path: Path,
-    once: bool = False,
-    console: Console | None = None,
-    keep_going: Callable[[], bool] = lambda: True,
-) -> None:
-    """Show the last window of a journal, and go on with every new one until interrupted (Ctrl-C).
-
-    Args:
-        once: show it once and return. Otherwise a journal that is not there yet is waited for.
-        keep_going: asked once a second; ends when it says no.
-
-    Raises:
-        JournalError, OSError: the journal cannot be read.
-        ImportError: rich is missing.
-    """
-    _need_rich()
-    from rich.console import Console
-
-    path = Path(journal_path)
-    console = console or Console()
-    if once:
-        console.print(_view(path, ROWS))
-        return
-    with suppress(KeyboardInterrupt):
-        if console.is_terminal:
-            _follow_live(path, console, keep_going)
-        else:
-            for view in _changes(path, keep_going, ROWS):
-                console.print(view)
-
-
-def _follow_live(path: Path, console: Console, keep_going: Callable[[], bool]) -> None:
-    from rich.live import Live
-    from rich.text import Text
-
-    with Live(Text(f"Waiting for {path} ..."), console=console, screen=True, auto_refresh=False) as live:
-        live.refresh()
-        for view in _changes(path, keep_going, None):
-            live.update(view, refresh=True)
-
-
-def _changes(path: Path, keep_going: Callable[[], bool], rows: int | None) -> Iterator[RenderableType]:
-    """A view for every state of the file that has a window."""
-    seen: object = None
-    while keep_going():
-        with suppress(FileNotFoundError, EmptyJournalError):
-            found = path.stat()
-            if (found.st_size, found.st_mtime_ns) != seen:
-                seen = (found.st_size, found.st_mtime_ns)
-                yield _view(path, rows)
-        time.sleep(_POLL_SECONDS)
-
-
-def _view(path: Path, rows: int | None) -> RenderableType:
-    last = read_last(path)
-    return _View(last.report, rows, last.alerts, str(last.run.get("name") or path.stem), fits_height=rows is None)
-
-
-class Last(NamedTuple):
-    """The end of a journal."""
-
-    report: Report
-    alerts: tuple[Alert, ...]  # the last few, newest first
-    run: dict[str, Any]
-
-
-def read_last(path: Path) -> Last:
-    """The last window of a journal and the last alerts, without parsing the rest.
-
-    Raises:
-        JournalError: not a journal, or of a newer version; EmptyJournalError: without a window so far.
-        OSError: it cannot be read.
-    """
-    last: collections.deque[int] = collections.deque(maxlen=4)  # a few, in case the last is damaged
-    alerted: collections.deque[int] = collections.deque(maxlen=_ALERTS)
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.startswith(b'{"kind":"window"') and raw.endswith(b"\n"):
-                last.append(number)
-                if b'"alerts":[{' in raw:
-                    alerted.append(number)
-    wanted = {*last, *alerted}
-    reader = JournalReader(path)
-    report: Report | None = None
-    alerts: list[Alert] = []
-    for frame in reader.frames(wanted.__contains__, set(last).__contains__):
-        if report is not None and frame.step <= report.step:  # resumed from an earlier checkpoint
-            alerts = [alert for alert in alerts if alert.step < frame.step]
-        alerts += frame.alerts
-        report = report_of(frame)
-    if report is None:
-        raise EmptyJournalError(
-            f"{path} holds no window yet: the first is written when the first window of steps closes."
-        )
-    return Last(report, tuple(alerts[: -_ALERTS - 1 : -1]), reader.run)
 
 
 def worst_first(tensors: Sequence[TensorReport]) -> list[TensorReport]:
@@ -160,33 +56,22 @@ def worst_first(tensors: Sequence[TensorReport]) -> list[TensorReport]:
 
 
 class _View:
-    """Lays a report out for the width (and height) it is given."""
+    """Lays a report out for the width it is given."""
 
-    def __init__(
-        self,
-        report: Report,
-        rows: int | None,
-        alerts: Sequence[Alert] = (),
-        name: str = "",
-        fits_height: bool = False,
-    ) -> None:
-        self._report, self._rows, self._alerts, self._name, self._fits_height = report, rows, alerts, name, fits_height
+    def __init__(self, report: Report, rows: int | None) -> None:
+        self._report, self._rows = report, rows
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.text import Text
 
-        report, plain = self._report, _Plain(options.ascii_only)
+        report, plain = self._report, Plain(options.ascii_only)
         yield Text.assemble((report.health.value, STYLES[report.health]), " ", plain(report.headline))
-        yield Text(plain(_summary(report, self._name)), style="dim")
-        for alert in self._alerts:
-            yield Text(
-                plain(f"alert at step {alert.step:,}: {alert.title}"), style="yellow", no_wrap=True, overflow="fold"
-            )
+        yield Text(plain(_summary(report)), style="dim")
         if not report.tensors:
             return
         yield Text("")
         ordered = worst_first(report.tensors)
-        shown = ordered[: self._limit(console, options)]
+        shown = ordered if self._rows is None else ordered[: max(0, self._rows)]
         yield _table(shown, options.max_width, plain)
         if len(shown) < len(ordered):
             yield Text(plain(f"not shown: {_counted(ordered[len(shown) :])}"), style="dim")
@@ -195,15 +80,8 @@ class _View:
                 yield Text("")
                 yield Text(plain(sentence))
 
-    def _limit(self, console: Console, options: ConsoleOptions) -> int:
-        if self._fits_height and console.is_terminal:
-            # verdict, summary, alerts, head and foot of the table, advice
-            height: int = options.height or console.size.height
-            return max(3, height - 16 - len(self._alerts))
-        return len(self._report.tensors) if self._rows is None else max(0, self._rows)
 
-
-class _Plain:
+class Plain:
     """Text a terminal takes literally."""
 
     def __init__(self, is_ascii: bool) -> None:
@@ -215,13 +93,13 @@ class _Plain:
         text = printable(text)
         return text.replace("·", "|").encode("ascii", "replace").decode() if self.is_ascii else text
 
-    def tail(self, text: str, width: int) -> str:
-        """The end of a name says more than its beginning."""
+    def head(self, text: str, width: int) -> str:
+        """As much of a line as there is room for."""
         text = self(text)
-        return text if len(text) <= width else self.dots + text[len(text) - width + len(self.dots) :]
+        return text if len(text) <= width else text[: max(0, width - len(self.dots))] + self.dots
 
 
-def _table(tensors: Sequence[TensorReport], width: int, plain: _Plain) -> Table:
+def _table(tensors: Sequence[TensorReport], width: int, plain: Plain) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -244,7 +122,7 @@ def _table(tensors: Sequence[TensorReport], width: int, plain: _Plain) -> Table:
     said: set[str] = set()
     for t in tensors:
         cells: list[Text | str] = [
-            Text(plain.tail(t.name, name_width)),
+            Text(cut_middle(plain(t.name), name_width, plain.dots)),
             Text(t.health.value, style=STYLES[t.health]),
             _number(t.efficiency, ".2f", plain),
             _percent(t.lost_fraction, plain),
@@ -261,9 +139,8 @@ def _table(tensors: Sequence[TensorReport], width: int, plain: _Plain) -> Table:
     return table
 
 
-def _summary(report: Report, name: str) -> str:
-    parts = [name] if name else []
-    parts += [f"step {report.step:,}", _counted(report.tensors)]
+def _summary(report: Report) -> str:
+    parts = [f"step {report.step:,}", _counted(report.tensors)]
     if report.efficiency is not None:
         parts.append(f"efficiency {report.efficiency:.2f}")
     if report.cost_ms is not None:
@@ -291,11 +168,11 @@ def _wording(advice: str) -> str:
     return "".join(c for c in advice if not c.isdigit())
 
 
-def _number(value: float | None, form: str, plain: _Plain) -> str:
+def _number(value: float | None, form: str, plain: Plain) -> str:
     return plain.dash if value is None or not math.isfinite(value) else format(value + 0.0, form)
 
 
-def _percent(share: float | None, plain: _Plain) -> str:
+def _percent(share: float | None, plain: Plain) -> str:
     if share is None or not math.isfinite(share):
         return plain.dash
     if 0 < share < 0.005:
@@ -303,7 +180,7 @@ def _percent(share: float | None, plain: _Plain) -> str:
     return ">99%" if 0.995 <= share < 1 else f"{100 * share:.0f}%"
 
 
-def _need_rich() -> None:
+def need_rich() -> None:
     try:
         import rich  # noqa: F401
     except ImportError as error:

@@ -125,7 +125,7 @@ def _report(options: argparse.Namespace) -> None:
 def _top(options: argparse.Namespace) -> None:
     from update_watch.dashboards.journal.finding import journals_of
     from update_watch.dashboards.journal.journal import JournalError
-    from update_watch.dashboards.terminal import top
+    from update_watch.dashboards.top import top
 
     (journal,) = journals_of([options.journal])
     _need_file(journal)
