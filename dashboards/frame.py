@@ -86,6 +86,7 @@ class Frame:
     table: TensorTable
     tensors: Columns
     headroom: Floats | None  # [P, HEADROOM_BINS], NaN rows where not known
+    movement: Floats | None  # the same, by intended^2
     what_if: Mapping[str, Floats]
     accumulators: Mapping[str, Columns]
     has_layers: bool = True
@@ -119,7 +120,8 @@ def frame_of(report: Report) -> Frame:
         alerts=report.alerts,
         table=table,
         tensors=columns,
-        headroom=_headroom(tensors),
+        headroom=_histograms([t.headroom_histogram for t in tensors]),
+        movement=_histograms([t.movement_histogram for t in tensors]),
         what_if={name: _floats([(t.what_if or {}).get(name) for t in tensors]) for name in formats},
         accumulators={
             name: _columns([t.accumulators.get(name) for t in tensors], ACCUMULATOR_NUMBERS, has_dtype=True)
@@ -146,6 +148,7 @@ def report_of(frame: Frame) -> Report:
                 cause=_cause(frame.tensors.cause[i]),
                 advice=frame.tensors.advice.get(i, ""),
                 headroom_histogram=_histogram(frame.headroom, i),
+                movement_histogram=_histogram(frame.movement, i),
                 accumulators={name: a for name, found in per_accumulator.items() if (a := found[i]) is not None},
                 what_if=guesses or None,
                 **{name: values[i] for name, values in numbers.items()},
@@ -183,13 +186,13 @@ def _floats(values: Sequence[float | None]) -> Floats:
     return array
 
 
-def _headroom(tensors: Sequence[TensorReport]) -> Floats | None:
-    if all(t.headroom_histogram is None for t in tensors):
+def _histograms(found: Sequence[tuple[float, ...] | None]) -> Floats | None:
+    if all(histogram is None for histogram in found):
         return None
-    rows = np.full((len(tensors), HEADROOM_BINS), np.nan)
-    for i, tensor in enumerate(tensors):
-        if tensor.headroom_histogram is not None:
-            rows[i] = tensor.headroom_histogram
+    rows = np.full((len(found), HEADROOM_BINS), np.nan)
+    for i, histogram in enumerate(found):
+        if histogram is not None:
+            rows[i] = histogram
     return rows
 
 
@@ -217,10 +220,10 @@ def _cause(code: int) -> Cause | None:
     return None if code == NO_CODE else CAUSES[code]
 
 
-def _histogram(headroom: Floats | None, i: int) -> tuple[float, ...] | None:
-    if headroom is None or np.isnan(headroom[i]).any():
+def _histogram(rows: Floats | None, i: int) -> tuple[float, ...] | None:
+    if rows is None or np.isnan(rows[i]).any():
         return None
-    return tuple(headroom[i].tolist())
+    return tuple(rows[i].tolist())
 
 
 def _layers(tensors: Sequence[TensorReport]) -> tuple[LayerReport, ...]:

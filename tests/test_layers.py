@@ -27,6 +27,7 @@ VOCABULARY = {
     "naming",
     "odd_tensors",
     "report",
+    "rounding_curve",
     "thresholds",
     "wording",
     "worker",

@@ -88,6 +88,8 @@ class TensorEvidence:
     update_ratio_error: float | None = None
     applied_ratio: float | None = None
     headroom_histogram: tuple[float, ...] | None = None
+    movement_histogram: tuple[float, ...] | None = None  # the same bins, by intended^2, at `movement_lr`
+    movement_lr: float | None = None
     lr: float | None = None  # at the end of the window
     lr_max: float | None = None  # the largest in the window
     lr_min: float | None = None  # the smallest in the window

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
+from update_watch.rounding_curve import efficiency_of, octaves_for
+
 _T = TypeVar("_T")
 
 SCHEMA_VERSION = 1
@@ -145,6 +147,9 @@ class TensorReport:
     copy_changed: float | None = None
     copy_changed_window: float | None = None
     headroom_histogram: tuple[float, ...] | None = None  # HEADROOM_BINS shares that sum to 1
+    # shares of sum of intended^2 by octave of headroom, in the same bins, were all steps at the learning rate `movement_lr`
+    movement_histogram: tuple[float, ...] | None = None
+    movement_lr: float | None = None
     lr: float | None = None  # learning rate at the end of the window
     critical_lr: float | None = None  # below it half of the wanted updates are lost
     state_factor: float | None = None  # 1 healthy; outside 0.67..1.5 the state is at fault
@@ -156,6 +161,44 @@ class TensorReport:
     # "plain": it is lost; "stochastic": rounded at random; "carried:<state>": kept in that state, with which the numbers
     # above are of the whole weight; "carried": kept somewhere; "unknown" or "": not found out
     scheme: str = ""
+
+    def efficiency_at(self, lr: float) -> float | None:
+        """The efficiency these updates would have at another learning rate; None where it is not known.
+
+        Updates scale with the rate; each keeps what rounding to the nearest stored value leaves of it. Where the rest is
+        carried, or rounding is at random, all of it arrives in the end: 1.
+
+        Raises:
+            ValueError: `lr` is no number above 0.
+        """
+        if not 0 < lr < math.inf:
+            raise ValueError(f"efficiency_at(lr={lr!r}) must be a number above 0")
+        if self.movement_histogram is None or not self.movement_lr:
+            return None
+        if self._keeps_all:
+            return 1.0
+        return efficiency_of(self.movement_histogram, HEADROOM_LOW + math.log2(lr / self.movement_lr))
+
+    def learning_rate_for(self, efficiency: float) -> float | None:
+        """The smallest learning rate from which on these updates arrive with at least this efficiency; None if unknown.
+
+        To a twelfth part. 0.0 where every rate does, since the rest of an update is carried.
+
+        Raises:
+            ValueError: `efficiency` is not between 0 and 1.
+        """
+        if not 0 < efficiency < 1:
+            raise ValueError(f"learning_rate_for(efficiency={efficiency!r}) must be between 0 and 1")
+        if self.movement_histogram is None or not self.movement_lr:
+            return None
+        if self._keeps_all:
+            return 0.0
+        octaves = octaves_for(self.movement_histogram, HEADROOM_LOW, efficiency)
+        return None if octaves is None else self.movement_lr * 2**octaves
+
+    @property
+    def _keeps_all(self) -> bool:
+        return self.scheme == "stochastic" or self.scheme.startswith("carried")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -149,6 +149,8 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
     }
     if frame.headroom is not None:
         line["headroom"] = headroom_lines(frame.headroom)
+    if frame.movement is not None:
+        line["movement"] = headroom_lines(frame.movement)
     if frame.what_if:
         line["what_if"] = {name: column_line(values) for name, values in frame.what_if.items()}
     return line
@@ -160,7 +162,7 @@ def frame_of_line(line: Mapping[str, Any], tables: Mapping[str, TensorTable], is
     Not `is_whole`: without sentences, headroom, accumulators and what-ifs, which is many times faster.
     """
     if not is_whole:
-        line = {key: value for key, value in line.items() if key not in ("headroom", "what_if")}
+        line = {key: value for key, value in line.items() if key not in ("headroom", "movement", "what_if")}
         line["accumulators"] = {}
         if isinstance(line.get("tensors"), dict):
             line["tensors"] = {key: value for key, value in line["tensors"].items() if key != "advice"}
@@ -176,7 +178,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
         raise ValueError(f"its table of tensors, {digest!r}, is missing")
     table = tables[digest]
     count = len(table.name)
-    headroom = line.get("headroom")
+    headroom, movement = line.get("headroom"), line.get("movement")
     cost = line.get("cost_ms")
     tensors = _columns(line["tensors"], count, TENSOR_NUMBERS, has_dtype=False)
     run = line.get("run")  # early journals have none
@@ -193,6 +195,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
         table=table,
         tensors=tensors,
         headroom=None if headroom is None else headroom_of(headroom, count),
+        movement=None if movement is None else headroom_of(movement, count),
         what_if={text_of(k): column_of(v, count) for k, v in line.get("what_if", {}).items()},
         accumulators={
             text_of(name): _columns(columns, count, ACCUMULATOR_NUMBERS, has_dtype=True)

@@ -75,7 +75,7 @@ def gone_through(made: list[Step], fmt: Format = BF16, has_clusters: bool = Fals
             t % GROUPS,
         )
         live = s.intended_AnK[0] if s.mask_nK is None else torch.where(s.mask_nK > 0, s.intended_AnK[0], 0.0)
-        sums.add_headroom(s.before_AnK[0], live, slice(0, N), fmt, 0.0)
+        sums.add_headroom(s.before_AnK[0], live, None, slice(0, N), fmt, 0.0)
     return sums
 
 
@@ -273,7 +273,7 @@ def test_headroom_of_zero_weights_and_huge_updates_stays_inside_the_histogram() 
     w = torch.tensor([[0.0, 1.0, 1e-38, 1.0]])
     d = torch.tensor([[1e-3, 1e30, 0.0, 1e-30]])
     sums.add(w.expand(1, 1, 4).clone(), (w + d).expand(1, 1, 4).clone(), w.expand(1, 1, 4).clone(), d, None, None)
-    sums.add_headroom(w, d, slice(0, 1), BF16, 0.0)
+    sums.add_headroom(w, d, None, slice(0, 1), BF16, 0.0)
     packed = sums.pack(w, None, [(slice(0, 1), BF16)])
     histogram = WindowSums.unpack(packed.numpy().astype(np.float64), sums.layout).headroom_2nB[0, 0]
     assert histogram[0] == 1 and histogram[-1] == 2 and histogram.sum() == 3

@@ -180,6 +180,8 @@ class Diagnosis:
             copy_changed=e.copy_changed,
             copy_changed_window=e.copy_changed_window,
             headroom_histogram=e.headroom_histogram,
+            movement_histogram=e.movement_histogram,
+            movement_lr=e.movement_lr,
             lr=e.lr,
             critical_lr=e.critical_lr,
             state_factor=e.state_factor,

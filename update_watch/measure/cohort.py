@@ -214,7 +214,7 @@ class Cohort:
             snapshot.group,
         )
         if snapshot.look:
-            self._look_at_headroom(before_AnK[0], intended_AnK[0], mask_nK, snapshot.rates)
+            self._look_at_headroom(before_AnK[0], intended_AnK[0], mask_nK, snapshot)
         self._live_Pn[part] += live
         self._live_Gn[snapshot.group] += live
 
@@ -229,16 +229,17 @@ class Cohort:
         return part
 
     def _look_at_headroom(
-        self, before_nK: Tensor, intended_nK: Tensor, mask_nK: Tensor | None, rates: list[float | None]
+        self, before_nK: Tensor, intended_nK: Tensor, mask_nK: Tensor | None, snapshot: Snapshot
     ) -> None:
         before_nK, intended_nK = before_nK.float(), intended_nK.float()
+        weights_n2J = self.gathers.weights_of(snapshot.turn)
         if mask_nK is not None:
             intended_nK = torch.where(mask_nK > 0, intended_nK, self._zero)
-        for run, rate in zip(self._runs, rates, strict=True):
+        for run, rate in zip(self._runs, snapshot.rates, strict=True):
             octaves = 0.0
             if rate:  # at 0 nothing is wanted, save what momentum or decay of other kinds do
                 octaves = math.log2(rate / self.first_rates.setdefault(run.group, rate))
-            self.sums.add_headroom(before_nK, intended_nK, run.rows, run.format, octaves)
+            self.sums.add_headroom(before_nK, intended_nK, weights_n2J, run.rows, run.format, octaves)
 
     def _run(self, snapshot: Snapshot, states: list[dict[str, Any]] | None) -> None:
         """Replay a step. `states`: given where it is replayed at once, whole tensors with it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -152,6 +153,8 @@ def _tensors(sums: WindowSums, cohort: CohortWindow, largest_n: Array, skipped: 
         of_numbers = Numbers(**{name: value for name, value in own.items() if name in _OF_NUMBERS})
         histogram, by_rate = sums.headroom_2nB[:, i].tolist()
         total = sum(histogram)
+        movement = sums.movement_nB[i].tolist()
+        moved = sum(movement) if facts.first_rate else 0.0
         headroom = median_headroom(by_rate) if facts.first_rate else None
         what_if = own.pop("what_if")
         accumulators = {
@@ -179,6 +182,8 @@ def _tensors(sums: WindowSums, cohort: CohortWindow, largest_n: Array, skipped: 
                 finite=finite[i],
                 numbers=of_numbers,
                 headroom_histogram=tuple(count / total for count in histogram) if total else None,
+                movement_histogram=tuple(part / moved for part in movement) if 0 < moved < math.inf else None,
+                movement_lr=facts.first_rate if 0 < moved < math.inf else None,
                 critical_lr=facts.first_rate * 2**-headroom if facts.first_rate and headroom is not None else None,
                 displacement_evidence=evidence[i] / kept,
                 accumulators={**base.accumulators, **accumulators},

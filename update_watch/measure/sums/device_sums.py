@@ -66,6 +66,7 @@ class DeviceSums:
         self._full_n = zeros(rows)  # samples looked at in full steps
         self._gradient_max_n = zeros(rows)  # squared
         self._headroom_2nB = torch.zeros(2, rows, HEADROOM_BINS, device=device)
+        self._movement_nB = zeros(rows, HEADROOM_BINS)
         self._what_if_2n = torch.zeros(2, rows, device=device)
         self.decay_5n = torch.zeros(5, rows, device=device)  # see decay.decay_sums
         # the way: sums of what was applied and intended, in groups of steps; of single steps the sums of both products
@@ -188,11 +189,19 @@ class DeviceSums:
         sums_Fn = self._reduced(products.view(-1, self.rows, self.samples), weights_n2J)[0]
         self._states_FSn.add_(sums_Fn.view(STATE_SUMS, self.states, self.rows))
 
-    def add_headroom(self, before_nK: Tensor, intended_nK: Tensor, rows: slice, fmt: Format, octaves: float) -> None:
+    def add_headroom(
+        self,
+        before_nK: Tensor,
+        intended_nK: Tensor,
+        weights_n2J: Tensor | None,
+        rows: slice,
+        fmt: Format,
+        octaves: float,
+    ) -> None:
         """Count the rows' headroom log2(|intended| / half gap) in one-octave bins; zero updates are not counted.
 
         `before`, `intended`: FP32. Counted again with `octaves` less: by so much the learning rate is above that of the
-        window's first look. For formats finer than BF16, count too how many updates a BF16 weight would lose.
+        window's first look; so is the movement, intended^2, added up. For formats finer than BF16, count too how many updates a BF16 weight would lose.
         """
         d, w = intended_nK[rows], before_nK[rows]
         # 1e-38: a zero update (weight 0 below) must not make log2 complain
@@ -203,6 +212,11 @@ class DeviceSums:
             # NaN cannot be an index; those rows are reported as broken from their sums
             index = octave.nan_to_num_(0.0).clamp_(0, HEADROOM_BINS - 1).to(torch.int64)
             histogram_nB[rows].scatter_add_(1, index, wanted)
+        energy = d.to(self.dtype).square().mul_(4.0**-octaves)
+        if weights_n2J is not None:
+            weights = weights_n2J[rows].flatten(1)
+            energy = (energy.view(*weights.shape, -1) * weights.unsqueeze(-1)).flatten(1)
+        self._movement_nB[rows].scatter_add_(1, index, energy)  # by the headroom at the first look's rate
         if fmt.mantissa_bits > BF16.mantissa_bits:
             lost = BF16.absorbs(BF16.round(w), d).to(torch.float32).mul_(wanted)
             self._what_if_2n[:, rows].add_(torch.stack([lost.sum(-1), wanted.sum(-1)]))
@@ -258,6 +272,7 @@ class DeviceSums:
             self._full_n,
             self._gradient_max_n / gradient_n,
             self._headroom_2nB,
+            self._movement_nB / _unit(self._movement_nB.amax(-1, keepdim=True)),
             self._what_if_2n,
             self.decay_5n,
             torch.stack([(weighted_GnK * other_nK).sum(-1) for other_nK in applied_GnK]) / energy_n,

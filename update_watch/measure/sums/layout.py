@@ -44,6 +44,7 @@ class Layout(NamedTuple):
             "full_n": (n,),
             "gradient_max_n": (n,),
             "headroom_2nB": (2, n, HEADROOM_BINS),
+            "movement_nB": (n, HEADROOM_BINS),
             "what_if_2n": (2, n),
             "decay_5n": (5, n),
             "arrived_GGn": (groups, groups, n),

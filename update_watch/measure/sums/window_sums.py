@@ -63,6 +63,7 @@ class WindowSums:
     full_n: Array
     gradient_max_n: Array
     headroom_2nB: Array
+    movement_nB: Array  # in units of its own in each row
     what_if_2n: Array
     decay_5n: Array
     arrived_GGn: Array
