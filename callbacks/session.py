@@ -158,6 +158,7 @@ class Session:
                 raise
             logger.warning("update-watch: averaged models are not watched: %s", error)
             self.watch = watch(names, watchable, **settings)
+        self.watch.trainer = trainer or "torch"
 
     def follow(self, optimizers: Sequence[Any]) -> None:
         """Watch these optimizers from now on; does nothing while they are the ones that are watched.

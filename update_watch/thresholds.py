@@ -47,6 +47,10 @@ class Thresholds:
     maximum_error: float = 0.1
     """Standard error of an efficiency up to which it is taken at its word; windows are pooled until it is as small."""
 
+    narrow_error: float = 0.03
+    """Standard error of an efficiency from which on its point is taken; above it windows are pooled until two standard
+    errors lie on one side of every limit."""
+
     pool_windows: int = 16
     """Windows pooled at most."""
 
@@ -74,7 +78,7 @@ class Thresholds:
     def __post_init__(self) -> None:
         for name in ("stalled", "stalled_exit", "stalling", "stalling_exit", "negligible_lr", "displacement_evidence"):
             self._check(name, 0.0, 1.0)
-        for name in ("state_low", "state_high", "maximum_error"):
+        for name in ("state_low", "state_high", "maximum_error", "narrow_error"):
             self._check(name, 0.0, math.inf)
         self._check("state_margin", 0.0, 0.5)
         self._check("alert_cooldown", 0.0, math.inf)

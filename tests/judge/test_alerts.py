@@ -131,6 +131,25 @@ def test_a_stall_that_spreads_is_told_at_1_10_50_percent_and_all(alerts: Alerts)
     assert told_at == [5, 10, 100, 500, 1000]
 
 
+def test_one_more_tensor_is_told_again_only_where_it_is_half_of_the_model(alerts: Alerts) -> None:
+    norms = [tensor(f"l{i}.norm", Health.stalled, numel=10) for i in range(5)]
+    parts = [tensor("head", Health.stalled, numel=2000), tensor("emb", Health.stalled, numel=6000)]
+    rest = tensor("g.w", Health.healthy, numel=2000)
+    well = [dataclasses.replace(t, health=Health.healthy, cause=None) for t in parts]
+    course = [[*norms, *well, rest], [*norms, parts[0], well[1], rest], [*norms, *parts, rest]]
+    assert events(alerts, course) == [["STALLED"], [], ["STALLED"]]
+
+
+def test_lost_decay_beside_lost_updates_is_one_story(alerts: Alerts) -> None:
+    decaying = tensor(
+        "b.w", Health.healthy, accumulators=accumulator("weight_decay", Health.stalled, Cause.decay_rounding)
+    )
+    (alert,) = told(alerts, tensor("a.w", Health.stalled), decaying)
+    assert "Weight decay is lost in 1 other tensor as well." in alert.text
+    found = told(alerts, tensor("a.w", Health.healthy), decaying)
+    assert [a.cause for a in found] == [Cause.decay_rounding, Cause.weight_rounding]
+
+
 def test_what_comes_and_goes_below_the_next_share_is_not_told(alerts: Alerts) -> None:
     rest = [tensor(f"g{i}.w", Health.healthy) for i in range(97)]
     bad, good = Health.stalled, Health.healthy

@@ -42,7 +42,7 @@ def test_stochastic_rounding_of_ones_is_never_a_stall(scheme: str, lr: float, co
 @pytest.mark.parametrize(("count", "lr"), [(64, 1e-3), (256, 1e-4), (256, 1e-3)])
 def test_stochastic_rounding_is_known_to_be_healthy_once_there_is_enough_of_it(count: int, lr: float) -> None:
     found = judged(ones(count), lr, store="stochastic", scheme="stochastic")
-    assert [t.health for t in found[3:]] == [Health.healthy] * 5
+    assert [t.health for t in found[5:]] == [Health.healthy] * 3  # healthy takes evidence
 
 
 @pytest.mark.parametrize("scheme", ["carried", "unknown"])

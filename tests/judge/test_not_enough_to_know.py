@@ -38,13 +38,36 @@ def test_an_interval_that_holds_no_doubt_needs_not_be_narrow() -> None:
 
 
 def test_an_efficiency_within_its_error_of_the_limit_does_not_accuse() -> None:
-    assert verdicts(tensor(0.75, efficiency_error=0.03))[0].health is Health.healthy
+    assert verdicts(tensor(0.75, efficiency_error=0.04))[0].health is Health.unknown
     assert verdicts(tensor(0.75, efficiency_error=0.02))[0].health is Health.stalling
+    assert verdicts(tensor(0.79, efficiency_error=0.02))[0].health is Health.stalling  # narrow: its point is taken
+
+
+def test_healthy_needs_evidence_as_a_stall_does() -> None:
+    assert verdicts(tensor(0.82, lost=0.2, efficiency_error=0.05))[0].health is Health.unknown
+    assert verdicts(tensor(0.95, lost=0.1, efficiency_error=0.05))[0].health is Health.healthy
+
+
+def test_windows_are_pooled_till_the_interval_is_on_one_side_of_the_limit() -> None:
+    found = verdicts(*[tensor(0.72, lost=0.3, efficiency_error=0.08)] * 6)
+    healths = [str(t.health) for t in found]
+    assert healths == ["unknown"] * 4 + ["stalling"] * 2  # two of 0.08 / sqrt(5) reach 0.8 no more
+
+
+def test_an_earlier_verdict_stands_till_the_pooled_windows_say_otherwise() -> None:
+    doubtful = tensor(0.78, lost=0.3, efficiency_error=0.09)
+    found = verdicts(tensor(0.97), doubtful, doubtful)
+    assert [t.health for t in found] == [Health.healthy] * 3
+
+
+def test_an_error_that_is_not_known_is_no_error_of_nought() -> None:
+    alone = tensor(0.97, measured_steps=1, efficiency_error=None)
+    assert [str(t.health) for t in verdicts(*[alone] * 10)][:8] == ["unknown"] * 8
 
 
 def test_under_stochastic_rounding_the_error_counts_more() -> None:
     rare = {"scheme": "stochastic", "lost": 0.8, "headroom_histogram": histogram(-3), "displacement_evidence": 0.0}
-    assert verdicts(tensor(0.75, efficiency_error=0.02, **rare))[0].health is Health.healthy
+    assert verdicts(tensor(0.75, efficiency_error=0.02, **rare))[0].health is Health.unknown
     assert verdicts(tensor(0.75, efficiency_error=0.01, **rare))[0].health is Health.stalling
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -37,6 +38,44 @@ def joined(*ranks: list[TensorEvidence]) -> list[TensorEvidence]:
     found = [plan.decode(total, window).tensors for plan, window in zip(plans, windows, strict=True)]
     assert all(one == found[0] for one in found)
     return list(found[0])
+
+
+LEDGER: dict[str, Any] = {
+    "net_efficiency": 0.4,
+    "net_efficiency_error": 0.02,
+    "undone_fraction": 0.5,
+    "written_between": 1e-4,
+    "moved": 2e-4,
+    "gradient_rms": 0.03,
+    "update_ratio_error": 1e-5,
+    "state_factor_error": 0.01,
+    "copy_changed": 0.125,
+    "copy_changed_window": 0.5,
+    "written_steps": 5,
+    "written_step": 7,
+    "is_master": True,
+    "requires_grad": False,
+    "gradient_looks": 6,
+    "note": "head.weight was replaced",
+}
+
+
+def test_one_rank_alone_gets_back_its_ledger() -> None:
+    (found,) = joined([tensor(**LEDGER)])
+    for name, value in LEDGER.items():
+        assert getattr(found, name) == (pytest.approx(value, rel=1e-12) if isinstance(value, float) else value), name
+
+
+def test_the_ledger_of_shards_weighs_by_what_they_hold_and_an_error_is_never_less_than_the_mean() -> None:
+    few = tensor(held=25, moved=0.0, net_efficiency=0.0, net_efficiency_error=0.1, gradient_rms=0.2, written_step=3)
+    many = tensor(held=75, moved=0.4, net_efficiency=1.0, net_efficiency_error=0.02, gradient_rms=0.0)
+    (found,) = joined([few], [many])
+    assert found.moved == pytest.approx(math.sqrt(0.75 * 0.4**2))
+    assert found.gradient_rms == pytest.approx(math.sqrt(0.25 * 0.2**2))
+    assert (found.net_efficiency, found.net_efficiency_error) == (pytest.approx(0.75), pytest.approx(0.04))
+    assert found.written_step == 3
+    still = dataclasses.replace(many, moved=0.0)
+    assert joined([few], [still])[0].moved == 0.0  # not one bit of any shard
 
 
 def test_one_rank_alone_gets_back_what_it_gave() -> None:

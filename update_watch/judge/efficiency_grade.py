@@ -4,12 +4,16 @@ Two numbers speak: the efficiency of single steps, with a standard error, and th
 which counts as evidence where enough elements were meant to move by half a gap or more. Who may accuse depends on the
 rounding scheme:
 
-- rounding to nearest, or weight and compensation joined ("plain", "carried:<state>"): the efficiency, unless the
-  displacement shows that the rest arrived later;
+- rounding to nearest ("plain"): the efficiency alone, as nothing can arrive later;
+- weight and compensation joined ("carried:<state>"): the efficiency, unless the displacement shows that the rest arrived
+  later;
 - stochastic rounding: the same, once so many changes were expected that their number means something;
 - anything else, where FP32 weights or a compensation elsewhere may hold the rest ("unknown") or something is known to
   ("carried"): only the displacement. A first window starts with an empty remainder and may read 0.4, so half a loss
   must be seen twice.
+
+Windows are pooled until the interval of the efficiency (two standard errors) lies on one side of every limit, or is narrow;
+till then an earlier verdict stands, and a first one is not given: healthy needs evidence as stalled does.
 
 A good efficiency is overruled by a low displacement over several windows: the drift is lost under passing oscillation.
 """
@@ -30,6 +34,7 @@ _SURER = 3.0  # where few rare changes make the spread itself uncertain
 _EXPECTED_CHANGES = 100.0  # under stochastic rounding: half of them has a chance of 1e-8
 _ALWAYS = 1e9
 _WINDOW_NOISE = 0.1  # least standard deviation of a displacement efficiency between windows
+_UNDEFINED = 0.3  # standard error of what one step alone has shown
 _UNLOST = 0.01  # so small a lost fraction cannot explain an efficiency below _ROUNDED_LEAST
 _ROUNDED_LEAST = 0.6  # what survives rounding is at least 2/3 of what was intended
 _ROUNDED_MOST = 2.5  # and at most twice
@@ -103,12 +108,14 @@ def score(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Scor
         history.drift.append(displacement)
         del history.drift[: -2 * limits.drift_windows]
         history.proven = displacement >= limits.stalling or (history.proven and displacement >= limits.stalling / 2)
-    pooled = _pool(history, limits)
+    margin = _SURE if exact else _SURER
+    pooled = _pool(history, limits, margin if exact or e.scheme == "stochastic" else None)
     if pooled.steps < limits.minimum_steps:
         return Score(UNKNOWN, reasons.too_few_steps(pooled.steps, limits.minimum_steps))
-    if exact or e.scheme == "stochastic":
-        most = _ROUNDED_MOST if e.scheme == "plain" else _CARRIED_MOST
-        result = _by_steps(pooled, displacement, history, limits, exact, most)
+    if e.scheme == "plain":  # what was lost cannot arrive later, whatever the displacement of a few steps says
+        result = _by_steps(pooled, None, history, limits, exact, _ROUNDED_MOST)
+    elif exact or e.scheme == "stochastic":
+        result = _by_steps(pooled, displacement, history, limits, exact, _CARRIED_MOST)
     else:
         result = _by_displacement(pooled, displacement, history, limits, e.scheme == "carried")
     if result.health is HEALTHY:
@@ -125,12 +132,17 @@ def _by_steps(
 ) -> Score:
     efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
     margin = (_SURE if exact else _SURER) * error
-    health = grade(efficiency + margin, history.grade, limits)  # at best
-    if error > limits.maximum_error:
-        if health is HEALTHY and grade(efficiency - margin, history.grade, limits) is not HEALTHY:
+    health = grade(efficiency, history.grade, limits)
+    if not _is_decided(efficiency, error, margin, exact, history, limits):
+        if pooled.windows >= limits.pool_windows:
+            if error > limits.maximum_error:
+                return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
+        elif (at_best := grade(efficiency + margin, history.grade, limits)) is not HEALTHY:
+            health = at_best  # how bad it is, more windows will tell
+        elif history.graded is None:
             return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
-    elif history.grade is not HEALTHY:  # the margin protects from accusing, it is no way out
-        health = grade(efficiency, history.grade, limits)
+        else:  # till more is known, the earlier verdict stands
+            health = history.grade
     if exact and efficiency - margin > most:
         return Score(UNKNOWN, reasons.unexplained(efficiency, None))
     if health is not HEALTHY and displacement is not None and displacement > efficiency:
@@ -142,6 +154,15 @@ def _by_steps(
     if exact and (efficiency < _BACKWARDS or (efficiency < _ROUNDED_LEAST and lost < _UNLOST)):
         return Score(UNKNOWN, reasons.unexplained(efficiency, lost))
     return Score(health, "", efficiency, lost)
+
+
+def _is_decided(
+    efficiency: float, error: float, margin: float, is_exact: bool, history: TensorHistory, limits: Thresholds
+) -> bool:
+    """Whether the interval is on one side of every limit, or narrow (under random rounding the error itself is not known)."""
+    if is_exact and error <= limits.narrow_error:
+        return True
+    return grade(efficiency - margin, history.grade, limits) is grade(efficiency + margin, history.grade, limits)
 
 
 def _by_displacement(
@@ -176,15 +197,18 @@ def _remember(e: TensorEvidence, efficiency: float, history: TensorHistory, exac
         (
             e.measured_steps,
             efficiency,
-            abs(known(e.numbers.efficiency_error) or 0.0),
+            _UNDEFINED if (error := known(e.numbers.efficiency_error)) is None else abs(error),
             share(e.numbers.lost_fraction) or 0.0,
             _ALWAYS if exact else _expected_changes(e),
         )
     )
 
 
-def _pool(history: TensorHistory, limits: Thresholds) -> Pooled:
-    """As few of the latest windows as give enough evidence, weighted by measured steps; older ones are forgotten."""
+def _pool(history: TensorHistory, limits: Thresholds, margin: float | None) -> Pooled:
+    """As few of the latest windows as give enough evidence, weighted by measured steps; older ones are forgotten.
+
+    `margin`: standard errors that decide; None where the efficiency does not.
+    """
     pool = history.pool
     steps, dot, square, lost, expected, used = 0, 0.0, 0.0, 0.0, 0.0, 0
     efficiency = error = 0.0
@@ -198,7 +222,9 @@ def _pool(history: TensorHistory, limits: Thresholds) -> Pooled:
         lost += n * window_lost
         expected += window_expected
         efficiency, error = dot / steps, math.sqrt(square) / steps
-        if steps >= limits.minimum_steps and error <= limits.maximum_error and expected >= _EXPECTED_CHANGES:
+        if steps < limits.minimum_steps or error > limits.maximum_error or expected < _EXPECTED_CHANGES:
+            continue
+        if margin is None or _is_decided(efficiency, error, margin * error, margin == _SURE, history, limits):
             break
     if used < len(pool):
         del pool[:-used]

@@ -47,6 +47,7 @@ def catalogue(evidence: WindowEvidence) -> list[Entry]:
             "group": t.optimizer_group,
             "scheme": t.scheme,
             "reason": t.reason if elements_held(t) else "",
+            "note": t.note,
             "is_held": bool(elements_held(t) and t.optimizer_group),
             "is_plain": t.held is None,
             "part": t.part,
@@ -108,7 +109,7 @@ class Plan:
         known["pieces"].append(entry["numel"])
         if entry["is_held"] and not known["is_held"]:  # who holds elements of it knows more of it
             known.update({k: v for k, v in entry.items() if k != "accumulators"})
-        for field in ("reason", "group"):
+        for field in ("reason", "group", "note"):
             known[field] = known[field] or entry[field]
         known["accumulators"] = {**entry["accumulators"], **known["accumulators"]}
 

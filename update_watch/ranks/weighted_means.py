@@ -24,6 +24,9 @@ TENSOR_NUMBERS = (
     *("changed", "intended", "applied", "stored"),
     *("lr", "lr_max", "lr_min", "weight_decay"),
     *("state_factor", "state_factor_steps", "displacement_evidence", "what_if"),
+    *("lost_error", "update_ratio_error", "state_factor_error"),
+    *("net", "net_error", "between", "moved", "undone", "written_steps", "written_step", "is_master", "requires_grad"),
+    *("gradient_looks", "gradient", "copy_changed", "copy_changed_window"),
 )
 ACCUMULATOR_NUMBERS = (
     *("present", "efficiency", "displacement", "wanted", "lost", "value", "updated"),
@@ -99,6 +102,29 @@ def put_tensor(t: TensorEvidence, means: Means) -> None:
     means.put("state_factor_steps", float(t.state_factor_steps), held if t.state_factor is not None else None)
     means.put("displacement_evidence", t.displacement_evidence, held)
     means.put("what_if", (t.what_if or {}).get("bfloat16"), wanted)
+    # of errors the mean as well: what several ranks sample may err together, and the error of a mean is at most that
+    means.put("lost_error", n.lost_fraction_error, wanted)
+    means.put("update_ratio_error", t.update_ratio_error, held)
+    means.put("state_factor_error", t.state_factor_error, held)
+    _put_ledger(t, means, held)
+
+
+def _put_ledger(t: TensorEvidence, means: Means, held: float) -> None:
+    """What was written to the model's own tensor, and the gradients beside it."""
+    weight = _times(_or(t.numbers.path_weight, 1.0), held)
+    means.put("net", t.net_efficiency, weight)
+    means.put("net_error", t.net_efficiency_error, weight)
+    means.put("undone", t.undone_fraction, weight)
+    for name, size in (("between", t.written_between), ("moved", t.moved), ("gradient", t.gradient_rms)):
+        means.put(name, _times(size, size), held)
+    means.put("is_master", float(t.is_master), 1.0)
+    means.put("requires_grad", float(t.requires_grad), 1.0)
+    means.put("gradient_looks", float(t.gradient_looks), held)
+    means.put("copy_changed", t.copy_changed, held)
+    means.put("copy_changed_window", t.copy_changed_window, held)
+    if t.written_step is not None:
+        means.put("written_step", float(t.written_step), 1.0)
+        means.put("written_steps", float(t.written_steps), 1.0)
 
 
 def put_histogram(t: TensorEvidence, values: list[float], start: int) -> None:
@@ -147,6 +173,7 @@ def read_tensor(
         shape=tuple(entry["shape"]),
         trainable=means.get("frozen") != 1.0,
         reason="" if means.weight("measured") else entry["reason"],
+        note=entry["note"],
         steps=round(steps),
         measured_steps=max(round(means.get("measured") or 0.0), int(means.weight("measured") > 0)),
         # a gradient anywhere is a gradient
@@ -164,6 +191,7 @@ def read_tensor(
             means.get("lost"),
             means.get("weight"),
             means.get("path_weight"),
+            means.get("lost_error"),
         ),
         changed_fraction=means.get("changed"),
         update_ratio=_over(_root(means.get("intended")), stored),
@@ -181,6 +209,21 @@ def read_tensor(
         accumulators=accumulators,
         what_if=None if what_if is None else {"bfloat16": what_if},
         stored=stored,
+        requires_grad=means.get("requires_grad") != 0.0,
+        update_ratio_error=means.get("update_ratio_error"),
+        state_factor_error=means.get("state_factor_error"),
+        net_efficiency=means.get("net"),
+        net_efficiency_error=means.get("net_error"),
+        written_between=_root(means.get("between")),
+        undone_fraction=means.get("undone"),
+        written_steps=round(means.get("written_steps") or 0.0),
+        written_step=None if (last := means.get("written_step")) is None else round(last),
+        moved=_root(means.get("moved")),
+        is_master=bool(means.get("is_master")),
+        gradient_looks=round(means.get("gradient_looks") or 0.0),
+        gradient_rms=_root(means.get("gradient")),
+        copy_changed=means.get("copy_changed"),
+        copy_changed_window=means.get("copy_changed_window"),
     )
 
 

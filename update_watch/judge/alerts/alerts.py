@@ -15,7 +15,7 @@ from typing import Any
 
 from update_watch.judge.alerts.episodes import BEGAN, Episode, level_of
 from update_watch.judge.alerts.findings import NOTHING_TRAINS, Finding, find
-from update_watch.judge.alerts.texts import alert_of
+from update_watch.judge.alerts.texts import alert_of, with_decay
 from update_watch.judge.history import check_state
 from update_watch.report import Cause, Health, Level, Report
 from update_watch.thresholds import Thresholds
@@ -25,6 +25,7 @@ _VERSION = 2
 _HOUR = 3600.0
 _LOUDEST_FIRST = (Level.error, Level.warn, Level.info)
 _LOGGING = {Level.info: logging.INFO, Level.warn: logging.WARNING, Level.error: logging.ERROR}
+_WEIGHTS, _DECAY = str(Cause.weight_rounding), str(Cause.decay_rounding)
 _FOR_GOOD = 3  # windows with a learning rate of 0, from which on it is no warm-up and no last window
 
 
@@ -47,6 +48,8 @@ class Alerts:
         self._sent = [t for t in self._sent if now - _HOUR < t <= now]
         found = find(report)
         bad = self._without_old_rest(found.bad)
+        # what loses the updates loses the decay too, and has the same cure: one story
+        decaying = bad.pop(_DECAY, []) if _WEIGHTS in bad else []
         self._was_well |= found.well
         trained = sum(t.numel for t in report.tensors if t.trainable) or 1
         news: list[tuple[Level, str, str, list[Finding], float]] = []
@@ -69,7 +72,10 @@ class Alerts:
             self._held.discard(name)
             count = self._episodes[name].told_members
             self._episodes[name].tell(event, members, share, now)
-            alerts.append(alert_of(event, name, level, members, report, count, self._limits, self.trainer))
+            alert = alert_of(event, name, level, members, report, count, self._limits, self.trainer)
+            if name == _WEIGHTS and members and decaying:
+                alert = with_decay(alert, decaying)
+            alerts.append(alert)
         if alerts and self._held:
             held, self._held = self._held, set()
             note = f"\n{plural(len(held), 'other change')} held back: {self._limits.alerts_per_hour} alerts an hour at most."

@@ -1,7 +1,7 @@
 """Episodes: what was told of one cause, when it is told again, and when it is over.
 
 An episode begins with its first tensor, is told again when the share of the parameters it holds passes the next of
-`SHARES` or when it becomes worse in kind, and ends when its last tensor is well. A tensor of which nothing can be said
+`SHARES` (the small ones with twice as many tensors as were told) or when it becomes worse in kind, and ends when its last tensor is well. A tensor of which nothing can be said
 for a while stays in it. What was told once is not told again, however often tensors leave and come back.
 """
 
@@ -17,6 +17,7 @@ from update_watch.report import Health, Level
 
 SHARES = (0.01, 0.1, 0.5, 1.0)  # of the parameters that are trained
 BEGAN, GREW, WORSE, OVER = "began", "grew", "worse", "over"
+_LARGE = 0.5
 _RANK = {Health.unknown: 0, Health.idle: 0, Health.healthy: 0, Health.stalling: 1, Health.stalled: 2, Health.broken: 3}
 _LOUDNESS = {Level.info: 0, Level.warn: 1, Level.error: 2}
 
@@ -53,7 +54,10 @@ class Episode:
             return BEGAN
         if _rank(bad) > self.told_rank or _LOUDNESS[level_of(bad)] > _LOUDNESS[self.told_level or Level.info]:
             return WORSE
-        return GREW if passed(share) > self.told_share and len(self.members) > self.told_members else ""
+        has_passed = passed(share) > self.told_share and len(self.members) > self.told_members
+        # one large tensor more among many is no other story until half of the model has it
+        is_large = share >= _LARGE or len(self.members) >= 2 * self.told_members
+        return GREW if has_passed and is_large else ""
 
     def tell(self, event: str, bad: list[Finding], share: float, now: float) -> None:
         """Remember that it was told."""

@@ -5,6 +5,7 @@ Everything before the list has room on a phone: under 600 characters.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from update_watch.judge.advice import advise, finding
@@ -57,6 +58,13 @@ def alert_of(
         if len(members) > limits.alert_tensors:
             lines.append(f"and {len(members) - limits.alert_tensors} more")
     return Alert(report.step, level, _fit(title), "\n".join(lines), tuple(chosen), members[0].cause)
+
+
+def with_decay(alert: Alert, decaying: Sequence[Finding]) -> Alert:
+    """The alert on lost updates, with a word on the weight decay that is lost in other tensors."""
+    head, *rest = alert.text.split("\n- ", 1)
+    words = f"{head}\nWeight decay is lost in {plural(len(decaying), 'other tensor')} as well."
+    return dataclasses.replace(alert, text="\n- ".join([words, *rest]))
 
 
 def _title(event: str, members: Sequence[Finding], tensors: Sequence[TensorReport], told: int) -> str:
