@@ -70,8 +70,7 @@ class Watch(run_journal.Shown):
         self._closed = False
         self._is_closing_window = False
         self._windows = 0  # closed so far
-        self._diagnosis, self._alerts = Diagnosis(thresholds), Alerts(thresholds)
-        self.trainer = "torch"  # in whose words cures are told: a key of `cures.TRAINERS`; callbacks say theirs
+        self._diagnosis, self._alerts, self.trainer = Diagnosis(thresholds), Alerts(thresholds), "torch"
         self._sinks = Sinks(list(sinks))
         self._judge = Worker("judging", self._attention.beside(self._judge_window))
         self._post = Worker("sink", self._attention.beside(self._sinks))
@@ -192,9 +191,8 @@ class Watch(run_journal.Shown):
             return
         try:
             evidence = self._selection.of(self._ranks.join(read(window)))
-            self._diagnosis.trainer = self._alerts.trainer = self.trainer
             self._alerts.is_logging = self._ranks.rank == 0 or not self._ranks.is_joining
-            report = self._alerts.update(self._diagnosis.judge(evidence))
+            report = self._alerts.update(self._diagnosis.judge(evidence, self.trainer), self.trainer)
         except Exception as error:
             self._tap.enabled = False
             self._fail(error)

@@ -227,8 +227,7 @@ def test_a_few_norms_are_to_be_kept_in_fp32_alone(alerts: Alerts) -> None:
 
 
 def test_the_trainer_at_hand_gives_the_words(alerts: Alerts) -> None:
-    alerts.trainer = "lightning"
-    (alert,) = told(alerts, tensor("a.w", Health.stalled, dtype="bfloat16"))
+    (alert,) = alerts.update(report(tensor("a.w", Health.stalled, dtype="bfloat16")), "lightning").alerts
     assert "Trainer(precision='bf16-mixed')" in alert.text
 
 

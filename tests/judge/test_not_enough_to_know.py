@@ -51,7 +51,7 @@ def test_healthy_needs_evidence_as_a_stall_does() -> None:
 def test_windows_are_pooled_till_the_interval_is_on_one_side_of_the_limit() -> None:
     found = verdicts(*[tensor(0.72, lost=0.3, efficiency_error=0.08)] * 6)
     healths = [str(t.health) for t in found]
-    assert healths == ["unknown"] * 4 + ["stalling"] * 2  # two of 0.08 / sqrt(5) reach 0.8 no more
+    assert healths == ["unknown"] * 3 + ["stalling"] * 3  # two of 0.08 / sqrt(4) reach 0.8 no more
 
 
 def test_an_earlier_verdict_stands_till_the_pooled_windows_say_otherwise() -> None:

@@ -71,8 +71,12 @@ class Diagnosis:
         self._last_step: int | None = None
         self._moving: set[str] = set()  # optimizers of which any tensor moved in this window
 
-    def judge(self, evidence: WindowEvidence) -> Report:
-        """The report of a window, without alerts. Never raises on missing or non-finite numbers."""
+    def judge(self, evidence: WindowEvidence, trainer: str = "torch") -> Report:
+        """The report of a window, without alerts. Never raises on missing or non-finite numbers.
+
+        `trainer`: in whose words cures are told, a key of `cures.TRAINERS`.
+        """
+        self.trainer = trainer
         first_step = max(evidence.step - evidence.window + 1, 0)
         if self._last_step is not None and first_step <= self._last_step < evidence.step:
             first_step = self._last_step + 1

@@ -35,15 +35,17 @@ class Alerts:
     def __init__(self, thresholds: Thresholds, clock: Callable[[], float] = time.time) -> None:
         self._limits, self._clock = thresholds, clock
         self.is_logging = True  # False: another rank, which has the same reports, logs them
-        self.trainer = "torch"  # in whose words cures are told: a key of `cures.TRAINERS`
         self._episodes: dict[str, Episode] = {}
         self._was_well: set[str] = set()  # keys that have been well: only of these it is news that they came to rest
         self._resting: set[str] = set()  # keys that were idle in the window before
         self._sent: list[float] = []  # times of the alerts of the last hour
         self._held: set[str] = set()  # episodes whose news the budget held back since the last alert
 
-    def update(self, report: Report) -> Report:
-        """The report with its alerts, loudest first. They are logged too, by the logger "update_watch"."""
+    def update(self, report: Report, trainer: str = "torch") -> Report:
+        """The report with its alerts, loudest first. They are logged too, by the logger "update_watch".
+
+        `trainer`: in whose words cures are told, a key of `cures.TRAINERS`.
+        """
         now = self._clock()
         self._sent = [t for t in self._sent if now - _HOUR < t <= now]
         found = find(report)
@@ -72,7 +74,7 @@ class Alerts:
             self._held.discard(name)
             count = self._episodes[name].told_members
             self._episodes[name].tell(event, members, share, now)
-            alert = alert_of(event, name, level, members, report, count, self._limits, self.trainer)
+            alert = alert_of(event, name, level, members, report, count, self._limits, trainer)
             if name == _WEIGHTS and members and decaying:
                 alert = with_decay(alert, decaying)
             alerts.append(alert)
