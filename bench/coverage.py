@@ -35,6 +35,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -47,7 +48,7 @@ SAMPLES = 256
 WRONG = 1e-4  # of the largest update
 ROUNDING = 2.0**-22  # of the stored value: what may differ in a state, whose change can be far smaller than itself
 VECTOR = 16  # elements; torch's fused kernels compute the last `numel % VECTOR` by other instructions
-BAR = 100  # of pytorch_optimizer's classes
+BAR = 107  # of pytorch_optimizer's classes
 
 Params = list[torch.nn.Parameter]
 SHAPES: tuple[tuple[tuple[int, ...], ...], ...] = (
@@ -170,6 +171,21 @@ def other_cases() -> Iterator[Case]:
     yield _case("torchao", torchao.optim._AdamW, {"bf16_stochastic_round": True})
 
 
+def bitsandbytes_cases() -> Iterator[Case]:
+    """What of bitsandbytes steps tensors on this machine; nothing where it is not installed."""
+    try:
+        import bitsandbytes.optim as package
+    except ImportError:
+        return
+    momentum = {"SGD", "LARS"}
+    for name in sorted(n for n in dir(package) if inspect.isclass(getattr(package, n))):
+        cls = getattr(package, name)
+        if not issubclass(cls, Optimizer) or name.startswith(("Paged", "Global")):
+            continue
+        options = {"momentum": 0.9} if any(name.startswith(kind) for kind in momentum) else {}
+        yield _case("bitsandbytes", cls, {"lr": 1e-3, **options})
+
+
 def _case(package: str, cls: type[Optimizer], options: dict[str, Any]) -> Case:
     written = ", ".join(f"{k}={v}" for k, v in options.items())
     copied = {k: v.clone() if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -268,6 +284,9 @@ class Training:
         random_states = torch.get_rng_state(), random.getstate()
         replayed = self._replay(result)
         assert torch.equal(torch.get_rng_state(), random_states[0]) and random.getstate() == random_states[1]
+        torch.manual_seed(self.steps)  # what the step draws is not what the replay drew
+        random.seed(self.steps)
+        np.random.seed(self.steps)
         before = {param: self._values(param) for param in replayed}
         whole_before = {param: param.detach().clone() for param in replayed}
         self._step()
@@ -322,6 +341,8 @@ class Training:
             if rule.kind is Kind.unknown or param.grad is None:
                 continue
             assert self.twin is not None
+            if rule.starts_at_random and not state:
+                continue
             numel = param.numel()
             drawn = torch.randperm(numel, generator=self.generator)[:SAMPLES]
             self.drawn[param] = torch.cat([drawn, drawn.new_zeros(SAMPLES - len(drawn))])
@@ -330,7 +351,9 @@ class Training:
                 continue
             if rule.kind is Kind.whole:
                 try:
-                    done = self.twin.replay_whole(group, param, param.grad, state, widen=rule.widens)
+                    done = self.twin.replay_whole(
+                        group, param, param.grad, state, widen=rule.widens, may_draw=rule.may_draw
+                    )
                 except ReplayError as error:
                     result.reason = result.reason or str(error)
                     continue
@@ -371,7 +394,8 @@ class Training:
             else:
                 state[name] = value.clone() if isinstance(value, Tensor) else value
         grads = [p.grad for p in params if p.grad is not None]
-        return Run(self.groups[params[0]], join([p.detach() for p in params]), join(grads), state)
+        param = join([p.detach() for p in params])
+        return Run(self.groups[params[0]], param, join(grads), state, may_draw=rule.may_draw)
 
     def _sampled(self, param: Tensor, tensor: Tensor) -> Tensor:
         return tensor.detach().reshape(-1)[self.drawn[param]]
@@ -398,6 +422,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose package or name holds TEXT")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps per case")
     parser.add_argument("--compiled", action="store_true", help="let rules that ask for it be compiled")
+    parser.add_argument("--processes", type=int, help="at a time; default: one per core, at most 8")
     parser.add_argument("--quiet", action="store_true", help="totals only")
     arguments = parser.parse_args()
     _prepare()
@@ -408,7 +433,7 @@ def main() -> int:
     ]
     results = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), context, _prepare) as pool:
+    with ProcessPoolExecutor(arguments.processes or min(os.cpu_count() or 1, 8), context, _prepare) as pool:
         for result in pool.map(
             functools.partial(_measure_case, steps=arguments.steps, compiled=arguments.compiled), chosen
         ):
@@ -424,7 +449,7 @@ def main() -> int:
 
 
 def all_cases() -> list[Case]:
-    return [*torch_cases(), *pytorch_optimizer_cases(), *other_cases()]
+    return [*torch_cases(), *pytorch_optimizer_cases(), *other_cases(), *bitsandbytes_cases()]
 
 
 def _prepare() -> None:

@@ -154,7 +154,10 @@ class Cohort:
         held = self.gathers.before(states, dense)
         if held.device != self.device:
             raise RuntimeError(f"parameters planned for on {self.device} are on {held.device}")
-        live = [g is not None and row.is_measured for g, row in zip(grads, self.rows, strict=True)]
+        live = [
+            g is not None and row.is_measured and not (row.rule.starts_at_random and not state)
+            for g, row, state in zip(grads, self.rows, states, strict=True)
+        ]
         spans = self._replay.spans(states, live)
         can_wait = self._replay.can_wait and not hasattr(self.optimizer, "found_inf")
         snapshot = Snapshot(held, live, spans, self._replay.settings(spans) if can_wait else None)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +43,8 @@ class ReplayTrial:
         self.state_errors: dict[str, float] = {}
         self.forms: dict[str, str] = {}
         self.apart = False
+        self.starts_at_random = False  # only the first step draws random numbers, for states
+        self._is_native = type(settings.optimizer).__module__.startswith("torch.optim")
 
     def run(self, steps: int) -> None:
         """Train, replay, compare. Raises `ReplayError` when a replay fails or differs."""
@@ -81,15 +85,20 @@ class ReplayTrial:
         training.set_gradients()
         before = training.look()
         try:
+            self._seed(1)
             replayed = self._replay()
         except ReplayError:
             training.step()  # if the rule itself fails here, that is the reason
             raise
+        if training.steps == 0 and self.twin.has_drawn:
+            self.starts_at_random, self.twin.has_drawn = True, False
+            replayed = []  # states that are drawn can be replayed from the next step on
+        self._seed(2)
         training.step()
         for name, form in training.forms().items():
             known = self.forms.get(name, "none")
             self.forms[name] = form if known in (form, "none") else known if form == "none" else "other"
-        for seen, start, after in zip(replayed, before, training.look(), strict=True):
+        for seen, start, after in zip(replayed, before, training.look(), strict=bool(replayed)):
             for name, stored in after.items():
                 error = _difference(seen[name], stored, start.get(name)) if name in seen else math.inf
                 if name:
@@ -97,9 +106,18 @@ class ReplayTrial:
                 else:
                     self.error = max(self.error, error)
         if self.error > (_WIDE_TOLERANCE if self.widen else TOLERANCE):
+            if self.twin.has_drawn:
+                raise ReplayError(f"{training.name} draws random numbers in its step, and a replay draws others")
             raise ReplayError(
                 f"{training.name} replayed on {self.way.value} differs from its own step by {self.error:.1e} of the update"
             )
+
+    def _seed(self, seed: int) -> None:
+        # a replay must not be right because it happens to draw what the step draws
+        if not self._is_native:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
 
     def _replay(self) -> list[dict[str, Tensor]]:
         """The step to come, replayed; values as from `SyntheticTraining.look`."""
@@ -120,7 +138,7 @@ class ReplayTrial:
     def _replay_whole(self, i: int) -> Run:
         param, state = self.training.params[i], self.training.states()[i]
         assert param.grad is not None
-        return self.twin.replay_whole(0, param, param.grad, state, widen=self.widen)
+        return self.twin.replay_whole(0, param, param.grad, state, widen=self.widen, may_draw=True)
 
     def _part(self, i: int) -> Run:
         param, at, state = self.training.params[i], self.training.drawn[i], self.training.states()[i]
@@ -147,7 +165,9 @@ class ReplayTrial:
             for name, value in parts[0].state.items()
         }
         grads = [part.grad for part in parts if part.grad is not None]
-        return self.twin.replay([Run(0, joined([part.param for part in parts]), joined(grads), state)])[0]
+        return self.twin.replay([Run(0, joined([part.param for part in parts]), joined(grads), state, may_draw=True)])[
+            0
+        ]
 
 
 def is_element(value: Any, part: Tensor) -> bool:

@@ -69,6 +69,7 @@ class Rule:
     low_states: frozenset[str] = frozenset()  # made for low-precision weights and not in FP32
     scaled: ScaledWeights | None = None  # replays are made in the weight's own format
     has_failed: bool = False  # the rule did not run: it may do so once its optimizer has set itself up in a first step
+    starts_at_random: bool = False  # the first step draws the states: it cannot be replayed
     may_draw: bool = False  # the rule throws dice, and its update does not depend on them
     apart: bool = False  # scalar state differs by parameter, beyond step counts: replay each parameter on its own
 
@@ -305,6 +306,8 @@ def _rule(way: Way, trials: list[ReplayTrial], widens: bool) -> Rule:
         forms=forms,
         widens=widens,
         apart=any(trial.apart for trial in trials),
+        may_draw=any(trial.twin.has_drawn for trial in trials),
+        starts_at_random=any(trial.starts_at_random for trial in trials),
     )
 
 

@@ -59,6 +59,7 @@ class Twin:
         # torch's own rules draw no random numbers, compile nothing and call no other step
         self._is_native = type(optimizer).__module__.startswith("torch.optim")
         self._copy = copy_of(optimizer, [])
+        self.has_drawn = False  # random numbers, in one replay or another
         self._seen = self._attributes()
         for group in optimizer.param_groups:
             settings_of(group, [], Copier(LIMIT, optimizer=optimizer))
@@ -172,7 +173,8 @@ class Twin:
                 quiet = WithoutEffects(params[0].device)
                 with quiet, quiet:
                     self._rule(twin)
-                    if not all(run.may_draw for run in runs) and quiet.random_states.have_moved():
+                    self.has_drawn = self.has_drawn or quiet.random_states.have_moved()
+                    if self.has_drawn and not all(run.may_draw for run in runs):
                         raise ReplayError(f"{self._name} draws random numbers in its step, and a replay draws others")
         except ReplayError:
             raise
