@@ -484,3 +484,51 @@ def test_quantised_state_of_large_tensors_is_replayed_whole_and_nothing_is_compi
     assert torch.equal(part.param, tiny.detach())
     assert rules[1].misfit(large, optimizer.state[large]).startswith("state 'exp_avg' is a OptimState8bit")
     assert not torch._dynamo.utils.counters["frames"]
+
+
+# --- chance, and what is there before the first step ------------------------------------------------
+
+
+class Chance(torch.optim.Optimizer):
+    """Momentum with random numbers in three places: in the first state, where they cancel, in the update."""
+
+    def __init__(self, params: Any, **chance: bool) -> None:
+        super().__init__(params, {"lr": 0.1, "start": False, "cancels": False, "moves": False, **chance})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if "momentum" not in state:
+                    state["momentum"] = torch.randn_like(p) if group["start"] else torch.zeros_like(p)
+                state["momentum"].mul_(0.9).add_(p.grad)
+                p.add_(state["momentum"], alpha=-group["lr"])
+                if group["cancels"]:
+                    noise = torch.randn_like(p)
+                    p.add_(noise / noise.norm() * 0.0)
+                if group["moves"]:
+                    p.add_(torch.randn_like(p), alpha=0.01)
+
+
+@pytest.mark.parametrize("place", ["start", "cancels"])
+def test_random_numbers_that_do_not_matter_are_no_obstacle(place: str) -> None:
+    rule = find_rule(Chance([torch.nn.Parameter(torch.randn(64))], **{place: True}), 0, 1, shape=(64,))
+    assert rule.kind is Kind.elementwise, rule.reason
+    assert (rule.starts_at_random, rule.may_draw) == (place == "start", place == "cancels")
+
+
+def test_random_numbers_in_the_update_are_named() -> None:
+    rule = find_rule(Chance([torch.nn.Parameter(torch.randn(64))], moves=True), 0, 1, shape=(64,))
+    assert rule.kind is Kind.unknown
+    assert rule.reason == "Chance draws random numbers in its step, and a replay draws others"
+
+
+def test_states_of_one_element_are_not_taken_for_settings() -> None:
+    params = [torch.nn.Parameter(torch.randn(())), torch.nn.Parameter(torch.randn(64))]
+    optimizer = torch.optim.AdamW(params)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert find_rule(optimizer, 0, 1, shape=(64,)).kind is Kind.elementwise

@@ -90,21 +90,24 @@ class ReplayTrial:
         except ReplayError:
             training.step()  # if the rule itself fails here, that is the reason
             raise
-        if training.steps == 0 and self.twin.has_drawn:
-            self.starts_at_random, self.twin.has_drawn = True, False
-            replayed = []  # states that are drawn can be replayed from the next step on
+        is_drawn_start = training.steps == 0 and self.twin.has_drawn
         self._seed(2)
         training.step()
         for name, form in training.forms().items():
             known = self.forms.get(name, "none")
             self.forms[name] = form if known in (form, "none") else known if form == "none" else "other"
-        for seen, start, after in zip(replayed, before, training.look(), strict=bool(replayed)):
+        errors: dict[str, float] = {}
+        for seen, start, after in zip(replayed, before, training.look(), strict=True):
             for name, stored in after.items():
                 error = _difference(seen[name], stored, start.get(name)) if name in seen else math.inf
-                if name:
-                    self.state_errors[name] = max(self.state_errors.get(name, 0.0), error)
-                else:
-                    self.error = max(self.error, error)
+                errors[name] = max(errors.get(name, 0.0), error)
+        if is_drawn_start and max(errors.values()) > TOLERANCE:
+            # states that are drawn at the start can be replayed from the next step on
+            self.starts_at_random, self.twin.has_drawn = True, False
+            return
+        self.error = max(self.error, errors.pop("", 0.0))
+        for name, error in errors.items():
+            self.state_errors[name] = max(self.state_errors.get(name, 0.0), error)
         if self.error > (_WIDE_TOLERANCE if self.widen else TOLERANCE):
             if self.twin.has_drawn:
                 raise ReplayError(f"{training.name} draws random numbers in its step, and a replay draws others")

@@ -257,7 +257,9 @@ def premade_state(optimizer: Optimizer, group: int) -> dict[str, Any]:
     """
     for param in optimizer.param_groups[group]["params"]:
         state = optimizer.state.get(param) or {}
-        if state:
+        if (
+            state and not unreadable(param) and param.numel() > 1
+        ):  # of one element, a state of values looks like a number
             values = [v for v in state.values() if isinstance(v, Tensor)]
             return {} if any(unreadable(v) or v.numel() != 1 for v in values) else dict(state)
     return {}
