@@ -12,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from update_watch.odd_tensors import described, unreadable
 from update_watch.replay.absent import AbsentError, ReplayError
@@ -38,6 +37,7 @@ from update_watch.replay.synthetic_training import (
     small,
     uncounted,
 )
+from update_watch.replay.trial_guards import refuse_marks, silence
 from update_watch.replay.twin import Twin
 from update_watch.wording import first_line
 
@@ -123,10 +123,10 @@ def find_rule(
         settings = TrainingSettings(optimizer, group, small(shape), device, premade=premade_state(optimizer, group))
         low = settings._replace(dtype=dtype) if dtype in _LOW else None
         quiet = WithoutEffects(device)
-        with quiet, quiet, _silence():
+        with quiet, quiet, silence():
             try:
                 Twin(optimizer)
-                _refuse_marks(low or settings)
+                refuse_marks(low or settings)
                 rule = _find(settings, shape)
                 return (
                     rule if low is None else dataclasses.replace(rule, low_states=_states_of(low) - rule.forms.keys())
@@ -150,7 +150,7 @@ def find_rule(
 def find_scaled_rule(optimizer: Optimizer, group: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rule:
     """The same on scaled weights alone: for rules that keep other states for `dtype` than in FP32."""
     quiet = WithoutEffects(torch.device("cpu"))
-    with quiet, quiet, _silence():
+    with quiet, quiet, silence():
         try:
             return _find_scaled(
                 TrainingSettings(optimizer, group, small(shape), torch.device("cpu"), dtype=dtype), shape
@@ -314,38 +314,3 @@ def _rule(way: Way, trials: list[ReplayTrial], widens: bool) -> Rule:
 def _device(optimizer: Optimizer, group: int) -> torch.device:
     params = optimizer.param_groups[group]["params"]
     return params[0].device if params and params[0].device.type != "meta" else torch.device("cpu")
-
-
-def _refuse_marks(settings: TrainingSettings) -> None:
-    """Raise `ReplayError` when the rule asks its parameters for attributes that samples would not have."""
-    looked_up: set[str] = set()
-
-    class Listening(torch.nn.Parameter):
-        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does itself
-
-        def __getattr__(self, name: str) -> Any:  # only asked for what a parameter does not have
-            looked_up.add(name)
-            raise AttributeError(name)
-
-    training = SyntheticTraining(settings, Listening)
-    with suppress(RuleError):
-        for _ in range(2):
-            training.set_gradients()
-            training.step()
-    for param in settings.optimizer.param_groups[settings.group]["params"]:
-        if marks := looked_up & set(getattr(param, "__dict__", ())):
-            raise ReplayError(f"{training.name} reads {sorted(marks)} from its parameters, which samples do not have")
-
-
-class _Silence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Keeps rules from talking to other processes, which would wait for an answer."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "c10d" in func.namespace:
-            raise RuntimeError("its step talks to other processes")
-        return func(*args, **(kwargs or {}))
-
-
-def _silence() -> AbstractContextManager[Any]:
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return _Silence() if is_distributed else nullcontext()  # type: ignore[no-untyped-call]
