@@ -87,7 +87,7 @@ def counted(made: list[Step], window: int | None = None, plain: bool = True) -> 
     parts = live
     while len(parts) > PARTS:
         parts = np.concatenate([parts, np.zeros((len(parts) % 2, N))]).reshape(-1, 2, N).sum(1)
-    return Steps(parts, groups, window_Gn, np.ones(N, bool), np.full(N, plain))
+    return Steps(parts, groups, window_Gn, np.zeros(N), np.ones(N, bool), np.full(N, plain))
 
 
 def summed(made: list[Step], fmt: Format = BF16, has_clusters: bool = False) -> WindowSums:

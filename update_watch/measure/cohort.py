@@ -113,6 +113,9 @@ class Cohort:
         self._is_plain_n, self._is_whole_n = np.array(is_plain), np.array([row.is_whole for row in rows])
         self._has_clusters = bool((~self._is_plain_n & self._is_whole_n).any())
         self.steps = 0  # measured in this window, those that are still to be added included
+        # rows whose whole gradients are looked at: those of which all samples were 0; at first all, once
+        self._suspects = frozenset(i for i, row in enumerate(rows) if not row.is_whole)
+        self._is_first_look = True
         self.open_window()
 
     def open_window(self) -> None:
@@ -126,7 +129,7 @@ class Cohort:
             self.sums.decay_5n.copy_(old.decay_5n).mul_(_DECAY_MEMORY)
         self.gathers.open_window()
         self.steps = 0
-        self._gradless_n = np.zeros(n)
+        self._gradless_n, self._checks_n = np.zeros(n), np.zeros(n)
         self._live_Pn, self._live_Gn = np.zeros((PARTS, n)), np.zeros((GROUPS, n))
         self.first_rates: dict[int, float] = {}  # group -> learning rate at the first look
 
@@ -165,11 +168,25 @@ class Cohort:
         snapshot.full, snapshot.look = self._full.now(), self._look.now()
         if snapshot.look:
             snapshot.rates = [_rate(self.optimizer.param_groups[run.group].get("lr")) for run in self._runs]
+            self._look_at_gradients(dense)
         if not all(live):
             self._gradless_n += [g is None for g in grads]
         if not can_wait:
             self._run(snapshot, states)
         return snapshot
+
+    def suspect(self, rows: frozenset[int]) -> None:
+        """Look at the whole gradients of some rows from now on. May be called from another thread."""
+        self._suspects = rows
+
+    def _look_at_gradients(self, grads: list[Tensor | None]) -> None:
+        for i in self._suspects:
+            grad = grads[i]
+            if grad is not None:
+                self.sums.add_gradient(i, local(grad))
+                self._checks_n[i] += 1
+        if self._is_first_look:
+            self._is_first_look, self._suspects = False, frozenset()
 
     def take_gradients(self, snapshot: Snapshot) -> None:
         """Gather gradients that did not exist at `before`, in a step that can wait; call when the rule has run."""
@@ -279,7 +296,8 @@ class Cohort:
         with_gradient_n = 1 - self._gradless_n / max(self.steps, 1)
         parts = self.sums.layout.parts
         window_Gn = np.outer(group_steps, with_gradient_n)
-        return Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, self._is_whole_n, self._is_plain_n)
+        kinds = self._is_whole_n, self._is_plain_n
+        return Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, self._checks_n, *kinds)
 
     @property
     def gradless_steps(self) -> list[int]:

@@ -281,7 +281,8 @@ class Watched:
             states, steps = tuple(cohort.states), cohort.counted_steps(self._order.group_steps)
             transfer = batch.add(cohort.pack(self.window_steps))
             own = self.index, self.part
-            cohorts.append(CohortWindow(transfer, facts, states, cohort.sums.layout, steps, self.window_steps, own))
+            where = cohort.sums.layout, steps, self.window_steps, own, cohort.suspect
+            cohorts.append(CohortWindow(transfer, facts, states, *where))
             cohort.open_window()
         for row in self.rows:
             if id(row) not in in_cohort:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class CohortWindow:
     steps: Steps
     window_steps: int
     optimizer: tuple[int, int]  # cohorts of one optimizer are measured in steps of one window
+    suspect: Callable[[frozenset[int]], None] | None = None  # told the rows whose whole gradients are to be looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,8 @@ def read(window: Window) -> WindowEvidence:
     sums = [WindowSums.unpack(cohort.transfer.wait(), cohort.layout) for cohort in window.cohorts]
     for cohort, own, largest_n in zip(window.cohorts, sums, _largest_unmeasured(window.cohorts, sums), strict=True):
         tensors += _tensors(own, cohort, largest_n, skipped)
+        if cohort.suspect is not None:
+            cohort.suspect(own.suspects(cohort.steps))
     tensors = with_ledger(_one_each(tensors), window.ledger)
     others = [read_average(average) for average in window.averages]
     others += [read_accumulation(accumulation) for accumulation in window.accumulations]
@@ -92,7 +95,12 @@ def read(window: Window) -> WindowEvidence:
         ]
     factors = {name: factor for shadow in window.shadows for name, factor in read_shadow(shadow).items()}
     tensors = [
-        dataclasses.replace(t, state_factor=factors[t.name][0], state_factor_steps=factors[t.name][1])
+        dataclasses.replace(
+            t,
+            state_factor=factors[t.name].value,
+            state_factor_error=factors[t.name].error,
+            state_factor_steps=factors[t.name].steps,
+        )
         if t.name in factors
         else t
         for t in tensors

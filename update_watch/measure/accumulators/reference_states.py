@@ -98,7 +98,7 @@ class FullStates:
         self._carrier = carrier if carrier in self._names else ""
         short = {name for row in self.rows for name in short_states(row, optimizer.state[row.param])}
         self._is_split = not short.issubset(self._names)
-        self._sums_n2 = torch.zeros(len(self.rows), 2, device=self._device)
+        self._sums_n2K = torch.zeros(len(self.rows), 2, _SAMPLES, device=self._device)  # of single elements
         self._states_Sn2K = self._buffer(len(self._names))
         self._lay_out([(rows, tuple(self._scalars(rows[0]) for _ in range(1 + self._is_split))) for rows in spans])
         self._take_states()
@@ -180,7 +180,7 @@ class FullStates:
         products_n2K = moved_n2K * moved_n2K[:, 1:]
         if self._mask_n1K is not None:
             products_n2K.mul_(self._mask_n1K)
-        self._sums_n2.add_(products_n2K.sum(-1))
+        self._sums_n2K.add_(products_n2K)
 
     def _take_states(self) -> None:
         """Start the half of the stored states from them."""
@@ -197,9 +197,16 @@ class FullStates:
     def close(self, batch: Batch) -> ShadowWindow:
         """Hand the sums to `batch` and start new ones."""
         names = tuple(row.names[0] for row in self.rows)
-        window = ShadowWindow(names, self.steps, batch.add(self._sums_n2.reshape(-1).clone()))
-        self._sums_n2.zero_()
+        window = ShadowWindow(names, self.steps, batch.add(self._packed().reshape(-1)))
+        self._sums_n2K.zero_()
         return window
+
+    def _packed(self) -> Tensor:
+        """[n, 5]: dot, want, and over elements the sums of dot^2, dot want, want^2; in units of each row's largest want."""
+        largest_n1 = self._sums_n2K[:, 1].amax(-1, keepdim=True).unsqueeze(-1)
+        dot_nK, want_nK = (self._sums_n2K / torch.where(largest_n1 > 0, largest_n1, 1.0)).unbind(1)
+        squares = dot_nK * dot_nK, dot_nK * want_nK, want_nK * want_nK
+        return torch.stack([part_nK.sum(-1) for part_nK in (dot_nK, want_nK, *squares)], -1)
 
     # --- buffers and views -------------------------------------------------------------------------
 
@@ -247,11 +254,11 @@ class FullStates:
             scalars = tuple({k: v for k, v in part.state.items() if k not in self._names} for part in span.parts)
             spans.append(([self.rows[i] for i in staying], scalars))
             kept += staying
-        old_Sn2K, old_n2 = self._states_Sn2K, self._sums_n2
+        old_Sn2K, old_n2K = self._states_Sn2K, self._sums_n2K
         self.rows = [self.rows[i] for i in kept]
         self._samplers = [self._samplers[i] for i in kept]
         self._states_Sn2K = self._buffer(len(self._names))
-        self._sums_n2 = torch.stack([old_n2[i] for i in kept])
+        self._sums_n2K = torch.stack([old_n2K[i] for i in kept])
         for k, i in enumerate(kept):
             self._states_Sn2K[:, k].copy_(old_Sn2K[:, i])
         self._lay_out(spans)

@@ -17,6 +17,7 @@ are stored in FP32 there is none, and nothing is spent.
 from __future__ import annotations
 
 import logging
+import math
 import random
 from typing import Any, NamedTuple
 
@@ -108,13 +109,24 @@ class Shadow:
         self._copy = self._twin = None
 
 
-def read(window: ShadowWindow) -> dict[str, tuple[float | None, int]]:
-    """State factor and steps behind it, by tensor. Runs on the background thread."""
-    sums = window.sums.wait().reshape(-1, 2)
-    return {
-        name: (float(dot / want) if want > 0 else None, window.steps)
-        for name, (dot, want) in zip(window.names, sums, strict=True)
-    }
+class StateFactor(NamedTuple):
+    """What a window has shown of one tensor."""
+
+    value: float | None
+    error: float | None  # standard error, from its spread over elements
+    steps: int  # that the FP32 copy has run
+
+
+def read(window: ShadowWindow) -> dict[str, StateFactor]:
+    """State factors by tensor. Runs on the background thread."""
+    found = {}
+    for name, (dot, want, dot2, dot_want, want2) in zip(window.names, window.sums.wait().reshape(-1, 5), strict=True):
+        value = error = None
+        if want > 0:
+            value = float(dot / want)
+            error = math.sqrt(max(float(dot2 - 2 * value * dot_want + value**2 * want2), 0.0)) / float(want)
+        found[name] = StateFactor(value, error, window.steps)
+    return found
 
 
 # --- choosing -----------------------------------------------------------------------------------------

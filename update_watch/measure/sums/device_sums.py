@@ -65,6 +65,7 @@ class DeviceSums:
         self._states_FSn = zeros(STATE_SUMS, states, rows)
         self._full_n = zeros(rows)  # samples looked at in full steps
         self._gradient_max_n = zeros(rows)  # squared
+        self._touched_n = zeros(rows)  # looks at whole gradients that found something other than 0
         self._headroom_2nB = torch.zeros(2, rows, HEADROOM_BINS, device=device)
         self._movement_nB = zeros(rows, HEADROOM_BINS)
         self._what_if_2n = torch.zeros(2, rows, device=device)
@@ -189,6 +190,10 @@ class DeviceSums:
         sums_Fn = self._reduced(products.view(-1, self.rows, self.samples), weights_n2J)[0]
         self._states_FSn.add_(sums_Fn.view(STATE_SUMS, self.states, self.rows))
 
+    def add_gradient(self, row: int, grad: Tensor) -> None:
+        """Look at the whole gradient of a row of which all samples were 0."""
+        self._touched_n[row].add_(grad.any())
+
     def add_headroom(
         self,
         before_nK: Tensor,
@@ -271,6 +276,7 @@ class DeviceSums:
             states_FSn,
             self._full_n,
             self._gradient_max_n / gradient_n,
+            self._touched_n,
             self._headroom_2nB,
             self._movement_nB / _unit(self._movement_nB.amax(-1, keepdim=True)),
             self._what_if_2n,

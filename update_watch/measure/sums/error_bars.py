@@ -6,8 +6,9 @@ other. What it cannot know is added:
 
 - few steps may carry the whole sum (a warm-up): n_eff = W^2 / sum w_t^2 of them speak, and where others were not measured
   these are taken to differ by 0.5 / n_eff;
-- the largest step may be one that was not measured (a loss spike): its share of the window's energy, lambda, is known from
-  the tensors that were measured then, and what happened in it may be anything from 0 to 1: 0.5 lambda;
+- the largest step may be one that was not measured (a loss spike), or there may be several far above any that was: their
+  share of the window's energy, lambda, is known from the tensors that were measured then, and what happened in them may be
+  anything from 0 to 1: 0.5 lambda;
 - few elements may carry the sum of a tensor that is sampled: n_eff of its cells in the same way, 0.5 / n_eff;
 - one part alone says nothing of how parts differ: the error is unknown, not 0.
 
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+_FAR = 4.0  # so many times the largest measured step: what happens there was not seen
 
 
 def ratio(above: Array, below: Array) -> Array:
@@ -52,29 +54,39 @@ def spread_over_steps(above_Pn: Array, below_Pn: Array, steps_Pn: Array) -> tupl
 
 
 def largest_unmeasured(energies: list[Array], steps: list[Array], window_steps: int) -> list[Array]:
-    """Per cohort [n]: the share of the window's energy in the largest step that was not measured of a row.
+    """Per cohort [n]: the share of the window's energy in the largest step that was not measured of a row, or in all of
+    those that are far above any that was.
 
     `energies[c]` [P, n]: sum of |intended|^2 in each part; `steps[c]` [P, n]: steps measured of each row. Cohorts are
     measured in different steps of the same window. A step's size is that of the tensors measured in it, each by its own
     usual size: the median, which one large step does not change.
     """
-    profiles, measured = [], []
+    sizes, counts = [], []  # by cohort and part: of a step, and of how many steps
     for energy_Pn, steps_Pn in zip(energies, steps, strict=True):
         with np.errstate(all="ignore"):
             per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1), np.nan)
             usual = _median(np.where(per_step > 0, per_step, np.nan), 0)
-            profiles.append(np.nan_to_num(_median(per_step / usual, 1)))
-        measured.append(steps_Pn.max(1, initial=0))
-    seen = sum(float(m.sum()) for m in measured)
-    total = sum(float((p * m).sum()) for p, m in zip(profiles, measured, strict=True))
+            sizes.append(np.nan_to_num(_median(per_step / usual, 1)))
+        counts.append(steps_Pn.max(1, initial=0))
+    every_size, every_count = np.concatenate(sizes), np.concatenate(counts)
+    seen, total = float(every_count.sum()), float((every_size * every_count).sum())
     if not seen or not total:
         return [np.zeros(e.shape[1]) for e in energies]
-    total *= max(window_steps / seen, 1.0)
-    found = []
-    for c, steps_Pn in enumerate(steps):
-        elsewhere = max((p.max(initial=0.0) for k, p in enumerate(profiles) if k != c), default=0.0)
-        sat_out = np.where(steps_Pn < measured[c][:, None], profiles[c][:, None], 0.0).max(0, initial=0.0)
-        found.append(np.minimum(np.maximum(elsewhere, sat_out) / total, 1.0))
+    steps_for_one = max(window_steps / seen, 1.0)  # steps of the window that one of those seen stands for
+    found: list[Array] = []
+    start = 0
+    for size_P, steps_Pn in zip(sizes, steps, strict=True):
+        stop = start + len(size_P)
+        own_Pn = np.where(steps_Pn > 0, size_P[:, None], 0.0)
+        other_Pn = np.where(steps_Pn > 0, 0.0, size_P[:, None])  # it sat those out
+        elsewhere = np.concatenate([every_size[:start], every_size[stop:]])
+        largest_n = np.maximum(other_Pn.max(0, initial=0.0), elsewhere.max(initial=0.0))
+        far_n = _FAR * own_Pn.max(0, initial=0.0)
+        every_own_n = np.where(other_Pn > far_n, other_Pn * counts[len(found)][:, None], 0.0).sum(0)
+        energy = elsewhere * np.concatenate([every_count[:start], every_count[stop:]])
+        beyond_n = every_own_n + np.where(elsewhere[:, None] > far_n, energy[:, None], 0.0).sum(0)
+        found.append(np.minimum(np.maximum(largest_n, beyond_n * steps_for_one) / (total * steps_for_one), 1.0))
+        start = stop
     return found
 
 

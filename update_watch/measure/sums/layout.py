@@ -43,6 +43,7 @@ class Layout(NamedTuple):
             "states_FSn": (STATE_SUMS, self.states, n),
             "full_n": (n,),
             "gradient_max_n": (n,),
+            "touched_n": (n,),
             "headroom_2nB": (2, n, HEADROOM_BINS),
             "movement_nB": (n, HEADROOM_BINS),
             "what_if_2n": (2, n),

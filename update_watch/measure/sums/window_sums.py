@@ -28,7 +28,9 @@ from update_watch.measure.sums.layout import (
 )
 
 _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
-_WAY_STEPS = 16  # a displacement of fewer measured steps is noise
+_NEARLY_ALL = 1 - 1e-9  # of the gradients are 0, though all samples were
+_WAY_STEPS = 16  # a displacement of fewer measured steps is noise,
+_WAY_ERROR = 0.1  # and one of such an error says nothing: where updates swing, their sum is not known from some of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Steps:
     parts_Pn: Array  # steps measured of each row, by part
     groups_Gn: Array  # the same, by group
     window_Gn: Array  # steps of the window in which the row had a gradient, as far as that was seen, by group
+    checks_n: Array  # looks at the row's whole gradient
     is_whole_n: npt.NDArray[np.bool_]  # all its elements are read
     is_plain_n: npt.NDArray[np.bool_]  # its steps are independent of each other: nothing is carried between them
 
@@ -62,6 +65,7 @@ class WindowSums:
     states_FSn: Array
     full_n: Array
     gradient_max_n: Array
+    touched_n: Array
     headroom_2nB: Array
     movement_nB: Array  # in units of its own in each row
     what_if_2n: Array
@@ -132,13 +136,18 @@ class WindowSums:
             # of a root: half the relative error of what is below it
             update_error = update_ratio * error(WANT, BEFORE) / (2 * ratio(t[WANT], t[BEFORE]))
             displacement, displacement_error, way = self._displacement(steps)
+            # rows of an embedding that no token used tell nothing of the others: only a whole gradient does
+            is_seen = steps.is_whole_n | (t[NONZERO] > 0) | (steps.checks_n > 0)
+            zeros = np.where(is_seen, 1 - ratio(t[NONZERO], t[COUNT]), np.nan)
+            zeros = np.where((zeros == 1) & (self.touched_n > 0), _NEARLY_ALL, zeros)
+            is_seen &= self.touched_n == 0
             efficiency, lost = ratio(t[DOT], t[WANT]), ratio(t[LOST], t[WANTED])
             return {
                 "efficiency": efficiency,
                 "efficiency_error": np.where(np.isnan(efficiency), np.nan, error(DOT, WANT)),
                 "lost_fraction": lost,
                 "lost_fraction_error": np.where(np.isnan(lost), np.nan, error(LOST, WANTED)),
-                "wanted_fraction": ratio(t[WANTED], t[COUNT]),
+                "wanted_fraction": np.where((t[WANTED] == 0) & ~is_seen, np.nan, ratio(t[WANTED], t[COUNT])),
                 "weight": ratio(t[WANT], t[COUNT]),
                 "displacement_efficiency": displacement,
                 "displacement_error": displacement_error,
@@ -147,7 +156,7 @@ class WindowSums:
                 "update_ratio_error": update_error,
                 "applied_ratio": np.sqrt(ratio(t[MOVED], t[BEFORE])),
                 "changed_fraction": ratio(t[CHANGED], t[COUNT]),
-                "zero_gradient_fraction": 1 - ratio(t[NONZERO], t[COUNT]),
+                "zero_gradient_fraction": zeros,
                 "gradient_rms": np.sqrt(ratio(t[GRADIENT], t[COUNT])),
                 "gradient_max": np.where(np.isfinite(self.gradient_max_n), np.sqrt(self.gradient_max_n), np.nan),
                 "stored": np.sqrt(ratio(t[BEFORE], t[COUNT])),
@@ -181,7 +190,7 @@ class WindowSums:
         n_Gn, whole_Gn = steps.groups_Gn, np.maximum(steps.window_Gn, steps.groups_Gn)
         groups = len(n_Gn)
         above_GGn, below_GGn = (
-            _all_pairs(sums_GGn, self.single_G2n[:, i], n_Gn, whole_Gn)
+            all_pairs(sums_GGn, self.single_G2n[:, i], n_Gn, whole_Gn)
             for i, sums_GGn in enumerate((self.arrived_GGn, self.meant_GGn))
         )
         above, below = above_GGn.sum((0, 1)), below_GGn.sum((0, 1))
@@ -199,9 +208,10 @@ class WindowSums:
         spread = (x2 - 2 * seen * xy + seen**2 * y2) / meant**2
         is_sample = ~(steps.is_whole_n & steps.is_plain_n)
         variance = variance + np.where(is_sample, np.maximum(spread, 0.0), 0.0)
-        n = n_Gn.sum(0)
-        known = (n > 0) & ((steps.unmeasured_n == 0) | ((n >= _WAY_STEPS) & ((n_Gn > 1) | (whole_Gn == 0)).all(0)))
-        return np.where(known, value, np.nan), np.where(known, np.sqrt(variance), np.nan), below
+        n, error = n_Gn.sum(0), np.sqrt(variance)
+        is_enough = (n >= _WAY_STEPS) & ((n_Gn > 1) | (whole_Gn == 0)).all(0) & (error <= _WAY_ERROR)
+        known = np.isfinite(value) & (n > 0) & ((steps.unmeasured_n == 0) | is_enough)
+        return np.where(known, value, np.nan), np.where(known, error, np.nan), below
 
     def state_numbers(self) -> list[dict[str, Array]]:
         """[S, n] numbers of the states, three times: all changes, growth (away from zero), decay (towards it)."""
@@ -233,12 +243,18 @@ class WindowSums:
         }
         return {name: np.where(enough, values, np.nan) for name, values in found.items()}
 
+    def suspects(self, steps: Steps) -> frozenset[int]:
+        """Rows of which all sampled gradients were 0, and nobody knows of the others."""
+        nonzero_n = self.parts_PFn[:, NONZERO].sum(0)
+        found = (nonzero_n == 0) & ~steps.is_whole_n & (steps.measured_n > 0)
+        return frozenset(np.flatnonzero(found).tolist())
+
     def is_finite(self) -> npt.NDArray[np.bool_]:
         """[n]: no NaN or infinity among weights and updates. Gradients may overflow where a scaler skips the step."""
         return np.asarray(np.isfinite(self.total_Fn[: BEFORE + 1]).all(0))
 
 
-def _all_pairs(sums_GGn: Array, single_Gn: Array, n_Gn: Array, whole_Gn: Array) -> Array:
+def all_pairs(sums_GGn: Array, single_Gn: Array, n_Gn: Array, whole_Gn: Array) -> Array:
     """[G, G, n] products of the sums over all steps of two groups, from those over measured ones.
 
     `sums`: products of sums over measured steps; `single`: of those, what pairs of a step with itself make.
