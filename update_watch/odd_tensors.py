@@ -11,10 +11,13 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 
 def unreadable(tensor: Tensor) -> str:
     """Why the elements of a (local) tensor cannot be read one by one, as a claim about "it"; "" when they can."""
+    if is_lazy(tensor):
+        return "it has no shape yet: it is made in the first forward pass that uses it"
     if tensor.is_nested:
         return "it is a nested tensor, without one shape"
     if tensor.layout is not torch.strided:

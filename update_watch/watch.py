@@ -21,9 +21,9 @@ from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
 from update_watch.judge.selection import Selection
 from update_watch.measure.device.streams import StepStreams, is_capturing
+from update_watch.measure.hooks.tap import StepTap
 from update_watch.measure.identity.partitions import chain
 from update_watch.measure.plain_torch import PlainTorch
-from update_watch.measure.tap import StepTap
 from update_watch.measure.watched_model import WatchedModel
 from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.window_evidence import Window, read
@@ -33,13 +33,14 @@ from update_watch.thresholds import Thresholds
 from update_watch.watching import arguments, graphs, memory
 from update_watch.watching.attention import Attention
 from update_watch.watching.discovery import Discovery
+from update_watch.watching.silence import Silence
 from update_watch.worker import Sink, Sinks, Worker, warn
 from update_watch.wrappers import unwrap
 
 logger = logging.getLogger("update_watch")
 
 
-class Watch(run_journal.Shown):
+class Watch(run_journal.Shown, memory.Remembering):
     """A running watch; made by `watch`. Also a context manager that closes itself."""
 
     def __init__(
@@ -64,22 +65,22 @@ class Watch(run_journal.Shown):
         self._ranks = Ranks(join)
         rng = random.Random(seed + 1_000_003 * self._ranks.rank)  # replicas look at different elements
         self._model = WatchedModel(model, samples, rng, averages, check_replicas, window)
-        self._base_step = 0
         self._attention = Attention(budget, window, lambda: self._ranks.is_joining)
         self._selection = selection or Selection()
-        self._closed = False
-        self._is_closing_window = False
-        self._windows = 0  # closed so far
+        self._closed = self._is_closing_window = False
+        self._base_step = self._windows = 0  # windows closed so far
         self._diagnosis, self._alerts, self.trainer = Diagnosis(thresholds), Alerts(thresholds), "torch"
-        self._sinks = Sinks(list(sinks))
         self._judge = Worker("judging", self._attention.beside(self._judge_window))
-        self._post = Worker("sink", self._attention.beside(self._sinks))
+        self._post = Worker("sink", self._attention.beside(Sinks(list(sinks))))
         self._tap = StepTap(self._before, self._after, self._fail, graphs.say_what_was_captured)
         self._tap.wants = self._wants
         self._discovery = Discovery(self._model, self._tap, self._attach)
+        put = lambda window: self._ranks.is_joining or self._judge.put(window)  # noqa: E731
+        self._silence = Silence(self._model, window, put, self._discovery.strangers)
         for optimizer in optimizers:
             self.attach(optimizer)
         self._discovery.start()
+        self._silence.start()
         endings.add(self)
 
     # --- attaching -------------------------------------------------------------------------------
@@ -96,6 +97,7 @@ class Watch(run_journal.Shown):
         for one in chain(optimizer):
             self._attach(one)
         self._discovery.start()
+        self._silence.start()
 
     def _attach(self, optimizer: Any, outside: Sequence[Optimizer] = ()) -> None:
         inner = unwrap(optimizer)
@@ -105,6 +107,7 @@ class Watch(run_journal.Shown):
     def detach(self) -> None:
         """Remove every hook; `attach` puts them back."""
         self._discovery.stop()
+        self._silence.stop()
         self._tap.detach()
         self._model.clear()
 
@@ -129,6 +132,7 @@ class Watch(run_journal.Shown):
     def _wants(self, optimizer: Optimizer) -> bool:
         """Whether to look at the step that begins; one that passes unseen is counted."""
         started = time.perf_counter()
+        self._silence.end()
         watched = self._model.stepping(optimizer)
         if watched is None or self._attention.looks(id(optimizer), watched.window_steps):
             return True
@@ -181,6 +185,7 @@ class Watch(run_journal.Shown):
     def _close_window(self) -> None:
         self._windows += 1
         self._judge.put(self._model.close_window(self.step, *self._attention.close_window()))
+        self._silence.listen()
         for optimizer in self._model.release():
             self._tap.detach(optimizer)
             self._discovery.forget(optimizer)
@@ -206,7 +211,7 @@ class Watch(run_journal.Shown):
         if is_capturing():  # whatever is done now becomes a part of the graph
             warn("update-watch: Watch.flush inside the capture of a CUDA graph does nothing; call it before or after")
             return self.last
-        if self._model.window_steps or (self._windows == 0 and self._model.watched):
+        if not self._silence.flush() and (self._model.window_steps or (self._windows == 0 and self._model.watched)):
             self._is_closing_window = True
             try:
                 self._tap.mend(self._model.renew)
@@ -242,7 +247,7 @@ class Watch(run_journal.Shown):
         self._closed = True
         self._ranks.hurry(timeout / 2)
         try:
-            if self._windows or self._model.window_steps:
+            if self._windows or self._model.window_steps or self._silence.flush():
                 self.flush(timeout)
         finally:
             self.detach()
@@ -270,23 +275,6 @@ class Watch(run_journal.Shown):
         self.detach()
         logger.warning(endings.FORKED)
         warn(endings.FORKED)
-
-    # --- state ------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain data (safe to load weights-only): what verdicts and alerts remember between windows."""
-        self._judge.wait(5.0)
-        return memory.save(self.step, self._diagnosis, self._alerts)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
-
-        Raises:
-            TypeError, ValueError: data this version cannot read; nothing is changed then.
-        """
-        memory.check(state)
-        self._judge.wait(5.0)
-        self._base_step = memory.load(state, self._diagnosis, self._alerts)
 
 
 def watch(

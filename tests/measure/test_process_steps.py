@@ -16,7 +16,7 @@ from torch.optim import optimizer as torch_optimizer
 
 import update_watch as uw
 from tests.support.watch_nets import Net, backward, batches, train
-from update_watch.measure.process_steps import ProcessSteps
+from update_watch.measure.hooks.process_steps import ProcessSteps
 
 
 def adamw(params: Any, lr: float = 1e-3) -> Optimizer:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from tests.support.tap_recorder import LR, Recorder, backward, hooks, make_closure
-from update_watch.measure.tap import StepTap
+from update_watch.measure.hooks.tap import StepTap
 
 # --- steps that go wrong on the user's side ------------------------------------------------------
 

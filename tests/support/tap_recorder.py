@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.measure.tap import StepTap
+from update_watch.measure.hooks.tap import StepTap
 
 LR = 0.125
 

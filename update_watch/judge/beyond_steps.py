@@ -14,7 +14,7 @@ from update_watch.judge.seen import Seen
 from update_watch.report import Cause
 from update_watch.thresholds import Thresholds
 
-_UNDONE = 0.5  # of what the steps applied: less may come again, as in an outer step
+_UNDONE = 0.8  # of what the steps applied: Lookahead takes back half by design, ranks that average more
 
 
 def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Verdict | None:

@@ -78,7 +78,7 @@ def rest(
             return Rest(Cause.skipped_steps, Seen(skipped=skipped, steps=max(steps, skipped)))
         return UNKNOWN, None, reasons.unknown(reasons.overflow(skipped, max(steps, skipped)))
     if not e.steps:
-        return UNKNOWN, None, reasons.unknown(e.reason or reasons.not_measured(0))
+        return UNKNOWN, None, reasons.unknown(reasons.no_step(e.reason, known(e.moved)))
     if e.gradless_steps >= e.steps:
         return Rest(Cause.no_gradient, Seen(steps=e.steps))
     return _without_gradient(e, history, limits)

@@ -23,6 +23,15 @@ def not_measured(steps: int) -> str:
     return "it was measured in none of the optimizer steps of this window"
 
 
+def no_step(why_not: str, moved: float | None) -> str:
+    """`why_not`: what was seen instead of a step; `moved`: by what share of its size it moved all the same."""
+    if not why_not or moved is None:
+        return why_not or not_measured(0)
+    return f"{why_not}; " + (
+        f"it moved by {percent(moved)} of its size" if moved else "not one sampled bit of it has moved"
+    )
+
+
 def too_few_steps(seen: int, needed: int) -> str:
     return f"only {seen} of the {needed} measured steps a verdict needs {'was' if seen == 1 else 'were'} seen so far"
 

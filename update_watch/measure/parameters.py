@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from update_watch.measure.identity.partitions import Piece, PieceSampler
@@ -141,7 +142,7 @@ def holds_elements(state: Tensor, shape: torch.Size) -> bool:
 
 def _layout(param: Tensor) -> tuple[tuple[int, ...], torch.dtype, torch.device]:
     shard = local(param)
-    return shape_of(shard) if shard.is_nested else shard.shape, shard.dtype, shard.device
+    return shape_of(shard) if shard.is_nested or is_lazy(shard) else shard.shape, shard.dtype, shard.device
 
 
 def _elsewhere(param: Tensor, states: Mapping[str, torch.device]) -> str:

@@ -19,7 +19,7 @@ from update_watch.measure.identity.belonging import Belonging
 from update_watch.measure.identity.names import describe, members_of
 from update_watch.measure.identity.optimizer_parts import Parts
 from update_watch.measure.ledger.ledger import Ledger
-from update_watch.measure.ledger.sheet import Line
+from update_watch.measure.ledger.sheet import Line, SheetWindow
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.transfer import Batch
 from update_watch.measure.turns import turns_of_optimizers
@@ -206,14 +206,20 @@ class WatchedModel:
             for tensor_id in watched.ids:
                 owners.setdefault(tensor_id, set()).add(key)
         measured = {id(row.param) for watched in self.watched.values() for row in watched.rows if row.is_measured}
-        lines = []
-        for tensor in self._belonging.named.tensors():
-            master = self._belonging.masters.get(id(tensor))
-            ids = {id(tensor)} if master is None else {id(tensor), id(master)}
-            line = Line(tensor, self._belonging.names[id(tensor)], master)
+        planned = []
+        for line in self.lines():
+            ids = {id(line.tensor)} if line.master is None else {id(line.tensor), id(line.master)}
             who = frozenset(owner for tensor_id in ids for owner in owners.get(tensor_id, ()))
-            lines.append((line, who, bool(who) and measured.isdisjoint(ids)))
-        self._ledger.plan(lines)
+            planned.append((line, who, bool(who) and measured.isdisjoint(ids)))
+        self._ledger.plan(planned)
+
+    def lines(self) -> list[Line]:
+        """The model's tensors and their masters, for the ledger."""
+        belonging = self._belonging
+        return [
+            Line(tensor, belonging.names[id(tensor)], belonging.masters.get(id(tensor)))
+            for tensor in belonging.named.tensors()
+        ]
 
     # --- in the step -----------------------------------------------------------------------------
 
@@ -320,6 +326,14 @@ class WatchedModel:
             cost_share,
             ledger,
         )
+
+    def silent_window(self, reason: str, ledger: tuple[SheetWindow, ...]) -> Window:
+        """A window without a step. `reason`: what is said of its tensors."""
+        tensors = tuple(
+            TensorEvidence(**describe(line.tensor, line.names), reason=reason, optimizer_group="0/0")
+            for line in self.lines()
+        )
+        return Window(self.step, 0, (), tensors, self._belonging.named.order(), None, ledger=ledger)
 
     def _unheld(self, held: set[int], steps: int) -> list[TensorEvidence]:
         """The model's tensors that no optimizer holds, and whose masters are not known."""

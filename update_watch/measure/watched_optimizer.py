@@ -183,7 +183,10 @@ class Watched:
         if self.steps and not self._was_set_up:
             self._was_set_up = True
             may_run = forget_failed_trials(self.optimizer, self.rows, self.found)
-        if may_run or sizes != self._sizes or not all(map(operator.is_, members, self._members)):
+        # moved or converted after attaching, made in the first forward pass: seen before the window's first step
+        has_changed = not self.window_steps and any(row.has_changed for row in self.rows)
+        is_other = sizes != self._sizes or not all(map(operator.is_, members, self._members))
+        if may_run or has_changed or is_other:
             self._plan()
             self.shadow.replan()
         self.groups = self.optimizer.param_groups

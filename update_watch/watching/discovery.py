@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from torch.optim import Optimizer
 
 from update_watch.measure.device.streams import is_capturing
+from update_watch.measure.hooks.process_steps import ProcessSteps
+from update_watch.measure.hooks.tap import StepTap
 from update_watch.measure.plain_torch import PlainTorch
-from update_watch.measure.process_steps import ProcessSteps
-from update_watch.measure.tap import StepTap
 from update_watch.measure.watched_model import WatchedModel
 
 logger = logging.getLogger("update_watch")
@@ -24,6 +24,9 @@ class Discovery:
     def __init__(self, model: WatchedModel, tap: StepTap, attach: Attach) -> None:
         self._model, self._tap, self._attach = model, tap, attach
         self._steps = ProcessSteps(self._meet)
+        self._strangers: dict[
+            str, int
+        ] = {}  # class of an optimizer that does not step the model -> how many tensors it does
         self.start, self.stop, self.forget = self._steps.start, self._steps.stop, self._steps.forget
 
     def _meet(self, optimizer: Optimizer) -> bool | None:
@@ -42,4 +45,13 @@ class Discovery:
         except Exception as error:  # it costs this optimizer, not the watch
             logger.warning("update-watch: %s cannot be watched: %r", type(optimizer).__name__, error, exc_info=error)
             return False
+        if is_ours is False:
+            self._strangers[type(optimizer).__name__] = sum(len(group["params"]) for group in optimizer.param_groups)
         return is_ours
+
+    def strangers(self) -> str:
+        """What is said of the optimizers that were met and step other tensors than the model's."""
+        if not self._strangers:
+            return ""
+        kinds = " and ".join(f"{kind} steps {count} tensors" for kind, count in list(self._strangers.items())[:2])
+        return f", and {kinds} that are not the model's: was it made before the model was wrapped or moved?"

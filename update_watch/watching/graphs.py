@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from update_watch.measure.tap import StepTap
+from update_watch.measure.hooks.tap import StepTap
 from update_watch.measure.watched_model import WatchedModel
 from update_watch.worker import warn
 

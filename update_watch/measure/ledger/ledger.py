@@ -22,6 +22,8 @@ from update_watch.measure.transfer import Batch
 
 logger = logging.getLogger("update_watch")
 
+_PART = 1e-4  # of what was applied: less of it says nothing
+_FEW = 4  # elements
 Owners = frozenset[Hashable]  # of the optimizers that step a tensor
 
 
@@ -122,6 +124,7 @@ class _Entry:
 
     sums: Mapping[str, float]
     window: SheetWindow
+    size: int
     looks: int
 
     @property
@@ -130,12 +133,24 @@ class _Entry:
         return int(self.sums["span_writes"]), round(self.sums["signature"], 3)
 
     def kept(self, prefix: str) -> tuple[float | None, float]:
-        """Share of what the steps applied that is still there, and its standard error."""
-        s = self.sums
-        square, total = s[f"{prefix}free_square"], s[f"{prefix}square"]
+        """Share of what the steps applied that is still there, and its standard error.
+
+        Of the elements at no bound, or across the weights, whichever is more: what a projection takes back by design is
+        not asked for.
+        """
+        s, square = self.sums, self.sums[f"{prefix}square"]
         if not square > 0 or not math.isfinite(square):
             return None, 0.0
-        return s[f"{prefix}free_dot"] / square, math.sqrt(max(s[f"{prefix}spread"], 0.0)) / total
+        shares = []
+        if self.size > _FEW:  # of fewer, all may be the smallest or the largest
+            if not s[f"{prefix}free_square"] > _PART * square:
+                return None, 0.0  # all that is read lies at a bound
+            shares.append(s[f"{prefix}free_dot"] / s[f"{prefix}free_square"])
+        if s[f"{prefix}across_square"] > _PART * square:
+            shares.append(s[f"{prefix}across_dot"] / s[f"{prefix}across_square"])
+        if not shares:
+            shares.append(s[f"{prefix}dot"] / square)
+        return max(shares), math.sqrt(max(s[f"{prefix}spread"], 0.0)) / square
 
     def copied(self) -> float | None:
         """Masters: share of what they moved by that arrived in the model's tensor."""
@@ -152,7 +167,7 @@ def with_ledger(tensors: list[TensorEvidence], windows: Iterable[SheetWindow]) -
         values = window.transfer.wait().reshape(len(COLUMNS), len(window.names))
         for i, names in enumerate(window.names):
             sums = {name: float(values[k, i]) for k, name in enumerate(COLUMNS)}
-            entries[names[0]] = _Entry(sums, window, window.looks[i])
+            entries[names[0]] = _Entry(sums, window, window.sizes[i], window.looks[i])
     elsewhere = {
         (place, entry.writes)
         for name, entry in entries.items()
@@ -173,9 +188,8 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
     if not math.isfinite(s["span_square"]) or not math.isfinite(s["stored"]):
         return t
     stored = math.sqrt(s["stored"] / ELEMENTS)
-    writes = int(s["writes"])
     found: dict[str, Any] = {
-        "written_steps": writes,
+        "written_steps": int(s["writes"]),
         "written_step": window.run_steps[int(s["last"]) - 1] - 1 if s["last"] else None,
         "written_between": math.sqrt(s["written"] / ELEMENTS / window.steps) / stored if stored else None,
         "moved": math.sqrt(s["moved"] / ELEMENTS) / stored if stored else float(s["moved"] > 0),
@@ -188,15 +202,15 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
         found["net_efficiency"] = arrived
         found["undone_fraction"] = 0.0
     else:
-        # what is written once in some windows shows over the span alone
-        prefix = "" if writes >= 2 or window.span_windows == 1 else "span_"
-        kept, error = entry.kept(prefix)
+        # what is written once in a window, or in some, may be a checkpoint: that it comes again shows over the span
+        shares = [entry.kept(prefix) for prefix in ("", "span_")]
+        found["written_steps"] = int(s["span_writes"])
+        kept, error = min(shares, key=lambda share: math.inf if share[0] is None else share[0])
         if kept is not None:
             went = any((place, entry.writes) in elsewhere for place in _around(t.name, 3))
             found["undone_fraction"] = 0.0 if went else min(max(1 - kept, 0.0), 1.0)
             found["net_efficiency"] = kept if arrived is None else kept * arrived
             found["net_efficiency_error"] = error
-            found["written_steps"] = int(s[f"{prefix}writes"])
     if entry.looks and not t.measured_steps:
         found["gradient_looks"] = entry.looks
         found["gradient_rms"] = math.sqrt(s["gradient"] / ELEMENTS / entry.looks)

@@ -27,11 +27,14 @@ _WAITING = 8  # steps
 _TALL = 4  # rows per column, from which on a matrix is taken for an embedding
 _GRADIENT_EVERY = 4  # steps between two looks at gradients
 
-_OF_BOTH = ("dot", "square", "spread", "free_dot", "free_square", "moved", "writes", "due", "copied")
+_SUMS = ("dot", "square", "spread", "free_dot", "free_square", "across_dot", "across_square")
+_OF_BOTH = (*_SUMS, "moved", "writes", "due", "copied")
 # what leaves the device per tensor, sums over its elements: D what it moved by, A the sum of what steps applied
 COLUMNS = (
-    *_OF_BOTH,  # <D, A>, <A, A>, spread of <D, A>; the same of elements at no bound; <D, D>; steps it was written before
-    *(f"span_{name}" for name in _OF_BOTH),  # due, copied: <R, R>, <D, R>, R what the master moved by, rounded
+    # <D, A>, <A, A>, spread of <D, A>; the same of elements at no bound, and of the part of A across the weights;
+    # <D, D>; steps it was written before; <R, R>, <D, R> with R what the master moved by, rounded
+    *_OF_BOTH,
+    *(f"span_{name}" for name in _OF_BOTH),
     "written",  # sum of squares of what was written between steps
     "stored",  # sum of squares at the window's begin
     "last",  # the last look of the span before which it was written, from 1; 0: none
@@ -54,6 +57,7 @@ class SheetWindow(NamedTuple):
 
     transfer: Part
     names: tuple[tuple[str, ...], ...]
+    sizes: tuple[int, ...]  # elements of the tensors
     has_masters: bool
     is_stepped: bool  # else no optimizer holds its tensors
     steps: int
@@ -206,8 +210,10 @@ class Sheet:
         assert self._last is not None and self._begin is not None
         assert self._window_begin is not None and self._first_before is not None
         n, now_nE = len(self.lines), self._last
-        low, high = now_nE.amin(-1, keepdim=True), now_nE.amax(-1, keepdim=True)
-        free_nE = (~((now_nE.eq(0) | now_nE.eq(low) | now_nE.eq(high)) & low.ne(high))).float()
+        held_nE = self._last_before  # after whatever is written between steps
+        low, high = held_nE.amin(-1, keepdim=True), held_nE.amax(-1, keepdim=True)
+        free_nE = (~((held_nE.eq(0) | held_nE.eq(low) | held_nE.eq(high)) & low.ne(high))).float()
+        length_n1 = held_nE.square().sum(-1, keepdim=True)
         rows: list[Tensor] = []
         for sums, begin_nE, copy_begin_nE in (
             (self._window, self._window_begin, self._first_before),
@@ -219,6 +225,9 @@ class Sheet:
             share = torch.where(square > 0, dot / square, 0.0)
             rows += [dot, square, (dot_nE - share.unsqueeze(1) * square_nE).square().sum(-1)]
             rows += [(dot_nE * free_nE).sum(-1), (square_nE * free_nE).sum(-1)]
+            along_n1 = (applied_nE * held_nE).sum(-1, keepdim=True) / length_n1
+            across_nE = applied_nE - torch.where(length_n1 > 0, along_n1, 0.0) * held_nE
+            rows += [(moved_nE * across_nE).sum(-1), across_nE.square().sum(-1)]
             rows += [moved_nE.square().sum(-1), sums.writes_n, *self._compare_copies(copy_begin_nE)]
         rows += [self._written, self._window_begin.square().sum(-1), self._last_write, self._signature]
         rows += list(self._gradients)
@@ -227,6 +236,7 @@ class Sheet:
         window = SheetWindow(
             batch.add(packed),
             tuple(line.names for line in self.lines),
+            tuple(local(line.tensor).numel() for line in self.lines),
             len(self._runs) > 1,
             self._is_stepped,
             self.steps,

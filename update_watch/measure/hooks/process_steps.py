@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from update_watch.measure.tap import hide_from_dynamo, is_in_step, nothing
+from update_watch.measure.hooks.tap import hide_from_dynamo, is_in_step, nothing
 
 Meet = Callable[[Optimizer], bool | None]
 

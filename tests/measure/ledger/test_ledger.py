@@ -1,0 +1,385 @@
+"""What is written between steps: told from what the steps applied, and said only where progress is lost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import update_watch as uw
+from tests.support.watch_nets import Net, backward, batches
+from update_watch.report import Cause, Health, Report
+
+WINDOW = 16
+Between = Callable[[int, nn.Module], None]  # after step i, from 0
+
+
+def adamw(params: Any) -> Optimizer:
+    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
+
+
+def sgd(params: Any) -> Optimizer:
+    return torch.optim.SGD(params, lr=1e-3, momentum=0.9)
+
+
+def run(
+    make: Callable[[Net], Between],
+    steps: int = 4 * WINDOW,
+    rule: Callable[[Any], Optimizer] = adamw,
+    dtype: torch.dtype = torch.float32,
+) -> list[Report]:
+    """The reports of a training in which something else may write to the model between steps."""
+    reports: list[Report] = []
+    model = Net(dtype)
+    between = make(model)
+    optimizer = rule(model.parameters())
+    with uw.watch(model, optimizer, window=WINDOW, sinks=[reports.append]):
+        for i, x in enumerate(batches(steps, dtype)):
+            model.zero_grad()
+            backward(model, x)
+            optimizer.step()
+            with torch.no_grad():
+                between(i, model)
+    return reports
+
+
+def kept(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def put(model: nn.Module, values: list[Tensor]) -> None:
+    for p, value in zip(model.parameters(), values, strict=True):
+        p.data.copy_(value)  # no version counter sees it
+
+
+# --- faults --------------------------------------------------------------------------------------
+
+
+def restored(every: int) -> Callable[[Net], Between]:
+    """A checkpoint of the beginning is loaded again and again."""
+
+    def make(model: Net) -> Between:
+        first = kept(model)
+        return lambda i, model: put(model, first) if i % every == every - 1 else None
+
+    return make
+
+
+def average_left(every: int, decay: float = 0.999) -> Callable[[Net], Between]:
+    """Validation copies the average into the model and leaves it there."""
+
+    def make(model: Net) -> Between:
+        average = kept(model)
+
+        def between(i: int, model: nn.Module) -> None:
+            for a, p in zip(average, model.parameters(), strict=True):
+                a.lerp_(p, 1 - decay)
+            if i % every == every - 1:
+                put(model, average)
+
+        return between
+
+    return make
+
+
+@pytest.mark.parametrize("rule", [adamw, sgd])
+@pytest.mark.parametrize(
+    ("make", "windows"),
+    [
+        (restored(1), 2),
+        (restored(5), 2),
+        (average_left(4), 2),
+        (average_left(7), 2),
+        (restored(WINDOW), 7),
+        (restored(24), 7),
+        (average_left(WINDOW), 7),
+    ],
+    ids=["each step", "every 5", "average, 4", "average, 7", "every window", "every 24", "average, every window"],
+)
+def test_progress_that_is_thrown_away_between_steps_is_overwritten(
+    make: Callable[[Net], Between], windows: int, rule: Callable[[Any], Optimizer]
+) -> None:
+    report = run(make, windows * WINDOW, rule)[windows - 1]
+    assert {t.name: (t.health in (Health.stalled, Health.stalling), t.cause) for t in report.tensors} == {
+        t.name: (True, Cause.overwritten) for t in report.tensors
+    }
+    assert all("overwritten" in t.advice for t in report.tensors)
+    assert report.health is not Health.healthy
+
+
+# --- healthy twins -------------------------------------------------------------------------------
+
+
+def nothing(model: Net) -> Between:
+    return lambda i, model: None
+
+
+def swapped(model: Net) -> Between:
+    average = kept(model)
+
+    def between(i: int, model: nn.Module) -> None:
+        for a, p in zip(average, model.parameters(), strict=True):
+            a.lerp_(p, 0.001)
+        if i % 4 == 3:
+            mine = kept(model)
+            put(model, average)
+            put(model, mine)
+
+    return between
+
+
+def loaded_once(model: Net) -> Between:
+    first = kept(model)
+    return lambda i, model: put(model, first) if i == 20 else None
+
+
+def clipped(model: Net) -> Between:
+    def between(i: int, model: nn.Module) -> None:
+        for p in model.parameters():
+            p.clamp_(-0.1, 0.1)
+
+    return between
+
+
+def normalised(model: Net) -> Between:
+    norms = [p.norm() for p in model.parameters()]
+
+    def between(i: int, model: nn.Module) -> None:
+        for p, norm in zip(model.parameters(), norms, strict=True):
+            p.mul_(norm / p.norm())
+
+    return between
+
+
+def pruned(model: Net) -> Between:
+    rng = torch.Generator().manual_seed(0)
+    masks = [(torch.rand(p.shape, generator=rng) < 0.2).float() for p in model.parameters()]
+
+    def between(i: int, model: nn.Module) -> None:
+        for p, mask in zip(model.parameters(), masks, strict=True):
+            p.mul_(mask)
+
+    return between
+
+
+def looked_ahead(model: Net) -> Between:
+    """Every fifth step half of the way back, as Lookahead does."""
+    slow = kept(model)
+
+    def between(i: int, model: nn.Module) -> None:
+        if i % 5 == 4:
+            for s, p in zip(slow, model.parameters(), strict=True):
+                s.lerp_(p, 0.5)
+            put(model, slow)
+
+    return between
+
+
+@pytest.mark.parametrize(
+    "make", [nothing, swapped, loaded_once, clipped, normalised, pruned, looked_ahead], ids=lambda make: make.__name__
+)
+@pytest.mark.parametrize("rule", [adamw, sgd])
+def test_what_is_written_by_design_is_no_accusation(
+    make: Callable[[Net], Between], rule: Callable[[Any], Optimizer]
+) -> None:
+    reports = run(make, rule=rule)
+    assert not [t for report in reports for t in report.tensors if t.cause is Cause.overwritten]
+    assert not [alert for report in reports for alert in report.alerts]
+    written = {t.written_between != 0 for t in reports[1].tensors}
+    assert written == {make not in (nothing, swapped)} or make is loaded_once
+
+
+def outer_rounds(outer_lr: float) -> list[Report]:
+    """DiLoCo: eight inner steps, the weights are put back, an outer rule steps on the difference."""
+    reports: list[Report] = []
+    model = Net()
+    inner = adamw(model.parameters())
+    outer = torch.optim.SGD(model.parameters(), lr=outer_lr, momentum=0.9, nesterov=True)
+    begin = kept(model)
+    with uw.watch(model, window=WINDOW, sinks=[reports.append]):
+        for i, x in enumerate(batches(6 * WINDOW)):
+            model.zero_grad()
+            backward(model, x)
+            inner.step()
+            if i % 8 == 7:
+                for p, start in zip(model.parameters(), begin, strict=True):
+                    p.grad = start - p.detach()
+                put(model, begin)
+                outer.step()
+                begin = kept(model)
+    return reports
+
+
+def test_what_an_outer_rule_brings_back_is_not_lost() -> None:
+    report = outer_rounds(0.7)[-1]
+    assert [t.name for t in report.tensors] == ["enter.weight", "enter.bias", "norm.weight", "leave.weight"]
+    assert {t.health for t in report.tensors} == {Health.healthy}
+
+
+def test_where_the_outer_rule_does_nothing_all_is_lost() -> None:
+    report = [one for one in outer_rounds(0.0) if one.window == WINDOW][-1]
+    assert {t.cause for t in report.tensors} == {Cause.overwritten}
+
+
+class Adapted(nn.Module):
+    """A frozen matrix with a low-rank adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(48, 48, generator=rng) * 0.1, requires_grad=False)
+        self.down = nn.Parameter(torch.randn(4, 48, generator=rng) * 0.1)
+        self.up = nn.Parameter(torch.zeros(48, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight + self.up @ self.down).T
+
+
+@pytest.mark.parametrize("is_merged", [True, False], ids=["merged", "only reset"])
+def test_adapters_that_are_merged_and_reset_have_lost_nothing_and_reset_ones_have(is_merged: bool) -> None:
+    model = nn.ModuleDict({"layer": Adapted()})
+    layer: Any = model["layer"]
+    start = layer.down.detach().clone()
+    optimizer = adamw([layer.down, layer.up])
+    with uw.watch(model, optimizer, window=WINDOW) as watch:
+        for i, x in enumerate(batches(4 * WINDOW)):
+            model.zero_grad()
+            (layer(x) - x.roll(1, -1)).pow(2).sum().backward()
+            optimizer.step()
+            if i % 5 == 4:
+                with torch.no_grad():
+                    if is_merged:
+                        layer.weight.add_(layer.up @ layer.down)
+                    layer.up.zero_()
+                    layer.down.copy_(start)
+        report = watch.flush()
+    assert report is not None
+    causes = {t.name: t.cause for t in report.tensors if t.name != "layer.weight"}
+    assert set(causes.values()) == ({None} if is_merged else {Cause.overwritten})
+    frozen = next(t for t in report.tensors if t.name == "layer.weight")
+    assert ("moves" in frozen.advice) == is_merged
+    assert not is_merged or frozen.written_between
+
+
+# --- masters -------------------------------------------------------------------------------------
+
+
+def with_masters(copies: Callable[[int, str], bool], rule: Callable[[Any], Optimizer] = adamw) -> Report:
+    """`copies(i, name)`: whether a master is copied back after step i."""
+    model = Net(torch.bfloat16)
+    masters = copy.deepcopy(model).float()
+    optimizer = rule(masters.parameters())
+    with uw.watch(model, optimizer, window=WINDOW) as watch:
+        for i, x in enumerate(batches(4 * WINDOW, torch.bfloat16)):
+            model.zero_grad()
+            backward(model, x)
+            for master, p in zip(masters.parameters(), model.parameters(), strict=True):
+                assert p.grad is not None
+                master.grad = p.grad.float()
+            optimizer.step()
+            with torch.no_grad():
+                for master, (name, p) in zip(masters.parameters(), model.named_parameters(), strict=True):
+                    if copies(i, name):
+                        p.copy_(master)
+        report = watch.flush()
+    assert report is not None
+    return report
+
+
+@pytest.mark.parametrize("rule", [adamw, sgd])
+def test_masters_that_are_not_copied_back_are_said(rule: Callable[[Any], Optimizer]) -> None:
+    moving = {t.name for t in with_masters(lambda i, name: True, rule).tensors if t.cause is None}
+    report = with_masters(lambda i, name: False, rule)
+    assert len(moving) == 4
+    said = {t.name for t in report.tensors if t.cause is Cause.not_copied_back and t.health is Health.stalled}
+    assert said >= {"enter.weight", "leave.weight"}
+    assert all(t.cause in (None, Cause.not_copied_back) for t in report.tensors)
+
+
+def test_a_copy_that_is_missing_is_that_tensors_alone() -> None:
+    report = with_masters(lambda i, name: name != "leave.weight")
+    assert {t.name for t in report.tensors if t.cause is Cause.not_copied_back} == {"leave.weight"}
+
+
+def test_masters_that_are_copied_back_now_and_then_are_healthy() -> None:
+    report = with_masters(lambda i, name: i % 8 == 7)
+    assert {t.health for t in report.tensors} == {Health.healthy}
+
+
+# --- a rule that cannot be replayed -------------------------------------------------------------
+
+
+class Noisy(Optimizer):
+    """Draws random numbers in its step: no replay can have the same."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * (p.grad.float() + torch.randn(p.shape)).sign().to(p.dtype))
+
+
+@pytest.mark.parametrize(("lr", "health"), [(1e-9, Health.stalled), (1e-2, Health.unknown)])
+def test_a_rule_that_cannot_be_replayed_is_stalled_where_not_one_bit_moves(lr: float, health: Health) -> None:
+    report = run(nothing, rule=lambda params: Noisy(params, lr), dtype=torch.bfloat16)[-1]
+    assert {t.health for t in report.tensors if t.name != "enter.bias"} == {health}
+
+
+# --- the numbers ---------------------------------------------------------------------------------
+
+
+def test_the_numbers_are_those_of_all_elements_in_fp64_where_all_are_read() -> None:
+    """Tensors of at most 16 elements are read whole."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    optimizer = adamw(model.parameters())
+    first = kept(model)
+    applied = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    squares = [0.0 for _ in applied]
+    after: list[Tensor] = []
+    with uw.watch(model, optimizer, window=WINDOW) as watch:
+        for i in range(WINDOW):
+            model.zero_grad()
+            model(torch.randn(8, 4)).square().sum().backward()
+            before = kept(model)
+            for k, old in enumerate(after):
+                squares[k] += float((before[k].double() - old.double()).square().sum())
+            optimizer.step()
+            after = kept(model)
+            for k, p in enumerate(model.parameters()):
+                applied[k] += p.detach().double() - before[k].double()
+            if i % 3 == 2:
+                with torch.no_grad():
+                    for p, start in zip(model.parameters(), first, strict=True):
+                        p.lerp_(start, 0.8)
+                if i == WINDOW - 1:
+                    break
+        report = watch.flush()
+    assert report is not None
+    moved = [now.double() - start.double() for now, start in zip(after, first, strict=True)]
+    for t, d, a, start, square in zip(report.tensors, moved, applied, first, squares, strict=True):
+        assert t.net_efficiency is not None and t.displacement_efficiency is not None
+        true = float((d * a).sum() / (a * a).sum())
+        free = torch.ones_like(d, dtype=torch.bool)
+        if d.numel() > 3:  # the smallest and largest are left out as if they were at a bound
+            now = start.double() + d
+            free = (now != now.min()) & (now != now.max())
+            true = float((d * a)[free].sum() / (a * a)[free].sum())
+            assert t.net_efficiency == pytest.approx(true * t.displacement_efficiency, abs=0.03)
+        rms = (square / d.numel() / WINDOW) ** 0.5 / float(start.double().square().mean().sqrt())
+        if 16 % d.numel() == 0:  # else some elements count twice
+            assert t.written_between == pytest.approx(rms, rel=1e-3)
+
+
+def test_the_last_write_is_told_to_the_step() -> None:
+    report = run(lambda model: lambda i, m: put(m, kept(m)) if i != 41 else m.enter.weight.mul_(1.5), 48)[-1]  # type: ignore[union-attr, operator]
+    written = {t.name: t.written_between for t in report.tensors}
+    assert written.pop("enter.weight") and not any(written.values())

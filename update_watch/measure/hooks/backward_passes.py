@@ -1,0 +1,72 @@
+"""Backward passes of a model without a step of any optimizer: a rule that runs under another name is not seen by hooks.
+
+Gradient hooks on a few tensors count the passes. Micro-batches that are summed into one gradient count as one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HOOKED = 3  # tensors: one of them may be used in only some of the passes
+
+
+class BackwardPasses:
+    """Calls `passed(count)` in every backward pass from the second one on that no `reset` came between.
+
+    `passed` runs within the backward pass, on the thread of the device; what it raises must not reach training.
+    """
+
+    def __init__(self, passed: Callable[[int], None]) -> None:
+        self._passed = passed
+        self._counts: dict[int, int] = {}  # id of a tensor -> its gradients since the last step
+        self._marks: dict[int, tuple[int, int]] = {}  # id of a tensor -> its gradient's id and version
+        self._tensors: list[Tensor] = []
+        self._handles: list[Any] = []
+        self._most = 0
+        self._hook = torch.compiler.disable(self._note)  # type: ignore[no-untyped-call]  # torch's
+
+    def listen(self, tensors: Sequence[Tensor]) -> None:
+        """Count the passes that give these tensors gradients; does nothing where that is done already."""
+        able = [tensor for tensor in tensors if tensor.requires_grad and tensor.is_leaf]
+        if self._tensors and all(any(tensor is one for one in able) for tensor in self._tensors):
+            return
+        self.stop()
+        n = len(able)
+        self._tensors = [able[k * n // min(n, _HOOKED)] for k in range(min(n, _HOOKED))]
+        for tensor in self._tensors:
+            self._handles.append(tensor.register_post_accumulate_grad_hook(self._hook))  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._tensors = [], []
+        self.reset()
+
+    @property
+    def is_silent(self) -> bool:
+        """Gradients have arrived since the last step."""
+        return self._most > 0
+
+    def reset(self) -> None:
+        """A step was seen."""
+        if self._most:
+            self._most = 0
+            self._counts.clear()
+
+    def _note(self, tensor: Tensor) -> None:
+        grad, key = tensor.grad, id(tensor)
+        if grad is not None:  # else a hook of somebody's has used it up already
+            mark = id(grad), grad._version
+            last, self._marks[key] = self._marks.get(key), mark
+            if last is not None and mark == (last[0], last[1] + 1):
+                return  # a micro-batch more
+        self._counts[key] = count = self._counts.get(key, 0) + 1
+        if count > self._most:
+            self._most = count
+            if count > 1:
+                self._passed(count)

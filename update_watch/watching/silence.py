@@ -1,0 +1,103 @@
+"""Gradients arrive, and no optimizer steps: that is said, not waited out.
+
+A rule may run under another name than `step` (`step_param` in gradient hooks, `first_step`, a hand-written update), or an
+optimizer may step other tensors than the model's. Windows of steps never close then. After as many backward passes as a
+window has steps, one warning says so, and a report tells of every tensor whether it moves.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+
+from update_watch.measure.device.streams import is_capturing
+from update_watch.measure.hooks.backward_passes import BackwardPasses
+from update_watch.measure.ledger.ledger import Ledger
+from update_watch.measure.ledger.sheet import can_be_read
+from update_watch.measure.plain_torch import PlainTorch
+from update_watch.measure.transfer import Batch
+from update_watch.measure.watched_model import WatchedModel
+from update_watch.measure.window_evidence import Window
+from update_watch.worker import warn
+
+logger = logging.getLogger("update_watch")
+
+
+class Silence:
+    """Listens for the backward passes of a model. `put` takes a window; `strangers()` says what else steps, or ""."""
+
+    def __init__(
+        self, model: WatchedModel, window: int, put: Callable[[Window], object], strangers: Callable[[], str]
+    ) -> None:
+        self._model, self._window, self._put, self._strangers = model, window, put, strangers
+        self._passes = BackwardPasses(self._passed)
+        self.end = self._passes.reset  # a step was seen
+        self._ledger: Ledger | None = None
+        self._count = 0
+        self._is_said, self._is_stopped = False, True
+
+    def start(self) -> None:
+        """Begin, or begin again."""
+        self._is_stopped = False
+        self.listen()
+
+    def listen(self) -> None:
+        """Go on with the tensors the model has now; does nothing once it was stopped, maybe by another thread."""
+        if self._is_stopped:
+            return
+        self._passes.listen([line.tensor for line in self._model.lines() if can_be_read(line.tensor)])
+
+    def stop(self) -> None:
+        """Listen no more."""
+        self._is_stopped = True
+        self._passes.stop()
+        self._ledger = None
+
+    def _passed(self, count: int) -> None:
+        if self._is_stopped or is_capturing():
+            return
+        try:
+            plain = PlainTorch()
+            with plain, plain:
+                self._look(count)
+        except Exception as error:
+            self.stop()
+            logger.warning("update-watch: backward passes are no longer counted: %r", error, exc_info=error)
+
+    def _look(self, count: int) -> None:
+        if self._ledger is None or count <= self._count:  # a new silence
+            self._ledger = Ledger(random.Random(0))
+            self._ledger.plan([(line, frozenset(), False) for line in self._model.lines()])
+        self._count = count
+        self._ledger.after(self._ledger.before(None, (), count, leads=True))
+        if count % self._window == 0:
+            self._close()
+            if not self._is_said:
+                self._is_said = True
+                message = f"update-watch: {self._finding()}. Whether the weights move is in the report"
+                logger.warning(message)
+                warn(message)
+
+    def flush(self) -> bool:
+        """Report the silence that lasts, if one does."""
+        if self._ledger is None or self._count < 2 or not self._passes.is_silent:
+            return False
+        if self._count % self._window:
+            plain = PlainTorch()
+            with plain, plain:
+                self._close()
+        return True
+
+    def _finding(self) -> str:
+        return (
+            f"a step of an optimizer of this model was never seen in {self._count} backward passes, though gradients arrive"
+            f"{self._strangers()} (does its rule run under another name than `step`?)"
+        )
+
+    def _close(self) -> None:
+        assert self._ledger is not None
+        batch = Batch()
+        sheets = self._ledger.close_window(batch)
+        batch.send()
+        self._put(self._model.silent_window(self._finding(), sheets))
