@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from update_watch import run_journal
 from update_watch.callbacks.on_stall import OnStall
 from update_watch.report import Health, Report, weighted_mean
+from update_watch.selection import Selection
 from update_watch.thresholds import Thresholds
 from update_watch.watch import Watch, watch
 from update_watch.wrappers import unwrap
@@ -49,6 +50,8 @@ class Options:
     check_replicas: bool
     budget: float | None = 0.01
     journal: str | os.PathLike[str] | None = AUTO
+    include: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.on_stall not in ("warn", "stop", "raise") and not callable(self.on_stall):
@@ -74,6 +77,7 @@ class Options:
             raise TypeError(f"UpdateWatch(journal={self.journal!r}) must be the file to write, 'auto' or None")
         if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"UpdateWatch(thresholds={self.thresholds!r}) must be update_watch.Thresholds or None")
+        Selection(self.include, self.exclude, "UpdateWatch")
         if isinstance(self.sinks, str) or not isinstance(self.sinks, Iterable):
             raise TypeError(f"UpdateWatch(sinks={self.sinks!r}) must be a list of sinks")
         object.__setattr__(self, "sinks", tuple(self.sinks))
@@ -83,7 +87,7 @@ class Options:
 
     def for_watch(self) -> dict[str, Any]:
         """Keyword arguments of `update_watch.watch`."""
-        names = ("window", "samples", "budget", "sinks", "thresholds", "seed", "check_replicas")
+        names = ("window", "samples", "budget", "sinks", "thresholds", "seed", "check_replicas", "include", "exclude")
         return {name: getattr(self, name) for name in names}
 
 
@@ -148,7 +152,8 @@ class Session:
         settings = options.for_watch()
         self._journal = _journal_path(options.journal, folder) if is_leader else None
         if self._journal is not None:
-            sinks = [*sinks, run_journal.keep(self._journal, watchable, trainer, name=self._journal.parent.name)]
+            self._kept = run_journal.keep(self._journal, watchable, trainer, name=self._journal.parent.name)
+            sinks = [*sinks, self._kept]
         settings["sinks"] = [self._inbox.append, *sinks, *options.sinks] if is_leader else [self._inbox.append]
         settings["step"] = step
         try:
@@ -201,17 +206,19 @@ class Session:
 
     def finish(self, timeout: float = FLUSH_SECONDS) -> list[Report]:
         """Report the open window; the reports that were not taken yet."""
-        last = self.watch.flush(timeout)
-        if self._journal is not None and last is not None:
-            print(run_journal.how_to_open(self._journal, last), flush=True)
+        self.watch.flush(timeout)
         return self.take()
 
     def close(self) -> None:
-        """Let go of the optimizers, whatever happens."""
+        """Let go of the optimizers, whatever happens; close the journal, and say how to open it."""
         try:
             self.watch.close()
         finally:
             self.watch.detach()
+        if self._journal is not None:
+            self._kept.close()
+            if self.watch.last is not None:
+                print(run_journal.how_to_open(self._journal, self.watch.last), flush=True)
 
 
 def _journal_path(chosen: str | os.PathLike[str] | None, folder: str | os.PathLike[str] | None) -> Path | None:

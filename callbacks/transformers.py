@@ -67,6 +67,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         progress_bar: add `efficiency` and `stalled` to the lines the Trainer prints.
         print_audit: print once, when training begins, what will stall, or that nothing will.
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
+        include, exclude: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
         budget: share of the time between steps that watching may take once every tensor has a verdict; None: see every step.
         journal: file that `update-watch report` and `top` read; "auto": update_watch.jsonl beside the checkpoints (output_dir); None: none is kept.
 
@@ -89,6 +90,8 @@ class UpdateWatch(TrainerCallback, ExportableState):
         check_replicas: bool = False,
         budget: float | None = 0.01,
         journal: str | os.PathLike[str] | None = AUTO,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
     ) -> None:
         self._options = Options(
             window,
@@ -103,6 +106,8 @@ class UpdateWatch(TrainerCallback, ExportableState):
             check_replicas,
             budget,
             journal,
+            include,
+            exclude,
         )
         self.last: Report | None = None
         self.memory: dict[str, Any] = {}
@@ -231,7 +236,18 @@ class UpdateWatch(TrainerCallback, ExportableState):
         With `restore_callback_states_from_checkpoint=True` the Trainer makes a new callback from this, without sinks,
         thresholds, averages and functions, which no checkpoint can hold.
         """
-        names = ("window", "samples", "seed", "on_stall", "progress_bar", "print_audit", "check_replicas", "budget")
+        names = (
+            "window",
+            "samples",
+            "seed",
+            "on_stall",
+            "progress_bar",
+            "print_audit",
+            "check_replicas",
+            "budget",
+            "include",
+            "exclude",
+        )
         args = {name: getattr(self._options, name) for name in names}
         if callable(args["on_stall"]):
             args["on_stall"] = "warn"

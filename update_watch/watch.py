@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from update_watch import endings, run_journal
 from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
-from update_watch.judge.selection import Selection
 from update_watch.measure.device.streams import StepStreams, is_capturing
 from update_watch.measure.hooks.tap import StepTap
 from update_watch.measure.identity.partitions import chain
@@ -29,6 +28,7 @@ from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.window_evidence import Window, read
 from update_watch.ranks.joining import Ranks
 from update_watch.report import Report
+from update_watch.selection import Selection
 from update_watch.thresholds import Thresholds
 from update_watch.watching import arguments, graphs, memory
 from update_watch.watching.attention import Attention

@@ -98,3 +98,12 @@ def test_without_lightning_the_name_is_that_of_transformers() -> None:
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert run.stdout.split() == ["update_watch.callbacks.transformers"], run.stderr
+
+
+@pytest.mark.parametrize("train", [in_lightning, in_transformers])
+def test_what_is_reported_can_be_chosen(train: Any, tmp_path: Path) -> None:
+    callback = UpdateWatch(window=8, print_audit=False, journal=None, include="*.weight", exclude="net.2.*")
+    train(callback, tmp_path)
+    assert [t.name for t in callback.last.tensors] == ["net.0.weight", "net.1.weight"]
+    with pytest.raises(TypeError, match=r"UpdateWatch\(include=7\)"):
+        UpdateWatch(include=7)
