@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from update_watch import run_journal
 from update_watch.callbacks.on_stall import OnStall
 from update_watch.report import Health, Report, weighted_mean
-from update_watch.selection import Selection
 from update_watch.thresholds import Thresholds
 from update_watch.watch import Watch, watch
 from update_watch.wrappers import unwrap
@@ -77,7 +76,11 @@ class Options:
             raise TypeError(f"UpdateWatch(journal={self.journal!r}) must be the file to write, 'auto' or None")
         if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"UpdateWatch(thresholds={self.thresholds!r}) must be update_watch.Thresholds or None")
-        Selection(self.include, self.exclude, "UpdateWatch")
+        for name in ("include", "exclude"):
+            given = getattr(self, name)
+            patterns = [given] if isinstance(given, str) or given is None else given
+            if not isinstance(patterns, Sequence) or not all(one is None or isinstance(one, str) for one in patterns):
+                raise TypeError(f"UpdateWatch({name}={given!r}) must be a name with wildcards, or a list of them")
         if isinstance(self.sinks, str) or not isinstance(self.sinks, Iterable):
             raise TypeError(f"UpdateWatch(sinks={self.sinks!r}) must be a list of sinks")
         object.__setattr__(self, "sinks", tuple(self.sinks))

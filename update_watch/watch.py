@@ -28,11 +28,11 @@ from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.window_evidence import Window, read
 from update_watch.ranks.joining import Ranks
 from update_watch.report import Report
-from update_watch.selection import Selection
 from update_watch.thresholds import Thresholds
 from update_watch.watching import arguments, graphs, memory
 from update_watch.watching.attention import Attention
 from update_watch.watching.discovery import Discovery
+from update_watch.watching.selection import Selection
 from update_watch.watching.silence import Silence
 from update_watch.worker import Sink, Sinks, Worker, warn
 from update_watch.wrappers import unwrap

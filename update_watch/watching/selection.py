@@ -23,9 +23,9 @@ class Selection:
         TypeError: patterns that are no texts.
     """
 
-    def __init__(self, include: Any = None, exclude: Any = None, owner: str = "watch") -> None:
-        self._include = _patterns(f"{owner}(include", include)
-        self._exclude = _patterns(f"{owner}(exclude", exclude) or ()
+    def __init__(self, include: Any = None, exclude: Any = None) -> None:
+        self._include = _patterns("include", include)
+        self._exclude = _patterns("exclude", exclude) or ()
         self._kept: dict[str, bool] = {}
         self._has_warned = False
 
@@ -58,5 +58,5 @@ def _patterns(argument: str, given: Any) -> tuple[str, ...] | None:
         return None
     patterns = (given,) if isinstance(given, str) else given
     if not isinstance(patterns, Sequence) or not all(isinstance(one, str) for one in patterns):
-        raise TypeError(f"{argument}={given!r}): expected a name with wildcards or a list of them, as ['*norm*']")
+        raise TypeError(f"watch({argument}={given!r}): expected a name with wildcards or a list of them, as ['*norm*']")
     return tuple(patterns)
