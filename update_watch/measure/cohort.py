@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from update_watch import formats
 from update_watch.formats import Format
-from update_watch.measure.gathers import Gathers
+from update_watch.measure.device.kernel_gathers import gathers_of
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.step_replay import Span, StepReplay
@@ -100,7 +100,7 @@ class Cohort:
     ) -> None:
         """`window_steps`: in which it will be measured in a window, as far as is known."""
         self.optimizer, self.rows, self.samples = optimizer, rows, samples
-        self.gathers = Gathers(optimizer, rows, samples, rng)
+        self.gathers = gathers_of(optimizer, rows, samples, rng)
         self.device, self.samplers, self.states = self.gathers.device, self.gathers.samplers, self.gathers.states
         self._replay = StepReplay(optimizer, twin, self.gathers)
         self._zero = torch.zeros((), device=self.device)

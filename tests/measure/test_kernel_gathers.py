@@ -1,0 +1,108 @@
+"""A watch whose samples come by one launch, in Triton's interpreter: its reports are those of torch's way to the bit."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="the gather kernel needs Triton")
+os.environ["TRITON_INTERPRET"] = "1"
+
+import update_watch as uw
+from update_watch.measure.device import kernel_gathers, multi_gather
+from update_watch.measure.device.kernel_gathers import KernelGathers
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_gather, "_interpreted", True)
+    monkeypatch.setattr(multi_gather, "_failed", {})
+    monkeypatch.setattr(kernel_gathers, "_verified", set())
+
+
+class Net(nn.Module):
+    """Formats side by side, small and large tensors, some transposed in memory, one used in some steps only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(24, 40, dtype=torch.bfloat16)
+        self.b = nn.Linear(40, 24)
+        self.short = nn.Parameter(torch.randn(30, 11).half())
+        self.odd = nn.Parameter(torch.randn(31, 17, dtype=torch.bfloat16).t())
+        self.rare = nn.Parameter(torch.randn(700, dtype=torch.bfloat16))
+
+
+def reports(make: Any, steps: int = 8) -> list[tuple[Any, ...]]:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = make(model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    seen: list[uw.Report] = []
+    with uw.watch(model, optimizer, window=4, samples=16, budget=None, seed=3) as watch:
+        watch._post._handle = seen.append
+        for step in range(steps):
+            for name, p in model.named_parameters():
+                is_left_out = name == "rare" and step % 3
+                p.grad = None if is_left_out else torch.randn(p.shape, generator=generator).to(p.dtype) * 0.1
+            optimizer.step()
+        kinds = {type(c.gathers) for w in watch._model.watched.values() for c in w.cohorts}
+        watch.flush()
+        assert watch._tap.error is None
+    assert len(kinds) == 1
+    numbers = [
+        (
+            t.name,
+            t.health,
+            t.efficiency,
+            t.lost_fraction,
+            t.update_ratio,
+            t.displacement_efficiency,
+            t.headroom_histogram,
+        )
+        for report in seen
+        for t in report.tensors
+    ]
+    return [(kinds.pop() is KernelGathers, len(seen)), *numbers]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1), id="adamw"),
+        pytest.param(lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9), id="sgd", marks=pytest.mark.slow),
+        pytest.param(lambda p: torch.optim.Adafactor(p, lr=1e-3), id="whole-tensors", marks=pytest.mark.slow),
+    ],
+)
+def test_reports_are_those_of_torchs_way(make: Any, request: pytest.FixtureRequest) -> None:
+    plain = reports(make)
+    assert plain[0] == (False, 2)
+    request.getfixturevalue("interpreted")
+    by_kernel = reports(make)
+    assert by_kernel[0] == (True, 2)
+    assert by_kernel[1:] == plain[1:]
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_kernel_that_reads_otherwise_is_not_used_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = multi_gather.MultiGather.__call__
+
+    def wrong(self: Any, *arguments: Any, **options: Any) -> Any:
+        return read(self, *arguments, **options) + 1e-3
+
+    def sgd(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=1e-2)
+
+    monkeypatch.setattr(multi_gather.MultiGather, "__call__", wrong)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert reports(sgd)[0] == (False, 2)
+        assert reports(sgd)[0] == (False, 2)
+    assert len([w for w in said if "gather kernel is not used" in str(w.message)]) == 1
+    assert not multi_gather.is_available(CPU)

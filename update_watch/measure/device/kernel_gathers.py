@@ -1,0 +1,121 @@
+"""A step's samples by one launch (`multi_gather`), where the device can; else by torch's views (`gathers`).
+
+The first time on a device both ways read the weights, and must agree to the bit; else torch's way is used from then on, and
+that is said once.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.measure.device import multi_gather
+from update_watch.measure.gathers import Gathers
+from update_watch.measure.parameters import Row
+from update_watch.measure.positions import share
+from update_watch.measure.sampling import Sampler, local, pack_views
+
+logger = logging.getLogger("update_watch")
+
+_verified: set[torch.device] = set()
+
+
+def gathers_of(optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random) -> Gathers:
+    """Gathers of the fastest kind that reads these rows."""
+    device = local(rows[0].param).device
+    is_plain = all(type(row.sampler) is Sampler and row.param.dtype is not torch.float64 for row in rows)
+    if not is_plain or not multi_gather.is_available(device):
+        return Gathers(optimizer, rows, samples, rng)
+    state = rng.getstate()
+    try:
+        gathers = KernelGathers(optimizer, rows, samples, rng)
+        if device not in _verified and not gathers.agrees():
+            raise RuntimeError("it does not read what torch reads")
+        _verified.add(device)
+        return gathers
+    except Exception as error:
+        if multi_gather.give_up(device, repr(error)):
+            message = f"update-watch: its gather kernel is not used on {device}, torch's operators are: {error!r}"
+            logger.warning(message, exc_info=error)
+            warnings.warn(message, stacklevel=2)
+        rng.setstate(state)
+        return Gathers(optimizer, rows, samples, rng)
+
+
+class KernelGathers(Gathers):
+    """Reads rows of one optimizer on one device by one launch for all of them, in FP32."""
+
+    def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random) -> None:
+        self._shares = (0, 0)
+        super().__init__(optimizer, rows, samples, rng)
+        shards = [local(row.param) for row in rows]
+        self._multi = multi_gather.MultiGather(
+            [shard.numel() for shard in shards],
+            [sampler.positions for sampler in self.samplers],
+            [shard.stride() for shard in shards],
+            samples,
+            self.device,
+            self._read,
+        )
+
+    def agrees(self) -> bool:
+        """Whether both ways read the same weights. Waits for the device: not for a step."""
+        turn, agrees = self._turn, True
+        for _ in range(2):
+            self.move()
+            views = [self._placed(i).view(local(row.param)) for i, row in enumerate(self.rows)]
+            agrees &= multi_gather.equals(self.after(None), pack_views(views, self.samplers).to(torch.float32))
+        self._turn = turn
+        self._place()
+        return agrees
+
+    # --- where: the kernel works positions out itself, so nothing is done per row -----------------
+
+    def settle(self) -> None:
+        """Both sets at the kept positions."""
+        self._shares = (share(self._phase, self._kept_turn),) * 2
+
+    def _place(self) -> bool:
+        kept, moving = share(self._phase, self._kept_turn), share(self._phase, self._turn)
+        self._shares = min(kept, moving), max(kept, moving)
+        return moving < kept
+
+    def _placed(self, i: int) -> Sampler:
+        self.samplers[i].place(*self._shares)
+        return self.samplers[i]
+
+    # --- what ------------------------------------------------------------------------------------
+
+    def before(self, states: list[dict[str, Any]], grads: list[Tensor | None]) -> Tensor:
+        """[(A + 1) n, K]: weights, states, gradients."""
+        tensors = self._stored() + self._states(states) + self._views(grads)
+        return self._multi(tensors, self._shares, fresh=len(grads))
+
+    def gradients(self, grads: list[Tensor | None]) -> Tensor:
+        """[n, K]: gradients alone."""
+        return self._multi(self._views(grads), self._shares, fresh=len(grads))
+
+    def after(self, states: list[dict[str, Any]] | None) -> Tensor:
+        """[A n, K]: weights, and states unless None."""
+        return self._multi(self._stored() if states is None else self._stored() + self._states(states), self._shares)
+
+    def samples_of(self, i: int, tensor: Tensor, moving_first: bool) -> Tensor:
+        """[K]: the samples of one row in a tensor laid out like it, as `widened`."""
+        self._placed(i)
+        return super().samples_of(i, tensor, moving_first)
+
+    def _read(self, i: int, tensor: Tensor) -> Tensor:
+        sampler = self._placed(i)
+        return pack_views([sampler.view(tensor)], [sampler])[0]
+
+    def _views(self, tensors: list[Tensor | None]) -> list[Tensor]:
+        """The tensors themselves; None reads zeros."""
+        if self._is_sharded:
+            tensors = [None if tensor is None else local(tensor) for tensor in tensors]
+        return tensors  # type: ignore[return-value]
