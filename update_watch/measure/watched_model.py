@@ -15,6 +15,7 @@ from update_watch.measure.accumulators.gradient_accumulation import Accumulation
 from update_watch.measure.accumulators.reference_states import ShadowWindow
 from update_watch.measure.accumulators.replicas import Checksums
 from update_watch.measure.device.streams import StepStreams
+from update_watch.measure.device.turns import turns_of_optimizers
 from update_watch.measure.identity.belonging import Belonging
 from update_watch.measure.identity.names import describe, members_of
 from update_watch.measure.identity.optimizer_parts import Parts
@@ -22,7 +23,6 @@ from update_watch.measure.ledger.ledger import Ledger
 from update_watch.measure.ledger.sheet import Line, SheetWindow
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.transfer import Batch
-from update_watch.measure.turns import turns_of_optimizers
 from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.window_evidence import Window
 

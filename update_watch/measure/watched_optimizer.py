@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import operator
 import random
 from collections.abc import Mapping, Sequence
@@ -14,19 +12,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.evidence import TensorEvidence
-from update_watch.measure.accumulators.counters import short_counters
 from update_watch.measure.accumulators.gradient_accumulation import Accumulation
 from update_watch.measure.accumulators.state_factor import Shadow
 from update_watch.measure.cohort import Cohort, Snapshot
-from update_watch.measure.identity.names import describe, members_of
+from update_watch.measure.device.turns import samples_for, turns_of
+from update_watch.measure.identity.names import members_of
 from update_watch.measure.identity.partitions import Piece
 from update_watch.measure.learning_rates import LearningRates, as_number
 from update_watch.measure.parameters import Row, build_rows, forget_failed_trials
+from update_watch.measure.row_facts import WindowFacts
 from update_watch.measure.sampling import local
 from update_watch.measure.step_order import StepOrder
 from update_watch.measure.transfer import Batch, Part
-from update_watch.measure.turns import samples_for, turns_of
-from update_watch.measure.window_evidence import CohortWindow, RowFacts
+from update_watch.measure.window_evidence import CohortWindow
 from update_watch.odd_tensors import unreadable
 from update_watch.replay.twin import Twin
 from update_watch.wording import first_line
@@ -274,12 +272,13 @@ class Watched:
         cohorts: list[CohortWindow] = []
         others: list[TensorEvidence] = []
         in_cohort: set[int] = set()
+        window = WindowFacts(self.optimizer, self._group_facts(), self._twin_error)
         self._add_waiting()
         self._measured = None
         for cohort in self.cohorts:
             if cohort.steps == 0:
                 continue
-            facts = tuple(self._facts(cohort, i) for i in range(len(cohort.rows)))
+            facts = window.facts_of(cohort)
             in_cohort.update(id(row) for row in cohort.rows)
             states, steps = tuple(cohort.states), cohort.counted_steps(self._order.group_steps)
             transfer = batch.add(cohort.pack(self.window_steps))
@@ -289,7 +288,7 @@ class Watched:
             cohort.open_window()
         for row in self.rows:
             if id(row) not in in_cohort:
-                others.append(self._identity(row))
+                others.append(window.identity(row))
         if any(row.has_changed for row in self.rows):
             self._sizes = []  # to plan anew before the next step
         skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]
@@ -299,45 +298,21 @@ class Watched:
         self._order.open_window()
         return cohorts, others, skipped
 
-    def _identity(self, row: Row) -> TensorEvidence:
-        group = self.groups[row.group] if row.group < len(self.groups) else {}  # taken away since
-        lr, lr_max = self._rates.of(row.group)
-        identity = describe(row.param, row.names) | {"dtype": str(row.layout[1]).removeprefix("torch.")}
-        if row.piece is not None:
-            shape = row.piece.shape
-            identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held, "trainable": True}
-        number = next((i for i, other in enumerate(self._all_groups) if other is group), row.group)
-        return TensorEvidence(
-            **identity,
-            optimizer_group=f"{self.index}/{number}",
-            reason=row.reason or self._twin_error,
-            steps=self.window_steps,
-            lr=lr,
-            lr_max=lr_max,
-            weight_decay=as_number(group.get("weight_decay")),
-            scheme=row.scheme.name,
-        )
-
-    def _facts(self, cohort: Cohort, i: int) -> RowFacts:
-        row = cohort.rows[i]
-        state = self.optimizer.state.get(row.param) or {}
-        dtypes = tuple(
-            str(state[name].dtype).removeprefix("torch.")
-            if isinstance(state.get(name), Tensor) and name in row.rule.exact_states
-            else ""
-            for name in cohort.states
-        )
-        rates = tuple(row.rates.get(name) for name in cohort.states)
-        evidence = dataclasses.replace(
-            self._identity(row),
-            steps=cohort.steps,
-            gradless_steps=cohort.gradless_steps[i],
-            # a master is given its gradient, and need not say that it requires one
-            trainable=row.param.requires_grad or cohort.gradless_steps[i] < cohort.steps,
-            requires_grad=row.param.requires_grad,
-            accumulators=short_counters(row, state),
-        )
-        return RowFacts(evidence, cohort.samplers[i].size, dtypes, rates, cohort.first_rates.get(row.group))
+    def _group_facts(self) -> dict[int, dict[str, Any]]:
+        """What is said of the tensors of each group, as it is now."""
+        facts = {}
+        for index in {row.group for row in self.rows}:
+            group = self.groups[index] if index < len(self.groups) else {}  # taken away since
+            lr, lr_max = self._rates.of(index)
+            number = next((i for i, other in enumerate(self._all_groups) if other is group), index)
+            facts[index] = {
+                "optimizer_group": f"{self.index}/{number}",
+                "steps": self.window_steps,
+                "lr": lr,
+                "lr_max": lr_max,
+                "weight_decay": as_number(group.get("weight_decay")),
+            }
+        return facts
 
 
 def _sizes(optimizer: Optimizer) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,13 +44,17 @@ class CohortWindow:
     """A cohort's closed window on its way to the background thread."""
 
     transfer: Transfer | Part
-    rows: tuple[RowFacts, ...]
+    facts: Callable[[], tuple[RowFacts, ...]]  # thousands of objects: made on the background thread
     states: tuple[str, ...]
     layout: Layout
     steps: Steps
     window_steps: int
     optimizer: tuple[int, int]  # cohorts of one optimizer are measured in steps of one window
     suspect: Callable[[frozenset[int]], None] | None = None  # told the rows whose whole gradients are to be looked at
+
+    @functools.cached_property
+    def rows(self) -> tuple[RowFacts, ...]:
+        return self.facts()
 
 
 @dataclasses.dataclass(frozen=True)

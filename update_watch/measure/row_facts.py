@@ -1,0 +1,65 @@
+"""What is said of the tensors of a window: names, settings, counters. Noted when it closes, made on the background thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.evidence import TensorEvidence
+from update_watch.measure.accumulators.counters import short_counters
+from update_watch.measure.cohort import Cohort
+from update_watch.measure.identity.names import describe
+from update_watch.measure.parameters import Row
+from update_watch.measure.window_evidence import RowFacts
+
+
+class WindowFacts:
+    """Of one optimizer. `groups`: what is said of all tensors of a group, by its number."""
+
+    def __init__(self, optimizer: Optimizer, groups: Mapping[int, Mapping[str, Any]], twin_error: str) -> None:
+        self._optimizer, self._groups, self._twin_error = optimizer, groups, twin_error
+
+    def identity(self, row: Row) -> TensorEvidence:
+        """What is known without measuring."""
+        identity = describe(row.param, row.names) | {"dtype": str(row.layout[1]).removeprefix("torch.")}
+        if row.piece is not None:
+            shape = row.piece.shape
+            identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held, "trainable": True}
+        reason = row.reason or self._twin_error
+        return TensorEvidence(**identity, **self._groups[row.group], reason=reason, scheme=row.scheme.name)
+
+    def facts_of(self, cohort: Cohort) -> Callable[[], tuple[RowFacts, ...]]:
+        """Note what changes when the cohort's next window begins; the facts are made when they are asked for."""
+        noted = cohort.steps, cohort.gradless_steps, cohort.first_rates
+        return functools.partial(self._make, cohort, *noted)
+
+    def _make(
+        self, cohort: Cohort, steps: int, gradless: Sequence[int], first_rates: Mapping[int, float]
+    ) -> tuple[RowFacts, ...]:
+        found = []
+        for i, row in enumerate(cohort.rows):
+            state = self._optimizer.state.get(row.param) or {}
+            dtypes = tuple(
+                str(state[name].dtype).removeprefix("torch.")
+                if isinstance(state.get(name), Tensor) and name in row.rule.exact_states
+                else ""
+                for name in cohort.states
+            )
+            rates = tuple(row.rates.get(name) for name in cohort.states)
+            evidence = dataclasses.replace(
+                self.identity(row),
+                steps=steps,
+                gradless_steps=gradless[i],
+                # a master is given its gradient, and need not say that it requires one
+                trainable=row.param.requires_grad or gradless[i] < steps,
+                requires_grad=row.param.requires_grad,
+                accumulators=short_counters(row, state),
+            )
+            found.append(RowFacts(evidence, cohort.samplers[i].size, dtypes, rates, first_rates.get(row.group)))
+        return tuple(found)
