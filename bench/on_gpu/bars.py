@@ -54,7 +54,7 @@ def bars(results: dict[str, Any]) -> list[tuple[str, bool | None, str]]:
 
     def near(found: dict[str, Any]) -> tuple[bool | None, str]:
         worst = {n: r.get("largest") for n, r in found.items()}
-        fine = all(v is not None and v < (0.2 if "turns" in n or given.quick else 0.05) for n, v in worst.items())
+        fine = all(v is not None and v < (0.4 if given.quick and "turns" in n else 0.05) for n, v in worst.items())
         return fine, ", ".join(f"{n}: {'-' if v is None else f'{v:.3f}'}" for n, v in worst.items())
 
     def cheap(found: dict[str, Any]) -> tuple[bool | None, str]:
