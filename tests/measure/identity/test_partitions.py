@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import update_watch as uw
 from tests.support.watch_nets import Net, backward, batches
-from update_watch.measure.identity.partitions import Piece, sub_groups
 from update_watch.measure.identity.names import describe
+from update_watch.measure.identity.partitions import Piece, sub_groups
 
 STEPS = 24
 LR = 2e-2  # a part of the updates of BF16 weights is lost
