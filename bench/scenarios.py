@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import bench.planted.faults  # noqa: F401  # fills SCENARIOS
+import bench.planted.elsewhere  # noqa: F401  # fills SCENARIOS
+import bench.planted.faults  # noqa: F401
 import bench.planted.twins  # noqa: F401
 import update_watch as uw
 from bench.planted.run import SCENARIOS, WINDOW, Run
