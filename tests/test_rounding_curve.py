@@ -11,9 +11,9 @@ from torch import nn
 
 import update_watch as uw
 from bench.shared.full_comparison import FullComparison
+from update_watch.foresight.rounding_curve import arriving_share, efficiency_of, octaves_for
 from update_watch.formats import BF16
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, Health, TensorReport
-from update_watch.rounding_curve import arriving_share, efficiency_of, octaves_for
 
 
 def _at(**shares: float) -> tuple[float, ...]:

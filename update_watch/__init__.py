@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from update_watch.audit.audit import audit
     from update_watch.audit.table import Audit
     from update_watch.evidence import WindowEvidence
+    from update_watch.foresight.schedules import Schedule
     from update_watch.report import (
         AccumulatorReport,
         Alert,
@@ -36,6 +37,7 @@ __all__ = [
     "LayerReport",
     "Level",
     "Report",
+    "Schedule",
     "TensorReport",
     "Thresholds",
     "Watch",
@@ -48,6 +50,7 @@ __all__ = [
 # where each name lives, if not in `report`
 _HOMES = {
     "Audit": "audit.table",
+    "Schedule": "foresight.schedules",
     "Thresholds": "thresholds",
     "Watch": "watch",
     "WindowEvidence": "evidence",

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, TypeVar
 
-from update_watch.rounding_curve import efficiency_of, octaves_for
+from update_watch.foresight.forecasts import Forecast, TensorForecast
+from update_watch.foresight.rounding_curve import efficiency_of, octaves_for
 
 _T = TypeVar("_T")
 
@@ -242,6 +243,7 @@ class Report:
     skipped_steps: int = 0  # steps in the window skipped for overflow (GradScaler)
     observed_steps: int | None = None  # steps of the window in which something was measured
     cost_share: float | None = None  # of the time between steps, what the watch took, 0..1
+    forecast: Forecast | None = None  # where the schedule is known; not kept in journals
 
     @property
     def counts(self) -> dict[str, int]:
@@ -266,7 +268,8 @@ class Report:
         tensors = tuple(_tensor(t) for t in data["tensors"])
         layers = tuple(_build(LayerReport, layer, health=Health) for layer in data.get("layers", ()))
         alerts = tuple(_build(Alert, a, level=Level, cause=Cause) for a in data.get("alerts", ()))
-        report: Report = _build(cls, {**data, "tensors": tensors, "layers": layers, "alerts": alerts}, health=Health)
+        built = {"tensors": tensors, "layers": layers, "alerts": alerts, "forecast": _forecast(data.get("forecast"))}
+        report: Report = _build(cls, {**data, **built}, health=Health)
         return report
 
 
@@ -318,3 +321,11 @@ def _tensor(data: Mapping[str, Any]) -> TensorReport:
     }
     tensor: TensorReport = _build(TensorReport, {**data, "accumulators": accumulators}, health=Health, cause=Cause)
     return tensor
+
+
+def _forecast(data: Mapping[str, Any] | None) -> Forecast | None:
+    if data is None:
+        return None
+    tensors = tuple(_build(TensorForecast, t) for t in data["tensors"])
+    forecast: Forecast = _build(Forecast, {**data, "tensors": tensors})
+    return forecast

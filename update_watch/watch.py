@@ -1,7 +1,6 @@
 """`watch`: attach to a model's optimizers, and reports of what arrived come out.
 
-Two torch hooks per optimizer see every step (`tap`); `Watched` measures it on the device; at the end of a window one
-vector per device leaves for a background thread, where it is judged and handed to the sinks.
+Hooks see every step (`tap`); it is measured on the device; a window's vector leaves for a thread that judges it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ from typing import Any
 from torch.optim import Optimizer
 
 from update_watch import endings, run_journal
+from update_watch.foresight.schedules import schedule_of
 from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
+from update_watch.judge.forecast import Forecaster
 from update_watch.measure.device.streams import StepStreams, is_capturing
 from update_watch.measure.hooks.tap import StepTap
 from update_watch.measure.identity.partitions import chain
@@ -58,6 +59,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         join: Any = True,
         check_replicas: bool = False,
         selection: Selection | None = None,
+        schedule: Any = None,
     ) -> None:
         self.window, self.samples = window, samples
         self.last: Report | None = None
@@ -70,6 +72,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._closed = self._is_closing_window = False
         self._base_step = self._windows = 0  # windows closed so far
         self._diagnosis, self._alerts, self.trainer = Diagnosis(thresholds), Alerts(thresholds), "torch"
+        self._forecaster = Forecaster(None if schedule is None else schedule_of(schedule), thresholds)
         self._judge = Worker("judging", self._attention.beside(self._judge_window))
         self._post = Worker("sink", self._attention.beside(Sinks(list(sinks))))
         self._tap = StepTap(self._before, self._after, self._fail, graphs.say_what_was_captured)
@@ -197,7 +200,8 @@ class Watch(run_journal.Shown, memory.Remembering):
         try:
             evidence = self._selection.of(self._ranks.join(read(window)))
             self._alerts.is_logging = self._ranks.rank == 0 or not self._ranks.is_joining
-            report = self._alerts.update(self._diagnosis.judge(evidence, self.trainer), self.trainer)
+            report = self._forecaster.add(self._diagnosis.judge(evidence, self.trainer))
+            report = self._alerts.update(report, self.trainer)
         except Exception as error:
             self._tap.enabled = False
             self._fail(error)
@@ -287,6 +291,7 @@ def watch(
     sinks: Iterable[Sink] = (),
     thresholds: Thresholds | None = None,
     averages: Mapping[str, Any] | None = None,
+    schedule: Any = None,
     seed: int = 0,
     step: Callable[[], int] | None = None,
     join: Any = True,
@@ -299,23 +304,20 @@ def watch(
 
     Args:
         model: a module, or (name, tensor) pairs.
-        optimizer: none, one torch optimizer or a sequence of them; wrappers (Lightning, Accelerate) are looked through.
-            What is given is planned at once. Any other optimizer of the process that steps tensors of the model, or
-            masters of them, is found at its first step.
+        optimizer: none, one or a sequence; wrappers are looked through. What is given is planned at once; any other optimizer
+            of the process that steps tensors of the model, or masters of them, is found at its first step.
         window: optimizer steps per report.
         samples: elements looked at per parameter.
-        budget: share of the time between steps that the watch may take, once every tensor has a verdict or four windows have
-            passed: it then looks at fewer steps, and reports say at how many. None: every step, always at the same ones.
+        budget: share of the time between steps that the watch may take once every tensor has a verdict (or after four
+            windows): it then looks at fewer steps, and reports say at how many. None: every step.
         sinks: callables that take a `Report`; they run on a background thread, a failing one is dropped.
-        thresholds: limits of the verdicts.
-        averages: further accumulators to watch, `{"ema": averaged_model}` or, where the decay cannot be told from the
-            object, `{"ema": (averaged_model, 0.999)}`.
+        thresholds: limits of the verdicts and alerts.
+        averages: further accumulators to watch, `{"ema": averaged_model}`, or with their decay `{"ema": (model, 0.999)}`.
+        schedule: `uw.Schedule(rate, steps)` or a torch scheduler that knows its end: reports then hold a forecast.
         seed: of the choice of samples. No global random state is used.
-        step: gives the trainer's global step, to number reports; without it optimizer steps are counted.
-        join: where torch.distributed runs, all ranks put together what they saw, and have the same reports. False: each
-            rank reports its own shards. A process group: its ranks join. See docs/ranks.md.
-        check_replicas: compare, once a window, what ranks store that should be the same to the bit; a tensor whose
-            replicas differ is reported `broken`.
+        step: gives the trainer's global step, to number reports; else optimizer steps are counted.
+        join: all ranks put together what they saw. False: each reports its own shards. A process group: its ranks join.
+        check_replicas: compare, once a window, what ranks store that should be the same; `broken` where replicas differ.
         include, exclude: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
         journal: file to keep the run in ("run.jsonl"): what `update-watch report` and `top` read. Rank 0 writes it.
 
@@ -334,5 +336,5 @@ def watch(
     sinks = run_journal.after(sinks, journal, optimizers, join)
     return Watch(
         *(model, optimizers, window, samples, budget, sinks, thresholds or Thresholds(), averages or {}),
-        *(seed, step, join, check_replicas, Selection(include, exclude)),
+        *(seed, step, join, check_replicas, Selection(include, exclude), schedule),
     ).kept_in(journal)

@@ -1,0 +1,168 @@
+"""Forecasts along a schedule: worked by hand, held against training, and silent where nothing will stall."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import update_watch as uw
+from update_watch.foresight.schedules import schedule_of
+from update_watch.judge.forecast import Forecaster, forecast
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, Health, Report, TensorReport
+from update_watch.thresholds import Thresholds
+
+LIMITS = Thresholds()
+
+
+def tensor(name: str, octave: int, numel: int = 100, **fields: object) -> TensorReport:
+    """All its updates are 2^octave to 2^(octave + 1) half gaps at the rate 1."""
+    histogram = tuple(float(i == octave - HEADROOM_LOW) for i in range(HEADROOM_BINS))
+    base = TensorReport(
+        name, Health.healthy, numel=numel, efficiency=1.0, movement_histogram=histogram, movement_lr=1.0, lr=1.0
+    )
+    return dataclasses.replace(base, **fields)  # type: ignore[arg-type]
+
+
+def report(*tensors: TensorReport, step: int = 0) -> Report:
+    return Report(step, 10, Health.healthy, "", tensors)
+
+
+HALVING = uw.Schedule(lambda step: 2.0 ** (-step / 100), steps=1000)  # one octave in 100 steps
+
+
+def test_the_step_of_a_stall_is_where_the_rate_has_fallen_to_half_a_gap() -> None:
+    made = forecast(report(tensor("near", 3), tensor("far", 9, numel=300)), HALVING, LIMITS)
+    assert made is not None and (made.step, made.until) == (0, 1000)
+    near, far = made.tensors
+    # headroom 3 to 4 passes 0 within steps 300 to 400; then nothing arrives
+    assert near.stalling_step is not None and 300 <= near.stalling_step <= 400
+    assert near.stalled_step is not None and near.stalling_step <= near.stalled_step <= 420
+    assert near.final_efficiency == 0.0 and 0.85 < near.efficiency < 1.0  # most of the movement comes early
+    assert far.stalling_step is not None and 900 <= far.stalling_step <= 1000
+    assert made.stalling_share == 1.0 and made.from_step == near.stalling_step
+    assert made.headline.startswith(
+        f"At this schedule 100% of the parameters stall, from step {made.from_step:,} of 1,000"
+    )
+
+
+def test_a_schedule_that_ends_high_enough_forecasts_no_stall() -> None:
+    made = forecast(report(tensor("w", 6)), uw.Schedule(lambda step: 1.0 - 0.9 * step / 1000, steps=1000), LIMITS)
+    assert made is not None
+    assert (made.stalling_share, made.from_step, made.floor) == (0.0, None, None)
+    assert made.tensors[0].stalling_step is None and made.lost_share < 0.02
+    assert made.headline == "At this schedule all tensors go on receiving their updates."
+
+
+def test_the_floor_keeps_what_moves_now() -> None:
+    now = report(tensor("w", 3))
+    made = forecast(now, HALVING, LIMITS)
+    assert made is not None and made.floor is not None
+    floor = made.floor
+    kept = forecast(now, uw.Schedule(lambda step: max(floor, HALVING.rate(step)), steps=1000), LIMITS)
+    assert kept is not None and kept.stalling_share == 0.0
+    lower = forecast(now, uw.Schedule(lambda step: max(floor / 1.5, HALVING.rate(step)), steps=1000), LIMITS)
+    assert lower is not None and lower.stalling_share == 1.0
+
+
+def test_what_is_carried_never_stalls_and_what_is_not_measured_is_left_out() -> None:
+    made = forecast(
+        report(tensor("w", 3, scheme="carried:kahan_comp"), TensorReport("u", Health.unknown)), HALVING, LIMITS
+    )
+    assert made is not None and [t.name for t in made.tensors] == ["w"]
+    assert made.stalling_share == 0.0 and made.lost_share == 0.0
+    assert forecast(report(TensorReport("u", Health.unknown)), HALVING, LIMITS) is None
+    assert forecast(report(tensor("w", 3), step=1000), HALVING, LIMITS) is None
+
+
+def test_the_end_of_a_decay_to_nothing_is_no_stall() -> None:
+    made = forecast(report(tensor("w", 12)), uw.Schedule(lambda step: 1.0 if step < 900 else 0.0, steps=1000), LIMITS)
+    assert made is not None and made.stalling_share == 0.0
+
+
+def test_the_error_is_how_far_an_earlier_forecast_was_off() -> None:
+    forecaster = Forecaster(HALVING, LIMITS)
+    first = forecaster.add(report(tensor("w", 3), step=100)).forecast
+    assert first is not None and first.error is None
+    # a quarter of the rate: headroom 1 to 2 was foretold, of which about all arrives
+    later = tensor("w", 1, movement_lr=0.25, lr=0.25, efficiency=0.7)
+    second = forecaster.add(report(later, step=300)).forecast
+    assert second is not None and second.error == pytest.approx(0.3, abs=0.03)
+
+
+def test_a_schedule_that_raises_ends_forecasts_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(step: int) -> float:
+        raise RuntimeError("boom")
+
+    forecaster = Forecaster(uw.Schedule(broken, steps=10), LIMITS)
+    given = report(tensor("w", 3))
+    assert forecaster.add(given) is given and forecaster.add(given) is given
+    assert caplog.text.count("no more forecasts") == 1
+
+
+def test_a_forecast_goes_through_plain_data() -> None:
+    made = Forecaster(HALVING, LIMITS).add(report(tensor("w", 3)))
+    assert Report.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+# --- schedules --------------------------------------------------------------------------------------------
+
+
+def test_a_torch_scheduler_is_run_ahead_on_a_copy() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([p], lr=1e-3)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90)
+    chained = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], milestones=[10])
+    ahead = schedule_of(chained, steps=100)
+    assert chained.last_epoch == 0
+    for step in range(100):
+        assert ahead.rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+        p.grad = torch.ones(2)
+        optimizer.step()
+        chained.step()
+    assert schedule_of(torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=77)).steps == 77
+
+
+def test_schedules_that_nobody_knows_are_refused_with_a_remedy() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0)
+    with pytest.raises(ValueError, match="how long is the run"):
+        schedule_of(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+    for wrong in (lambda step: 1.0, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer), 3):
+        with pytest.raises(TypeError, match="expected update_watch.Schedule"):
+            schedule_of(wrong)
+    with pytest.raises(ValueError, match="1 or more"):
+        uw.Schedule(lambda step: 1.0, steps=0)
+    with pytest.raises(TypeError, match="function of the step"):
+        uw.Schedule(1.0, steps=10)  # type: ignore[arg-type]
+
+
+# --- in training ------------------------------------------------------------------------------------------
+
+
+def test_a_stall_late_in_a_schedule_is_told_while_it_can_be_changed() -> None:
+    torch.manual_seed(0)
+    p = nn.Parameter((torch.randn(4000) * 0.02).bfloat16())
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    steps = 512
+    schedule = uw.Schedule(lambda step: 0.1 * 0.01 ** (step / steps), steps=steps)
+    reports: list[Report] = []
+    with uw.watch([("p", p)], optimizer, window=32, schedule=schedule, sinks=[reports.append]) as watch:
+        for t in range(steps):
+            optimizer.param_groups[0]["lr"] = schedule.rate(t)
+            p.grad = (torch.randn(4000) * 0.02).bfloat16()
+            optimizer.step()
+        watch.flush()
+    early = reports[3].forecast  # a quarter of the run
+    assert reports[3].tensors[0].efficiency is not None and reports[3].tensors[0].efficiency > 0.95
+    assert early is not None and early.tensors[0].stalling_step is not None
+    really = next(r.step - 16 for r in reports if (r.tensors[0].efficiency or 1.0) < 0.8)
+    assert abs(early.tensors[0].stalling_step - really) <= 0.1 * (steps - early.step)
+    for later in reports[4:]:
+        said = reports[3].tensors[0].efficiency_at(schedule.rate(later.step - 16))
+        assert later.tensors[0].efficiency == pytest.approx(said, abs=0.1), later.step
+    assert math.isclose(early.stalling_share, 1.0) and "stall, from step" in early.headline
