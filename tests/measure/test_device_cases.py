@@ -125,6 +125,23 @@ def test_nothing_of_ours_is_captured_and_that_is_said_once(capture: list[bool]) 
         assert watch.flush() is not None
 
 
+def test_an_optimizer_that_is_first_met_in_a_capture_is_met_after_it(capture: list[bool]) -> None:
+    model, optimizer = training()
+    new_gradients(model, 0)
+    optimizer.step()
+    with Crossings() as plain:
+        optimizer.step()
+    with uw.watch(model, window=4) as watch:
+        capture[0] = True
+        with Crossings() as captured:
+            optimizer.step()
+        capture[0] = False
+        assert captured.ops == plain.ops and watch.step == 0
+        for _ in range(4):
+            optimizer.step()
+        assert watch.step == 4 and watch.flush() is not None
+
+
 def test_replays_of_a_graph_are_measured_as_the_steps_in_it_would_be(capture: list[bool]) -> None:
     def numbers(is_replayed: bool) -> list[tuple[Any, ...]]:
         model, optimizer = training()

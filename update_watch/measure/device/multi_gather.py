@@ -74,7 +74,9 @@ class MultiGather:
             (1, samples, 1, 1, numel) if at is None else (at.block, at.blocks * at.block, at.step, at.room, numel)
             for numel, at in zip(numels, positions, strict=True)
         ]
-        self._facts = torch.tensor(facts, dtype=torch.int64).to(device)
+        there = torch.tensor(facts, dtype=torch.int64)
+        # pinned: a plan may be made in a step, which must not wait
+        self._facts = (there.pin_memory() if device.type == "cuda" else there).to(device, non_blocking=True)
         self._width = 1 << max(samples - 1, 0).bit_length()
         self._tables: dict[int, _Table] = {}  # by views: another number of slots has a table of its own
         self.uploads = 0
@@ -146,9 +148,11 @@ class _Table:
 
     def __init__(self, views: int, device: torch.device) -> None:
         self._device = device
-        self._there = torch.zeros(2, views, dtype=torch.int64, device=device)
+        # both rows begin where Triton takes pointers for aligned: else odd numbers of views had a kernel of their own
+        padded = -(-views // 16) * 16
+        self._there = torch.zeros(2, padded, dtype=torch.int64, device=device)
         self.addresses, self.kinds = self._there
-        self._here = np.zeros((2, views), dtype=np.int64)
+        self._here = np.zeros((2, padded), dtype=np.int64)
         self.known = [-1] * views  # addresses of the tensors
         self.known_fresh: list[Any] = []
         self.packed: set[int] = set()  # views that torch reads, anew each time

@@ -16,6 +16,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from update_watch.measure.device import streams
 from update_watch.measure.hooks.tap import hide_from_dynamo, is_in_step, nothing
 
 Meet = Callable[[Optimizer], bool | None]
@@ -62,7 +63,7 @@ class ProcessSteps:
         settled = self._settled.get(id(optimizer))
         if settled is not None and settled[0]() is optimizer and settled[1] == _size(optimizer):
             return
-        if self._handle is not None:
+        if self._handle is not None and not streams.is_capturing():  # to plan for it there would be captured
             self._ask_plainly(optimizer)
 
     def _ask(self, optimizer: Optimizer) -> None:
