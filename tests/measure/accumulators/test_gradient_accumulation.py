@@ -127,7 +127,9 @@ def test_the_numbers_are_those_of_all_contributions_in_fp64(
     truth = Truth(params)
     report = accumulate(params, k, contribution, truth=truth)
     assert shown(summed(report)) == pytest.approx(truth.numbers(0), abs=1e-4)  # every element is looked at
-    assert shown(summed(report, 1)) == pytest.approx(truth.numbers(1), abs=0.03)
+    # 64 of 4,096 elements are looked at: the standard error of a share of 0.4 is 0.06
+    assert shown(summed(report, 1))[:2] == pytest.approx(truth.numbers(1)[:2], abs=0.03)
+    assert shown(summed(report, 1))[2] == pytest.approx(truth.numbers(1)[2], abs=0.06)
     assert summed(report).wanted_fraction == 1.0
     if contribution is falling and dtype is torch.bfloat16:
         assert truth.numbers(0)[2] > 0.3
