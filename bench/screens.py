@@ -59,7 +59,7 @@ def llama(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(rule, share)
     run = {"name": journal.stem, "optimizer": type(rule).__name__, "lr_end": peak * floor, "peak": peak, **facts}
-    with uw.watch(model, rule, window=WINDOW, samples=32, sinks=[Journal(journal, run=run)]) as watch:
+    with uw.watch(model, rule, window=WINDOW, samples=32, budget=None, sinks=[Journal(journal, run=run)]) as watch:
         for step in range(steps):
             model.loss(tokens(step)).backward()
             if step == poison:

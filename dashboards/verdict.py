@@ -178,7 +178,8 @@ def _sentence(text: str) -> str:
 def _reason(frame: Frame, groups: Sequence[Group], lr_at: Callable[[int], float] | None, first_step: int) -> str:
     chief = groups[0]
     dtypes = Counter(frame.table.dtype[i] for i in chief.members)
-    parts = [_sentence(cause_words(chief.cause, dtypes.most_common(1)[0][0]))] if chief.cause is not None else []
+    is_said = chief.cause is None or chief.cause is Cause.non_finite  # in the sentence itself
+    parts = [] if is_said else [_sentence(cause_words(chief.cause, dtypes.most_common(1)[0][0]))]
     begun: dict[Health, int] = {}
     for group in groups:
         if group.since is not None:
@@ -190,9 +191,9 @@ def _reason(frame: Frame, groups: Sequence[Group], lr_at: Callable[[int], float]
         rate = lr_at(since) if lr_at is not None and not is_begin else float("nan")
         if not np.isnan(rate):
             when += f" (learning rate {lr_words(rate)})"
-        whens.append(f"{health} {when}" if len(begun) > 1 else when)
+        whens.append(f"{health} {when}" if len(set(begun.values())) > 1 else when)
     if whens:
-        parts.append(_sentence("; ".join(whens)))
+        parts.append(_sentence("; ".join(dict.fromkeys(whens))))
     return " ".join(part for part in parts if part != ".")
 
 
@@ -225,7 +226,7 @@ def _calm(frame: Frame) -> Verdict:
         return Verdict(Health.idle, f"Nothing is being trained{': ' + why if why else ''}.", "", others, idle.cause)
     if counts[Health.unknown]:
         return Verdict(
-            Health.unknown, f"Not measured: {_others_words(others)}.", "", others, chief.cause if chief else None
+            Health.unknown, f"No verdict: {_others_words(others)}.", "", others, chief.cause if chief else None
         )
     return Verdict(Health.frozen, "Every tensor is frozen.", "", others, None)
 

@@ -105,7 +105,7 @@ def first_screen(history: History) -> FirstScreen:
         margin=_margin(frame) if verdict.health is Health.healthy else "",
         also=_also(frame),
         marks=tuple((step, mark) for mark, step in begun.items() if step > history.first_step + 1),
-        rates=_rates(history),
+        rates={} if verdict.health is Health.broken else _rates(history),
     )
 
 
@@ -197,7 +197,7 @@ def _cure(frame: Frame, verdict: Verdict, trainer: str) -> Cure | None:
     )
     if not cures or not half:
         _, _, cure = group.advice.partition("; ")
-        return Cure(_capital(cure or group.advice)) if group.advice else None
+        return Cure(_capital(cure or group.advice).rstrip(".")) if group.advice else None
     return _coded(cures, half, trainer)
 
 
@@ -208,7 +208,7 @@ def _cure_of_parts(frame: Frame, trainer: str) -> Cure | None:
         bad = np.flatnonzero((columns.health != NO_CODE) & is_unwell(columns.health))
         if len(bad):
             text = columns.advice.get(int(bad[0]), "")
-            return Cure(_capital(text.partition("; ")[2] or text)) if text else None
+            return Cure(_capital(text.partition("; ")[2] or text).rstrip(".")) if text else None
     return None
 
 

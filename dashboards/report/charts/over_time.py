@@ -14,7 +14,7 @@ _MARKS = 3
 def arrived(
     histories: Sequence[History], scales: Scales, marks: Sequence[tuple[int, str]] = (), height: int = 150
 ) -> Spec:
-    """Efficiency of the run (weighted by size), a line per run, and the learning rate in grey.
+    """Efficiency of the run (weighted by size), a line per run; of one run the learning rate too, in grey.
 
     Args:
         marks: (step, what began there).
@@ -47,7 +47,7 @@ def arrived(
         by_run = {"field": "name", "type": "nominal", "scale": {"domain": names, "range": "diverging"}, "legend": None}
         line["encoding"] |= {"color": by_run, "strokeDash": {**by_run, "scale": {"domain": names}}}
     layers = [line]
-    if scales.lr is not None:
+    if is_one and scales.lr is not None:
         low_lr, high_lr = scales.lr
         rate = {
             "field": "lr",

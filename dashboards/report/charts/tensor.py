@@ -24,7 +24,7 @@ def tensor_charts(scales: Scales) -> dict[str, Spec]:
 def _chart(series: str, title: str, form: str, is_log: bool, scales: Scales) -> Spec:
     x = {"field": "step", **step_axis(scales)}
     scale: dict[str, Any] = {"type": "log", "nice": False} if is_log else {"domain": [0, 1.05], "nice": False}
-    axis = {"title": None, "format": form, "tickCount": 3, "labelLimit": 60}
+    axis = {"title": None, "format": form, "tickCount": 3, "labelLimit": 60, "grid": not is_log}
     y = {"field": "v", "type": "quantitative", "scale": scale, "axis": axis}
     tooltip = [
         {"field": "v", "type": "quantitative", "title": title, "format": ".1%" if form == "%" else ".2e"},

@@ -1,6 +1,6 @@
 // --- the map, moved by its slider -------------------------------------------------------------------------------
 const maps = new Map(); // run -> view
-const MARKS = { broken: "!", idle: "–", frozen: "·", unknown: "?" };
+const MARKS = { idle: "–", frozen: "·", unknown: "?" };
 const slider = document.getElementById("moment");
 const at = document.getElementById("at");
 const longest = Math.max(...data.maps.map((map) => map.steps.length));

@@ -151,7 +151,7 @@ function detail(row) {
   opened.set(row, holder);
   if (row.accumulators.length) {
     const table = make("table"), top = make("tr");
-    for (const title of ["Beside it", "Stored in", "Health", "Arrives", "Growth", "Decay", ""]) top.append(make("th", "", title));
+    for (const title of ["Beside it", "Stored in", "Health", "Arrives", "Growth", "Decay", "What to do"]) top.append(make("th", "", title));
     table.append(top);
     for (const [name, dtype, health, efficiency, growth, decay, advice] of row.accumulators) {
       const line = make("tr"), state = make("td", "health " + healths[health]);
@@ -187,7 +187,6 @@ function line(row) {
       td.title = value;
       const button = make("button", "", cutMiddle(row.short, NAME_LETTERS));
       button.type = "button";
-      if (row.short.length > NAME_LETTERS) button.setAttribute("aria-label", value);
       button.setAttribute("aria-expanded", String(opened.has(row)));
       td.append(button);
     } else if (column.field === "health") {

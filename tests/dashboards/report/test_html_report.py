@@ -94,7 +94,7 @@ def test_a_run_of_which_nothing_is_known_says_why_and_draws_no_empty_chart():
     report = Report(10, 10, Health.unknown, "Unknown.", (TensorReport("a", Health.unknown, advice=advice),))
     page = render_html([history_of([report])])
     words = visible(page)
-    assert "Not measured: a is unknown." in words
+    assert "No verdict: a is unknown." in words
     assert advice in words
     assert set(page_data(page)["charts"]) == {"map-0"}
     for title in ("How large the updates are", "How far each update is", "What the optimizer keeps"):
