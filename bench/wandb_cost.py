@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensors", type=int, default=300)
     parser.add_argument("--windows", type=int, default=60, help="windows with a report; as many are without")
-    parser.add_argument("--max-tensors", type=int, default=200, help="WandbSink(max_tensors=...)")
+    parser.add_argument("--max-tensors", type=int, default=6, help="WandbSink(max_tensors=...)")
     options = parser.parse_args()
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb

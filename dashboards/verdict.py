@@ -14,7 +14,7 @@ import numpy as np
 
 from update_watch.dashboards.frame import CAUSES, NO_CODE, Frame
 from update_watch.dashboards.run_numbers import weighted
-from update_watch.naming import group_words
+from update_watch.naming import family, group_words, plural_of
 from update_watch.report import SEVERITY, Cause, Health
 
 UNWELL = (Health.broken, Health.stalled, Health.stalling)
@@ -180,21 +180,29 @@ def _reason(frame: Frame, groups: Sequence[Group], lr_at: Callable[[int], float]
     dtypes = Counter(frame.table.dtype[i] for i in chief.members)
     is_said = chief.cause is None or chief.cause is Cause.non_finite  # in the sentence itself
     parts = [] if is_said else [_sentence(cause_words(chief.cause, dtypes.most_common(1)[0][0]))]
-    begun: dict[Health, int] = {}
-    for group in groups:
-        if group.since is not None:
-            begun[group.health] = min(group.since, begun.get(group.health, group.since))
-    whens = []
-    for health, since in begun.items():
+    whens: dict[str, list[str]] = {}  # when -> families
+    for word, since in _begun(frame, groups).items():
         is_begin = since <= first_step + 1
         when = "since the start" if is_begin else f"since step {since:,}"
         rate = lr_at(since) if lr_at is not None and not is_begin else float("nan")
         if not np.isnan(rate):
             when += f" (learning rate {lr_words(rate)})"
-        whens.append(f"{health} {when}" if len(set(begun.values())) > 1 else when)
-    if whens:
-        parts.append(_sentence("; ".join(dict.fromkeys(whens))))
+        whens.setdefault(when, []).append(word)
+    spoken = [f"{in_a_row(words)} {when}" if len(whens) > 1 else when for when, words in whens.items()]
+    if spoken:
+        parts.append(_sentence("; ".join(spoken[:_NAMED])))
     return " ".join(part for part in parts if part != ".")
+
+
+def _begun(frame: Frame, groups: Sequence[Group]) -> dict[str, int]:
+    """Family of tensors ("norms") -> the step at which the first of them began to be as it is, the earliest first."""
+    since = frame.tensors.numbers["since_step"]
+    found: dict[str, int] = {}
+    for i in (member for group in groups for member in group.members):
+        if not np.isnan(since[i]):
+            word = plural_of(family(frame.table.name[i], frame.table.shape[i]))
+            found[word] = min(int(since[i]), found.get(word, int(since[i])))
+    return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def _calm(frame: Frame) -> Verdict:

@@ -51,7 +51,7 @@ def test_the_sentence_names_kinds_and_what_is_lost() -> None:
     assert verdict.health is Health.stalled
     assert verdict.sentence == "All 8 norms do not train; all 8 matrices lose 94% of each update."
     assert verdict.reason == (
-        "BF16 has no room for steps this small. Stalled since the start; stalling since step 51 (learning rate 2e-4)."
+        "BF16 has no room for steps this small. Norms since the start; matrices since step 51 (learning rate 2e-4)."
     )
 
 
