@@ -15,7 +15,7 @@ from pathlib import Path
 
 from update_watch.dashboards.report.picture import write_picture
 
-HEIGHT, WIDTH = 800, 1240  # of the part that is shown, in the page's units
+HEIGHT, WIDTH = 880, 1240  # of the part that is shown, in the page's units
 
 
 def main() -> int:
