@@ -152,3 +152,17 @@ def test_whole_runs_are_measured_as_in_fp64_and_judged_by_what_is_kept(name: str
         assert t.efficiency == pytest.approx(truth[t.name], abs=runs.BAR), t.name
     found = {str(t.health) for r in reports for t in r.tensors if name in runs.KEPT or t.name == "norm.weight"}
     assert found == {"healthy" if name in runs.KEPT else "stalled"}
+
+
+@pytest.mark.slow
+def test_rounded_moments_beside_split_weights_are_judged_as_those_of_others() -> None:
+    def make(given: Any, lr: float) -> Any:
+        return FusedSplit(given, lr=lr, betas=(0.9, 0.999))
+
+    _, whole = runs.KEPT["FusedSplit"]
+    reports, _ = runs.train(make, whole, 1e-4, 0, 3 * runs.WINDOW)
+    for t in reports[-1].tensors:
+        assert t.state_factor is not None and 0.5 < t.state_factor < 2, t.name
+        assert t.accumulators["exp_avg"].efficiency == pytest.approx(1, abs=0.1)
+        # 1 - beta2 is below half a gap of BF16: it can only grow
+        assert str(t.accumulators["exp_avg_sq"].health) in ("stalled", "stalling"), t.name

@@ -87,10 +87,13 @@ def try_scaled(settings: TrainingSettings, way: Way) -> Found:
 
 
 def _widened(scaled: ScaledWeights, names: set[str], training: TrainingSettings, way: Way) -> ScaledWeights | None:
-    """The same with states in FP32, if the rule runs with them and does nothing else; None if it does not."""
+    """The same with states in FP32, if the rule runs with them and leaves the same states; None if it does not.
+
+    A state that follows the weight, as an average of it, is another one on scaled weights.
+    """
+    if way is Way.whole:  # these are replayed with their states as they are
+        return None
     wide = dataclasses.replace(scaled, state_dtypes={n: d for n, d in scaled.state_dtypes.items() if n not in names})
-    if all(scaled.state_dtypes[name] is torch.float32 for name in names & scaled.state_dtypes.keys()):
-        return wide
     try:
         ScaledTrial(training, way, wide, states=names).run(_FEW)
     except ReplayError:

@@ -174,6 +174,8 @@ class _Dependence(NamedTuple):
 
 def _dependence(optimizer: Optimizer, row: Row, found: dict[Any, Any]) -> _Dependence:
     """Found out on synthetic weights; once for all parameters alike."""
+    if row.rule.scaled is not None:
+        return _Dependence(follow=False, decay=True)  # the trial has shown that the weight acts through decay alone
     ndim = min(row.param.dim(), 2)
     key = ("dependence", id(optimizer), row.group, ndim, row.scheme.addend)
     if key not in found:
