@@ -37,6 +37,7 @@ bench: $(STAMP)
 	$(PY) bench/startup.py
 	$(PY) bench/overhead.py
 	$(PY) bench/truth.py --jobs 2
+	$(PY) bench/forecast.py
 	$(PY) bench/coverage.py
 	$(PY) bench/remainders.py
 	$(PY) bench/scale.py

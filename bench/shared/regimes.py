@@ -101,7 +101,7 @@ def _optimizers(kind: str, model: nn.Module, lr: float) -> tuple[list[torch.opti
 # --- trainings --------------------------------------------------------------------------------------------
 
 
-def _text(
+def text_training(
     kind: str,
     blocks: int,
     *,
@@ -184,11 +184,14 @@ _BLOCKS = {13: 2, 68: 13, 298: 59}  # tensors of a text model -> its blocks
 for _kind in _RATES:
     for _tensors, _blocks in _BLOCKS.items():
         if _kind != "fused" or _tensors == 68:
-            _enter(f"{_kind}, {_tensors} tensors", _text(_kind, _blocks))
+            _enter(f"{_kind}, {_tensors} tensors", text_training(_kind, _blocks))
 for _kind in ("adamw", "momentum"):
-    _enter(f"{_kind}, 68 tensors, fp16", _text(_kind, 13, dtype=torch.float16, base=0.1 if _kind == "adamw" else 1e-3))
+    _enter(
+        f"{_kind}, 68 tensors, fp16",
+        text_training(_kind, 13, dtype=torch.float16, base=0.1 if _kind == "adamw" else 1e-3),
+    )
     for _window, _windows in ((8, 48), (32, 12)):
-        _enter(f"{_kind}, 68 tensors, window {_window}", _text(_kind, 13), window=_window, windows=_windows)
+        _enter(f"{_kind}, 68 tensors, window {_window}", text_training(_kind, 13), window=_window, windows=_windows)
 
 
 def _warm_up(t: int, steps: int) -> float:
@@ -205,18 +208,18 @@ def _plunge(t: int, steps: int) -> float:
 
 
 for _kind in ("adamw", "sgd"):
-    _enter(f"{_kind}, 68 tensors, warm-up", _text(_kind, 13, rate=_warm_up), windows=2)
-    _enter(f"{_kind}, 68 tensors, cosine", _text(_kind, 13, rate=_cosine))
-    _enter(f"{_kind}, 68 tensors, lr / 1000 in a window", _text(_kind, 13, rate=_plunge))
+    _enter(f"{_kind}, 68 tensors, warm-up", text_training(_kind, 13, rate=_warm_up), windows=2)
+    _enter(f"{_kind}, 68 tensors, cosine", text_training(_kind, 13, rate=_cosine))
+    _enter(f"{_kind}, 68 tensors, lr / 1000 in a window", text_training(_kind, 13, rate=_plunge))
 for _often in (1, 4):
     for _kind in ("sgd", "adamw"):
         _enter(
             f"{_kind}, 33 tensors, {_often} spikes of 30 in 128 steps",
-            _text(_kind, 6, spikes=lambda t, often=_often: 30.0 if t % (128 // often) == 17 else 1.0),  # type: ignore[misc]
+            text_training(_kind, 6, spikes=lambda t, often=_often: 30.0 if t % (128 // often) == 17 else 1.0),  # type: ignore[misc]
         )
 _enter(
     "momentum, 68 tensors, spikes, clipped",
-    _text("momentum", 13, spikes=lambda t: 30.0 if t % 64 == 17 else 1.0, clip=1.0),
+    text_training("momentum", 13, spikes=lambda t: 30.0 if t % 64 == 17 else 1.0, clip=1.0),
 )
 for _kind in ("momentum", "adamw"):
     for _blocks in (1, 13):
