@@ -316,3 +316,35 @@ def test_the_devices_random_state_is_written_only_if_it_has_moved(monkeypatch: p
     state[0] = torch.ones(16, dtype=torch.uint8)
     kept.restore()
     assert len(written) == 1 and torch.equal(written[0], torch.zeros(16, dtype=torch.uint8))
+
+
+class _Signs(torch.optim.Optimizer):
+    """A rule that is not torch's: it is tried out and replayed under guards."""
+
+    def __init__(self, params: Any, is_random: bool) -> None:
+        super().__init__(params, {"lr": 1e-4, "is_random": is_random})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                noise = torch.rand_like(p) if group["is_random"] else 0.5
+                p.sub_(p.grad.sign() * noise, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("is_random", [False, True])
+def test_no_trial_of_a_rule_seeds_the_generators_of_devices(is_random: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` seeds those of all GPUs too, and dropout on them would drop other elements."""
+    seeded: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(5)
+    assert seeded == [5]
+    model = nn.Sequential(*[nn.Linear(24, 24, dtype=torch.bfloat16) for _ in range(2)])
+    optimizer = _Signs(model.parameters(), is_random)
+    with uw.watch(model, optimizer, window=4) as watch:
+        for step in range(9):
+            new_gradients(model, step)
+            optimizer.step()
+        watch.flush()
+        assert watch._tap.error is None
+    assert seeded == [5]

@@ -118,7 +118,7 @@ class ReplayTrial:
     def _seed(self, seed: int) -> None:
         # a replay must not be right because it happens to draw what the step draws
         if not self._is_native:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed)
 

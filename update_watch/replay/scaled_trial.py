@@ -189,13 +189,13 @@ class ScaledTrial:
             self.training.set_gradients()
             before = self._weights()
             try:
-                torch.manual_seed(step)  # not those of the step to come
+                torch.default_generator.manual_seed(step)  # not those of the step to come
                 intended = self._replay(self.scaled)
                 other = self._replay(self.coarser) if step in _COMPARED else intended
             except ReplayError:
                 self.training.step()  # if the rule itself fails here, that is the reason
                 raise
-            torch.manual_seed(1000 + step)
+            torch.default_generator.manual_seed(1000 + step)
             self.training.step()
             self._note_forms()
             self._compare_states()
