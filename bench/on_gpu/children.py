@@ -97,7 +97,7 @@ def child_compile() -> dict[str, Any]:
             bare = Bare([(64, 512)] * 12, torch.bfloat16, foreach=True)
             if is_resumed:
                 bare.step()
-            watch = uw.watch(bare.named, bare.optimizer, window=16) if watched else None
+            watch = uw.watch(bare.named, bare.optimizer, window=16, budget=None) if watched else None
             step = torch.compile(bare.optimizer.step, **({"mode": mode} if mode else {}))
             for _ in range(6):
                 step()

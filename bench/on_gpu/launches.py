@@ -56,7 +56,7 @@ def _launches(shapes: Shapes, window: int) -> dict[str, Any]:
     profiled_alone = marked(alone, 6)
     steps, base_calls = one_by_one(alone, 3) if profiled_alone is None else profiled_alone
     base_count, base_ms = median([n for _, n, _ in steps]), median([ms for _, _, ms in steps])
-    with uw.watch(bare.named, bare.optimizer, window=window) as watch:
+    with uw.watch(bare.named, bare.optimizer, window=window, budget=None) as watch:
         watched = first_watched(watch)
 
         def seen() -> str:

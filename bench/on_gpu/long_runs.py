@@ -29,7 +29,7 @@ def truth() -> dict[str, Any]:
             optimizer.step()
         sums = {n: torch.zeros(4, device=given.device, dtype=torch.float64) for n in names}  # dot, want, wanted, lost
         steps = 32 if given.quick else 128
-        with uw.watch(model, optimizer, window=10_000) as watch:
+        with uw.watch(model, optimizer, window=10_000, budget=None) as watch:
             for _ in range(steps):
                 backward(model, 256)
                 group = optimizer.param_groups[0]
@@ -79,7 +79,7 @@ def soak() -> dict[str, Any]:
     uw = quiet_watch()
     bare = Bare([(32, 32)] * 20)
     steps = 600 if given.quick else 5000
-    with uw.watch(bare.named, bare.optimizer) as watch:
+    with uw.watch(bare.named, bare.optimizer, budget=None) as watch:
         times, failed = [], 0
         for _ in range(256):
             bare.step()

@@ -47,7 +47,7 @@ def _train(case: Case, watched: bool, steps: int) -> tuple[list[Tensor], str, bo
         if case.is_scaled
         else None
     )
-    watch = uw.watch(model, optimizer, window=8) if watched else None
+    watch = uw.watch(model, optimizer, window=8, budget=None) if watched else None
     for i in range(steps):
         if scaler is None:
             backward(model)
@@ -121,7 +121,7 @@ def syncs() -> dict[str, Any]:
             model = net(torch.bfloat16)
             optimizer = make(model.parameters())
             raised = ""
-            with uw.watch(model, optimizer, window=16) as watch:
+            with uw.watch(model, optimizer, window=16, budget=None) as watch:
                 for i in range(40):
                     backward(model)
                     if scaled:  # as a GradScaler leaves them in a fused step
@@ -164,7 +164,7 @@ def streams() -> dict[str, Any]:
         with torch.cuda.stream(stream):
             model = net(torch.bfloat16)
             optimizer = MAKE["fused"](model.parameters())
-            with uw.watch(model, optimizer, window=10_000) as watch:
+            with uw.watch(model, optimizer, window=10_000, budget=None) as watch:
                 for _ in range(48):
                     backward(model)
                     optimizer.step()
