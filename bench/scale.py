@@ -71,6 +71,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         sent.append(sum(v.numel() * v.element_size() for parts in batch._waiting.values() for _, v in parts))
         send(batch)
 
+    windows = 3 if setup.tensors < 5000 else 2
     names = [f"layers.{i // 9}.{'qkvoghudn'[i % 9]}.weight" for i in range(setup.tensors)]
     judged: list[float] = []
     logged: list[int] = []
@@ -92,7 +93,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         added: list[float] = []
         ends: list[float] = []
         try:
-            for i in range(3 * WINDOW):
+            for i in range(windows * WINDOW):
                 watch.enabled = False
                 alone = _timed(optimizer.step)
                 watch.enabled = True
@@ -114,7 +115,7 @@ def measure(setup: Setup) -> dict[str, Any]:
         with alone_counter:
             for _ in range(8):
                 optimizer.step()
-        lines = journal.stat().st_size / 3
+        lines = journal.stat().st_size / windows
         watch.close()
     look_ms, end_ms = statistics.fmean(added), statistics.median(ends)
     window_ms = WINDOW * look_ms + end_ms + 1e3 * statistics.median(judged)
