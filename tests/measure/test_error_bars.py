@@ -34,7 +34,7 @@ def window(kind: str, rng: np.random.Generator) -> tuple[Array, Array]:
     return efficiency * want, want
 
 
-def read_in_turns(dot: Array, want: Array, rng: random.Random) -> tuple[Array, Array, Array]:
+def read_in_turns(dot: Array, want: Array, rng: random.Random, rates: Array) -> tuple[Array, Array, Array]:
     """[rows]: efficiency as measured in an eighth of the steps, its error, the truth."""
     order: StepOrder[int] = StepOrder(list(range(COHORTS)), T, rng)
     turns = np.array([order.next()[0] for _ in range(T)])
@@ -48,7 +48,8 @@ def read_in_turns(dot: Array, want: Array, rng: random.Random) -> tuple[Array, A
         spread = spread_over_steps(dot[mine, rows], energies[-1], steps[-1])
         jackknives.append(spread[0])
         effective.append(spread[1])
-    largest = largest_unmeasured(energies, steps, T)
+    scales = [rates[turns == c] ** 2 for c in range(COHORTS)]
+    largest = largest_unmeasured(energies, steps, T, scales)
     unmeasured, exact = np.full(ROWS, 1 - 1 / COHORTS), np.ones(ROWS, bool)
     errors = [
         standard_error(jackknives[c], effective[c], unmeasured, largest[c], np.ones(ROWS), exact)
@@ -61,8 +62,9 @@ def read_in_turns(dot: Array, want: Array, rng: random.Random) -> tuple[Array, A
 def test_two_standard_errors_cover_the_truth(kind: str) -> None:
     rng, order = np.random.default_rng(0), random.Random(0)
     covered, errors = [], []
+    rates = np.exp(-7 * np.arange(T) / T) if kind == "falls" else np.ones(T)
     for _ in range(60):
-        value, error, truth = read_in_turns(*window(kind, rng), order)
+        value, error, truth = read_in_turns(*window(kind, rng), order, rates)
         covered += list(np.abs(value - truth) <= 2 * error)
         errors += list(error)
     assert np.mean(covered) >= 0.93

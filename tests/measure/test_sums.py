@@ -87,7 +87,7 @@ def counted(made: list[Step], window: int | None = None, plain: bool = True) -> 
     parts = live
     while len(parts) > PARTS:
         parts = np.concatenate([parts, np.zeros((len(parts) % 2, N))]).reshape(-1, 2, N).sum(1)
-    return Steps(parts, groups, window_Gn, np.zeros(N), np.ones(N, bool), np.full(N, plain))
+    return Steps(parts, groups, window_Gn, np.zeros(N), np.ones(len(parts)), np.ones(N, bool), np.full(N, plain))
 
 
 def summed(made: list[Step], fmt: Format = BF16, has_clusters: bool = False) -> WindowSums:
@@ -297,7 +297,7 @@ def as_window(made: list[Step], fmt: Format = BF16, **fields: float) -> Window:
         size = max(K if s.mask_nK is None else int(s.mask_nK[row].sum()) for s in made)
         facts.append(RowFacts(evidence, size, ("bfloat16", ""), (None, None), fields.get("lr")))
     names = ("exp_avg", "exp_avg_sq")
-    cohort = CohortWindow(transfer, tuple(facts), names, sums.layout, counted(made), len(made), (0, 0))
+    cohort = CohortWindow(transfer, lambda: tuple(facts), names, sums.layout, counted(made), len(made), (0, 0))
     return Window(len(made), len(made), (cohort,), (), {f"t{i}": N - i for i in range(N)}, 1.0)
 
 

@@ -48,6 +48,7 @@ class Snapshot:
         "live",
         "look",
         "moving_first",
+        "rate",
         "rates",
         "settings",
         "spans",
@@ -59,6 +60,7 @@ class Snapshot:
         self.full = self.look = self.moving_first = False
         self.group = 0  # of neighbouring steps of the window
         self.turn = 0  # whose positions it is at
+        self.rate = 1.0  # of the first group; where it cannot be read, always the same
         self.rates: list[float | None] = []  # learning rates of the runs of like rows, where it looks at headroom
         self.after: Tensor | None = None
         self.before_AnK: Tensor | None = None
@@ -131,6 +133,7 @@ class Cohort:
         self.steps = 0
         self._gradless_n, self._checks_n = np.zeros(n), np.zeros(n)
         self._live_Pn, self._live_Gn = np.zeros((PARTS, n)), np.zeros((GROUPS, n))
+        self._rates_2P = np.zeros((2, PARTS))  # steps, and squared learning rates added up
         self.first_rates: dict[int, float] = {}  # group -> learning rate at the first look
 
     @property
@@ -166,6 +169,7 @@ class Cohort:
         snapshot = Snapshot(held, live, spans, self._replay.settings(spans) if can_wait else None)
         snapshot.group, snapshot.turn, snapshot.moving_first = group, turn, moving_first
         snapshot.full, snapshot.look = self._full.now(), self._look.now()
+        snapshot.rate = _rate(self.optimizer.param_groups[0].get("lr")) or 1.0
         if snapshot.look:
             snapshot.rates = [_rate(self.optimizer.param_groups[run.group].get("lr")) for run in self._runs]
             self._look_at_gradients(dense)
@@ -236,6 +240,7 @@ class Cohort:
         if snapshot.look:
             self._look_at_headroom(before_AnK[0], intended_AnK[0], mask_nK, snapshot)
         self._live_Pn[part] += live
+        self._rates_2P[:, part] += 1.0, snapshot.rate**2
         self._live_Gn[snapshot.group] += live
 
     def _part(self) -> int:
@@ -246,6 +251,8 @@ class Cohort:
             half = PARTS // 2
             self._live_Pn[:half] = self._live_Pn.reshape(half, 2, -1).sum(1)
             self._live_Pn[half:] = 0
+            self._rates_2P[:, :half] = self._rates_2P.reshape(2, half, 2).sum(-1)
+            self._rates_2P[:, half:] = 0
         return part
 
     def _look_at_headroom(
@@ -296,8 +303,10 @@ class Cohort:
         with_gradient_n = 1 - self._gradless_n / max(self.steps, 1)
         parts = self.sums.layout.parts
         window_Gn = np.outer(group_steps, with_gradient_n)
+        count_P, squares_P = self._rates_2P[:, :parts]
         kinds = self._is_whole_n, self._is_plain_n
-        return Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, self._checks_n, *kinds)
+        rates_P = squares_P / np.maximum(count_P, 1)
+        return Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, self._checks_n, rates_P, *kinds)
 
     @property
     def gradless_steps(self) -> list[int]:

@@ -138,7 +138,9 @@ def _largest_unmeasured(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSu
         own = [i for i, cohort in enumerate(cohorts) if cohort.optimizer == optimizer]
         energies = [sums[i].parts_PFn[:, WANT] for i in own]
         steps = [cohorts[i].steps.parts_Pn for i in own]
-        for i, largest_n in zip(own, largest_unmeasured(energies, steps, cohorts[own[0]].window_steps), strict=True):
+        rates = [cohorts[i].steps.squared_rates_P for i in own]
+        largest = largest_unmeasured(energies, steps, cohorts[own[0]].window_steps, rates)
+        for i, largest_n in zip(own, largest, strict=True):
             found[i] = largest_n
     return found
 

@@ -53,20 +53,24 @@ def spread_over_steps(above_Pn: Array, below_Pn: Array, steps_Pn: Array) -> tupl
     return np.where(known, jackknife, np.nan), np.where(known, effective, np.nan)
 
 
-def largest_unmeasured(energies: list[Array], steps: list[Array], window_steps: int) -> list[Array]:
+def largest_unmeasured(
+    energies: list[Array], steps: list[Array], window_steps: int, squared_rates: list[Array] | None = None
+) -> list[Array]:
     """Per cohort [n]: the share of the window's energy in the largest step that was not measured of a row, or in all of
     those that are far above any that was.
 
     `energies[c]` [P, n]: sum of |intended|^2 in each part; `steps[c]` [P, n]: steps measured of each row. Cohorts are
     measured in different steps of the same window. A step's size is that of the tensors measured in it, each by its own
-    usual size: the median, which one large step does not change.
+    usual size: the median, which one large step does not change. `squared_rates[c]` [P]: learning rates, squared, by which
+    updates grow and fall in a schedule; what is usual is meant beside them.
     """
     sizes, counts = [], []  # by cohort and part: of a step, and of how many steps
-    for energy_Pn, steps_Pn in zip(energies, steps, strict=True):
+    scales = [np.ones(len(e)) for e in energies] if squared_rates is None else squared_rates
+    for energy_Pn, steps_Pn, scale_P in zip(energies, steps, scales, strict=True):
         with np.errstate(all="ignore"):
-            per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1), np.nan)
+            per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1) / scale_P[:, None], np.nan)
             usual = _median(np.where(per_step > 0, per_step, np.nan), 0)
-            sizes.append(np.nan_to_num(_median(per_step / usual, 1)))
+            sizes.append(np.nan_to_num(_median(per_step / usual, 1) * scale_P))
         counts.append(steps_Pn.max(1, initial=0))
     every_size, every_count = np.concatenate(sizes), np.concatenate(counts)
     seen, total = float(every_count.sum()), float((every_size * every_count).sum())

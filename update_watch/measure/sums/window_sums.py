@@ -41,6 +41,7 @@ class Steps:
     groups_Gn: Array  # the same, by group
     window_Gn: Array  # steps of the window in which the row had a gradient, as far as that was seen, by group
     checks_n: Array  # looks at the row's whole gradient
+    squared_rates_P: Array  # mean square of the learning rate, by part
     is_whole_n: npt.NDArray[np.bool_]  # all its elements are read
     is_plain_n: npt.NDArray[np.bool_]  # its steps are independent of each other: nothing is carried between them
 
