@@ -41,8 +41,10 @@ def copy_of_the_repository(to: Path) -> Path:
     for folder in FOLDERS:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, to / folder, symlinks=True, ignore=ignored)
+    for folder in ("tests", "docs", "examples", "bench"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.iterdir():
-        if path.is_file() and path.suffix in {".toml", ".md", ".in", ""}:
+        if path.is_file() and path.suffix in {".toml", ".md", ".in", ".py", ".txt", ""}:
             shutil.copy(path, to)
     return to
 
@@ -124,3 +126,25 @@ def test_a_missing_link_fails_the_build_instead_of_losing_a_folder(tmp_path: Pat
     (repository / "update_watch" / "dashboards").unlink()
     with pytest.raises(AssertionError, match="dashboards"):
         run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", cwd=repository)
+
+
+def test_a_checkout_without_symbolic_links_is_told_what_to_do(tmp_path: Path) -> None:
+    """As git leaves it on Windows, and a zip archive: a text file that holds the link's target."""
+    repository = copy_of_the_repository(tmp_path / "repository")
+    (repository / "update_watch" / "callbacks").unlink()
+    (repository / "update_watch" / "callbacks").write_text("../callbacks")
+    with pytest.raises(AssertionError, match=r"should be a link to \.\./callbacks.*git config core\.symlinks true"):
+        run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", cwd=repository)
+
+
+def test_the_sdist_holds_the_tests_with_their_helpers_the_docs_and_the_examples(built: Built, tmp_path: Path) -> None:
+    with tarfile.open(built.sdist) as archive:
+        archive.extractall(tmp_path)
+    [unpacked] = tmp_path.iterdir()
+    for folder in ("tests", "docs", "examples", "bench"):
+        held = {path.relative_to(unpacked) for path in (unpacked / folder).rglob("*") if path.is_file()}
+        wanted = (path for path in (built.repository / folder).rglob("*") if path.is_file())
+        assert {path.relative_to(built.repository) for path in wanted} <= held
+    assert (unpacked / "CHANGELOG.md").is_file() and (unpacked / "constraints.txt").is_file()
+    code = "import pytest, sys; sys.exit(pytest.main(['-q', '-x', 'tests/test_formats.py', 'tests/checkpoints', '-k', 'not slow']))"
+    run(sys.executable, "-c", code, cwd=unpacked)

@@ -142,7 +142,7 @@ def _import() -> tuple[Any, Any]:
                 importlib.import_module("wandb_workspaces.reports.v2"),
             )
     except ImportError as error:
-        raise ImportError(INSTALL_HINT) from error
+        raise ImportError(f"{INSTALL_HINT} ({error})") from error  # one that is there may be too old
 
 
 def _sections(entity: str, step_key: str) -> list[Section]:
