@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from update_watch import formats
     from update_watch.audit.audit import audit
     from update_watch.audit.table import Audit
+    from update_watch.endings import close_all
     from update_watch.evidence import WindowEvidence
     from update_watch.foresight.schedules import Schedule
     from update_watch.report import (
@@ -43,6 +44,7 @@ __all__ = [
     "Watch",
     "WindowEvidence",
     "audit",
+    "close_all",
     "formats",
     "watch",
 ]
@@ -55,6 +57,7 @@ _HOMES = {
     "Watch": "watch",
     "WindowEvidence": "evidence",
     "audit": "audit.audit",
+    "close_all": "endings",
     "formats": "formats",
     "watch": "watch",
 }

@@ -11,15 +11,25 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import signal
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Protocol
+from typing import Any, Protocol
 
+from update_watch.worker import warn
+
+logger = logging.getLogger("update_watch")
+_SECOND = (
+    "update-watch: this {} is watched already, by a watch that is open: each of them looks at every step and costs its time."
+    " Close the earlier one (`watch.close()`; `update_watch.close_all()` closes all), or use `with update_watch.watch(...)`,"
+    " before the cell or function runs again"
+)
 FORKED = (
     "update-watch: this process was forked from one that watches, and trains. What it trains is not watched: call "
     "update_watch.watch in it"
@@ -41,21 +51,39 @@ class Ending(Protocol):
         """This process is a fork of the one that watches."""
 
 
-_OPEN: weakref.WeakSet[Ending] = weakref.WeakSet()
+# open watches, and how to ask each whether it looks at an optimizer
+_OPEN: weakref.WeakKeyDictionary[Ending, weakref.WeakMethod[Callable[[Any], bool]]] = weakref.WeakKeyDictionary()
 
 
-def add(watch: Ending) -> None:
-    """Close `watch` when the process ends."""
-    _OPEN.add(watch)
+def add(watch: Ending, watches: Callable[[Any], bool]) -> None:
+    """Close `watch` when the process ends. `watches`: tells whether it looks at an optimizer."""
+    _OPEN[watch] = weakref.WeakMethod(watches)  # else it would keep the optimizers alive
     # who registered last is called first: before the loggers that the sinks write to
-    atexit.unregister(_close_all)
-    atexit.register(_close_all)
+    atexit.unregister(close_all)
+    atexit.register(close_all)
     _set(signal.SIG_DFL, _TERMINATE)
+
+
+def warn_if_watched(optimizer: Any) -> None:
+    """Say once that another open watch looks at an optimizer, as where a notebook's cell is run again."""
+    asked = [watches() for watches in list(_OPEN.values())]
+    if sum(watches is not None and watches(optimizer) for watches in asked) == 1:
+        warn(_SECOND.format(type(optimizer).__name__))
+
+
+def close_all(timeout: float = WAIT) -> None:
+    """Close every watch that is open in this process, also those that nobody holds any more, within `timeout` seconds.
+
+    In a notebook, where a cell that calls `watch` is run again: put it at the beginning of the cell.
+    """
+    deadline = time.monotonic() + timeout
+    for watch in list(_OPEN):
+        watch.close(max(deadline - time.monotonic(), 0.0))
 
 
 def remove(watch: Ending) -> None:
     """`watch` is closed."""
-    _OPEN.discard(watch)
+    _OPEN.pop(watch, None)
     if not _OPEN:
         _set(_TERMINATE, signal.SIG_DFL)
 
@@ -64,12 +92,6 @@ def _set(expected: object, handler: object) -> None:
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is expected:
         with suppress(ValueError):  # not the main interpreter
             signal.signal(signal.SIGTERM, handler)  # type: ignore[arg-type]
-
-
-def _close_all() -> None:
-    deadline = time.monotonic() + WAIT
-    for watch in list(_OPEN):
-        watch.close(max(deadline - time.monotonic(), 0.0))
 
 
 class _Terminate:
@@ -85,7 +107,7 @@ class _Terminate:
             threading.Thread(target=_send_again, name="update-watch ending", daemon=True).start()
             return
         # in a thread: the training thread may hold a lock that closing needs, and must not wait for ever
-        closing = threading.Thread(target=_close_all, name="update-watch ending", daemon=True)
+        closing = threading.Thread(target=close_all, name="update-watch ending", daemon=True)
         closing.start()
         closing.join(WAIT)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -112,6 +134,12 @@ def _after_fork() -> None:
     _set(_TERMINATE, signal.SIG_DFL)
     for watch in watches:
         watch.leave_to_parent()
+
+
+def say_forked() -> None:
+    """A fork of a process that watches trains."""
+    logger.warning(FORKED)
+    warn(FORKED)
 
 
 if hasattr(os, "register_at_fork"):

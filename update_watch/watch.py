@@ -30,7 +30,7 @@ from update_watch.measure.window_evidence import Window, read
 from update_watch.ranks.joining import Ranks
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
-from update_watch.watching import arguments, graphs, memory
+from update_watch.watching import arguments, closing, graphs, memory
 from update_watch.watching.attention import Attention
 from update_watch.watching.discovery import Discovery
 from update_watch.watching.selection import Selection
@@ -61,15 +61,14 @@ class Watch(run_journal.Shown, memory.Remembering):
         selection: Selection | None = None,
         schedule: Any = None,
     ) -> None:
-        self.window, self.samples = window, samples
+        self.window, self.samples, self._step = window, samples, step
         self.last: Report | None = None
-        self._step = step
         self._ranks = Ranks(join)
         rng = random.Random(seed + 1_000_003 * self._ranks.rank)  # replicas look at different elements
         self._model = WatchedModel(model, samples, rng, averages, check_replicas, window)
         self._attention = Attention(budget, window, lambda: self._ranks.is_joining)
         self._selection = selection or Selection()
-        self._closed = self._is_closing_window = False
+        self._closed = self._is_closing_window = self._has_failed = False
         self._base_step = self._windows = 0  # windows closed so far
         self._diagnosis, self._alerts, self.trainer = Diagnosis(thresholds), Alerts(thresholds), "torch"
         self._forecaster = Forecaster(None if schedule is None else schedule_of(schedule), thresholds)
@@ -104,6 +103,8 @@ class Watch(run_journal.Shown, memory.Remembering):
 
     def _attach(self, optimizer: Any, outside: Sequence[Optimizer] = ()) -> None:
         inner = unwrap(optimizer)
+        if not self._model.has(inner):
+            endings.warn_if_watched(inner)
         self._model.add(inner, optimizer, outside)
         self._tap.attach(inner)
 
@@ -169,14 +170,14 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._attention.spend(time.perf_counter() - started)
 
     def replayed(self, *optimizers: Any) -> AbstractContextManager[None]:
-        """Put it around the replay of a CUDA graph that the optimizers' steps were captured in; see `watching.graphs`.
-
-        Without arguments: the steps of all watched optimizers.
-        """
+        """Put it around the replay of a CUDA graph that steps of these optimizers (none given: of all) were captured in."""
         return graphs.replayed(self._tap, self._model, optimizers)
 
     def _fail(self, error: Exception) -> None:
-        """An error of ours: let go of training, say so once."""
+        """An error of ours: let go of training, say so once. What comes of it later is not told."""
+        if self._has_failed:
+            return
+        self._has_failed, self._tap.enabled = True, False
         self.detach()
         message = f"update-watch met an error of its own and stopped watching; training goes on unwatched: {error!r}"
         logger.error(message, exc_info=error)
@@ -203,7 +204,6 @@ class Watch(run_journal.Shown, memory.Remembering):
             report = self._forecaster.add(self._diagnosis.judge(evidence, self.trainer))
             report = self._alerts.update(report, self.trainer)
         except Exception as error:
-            self._tap.enabled = False
             self._fail(error)
             return
         self.last = report
@@ -218,9 +218,9 @@ class Watch(run_journal.Shown, memory.Remembering):
         if not self._silence.flush() and (self._model.window_steps or (self._windows == 0 and self._model.watched)):
             self._is_closing_window = True
             try:
-                self._tap.mend(self._model.renew)
                 plain = PlainTorch(*self._model.optimizers)
-                with self._model.streams.resumed(), plain, plain:
+                with closing.alone(self._tap.lock, timeout), self._model.streams.resumed(), plain, plain:
+                    self._tap.mend(self._model.renew)
                     self._close_window()
             except Exception as error:
                 self._fail(error)
@@ -255,11 +255,11 @@ class Watch(run_journal.Shown, memory.Remembering):
                 self.flush(timeout)
         finally:
             self.detach()
-            if self._judge.wait(0.0):
-                self._ranks.close()  # else the group goes when the process ends
-                self._post.stop()
+            if self._judge.wait(0.0):  # else the group goes when the process ends
+                self._ranks.close()
+                self._post.stop(None)
             else:
-                self._judge.put(self._post.stop)  # behind the report that is still to come
+                self._judge.put(lambda: self._post.stop(None))  # behind the report that is still to come
             self._judge.stop()
             endings.remove(self)
 
@@ -277,8 +277,7 @@ class Watch(run_journal.Shown, memory.Remembering):
 
     def _tell_to_watch_anew(self, optimizer: Optimizer) -> None:
         self.detach()
-        logger.warning(endings.FORKED)
-        warn(endings.FORKED)
+        endings.say_forked()
 
 
 def watch(

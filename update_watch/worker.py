@@ -74,8 +74,10 @@ class Worker:
                 self._line.changed.wait(remaining)
         return True
 
-    def stop(self) -> None:
-        """End the thread once it has handled what was put before."""
+    def stop(self, *last: Any) -> None:
+        """End the thread once it has handled what was put before, and `last`."""
+        for item in last:
+            self.put(item)
         with self._lock:
             thread, self._thread = self._thread, None
         if thread is not None and thread.is_alive():
@@ -114,7 +116,17 @@ class Sinks:
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = list(sinks)
 
-    def __call__(self, report: Report) -> None:
+    def close(self) -> None:
+        """Close the sinks that say so (`closes_with_watch`): the file of a journal, which a later report opens again."""
+        for sink in self._sinks:
+            if getattr(sink, "closes_with_watch", False):
+                sink.close()  # type: ignore[attr-defined]
+
+    def __call__(self, report: Report | None) -> None:
+        """Hand a report to all of them; None closes them."""
+        if report is None:
+            self.close()
+            return
         for sink in list(self._sinks):
             try:
                 sink(report)

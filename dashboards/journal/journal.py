@@ -62,6 +62,8 @@ class Journal:
     `path` is another kind of file or a journal of a newer version. What was written before stays readable.
     """
 
+    closes_with_watch = True  # its file, which a later report opens again
+
     def __init__(
         self, path: str | os.PathLike[str], run: Mapping[str, Any] | None = None, max_bytes: int | None = MAX_BYTES
     ) -> None:

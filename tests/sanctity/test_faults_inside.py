@@ -207,7 +207,7 @@ def test_where_warnings_are_errors_no_number_ends_the_watch(kind: str) -> None:
 def test_the_handler_of_sigterm_passes_for_the_default_and_goes_with_the_last_watch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(endings, "_OPEN", weakref.WeakSet())
+    monkeypatch.setattr(endings, "_OPEN", weakref.WeakKeyDictionary())
     earlier = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     model = Net()
     optimizer = adamw(model)
@@ -270,6 +270,78 @@ def test_alerts_of_a_time_that_is_still_to_come_hold_nothing_back() -> None:
     assert told(Health.healthy) == [()]  # over: the budget of this hour
     now[0] -= 1e6
     assert told(Health.stalled) == [("w0",)]  # and not cooling down
+
+
+# --- a cell that is run again ---------------------------------------------------------------------------------
+
+
+def test_a_cell_that_is_run_twenty_times_is_told_once_how_to_close_and_one_call_closes_all() -> None:
+    uw.close_all()
+    model = Net(torch.bfloat16)
+    optimizer = adamw(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            uw.watch(model, optimizer, window=4)
+            train(model, optimizer, 1)
+    assert len(caught) == 1, told(caught)
+    assert "this AdamW is watched already" in told(caught)[0] and "update_watch.close_all()" in told(caught)[0]
+    uw.close_all()
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        uw.watch(model, optimizer, window=4).close()
+        with uw.watch(model, optimizer, window=4), uw.watch(Net(), adamw(Net())):  # another optimizer is another matter
+            pass
+
+
+def test_a_closed_watch_frees_the_descriptor_of_its_journal_at_once(tmp_path: Path) -> None:
+    model = Net(torch.bfloat16)
+    optimizer = adamw(model)
+    journals = [Journal(tmp_path / f"{n}.jsonl") for n in range(20)]
+    gc.disable()
+    try:
+        for journal in journals:
+            with uw.watch(model, optimizer, window=2, sinks=[journal]):
+                train(model, optimizer, 3)
+        deadline = time.monotonic() + 5
+        while any(journal._file is not None for journal in journals) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [journal._file for journal in journals] == [None] * 20
+    finally:
+        gc.enable()
+    assert all([r.step for r in read_journal(journal.path)] == [2, 3] for journal in journals)
+
+
+def test_closing_from_another_thread_in_mid_training_loses_no_window_and_says_nothing() -> None:
+    expected = unwatched(60)
+    for delay in (0.0, 0.003, 0.01, 0.02, 0.03):
+        model, seen = Net(torch.bfloat16), []
+        optimizer = adamw(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            watch = uw.watch(model, optimizer, window=8, budget=None, sinks=[seen.append])
+            closing = threading.Thread(target=lambda w=watch, d=delay: (time.sleep(d), w.close()))
+            closing.start()
+            train(model, optimizer, 60)
+            closing.join(20)
+        assert watch._tap.error is None and not watch._has_failed
+        assert all(map(torch.equal, weights(model), expected))
+        assert [r.step for r in seen][:-1] == [8 * (n + 1) for n in range(len(seen) - 1)]
+        assert sum(r.window for r in seen) == (seen[-1].step if seen else 0)
+
+
+def test_of_two_errors_the_first_is_told_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(torch.bfloat16)
+    optimizer = adamw(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch = uw.watch(model, optimizer, window=2, budget=None)
+        monkeypatch.setattr(watch._diagnosis, "judge", lambda evidence: 1 / 0)
+        train(model, optimizer, 40)
+        watch.close()
+    assert len(caught) == 1 and "ZeroDivisionError" in told(caught)[0], told(caught)
+    assert all(map(torch.equal, weights(model), unwatched(40)))
 
 
 # --- several watches, and what they leave behind -----------------------------------------------------------

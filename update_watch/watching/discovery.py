@@ -34,7 +34,7 @@ class Discovery:
             return None
         try:
             plain = PlainTorch(optimizer)
-            with plain, plain:
+            with self._tap.lock, plain, plain:
                 outside = self._tap.outside(optimizer)
                 is_ours = self._model.adopts(optimizer, outside)
                 if is_ours and not self._model.has(optimizer):

@@ -75,6 +75,7 @@ class StepTap:
         self._hooked: dict[int, _Hooked] = {}  # by id; the strong reference in it keeps the id from being reused
         self._live: dict[int, _Step] = {}
         self._leftover: list[_Hook] = []  # replaced by a no-op, still to be removed
+        self.lock = threading.RLock()  # held while one of our hooks runs; who closes windows from outside takes it too
         self._depth = 0  # of our hooks on the stack
         self._thread: int | None = None  # that steps
         self._snap = torch.compiler.disable(self._run_before)  # type: ignore[no-untyped-call]  # torch's
@@ -235,7 +236,8 @@ class StepTap:
 
     def _ask(self, opt: Optimizer) -> bool:
         try:
-            return self.wants is not None and not self.wants(opt)
+            with self.lock:
+                return self.wants is not None and not self.wants(opt)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
             return True
@@ -246,7 +248,7 @@ class StepTap:
         step.is_seen = True  # before the call: a closure called again must not try again
         plain, inside = PlainTorch(opt), _Inside(self)
         try:
-            with inside, inside, plain, plain:
+            with self.lock, inside, inside, plain, plain:
                 step.snapshot = self._before(opt)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
@@ -260,7 +262,7 @@ class StepTap:
             return
         plain, inside = PlainTorch(opt), _Inside(self)
         try:
-            with inside, inside, plain, plain:
+            with self.lock, inside, inside, plain, plain:
                 self._after(opt, step.snapshot)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
