@@ -302,3 +302,15 @@ def test_meta_long_files_and_full_folders_are_seen() -> None:
     assert files_that_are_too_long({"a.py": "x\n" * 350, "b.py": "x\n" * 351}) == {"b.py: 351 lines"}
     names = [f"few/{i}.py" for i in range(18)] + [f"many/{i}.py" for i in range(19)]
     assert folders_that_are_too_full(names) == {"many: 19 files"}
+
+
+def test_the_distribution_holds_every_folder_of_the_package() -> None:
+    """A folder that is left out of `packages` is there in a checkout and missing for everybody else."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = set(
+        ast.literal_eval(
+            text[text.index("packages = [") + len("packages = ") : text.index("]\n", text.index("packages = [")) + 1]
+        )
+    )
+    folders = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert listed == folders

@@ -83,7 +83,7 @@ class Watch(run_journal.Shown, memory.Remembering):
             self.attach(optimizer)
         self._discovery.start()
         self._silence.start()
-        endings.add(self)
+        endings.add(self, self._model.has)
 
     # --- attaching -------------------------------------------------------------------------------
 
