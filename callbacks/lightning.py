@@ -83,7 +83,8 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         progress_bar: show `efficiency` and `stalled` in the progress bar.
         print_audit: print once, when training begins, what will stall, or that nothing will.
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
-        include, exclude: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
+        include: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
+        exclude: of those that are not.
         budget: share of the time between steps that watching may take once every tensor has a verdict; None: see every step.
         journal: file that `update-watch report` and `top` read; "auto": update_watch.jsonl beside the logs (the first logger's folder); None: none is kept.
 

@@ -317,7 +317,8 @@ def watch(
         step: gives the trainer's global step, to number reports; else optimizer steps are counted.
         join: all ranks put together what they saw. False: each reports its own shards. A process group: its ranks join.
         check_replicas: compare, once a window, what ranks store that should be the same; `broken` where replicas differ.
-        include, exclude: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
+        include: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
+        exclude: of those that are not.
         journal: file to keep the run in ("run.jsonl"): what `update-watch report` and `top` read. Rank 0 writes it.
 
     Raises:
