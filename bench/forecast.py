@@ -24,7 +24,7 @@ import logging
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ import torch
 import update_watch as uw
 from bench.shared.full_comparison import Exact, FullComparison
 from bench.shared.regimes import Training, text_training
-from update_watch.report import Report
+from update_watch.report import Report, TensorReport
 
 LIMIT, WITHIN, NEAR, END = 0.8, 0.9, 0.1, 0.1
 WINDOWS = 20
@@ -104,17 +104,34 @@ def run(kind: str, shape: str, steps: int, seed: int) -> list[Held]:
             if (t + 1) % window == 0:
                 truths.append(comparison.close_window())
         watch.flush()
-    return [held for time in TIMES for held in _held(time, reports[round(time * WINDOWS) * window], truths, window)]
+    rates = [schedule.rate(t) for t in range(steps - window, steps)]
+    held = []
+    for time in TIMES:
+        report = reports[round(time * WINDOWS) * window]
+        ratios = [rate / schedule.rate(report.step) for rate in rates]
+        held += _held(time, report, truths, window, {t.name: _over(t, ratios) for t in report.tensors})
+    return held
 
 
-def _held(time: float, report: Report, truths: list[dict[str, Exact]], window: int) -> list[Held]:
+def _over(t: TensorReport, ratios: list[float]) -> float | None:
+    """The efficiency over steps at these multiples of the present rate, each weighing by its movement."""
+    if t.lr is None or t.movement_histogram is None:
+        return None
+    known = [(ratio * ratio, t.efficiency_at(t.lr * ratio) or 0.0) for ratio in ratios]
+    return sum(weight * efficiency for weight, efficiency in known) / sum(weight for weight, _ in known)
+
+
+def _held(
+    time: float, report: Report, truths: list[dict[str, Exact]], window: int, ends: Mapping[str, float | None]
+) -> list[Held]:
+    """`ends`: the efficiency foretold for the last window, by tensor."""
     if report.forecast is None:
         return []
     found = []
     for t in report.forecast.tensors:
         course = [truth[t.name].efficiency for truth in truths]
-        now, end = course[report.step // window - 1], course[-1]
-        if now is None or end is None or now < LIMIT:
+        now, end, said = course[report.step // window - 1], course[-1], ends[t.name]
+        if now is None or end is None or said is None or now < LIMIT:
             continue  # stalled already: nothing is to be foretold
         found.append(
             Held(
@@ -123,9 +140,9 @@ def _held(time: float, report: Report, truths: list[dict[str, Exact]], window: i
                 t.stalling_step,
                 _passing(course, window),
                 report.forecast.until - report.step,
-                abs(min(t.final_efficiency, 1.0) - min(end, 1.0)),
+                abs(min(said, 1.0) - min(end, 1.0)),
                 report.forecast.error,
-                t.final_efficiency < LIMIT and end > 0.9,
+                said < LIMIT and end > 0.9,
             )
         )
     return found

@@ -15,7 +15,7 @@ def _held(foretold: int | None, happened: list[float], final: float, error: floa
     one = TensorForecast("w", foretold, None, final, 0.5)
     made = Forecast(20, 100, (one,), 1.0, 0.5, foretold, None, "", error)
     truths = [{"w": Exact(dot=e, want=1.0)} for e in happened]
-    return forecast._held(0.2, Report(20, 20, Health.healthy, "", (), forecast=made), truths, 20)
+    return forecast._held(0.2, Report(20, 20, Health.healthy, "", (), forecast=made), truths, 20, {"w": final})
 
 
 def test_a_step_counts_as_foretold_within_a_tenth_of_what_is_left() -> None:
