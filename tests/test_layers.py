@@ -54,9 +54,11 @@ BELOW: dict[str, set[str]] = {
         "audit",
         "checkpoints",
         "demo",
+        "run",
         "dashboards",
     },
     "callbacks": {"entrance", "audit", "vocabulary"},
+    "run": {"entrance", "measure", "dashboards", "vocabulary"},
     "demo": {"entrance", "audit", "judge", "dashboards", "vocabulary"},
 }
 # the one place where an upper room reaches into another: a trainer's W&B logger gets the sink, imported on use

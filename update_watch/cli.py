@@ -56,16 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    command: Callable[[argparse.Namespace], None] = options.run
+    command: Callable[[argparse.Namespace], int | None] = options.run
     try:
-        command(options)
+        return command(options) or 0
     except BrokenPipeError:
         raise
     except (UsageError, OSError) as error:
         return _complain(options, error, 2)
     except (Refusal, ImportError) as error:
         return _complain(options, error, 1)
-    return 0
 
 
 def _complain(options: argparse.Namespace, error: BaseException, status: int) -> int:
@@ -78,6 +77,18 @@ def _complain(options: argparse.Namespace, error: BaseException, status: int) ->
 
 
 # --- commands -----------------------------------------------------------------------------------------
+
+
+def _watch_command(options: argparse.Namespace) -> int:
+    from update_watch.run.command import run
+
+    command = options.arguments[1:] if options.arguments[:1] == ["--"] else options.arguments
+    if not command:
+        raise UsageError("name the command to run, as in: update-watch run python train.py --lr 1e-5")
+    for path in (options.journal, options.report):
+        if path is not None and path.is_dir():
+            raise UsageError(f"{path} is a folder, name a file in it")
+    return run(command, options.window, options.journal, options.report, options.wandb, options.fail_on_stall)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -230,11 +241,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], summary: str, more: str = "") -> _Parser:
+    def add(name: str, run: Callable[[argparse.Namespace], int | None], summary: str, more: str = "") -> _Parser:
         text = textwrap.dedent(f"{summary[0].upper()}{summary[1:]}. {more}").strip()
         made = commands.add_parser(name, help=summary, description=text)
         made.set_defaults(run=run)
         return made
+
+    watched = add(
+        "run",
+        _watch_command,
+        "run a command, and watch what it trains",
+        "Its exit status is passed on; 3 with --fail-on-stall where that is 0 and tensors are stalled at the end.",
+    )
+    watched.add_argument("--window", type=_positive, default=128, metavar="N", help="optimizer steps per report (128)")
+    watched.add_argument("--journal", type=Path, metavar="FILE", help="(update-watch-DATE.jsonl)")
+    watched.add_argument("--report", type=Path, metavar="FILE", help="write the HTML report there at the end")
+    watched.add_argument("--wandb", action="store_true", help="log to the W&B run that the script has open")
+    watched.add_argument("--fail-on-stall", action="store_true", help="exit status 3 where tensors are stalled")
+    watched.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="as python train.py --lr 1e-5"
+    )
 
     demo = add("demo", _demo, "train a small GPT whose norms stall, beside a twin that does not; about a minute")
     demo.add_argument("--steps", type=_positive, default=1000, metavar="N", help="optimizer steps (1000)")

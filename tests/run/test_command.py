@@ -1,0 +1,139 @@
+"""`update-watch run COMMAND`: scripts that nobody edits, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from update_watch.dashboards.journal.journal import read_journal
+from update_watch.report import Health, Report
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "tests" / "support" / "run_script.py")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def watched(folder: Path, *command: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "update_watch", "run", "--window", "16", "--journal", "run.jsonl", *options]
+    return subprocess.run(
+        [*start, *command], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def plain(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=True)
+
+
+def reports(folder: Path) -> list[Report]:
+    return list(read_journal(folder / "run.jsonl"))
+
+
+def assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        for one, other in zip(a, b, strict=True):
+            assert_same(one, other)
+    else:
+        assert a == b
+
+
+NAMES = ["0.weight", "0.bias", "1.weight", "2.weight", "2.bias"]
+
+
+@pytest.mark.parametrize(
+    "how", [(), ("bf16",), ("compiled",), ("masters",)], ids=["fp32", "bf16", "compiled", "masters"]
+)
+def test_training_is_the_same_to_the_bit_and_the_model_is_known_by_its_names(
+    how: tuple[str, ...], tmp_path: Path
+) -> None:
+    plain(tmp_path, sys.executable, SCRIPT, "plain.pt", *how)
+    run = watched(tmp_path, sys.executable, SCRIPT, "watched.pt", *how)
+    assert run.returncode == 0 and run.stdout == "trained\n", run.stderr
+    assert_same(torch.load(tmp_path / "plain.pt"), torch.load(tmp_path / "watched.pt"))
+    last = reports(tmp_path)[-1]
+    assert [t.name for t in last.tensors] == NAMES
+    stalled = {t.name for t in last.tensors if t.health is Health.stalled}
+    assert ("1.weight" in stalled) == ("bf16" in how)
+    assert last.headline in run.stderr
+    assert sum(line.startswith("update-watch, step") for line in run.stderr.splitlines()) == len(reports(tmp_path))
+
+
+@pytest.mark.slow
+def test_two_ranks_have_one_journal(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533", SCRIPT]
+    plain(tmp_path, sys.executable, *command, "plain.pt", "ranks")
+    run = watched(tmp_path, sys.executable, *command, "watched.pt", "ranks")
+    assert run.returncode == 0, run.stderr
+    assert_same(torch.load(tmp_path / "plain.pt"), torch.load(tmp_path / "watched.pt"))
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["run.jsonl"]
+    last = reports(tmp_path)[-1]
+    assert [t.name for t in last.tensors] == NAMES and last.health is Health.healthy
+
+
+def test_status_and_signals_of_the_command_are_passed_on(tmp_path: Path) -> None:
+    assert watched(tmp_path, sys.executable, SCRIPT, "out.pt", "fails").returncode == 7
+    assert watched(tmp_path, "no-such-command").returncode == 127
+    start = [sys.executable, "-m", "update_watch", "run", "--window", "8", "--journal", "ended.jsonl"]
+    run = subprocess.Popen(
+        [*start, sys.executable, SCRIPT, "out.pt", "waits"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert run.stdout is not None and run.stdout.readline() == "waiting\n"
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(30) == -signal.SIGTERM
+    assert list(read_journal(tmp_path / "ended.jsonl"))[-1].step == 20  # the first step was the sign to begin
+
+
+def test_a_stall_may_fail_the_command(tmp_path: Path) -> None:
+    run = watched(tmp_path, sys.executable, SCRIPT, "a.pt", "bf16", options=("--fail-on-stall", "--report", "r.html"))
+    assert run.returncode == 3
+    assert (tmp_path / "r.html").read_text().startswith("<!")
+    (tmp_path / "run.jsonl").unlink()
+    assert watched(tmp_path, sys.executable, SCRIPT, "b.pt", options=("--fail-on-stall",)).returncode == 0
+
+
+def test_a_process_without_torch_pays_nothing_and_the_users_own_start_up_module_is_run(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sitecustomize.py").write_text("import builtins; builtins.mine = 1\n")
+    code = "import sys, sitecustomize; print(mine, 'torch' in sys.modules, 'update_watch' in sys.modules)"
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path / 'mine'}{os.pathsep}{ROOT}"}
+    run = subprocess.run(
+        [sys.executable, "-m", "update_watch", "run", sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0 and run.stdout == "1 False False\n", run.stderr
+    assert "no step of a torch optimizer was seen" in run.stderr
+
+
+def test_a_script_that_watches_itself_is_left_alone(tmp_path: Path) -> None:
+    code = (
+        "import torch, update_watch as uw; m = torch.nn.Linear(4, 4); o = torch.optim.SGD(m.parameters(), lr=0.1)\n"
+        "with uw.watch(m, o):\n    m(torch.ones(4)).sum().backward(); o.step()\n"
+    )
+    run = watched(tmp_path, sys.executable, "-c", code)
+    assert run.returncode == 0 and "no step of a torch optimizer" in run.stderr
+
+
+def test_a_command_must_be_named(tmp_path: Path) -> None:
+    run = watched(tmp_path)
+    assert run.returncode == 2 and "name the command to run" in run.stderr

@@ -1,0 +1,117 @@
+"""Starts a command so that what it trains is watched, waits for it, and says at the end what was found.
+
+The command keeps its input, output, exit status and signals; its processes find `startup` on their PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from update_watch.report import Health, Report
+from update_watch.run.settings import VARIABLE, Settings
+
+STALLED = 3  # exit status with `fail_on_stall`
+_NOT_FOUND, _NOT_RUNNABLE = 127, 126  # as shells have them
+_FORWARDED = ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+def run(
+    command: Sequence[str],
+    window: int = 128,
+    journal: Path | None = None,
+    report: Path | None = None,
+    wandb: bool = False,
+    fail_on_stall: bool = False,
+) -> int:
+    """Run `command`. Returns its exit status, or `STALLED` where it is 0 and tensors are stalled at the end."""
+    path = (journal or Path(time.strftime("update-watch-%Y%m%d-%H%M%S.jsonl"))).absolute()
+    settings = Settings(str(path), window, wandb)
+    began = time.time()
+    try:
+        status = _start(command, settings)
+    except FileNotFoundError:
+        sys.stderr.write(f"update-watch run: {command[0]}: command not found\n")
+        return _NOT_FOUND
+    except PermissionError:
+        sys.stderr.write(f"update-watch run: {command[0]}: permission denied\n")
+        return _NOT_RUNNABLE
+    journals = [one for one in _journals(path) if one.stat().st_mtime >= began - 1]
+    last = [found for one in journals if (found := _last(one)) is not None]
+    _say(journals, last, report)
+    if status < 0:
+        _end_as(-status)
+    if status == 0 and fail_on_stall and any(t.health is Health.stalled for one in last for t in one.tensors):
+        return STALLED
+    return status if status >= 0 else 128 - status
+
+
+def _start(command: Sequence[str], settings: Settings) -> int:
+    startup = str(Path(__file__).parent / "startup")
+    paths = [startup, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), VARIABLE: settings.to_variable()}
+    child = subprocess.Popen(list(command), env=environment)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for name in _FORWARDED if (number := getattr(signal, name, None))}
+    # Ctrl-C reaches the command by itself; whether it ends is its own affair
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_as(number: int) -> None:
+    """End by the signal that ended the command."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.signal(number, signal.SIG_DFL) if number not in (signal.SIGKILL, signal.SIGSTOP) else None
+    os.kill(os.getpid(), number)
+
+
+def _journals(path: Path) -> list[Path]:
+    others = sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+    return [one for one in (path, *others) if one.exists()]
+
+
+def _last(journal: Path) -> Report | None:
+    from update_watch.dashboards.journal.journal import JournalError, read_journal
+
+    last: Report | None = None
+    try:
+        last = next(reversed(list(read_journal(journal))), None)
+    except (JournalError, OSError) as error:
+        sys.stderr.write(f"update-watch run: {journal}: {error}\n")
+    return last
+
+
+def _say(journals: Sequence[Path], last: Sequence[Report], report: Path | None) -> None:
+    if not journals:
+        sys.stderr.write("update-watch: no step of a torch optimizer was seen in the processes of this command\n")
+        return
+    for journal, found in zip(journals, last, strict=False):
+        sys.stderr.write(f"update-watch: {found.headline}\n  journal: {_short(journal)}\n")
+    if report is None:
+        return
+    try:
+        from update_watch.dashboards.report.html import write_report
+
+        write_report(list(journals), report)
+    except Exception as error:
+        sys.stderr.write(f"update-watch: no report was written: {error}\n")
+    else:
+        sys.stderr.write(f"  report: {report}\n")
+
+
+def _short(path: Path) -> str:
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

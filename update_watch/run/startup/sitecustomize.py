@@ -1,0 +1,80 @@
+"""Python runs this at the start of every process of `update-watch run COMMAND`, as its folder is on PYTHONPATH.
+
+It waits until torch's optimizers are imported, and then for the first step of one. A process that never imports torch pays
+for one look at the names of its imports. A `sitecustomize` of the user's own, further on the path, is run as it would have
+been. Standard library alone: the process may be anything.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+_AWAITED = "torch.optim.optimizer"
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+class _Waiting:
+    """A finder that finds nothing, and sees when torch's optimizers are imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _AWAITED:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                run(module)
+                _listen(module)
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _listen(module: ModuleType) -> None:
+    try:
+        handle = module.register_optimizer_step_post_hook(_stepped)
+        _stepped.hooks, _stepped.number = handle.hooks_dict_ref(), handle.id  # type: ignore[attr-defined]
+    except Exception as error:  # a torch of another kind: the command runs as it would have
+        print(f"update-watch: this torch cannot be watched: {error!r}", file=sys.stderr)
+
+
+def _stepped(optimizer: Any, *_: Any) -> None:
+    """After the first step of an optimizer. Another hook takes its place: torch goes through them just now."""
+    _stepped.hooks[_stepped.number] = _nothing  # type: ignore[attr-defined]
+    try:
+        if importlib.util.find_spec("update_watch") is None:  # installed for another Python than this one
+            sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(_HERE))))
+        from update_watch.run import session
+
+        session.begin(optimizer)
+    except Exception as error:
+        print(f"update-watch: this process is not watched: {error!r}", file=sys.stderr)
+
+
+def _nothing(*_: Any) -> None:
+    """In place of the hook."""
+
+
+_stepped._torchdynamo_disable = _nothing._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _go_on() -> None:
+    """Run the module of this name that would have been run without us."""
+    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != _HERE]
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize")
+    if spec is not None and spec.loader is not None:
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["sitecustomize"] = module
+        spec.loader.exec_module(module)
+
+
+if "UPDATE_WATCH_RUN" in os.environ and __name__ == "sitecustomize":
+    sys.meta_path.insert(0, _Waiting())  # type: ignore[arg-type]
+    _go_on()
