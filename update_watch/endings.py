@@ -79,6 +79,8 @@ def close_all(timeout: float = WAIT) -> None:
     deadline = time.monotonic() + timeout
     for watch in list(_OPEN):
         watch.close(max(deadline - time.monotonic(), 0.0))
+
+
 def is_any_open() -> bool:
     """Whether this process has a watch that is not closed."""
     return bool(_OPEN)
