@@ -218,7 +218,7 @@ def _calm(frame: Frame) -> Verdict:
     others = groups_of(frame, (Health.idle, Health.unknown, Health.frozen))
     if healthy:
         sentence = (
-            f"All {healthy:,} tensors get their updates."
+            (f"All {healthy:,} tensors get their updates." if total > 1 else "The one tensor gets its updates.")
             if healthy == total
             else (f"{healthy:,} of {total:,} tensors get their updates; {_others_words(others)}.")
         )

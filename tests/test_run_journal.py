@@ -103,7 +103,7 @@ def test_a_folder_stands_for_its_newest_journal(tmp_path, capsys, monkeypatch):
     pytest.importorskip("vl_convert")
     import os
 
-    old, new = small(tmp_path / "version_0" / "j.jsonl", "old.w"), small(tmp_path / "version_1" / "j.jsonl", "new.w")
+    old, new = small(tmp_path / "version_0" / "j.jsonl", "old.alpha"), small(tmp_path / "version_1" / "j.jsonl", "new.beta")
     os.utime(old, (1, 1))
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     assert journals_in(tmp_path) == [new, old]
@@ -112,9 +112,11 @@ def test_a_folder_stands_for_its_newest_journal(tmp_path, capsys, monkeypatch):
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html"), "--open"]) == 0
     assert opened == [(tmp_path / "r.html").as_uri()]
     text = (tmp_path / "r.html").read_text()
-    assert '"new.w"' in text and '"old.w"' not in text
+    assert '"new.beta"' in text and '"old.alpha"' not in text
     assert main(["top", str(tmp_path), "--once"]) == 0
-    assert "new.w" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "The one tensor gets its updates." in out
+    assert out.splitlines()[-1].startswith("beta")
 
 
 def test_a_folder_without_a_journal_is_named(tmp_path, capsys):
