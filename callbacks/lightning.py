@@ -21,18 +21,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from update_watch.callbacks.on_stall import OnStall, StallResponse
+from update_watch.callbacks.options import AUTO, OnAudit, Options
 from update_watch.callbacks.session import (
-    AUTO,
     Names,
-    Options,
     Session,
     Sink,
     average_models,
     become,
+    counts_to_show,
     harmless,
     logger,
     run_numbers,
-    stalled_count,
     wandb_sink,
 )
 from update_watch.report import Report
@@ -82,6 +81,8 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
             training thread; the run is stopped as with "stop" when it returns True.
         progress_bar: show `efficiency` and `stalled` in the progress bar.
         print_audit: print once, when training begins, what will stall, or that nothing will.
+        on_audit: what is done with it: "warn"; "raise" `update_watch.StallExpected` where something will stall, which ends
+            the training before its first step; or a function of the `Audit`.
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
         include: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
         exclude: of those that are not.
@@ -108,23 +109,12 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         journal: str | os.PathLike[str] | None = AUTO,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        on_audit: OnAudit = "warn",
     ) -> None:
         super().__init__()
         self._options = Options(
-            window,
-            samples,
-            sinks,
-            thresholds,
-            averages,
-            seed,
-            on_stall,
-            progress_bar,
-            print_audit,
-            check_replicas,
-            budget,
-            journal,
-            include,
-            exclude,
+            *(window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit, check_replicas),
+            *(budget, journal, include, exclude, on_audit),
         )
         self.last: Report | None = None
         self._is_automatic = False
@@ -233,11 +223,17 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
             _log(trainer, report)
         # Lightning forgets what was logged at the end of an epoch
         if self._options.progress_bar and self.last is not None and (reports or batch_idx == 0):
-            numbers = {"efficiency": self.last.efficiency, "stalled": float(stalled_count(self.last))}
+            numbers = {"efficiency": self.last.efficiency, **counts_to_show(self.last)}
             for name, value in numbers.items():
                 if value is not None:
                     pl_module.log(
-                        name, value, prog_bar=True, logger=False, on_step=True, on_epoch=False, rank_zero_only=True
+                        name,
+                        float(value),
+                        prog_bar=True,
+                        logger=False,
+                        on_step=True,
+                        on_epoch=False,
+                        rank_zero_only=True,
                     )
         return reports
 

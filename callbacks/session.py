@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import logging
@@ -17,9 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch import run_journal
-from update_watch.callbacks.on_stall import OnStall
+from update_watch.audit.table import StallExpected
+from update_watch.callbacks.options import AUTO, Options
 from update_watch.report import Health, Report, weighted_mean
-from update_watch.thresholds import Thresholds
 from update_watch.watch import Watch, watch
 from update_watch.wrappers import unwrap
 
@@ -27,71 +26,9 @@ logger = logging.getLogger("update_watch")
 
 Sink = Callable[[Report], Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
-AUTO = "auto"  # a journal beside the trainer's logs, where it keeps any
 FLUSH_SECONDS = 10.0  # waited for the last window at the end of training
 # modules that only wrap another: their names in front of a parameter's say nothing
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of a callback; each is documented there."""
-
-    window: int
-    samples: int
-    sinks: Sequence[Sink]
-    thresholds: Thresholds | None
-    averages: Mapping[str, Any] | None
-    seed: int
-    on_stall: OnStall
-    progress_bar: bool
-    print_audit: bool
-    check_replicas: bool
-    budget: float | None = 0.01
-    journal: str | os.PathLike[str] | None = AUTO
-    include: str | Sequence[str] | None = None
-    exclude: str | Sequence[str] | None = None
-
-    def __post_init__(self) -> None:
-        if self.on_stall not in ("warn", "stop", "raise") and not callable(self.on_stall):
-            raise ValueError(
-                f"UpdateWatch(on_stall={self.on_stall!r}) must be 'warn', 'stop', 'raise' or a function of a Report"
-            )
-        if self.averages is not None and not isinstance(self.averages, Mapping):
-            raise TypeError(f"UpdateWatch(averages={self.averages!r}) must map names to models, as in {{'ema': model}}")
-        # what `watch` would refuse once training begins, where it could only be logged
-        for name, least in (("window", 1), ("samples", 4)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"UpdateWatch({name}={value!r}) must be a whole number of at least {least}")
-        is_number = isinstance(self.budget, (int, float)) and not isinstance(self.budget, bool)
-        if self.budget is not None and not (is_number and 0 < self.budget <= 1):
-            raise ValueError(f"UpdateWatch(budget={self.budget!r}) must be a share above 0 and at most 1, or None")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"UpdateWatch(seed={self.seed!r}) must be a whole number")
-        for name in ("progress_bar", "print_audit", "check_replicas"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"UpdateWatch({name}={getattr(self, name)!r}) must be True or False")
-        if self.journal is not None and not (isinstance(self.journal, (str, os.PathLike)) and os.fspath(self.journal)):
-            raise TypeError(f"UpdateWatch(journal={self.journal!r}) must be the file to write, 'auto' or None")
-        if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
-            raise TypeError(f"UpdateWatch(thresholds={self.thresholds!r}) must be update_watch.Thresholds or None")
-        for name in ("include", "exclude"):
-            given = getattr(self, name)
-            patterns = [given] if isinstance(given, str) or given is None else given
-            if not isinstance(patterns, Sequence) or not all(one is None or isinstance(one, str) for one in patterns):
-                raise TypeError(f"UpdateWatch({name}={given!r}) must be a name with wildcards, or a list of them")
-        if isinstance(self.sinks, str) or not isinstance(self.sinks, Iterable):
-            raise TypeError(f"UpdateWatch(sinks={self.sinks!r}) must be a list of sinks")
-        object.__setattr__(self, "sinks", tuple(self.sinks))
-        for sink in self.sinks:
-            if not callable(sink):
-                raise TypeError(f"UpdateWatch(sinks=[{sink!r}]): a sink is a callable that takes a Report")
-
-    def for_watch(self) -> dict[str, Any]:
-        """Keyword arguments of `update_watch.watch`."""
-        names = ("window", "samples", "budget", "sinks", "thresholds", "seed", "check_replicas", "include", "exclude")
-        return {name: getattr(self, name) for name in names}
 
 
 class Names:
@@ -196,7 +133,11 @@ class Session:
             logger.warning("update-watch: the checkpoint's memory of earlier windows is not used: %s", error)
 
     def audit(self, averages: Mapping[str, Any], dashboards: Sequence[Any]) -> None:
-        """Print what will stall, or that nothing will, and tell the dashboards."""
+        """Print what will stall, or that nothing will, and tell the dashboards.
+
+        Raises:
+            StallExpected: something will stall, and `on_audit` is "raise"; or the user's function raised an error.
+        """
         try:
             found, text = _audit(self._names, averages)
             if self._options.print_audit:
@@ -206,6 +147,14 @@ class Session:
                 sink.describe(facts)
         except Exception as error:
             logger.warning("update-watch: no audit: %r", error)
+            return
+        if self._options.on_audit == "raise":
+            found.check()
+        elif callable(self._options.on_audit):
+            try:
+                self._options.on_audit(found)
+            except Exception as error:
+                raise StallExpected(str(error)) from error
 
     def finish(self, timeout: float = FLUSH_SECONDS) -> list[Report]:
         """Report the open window; the reports that were not taken yet."""
@@ -247,6 +196,8 @@ def harmless(method: Method) -> Method:
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
+        except StallExpected:  # a gate that the user asked for
+            raise
         except Exception as error:
             logger.error("update-watch: stopped watching, training goes on: %r", error, exc_info=error)
             session, self._session = self._session, None
@@ -276,8 +227,12 @@ def watchable_of(optimizers: Iterable[Any]) -> list[Optimizer]:
     return found
 
 
-def stalled_count(report: Report) -> int:
-    return sum(t.health is Health.stalled for t in report.tensors)
+def counts_to_show(report: Report) -> dict[str, int]:
+    """`stalled` where anything is known, and `unknown` where anything is not: no 0 that was not measured."""
+    counts, at_rest = report.counts, (Health.frozen, Health.idle)
+    is_known = any(t.health not in (Health.unknown, *at_rest) for t in report.tensors)
+    shown = {"stalled": counts["stalled"]} if is_known or not counts["unknown"] else {}
+    return shown | ({"unknown": counts["unknown"]} if counts["unknown"] else {})
 
 
 def run_numbers(report: Report) -> dict[str, float]:
@@ -304,6 +259,11 @@ def _audit(names: Names, averages: Mapping[str, Any]) -> tuple[Any, str]:
     if found.warnings:
         return found, f"update-watch: {found}"
     tensors = sum(1 for _ in names)
+    if found.notes:  # no all-clear where something is not known
+        return (
+            found,
+            f"update-watch: {tensors} tensors watched; not known before the first step: {' '.join(found.notes)}",
+        )
     return found, f"update-watch: {tensors} tensors watched; nothing in their formats will stall."
 
 

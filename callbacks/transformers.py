@@ -16,19 +16,18 @@ from typing import Any
 import torch
 
 from update_watch.callbacks.on_stall import OnStall, StallResponse
+from update_watch.callbacks.options import AUTO, OnAudit, Options
 from update_watch.callbacks.packed_state import packed, unpacked
 from update_watch.callbacks.session import (
-    AUTO,
     Names,
-    Options,
     Session,
     Sink,
     average_models,
     become,
+    counts_to_show,
     harmless,
     logger,
     run_numbers,
-    stalled_count,
     wandb_sink,
 )
 from update_watch.report import Report
@@ -66,6 +65,8 @@ class UpdateWatch(TrainerCallback, ExportableState):
             training thread; the run is stopped as with "stop" when it returns True.
         progress_bar: add `efficiency` and `stalled` to the lines the Trainer prints.
         print_audit: print once, when training begins, what will stall, or that nothing will.
+        on_audit: what is done with it: "warn"; "raise" `update_watch.StallExpected` where something will stall, which ends
+            the training before its first step; or a function of the `Audit`.
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
         include: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
         exclude: of those that are not.
@@ -93,22 +94,11 @@ class UpdateWatch(TrainerCallback, ExportableState):
         journal: str | os.PathLike[str] | None = AUTO,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        on_audit: OnAudit = "warn",
     ) -> None:
         self._options = Options(
-            window,
-            samples,
-            sinks,
-            thresholds,
-            averages,
-            seed,
-            on_stall,
-            progress_bar,
-            print_audit,
-            check_replicas,
-            budget,
-            journal,
-            include,
-            exclude,
+            *(window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit, check_replicas),
+            *(budget, journal, include, exclude, on_audit),
         )
         self.last: Report | None = None
         self.memory: dict[str, Any] = {}
@@ -213,7 +203,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         if self._options.progress_bar and self.last is not None and logs is not None and "loss" in logs:
             if self.last.efficiency is not None:
                 logs["efficiency"] = round(self.last.efficiency, 4)
-            logs["stalled"] = stalled_count(self.last)
+            logs.update(counts_to_show(self.last))
 
     @harmless
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "Level",
     "Report",
     "Schedule",
+    "StallExpected",
     "TensorReport",
     "Thresholds",
     "Watch",
@@ -53,6 +54,7 @@ __all__ = [
 _HOMES = {
     "Audit": "audit.table",
     "Schedule": "foresight.schedules",
+    "StallExpected": "audit.table",
     "Thresholds": "thresholds",
     "Watch": "watch",
     "WindowEvidence": "evidence",

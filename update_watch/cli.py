@@ -23,6 +23,9 @@ from update_watch.wording import printable
 _PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
 
 
+_FOUND = 3  # exit status of --strict: what was looked for is there
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -160,6 +163,13 @@ def _audit(options: argparse.Namespace) -> None:
     except TypeError as error:
         raise UsageError(f"{options.factory}: {error}") from error
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    if options.strict:
+        from update_watch.audit.table import StallExpected
+
+        try:
+            found.check(options.allow)
+        except StallExpected:
+            sys.exit(_FOUND)
 
 
 def _diff(options: argparse.Namespace) -> None:
@@ -171,6 +181,8 @@ def _diff(options: argparse.Namespace) -> None:
     except CheckpointError as error:
         raise UsageError(str(error)) from error
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.text(options.limit or None))
+    if options.strict and found.never_moved:
+        sys.exit(_FOUND)
 
 
 def _workspace(options: argparse.Namespace) -> None:
@@ -294,12 +306,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     audit.add_argument("factory", metavar="MODULE:FUNCTION", help="or FILE.py:FUNCTION")
     audit.add_argument("--json", action="store_true", help="as JSON")
+    audit.add_argument("--strict", action="store_true", help="exit with 3 where something is expected to stall")
+    audit.add_argument("--allow", action="append", default=[], metavar="PATTERN",
+                       help="with --strict: tensors that may stall all the same; may be repeated")  # fmt: skip
 
     diff = add("diff", _diff, "compare two checkpoints bit by bit; nothing in them is run")
     diff.add_argument("first", type=Path, metavar="FIRST", help="safetensors file, folder of such, or torch file")
     diff.add_argument("second", type=Path, metavar="SECOND")
     diff.add_argument("--limit", type=_count, default=40, metavar="N", help="tensors shown, 0 for all (40)")
     diff.add_argument("--json", action="store_true", help="as JSON, all tensors")
+    diff.add_argument("--strict", action="store_true", help="exit with 3 where tensors never moved")
 
     for name, run, summary in (
         ("workspace", _workspace, "save the dashboard in a W&B project, in place of an earlier one"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from update_watch.audit.audit import audit
-from update_watch.audit.table import Audit, AuditRow
+from update_watch.audit.table import Audit, AuditRow, StallExpected
 from update_watch.report import Health
 from update_watch.wording import size
 
@@ -416,3 +416,26 @@ def test_arguments_that_cannot_be_used_are_named() -> None:
         audit(torch.nn.Linear(2, 2), optimizer, {"ema": {}})
     with pytest.raises(TypeError, match="torch optimizer"):
         audit(torch.nn.Linear(2, 2), object())
+
+
+# --- the gate -----------------------------------------------------------------------------------------------
+
+
+def _gated(dtype: torch.dtype) -> Audit:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.RMSNorm(16)).to(dtype)
+    return audit(model, torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0))
+
+
+def test_a_gate_raises_with_the_table_where_something_will_stall_and_is_silent_where_nothing_will() -> None:
+    found = _gated(torch.bfloat16)
+    with pytest.raises(StallExpected, match=r"expected to stall: weights \(bfloat16\)") as caught:
+        found.check()
+    assert str(found) in str(caught.value)
+    _gated(torch.float32).check()
+
+
+def test_what_is_allowed_passes_the_gate_and_nothing_else() -> None:
+    found = _gated(torch.bfloat16)
+    with pytest.raises(StallExpected, match=r"0\.weight"):
+        found.check(allow=["1.weight", "state *"])
+    found.check(allow="*")

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from update_watch.report import SEVERITY, Health
-from update_watch.wording import size
+from update_watch.wording import listed, size
 
+_FAILS = (Health.broken, Health.stalled, Health.stalling)
 _WIDTH = 116  # of the table (characters)
+
+
+class StallExpected(RuntimeError):
+    """What `Audit.check` raises: the text is the whole audit, after one sentence on what is expected to stall."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +60,30 @@ class Audit:
     def cure_bytes(self) -> int:
         """What all cures together cost (bytes)."""
         return sum(row.cure_bytes or 0 for row in self.rows)
+
+    def check(self, allow: Iterable[str] | str = ()) -> None:
+        """A gate for CI and job scripts: nothing is said where nothing is expected to stall.
+
+        Args:
+            allow: names with wildcards of tensors ("*norm*.weight") or of what accumulates ("weight decay", "state *")
+                that may stall all the same.
+
+        Raises:
+            StallExpected: something else is expected to lose updates (health stalled, stalling or broken).
+        """
+        patterns = [allow] if isinstance(allow, str) else list(allow)
+
+        def is_allowed(name: str) -> bool:
+            return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+        bad: list[str] = []
+        for row in self.rows:
+            if row.health in _FAILS and not is_allowed(row.component):
+                names = [name for name in row.names if not is_allowed(name)]
+                if names or not row.names:
+                    bad.append(f"{row.component} ({row.dtype}): {listed(tuple(names)) if names else row.expected}")
+        if bad:
+            raise StallExpected(f"expected to stall: {'; '.join(bad)}\n{self}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""

@@ -137,12 +137,10 @@ def _by_steps(
         if pooled.windows >= limits.pool_windows:
             if error > limits.maximum_error:
                 return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
-        elif (at_best := grade(efficiency + margin, history.grade, limits)) is not HEALTHY:
-            health = at_best  # how bad it is, more windows will tell
-        elif history.graded is None:
-            return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
-        else:  # till more is known, the earlier verdict stands
-            health = history.grade
+        elif grade(efficiency + margin, history.grade, limits) is HEALTHY:  # else only how bad it is is not certain
+            if history.graded is None:
+                return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
+            health = history.grade  # till more is known, the earlier verdict stands
     if exact and efficiency - margin > most:
         return Score(UNKNOWN, reasons.unexplained(efficiency, None))
     if health is not HEALTHY and displacement is not None and displacement > efficiency:
