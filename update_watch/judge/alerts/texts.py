@@ -88,7 +88,7 @@ def _head(members: Sequence[Finding], tensors: Sequence[TensorReport], trainer: 
     else:
         seen = finding(members[0].advice)
     fix = remedy(cause, mine, tensors, trainer, members[0].advice, members[0].part)
-    text = f"{_who(mine, tensors)}: {seen[:1].lower() if seen[:2].islower() else seen[:1]}{seen[1:]}"
+    text = f"{_who(mine, tensors)}: {seen[:1].lower() if seen[1:2].islower() else seen[:1]}{seen[1:]}"
     return f"{text}\nFix: {fix}." if fix else text
 
 
