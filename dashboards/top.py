@@ -169,9 +169,7 @@ def read_tail(path: Path, windows: int = WINDOWS) -> Tail:
         alerts = [alert for alert in alerts if alert.step < frame.step] + list(frame.alerts)
         frames.append(frame)
     if not frames:
-        raise EmptyJournalError(
-            f"{path} holds no window yet: the first is written when the first window of steps closes."
-        )
+        raise reader.without_windows()
     return Tail(frames[-1], tuple(frames[-windows:]), tuple(alerts[: -_ALERTS - 1 : -1]), reader.run)
 
 

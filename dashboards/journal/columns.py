@@ -21,6 +21,8 @@ from update_watch.report import HEADROOM_BINS, SEVERITY
 _SHARE = 10_000  # headroom shares are stored as whole ten-thousandths
 _SPARSE = 0.6  # from this share on, a column is stored as the exceptions from its most common value
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+_HUGE = 1e60  # of a number; sums and squares of those below stay finite
+_LONGEST = 200_000  # characters of a text
 _SLOT = "\x1f"  # where a number stood in a sentence
 
 
@@ -61,7 +63,7 @@ def column_of(column: Any, count: int) -> Floats:
             raise ValueError("damaged window (length of a column)")
     else:
         values = np.full(count, _float(column))
-    values[np.isinf(values)] = np.nan
+    values[~(np.abs(values) < _HUGE)] = np.nan  # no measurement: damage, or a hostile hand
     return values
 
 
@@ -175,9 +177,18 @@ def run_of(line: Any) -> RunNumbers:
 # --- checks --------------------------------------------------------------------------------------------
 
 
+def number_of(value: Any) -> float:
+    number = float(value)
+    if not abs(number) < _HUGE:
+        raise ValueError(f"a number was expected, not {number}")
+    return number
+
+
 def text_of(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"a text was expected, not {type(value).__name__}")
+    if len(value) > _LONGEST:
+        raise ValueError(f"a text of {len(value)} characters")
     return value
 
 

@@ -244,6 +244,19 @@ class JournalReader:
             pass
         return self.run
 
+    def without_windows(self) -> JournalError:
+        """What to raise where no window was found: they are still to come, or all of them are damaged."""
+        if not self.damaged:
+            return EmptyJournalError(
+                f"{self.path} holds no window yet: the first is written when the first window of steps closes."
+            )
+        lines = ", ".join(str(number) for number, _ in self.damaged[:_LINES_NAMED])
+        more = ", ..." if len(self.damaged) > _LINES_NAMED else ""
+        return JournalError(
+            f"{self.path}: no window of it can be read: {len(self.damaged)} lines are damaged (line {lines}{more}; the"
+            f" first: {self.damaged[0][1]})"
+        )
+
     def warn(self) -> None:
         """Warn of what was skipped, if anything was."""
         if self.damaged:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from update_watch.dashboards.frame import Columns, Floats, Frame, TensorTable, frame_of
 from update_watch.dashboards.joining import join
-from update_watch.dashboards.journal.journal import EmptyJournalError, JournalReader
+from update_watch.dashboards.journal.journal import JournalReader
 from update_watch.dashboards.journal.thinning import window_steps
 from update_watch.dashboards.run_numbers import RunNumbers, mean_of
 from update_watch.report import SEVERITY, Alert, Health, Report
@@ -74,19 +74,19 @@ def read_history(path: str | os.PathLike[str], name: str | None = None, spans: i
     path = Path(path)
     kept: dict[int, int] = {}  # line number -> step
     earliest: float = float("inf")
-    for number, step, _ in reversed(window_steps(path)):
+    numbered = window_steps(path)
+    for number, step, _ in reversed(numbered):
         if step < earliest:
             earliest, kept[number] = step, step
     reader = JournalReader(path)
     builder = _Builder(min(kept.values(), default=0), max(kept.values(), default=0), spans)
     # only the state at the end is shown in full; a few lines more, for the case that the last is damaged
     whole = set(sorted(kept)[-8:])
-    for frame in reader.frames(kept.__contains__, whole.__contains__):
+    behind = {number for number, _, _ in numbered}.difference(kept)  # of a run before it was resumed
+    for frame in reader.frames(lambda number: number not in behind, whole.__contains__):
         builder.add(frame)
     if builder.last is None:
-        raise EmptyJournalError(
-            f"{path} holds no window yet: the first is written when the first window of steps closes."
-        )
+        raise reader.without_windows()
     label = name or str(reader.run.get("name") or path.stem)
     return builder.finish(label, len(reader.damaged), reader.run)
 
