@@ -337,7 +337,7 @@ def test_of_two_errors_the_first_is_told_and_no_other(monkeypatch: pytest.Monkey
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         watch = uw.watch(model, optimizer, window=2, budget=None)
-        monkeypatch.setattr(watch._diagnosis, "judge", lambda evidence: 1 / 0)
+        monkeypatch.setattr(watch._diagnosis, "judge", lambda *_: 1 / 0)
         train(model, optimizer, 40)
         watch.close()
     assert len(caught) == 1 and "ZeroDivisionError" in told(caught)[0], told(caught)
