@@ -48,7 +48,7 @@ SAMPLES = 256
 WRONG = 1e-4  # of the largest update
 ROUNDING = 2.0**-22  # of the stored value: what may differ in a state, whose change can be far smaller than itself
 VECTOR = 16  # elements; torch's fused kernels compute the last `numel % VECTOR` by other instructions
-BAR = 107  # of pytorch_optimizer's classes
+BAR = 103  # of pytorch_optimizer's classes
 
 Params = list[torch.nn.Parameter]
 SHAPES: tuple[tuple[tuple[int, ...], ...], ...] = (
