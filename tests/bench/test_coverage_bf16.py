@@ -1,4 +1,4 @@
-"""bench/coverage_bf16.py tells optimizers that are measured from those that are not, and right numbers from wrong ones."""
+"""bench/bf16/coverage.py tells optimizers that are measured from those that are not, and right numbers from wrong ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import update_watch as uw
-from bench import coverage_bf16
+from bench.bf16 import coverage as coverage_bf16
 from bench.coverage import Case
 
 

@@ -1,4 +1,4 @@
-"""Rules bound to BF16 are replayed on scaled weights, against the same update in FP64; see bench/remainders.py for whole runs."""
+"""Rules bound to BF16 are replayed on scaled weights, against the same update in FP64; see bench/bf16/remainders.py for whole runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import remainders as runs
+from bench.bf16 import remainders as runs
 from bench.planted.remainders import (
     KEEPING,
     LOSING,

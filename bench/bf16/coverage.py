@@ -3,9 +3,9 @@
 Embedding, matrix, bias, norm and head, stored in BF16, trained on synthetic gradients with every optimizer of bench/coverage.py;
 with bitsandbytes the embedding has 32-bit states, as transformers orders it. Beside the watch all tensors together take each
 step once more on FP32 copies, whole: <applied, intended> / <intended, intended> over all elements is what `efficiency` has to be.
-A rule that does not run on FP32 copies is counted and not compared here; for these see bench/remainders.py.
+A rule that does not run on FP32 copies is counted and not compared here; for these see bench/bf16/remainders.py.
 
-    python bench/coverage_bf16.py [--only TEXT] [--steps N] [--json FILE] [--quiet]
+    python bench/bf16/coverage.py [--only TEXT] [--steps N] [--json FILE] [--quiet]
 
 Exit status 1 where an efficiency is off by more than 0.05.
 """

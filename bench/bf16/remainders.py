@@ -1,6 +1,6 @@
 """Schemes that keep what rounding takes from a BF16 weight, against the full comparison of all elements in FP64.
 
-    python bench/remainders.py [--seeds N] [--only TEXT] [--steps N]
+    python bench/bf16/remainders.py [--seeds N] [--only TEXT] [--steps N]
 
 Every scheme trains a small net of BF16 weights; `efficiency` of each tensor is compared with <applied, intended> /
 <intended, intended> of all its elements, the intended update by the formula of AdamW in FP64, the applied one of the weight with
