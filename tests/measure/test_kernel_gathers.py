@@ -105,4 +105,8 @@ def test_a_kernel_that_reads_otherwise_is_not_used_and_that_is_said_once(monkeyp
         assert reports(sgd)[0] == (False, 2)
         assert reports(sgd)[0] == (False, 2)
     assert len([w for w in said if "gather kernel is not used" in str(w.message)]) == 1
+    monkeypatch.setattr(multi_gather, "_failed", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it must not reach who attaches a watch
+        assert reports(sgd)[0] == (False, 2)
     assert not multi_gather.is_available(CPU)

@@ -6,6 +6,7 @@ that is said once.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import warnings
@@ -43,7 +44,8 @@ def gathers_of(optimizer: Optimizer, rows: list[Row], samples: int, rng: random.
         if multi_gather.give_up(device, repr(error)):
             message = f"update-watch: its gather kernel is not used on {device}, torch's operators are: {error!r}"
             logger.warning(message, exc_info=error)
-            warnings.warn(message, stacklevel=2)
+            with contextlib.suppress(Warning):  # where filters turn warnings into errors
+                warnings.warn(message, stacklevel=2)
         rng.setstate(state)
         return Gathers(optimizer, rows, samples, rng)
 
