@@ -103,7 +103,10 @@ def test_a_folder_stands_for_its_newest_journal(tmp_path, capsys, monkeypatch):
     pytest.importorskip("vl_convert")
     import os
 
-    old, new = small(tmp_path / "version_0" / "j.jsonl", "old.alpha"), small(tmp_path / "version_1" / "j.jsonl", "new.beta")
+    old, new = (
+        small(tmp_path / "version_0" / "j.jsonl", "old.alpha"),
+        small(tmp_path / "version_1" / "j.jsonl", "new.beta"),
+    )
     os.utime(old, (1, 1))
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     assert journals_in(tmp_path) == [new, old]

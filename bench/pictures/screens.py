@@ -1,6 +1,6 @@
 """The report's screens, for every kind of run: journals of really measured windows, pages, pictures.
 
-    python bench/screens.py FOLDER [--only NAME ...] [--pictures docs/screens]
+    python bench/pictures/screens.py FOLDER [--only NAME ...] [--pictures docs/screens]
 
 Makes in FOLDER a journal and a page for each run of `RUNS` that is not there yet (about ten minutes on two cores), and
 pictures of them. "moe" and "moe 5" are synthetic: they are for volume, their numbers mean nothing.

@@ -1,6 +1,6 @@
 """The picture in the README: the top of the report of a demo run.
 
-    python bench/picture.py [--run FOLDER] [--png docs/demo.png]
+    python bench/pictures/demo.py [--run FOLDER] [--png docs/demo.png]
 
 Runs the demo (about a minute) unless FOLDER holds one, and draws its report in Chromium.
 """
@@ -21,7 +21,7 @@ HEIGHT, WIDTH = 880, 1240  # of the part that is shown, in the page's units
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--run", type=Path, help="folder of an earlier `update-watch demo --out`")
-    parser.add_argument("--png", type=Path, default=Path(__file__).parent.parent / "docs" / "demo.png")
+    parser.add_argument("--png", type=Path, default=Path(__file__).parents[2] / "docs" / "demo.png")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.run or Path(scratch)
