@@ -234,12 +234,6 @@ def test_a_folder_can_be_taken_in_at_a_glance() -> None:
     assert folders_that_are_too_full(files) == set()
 
 
-def test_every_folder_is_installed() -> None:
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = set(re.findall(r'"([\w.]+)"', text[text.index("\npackages = [") :].partition("]")[0]))
-    assert {name for name, path in MODULES.items() if path.name == "__init__.py"} == listed
-
-
 def test_every_wing_says_what_is_in_it_and_what_it_may_import() -> None:
     for name, path in MODULES.items():
         if path.name == "__init__.py" and name != PACKAGE:
