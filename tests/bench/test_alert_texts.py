@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from bench.alert_texts import PAGE, page
+from bench.verdicts.alert_texts import PAGE, page
 
 
 def test_the_page_of_alerts_is_what_is_told() -> None:

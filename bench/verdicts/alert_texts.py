@@ -1,12 +1,11 @@
 """Every kind of alert as it is told, for docs/alerts.md: written from reports made by hand, by the code that tells them.
 
-python bench/alert_texts.py            # print the page
-python bench/alert_texts.py --write    # write docs/alerts.md
+python bench/verdicts/alert_texts.py            # print the page
+python bench/verdicts/alert_texts.py --write    # write docs/alerts.md
 """
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from update_watch.judge.seen import Seen
 from update_watch.report import AccumulatorReport, Cause, Health, Report, TensorReport
 from update_watch.thresholds import Thresholds
 
-PAGE = Path(__file__).parents[1] / "docs" / "alerts.md"
+PAGE = Path(__file__).parents[2] / "docs" / "alerts.md"
 _HEAD = """# Alerts
 
 One story per cause and run. It is told when it begins, when the share of the parameters it holds passes the next of 1%, 10%,
@@ -30,7 +29,7 @@ ERROR: stalled, broken, nothing trains, an average that does not follow. WARN: s
 frozen and yet moved by its optimizer, more than a tenth that cannot be measured. INFO: a layer that goes idle after it trained,
 and the end of a story. Each is one record of the logger `update_watch`, one `Alert` in the report, and one message of a sink.
 
-The page is made by `python bench/alert_texts.py --write`.
+The page is made by `python bench/verdicts/alert_texts.py --write`.
 """
 
 
@@ -102,11 +101,11 @@ def stories() -> dict[str, list[list[TensorReport]]]:
 
 def page() -> str:
     """The page, in Markdown."""
-    logging.getLogger("update_watch").setLevel(logging.CRITICAL + 1)
     parts = [_HEAD]
     for title, windows in stories().items():
         parts.append(f"## {title}\n")
         alerts = Alerts(Thresholds(), clock=iter(range(10**6, 10**9, 3600)).__next__)
+        alerts.is_logging = False
         for i, tensors in enumerate(windows, 1):
             step = 256 * i
             for alert in alerts.update(Report(step, 128, Health.healthy, "", tuple(tensors))).alerts:

@@ -1,0 +1,1 @@
+"""What is judged and told: the texts of alerts, the cost of judging."""
