@@ -86,17 +86,17 @@ def test_status_and_signals_of_the_command_are_passed_on(tmp_path: Path) -> None
     assert watched(tmp_path, sys.executable, SCRIPT, "out.pt", "fails").returncode == 7
     assert watched(tmp_path, "no-such-command").returncode == 127
     start = [sys.executable, "-m", "update_watch", "run", "--window", "8", "--journal", "ended.jsonl"]
-    run = subprocess.Popen(
+    with subprocess.Popen(
         [*start, sys.executable, SCRIPT, "out.pt", "waits"],
         cwd=tmp_path,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    )
-    assert run.stdout is not None and run.stdout.readline() == "waiting\n"
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(30) == -signal.SIGTERM
+    ) as run:
+        assert run.stdout is not None and run.stdout.readline() == "waiting\n"
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == -signal.SIGTERM
     assert list(read_journal(tmp_path / "ended.jsonl"))[-1].step == 20  # the first step was the sign to begin
 
 
