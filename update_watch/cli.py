@@ -10,7 +10,6 @@ import argparse
 import importlib
 import importlib.util
 import json
-import math
 import os
 import sys
 import textwrap
@@ -18,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from update_watch.cli_types import count, positive, rate
 from update_watch.wording import printable
 
 _PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
         "run a command, and watch what it trains",
         "Its exit status is passed on; 3 with --fail-on-stall where that is 0 and tensors are stalled at the end.",
     )
-    watched.add_argument("--window", type=_positive, default=128, metavar="N", help="optimizer steps per report (128)")
+    watched.add_argument("--window", type=positive, default=128, metavar="N", help="optimizer steps per report (128)")
     watched.add_argument("--journal", type=Path, metavar="FILE", help="(update-watch-DATE.jsonl)")
     watched.add_argument("--report", type=Path, metavar="FILE", help="write the HTML report there at the end")
     watched.add_argument("--wandb", action="store_true", help="log to the W&B run that the script has open")
@@ -275,13 +275,13 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     demo = add("demo", _demo, "train a small GPT whose norms stall, beside a twin that does not; about a minute")
-    demo.add_argument("--steps", type=_positive, default=1000, metavar="N", help="optimizer steps (1000)")
-    demo.add_argument("--lr", type=_rate, default=1e-3, metavar="RATE", help="highest learning rate (0.001)")
+    demo.add_argument("--steps", type=positive, default=1000, metavar="N", help="optimizer steps (1000)")
+    demo.add_argument("--lr", type=rate, default=1e-3, metavar="RATE", help="highest learning rate (0.001)")
     demo.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the weights (bf16)")
     demo.add_argument("--out", type=Path, default=Path("update-watch-demo"), metavar="FOLDER",
                       help="for journals, report, W&B runs; an earlier demo in it is replaced (update-watch-demo)")  # fmt: skip
     demo.add_argument("--force", action="store_true", help="replace files of these names that no demo made, too")
-    demo.add_argument("--seed", type=_count, default=0, metavar="N", help="of start and text (0)")
+    demo.add_argument("--seed", type=count, default=0, metavar="N", help="of start and text (0)")
     demo.add_argument("--wandb", choices=("offline", "online", "disabled"), default="offline", help="(offline)")
 
     report = add("report", _report, "write one HTML file from the journals of one or more runs")
@@ -313,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     diff = add("diff", _diff, "compare two checkpoints bit by bit; nothing in them is run")
     diff.add_argument("first", type=Path, metavar="FIRST", help="safetensors file, folder of such, or torch file")
     diff.add_argument("second", type=Path, metavar="SECOND")
-    diff.add_argument("--limit", type=_count, default=40, metavar="N", help="tensors shown, 0 for all (40)")
+    diff.add_argument("--limit", type=count, default=40, metavar="N", help="tensors shown, 0 for all (40)")
     diff.add_argument("--json", action="store_true", help="as JSON, all tensors")
     diff.add_argument("--strict", action="store_true", help="exit with 3 where tensors never moved")
 
@@ -332,28 +332,6 @@ def _version() -> str:
     from update_watch import __version__
 
     return f"update-watch {__version__}"
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":
