@@ -258,3 +258,19 @@ def test_what_can_be_computed_with_is_known() -> None:
     usual = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.complex64)
     assert all(map(is_computable, usual)) and is_computable(torch.float8_e4m3fn)
     assert not is_computable(torch.bits8) and not is_computable(torch.int4)
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-7, 1e-9, 1e-11])
+def test_fp64_weights_have_a_true_figure_or_none(lr: float) -> None:
+    """FP64 takes all of these updates: any efficiency off 1 would be that of samples in FP32."""
+    weight = nn.Parameter(torch.randn(SHAPE, dtype=torch.float64))
+    optimizer = torch.optim.SGD([weight], lr=lr)
+    with uw.watch([("w", weight)], optimizer, window=16, budget=None) as watch:
+        for _ in range(32):
+            weight.grad = torch.randn(SHAPE, dtype=torch.float64)
+            optimizer.step()
+        report = watch.flush()
+    assert report is not None
+    found = report.tensors[0]
+    assert found.efficiency is None or found.efficiency == pytest.approx(1, abs=0.02)
+    assert found.health in (Health.healthy, Health.unknown)

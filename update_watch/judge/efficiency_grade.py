@@ -29,6 +29,7 @@ from update_watch.judge.history import HEALTHY, STALLED, STALLING, UNKNOWN, Tens
 from update_watch.report import HEADROOM_LOW, Health
 from update_watch.thresholds import Thresholds
 
+_FP32_NOISE = 0.02  # of the efficiency of FP64 weights, whose samples are compared in FP32
 _SURE = 2.0  # standard errors, where the spread over steps is all the noise there is
 _SURER = 3.0  # where few rare changes make the spread itself uncertain
 _EXPECTED_CHANGES = 100.0  # under stochastic rounding: half of them has a chance of 1e-8
@@ -122,7 +123,8 @@ def score(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Scor
         drift = _lost_drift(history, limits)
         if drift is not None:
             result = Score(grade(drift, history.grade, limits), "", pooled.efficiency, pooled.lost, drift)
-    if e.dtype == "float64" and result.health in (STALLING, STALLED):
+    # FP64 takes all of an update that FP32 samples can show: any other figure is theirs, not the weight's
+    if e.dtype == "float64" and (result.health in (STALLING, STALLED) or abs(pooled.efficiency - 1) > _FP32_NOISE):
         return Score(UNKNOWN, reasons.finer_than_fp32())
     return result
 
