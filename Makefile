@@ -42,7 +42,7 @@ bench: $(STAMP)
 	$(PY) bench/truth.py --jobs 2
 	$(PY) bench/forecast.py
 	$(PY) bench/coverage.py
-	$(PY) bench/remainders.py
+	$(PY) bench/bf16/remainders.py
 	$(PY) bench/scale.py
 	$(PY) bench/scenarios.py
 	$(PY) bench/ranks.py

@@ -251,6 +251,13 @@ def test_the_map_names_files_that_are_there() -> None:
     assert [name for name in sorted(named) if not any(f"/{path}".endswith(f"/{name}") for path in there)] == []
 
 
+def test_the_scripts_behind_figures_are_where_the_documentation_says() -> None:
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile"]
+    named = {name for page in pages for name in re.findall(r"\bbench/[\w/]+\.py", page.read_text(encoding="utf-8"))}
+    assert len(named) > 8
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
 # --- that these can fail ----------------------------------------------------------------------------------
 
 
