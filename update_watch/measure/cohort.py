@@ -23,6 +23,7 @@ from update_watch.formats import Format
 from update_watch.measure.device.kernel_gathers import gathers_of
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
+from update_watch.measure.step_order import OneOf
 from update_watch.measure.step_replay import Span, StepReplay
 from update_watch.measure.sums.device_sums import DeviceSums
 from update_watch.measure.sums.layout import GROUPS, PARTS
@@ -76,31 +77,21 @@ class _Run(NamedTuple):
     group: int
 
 
-class _OneOf:
-    """Says yes once in every so many steps, each time at another place, drawn at random.
-
-    At a fixed place it could beat in time with training that does one thing in even steps and another in odd ones.
-    """
-
-    def __init__(self, every: int, rng: random.Random) -> None:
-        self._every, self._rng = every, rng
-        self._at = self._place = 0
-
-    def now(self) -> bool:
-        if self._at == 0:
-            self._place = self._rng.randrange(self._every)
-        found = self._at == self._place
-        self._at = (self._at + 1) % self._every
-        return found
-
-
 class Cohort:
     """Rows of one optimizer on one device, measured together."""
 
     def __init__(
-        self, optimizer: Optimizer, twin: Twin, rows: list[Row], samples: int, rng: random.Random, window_steps: int
+        self,
+        optimizer: Optimizer,
+        twin: Twin,
+        rows: list[Row],
+        samples: int,
+        rng: random.Random,
+        window: int,
+        turns: int,
     ) -> None:
-        """`window_steps`: in which it will be measured in a window, as far as is known."""
+        """`window`: steps of one; it will be measured in one of so many `turns` of them."""
+        window_steps, is_alone = window // turns, turns == 1
         self.optimizer, self.rows, self.samples = optimizer, rows, samples
         self.gathers = gathers_of(optimizer, rows, samples, rng)
         self.device, self.samplers, self.states = self.gathers.device, self.gathers.samplers, self.gathers.states
@@ -109,11 +100,14 @@ class Cohort:
         self._runs = _runs_of(rows)
         self._fresh = list(range(len(rows)))  # rows that had no state yet
         # at least twice in a window
-        self._full = _OneOf(max(min(_FULL_EVERY, window_steps // 2), 1) if self.states else 1, rng)
-        self._look = _OneOf(max(min(_HEADROOM_EVERY, window_steps // 2), 1), rng)
+        self._full = OneOf(max(min(_FULL_EVERY, window_steps // 2), 1) if self.states else 1, rng)
+        self._look = OneOf(max(min(_HEADROOM_EVERY, window_steps // 2), 1), rng)
         is_plain = [row.scheme.name == "plain" for row in rows]
         self._is_plain_n, self._is_whole_n = np.array(is_plain), np.array([row.is_whole for row in rows])
-        self._has_clusters = bool((~self._is_plain_n & self._is_whole_n).any())
+        # whether single elements are added up: where steps are not independent, and for the displacement; of plain rows in
+        # turns that could not be told from a few steps
+        has_way = is_alone or not all(is_plain)
+        self._kinds = bool((~self._is_plain_n & self._is_whole_n).any()), has_way
         self.steps = 0  # measured in this window, those that are still to be added included
         # rows whose whole gradients are looked at: those of which all samples were 0; at first all, once
         self._suspects = frozenset(i for i, row in enumerate(rows) if not row.is_whole)
@@ -125,7 +119,7 @@ class Cohort:
         old: DeviceSums | None = getattr(self, "sums", None)
         n = len(self.rows)
         whole, whole_n1 = self.gathers.are_whole, self.gathers.whole_n1
-        self.sums = DeviceSums(len(self.states), n, self.samples, self.device, whole, whole_n1, self._has_clusters)
+        self.sums = DeviceSums(len(self.states), n, self.samples, self.device, whole, whole_n1, *self._kinds)
         if old is not None:
             # a decay far below one step of the format shows only over many windows: they are pooled, the old ones less
             self.sums.decay_5n.copy_(old.decay_5n).mul_(_DECAY_MEMORY)
@@ -291,7 +285,7 @@ class Cohort:
     def pack(self, window_steps: int) -> Tensor:
         """The window's sums in one vector on the device; see `window_sums.WindowSums`."""
         stored_nK = None
-        if not any(row.has_changed for row in self.rows):
+        if self._kinds[1] and not any(row.has_changed for row in self.rows):
             self.gathers.settle()
             kept = self.samples if self.gathers.are_whole or self.gathers.whole_n1 is not None else self.samples // 2
             stored_nK = self.gathers.widened(self.gathers.after(None), False)[0, :, :kept].float()

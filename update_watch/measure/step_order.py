@@ -60,3 +60,22 @@ class StepOrder(Generic[T]):
         """Steps of a group: a quarter of the window, or more where each member would not come twice in it."""
         groups = min(max(self._window // (2 * (max(len(self._members) + self._rests, 1))), 1), GROUPS)
         return min(-(-self._window // groups), _LONGEST)
+
+
+class OneOf:
+    """Says yes once in every so many steps, each time at another place, drawn at random.
+
+    At a fixed place it could beat in time with training that does one thing in even steps and another in odd ones.
+    """
+
+    def __init__(self, every: int, rng: random.Random) -> None:
+        self._every, self._rng = every, rng
+        self._at = self._place = 0
+
+    def now(self) -> bool:
+        """Whether it is this step."""
+        if self._at == 0:
+            self._place = self._rng.randrange(self._every)
+        found = self._at == self._place
+        self._at = (self._at + 1) % self._every
+        return found

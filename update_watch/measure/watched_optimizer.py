@@ -118,7 +118,7 @@ class Watched:
                 continue
             turns = turns_of(len(rows), device)
             self.cohorts += [
-                Cohort(self.optimizer, self._twin, rows[k::turns], self._samples, self._rng, self._window // turns)
+                Cohort(self.optimizer, self._twin, rows[k::turns], self._samples, self._rng, self._window, turns)
                 for k in range(turns)
             ]
         self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))

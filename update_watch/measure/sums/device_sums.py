@@ -42,7 +42,8 @@ class DeviceSums:
     """Sums of one group of rows over one window. `add` runs on the device, `pack` ends the window.
 
     `are_whole`: all rows are read whole; `whole_n1` [n, 1]: those that are, where only some are. `has_clusters`: elements of
-    rows read whole are added up one by one, since their steps are not independent.
+    rows read whole are added up one by one, since their steps are not independent. `has_way`: what the kept samples moved
+    and were meant to move by is added up, for the displacement.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class DeviceSums:
         are_whole: bool = True,
         whole_n1: Tensor | None = None,
         has_clusters: bool = False,
+        has_way: bool = True,
     ) -> None:
         self.steps = 0
         self.states, self.rows, self.samples, self.device = states, rows, samples, device
@@ -72,7 +74,7 @@ class DeviceSums:
         self.decay_5n = torch.zeros(5, rows, device=device)  # see decay.decay_sums
         # the way: sums of what was applied and intended, in groups of steps; of single steps the sums of both products
         kept = samples if are_whole or whole_n1 is not None else samples // 2
-        self._kept = kept
+        self._kept = kept = kept if has_way else 0
         self._applied_GnK = torch.zeros(GROUPS, rows, kept, device=device)
         self._intended_GnK = torch.zeros(GROUPS, rows, kept, device=device)
         self._single_G2n = zeros(GROUPS, 2, rows)
@@ -121,8 +123,9 @@ class DeviceSums:
             applied_AnK = torch.where(valid_nK, applied_AnK, zero)
             before_AnK = torch.where(valid_nK, before_AnK, zero)
             gradient_nK = torch.where(valid_nK, gradient_nK, gradient_nK.new_zeros(()))
-        self._applied_GnK[group].add_(applied_AnK[0, :, : self._kept])
-        self._intended_GnK[group].add_(intended_AnK[0, :, : self._kept])
+        if self._kept:
+            self._applied_GnK[group].add_(applied_AnK[0, :, : self._kept])
+            self._intended_GnK[group].add_(intended_AnK[0, :, : self._kept])
         w, d, a = (x[0].to(self.dtype) for x in (before_AnK, intended_AnK, applied_AnK))
         products = torch.zeros(F, *d.shape, dtype=self.dtype, device=self.device)
         torch.mul(a, d, out=products[DOT])
@@ -145,7 +148,8 @@ class DeviceSums:
             self._both_3n.add_(torch.stack([dot * dot, dot * want, want * want]).sum(-1))
         counted_Fn, single_2n = self._reduced(products, weights_n2J)
         self._parts_PFn[part].add_(counted_Fn)
-        self._single_G2n[group].add_(single_2n)
+        if self._kept:
+            self._single_G2n[group].add_(single_2n)
         if len(intended_AnK) > 1:
             self._add_states(before_AnK[1:], intended_AnK[1:], applied_AnK[1:], weights_n2J)
             self._full_n.add_(counted_Fn[COUNT])
@@ -174,8 +178,9 @@ class DeviceSums:
     def _add_states(
         self, before_SnK: Tensor, intended_SnK: Tensor, applied_SnK: Tensor, weights_n2J: Tensor | None
     ) -> None:
-        self._state_way_2SnK[0].add_(applied_SnK[..., : self._kept : _THIN])
-        self._state_way_2SnK[1].add_(intended_SnK[..., : self._kept : _THIN])
+        if self._kept:
+            self._state_way_2SnK[0].add_(applied_SnK[..., : self._kept : _THIN])
+            self._state_way_2SnK[1].add_(intended_SnK[..., : self._kept : _THIN])
         d, a = intended_SnK.to(self.dtype), applied_SnK.to(self.dtype)
         products = torch.empty(STATE_SUMS, *d.shape, dtype=self.dtype, device=self.device)
         half = STATE_SUMS // 2
@@ -298,7 +303,7 @@ class DeviceSums:
 
     def _kept_weights(self, weights_nJ: Tensor | None) -> Tensor | None:
         """[n, K] of the kept samples."""
-        if weights_nJ is None:
+        if weights_nJ is None or not self._kept:
             return None
         both = 1 if self._whole_n1 is None else 2  # of rows read whole both halves are kept
         cells = weights_nJ.repeat(1, both)
@@ -312,6 +317,8 @@ class DeviceSums:
 
     def _cells(self, weighted_nK: Tensor, applied_nK: Tensor, intended_nK: Tensor, weights_nJ: Tensor | None) -> Tensor:
         """[3, n]: sums over cells of neighbours of x^2, x y, y^2, x their <applied, intended> and y their |intended|^2."""
+        if not self._kept:
+            return self._zeros(3, self.rows)
         cells = weights_nJ.shape[1] * (1 if self._whole_n1 is None else 2) if weights_nJ is not None else self.samples
         x = (weighted_nK * applied_nK).view(self.rows, cells, -1).sum(-1)
         y = (weighted_nK * intended_nK).view(self.rows, cells, -1).sum(-1)

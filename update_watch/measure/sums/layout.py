@@ -23,7 +23,7 @@ NONZERO = 9  # gradients that are not 0
 SQUARE = 10  # squares of the cells' |intended|^2: how few of them carry it
 F = 11
 STATE_SUMS = 8  # DOT to LOST of a state, and the same of its changes towards zero
-PARTS = 32  # of a window, kept apart: how much the steps differ
+PARTS = 16  # of a window, kept apart: how much the steps differ
 GROUPS = 4  # neighbouring steps of a window, whose summed updates are kept apart
 
 
