@@ -84,7 +84,7 @@ def measure(case: Case, steps: int) -> Result:
         result.reason = f"cannot be run here: {type(error).__name__}: {str(error)[:100]}"
         return result
     sums = {name: [0.0, 0.0] for name in named}
-    with uw.watch(list(named.items()), optimizer, window=10**9) as watch:
+    with uw.watch(list(named.items()), optimizer, window=10**9, budget=None) as watch:
         for _ in range(steps):
             _set_gradients(named)
             before, kept = _values(named), {n: dict(optimizer.state.get(p) or {}) for n, p in named.items()}

@@ -104,7 +104,9 @@ def train(
     named = dict(model.named_parameters())
     reports: list[Report] = []
     sums: dict[str, list[float]] = {}
-    with uw.watch(model, optimizer, window=WINDOW, seed=seed, samples=512, sinks=[reports.append]) as watch:
+    with uw.watch(
+        model, optimizer, window=WINDOW, seed=seed, samples=512, budget=None, sinks=[reports.append]
+    ) as watch:
         for step in range(steps):
             if step % WINDOW == 0:
                 sums = {name: [0.0, 0.0] for name in named}

@@ -19,7 +19,7 @@ def train(make: Any, dtype: torch.dtype = torch.float32, steps: int = 24) -> Rep
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(64, 64), nn.Linear(64, 64), nn.RMSNorm(64), nn.Linear(64, 64)).to(dtype)
     optimizer = make(model)
-    with uw.watch(model, optimizer, window=steps) as watch:
+    with uw.watch(model, optimizer, window=steps, budget=None) as watch:
         for _ in range(steps):
             optimizer.zero_grad()
             (model(torch.randint(0, 64, (8, 16))).float() - 1).square().mean().backward()
