@@ -97,7 +97,10 @@ def test_the_audit_has_said_so_before_the_first_step(short: tuple[Settings, Line
 
 def test_losses_cost_and_alert_are_told(short: tuple[Settings, Lines, dict[str, list[Report]]]) -> None:
     _, screen, reports = short
-    assert any(line.startswith("step ") and "5 of 16 tensors stalled" in line for line in screen.lines)
+    alerts = [alert for report in reports["bf16"] for alert in report.alerts]
+    assert any("norm" in alert.title for alert in alerts)
+    for alert in alerts:
+        assert f"step {alert.step}: BF16 weights: {alert.level}: {alert.title}" in screen.lines
     (losses,) = [line for line in screen.lines if line.startswith("Loss (nats per byte) on text held back: ")]
     assert " with BF16 weights, " in losses
     assert " with FP32 masters; " in losses
