@@ -30,9 +30,14 @@ from update_watch.dashboards.journal.lines import (
     window_line,
 )
 from update_watch.dashboards.journal.thinning import thin
+from update_watch.dashboards.journal.writers import is_alone
 from update_watch.report import Report
 
 MAX_BYTES = 128 * 2**20
+_SHARED = (
+    "Journal {}: another watch or process writes to this file too, so every window will be in it twice; give each a path of"
+    " its own, or close the other"
+)
 _LINES_NAMED = 5  # in a warning
 _TABLES = 64  # remembered: a model whose tensors keep changing must not fill the memory
 
@@ -85,6 +90,7 @@ class Journal:
         self.max_bytes = max_bytes
         self._limit = max_bytes
         self._file: BinaryIO | None = None
+        self._is_shared = False  # somebody else writes to it too
         self._tables: dict[TensorTable, str] = {}  # written since the file was opened -> digest
 
     def __call__(self, report: Report) -> None:
@@ -130,6 +136,10 @@ class Journal:
         try:
             _check_start(self.path, file)
             self._file = file
+            if not is_alone(file) and not self._is_shared:
+                self._is_shared = True
+                with suppress(UserWarning):  # where warnings are errors, the journal is written all the same
+                    warnings.warn(_SHARED.format(self.path), stacklevel=2)
             self._write(_heal(file) + encode(header_line(self.run, time.time())))
         except BaseException:
             self.close()

@@ -74,3 +74,18 @@ def test_a_headline_of_50_megabytes_is_damage_and_read_over_in_seconds(tmp_path:
     with pytest.raises(JournalError, match="a text of 50000000 characters"):
         read_history(path)
     assert time.monotonic() - started < 30
+
+
+def test_two_journals_on_one_path_are_told_apart_once_and_both_written(tmp_path: Path) -> None:
+    report = Report(8, 8, Health.healthy, "All is well.", (TensorReport("w", Health.healthy),), time=1.0)
+    first, second = Journal(tmp_path / "run.jsonl"), Journal(tmp_path / "run.jsonl")
+    first(report)
+    with pytest.warns(UserWarning, match="another watch or process writes to this file too"):
+        second(report)
+    second(report)  # said once: a second warning would be an error here
+    first.close()
+    second.close()
+    third = Journal(tmp_path / "run.jsonl")  # a run that goes on is alone
+    third(report)
+    third.close()
+    assert len(list(read_journal(tmp_path / "run.jsonl"))) == 4
