@@ -276,6 +276,9 @@ def test_whole_masters_that_require_no_gradient_are_not_frozen() -> None:
             for p, master in zip(model.parameters(), masters, strict=True):
                 master.grad = p.grad.float()  # type: ignore[union-attr]
             optimizer.step()
+            with torch.no_grad():
+                for p, master in zip(model.parameters(), masters, strict=True):
+                    p.copy_(master)
         report = watch.flush()
     assert report is not None
     assert {(t.name, str(t.health)) for t in report.tensors} == {(n, "healthy") for n, _ in model.named_parameters()}
