@@ -29,7 +29,24 @@ from update_watch.ranks.shared_plan import Entry, Plan, Vector, catalogue
 logger = logging.getLogger("update_watch")
 
 _TRIES = 4  # exchanges for one window, or windows out of step, before the ranks stop joining
-_HEAD = ("ranks", "a", "a2", "b", "b2", "unplanned", "leaving", "leaver", "cost", "costs", "time", "skipped")
+_HEAD = (
+    "ranks",
+    "a",
+    "a2",
+    "b",
+    "b2",
+    "unplanned",
+    "leaving",
+    "leaver",
+    "cost",
+    "costs",
+    "time",
+    "skipped",
+    "share",
+    "shares",
+    "observed",
+    "observers",
+)
 
 
 class Ranks:
@@ -216,9 +233,11 @@ def _head(evidence: WindowEvidence | None, unplanned: bool = False, leaver: int 
     if evidence is not None:
         window = evidence.step * 131 + evidence.window
         a, b = float(window % 4093), float(window % 4091)
-        cost = evidence.cost_ms
+        cost, share, observed = evidence.cost_ms, evidence.cost_share, evidence.observed_steps
         head.update(a=a, a2=a * a, b=b, b2=b * b, time=evidence.time, skipped=float(evidence.skipped_steps))
         head.update(cost=cost or 0.0, costs=float(cost is not None))
+        head.update(share=share or 0.0, shares=float(share is not None))
+        head.update(observed=float(observed or 0), observers=float(observed is not None))
     return head
 
 
@@ -245,6 +264,8 @@ def _with_head(joint: WindowEvidence, sums: dict[str, float]) -> WindowEvidence:
         time=sums["time"] / n,
         cost_ms=sums["cost"] / sums["costs"] if sums["costs"] else None,
         skipped_steps=round(sums["skipped"] / n),
+        cost_share=sums["share"] / sums["shares"] if sums["shares"] else None,
+        observed_steps=round(sums["observed"] / sums["observers"]) if sums["observers"] else None,
     )
 
 
