@@ -140,6 +140,8 @@ def _by_steps(
             if error > limits.maximum_error:
                 return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
         elif grade(efficiency + margin, history.grade, limits) is HEALTHY:  # else only how bad it is is not certain
+            if displacement is not None and displacement >= limits.stalling:
+                return Score(HEALTHY, "", efficiency, lost)  # two numbers that agree
             if history.graded is None:
                 return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
             health = history.grade  # till more is known, the earlier verdict stands
