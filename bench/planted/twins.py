@@ -424,7 +424,8 @@ def healthy_rows_of_an_embedding_without_tokens() -> Run:
 
     model = Words().to(BF16)
     optimizer = torch.optim.SGD(model.parameters(), lr=3.0)
-    return Run(model, optimizer, trainer(model, optimizer), rule="sgd")
+    # of so few rows that are touched 64 samples say too little in four windows
+    return Run(model, optimizer, trainer(model, optimizer), rule="sgd", unknown=("words.weight",))
 
 
 @scenario
