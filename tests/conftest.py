@@ -3,6 +3,8 @@
 Tests that talk to servers or build packages take minutes together: they count as slow.
 """
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _every_step_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models step in a fraction of a millisecond: within the default budget hardly any step would be seen."""
     monkeypatch.setattr(attention, "always", True)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Scripts of bench/ silence the log; what they do in a test must not reach the next one."""
+    logger = logging.getLogger("update_watch")
+    level, disabled, below = logger.level, logger.disabled, logging.root.manager.disable
+    yield
+    logger.setLevel(level)
+    logger.disabled = disabled
+    logging.disable(below)

@@ -78,7 +78,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._tap.wants = self._wants
         self._discovery = Discovery(self._model, self._tap, self._attach)
         put = lambda window: self._ranks.is_joining or self._judge.put(window)  # noqa: E731
-        self._silence = Silence(self._model, window, put, self._discovery.strangers)
+        self._silence = Silence(self._model, window, put, self._discovery.strangers, lambda: self._tap.enabled)
         for optimizer in optimizers:
             self.attach(optimizer)
         self._discovery.start()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Callable
 
 from update_watch.measure.device.streams import is_capturing
 from update_watch.measure.hooks.backward_passes import BackwardPasses
+from update_watch.measure.hooks.tap import is_in_step
 from update_watch.measure.ledger.ledger import Ledger
 from update_watch.measure.ledger.sheet import can_be_read
 from update_watch.measure.plain_torch import PlainTorch
@@ -28,9 +30,15 @@ class Silence:
     """Listens for the backward passes of a model. `put` takes a window; `strangers()` says what else steps, or ""."""
 
     def __init__(
-        self, model: WatchedModel, window: int, put: Callable[[Window], object], strangers: Callable[[], str]
+        self,
+        model: WatchedModel,
+        window: int,
+        put: Callable[[Window], object],
+        strangers: Callable[[], str],
+        is_enabled: Callable[[], bool] = lambda: True,
     ) -> None:
         self._model, self._window, self._put, self._strangers = model, window, put, strangers
+        self._is_enabled = is_enabled
         self._passes = BackwardPasses(self._passed)
         self.end = self._passes.reset  # a step was seen
         self._ledger: Ledger | None = None
@@ -56,6 +64,10 @@ class Silence:
 
     def _passed(self, count: int) -> None:
         if self._is_stopped or is_capturing():
+            return
+        # steps that pass unseen on purpose; a step whose closure computes gradients again and again (LBFGS)
+        if not self._is_enabled() or is_in_step(sys._getframe()):
+            self._passes.reset()
             return
         try:
             plain = PlainTorch()
