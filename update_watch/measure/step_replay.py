@@ -148,7 +148,9 @@ class StepReplay:
     ) -> None:
         for run, span in zip(runs, spans, strict=True):
             row = self._rows[span.start]
-            decay = self._optimizer.param_groups[row.group].get("weight_decay")
+            groups = self._optimizer.param_groups
+            # a window may be closed after the group was taken away
+            decay = groups[row.group].get("weight_decay") if row.group < len(groups) else None
             if not row.decouples_decay or not isinstance(decay, (int, float)) or not decay > 0:
                 continue
             dtype, count = local(row.param).dtype, span.stop - span.start
