@@ -5,6 +5,7 @@ Gradient hooks on a few tensors count the passes. Micro-batches that are summed 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class BackwardPasses:
         self._tensors: list[Tensor] = []
         self._handles: list[Any] = []
         self._most = 0
-        self._hook = torch.compiler.disable(self._note)  # type: ignore[no-untyped-call]  # torch's
+        self._hook = torch.compiler.disable(_weak(self._note))  # type: ignore[no-untyped-call]  # torch's
 
     def listen(self, tensors: Sequence[Tensor]) -> None:
         """Count the passes that give these tensors gradients; does nothing where that is done already."""
@@ -70,3 +71,15 @@ class BackwardPasses:
             self._most = count
             if count > 1:
                 self._passed(count)
+
+
+def _weak(note: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that does not keep its owner alive: torch holds hooks where the collector of garbage does not look."""
+    owner = weakref.WeakMethod(note)
+
+    def hook(tensor: Tensor) -> None:
+        method = owner()
+        if method is not None:
+            method(tensor)
+
+    return hook
