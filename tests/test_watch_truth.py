@@ -153,7 +153,8 @@ WRONG = [
     pytest.param(_off_and_left_out, None, Health.frozen, Cause.requires_grad_off, id="off-and-left-out"),
     pytest.param(_left_out, 1.0, Health.idle, Cause.not_in_optimizer, id="left-out"),
     pytest.param(lambda m: make_adamw(m.parameters()), None, Health.idle, Cause.no_gradient, id="no-gradient"),
-    pytest.param(lambda m: make_adamw(m.parameters()), 0.0, Health.idle, Cause.zero_gradient, id="zero-gradient"),
+    # its decay moves it: that is said, and it is not called idle
+    pytest.param(lambda m: make_adamw(m.parameters()), 0.0, Health.healthy, Cause.zero_gradient, id="zero-gradient"),
     pytest.param(_zero_rate, 1.0, Health.idle, Cause.zero_learning_rate, id="zero-rate"),
     pytest.param(lambda m: make_adamw(m.parameters()), float("nan"), Health.broken, Cause.non_finite, id="nan"),
     pytest.param(lambda m: make_adamw(m.parameters()), float("inf"), Health.broken, Cause.non_finite, id="inf"),

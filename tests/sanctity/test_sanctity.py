@@ -240,8 +240,8 @@ def test_meta_a_watch_that_disturbed_training_would_be_seen(what: str, monkeypat
     expected = outcome(OPTIMIZERS["adamw-foreach"], plain, torch.bfloat16, False)
     right = Watched.before
 
-    def disturbing(self: Watched) -> Any:
-        measured = right(self)
+    def disturbing(self: Watched, *args: Any, **options: Any) -> Any:
+        measured = right(self, *args, **options)
         DISTURBANCES[what](self)
         return measured
 

@@ -43,7 +43,14 @@ def parameters(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> list[nn.Para
 
 
 def hooks(params: Any) -> int:
-    return sum(len(p._backward_hooks or ()) + len(p._post_accumulate_grad_hooks or ()) for p in params)
+    """Those on gradients, but for the few that only count backward passes (`hooks.backward_passes`)."""
+    found = [
+        hook
+        for p in params
+        for kind in (p._backward_hooks, p._post_accumulate_grad_hooks)
+        for hook in (kind or {}).values()
+    ]
+    return sum("BackwardPasses" not in getattr(hook, "__qualname__", "") for hook in found)
 
 
 class Truth:

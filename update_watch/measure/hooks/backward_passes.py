@@ -82,4 +82,5 @@ def _weak(note: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         if method is not None:
             method(tensor)
 
+    hook.__qualname__ = note.__qualname__
     return hook
