@@ -199,7 +199,9 @@ def test_a_model_converted_in_mid_run_is_measured_in_its_new_format() -> None:
 
 def test_a_pre_hook_added_later_that_clips_is_seen_at_work() -> None:
     model = Net()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)  # clipped gradients are tiny; FP32 itself would round smaller updates
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=1.0
+    )  # clipped gradients are tiny; FP32 itself would round smaller updates
 
     def clip(*_: Any) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)

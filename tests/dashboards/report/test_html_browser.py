@@ -130,7 +130,7 @@ def test_every_chart_is_drawn_without_a_word_on_the_console(browser, tmp_path, m
     assert page.js(
         "document.querySelectorAll('details').forEach(e => { e.open = true });"
         "return [...document.querySelectorAll('[data-chart]')].map(e => e.dataset.chart)"
-    ) == ["arrived", "rates-0", "map-0", "heatmap-0", "ratios-0", "headroom-0", "states-0"]
+    ) == ["arrived", "map-0", "heatmap-0", "ratios-0", "headroom-0", "states-0"]
     assert until(lambda: empty_charts(page) == []), empty_charts(page)
     # to read a canvas as often as this test does is slow, says the browser
     assert [

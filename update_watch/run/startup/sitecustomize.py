@@ -53,7 +53,8 @@ def _stepped(optimizer: Any, *_: Any) -> None:
             sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(_HERE))))
         from update_watch.run import session
 
-        session.begin(optimizer)
+        # the script may have compiled its step: nothing of this may be traced
+        sys.modules["torch"].compiler.disable(session.begin)(optimizer)
     except Exception as error:
         print(f"update-watch: this process is not watched: {error!r}", file=sys.stderr)
 
