@@ -76,7 +76,7 @@ def test_a_plain_average_and_a_named_one_are_found() -> None:
     ("path", "message"),
     [
         ("no.such", r"UpdateWatch(averages={'ema': 'no.such'}): Module has no attribute 'no.such'; give the path"),
-        ("nets.0.2", "averaged models are not watched: watch(averages={'ema': ...})"),
+        ("nets.0.2", "the average 'ema' is not watched"),
     ],
 )
 def test_an_average_that_is_not_there_is_said_and_the_weights_are_watched(

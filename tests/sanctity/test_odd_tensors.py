@@ -181,6 +181,7 @@ def test_a_gradient_of_any_kind_costs_its_own_row(make: Callable[[], Tensor]) ->
         assert _health(report, "odd") is Health.unknown
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("make", made({k: v for k, v in TENSORS.items() if k != "inference"}))
 def test_an_average_of_any_kind_costs_its_own_row(make: Callable[[], Tensor], request: pytest.FixtureRequest) -> None:
     if request.node.callspec.id in ("nested", "jagged"):

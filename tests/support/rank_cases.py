@@ -320,6 +320,8 @@ def hybrid_drifts() -> dict[str, Any]:
 class Planted:
     """A cohort that fails."""
 
+    steps = 0
+
     def before(self) -> None:
         raise RuntimeError("planted")
 
