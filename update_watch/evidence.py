@@ -74,8 +74,10 @@ class TensorEvidence:
     written_between: float | None = None  # rms written to it between steps / rms(before), per step; 0: nothing was
     # share of what the steps applied that is gone again and went nowhere else, 0..1; 1: all of it
     undone_fraction: float | None = None
-    written_steps: int = 0  # steps of the window after which it was written
+    written_steps: int = 0  # steps of the ledger's span of windows after which it was written
     written_step: int | None = None  # the last of them
+    # how far it got in that span, in what the steps from one write to the next can move it by
+    travelled: float | None = None
     moved: float | None = None  # rms(stored at the end - at the begin) / rms(before); 0: not one sampled bit changed
     is_master: bool = False  # its optimizer steps a copy of it, from which it must be written
     # the gradients that were looked at, after unscaling and clipping

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -11,8 +10,6 @@ from torch import Tensor, nn
 
 import update_watch as uw
 from update_watch.report import Report
-
-logging.getLogger("update_watch").setLevel(logging.CRITICAL)
 
 
 def train(make: Any, dtype: torch.dtype = torch.float32, steps: int = 24) -> Report:

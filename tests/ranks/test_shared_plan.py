@@ -51,6 +51,7 @@ LEDGER: dict[str, Any] = {
     "state_factor_error": 0.01,
     "copy_changed": 0.125,
     "copy_changed_window": 0.5,
+    "travelled": 0.5,
     "written_steps": 5,
     "written_step": 7,
     "is_master": True,

@@ -25,10 +25,10 @@ CAUSES = {
         tensor(net_efficiency=0.8, undone_fraction=0.2, written_between=1e-3, written_steps=12),  # an outer step
     ),
     "overwritten-and-not-normalised": (
-        tensor(net_efficiency=0.02, undone_fraction=0.97, written_between=1e-3, written_steps=127, moved=1e-3),
+        tensor(net_efficiency=0.02, undone_fraction=0.97, written_between=1e-3, written_steps=127, travelled=0.3),
         Health.stalled,
         Cause.overwritten,
-        tensor(net_efficiency=0.02, undone_fraction=0.97, written_between=1e-3, written_steps=127, moved=4e-3),
+        tensor(net_efficiency=0.02, undone_fraction=0.97, written_between=1e-3, written_steps=127, travelled=4.0),
     ),
     "not_copied_back": (
         tensor(net_efficiency=0.0, is_master=True, moved=0.0, displacement_evidence=1.0),

@@ -14,18 +14,18 @@ from update_watch.judge.seen import Seen
 from update_watch.report import Cause
 from update_watch.thresholds import Thresholds
 
-_FURTHER = 1.25  # than all steps between two writes in one direction
+_FURTHER = 1.5  # than all steps between two writes in one direction; both ends of a span may lie inside a run
 _UNDONE = 0.8  # of what the steps applied: Lookahead takes back half by design, ranks that average more
 
 
-def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds, steps: int) -> Verdict | None:
-    """The steps apply their updates, but are they still there at the window's end? `steps`: of the window."""
+def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Verdict | None:
+    """The steps apply their updates, but are they still there at the window's end?"""
     net, error = known(e.net_efficiency), known(e.net_efficiency_error) or 0.0
     before, history.net_grade = history.net_grade, HEALTHY
     health = HEALTHY if net is None else grade(net + 2 * error, before, limits)
     undone = share(e.undone_fraction) or 0.0
     is_uncopied = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
-    is_undone = not e.is_master and undone >= _UNDONE and not _travels(e, steps)
+    is_undone = not e.is_master and undone >= _UNDONE and not _travels(e)
     if health is HEALTHY or not (is_uncopied or is_undone):
         history.lossy_windows = 0
         return None
@@ -37,15 +37,12 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds, ste
     return verdict(health, cause, Seen(dtype=e.dtype, net=net, written_step=e.written_step))
 
 
-def _travels(e: TensorEvidence, steps: int) -> bool:
+def _travels(e: TensorEvidence) -> bool:
     """Whether it gets further than from one write to the next: weights that are normalised after each step do.
 
     What a normalisation takes is the growth in length, which is most of the summed update; the weights go on turning.
     """
-    moved, applied = known(e.moved), known(e.applied_ratio)
-    if moved is None or applied is None or not e.written_steps:
-        return False
-    return moved > _FURTHER * applied * max(1.0, steps / e.written_steps)
+    return (known(e.travelled) or 0.0) > _FURTHER
 
 
 def by_state(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Verdict | None:

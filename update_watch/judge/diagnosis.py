@@ -218,7 +218,7 @@ class Diagnosis:
         scored = self._by_score(e, history)
         if scored[0] is not HEALTHY:
             return scored
-        return by_ledger(e, history, limits, window.window) or by_state(e, history, limits) or scored
+        return by_ledger(e, history, limits) or by_state(e, history, limits) or scored
 
     def _without_rule(self, e: TensorEvidence, history: TensorHistory) -> Verdict:
         """Line 9 of the table. Where one tensor moves, updates of others may be kept until they are large enough."""

@@ -25,7 +25,18 @@ TENSOR_NUMBERS = (
     *("lr", "lr_max", "lr_min", "weight_decay"),
     *("state_factor", "state_factor_steps", "displacement_evidence", "what_if"),
     *("lost_error", "update_ratio_error", "state_factor_error"),
-    *("net", "net_error", "between", "moved", "undone", "written_steps", "written_step", "is_master", "requires_grad"),
+    *(
+        "net",
+        "net_error",
+        "between",
+        "moved",
+        "undone",
+        "travelled",
+        "written_steps",
+        "written_step",
+        "is_master",
+        "requires_grad",
+    ),
     *("gradient_looks", "gradient", "copy_changed", "copy_changed_window"),
 )
 ACCUMULATOR_NUMBERS = (
@@ -115,6 +126,7 @@ def _put_ledger(t: TensorEvidence, means: Means, held: float) -> None:
     means.put("net", t.net_efficiency, weight)
     means.put("net_error", t.net_efficiency_error, weight)
     means.put("undone", t.undone_fraction, weight)
+    means.put("travelled", t.travelled, weight)
     for name, size in (("between", t.written_between), ("moved", t.moved), ("gradient", t.gradient_rms)):
         means.put(name, _times(size, size), held)
     means.put("is_master", float(t.is_master), 1.0)
@@ -216,6 +228,7 @@ def read_tensor(
         net_efficiency_error=means.get("net_error"),
         written_between=_root(means.get("between")),
         undone_fraction=means.get("undone"),
+        travelled=means.get("travelled"),
         written_steps=round(means.get("written_steps") or 0.0),
         written_step=None if (last := means.get("written_step")) is None else round(last),
         moved=_root(means.get("moved")),

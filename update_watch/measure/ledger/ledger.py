@@ -152,6 +152,13 @@ class _Entry:
             shares.append(s[f"{prefix}dot"] / square)
         return max(shares), math.sqrt(max(s[f"{prefix}spread"], 0.0)) / square
 
+    def travelled(self) -> float | None:
+        """How far it got in the span, in what the steps from one write to the next can move it by: all in one direction."""
+        s, steps = self.sums, len(self.window.run_steps)
+        run = steps / s["span_writes"]
+        reach = run * math.sqrt(s["span_step_square"] / steps)
+        return math.sqrt(s["span_moved"]) / reach if reach > 0 else None
+
     def copied(self) -> float | None:
         """Masters: share of what they moved by that arrived in the model's tensor."""
         for prefix in ("", "span_"):
@@ -208,6 +215,7 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
         kept, error = min(shares, key=lambda share: math.inf if share[0] is None else share[0])
         if kept is not None:
             went = any((place, entry.writes) in elsewhere for place in _around(t.name, 3))
+            found["travelled"] = entry.travelled()
             found["undone_fraction"] = 0.0 if went else min(max(1 - kept, 0.0), 1.0)
             found["net_efficiency"] = kept if arrived is None else kept * arrived
             found["net_efficiency_error"] = error

@@ -35,6 +35,7 @@ COLUMNS = (
     # <D, D>; steps it was written before; <R, R>, <D, R> with R what the master moved by, rounded
     *_OF_BOTH,
     *(f"span_{name}" for name in _OF_BOTH),
+    "span_step_square",  # sum over the span's steps of <A, A> of each
     "written",  # sum of squares of what was written between steps
     "stored",  # sum of squares at the window's begin
     "last",  # the last look of the span before which it was written, from 1; 0: none
@@ -103,6 +104,7 @@ class Sheet:
         self._last: Tensor | None = None  # [n, E] after the latest step that was added up
         self._span = _Sums(len(self._members), self.device)
         self._signature = torch.zeros(len(self._members), device=self.device)
+        self._step_square = torch.zeros(len(self._members), device=self.device)
         self._last_write = torch.zeros(len(self._members), device=self.device)
         self._open_window()
 
@@ -183,7 +185,8 @@ class Sheet:
         if self._first_before is None:
             self._first_before = before_TnE[0].clone()
         between_TnE = before_TnE - torch.cat([self._last.unsqueeze(0), after_TnE[:-1]])
-        applied_nE = (after_TnE - before_TnE).sum(0)
+        applied_TnE = after_TnE - before_TnE
+        applied_nE = applied_TnE.sum(0)
         for t in self._gaps:
             applied_nE.add_(between_TnE[t])
             between_TnE[t].zero_()
@@ -195,6 +198,7 @@ class Sheet:
         for sums in (self._window, self._span):
             sums.applied_nE.add_(applied_nE)
             sums.writes_n.add_(wrote_Tn.sum(0))
+        self._step_square.add_(applied_TnE.square().sum((0, 2)))
         self._written.add_(between_TnE.square().sum((0, 2)))
         self._last_write = torch.maximum(self._last_write, (wrote_Tn * step_T1).amax(0))
         self._signature.add_((wrote_Tn * torch.sin(step_T1 * 12.9898)).sum(0))  # as good as different for each step
@@ -229,7 +233,13 @@ class Sheet:
             across_nE = applied_nE - torch.where(length_n1 > 0, along_n1, 0.0) * held_nE
             rows += [(moved_nE * across_nE).sum(-1), across_nE.square().sum(-1)]
             rows += [moved_nE.square().sum(-1), sums.writes_n, *self._compare_copies(copy_begin_nE)]
-        rows += [self._written, self._window_begin.square().sum(-1), self._last_write, self._signature]
+        rows += [
+            self._step_square,
+            self._written,
+            self._window_begin.square().sum(-1),
+            self._last_write,
+            self._signature,
+        ]
         rows += list(self._gradients)
         packed = torch.cat([row[:n] for row in rows])
         self._span_windows += 1
