@@ -18,9 +18,9 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from update_watch.callbacks.on_stall import OnStall, StallResponse
+from update_watch.callbacks.on_stall import OnStall, StallResponse, end_in_good_order
 from update_watch.callbacks.options import AUTO, OnAudit, Options
 from update_watch.callbacks.session import (
     Names,
@@ -30,10 +30,10 @@ from update_watch.callbacks.session import (
     become,
     counts_to_show,
     harmless,
-    logger,
     run_numbers,
     wandb_sink,
 )
+from update_watch.callbacks.whole_counts import WholeCounts
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 
@@ -80,7 +80,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
             run in good order. "raise": raise StalledError. A function: called with the Report on rank 0, in the
             training thread; the run is stopped as with "stop" when it returns True.
         progress_bar: show `efficiency` and `stalled` in the progress bar.
-        print_audit: print once, when training begins, what will stall, or that nothing will.
+        print_audit: say in one to three lines, when training begins, what will stall, or that nothing will; "full": the whole audit.
         on_audit: what is done with it: "warn"; "raise" `update_watch.StallExpected` where something will stall, which ends
             the training before its first step; or a function of the `Audit`.
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
@@ -103,7 +103,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         seed: int = 0,
         on_stall: OnStall = "warn",
         progress_bar: bool = True,
-        print_audit: bool = True,
+        print_audit: bool | Literal["full"] = True,
         check_replicas: bool = False,
         budget: float | None = 0.01,
         journal: str | os.PathLike[str] | None = AUTO,
@@ -123,6 +123,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         self._names: Names | None = None
         self._session: Session | None = None
         self._response: StallResponse | None = None
+        self._counts = WholeCounts(None)
         self._step = 0  # of the batch that runs, or ran last
 
     @classmethod
@@ -165,6 +166,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
             *(_log_folder(trainer), "lightning"),
         )
         self._session = session
+        self._counts = WholeCounts(trainer.progress_bar_callback)
         session.watch.enabled = False
         is_same_model = self._model is None or self._model() is pl_module
         if self._state and is_same_model:
@@ -208,7 +210,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
             for report in reports or ():
                 self._response.hear(report)
             if self._response.is_stop(trainer.global_step):
-                _stop(trainer)
+                end_in_good_order(trainer)
 
     @harmless
     def _collect(self, trainer: Any, pl_module: Any, batch_idx: int) -> list[Report]:
@@ -257,6 +259,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         self._names = None
 
     def _end(self, trainer: Any) -> None:
+        self._counts.end()
         session, self._session = self._session, None
         if session is None:
             return
@@ -288,7 +291,14 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
 
     def __getstate__(self) -> dict[str, Any]:
         """Without threads, hooks and references: strategies that spawn processes pickle their callbacks."""
-        fresh = {"_session": None, "_response": None, "_names": None, "_model": None, "_state": self.state_dict()}
+        fresh = {
+            "_session": None,
+            "_response": None,
+            "_counts": WholeCounts(None),
+            "_names": None,
+            "_model": None,
+            "_state": self.state_dict(),
+        }
         lightnings = ("log", "log_dict")  # set by every Trainer, bound to its module
         return {**{name: value for name, value in self.__dict__.items() if name not in lightnings}, **fresh}
 
@@ -324,22 +334,3 @@ def _log(trainer: Any, report: Report) -> None:
     for one in trainer.loggers:
         if not _is_wandb(one):
             one.log_metrics(numbers, step=report.step)
-
-
-def _stop(trainer: Any) -> None:
-    """End the run in good order, with a checkpoint where the Trainer writes any. On all ranks."""
-    trainer.should_stop = True
-    writer = trainer.checkpoint_callback
-    folder = getattr(writer, "dirpath", None)
-    if writer is None or folder is None:
-        logger.warning(
-            "update-watch: training is stopped because tensors stalled; checkpointing is off, none is written"
-        )
-        return
-    path = os.path.join(folder, f"stalled-step={trainer.global_step}.ckpt")
-    try:
-        trainer.save_checkpoint(path)
-    except Exception as error:
-        logger.error("update-watch: training is stopped because tensors stalled; no checkpoint: %r", error)
-    else:
-        logger.warning("update-watch: training is stopped because tensors stalled; checkpoint: %s", path)

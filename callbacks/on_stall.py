@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
 from update_watch.report import Health, Report
+
+logger = logging.getLogger("update_watch")
 
 OnStall = Literal["warn", "stop", "raise"] | Callable[[Report], Any]
 
@@ -86,3 +90,22 @@ class StallResponse:
             headline = self._report.headline if self._report is not None else "a tensor stalled; rank 0 tells which"
             raise StalledError(f"update-watch: {headline}", self._report)
         return is_stop
+
+
+def end_in_good_order(trainer: Any) -> None:
+    """End a run of Lightning in good order, with a checkpoint where the Trainer writes any. On all ranks."""
+    trainer.should_stop = True
+    writer = trainer.checkpoint_callback
+    folder = getattr(writer, "dirpath", None)
+    if writer is None or folder is None:
+        logger.warning(
+            "update-watch: training is stopped because tensors stalled; checkpointing is off, none is written"
+        )
+        return
+    path = os.path.join(folder, f"stalled-step={trainer.global_step}.ckpt")
+    try:
+        trainer.save_checkpoint(path)
+    except Exception as error:
+        logger.error("update-watch: training is stopped because tensors stalled; no checkpoint: %r", error)
+    else:
+        logger.warning("update-watch: training is stopped because tensors stalled; checkpoint: %s", path)

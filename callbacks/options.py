@@ -27,7 +27,7 @@ class Options:
     seed: int
     on_stall: OnStall
     progress_bar: bool
-    print_audit: bool
+    print_audit: bool | Literal["full"]
     check_replicas: bool
     budget: float | None = 0.01
     journal: str | os.PathLike[str] | None = AUTO
@@ -57,7 +57,7 @@ class Options:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"UpdateWatch(seed={self.seed!r}) must be a whole number")
         for name in ("progress_bar", "print_audit", "check_replicas"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and (name, getattr(self, name)) != ("print_audit", "full"):
                 raise TypeError(f"UpdateWatch({name}={getattr(self, name)!r}) must be True or False")
         if self.journal is not None and not (isinstance(self.journal, (str, os.PathLike)) and os.fspath(self.journal)):
             raise TypeError(f"UpdateWatch(journal={self.journal!r}) must be the file to write, 'auto' or None")

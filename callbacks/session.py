@@ -20,6 +20,7 @@ from update_watch.audit.table import StallExpected
 from update_watch.callbacks.options import AUTO, Options
 from update_watch.report import Health, Report, weighted_mean
 from update_watch.watch import Watch, watch
+from update_watch.wording import above_progress_bars
 from update_watch.wrappers import unwrap
 
 logger = logging.getLogger("update_watch")
@@ -139,9 +140,10 @@ class Session:
             StallExpected: something will stall, and `on_audit` is "raise"; or the user's function raised an error.
         """
         try:
-            found, text = _audit(self._names, averages)
+            found, text = _audit(self._names, averages, self.watch.trainer, self._options.print_audit == "full")
             if self._options.print_audit:
-                print(text, flush=True)
+                with above_progress_bars():
+                    print(text, flush=True)
             facts = {"window": self._options.window, "samples": self._options.samples, "audit": found.to_dict()}
             for sink in dashboards:
                 sink.describe(facts)
@@ -170,7 +172,8 @@ class Session:
         if self._journal is not None:
             self._kept.close()
             if self.watch.last is not None:
-                print(run_journal.how_to_open(self._journal, self.watch.last), flush=True)
+                with above_progress_bars():
+                    print(run_journal.how_to_open(self._journal, self.watch.last), flush=True)
 
 
 def _journal_path(chosen: str | os.PathLike[str] | None, folder: str | os.PathLike[str] | None) -> Path | None:
@@ -251,20 +254,16 @@ def run_numbers(report: Report) -> dict[str, float]:
     return {f"update_watch/{name}": value for name, value in values.items() if value is not None}
 
 
-def _audit(names: Names, averages: Mapping[str, Any]) -> tuple[Any, str]:
-    """The audit, and what of it is shown: all of it when something will stall, else one line."""
+def _audit(names: Names, averages: Mapping[str, Any], trainer: str, is_full: bool) -> tuple[Any, str]:
+    """The audit, and what of it is shown: one to three lines, or all of it."""
     from update_watch.audit.audit import audit
 
     found = audit(names, names.optimizers, averages=dict(averages))
-    if found.warnings:
-        return found, f"update-watch: {found}"
-    tensors = sum(1 for _ in names)
-    if found.notes:  # no all-clear where something is not known
-        return (
-            found,
-            f"update-watch: {tensors} tensors watched; not known before the first step: {' '.join(found.notes)}",
-        )
-    return found, f"update-watch: {tensors} tensors watched; nothing in their formats will stall."
+    tensors = f"update-watch: {sum(1 for _ in names):,} tensors watched"
+    if is_full:
+        return found, f"{tensors}.\n{found}"
+    text = found.in_short(trainer)
+    return found, f"{tensors}. {text}" if text else f"{tensors}; nothing in their formats will stall."
 
 
 def average_models(callbacks: Iterable[Any], chosen: Mapping[str, Any] | None, model: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -64,7 +64,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
             run in good order. "raise": raise StalledError. A function: called with the Report on rank 0, in the
             training thread; the run is stopped as with "stop" when it returns True.
         progress_bar: add `efficiency` and `stalled` to the lines the Trainer prints.
-        print_audit: print once, when training begins, what will stall, or that nothing will.
+        print_audit: say in one to three lines, when training begins, what will stall, or that nothing will; "full": the whole audit.
         on_audit: what is done with it: "warn"; "raise" `update_watch.StallExpected` where something will stall, which ends
             the training before its first step; or a function of the `Audit`.
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
@@ -88,7 +88,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         seed: int = 0,
         on_stall: OnStall = "warn",
         progress_bar: bool = True,
-        print_audit: bool = True,
+        print_audit: bool | Literal["full"] = True,
         check_replicas: bool = False,
         budget: float | None = 0.01,
         journal: str | os.PathLike[str] | None = AUTO,

@@ -5,7 +5,11 @@ Names come from models and files that may be hostile: nothing of what is `printa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 _SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 _NAMES = 8  # of tensors, in a sentence
@@ -72,3 +76,50 @@ def first_line(error: BaseException) -> str:
     """What an error says in its first line, fit for a message of one line."""
     text = str(error).strip().partition("\n")[0]
     return printable(text, _LONGEST) or type(error).__name__
+
+
+# --- beside a progress bar -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def above_progress_bars() -> Iterator[None]:
+    """What is printed or logged inside stands in lines of its own: bars of tqdm and of rich are drawn again below it."""
+    entered = contextlib.ExitStack()
+    for bars in (_tqdm_cleared, _handlers_of_rich):
+        with contextlib.suppress(Exception):  # a bar of an unusual kind costs its looks, no message
+            entered.enter_context(bars())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):
+            entered.close()
+
+
+def _tqdm_cleared() -> contextlib.AbstractContextManager[None]:
+    """tqdm's own way of writing beside its bars; where none is drawn its lock is not even made."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if tqdm is None or not getattr(tqdm, "_instances", None):
+        return contextlib.nullcontext()
+    cleared: contextlib.AbstractContextManager[None] = tqdm.external_write_mode(file=sys.stderr)
+    return cleared
+
+
+@contextlib.contextmanager
+def _handlers_of_rich() -> Iterator[None]:
+    """While rich draws, it stands in place of stdout and stderr: handlers made before write past it, unless they are told."""
+    proxies = [stream for stream in (sys.stdout, sys.stderr) if type(stream).__module__ == "rich.file_proxy"]
+    instead = {id(proxy.rich_proxied_file): proxy for proxy in proxies}  # type: ignore[union-attr]
+    moved: list[tuple[logging.StreamHandler[Any], Any, Any]] = []
+    at: logging.Logger | None = logging.getLogger("update_watch") if instead else None
+    while at is not None:
+        for handler in at.handlers:
+            if isinstance(handler, logging.StreamHandler) and id(handler.stream) in instead:
+                moved.append((handler, handler.stream, instead[id(handler.stream)]))
+                handler.setStream(instead[id(handler.stream)])
+        at = at.parent if at.propagate else None
+    try:
+        yield
+    finally:
+        for handler, own, proxy in moved:
+            if handler.stream is proxy:
+                handler.setStream(own)

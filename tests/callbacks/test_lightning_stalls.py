@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import logging
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
     ModelCheckpoint,
+    TQDMProgressBar,
 )
 
 from tests.support.lightning_fits import FAST, LOW, STALLS, Watched, fit, hook_count, stalled_names
@@ -43,6 +48,38 @@ def test_progress_bar_shows_the_last_report_in_every_epoch() -> None:
     assert known[-1]["efficiency"] < 0.3 and known[-1]["stalled"] == len(stalled_names(watch.reports[-2]))
 
 
+def lines_on_a_terminal(written: str) -> list[str]:
+    """What is to be read in the end, where a carriage return goes back to the line's begin."""
+    lines = []
+    for raw in written.split("\n"):
+        line = ""
+        for part in raw.split("\r"):
+            line = part + line[len(part) :]
+        lines.append(line.rstrip())
+    return lines
+
+
+def test_a_bar_shows_whole_counts_and_is_not_broken_by_an_alert(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()  # a terminal shows both
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    handler = logging.StreamHandler(sys.stderr)
+    logging.getLogger("update_watch").addHandler(handler)
+    try:
+        bar = TQDMProgressBar()
+        watch = Watched(thresholds=FAST)
+        fit(Module(lr=LOW, batches=24), watch, bar, max_epochs=2, enable_progress_bar=True, **STALLS)
+    finally:
+        logging.getLogger("update_watch").removeHandler(handler)
+    written = terminal.getvalue()
+    stalled = len(stalled_names(watch.last))
+    assert stalled and re.search(rf"stalled={stalled}[],]", written) and "stalled=0.0" not in written
+    assert not re.search(r"stalled=\d+\.", written)
+    told = [line for line in lines_on_a_terminal(written) if "update-watch, step" in line]
+    assert told and all(line.startswith("update-watch, step") and "it/s" not in line for line in told)
+    assert "get_metrics" not in vars(bar)  # it is the user's again
+
+
 def test_progress_bar_entry_can_be_turned_off() -> None:
     watch = Watched(progress_bar=False)
     fitted = fit(Module(), watch, max_epochs=2)
@@ -66,8 +103,15 @@ def test_audit_is_one_line_when_nothing_will_stall(capsys: pytest.CaptureFixture
 def test_audit_is_printed_once_when_something_will_stall(capsys: pytest.CaptureFixture[str]) -> None:
     fit(Module(lr=LOW), UpdateWatch(window=4), max_epochs=2, **STALLS)
     out = capsys.readouterr().out
-    assert out.count("update-watch:") == 1 and "bfloat16" in out.lower().replace("bf16", "bfloat16")
+    assert out.count("update-watch:") == 1 and "BF16" in out and "precision='bf16-mixed'" in out
     assert "nothing in their formats will stall" not in out
+    said = out[out.index("update-watch:") :].splitlines()
+    assert said[1].startswith("Fix: ") and len("\n".join(said[:3])) < 700
+
+
+def test_the_whole_audit_is_printed_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(Module(lr=LOW), UpdateWatch(window=4, print_audit="full"), **STALLS)
+    assert "what accumulates" in capsys.readouterr().out
 
 
 def test_audit_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import re
 import sys
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from tests.support.run_samples import large, synthetic_run
 from update_watch.dashboards.terminal import table
 from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
+from update_watch.wording import above_progress_bars
 
 rich_console = pytest.importorskip("rich.console")
 
@@ -145,3 +148,22 @@ def test_a_missing_rich_is_named_with_its_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     with pytest.raises(ImportError, match=r"needs rich: pip install 'update-watch\[terminal\]'"):
         table(small(STALLED))
+
+
+def test_a_handler_made_before_richs_bar_writes_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    handler = logging.StreamHandler()
+    logging.getLogger("update_watch").addHandler(handler)
+    try:
+        console = rich_console.Console(file=terminal, force_terminal=True, width=60)
+        with pytest.importorskip("rich.progress").Progress(console=console, auto_refresh=False) as bar:
+            bar.add_task("train", total=10)
+            bar.refresh()
+            with above_progress_bars():
+                logging.getLogger("update_watch").error("update-watch, step 5: STALLED")
+            assert handler.stream is terminal  # as it was
+    finally:
+        logging.getLogger("update_watch").removeHandler(handler)
+    # a carriage return, the line erased, ours, and the bar anew on the next line
+    assert re.search(r"\r\x1b\[2Kupdate-watch, step 5: STALLED\n[^\n]*train", terminal.getvalue())

@@ -91,6 +91,7 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"on_stall": None}, ValueError, r"UpdateWatch\(on_stall=None\)"),
     ({"progress_bar": "yes"}, TypeError, r"UpdateWatch\(progress_bar='yes'\) must be True or False"),
     ({"print_audit": 1}, TypeError, r"UpdateWatch\(print_audit=1\) must be True or False"),
+    ({"print_audit": "short"}, TypeError, r"UpdateWatch\(print_audit='short'\) must be True or False"),
 ]
 GOOD_OPTIONS: dict[str, Any] = {
     "window": 8,

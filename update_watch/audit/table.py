@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from update_watch.cures import switch
 from update_watch.report import SEVERITY, Health
-from update_watch.wording import listed, size
+from update_watch.wording import listed, short, size
 
 _FAILS = (Health.broken, Health.stalled, Health.stalling)
 _WIDTH = 116  # of the table (characters)
@@ -84,6 +85,27 @@ class Audit:
                     bad.append(f"{row.component} ({row.dtype}): {listed(tuple(names)) if names else row.expected}")
         if bad:
             raise StallExpected(f"expected to stall: {'; '.join(bad)}\n{self}")
+
+    def in_short(self, trainer: str = "torch") -> str:
+        """At most three lines for the start of a training: what is expected to be lost, what to change, what is not known.
+
+        "" where nothing is expected to be lost and everything is known. `trainer`: a key of `cures.TRAINERS`.
+        """
+        bad = sorted((row for row in self.rows if row.health in _FAILS), key=lambda row: row.component != "weights")
+        lines = []
+        if bad:
+            said = [f"{row.component} in {short(row.dtype)}, {row.expected.partition(';')[0]}" for row in bad]
+            names = f" ({listed(bad[0].names, 2)})" if bad[0].names else ""
+            lines.append(f"Expected at these settings: {said[0]}{names}{''.join(f'; {one}' for one in said[1:4])}.")
+            worst = next((row for row in bad if row.cure), bad[0])
+            masters = f": {switch(trainer, worst.dtype)}" if worst.cure.startswith("FP32 master") else ""
+            cost = f" (+{size(worst.cure_bytes)})" if worst.cure_bytes else ""
+            if worst.cure:
+                lines.append(f"Fix: {worst.cure}{masters}{cost}.")
+        if self.notes:
+            more = f" And {len(self.notes) - 1} more of this kind." if len(self.notes) > 1 else ""
+            lines.append(f"Not known before the first step: {self.notes[0]}{more}")
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""

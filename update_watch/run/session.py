@@ -17,6 +17,7 @@ from update_watch.measure.identity.names import members_of, named_tensors, names
 from update_watch.report import Report
 from update_watch.run.settings import Settings
 from update_watch.watch import Watch, watch
+from update_watch.wording import above_progress_bars
 
 
 def begin(optimizer: Optimizer) -> Watch | None:
@@ -77,10 +78,6 @@ def show(report: Report) -> None:
     line = f"update-watch, step {report.step:,}: {report.headline}"
     if sys.stderr.isatty():
         line = line[: max(shutil.get_terminal_size().columns - 1, 40)]
-    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    if bar is not None:
-        bar.write(line, file=sys.stderr)
-    elif sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{line}\n")
-    else:
-        sys.stderr.write(f"{line}\n")
+    begin = "\r\x1b[K" if sys.stderr.isatty() and "tqdm" not in sys.modules else ""  # over a bar of the script's own
+    with above_progress_bars():
+        sys.stderr.write(f"{begin}{line}\n")

@@ -19,7 +19,7 @@ from update_watch.judge.alerts.texts import alert_of, with_decay
 from update_watch.judge.history import check_state
 from update_watch.report import Cause, Health, Level, Report
 from update_watch.thresholds import Thresholds
-from update_watch.wording import plural
+from update_watch.wording import above_progress_bars, plural
 
 _VERSION = 2
 _HOUR = 3600.0
@@ -86,9 +86,10 @@ class Alerts:
             name: e for name, e in self._episodes.items() if e.is_open or e.members or e.over_at > -math.inf
         }
         for alert in alerts if self.is_logging else ():
-            logging.getLogger("update_watch").log(
-                _LOGGING[alert.level], "update-watch, step %d: %s\n%s", alert.step, alert.title, alert.text
-            )
+            with above_progress_bars():
+                logging.getLogger("update_watch").log(
+                    _LOGGING[alert.level], "update-watch, step %d: %s\n%s", alert.step, alert.title, alert.text
+                )
         return dataclasses.replace(report, alerts=tuple(alerts))
 
     def _without_old_rest(self, bad: dict[str, list[Finding]]) -> dict[str, list[Finding]]:
