@@ -168,9 +168,6 @@ def test_finders_that_run_as_callbacks_are_not_seen(finder: str, tmp_path: Path)
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
-@pytest.mark.xfail(
-    reason="an average that is updated where one window ends and the next begins is taken for one that never is"
-)
 def test_stochastic_weight_averaging_is_found_and_raises_no_alarm() -> None:
     watch, reports = keep(window=12)
     torch.manual_seed(0)

@@ -129,7 +129,7 @@ class WatchedModel:
         """Begin a new window and throw away the one that is open; may be interrupted, and is called again then."""
         for watched in self.watched.values():
             watched.renew()
-        self._averages.close_window(Batch())  # and nobody reads it
+        self._averages.close_window(Batch(), goes_on=False)  # and nobody reads it
         self._ledger, self._is_ledger_old = Ledger(random.Random(self._rng.random())), True
 
     def clear(self) -> None:

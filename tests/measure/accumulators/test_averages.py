@@ -175,6 +175,18 @@ def test_an_average_that_is_never_updated_is_told_after_three_windows_and_its_tw
     assert {a.cause for a in _of(_train(torch.float32, _given(0.999), seldom, steps=192))} == {None}
 
 
+def test_an_average_whose_updates_fall_between_two_windows_is_seen() -> None:
+    """SWA once an epoch, and epochs as long as windows: after the last step of one, before the first of the next."""
+
+    def update(average: Any, model: Any, step: int) -> None:
+        if step % 32 == 31:
+            _lerp(average, model, step)
+
+    fp32, bf16 = (_train(dtype, _given(0.999), update, steps=160) for dtype in (torch.float32, torch.bfloat16))
+    assert {a.health for a in _of(fp32)} == {uw.Health.healthy}
+    assert {a.cause for a in _of(bf16)} == {uw.Cause.average_rounding}
+
+
 # --- at whichever rate ----------------------------------------------------------------------------------
 
 

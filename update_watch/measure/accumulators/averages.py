@@ -112,10 +112,14 @@ class Averages:
         if self._open is not None and not self._open.is_waiting():
             self._open = None
 
-    def close_window(self, batch: Batch) -> list[AverageWindow | UnreadWindow]:
-        """Hand the sums to `batch` and start new ones."""
-        self._open = None
-        return [*(chunk.close(batch) for chunk in self._chunks), *self._unread]
+    def close_window(self, batch: Batch, goes_on: bool = True) -> list[AverageWindow | UnreadWindow]:
+        """Hand the sums to `batch` and start new ones.
+
+        If the training `goes_on`, so does the comparison: else updates that always come where two windows meet are missed.
+        """
+        if not goes_on:
+            self._open = None
+        return [*(chunk.close(batch, goes_on, chunk is self._open) for chunk in self._chunks), *self._unread]
 
 
 def _pairs(sources: list[Source], samples: int) -> tuple[list[_Pair], dict[str, str]]:
@@ -159,7 +163,7 @@ class _Chunk:
         self._runs = _format_runs(pairs)
         self._updates = 0
         self._counts = False  # writes to it were seen in its counters
-        self._first: Tensor | None = None  # at the window's first look
+        self._first: Tensor | None = None  # where the window began
         self._redraw()
 
     def _redraw(self) -> None:
@@ -185,9 +189,7 @@ class _Chunk:
     def start(self) -> None:
         """Remember the average."""
         averages = self._averages()
-        self._before = self._gather(averages)
-        self._marks = _marks(averages)
-        self._is_next_look = True
+        self._before, self._marks, self._is_next_look = self._gather(averages), _marks(averages), True
         self._note_rounding(self._before)
         if self._first is None:
             self._first = self._before.clone()
@@ -229,8 +231,7 @@ class _Chunk:
         intended = gap * (1.0 if rate is None else rate)
         scale, is_known = self._speed(applied, intended, rate is not None)
         intended = torch.where(is_known, intended * scale, zero)
-        applied = torch.where(is_known, applied, zero)
-        wanted = intended.ne(0).float()
+        applied, wanted = torch.where(is_known, applied, zero), intended.ne(0).float()
         parts = (applied * intended, intended * intended, wanted, wanted * applied.eq(0))
         self._sums[:4].add_(torch.stack([part.sum(-1) for part in parts]))
         self._sums[4].add_((averaged & is_known).squeeze(-1).float())
@@ -272,11 +273,10 @@ class _Chunk:
         self._sums[5].add_((coarse & self._was_finer).float())
         self._was_finer.logical_or_(~coarse)
 
-    def close(self, batch: Batch) -> AverageWindow:
+    def close(self, batch: Batch, goes_on: bool, is_open: bool) -> AverageWindow:
+        """`is_open`: it is being compared, at positions that stay."""
         if self._first is not None:
-            now = self._gather(self._averages())
-            self._sums[8].add_(now.ne(self._first).any(-1).float())
-            self._first = None
+            self._sums[8].add_(self._gather(self._averages()).ne(self._first).any(-1).float())
         rate = self._rate_now() if self._counter is not None else self.rate
         window = AverageWindow(
             self.label,
@@ -290,7 +290,9 @@ class _Chunk:
         )
         self._sums.zero_()
         self._updates = 0
-        self._redraw()
+        if not is_open:
+            self._redraw()
+        self._first = self._gather(self._averages()) if goes_on else None
         return window
 
 
@@ -331,8 +333,7 @@ def read(window: AverageWindow | UnreadWindow) -> dict[str, AccumulatorEvidence]
     for i, (name, dtype, size) in enumerate(zip(window.names, window.dtypes, window.sizes, strict=True)):
         dot, want, wanted, lost, looks, rounded, moved, gaps, has_moved = (float(x) for x in sums[:, i])
         is_updated = bool(window.updates or moved or has_moved)
-        reason = note = ""
-        numbers = Numbers()
+        reason, note, numbers = "", "", Numbers()
         if rounded and dtype == "float32":
             note = "rounded through BF16 weights, as by a swap for validation"
         if want > 0:
