@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from update_watch.foresight.forecasts import Forecast, TensorForecast
 from update_watch.foresight.rounding_curve import efficiency_of, octaves_for
+
+if TYPE_CHECKING:
+    from update_watch.foresight.plan import Plan
+    from update_watch.foresight.what_if import Case
 
 _T = TypeVar("_T")
 
@@ -257,6 +261,18 @@ class Report:
     def efficiency(self) -> float | None:
         """Efficiency over all tensors where it is known, weighted by number of elements."""
         return weighted_mean((t.efficiency, t.numel) for t in self.tensors)
+
+    def what_if(self, floor: float | None = None) -> tuple[Case, ...]:
+        """The run as it is, and under each cure, with bytes; `floor`: a least learning rate to try. See `foresight.what_if`."""
+        from update_watch.foresight.what_if import cases
+
+        return cases(self, floor)
+
+    def plan(self, without: Iterable[str] = ()) -> Plan:
+        """The cheapest set of changes after which nothing is lost, `without` some cures. `print` it. See `foresight.plan`."""
+        from update_watch.foresight.plan import plan
+
+        return plan(self, without)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data (NaN and infinity become None); `from_dict` reads it back."""

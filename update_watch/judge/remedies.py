@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from update_watch.cures import Cure, extra_bytes, switch
+from update_watch.foresight.plan import can_stand_alone
 from update_watch.judge.advice import brief
 from update_watch.judge.number_formats import FULL, smallest_rate
 from update_watch.naming import family, group_words
 from update_watch.report import Cause, TensorReport
 from update_watch.wording import size
-
-_FEW = 0.01  # share of the parameters that may be kept in FP32 alone, beside the others
 
 
 def remedy(
@@ -54,13 +53,6 @@ def remedy(
     if cause is Cause.average_rounding:
         return f"keep the averaged model in FP32 (+{size(extra_bytes(Cure.fp32_average, numel))})"
     return _cure_of(advice)
-
-
-def can_stand_alone(mine: Sequence[TensorReport], tensors: Sequence[TensorReport]) -> bool:
-    """Whether these can be kept in FP32 beside the others: few elements, none that is multiplied as a matrix."""
-    trained = sum(t.numel for t in tensors if t.trainable) or 1
-    few = sum(t.numel for t in mine) <= _FEW * trained
-    return few and all(len(t.shape) == 1 for t in mine) and any(t not in mine for t in tensors)
 
 
 def are_norms(mine: Sequence[TensorReport]) -> bool:

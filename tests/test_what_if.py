@@ -1,0 +1,152 @@
+"""What each cure would give, held against elements that are really rounded so; and the cheapest set of cures."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from update_watch.cures import Cure
+from update_watch.foresight.what_if import Case
+from update_watch.formats import BF16
+from update_watch.report import (
+    HEADROOM_BINS,
+    HEADROOM_LOW,
+    AccumulatorReport,
+    Cause,
+    Health,
+    Report,
+    TensorReport,
+)
+
+SIZE, LR = 20_000, 1e-3
+
+
+def drawn(size: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights that BF16 holds, and updates."""
+    torch.manual_seed(seed)
+    weights = torch.randn(SIZE).clamp(-4, 4)
+    return torch.where(weights.abs() < 2e-3, torch.ones(()), weights).bfloat16().float(), size * torch.randn(SIZE)
+
+
+def efficiency(weights: torch.Tensor, updates: torch.Tensor, dtype: torch.dtype) -> float:
+    """Of all elements, in FP64."""
+    applied = (weights + updates).to(dtype).double() - weights.double()
+    return float((applied * updates).sum() / updates.double().square().sum())
+
+
+def measured(name: str, weights: torch.Tensor, updates: torch.Tensor, **fields: object) -> TensorReport:
+    headroom = (updates.abs() / BF16.half_gap(weights, updates)).log2().floor().clamp(HEADROOM_LOW, 15) - HEADROOM_LOW
+    movement = torch.zeros(HEADROOM_BINS, dtype=torch.float64).index_add_(0, headroom.long(), updates.double() ** 2)
+    found = efficiency(weights, updates, torch.bfloat16)
+    given: dict[str, object] = {
+        "shape": (SIZE // 100, 100),
+        "dtype": "bfloat16",
+        "numel": SIZE,
+        "efficiency": found,
+        "movement_histogram": tuple((movement / movement.sum()).tolist()),
+        "movement_lr": LR,
+        "lr": LR,
+        **fields,
+    }
+    return TensorReport(name, Health.stalled if found < 0.1 else Health.healthy, **given)  # type: ignore[arg-type]
+
+
+def report(*tensors: TensorReport) -> Report:
+    return Report(128, 128, Health.healthy, "", tensors)
+
+
+def by_name(found: tuple[Case, ...]) -> dict[str, Case]:
+    return {case.name: case for case in found}
+
+
+@pytest.mark.parametrize("size", [3e-3, 3e-4, 3e-5])
+def test_each_cure_gives_what_elements_rounded_so_get(size: float) -> None:
+    weights, updates = drawn(size)
+    found = by_name(report(measured("w", weights, updates)).what_if(floor=4 * LR))
+    assert found["as it is"].tensors["w"] == pytest.approx(efficiency(weights, updates, torch.bfloat16))
+    for name, truth in {
+        "masters": efficiency(weights, updates, torch.float32),
+        "float16": efficiency(weights, updates, torch.float16),
+        "floor": efficiency(weights, 4 * updates, torch.bfloat16),
+    }.items():
+        assert found[name].tensors["w"] == pytest.approx(truth, abs=0.05)
+    assert found["stochastic_rounding"].tensors["w"] == 1.0
+    assert {name: case.bytes for name, case in found.items()} == {
+        "as it is": 0,
+        "masters": 2 * SIZE,
+        "kahan": 2 * SIZE,
+        "stochastic_rounding": 0,
+        "float16": 0,
+        "floor": 0,
+    }
+
+
+def test_fp32_states_make_updates_larger_by_the_state_factor_and_norms_alone_cost_their_own_bytes() -> None:
+    weights, updates = drawn(3e-4)
+    state = AccumulatorReport("exp_avg_sq", "bfloat16", Health.stalling, Cause.state_rounding, efficiency=0.1)
+    matrix = measured("w", weights, updates, state_factor=0.25, accumulators={"exp_avg_sq": state})
+    norm = measured("norm.weight", torch.ones(SIZE), drawn(1e-4)[1], shape=(SIZE,))
+    found = by_name(report(matrix, norm).what_if())
+    assert found["fp32_states"].tensors["w"] == pytest.approx(
+        efficiency(weights, 4 * updates, torch.bfloat16), abs=0.05
+    )
+    assert found["fp32_states"].bytes == 4 * SIZE
+    norms = found["fp32_norms"]
+    assert norms.tensors == {"w": matrix.efficiency, "norm.weight": pytest.approx(1.0, abs=0.01)}
+    assert (norms.bytes, norms.efficiency) == (2 * SIZE, pytest.approx((1 + (matrix.efficiency or 0)) / 2, abs=0.01))
+
+
+def test_what_is_not_known_or_cannot_be_lost_is_not_told() -> None:
+    weights, updates = drawn(3e-4)
+    full = measured("w", weights, updates, dtype="float32", efficiency=1.0)
+    assert report(full, TensorReport("u", Health.unknown, dtype="bfloat16")).what_if() == ()
+    carried = measured("w", weights, updates, scheme="carried:kahan_comp", efficiency=0.99)
+    assert by_name(report(carried).what_if())["masters"].tensors == {"w": 0.99}
+    with pytest.raises(ValueError, match="floor=0"):
+        report(full).what_if(floor=0)
+
+
+# --- the cheapest set ----------------------------------------------------------------------------------
+
+
+def stalled(name: str, numel: int, shape: tuple[int, ...], **fields: object) -> TensorReport:
+    weights, updates = torch.ones(SIZE), drawn(1e-5)[1]
+    base = measured(name, weights, updates, cause=Cause.weight_rounding, numel=numel, shape=shape)
+    return dataclasses.replace(base, **fields)  # type: ignore[arg-type]
+
+
+BIG = TensorReport("w", Health.healthy, dtype="bfloat16", numel=1_000_000, shape=(1000, 1000), efficiency=1.0)
+NORM = stalled("norm.weight", 1000, (1000,))
+
+
+def test_the_cheapest_cure_of_each_trouble_is_chosen_with_its_bytes() -> None:
+    free = report(BIG, NORM).plan()
+    assert [(c.cure, c.bytes, c.tensors) for c in free.changes] == [(Cure.stochastic_rounding, 0, ("norm.weight",))]
+    alone = report(BIG, NORM).plan(without=["stochastic_rounding"])
+    assert [(c.cure, c.bytes) for c in alone.changes] == [(Cure.masters, 2000)]
+    assert alone.changes[0].efficiency == 0.0 and alone.changes[0].cured == pytest.approx(1.0, abs=0.01)
+    assert str(alone) == "Keep these alone in FP32 (+2 kB): norm.weight from efficiency 0.00 to 1.00."
+    large = report(stalled("w", 1_000_000, (1000, 1000)), BIG).plan(without=["stochastic_rounding"])
+    assert large.bytes == 4_000_000  # of the whole model
+
+
+def test_one_change_may_cure_two_troubles_and_states_have_their_own() -> None:
+    decay = AccumulatorReport("weight_decay", "bfloat16", Health.stalled, Cause.decay_rounding, efficiency=0.0)
+    state = AccumulatorReport("exp_avg_sq", "bfloat16", Health.stalled, Cause.state_rounding, efficiency=0.02)
+    sick = dataclasses.replace(BIG, name="v", accumulators={"weight_decay": decay, "exp_avg_sq": state})
+    found = report(sick, NORM).plan()
+    assert {c.cure: (c.causes, c.bytes) for c in found.changes} == {
+        Cure.stochastic_rounding: ((Cause.decay_rounding, Cause.weight_rounding), 0),
+        Cure.fp32_states: ((Cause.state_rounding,), 4_000_000),
+    }
+    assert found.bytes == 4_000_000 and "+4 MB in all." in str(found)
+
+
+def test_nothing_lost_needs_nothing_and_what_is_ruled_out_is_said() -> None:
+    assert str(report(BIG).plan()).startswith("Nothing has to be changed") and report(BIG).plan().changes == ()
+    with pytest.raises(ValueError, match="leaves no cure for weight_rounding; allow one of masters"):
+        report(NORM, BIG).plan(without=["masters", "kahan", "stochastic_rounding"])
+    with pytest.raises(ValueError, match="nonsense"):
+        report(BIG).plan(without=["nonsense"])

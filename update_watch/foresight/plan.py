@@ -1,0 +1,150 @@
+"""The cheapest set of changes after which nothing is lost to rounding any more, of the cures that `cures` knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from update_watch.cures import FOR_CAUSE, TITLES, Cure, extra_bytes
+from update_watch.foresight.what_if import BITS, in_fp32
+from update_watch.naming import group_words
+from update_watch.report import Cause, Health, Report, TensorReport, weighted_mean
+from update_watch.wording import fixed, size
+
+FEW = 0.01  # share of the parameters that may be kept in FP32 alone, beside the others
+_UNWELL = (Health.stalled, Health.stalling)
+_OF_BF16 = (Cure.stochastic_rounding, Cure.kahan)  # what packages have them for
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One thing to change, and what it does to what it is for."""
+
+    cure: Cure
+    title: str  # "keep FP32 master weights"
+    causes: tuple[Cause, ...]
+    tensors: tuple[str, ...]  # those that are not well for one of these causes
+    efficiency: float | None  # of what is not well in these, now: mean by number of elements
+    cured: float | None  # and then
+    bytes: int  # of memory, more than now
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The cheapest set of changes after which nothing is lost. `print` it."""
+
+    changes: tuple[Change, ...]
+    bytes: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _Loss(NamedTuple):
+    """What is lost of one tensor, or of what accumulates beside it."""
+
+    tensor: TensorReport
+    efficiency: float | None
+
+
+class _Option(NamedTuple):
+    cure: Cure
+    is_alone: bool  # for the tensors that are not well, and no others
+
+
+def plan(report: Report, without: Iterable[str] = ()) -> Plan:
+    """The cheapest set of changes: by bytes, then by how many there are. Empty where nothing is lost.
+
+    `without`: cures (values of `cures.Cure`) that are out of the question.
+
+    Raises:
+        ValueError: `without` names no cure, or leaves none for something that is not well.
+    """
+    excluded = {Cure(name) for name in without}
+    losses = _losses(report.tensors)
+    choices = []
+    for cause, members in losses.items():
+        fitting = [option for option in _options(cause, members, report.tensors) if option.cure not in excluded]
+        if not fitting:
+            raise ValueError(
+                f"plan(without={sorted(map(str, excluded))}) leaves no cure for {cause}; allow one of"
+                f" {', '.join(FOR_CAUSE[cause])}"
+            )
+        choices.append(fitting)
+    plans = [
+        _changes(dict(zip(losses, chosen, strict=True)), losses, report.tensors)
+        for chosen in itertools.product(*choices)
+    ]
+    best = min(plans, key=lambda changes: (sum(change.bytes for change in changes), len(changes)))
+    total = sum(change.bytes for change in best)
+    return Plan(tuple(best), total, _text(best, total, report.tensors))
+
+
+def can_stand_alone(mine: Sequence[TensorReport], tensors: Sequence[TensorReport]) -> bool:
+    """Whether these can be kept in FP32 beside the others: few elements, none that is multiplied as a matrix."""
+    trained = sum(t.numel for t in tensors if t.trainable) or 1
+    few = sum(t.numel for t in mine) <= FEW * trained
+    return few and all(len(t.shape) == 1 for t in mine) and any(t not in mine for t in tensors)
+
+
+def _losses(tensors: Iterable[TensorReport]) -> dict[Cause, list[_Loss]]:
+    """Of all that precision can cure."""
+    found: dict[Cause, list[_Loss]] = {}
+    for t in tensors:
+        if t.health in _UNWELL and t.cause is not None and t.cause in FOR_CAUSE:
+            found.setdefault(t.cause, []).append(_Loss(t, t.efficiency))
+        for a in t.accumulators.values():
+            if a.health in _UNWELL and a.cause is not None and a.cause in FOR_CAUSE:
+                found.setdefault(a.cause, []).append(_Loss(t, a.efficiency))
+    return found
+
+
+def _options(cause: Cause, members: list[_Loss], tensors: Sequence[TensorReport]) -> list[_Option]:
+    mine = [loss.tensor for loss in members]
+    is_bf16 = all(t.dtype == "bfloat16" for t in mine)
+    found = [_Option(cure, False) for cure in FOR_CAUSE[cause] if is_bf16 or cure not in _OF_BF16]
+    if cause is Cause.weight_rounding and can_stand_alone(mine, tensors):
+        found.append(_Option(Cure.masters, True))
+    return found
+
+
+def _changes(
+    chosen: Mapping[Cause, _Option], losses: Mapping[Cause, list[_Loss]], tensors: Sequence[TensorReport]
+) -> list[Change]:
+    """One for each cure, however many causes it is for."""
+    whole = sum(t.numel for t in tensors if t.trainable and t.dtype in BITS)
+    found = []
+    for cure in dict.fromkeys(option.cure for option in chosen.values()):
+        causes = [cause for cause, option in chosen.items() if option.cure is cure]
+        lost = [loss for cause in causes for loss in losses[cause]]
+        mine = {loss.tensor.name: loss.tensor for loss in lost}
+        is_alone = all(chosen[cause].is_alone for cause in causes) or cure in (Cure.fp32_states, Cure.fp32_average)
+        cost = extra_bytes(cure, sum(t.numel for t in mine.values()) if is_alone else whole)
+        title = "keep these alone in FP32" if cure is Cure.masters and is_alone else TITLES[cure]
+        now = weighted_mean((loss.efficiency, loss.tensor.numel) for loss in lost)
+        then = weighted_mean(
+            (_cured(cure, cause, loss), loss.tensor.numel) for cause in causes for loss in losses[cause]
+        )
+        found.append(Change(cure, title, tuple(causes), tuple(mine), now, then, cost))
+    return found
+
+
+def _cured(cure: Cure, cause: Cause, loss: _Loss) -> float | None:
+    """Its efficiency then: what FP32 holds of these updates; of rounding at random, a remainder or an FP32 sum, all."""
+    return in_fp32(loss.tensor) if cause is Cause.weight_rounding and cure is Cure.masters else 1.0
+
+
+def _text(changes: Sequence[Change], total: int, tensors: Sequence[TensorReport]) -> str:
+    if not changes:
+        return "Nothing has to be changed: nothing is known to be lost to rounding."
+    shapes = {t.name: t.shape for t in tensors}
+    lines = [
+        f"{change.title} (+{size(change.bytes)}): {', '.join(group_words(change.tensors, shapes, 3))} from efficiency"
+        f" {fixed(change.efficiency)} to {fixed(change.cured)}"
+        for change in changes
+    ]
+    lines = [f"{line[:1].upper()}{line[1:]}." for line in lines]
+    return "\n".join(lines if len(lines) == 1 else [*lines, f"+{size(total)} in all."])
