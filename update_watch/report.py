@@ -14,14 +14,11 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from importlib import import_module
+from typing import Any, TypeVar
 
-from update_watch.foresight.forecasts import Forecast, TensorForecast
+from update_watch.foresight.forecasts import Case, Forecast, Plan, TensorForecast
 from update_watch.foresight.rounding_curve import efficiency_of, octaves_for
-
-if TYPE_CHECKING:
-    from update_watch.foresight.plan import Plan
-    from update_watch.foresight.what_if import Case
 
 _T = TypeVar("_T")
 
@@ -264,15 +261,14 @@ class Report:
 
     def what_if(self, floor: float | None = None) -> tuple[Case, ...]:
         """The run as it is, and under each cure, with bytes; `floor`: a least learning rate to try. See `foresight.what_if`."""
-        from update_watch.foresight.what_if import cases
-
-        return cases(self, floor)
+        # on use: it knows the types of this file
+        found: tuple[Case, ...] = import_module("update_watch.foresight.what_if").cases(self, floor)
+        return found
 
     def plan(self, without: Iterable[str] = ()) -> Plan:
         """The cheapest set of changes after which nothing is lost, `without` some cures. `print` it. See `foresight.plan`."""
-        from update_watch.foresight.plan import plan
-
-        return plan(self, without)
+        found: Plan = import_module("update_watch.foresight.plan").plan(self, without)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data (NaN and infinity become None); `from_dict` reads it back."""

@@ -1,8 +1,9 @@
-"""What a forecast holds: for each tensor and for the run, what the rest of the schedule will do. See `judge.forecast`."""
+"""What foresight finds: what the rest of the schedule will do (`judge.forecast`), what a cure would give (`what_if`), what to change (`plan`)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,3 +32,39 @@ class Forecast:
     error: float | None = (
         None  # 90% of this window's efficiencies are as near to what was forecast at half of the run so far
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One way of training this run otherwise, at its present learning rates."""
+
+    name: str  # "as it is", a `Cure`, "fp32_norms", "float16", "floor"
+    title: str  # "keep FP32 master weights"
+    efficiency: float | None  # of the run: mean over tensors, by number of elements
+    tensors: Mapping[str, float]  # of each tensor of which it is known
+    bytes: int  # of memory, more than now
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One thing to change, and what it does to what it is for."""
+
+    cure: str  # a `cures.Cure`
+    title: str  # "keep FP32 master weights"
+    causes: tuple[str, ...]  # values of `report.Cause`
+    tensors: tuple[str, ...]  # those that are not well for one of these causes
+    efficiency: float | None  # of what is not well in these, now: mean by number of elements
+    cured: float | None  # and then
+    bytes: int  # of memory, more than now
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The cheapest set of changes after which nothing is lost. `print` it."""
+
+    changes: tuple[Change, ...]
+    bytes: int
+    text: str
+
+    def __str__(self) -> str:
+        return self.text

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from update_watch.cures import FOR_CAUSE, TITLES, Cure, extra_bytes
+from update_watch.foresight.forecasts import Change, Plan
 from update_watch.foresight.what_if import BITS, in_fp32
 from update_watch.naming import group_words
 from update_watch.report import Cause, Health, Report, TensorReport, weighted_mean
@@ -16,31 +16,6 @@ from update_watch.wording import fixed, size
 FEW = 0.01  # share of the parameters that may be kept in FP32 alone, beside the others
 _UNWELL = (Health.stalled, Health.stalling)
 _OF_BF16 = (Cure.stochastic_rounding, Cure.kahan)  # what packages have them for
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """One thing to change, and what it does to what it is for."""
-
-    cure: Cure
-    title: str  # "keep FP32 master weights"
-    causes: tuple[Cause, ...]
-    tensors: tuple[str, ...]  # those that are not well for one of these causes
-    efficiency: float | None  # of what is not well in these, now: mean by number of elements
-    cured: float | None  # and then
-    bytes: int  # of memory, more than now
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The cheapest set of changes after which nothing is lost. `print` it."""
-
-    changes: tuple[Change, ...]
-    bytes: int
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class _Loss(NamedTuple):
@@ -128,7 +103,7 @@ def _changes(
         then = weighted_mean(
             (_cured(cure, cause, loss), loss.tensor.numel) for cause in causes for loss in losses[cause]
         )
-        found.append(Change(cure, title, tuple(causes), tuple(mine), now, then, cost))
+        found.append(Change(cure, title, tuple(map(str, causes)), tuple(mine), now, then, cost))
     return found
 
 

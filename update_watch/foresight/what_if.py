@@ -9,28 +9,17 @@ the rule, such as another beta, is not told.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from update_watch.cures import TITLES, Cure, extra_bytes
+from update_watch.foresight.forecasts import Case
 from update_watch.foresight.rounding_curve import efficiency_of
 from update_watch.report import HEADROOM_LOW, Report, TensorReport, weighted_mean
 from update_watch.wording import number
 
 BITS = {"bfloat16": 8, "float16": 11}  # significant ones; formats that hold all there is to hold are left as they are
 _FP32, _PAIR = 24, 9  # bits of FP32; what a remainder in the same format adds at least
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One way of training this run otherwise, at its present learning rates."""
-
-    name: str  # "as it is", a `Cure`, "fp32_norms", "float16", "floor"
-    title: str  # "keep FP32 master weights"
-    efficiency: float | None  # of the run: mean over tensors, by number of elements
-    tensors: Mapping[str, float]  # of each tensor of which it is known
-    bytes: int  # of memory, more than now
 
 
 def cases(report: Report, floor: float | None = None) -> tuple[Case, ...]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from update_watch.cures import Cure
-from update_watch.foresight.what_if import Case
+from update_watch.foresight.forecasts import Case
 from update_watch.formats import BF16
 from update_watch.report import (
     HEADROOM_BINS,
