@@ -80,7 +80,8 @@ class Watch(run_journal.Shown, memory.Remembering):
         put = lambda window: self._ranks.is_joining or self._judge.put(window)  # noqa: E731
         self._silence = Silence(self._model, window, put, self._discovery.strangers, lambda: self._tap.enabled)
         for optimizer in optimizers:
-            self.attach(optimizer)
+            for one in chain(optimizer):
+                self._attach(one)
         self._discovery.start()
         self._silence.start()
         endings.add(self, self._model.has)

@@ -58,18 +58,18 @@ class Crossings(TorchDispatchMode):
 
 def properties_outside(real: Optimizer) -> None:
     """As probes: on real values."""
-    find_properties, find_states = rule_properties.find_properties, state_forms.find_states
+    find_decay, find_states = rule_properties.find_decay, state_forms.find_states
     original = parameters._find_properties
 
     def real_properties(_: Any, group: int, dtype: torch.dtype, ndim: int) -> Any:
         with unset_fake_temporarily():
-            return find_properties(real, group, dtype, ndim)
+            return find_decay(real, group, dtype, ndim)
 
     def real_states(_: Any, group: int, __: Any) -> Any:
         with unset_fake_temporarily():
             return find_states(real, group, real.param_groups[0]["params"][0])
 
-    rule_properties.find_properties, state_forms.find_states = real_properties, real_states  # type: ignore[assignment]  # of fewer names
+    rule_properties.find_decay, state_forms.find_states = real_properties, real_states  # type: ignore[assignment]  # of fewer names
     probes_outside(real)
     parameters._find_properties = original  # probes_outside leaves it out
 

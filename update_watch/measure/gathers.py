@@ -52,8 +52,11 @@ class Gathers:
         self._phase, self._turn, self._kept_turn = phase, 0, 0
         self._weights = PositionWeights(self.samplers, phase, self.device) if self._moving else None
         self._kept_weights_nJ: Tensor | None = None
-        zero = torch.zeros((), device=self.device)
-        self._zeros = [zero.to(local(row.param).dtype).expand(row.sampler.view_shape) for row in rows if row.sampler]
+        zeros: dict[Any, Tensor] = {}  # by format and shape: there are few
+        for row in rows:
+            if row.sampler and (key := (row.layout[1], row.sampler.view_shape)) not in zeros:
+                zeros[key] = torch.zeros((), dtype=key[0], device=self.device).expand(key[1])
+        self._zeros = [zeros[row.layout[1], row.sampler.view_shape] for row in rows if row.sampler]
         self._view = [sampler.view for sampler in self.samplers]
         self._is_sharded = any(local(row.param) is not row.param for row in rows)
         self._padding = mask(self.samplers, self.device)

@@ -53,7 +53,9 @@ class Row:
         scheme: Scheme,
         samples: int,
         piece: Piece | None = None,
+        odd: str = "",
     ) -> None:
+        """`odd`: why its elements cannot be sampled; "" when they can."""
         self.param, self.names, self.group, self.rule, self.scheme = param, names, group, rule, scheme
         self.piece = piece  # the part of `param` that is looked at; None: all of it
         self.layout = _layout(param)  # as it was planned for
@@ -61,8 +63,8 @@ class Row:
         self.rates: dict[str, float] = {}  # state -> 1 - beta of `x <- beta x + ...`
         # counters when they were last read, and steps with a gradient since: parameters equal here have equal counters
         self.lived: tuple[tuple[float, ...], int] = (), 0
-        self.reason = why_unknown(param, rule)
-        self.sampler: Sampler | None = None if unsamplable(local(param)) else self.sampler_of(samples, 2)
+        self.reason = odd or why_unknown(param, rule)
+        self.sampler: Sampler | None = None if odd else self.sampler_of(samples, 2)
         self._checked: tuple[str, ...] = ()
         self.shaped: frozenset[str] = frozenset()  # states of the parameter's shape
         # the carrier, where the rule keeps none of that name in FP32: there is nothing to carry then
@@ -151,10 +153,8 @@ def _elsewhere(param: Tensor, states: Mapping[str, torch.device]) -> str:
 
 
 def why_unknown(param: Tensor, rule: Rule) -> str:
-    """Why this parameter's update cannot be measured; "" when it can."""
+    """Why the update of this parameter, which can be sampled, cannot be measured; "" when it can."""
     shard = local(param)
-    if problem := unsamplable(shard):
-        return problem
     if shard.numel() == 0:
         return "no element of it is on this rank" if param.numel() else "it has no elements"
     if rule.kind is Kind.unknown:
@@ -184,11 +184,12 @@ def build_rows(
     kind = found.setdefault(("kind", id(optimizer)), _kind_of(optimizer))
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
-            rule, scheme = _rule_and_scheme(optimizer, index, local(param), kind, found)
+            odd = unsamplable(local(param))
+            rule, scheme = _rule_and_scheme(optimizer, index, local(param), odd, kind, found)
             known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
             for piece in (pieces or {}).get(id(param), (None,)):
                 called = known if piece is None else piece.names
-                row = Row(param, called, index, rule, scheme, samples, piece)
+                row = Row(param, called, index, rule, scheme, samples, piece, odd)
                 if row.is_measured and param.dtype in (torch.bfloat16, torch.float16):
                     _find_properties(row, optimizer, kind, found)
                 rows.append(row)
@@ -197,10 +198,10 @@ def build_rows(
 
 
 def _rule_and_scheme(
-    optimizer: Optimizer, group: int, shard: Tensor, kind: Any, found: dict[Any, Any]
+    optimizer: Optimizer, group: int, shard: Tensor, odd: str, kind: Any, found: dict[Any, Any]
 ) -> tuple[Rule, Scheme]:
     """How the updates of parameters like `shard` can be replayed, and what becomes of what rounding takes."""
-    if odd := unsamplable(shard):  # it is only named: nothing has to be known of its rule
+    if odd:  # it is only named: nothing has to be known of its rule
         return Rule(Kind.unknown, odd), Scheme("unknown")
     shape, dtype = shape_of(shard), shard.dtype
     key = ("rule", kind, group, mimic(shape), dtype)
@@ -239,11 +240,13 @@ def _kind_of(optimizer: Optimizer) -> Any:
 
     One optimizer per parameter (stepped in the backward pass) makes hundreds. What cannot be compared stays apart.
     """
+    if sum(len(group["params"]) for group in optimizer.param_groups) > 1:
+        return id(optimizer)
     settings = {k: v for k, v in vars(optimizer).items() if not k.startswith(_BOOKKEEPING)}
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     states = [optimizer.state.get(p) or {} for group in optimizer.param_groups for p in group["params"]]
     marks = [sorted(vars(p)) for group in optimizer.param_groups for p in group["params"]]
-    if len(states) > 1 or not all(map(_is_plain, (settings, *groups))) or any(marks):
+    if not all(map(_is_plain, (settings, *groups))) or any(marks):
         return id(optimizer)
     counters = [(k, v.item() if _is_counter(v) else type(v).__name__) for state in states for k, v in state.items()]
     return (type(optimizer), repr(settings), repr(groups), repr(counters))
@@ -263,11 +266,12 @@ def _is_plain(value: Any) -> bool:
 
 def _find_properties(row: Row, optimizer: Optimizer, kind: Any, found: dict[Any, Any]) -> None:
     """What rounding may do to decay and states, found on synthetic parameters."""
-    param, ndim = local(row.param), min(row.param.dim(), 2)
+    param = local(row.param)
+    ndim = min(param.dim(), 2)
     key = ("properties", kind, row.group, param.dtype, ndim)
     if key not in found:
         try:
-            seen = rule_properties.find_properties(optimizer, row.group, param.dtype, ndim)
+            seen = rule_properties.find_decay(optimizer, row.group, param.dtype, ndim)
             # joined with the gradient's part before rounding, decay arrives as that does
             decouples = seen.decouples_decay and not seen.merges_decay
         except Exception:  # torch's own errors as well, of formats that it cannot compute with

@@ -24,6 +24,7 @@ an offset for i <= b and i <= (room - 1 - o) / step; block b + i with offset o -
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ class Positions(NamedTuple):
         return [1 + min(left, self.blocks - 1 - b) + min(right, b) for b in range(self.blocks)]
 
 
+@functools.lru_cache(1024)  # models repeat their shapes
 def plan(numel: int, row: int, samples: int) -> Positions:
     """Positions of one set of `samples` elements in a tensor of more elements. `row`: length of its rows in memory."""
     most_block = min(math.isqrt(2 * samples), _LARGEST_BLOCK)

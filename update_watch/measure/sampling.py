@@ -20,10 +20,12 @@ from torch import Tensor
 from update_watch.measure.positions import SHARES, Positions, plan
 from update_watch.odd_tensors import unreadable
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
 
 def local(tensor: Tensor) -> Tensor:
     """The shard of a DTensor that lives here; any other tensor as it is."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):
+    if type(tensor) in _PLAIN:
         return tensor
     # there is none before their module is loaded, which takes a second that we do not ask for
     module = sys.modules.get("torch.distributed.tensor")
@@ -35,7 +37,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def unsamplable(tensor: Tensor) -> str:
     """Why elements of this (local) tensor cannot be sampled one by one; "" when they can."""
-    if type(tensor) not in (Tensor, torch.nn.Parameter) and not _is_plain_subclass(tensor):
+    if type(tensor) not in _PLAIN and not _is_plain_subclass(tensor):
         return f"{type(tensor).__name__} is a tensor subclass that hides its stored values"
     if problem := unreadable(tensor):
         return problem
@@ -113,10 +115,12 @@ class Sampler:
             self.positions = plan(self._numel, self._row_length(), samples // sets)
             self.view_shape = (sets, self.positions.blocks, self.positions.block)
             self._view_strides = (0, self.positions.step * self.positions.block, 1)
-            self.place(*[SHARES // 2] * sets)
+            self._low = self.positions.block * self.positions.offset(SHARES // 2)
 
     def _row_length(self) -> int:
         """Elements of the dimension that lies contiguous in memory."""
+        if self._shape[-1:] > (1,) and self._strides[-1] == 1:
+            return self._shape[-1]
         return next((n for n, stride in zip(self._shape, self._strides, strict=True) if stride == 1 and n > 1), 1)
 
     def redraw(self, rng: random.Random) -> None:
@@ -126,9 +130,10 @@ class Sampler:
     def place(self, *shares: int) -> None:
         """Go to the positions of so many sets, the one of the lower share first in what `view` reads."""
         if self.positions is not None:
-            offsets = sorted(self.positions.offset(share) for share in shares)
+            # offsets grow with shares
+            low, high = self.positions.offset(min(shares)), self.positions.offset(max(shares))
             block = self.positions.block
-            self._low, self._gap = block * offsets[0], block * (offsets[-1] - offsets[0])
+            self._low, self._gap = block * low, block * (high - low)
             self._view_strides = (self._gap, *self._view_strides[1:])
 
     def view(self, tensor: Tensor) -> Tensor:

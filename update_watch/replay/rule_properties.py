@@ -52,6 +52,14 @@ def find_properties(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: 
     return RuleProperties(step_size, keeps, decouples, merges)
 
 
+def find_decay(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int) -> RuleProperties:
+    """Of `find_properties` only what is said of decay, in a tenth of the steps."""
+    quiet = undisturbed(optimizer, torch.device("cpu"))
+    with quiet, quiet:
+        decouples, merges = _decay(optimizer, group, dtype, ndim)
+    return RuleProperties(decouples_decay=decouples, merges_decay=merges)
+
+
 def _step_size(optimizer: Optimizer, group: int, shape: tuple[int, ...]) -> float | None:
     """|update| / lr, if constant gradients of any size lead to updates about as large as the learning rate."""
     found: list[float] = []

@@ -8,6 +8,7 @@ ahead to where a setting says that the rule may change its ways (warm-up, a proj
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
@@ -189,6 +190,7 @@ class SyntheticTraining:
         return [*sorted(found)[:_MOST_TARGETS], _FAR]
 
 
+@functools.lru_cache(1024)  # models repeat their shapes
 def mimic(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Two shapes that a rule should treat like `shape`, each of at most some 20,000 elements.
 

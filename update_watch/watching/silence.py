@@ -54,7 +54,7 @@ class Silence:
         """Go on with the tensors the model has now; does nothing once it was stopped, maybe by another thread."""
         if self._is_stopped:
             return
-        self._passes.listen([line.tensor for line in self._model.lines() if can_be_read(line.tensor)])
+        self._passes.listen([line.tensor for line in self._model.lines()], can_be_read)
 
     def stop(self) -> None:
         """Listen no more."""

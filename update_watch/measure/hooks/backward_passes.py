@@ -5,6 +5,7 @@ Gradient hooks on a few tensors count the passes. Micro-batches that are summed 
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,14 +31,21 @@ class BackwardPasses:
         self._most = 0
         self._hook = torch.compiler.disable(_weak(self._note))  # type: ignore[no-untyped-call]  # torch's
 
-    def listen(self, tensors: Sequence[Tensor]) -> None:
-        """Count the passes that give these tensors gradients; does nothing where that is done already."""
+    def listen(self, tensors: Sequence[Tensor], is_fit: Callable[[Tensor], bool] = lambda _: True) -> None:
+        """Count the passes that give these tensors gradients, of those that fit; does nothing where that is done already."""
+        if self._tensors:
+            known = set(map(id, tensors))  # they are held here: no other has their id
+            if all(id(one) in known and one.requires_grad and one.is_leaf and is_fit(one) for one in self._tensors):
+                return
         able = [tensor for tensor in tensors if tensor.requires_grad and tensor.is_leaf]
-        if self._tensors and all(any(tensor is one for one in able) for tensor in self._tensors):
-            return
         self.stop()
         n = len(able)
-        self._tensors = [able[k * n // min(n, _HOOKED)] for k in range(min(n, _HOOKED))]
+        self._tensors = []
+        for k in range(min(n, _HOOKED)):
+            begin = k * n // min(n, _HOOKED)
+            others = [*self._tensors]
+            found = (one for one in able[begin:] + able[:begin] if is_fit(one) and all(one is not o for o in others))
+            self._tensors += [*itertools.islice(found, 1)]
         for tensor in self._tensors:
             self._handles.append(tensor.register_post_accumulate_grad_hook(self._hook))  # type: ignore[no-untyped-call]
 
