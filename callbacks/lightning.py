@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 from update_watch.callbacks.on_stall import OnStall, StallResponse, end_in_good_order
 from update_watch.callbacks.options import AUTO, OnAudit, Options
+from update_watch.callbacks.schedules import of_lightning
 from update_watch.callbacks.session import (
     Names,
     Session,
@@ -163,7 +164,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
             averages,
             dashboards,
             is_leader,
-            *(_log_folder(trainer), "lightning"),
+            *(_log_folder(trainer), "lightning", of_lightning(trainer)),
         )
         self._session = session
         self._counts = WholeCounts(trainer.progress_bar_callback)

@@ -75,6 +75,7 @@ class Session:
         is_leader: bool = True,
         folder: str | os.PathLike[str] | None = None,
         trainer: str = "",
+        schedule: Any = None,
     ) -> None:
         """Only the leader (rank 0) feeds the user's sinks, and keeps the journal: in `folder` unless it has a path.
 
@@ -96,7 +97,7 @@ class Session:
             self._kept = run_journal.keep(self._journal, watchable, trainer, name=self._journal.parent.name)
             sinks = [*sinks, self._kept]
         settings["sinks"] = [self._inbox.append, *sinks, *options.sinks] if is_leader else [self._inbox.append]
-        settings["step"] = step
+        settings |= {"step": step, "schedule": schedule}
         try:
             self.watch: Watch = watch(names, watchable, averages=dict(averages), **settings)
         except (TypeError, ValueError) as error:

@@ -70,6 +70,15 @@ class Columns:
     dtype: tuple[str, ...] = ()  # of an accumulator, per tensor
 
 
+class Outlook(NamedTuple):
+    """What a forecast says of the run as a whole."""
+
+    until: int  # the schedule's last step
+    headline: str
+    course: tuple[tuple[int, float, float], ...]  # (step, efficiency, learning rate over that of now)
+    error: float | None = None  # by how much 90% of the forecasts at half of the run so far were off by now
+
+
 @dataclasses.dataclass(frozen=True)
 class Frame:
     """One window, or several joined to one."""
@@ -91,6 +100,7 @@ class Frame:
     accumulators: Mapping[str, Columns]
     has_layers: bool = True
     run: RunNumbers = RunNumbers()  # of the run as a whole; of several windows the mean
+    outlook: Outlook | None = None  # of several windows the last
 
     @property
     def begin(self) -> int:
@@ -129,7 +139,13 @@ def frame_of(report: Report) -> Frame:
         },
         has_layers=bool(report.layers),
         run=run_numbers(table.numel, columns.health, columns.numbers),
+        outlook=_outlook(report),
     )
+
+
+def _outlook(report: Report) -> Outlook | None:
+    found = report.forecast
+    return None if found is None else Outlook(found.until, found.headline, found.course, found.error)
 
 
 def report_of(frame: Frame) -> Report:

@@ -52,6 +52,7 @@ def join(first: Frame, second: Frame) -> Frame:
         accumulators=_join_accumulators(first.accumulators, second.accumulators),
         has_layers=first.has_layers or second.has_layers,
         run=mean_of((first.run, second.run), (first.windows, second.windows)),
+        outlook=second.outlook,
     )
 
 

@@ -244,7 +244,7 @@ class Report:
     skipped_steps: int = 0  # steps in the window skipped for overflow (GradScaler)
     observed_steps: int | None = None  # steps of the window in which something was measured
     cost_share: float | None = None  # of the time between steps, what the watch took, 0..1
-    forecast: Forecast | None = None  # where the schedule is known; not kept in journals
+    forecast: Forecast | None = None  # where the schedule is known; journals keep what it says of the run
 
     @property
     def counts(self) -> dict[str, int]:
@@ -339,5 +339,7 @@ def _forecast(data: Mapping[str, Any] | None) -> Forecast | None:
     if data is None:
         return None
     tensors = tuple(_build(TensorForecast, t) for t in data["tensors"])
-    forecast: Forecast = _build(Forecast, {**data, "tensors": tensors})
+    forecast: Forecast = _build(
+        Forecast, {**data, "tensors": tensors, "course": tuple(map(tuple, data.get("course", ())))}
+    )
     return forecast

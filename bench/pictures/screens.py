@@ -38,6 +38,7 @@ def llama(
     dtype: torch.dtype = torch.bfloat16,
     optimizer: Callable[..., Any] = torch.optim.AdamW,
     poison: int | None = None,
+    done: float = 1.0,
     **facts: Any,
 ) -> None:
     """Train a small Llama under a cosine schedule and keep the journal.
@@ -45,6 +46,7 @@ def llama(
     Args:
         floor: of the learning rate, as a share of `peak`.
         poison: step at which one weight becomes NaN.
+        done: share of the schedule after which the run ends.
     """
     torch.manual_seed(0)
     model = SmallLlama(layers, dtype)
@@ -59,8 +61,10 @@ def llama(
 
     schedule = torch.optim.lr_scheduler.LambdaLR(rule, share)
     run = {"name": journal.stem, "optimizer": type(rule).__name__, "lr_end": peak * floor, "peak": peak, **facts}
-    with uw.watch(model, rule, window=WINDOW, samples=32, budget=None, sinks=[Journal(journal, run=run)]) as watch:
-        for step in range(steps):
+    coming = uw.Schedule(share, steps)
+    sinks = [Journal(journal, run=run)]
+    with uw.watch(model, rule, window=WINDOW, samples=32, budget=None, sinks=sinks, schedule=coming) as watch:
+        for step in range(round(done * steps)):
             model.loss(tokens(step)).backward()
             if step == poison:
                 model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
@@ -110,7 +114,7 @@ def demo(folder: Path) -> list[Path]:
 
 # name -> how its journals are made
 RUNS: dict[str, dict[str, Callable[[Path], Any]]] = {
-    "stalled": {"llama-bf16": lambda path: llama(path)},
+    "stalled": {"llama-bf16": lambda path: llama(path, done=0.6)},
     "healthy": {"llama-fp32": lambda path: llama(path, 10, layers=16, dtype=torch.float32)},
     "idle": {"llama-idle": lambda path: llama(path, 6, peak=0.0, layers=4)},
     "broken": {"llama-nan": lambda path: llama(path, 6, layers=8, poison=60)},

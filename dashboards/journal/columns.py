@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from update_watch.dashboards.frame import Floats
+from update_watch.dashboards.frame import Floats, Outlook
 from update_watch.dashboards.run_numbers import NUMBERS, RunNumbers
 from update_watch.report import HEADROOM_BINS, SEVERITY
 
@@ -23,6 +23,7 @@ _SPARSE = 0.6  # from this share on, a column is stored as the exceptions from i
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 _HUGE = 1e60  # of a number; sums and squares of those below stay finite
 _LONGEST = 200_000  # characters of a text
+_POINTS = 1_000  # of a forecast
 _SLOT = "\x1f"  # where a number stood in a sentence
 
 
@@ -172,6 +173,22 @@ def run_of(line: Any) -> RunNumbers:
     if len(counts) != len(SEVERITY) or any(math.isinf(v) for v in values) or not all(map(math.isfinite, counts)):
         raise ValueError("damaged window (numbers of the run)")
     return RunNumbers(**dict(zip(NUMBERS, values, strict=True)), counts=tuple(counts))
+
+
+def outlook_line(outlook: Outlook) -> dict[str, Any]:
+    """What a forecast says of the run, to four digits."""
+    course = [[step, short(efficiency), short(rate)] for step, efficiency, rate in outlook.course]
+    return {"until": outlook.until, "headline": outlook.headline, "course": course, "error": short(outlook.error)}
+
+
+def outlook_of(line: Any) -> Outlook:
+    course = tuple((whole_of(step), number_of(arrived), number_of(rate)) for step, arrived, rate in line["course"])
+    if len(course) > _POINTS or any(a[0] >= b[0] for a, b in itertools.pairwise(course)):
+        raise ValueError("damaged window (its forecast)")
+    error = line.get("error")
+    return Outlook(
+        whole_of(line["until"]), text_of(line["headline"]), course, None if error is None else number_of(error)
+    )
 
 
 # --- checks --------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ from update_watch.dashboards.journal.columns import (
     headroom_of,
     indices_of,
     number_of,
+    outlook_line,
+    outlook_of,
     run_line,
     run_of,
     short,
@@ -148,6 +150,8 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
         "tensors": _columns_line(frame.tensors),
         "accumulators": {name: _columns_line(columns) for name, columns in frame.accumulators.items()},
     }
+    if frame.outlook is not None:
+        line["forecast"] = outlook_line(frame.outlook)
     if frame.headroom is not None:
         line["headroom"] = headroom_lines(frame.headroom)
     if frame.movement is not None:
@@ -163,7 +167,7 @@ def frame_of_line(line: Mapping[str, Any], tables: Mapping[str, TensorTable], is
     Not `is_whole`: without sentences, headroom, accumulators and what-ifs, which is many times faster.
     """
     if not is_whole:
-        line = {key: value for key, value in line.items() if key not in ("headroom", "movement", "what_if")}
+        line = {key: value for key, value in line.items() if key not in ("headroom", "movement", "what_if", "forecast")}
         line["accumulators"] = {}
         if isinstance(line.get("tensors"), dict):
             line["tensors"] = {key: value for key, value in line["tensors"].items() if key != "advice"}
@@ -204,6 +208,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
         },
         has_layers=bool(line["layers"]),
         run=run_numbers(table.numel, tensors.health, tensors.numbers) if run is None else run_of(run),
+        outlook=outlook_of(line["forecast"]) if "forecast" in line else None,
     )
 
 

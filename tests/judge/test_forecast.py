@@ -45,6 +45,10 @@ def test_the_step_of_a_stall_is_where_the_rate_has_fallen_to_half_a_gap() -> Non
     assert near.final_efficiency == 0.0 and 0.85 < near.efficiency < 1.0  # most of the movement comes early
     assert far.stalling_step is not None and 900 <= far.stalling_step <= 1000
     assert made.stalling_share == 1.0 and made.from_step == near.stalling_step
+    at = {step: (arrived, rate) for step, arrived, rate in made.course}
+    assert min(at) == 0 and 960 < max(at) <= 1000 and all(a <= 1.0 for a, _ in at.values())
+    middle = min(at, key=lambda step: abs(step - 600))  # the quarter that is near is lost by then, the rest moves
+    assert abs(at[middle][0] - 0.75) < 0.02 and abs(at[middle][1] - HALVING.rate(middle)) < 1e-9
     assert made.headline.startswith(
         f"At this schedule 100% of the parameters stall, from step {made.from_step:,} of 1,000"
     )

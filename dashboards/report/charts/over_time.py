@@ -29,6 +29,9 @@ def arrived(
         ]
         values += [{**rows[0], "step": history.first_step}, *rows]
     is_one = len(histories) == 1
+    coming = _coming(histories[0]) if len(histories) == 1 else []
+    if coming:
+        scales = scales._replace(steps=(scales.steps[0], max(scales.steps[1], coming[-1]["step"])))
     x = {"field": "step", **step_axis(scales)}
     low = min((v["arrived"] for v in values if v["arrived"] is not None), default=0.0)
     y = {
@@ -48,7 +51,8 @@ def arrived(
         line["encoding"] |= {"color": by_run, "strokeDash": {**by_run, "scale": {"domain": names}}}
     layers = [line]
     if is_one and scales.lr is not None:
-        low_lr, high_lr = scales.lr
+        rates = [v["lr"] for v in coming if v["lr"]]
+        low_lr, high_lr = min([scales.lr[0], *rates]), max([scales.lr[1], *rates])
         rate = {
             "field": "lr",
             "type": "quantitative",
@@ -59,6 +63,8 @@ def arrived(
             {"mark": {"type": "line", "style": "rate"}, "encoding": {"x": x, "y": rate, "detail": {"field": "run"}}},
             line,
         ]
+        if coming:
+            layers += _forecast(coming, x, y, rate)
     tooltip = [
         *([] if is_one else [{"field": "name", "type": "nominal", "title": "run"}]),
         {"field": "arrived", "type": "quantitative", "title": "arrived", "format": ".1%"},
@@ -72,9 +78,48 @@ def arrived(
         height,
         layers,
         f"Share of each update that arrived in the stored weights, and the learning rate, over the run ({names_})",
+        until=coming[-1]["step"] if coming else None,
         data={"values": values},
         resolve={"scale": {"y": "independent"}},
     )
+
+
+def _coming(history: History) -> list[dict[str, Any]]:
+    """The forecast from the last window to the end of the schedule, with the band that earlier forecasts of the run kept to."""
+    outlook, now = history.last.outlook, history.last.run
+    if outlook is None or len(outlook.course) < 2 or outlook.until <= history.last_step:
+        return []
+    off = outlook.error or 0.0
+    found = [
+        {
+            "step": step,
+            "run": 0,
+            "arrived": number(arrived),
+            "low": number(max(0.0, arrived - off)),
+            "high": number(min(1.0, arrived + off)),
+            "lr": number(rate * now.lr),
+        }
+        for step, arrived, rate in outlook.course
+    ]
+    return found if all(v["arrived"] is not None for v in found) else []
+
+
+def _forecast(coming: Sequence[dict[str, Any]], x: Spec, y: Spec, rate: Spec) -> list[Spec]:
+    data = {"values": list(coming)}
+    y, rate = {**y, "axis": None}, {**rate, "axis": None}  # those of the measured lines stand there
+    tooltip = [
+        {"field": "arrived", "type": "quantitative", "title": "forecast: arrives", "format": ".1%"},
+        {"field": "lr", "type": "quantitative", "title": "learning rate", "format": ".2e"},
+        {"field": "step", "type": "quantitative", "title": "at step", "format": ","},
+    ]
+    dashed = {"type": "line", "strokeDash": [5, 4]}
+    band = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}
+    return [
+        {"data": data, "mark": {**dashed, "style": "rate"}, "encoding": {"x": x, "y": rate}},
+        {"data": data, "mark": {"type": "area", "style": "spread"}, "encoding": band},
+        {"data": data, "mark": {**dashed, "style": "main"}, "encoding": {"x": x, "y": y}},
+        nearest(coming, tooltip),
+    ]
 
 
 def _mark(step: int, text: str, row: int, scales: Scales) -> Spec:

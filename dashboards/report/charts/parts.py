@@ -84,14 +84,28 @@ def chart(height: int, body: Mapping[str, Any], description: str, renderer: str 
     }
 
 
-def time_chart(height: int, layers: Sequence[Spec], description: str, renderer: str = "svg", **body: Any) -> Spec:
-    """A chart whose x axis is the run: layers, and the line at the pointer."""
+def time_chart(
+    height: int,
+    layers: Sequence[Spec],
+    description: str,
+    renderer: str = "svg",
+    until: int | None = None,
+    **body: Any,
+) -> Spec:
+    """A chart whose x axis is the run, or goes on `until` a later step: layers, and the line at the pointer."""
     cursor = {
         "data": {"name": "cursor", "values": []},
         "mark": {"type": "rule", "style": "cursor"},
         "encoding": {"x": {"field": "step", "type": "quantitative"}},
     }
-    return chart(height, {**body, "layer": [*layers, cursor]}, description, renderer, time=True)
+    return chart(
+        height,
+        {**body, "layer": [*layers, cursor]},
+        description,
+        renderer,
+        time=True,
+        **({} if until is None else {"until": until}),
+    )
 
 
 def step_axis(scales: Scales) -> dict[str, Any]:

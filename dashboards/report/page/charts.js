@@ -16,12 +16,13 @@ function placeOf(run, step) {
   const seconds = ts[i - 1] + share * (ts[i] - ts[i - 1]);
   return axis === "time" ? 1000 * seconds : (seconds - begin) / 3600;
 }
-function axisOf(domain, runs) {
+function axisOf(domain, runs, until) {
   if (axis === "step") return { domain, labelExpr: STEP_LABEL };
   const ends = runs.flatMap((run) => {
     const trace = data.tensors.traces[run];
     return [placeOf(run, trace.first), placeOf(run, trace.steps[trace.steps.length - 1])];
   });
+  if (until) ends.push(placeOf(runs[0], until)); // a forecast: at the pace of the last steps
   const span = [Math.min(...ends), Math.max(...ends)];
   const isLong = span[1] - span[0] > 86400000;
   return { domain: span, labelExpr: axis === "hours" ? "format(datum.value, '~g') + ' h'" : `timeFormat(datum.value, '${isLong ? "%b %d" : "%H:%M"}')` };
@@ -47,7 +48,7 @@ function onAxis(id, spec) {
       else made[name] = walk(value);
     }
     if (made.axis && made.axis.labelExpr === STEP_LABEL) {
-      const { domain, labelExpr } = axisOf(made.scale.domain, runs);
+      const { domain, labelExpr } = axisOf(made.scale.domain, runs, spec.usermeta.until);
       made.axis = { ...made.axis, labelExpr };
       made.scale = { ...made.scale, domain };
     }

@@ -6,11 +6,13 @@ import base64
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.run_samples import Spec, fully_filled_report, gpt, large, synthetic_run
+from update_watch.dashboards import Journal
 from update_watch.dashboards.report import drawing
 from update_watch.dashboards.report.charts.classes import CLASSES
 from update_watch.dashboards.report.charts.headroom import headroom_by_row
@@ -21,13 +23,19 @@ from update_watch.dashboards.report.charts.rates import tensors_by_rate
 from update_watch.dashboards.report.charts.ratios import ratios
 from update_watch.dashboards.report.charts.states import states
 from update_watch.dashboards.report.first_screen import first_screen
-from update_watch.dashboards.report.history import SPANS, History, history_of
+from update_watch.dashboards.report.history import SPANS, History, history_of, read_history
 from update_watch.dashboards.report.kind_map import MOST_COLUMNS, MOST_ROWS, kind_map
 from update_watch.dashboards.report.palette import RUNS, THEMES, chart_config
 from update_watch.dashboards.report.row_groups import Rows, kind_rows, tensor_rows
 from update_watch.dashboards.report.traces import MOST_POINTS, map_traces, run_traces
+from update_watch.foresight.forecasts import Forecast
 from update_watch.report import Health, Report, TensorReport
 
+# of a run of 40 steps, made at step 20
+FORECAST = Forecast(
+    *(20, 40, (), 1.0, 0.5, 25, None, "At this schedule 100% of the parameters stall."),
+    *(((20, 0.9, 1.0), (30, 0.5, 0.5), (40, 0.1, 0.25)), 0.2),
+)
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 
@@ -190,6 +198,27 @@ def test_numbers_of_the_run_are_means_where_windows_are_joined_and_tensors_their
     assert history.windows_per_span > 1
     assert history.of_run("efficiency")[1:-1].tolist() == pytest.approx([0.6] * (len(history.spans) - 2), abs=0.05)
     assert history.series_PH["efficiency"].max() == pytest.approx(0.2)
+
+
+def test_a_forecast_goes_on_to_the_end_of_the_schedule_with_its_band(tmp_path: Path) -> None:
+    history = history_of([report(step, tensor(lr=1e-3, efficiency=0.9), forecast=FORECAST) for step in (10, 20)], "run")
+    sink = Journal(tmp_path / "run.jsonl")
+    for step in (10, 20):
+        sink(report(step, tensor(lr=1e-3, efficiency=0.9), forecast=FORECAST))
+    sink.close()
+    assert read_history(tmp_path / "run.jsonl").last.outlook == history.last.outlook  # through a journal
+    spec = arrived([history], scales_of([history]))
+    assert spec["usermeta"]["until"] == 40 and spec["layer"][0]["encoding"]["x"]["scale"]["domain"][1] == 40
+    (band,) = [layer for layer in spec["layer"] if layer["mark"].get("type") == "area"]
+    told = [(v["step"], v["low"], v["high"], v["lr"]) for v in band["data"]["values"]]
+    assert told == [(20, 0.7, 1.0, 1e-3), (30, 0.3, 0.7, 5e-4), (40, 0.0, 0.3, 2.5e-4)]
+    assert first_screen(history).outlook == FORECAST.headline
+    assert ">" in _svg(spec)
+
+
+def test_a_forecast_that_has_come_to_pass_is_not_drawn() -> None:
+    over = history_of([report(50, tensor(lr=1e-3), forecast=FORECAST)], "run")
+    assert "until" not in arrived([over], scales_of([over]))["usermeta"] and first_screen(over).outlook == ""
 
 
 def test_ratios_over_the_run_are_quantiles_of_the_tensors():
