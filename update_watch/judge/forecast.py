@@ -166,7 +166,7 @@ def _headline(share: float, starts: Sequence[int], until: int, floor: float | No
     if not share:
         return "At this schedule all tensors go on receiving their updates."
     if not starts:
-        return f"At this schedule {percent(share)} of the parameters stay stalled to its end, step {until:,}."
+        return f"At this schedule {percent(share)} of the parameters go on losing updates to its end, step {until:,}."
     cure = f"; a floor of {number(floor)} would keep them moving" if floor else ""
     return (
         f"At this schedule {percent(share)} of the parameters stall, from step {min(starts):,} of {until:,} on{cure}."
