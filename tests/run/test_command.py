@@ -57,10 +57,8 @@ NAMES = ["0.weight", "0.bias", "1.weight", "2.weight", "2.bias"]
     [
         pytest.param((), id="fp32"),
         pytest.param(("bf16",), id="bf16"),
-        # a graph module that torch.compile has made holds the parameters, too, and is taken for the model
-        pytest.param(("compiled",), id="compiled", marks=pytest.mark.xfail(reason="named by the compiler's module")),
-        # the model of masters is told by equal values, and the first step, after which it is looked for, has moved them
-        pytest.param(("masters",), id="masters", marks=pytest.mark.xfail(strict=True, reason="named by place")),
+        pytest.param(("compiled",), id="compiled"),
+        pytest.param(("masters",), id="masters"),
     ],
 )
 def test_training_is_the_same_to_the_bit_and_the_model_is_known_by_its_names(
@@ -106,7 +104,7 @@ def test_status_and_signals_of_the_command_are_passed_on(tmp_path: Path) -> None
         assert run.stdout is not None and run.stdout.readline() == "waiting\n"
         run.send_signal(signal.SIGTERM)
         assert run.wait(60) == -signal.SIGTERM
-    assert list(read_journal(tmp_path / "ended.jsonl"))[-1].step == 20  # the first step was the sign to begin
+    assert list(read_journal(tmp_path / "ended.jsonl"))[-1].step == 21  # the first is seen, too
 
 
 def test_a_stall_may_fail_the_command(tmp_path: Path) -> None:

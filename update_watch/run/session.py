@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from update_watch import endings
+from update_watch.measure.hooks.process_steps import leave_place
 from update_watch.measure.identity import masters, owners
 from update_watch.measure.identity.names import members_of, named_tensors, names_of
 from update_watch.report import Report
@@ -20,8 +22,11 @@ from update_watch.watch import Watch, watch
 from update_watch.wording import above_progress_bars
 
 
-def begin(optimizer: Optimizer) -> Watch | None:
-    """Watch the model whose first step this was. None where the script watches itself."""
+def begin(optimizer: Optimizer, place: RemovableHandle) -> Watch | None:
+    """Watch the model whose first step this is. None where the script watches itself.
+
+    `place`: the hook of all optimizers from which it is called.
+    """
     if endings.is_any_open():
         return None
     settings = Settings.from_environment()
@@ -35,6 +40,7 @@ def begin(optimizer: Optimizer) -> Watch | None:
             from update_watch.dashboards import WandbSink
 
             sinks.append(WandbSink(run))
+    leave_place(place)
     journal = free_path(Path(settings.journal)) if is_leader else None
     return watch(model_of(optimizer), optimizer, window=settings.window, sinks=sinks, journal=journal)
 

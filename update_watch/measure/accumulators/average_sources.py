@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from update_watch.odd_tensors import shape_of
+from update_watch.odd_tensors import shape_of, unreadable
 
 _WRAPPED_IN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -175,7 +175,10 @@ def _prefixes(names: list[str], others: list[str]) -> list[str]:
 
 
 def _fits(average: Any, weight: Tensor) -> bool:
-    return isinstance(average, Tensor) and average is not weight and shape_of(average) == shape_of(weight)
+    if not isinstance(average, Tensor) or average is weight:
+        return False
+    # one that has no shape is told by its name alone: why it cannot be read is said in its row
+    return shape_of(average) == shape_of(weight) or (average.is_nested and bool(unreadable(average)))
 
 
 def _stripped(name: str) -> str:

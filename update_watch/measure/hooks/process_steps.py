@@ -15,11 +15,22 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from update_watch.measure.device import streams
 from update_watch.measure.hooks.tap import hide_from_dynamo, is_in_step, nothing
 
 Meet = Callable[[Optimizer], bool | None]
+
+_places: list[RemovableHandle] = []
+
+
+def leave_place(handle: RemovableHandle) -> None:
+    """The next `ProcessSteps` takes the place of this hook for all optimizers, from which it is called.
+
+    While torch goes through these hooks none may be added, but one may be exchanged.
+    """
+    _places.append(handle)
 
 
 class ProcessSteps:
@@ -41,7 +52,13 @@ class ProcessSteps:
 
     def start(self) -> None:
         """Begin to look; does nothing where it has begun."""
-        if self._handle is None:
+        if self._handle is not None:
+            return
+        place = _places.pop() if _places else None
+        hooks = None if place is None else place.hooks_dict_ref()
+        if place is not None and hooks is not None and place.id in hooks:
+            hooks[place.id], self._handle = self._pre, place
+        else:
             self._handle = register_optimizer_step_pre_hook(self._pre)
 
     def stop(self) -> None:

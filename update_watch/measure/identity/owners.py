@@ -20,7 +20,10 @@ def modules_with(tensors: Iterable[Tensor]) -> list[torch.nn.Module]:
 
 
 def roots_of(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
-    """The outermost modules these are parts of."""
+    """The outermost modules these are parts of, those that people wrote before graphs that were traced of them.
+
+    A compiler's graph modules hold the parameters under names of its own.
+    """
     parents: dict[int, list[torch.nn.Module]] = {}
     for module in all_modules():
         for child in module._modules.values():
@@ -37,7 +40,8 @@ def roots_of(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
                 waiting += parents[id(module)]
             else:
                 roots[id(module)] = module
-    return list(roots.values())
+    written = [root for root in roots.values() if not isinstance(root, torch.fx.GraphModule)]
+    return written or list(roots.values())
 
 
 def all_modules() -> list[torch.nn.Module]:

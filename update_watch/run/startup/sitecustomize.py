@@ -39,22 +39,28 @@ class _Waiting:
 
 def _listen(module: ModuleType) -> None:
     try:
-        handle = module.register_optimizer_step_post_hook(_stepped)
-        _stepped.hooks, _stepped.number = handle.hooks_dict_ref(), handle.id  # type: ignore[attr-defined]
+        _steps.place = module.register_optimizer_step_pre_hook(_steps)  # type: ignore[attr-defined]
     except Exception as error:  # a torch of another kind: the command runs as it would have
         print(f"update-watch: this torch cannot be watched: {error!r}", file=sys.stderr)
 
 
-def _stepped(optimizer: Any, *_: Any) -> None:
-    """After the first step of an optimizer. Another hook takes its place: torch goes through them just now."""
-    _stepped.hooks[_stepped.number] = _nothing  # type: ignore[attr-defined]
+def _steps(optimizer: Any, *_: Any) -> None:
+    """Just before the first step of an optimizer: masters still have the values of what they are masters of.
+
+    Another hook takes its place: torch goes through them just now.
+    """
+    cuda = sys.modules["torch"].cuda
+    if cuda.is_available() and cuda.is_current_stream_capturing():
+        return  # what was done here would be captured: the next step will do
+    place = _steps.place  # type: ignore[attr-defined]
+    place.hooks_dict_ref()[place.id] = _nothing
     try:
         if importlib.util.find_spec("update_watch") is None:  # installed for another Python than this one
             sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(_HERE))))
         from update_watch.run import session
 
         # the script may have compiled its step: nothing of this may be traced
-        sys.modules["torch"].compiler.disable(session.begin)(optimizer)
+        sys.modules["torch"].compiler.disable(session.begin)(optimizer, place)
     except Exception as error:
         print(f"update-watch: this process is not watched: {error!r}", file=sys.stderr)
 
@@ -63,7 +69,7 @@ def _nothing(*_: Any) -> None:
     """In place of the hook."""
 
 
-_stepped._torchdynamo_disable = _nothing._torchdynamo_disable = True  # type: ignore[attr-defined]
+_steps._torchdynamo_disable = _nothing._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _go_on() -> None:
