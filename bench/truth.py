@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import multiprocessing
 import os
 import statistics
@@ -93,6 +94,7 @@ def measure(regime: Regime, seed: int) -> list[Reading]:
                 training.step()
             if (t + 1) % regime.window == 0:
                 truths.append(comparison.close_window())
+                _check_alive(regime, seed, truths[-1])
                 _wait_for(lambda: len(reports) >= len(truths))
         watch.flush()
     if len(reports) != len(truths):
@@ -103,6 +105,16 @@ def measure(regime: Regime, seed: int) -> list[Reading]:
         for t in report.tensors:
             readings.append(_reading(t, window, exact[t.name], check.add(t, exact[t.name])))
     return readings
+
+
+def _check_alive(regime: Regime, seed: int, exact: dict[str, Exact]) -> None:
+    """A training that has blown up has no updates left to compare, and would pass every bar."""
+    alive = sum(0 < e.want < math.inf for e in exact.values())
+    if 2 * alive < len(exact):
+        raise RuntimeError(
+            f"{regime.name}, seed {seed}: only {alive} of {len(exact)} tensors have updates; the training has blown up,"
+            " lower its rate in bench/shared/regimes.py."
+        )
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
