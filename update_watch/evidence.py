@@ -26,6 +26,8 @@ class Numbers:
     path_weight: float | None = None  # |sum intended|^2 over the window, per element and step
     lost_fraction_error: float | None = None  # standard error of `lost_fraction`
     displacement_error: float | None = None  # standard error of `displacement_efficiency`
+    # of `efficiency_error`, what large steps that were not measured make of it: windows do not average it out
+    unseen_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

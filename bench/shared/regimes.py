@@ -18,7 +18,9 @@ from bench.shared.text_models import Block, Experts, LanguageModel, SparseClassi
 
 BF16 = torch.bfloat16
 SPREAD = (1.0, 0.3, 3.0, 0.1, 10.0)  # of the learning rate, over seeds
-_TAME = {"sgd": (1.0, 0.3, 2.0, 0.1, 0.03)}  # the same where a rule that does not normalise would leave nothing to train
+_TAME = {
+    "sgd": (1.0, 0.3, 2.0, 0.1, 0.03)
+}  # the same where a rule that does not normalise would leave nothing to train
 WARMED_UP = 8  # steps before the watch begins: the first are all alike
 
 

@@ -54,6 +54,14 @@ def test_windows_are_pooled_till_the_interval_is_on_one_side_of_the_limit() -> N
     assert healths == ["unknown"] * 3 + ["stalling"] * 3  # two of 0.08 / sqrt(4) reach 0.8 no more
 
 
+def test_what_is_never_measured_does_not_average_out() -> None:
+    """A loss spike in each window that this tensor's turns missed: each window errs to the same side."""
+    noisy = [tensor(0.02, lost=0.9, efficiency_error=0.4, displacement_evidence=0.0)] * 8
+    missed = [dataclasses.replace(e, numbers=dataclasses.replace(e.numbers, unseen_error=0.4)) for e in noisy]
+    assert verdicts(*noisy)[-1].health is Health.stalled
+    assert all(found.health is Health.unknown for found in verdicts(*missed))
+
+
 def test_an_earlier_verdict_stands_till_the_pooled_windows_say_otherwise() -> None:
     doubtful = tensor(0.78, lost=0.3, efficiency_error=0.09)
     found = verdicts(tensor(0.97), doubtful, doubtful)

@@ -274,7 +274,7 @@ BAD_ENTRIES: list[Any] = [
     {},
     {"health": "stalled"},
     {"pool": [[1, 2]]},
-    {"pool": [[0, 0.5, 0.1, 0.2, 1.0]]},
+    {"pool": [[0, 0.5, 0.1, 0.2, 1.0, 0.0]]},
     {"pool": [[8, float("nan"), 0.1, 0.2, 1.0]]},
     {"grade": "idle"},
     {"since": -1},

@@ -14,7 +14,7 @@ from update_watch.measure.positions import share
 from update_watch.measure.sampling import Sampler
 from update_watch.measure.step_order import StepOrder
 from update_watch.measure.sums.device_sums import DeviceSums
-from update_watch.measure.sums.error_bars import Array, largest_unmeasured, spread_over_steps, standard_error
+from update_watch.measure.sums.error_bars import Array, reach, spread_over_steps, standard_error, unseen
 from update_watch.measure.sums.layout import GROUPS, WANT
 from update_watch.measure.sums.window_sums import WindowSums, all_pairs
 
@@ -49,12 +49,8 @@ def read_in_turns(dot: Array, want: Array, rng: random.Random, rates: Array) -> 
         jackknives.append(spread[0])
         effective.append(spread[1])
     scales = [rates[turns == c] ** 2 for c in range(COHORTS)]
-    largest = largest_unmeasured(energies, steps, T, scales)
-    unmeasured, exact = np.full(ROWS, 1 - 1 / COHORTS), np.ones(ROWS, bool)
-    errors = [
-        standard_error(jackknives[c], effective[c], unmeasured, largest[c], np.ones(ROWS), exact)
-        for c in range(COHORTS)
-    ]
+    missed, exact = unseen(energies, steps, T, scales), np.ones(ROWS, bool)
+    errors = [standard_error(jackknives[c], effective[c], *missed[c], np.ones(ROWS), exact) for c in range(COHORTS)]
     return np.concatenate(found), np.concatenate(errors), dot.sum(0) / want.sum(0)
 
 
@@ -70,6 +66,23 @@ def test_two_standard_errors_cover_the_truth(kind: str) -> None:
     assert np.mean(covered) >= 0.93
     assert min(errors) > 0
     assert kind != "steady" or np.median(errors) < 0.15  # they say something
+
+
+def test_a_spike_that_was_measured_leaves_little_unseen_and_one_that_was_not_leaves_nearly_all() -> None:
+    want = np.ones((T, 2 * ROWS))
+    want[17] = 900.0
+    mine = np.arange(T) % 2 == 1  # the second cohort measures step 17
+    cohorts = [want[~mine, :ROWS], want[mine, ROWS:]]
+    without, with_it = unseen(cohorts, [np.ones_like(x) for x in cohorts], T)
+    total = 900.0 + T - 1
+    assert without.energy_n == pytest.approx(1 - 64 / total) and without.largest_n == pytest.approx(900 / total)
+    assert with_it.energy_n == pytest.approx(64 / total) and with_it.largest_n == pytest.approx(1 / total)
+
+
+def test_of_larger_updates_no_smaller_part_arrives() -> None:
+    """Under rounding to nearest a healthy tensor stays one whatever step was missed; a stalled one may have moved in it."""
+    found = reach(np.array([1.0, 0.5, 0.0, 0.0, np.nan]), np.array([True, True, True, False, True]))
+    assert found == pytest.approx([0.2, 0.7, 1.0, 1.0, 1.0])
 
 
 def test_meta_the_spread_alone_does_not_cover_a_spike_that_was_not_met() -> None:
@@ -111,28 +124,28 @@ def test_net_progress_of_all_steps_is_told_without_bias_from_an_eighth_of_them(c
     """Updates that swing, that go on as with momentum, that are independent: |sum|^2 needs pairs at every distance."""
     rng, draw = np.random.default_rng(1), random.Random(1)
     above, below, exact = [], [], []
-    for _ in range(150):
-        noise, d = rng.standard_normal((T, 64)), np.zeros((T, 64))
+    tensors, size = 10, 64
+    for _ in range(15):
+        noise, d = rng.standard_normal((T, tensors, size)), np.zeros((T, tensors, size))
         for t in range(T):
             d[t] = correlation * d[t - 1] + noise[t] if t else noise[t]
         d += 0.2
-        a = d * (rng.random((T, 64)) < 0.7)
+        a = d * (rng.random(d.shape) < 0.7)
         order: StepOrder[int] = StepOrder(list(range(COHORTS)), T, draw)
-        sums = DeviceSums(0, 1, 64, torch.device("cpu"))
-        groups = np.zeros((GROUPS, 1))
+        sums = DeviceSums(0, tensors, size, torch.device("cpu"))
+        groups = np.zeros((GROUPS, tensors))
         for t in range(T):
             member, group = order.next()
             if member == 0:
-                w = torch.zeros(1, 1, 64)
-                new, stored = (torch.tensor(x[t], dtype=torch.float32).view(1, 1, 64) for x in (d, a))
-                sums.add(w.clone(), new.clone(), stored.clone(), torch.ones(1, 64).double(), None, None, group)
+                new, stored = (torch.tensor(x[t][None], dtype=torch.float32) for x in (d, a))
+                sums.add(torch.zeros_like(new), new, stored, torch.ones(tensors, size).double(), None, None, group)
                 groups[group] += 1
         flat = sums.pack(None, None, []).numpy().astype(np.float64)
         read = WindowSums.unpack(flat, sums.layout)
         whole = np.array(order.group_steps, dtype=float)[:, None]
         sides = zip((read.arrived_GGn, read.meant_GGn), read.single_G2n.swapaxes(0, 1), strict=True)
         for kept, (products_GGn, single_Gn) in zip((above, below), sides, strict=True):
-            kept.append(all_pairs(products_GGn, single_Gn, groups, whole).sum())
+            kept.append(all_pairs(products_GGn, single_Gn, groups, np.repeat(whole, tensors, 1)).sum())
         exact.append(((a.sum(0) * d.sum(0)).sum(), (d.sum(0) ** 2).sum()))
     true_above, true_below = np.mean(exact, 0)
     assert np.mean(below) == pytest.approx(true_below, rel=0.1)

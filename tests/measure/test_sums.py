@@ -13,6 +13,7 @@ from torch import Tensor
 from update_watch.evidence import Numbers, TensorEvidence, median_headroom
 from update_watch.formats import BF16, FP32, Format
 from update_watch.measure.sums.device_sums import DeviceSums
+from update_watch.measure.sums.error_bars import Unseen
 from update_watch.measure.sums.layout import GROUPS, PARTS, Layout
 from update_watch.measure.sums.window_sums import Steps, WindowSums
 from update_watch.measure.transfer import Transfer
@@ -97,7 +98,7 @@ def summed(made: list[Step], fmt: Format = BF16, has_clusters: bool = False) -> 
     return WindowSums.unpack(packed.numpy().astype(np.float64), sums.layout)
 
 
-NOTHING = np.zeros(N)  # no step that was not measured carries anything
+NOTHING = Unseen(np.zeros(N), np.zeros(N))  # no step that was not measured carries anything
 
 
 def numbers_of(made: list[Step], accumulator: int, fmt: Format = BF16, part: int = 0) -> list[dict[str, float]]:

@@ -195,13 +195,15 @@ def _by_displacement(
 
 def _remember(e: TensorEvidence, efficiency: float, history: TensorHistory, exact: bool) -> None:
     history.age = 0
+    error = _UNDEFINED if (stated := known(e.numbers.efficiency_error)) is None else abs(stated)
     history.pool.append(
         (
             e.measured_steps,
             efficiency,
-            _UNDEFINED if (error := known(e.numbers.efficiency_error)) is None else abs(error),
+            error,
             share(e.numbers.lost_fraction) or 0.0,
             _ALWAYS if exact else _expected_changes(e),
+            min(abs(known(e.numbers.unseen_error) or 0.0), error),
         )
     )
 
@@ -209,21 +211,24 @@ def _remember(e: TensorEvidence, efficiency: float, history: TensorHistory, exac
 def _pool(history: TensorHistory, limits: Thresholds, margin: float | None) -> Pooled:
     """As few of the latest windows as give enough evidence, weighted by measured steps; older ones are forgotten.
 
-    `margin`: standard errors that decide; None where the efficiency does not.
+    `margin`: standard errors that decide; None where the efficiency does not. Errors of windows are independent but for
+    what large steps that are never measured make of all of them: that does not average out.
     """
     pool = history.pool
     steps, dot, square, lost, expected, used = 0, 0.0, 0.0, 0.0, 0.0, 0
+    in_common = 0.0
     efficiency = error = 0.0
-    for n, window_efficiency, window_error, window_lost, window_expected in reversed(pool):
+    for n, window_efficiency, window_error, window_lost, window_expected, window_common in reversed(pool):
         if used == limits.pool_windows:
             break
         steps += n
         used += 1
         dot += n * window_efficiency
-        square += (n * window_error) ** 2
+        square += n * n * (window_error**2 - window_common**2)
+        in_common += n * window_common
         lost += n * window_lost
         expected += window_expected
-        efficiency, error = dot / steps, math.sqrt(square) / steps
+        efficiency, error = dot / steps, math.sqrt(square + in_common**2) / steps
         if steps < limits.minimum_steps or error > limits.maximum_error or expected < _EXPECTED_CHANGES:
             continue
         if margin is None or _is_decided(efficiency, error, margin * error, margin == _SURE, history, limits):

@@ -75,8 +75,9 @@ class TensorHistory:
         self.grade = HEALTHY  # last of healthy, stalling, stalled: what hysteresis starts from
         self.graded: Health | None = None  # last reported of healthy, stalling, stalled, and since when;
         self.graded_since = 0  # None after a time without signal
-        # latest windows, oldest first: measured steps, efficiency, standard error, lost fraction, expected changes
-        self.pool: list[tuple[int, float, float, float, float]] = []
+        # latest windows, oldest first: measured steps, efficiency, standard error, lost fraction, expected changes, and of
+        # the error what all windows may have in common
+        self.pool: list[tuple[int, float, float, float, float, float]] = []
         self.age = 0  # windows since it was last measured
         self.drift: list[float] = []  # displacement efficiencies of the latest windows with evidence
         self.proven = False  # a displacement has shown that its updates arrive
@@ -135,9 +136,9 @@ class TensorHistory:
         history.graded = None if data["graded"] is None else _grade(data["graded"])
         history.graded_since = _count(data["graded_since"])
         for entry in _items(data["pool"]):
-            steps, *numbers = _items(entry, 5)
-            efficiency, error, lost, expected = map(_number, numbers)
-            history.pool.append((_count(steps, 1), efficiency, error, lost, expected))
+            steps, *numbers = _items(entry, 6)
+            efficiency, error, lost, expected, common = map(_number, numbers)
+            history.pool.append((_count(steps, 1), efficiency, error, lost, expected, common))
         history.age = _count(data["age"])
         history.drift = [_number(value) for value in _items(data["drift"])]
         history.proven = bool(data["proven"])

@@ -22,7 +22,7 @@ from update_watch.measure.accumulators.replicas import read as read_checksums
 from update_watch.measure.accumulators.state_factor import read as read_shadow
 from update_watch.measure.ledger.ledger import with_ledger
 from update_watch.measure.ledger.sheet import SheetWindow
-from update_watch.measure.sums.error_bars import Array, largest_unmeasured
+from update_watch.measure.sums.error_bars import Array, Unseen, unseen
 from update_watch.measure.sums.layout import WANT, Layout
 from update_watch.measure.sums.window_sums import Steps, WindowSums
 from update_watch.measure.transfer import Part, Transfer
@@ -84,8 +84,8 @@ def read(window: Window) -> WindowEvidence:
     skipped = max((int(t.wait()[0]) for t in window.skipped), default=0)
     tensors = list(window.others)
     sums = [WindowSums.unpack(cohort.transfer.wait(), cohort.layout) for cohort in window.cohorts]
-    for cohort, own, largest_n in zip(window.cohorts, sums, _largest_unmeasured(window.cohorts, sums), strict=True):
-        tensors += _tensors(own, cohort, largest_n, skipped)
+    for cohort, own, missed in zip(window.cohorts, sums, _unseen(window.cohorts, sums), strict=True):
+        tensors += _tensors(own, cohort, missed, skipped)
         if cohort.suspect is not None:
             cohort.suspect(own.suspects(cohort.steps))
     tensors = with_ledger(_one_each(tensors), window.ledger)
@@ -131,26 +131,26 @@ def _one_each(tensors: list[TensorEvidence]) -> list[TensorEvidence]:
     return [tensor for tensor in tensors if tensor.optimizer_group.partition("/")[0] == owner[tensor.name]]
 
 
-def _largest_unmeasured(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSums]) -> list[Array]:
-    """Per cohort, [n]; see `error_bars`. Cohorts of one optimizer share its steps."""
-    found: list[Array] = [np.zeros(0)] * len(cohorts)
+def _unseen(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSums]) -> list[Unseen]:
+    """Per cohort; see `error_bars`. Cohorts of one optimizer share its steps."""
+    found: list[Unseen] = [Unseen(np.zeros(0), np.zeros(0))] * len(cohorts)
     for optimizer in dict.fromkeys(cohort.optimizer for cohort in cohorts):
         own = [i for i, cohort in enumerate(cohorts) if cohort.optimizer == optimizer]
         energies = [sums[i].parts_PFn[:, WANT] for i in own]
         steps = [cohorts[i].steps.parts_Pn for i in own]
         rates = [cohorts[i].steps.squared_rates_P for i in own]
-        largest = largest_unmeasured(energies, steps, cohorts[own[0]].window_steps, rates)
-        for i, largest_n in zip(own, largest, strict=True):
-            found[i] = largest_n
+        missed = unseen(energies, steps, cohorts[own[0]].window_steps, rates)
+        for i, of_cohort in zip(own, missed, strict=True):
+            found[i] = of_cohort
     return found
 
 
 _OF_NUMBERS = frozenset(field.name for field in dataclasses.fields(Numbers))
 
 
-def _tensors(sums: WindowSums, cohort: CohortWindow, largest_n: Array, skipped: int) -> list[TensorEvidence]:
+def _tensors(sums: WindowSums, cohort: CohortWindow, missed: Unseen, skipped: int) -> list[TensorEvidence]:
     """The evidence of all rows of a cohort."""
-    numbers = _by_row(sums.numbers(cohort.steps, largest_n))
+    numbers = _by_row(sums.numbers(cohort.steps, missed))
     states = [
         [_by_row({name: values_Sn[k] for name, values_Sn in part.items()}) for part in sums.state_numbers()]
         for k in range(len(cohort.states))

@@ -24,7 +24,7 @@ TENSOR_NUMBERS = (
     *("changed", "intended", "applied", "stored"),
     *("lr", "lr_max", "lr_min", "weight_decay"),
     *("state_factor", "state_factor_steps", "displacement_evidence", "what_if"),
-    *("lost_error", "update_ratio_error", "state_factor_error"),
+    *("lost_error", "update_ratio_error", "state_factor_error", "unseen_error"),
     *(
         "net",
         "net_error",
@@ -114,6 +114,7 @@ def put_tensor(t: TensorEvidence, means: Means) -> None:
     means.put("displacement_evidence", t.displacement_evidence, held)
     means.put("what_if", (t.what_if or {}).get("bfloat16"), wanted)
     # of errors the mean as well: what several ranks sample may err together, and the error of a mean is at most that
+    means.put("unseen_error", n.unseen_error, _times(n.weight, held))
     means.put("lost_error", n.lost_fraction_error, wanted)
     means.put("update_ratio_error", t.update_ratio_error, held)
     means.put("state_factor_error", t.state_factor_error, held)
@@ -204,6 +205,7 @@ def read_tensor(
             means.get("weight"),
             means.get("path_weight"),
             means.get("lost_error"),
+            unseen_error=means.get("unseen_error"),
         ),
         changed_fraction=means.get("changed"),
         update_ratio=_over(_root(means.get("intended")), stored),

@@ -8,23 +8,34 @@ other. What it cannot know is added:
   these are taken to differ by 0.5 / n_eff;
 - the largest step may be one that was not measured (a loss spike), or there may be several far above any that was: their
   share of the window's energy, lambda, is known from the tensors that were measured then, and what happened in them may be
-  anything from 0 to 1: 0.5 lambda;
+  anything from 0 to 1: 0.5 lambda. Less where rounding is to nearest: of larger updates no smaller part arrives, so what
+  was measured of smaller ones is the least;
 - few elements may carry the sum of a tensor that is sampled: n_eff of its cells in the same way, 0.5 / n_eff;
 - one part alone says nothing of how parts differ: the error is unknown, not 0.
 
-A tensor that is read whole is known where it was measured; only the steps that were not (a share of 1 - n / T) are in
-doubt. With n = T the number is exact for its window and the error is 0.
+A tensor that is read whole is known where it was measured; only the steps that were not are in doubt: their share of the
+window's energy, phi, which is 1 - n / T where steps are alike. With n = T the number is exact for its window and the error is 0.
 
 All arrays have the rows last: [P, n] parts by rows, [n] rows. NaN is what is not known.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 _FAR = 4.0  # so many times the largest measured step: what happens there was not seen
+_OVERSHOOT = 0.2  # rounding to nearest makes up to so much more or less of other updates than of the largest
+
+
+class Unseen(NamedTuple):
+    """What was not measured of each row: shares of the window's energy, [n]. NaN where nothing is known of a row."""
+
+    energy_n: Array  # in all of those steps
+    largest_n: Array  # in the largest of them, or in all that are far above any that was measured
 
 
 def ratio(above: Array, below: Array) -> Array:
@@ -53,33 +64,33 @@ def spread_over_steps(above_Pn: Array, below_Pn: Array, steps_Pn: Array) -> tupl
     return np.where(known, jackknife, np.nan), np.where(known, effective, np.nan)
 
 
-def largest_unmeasured(
+def unseen(
     energies: list[Array], steps: list[Array], window_steps: int, squared_rates: list[Array] | None = None
-) -> list[Array]:
-    """Per cohort [n]: the share of the window's energy in the largest step that was not measured of a row, or in all of
-    those that are far above any that was.
+) -> list[Unseen]:
+    """Per cohort: what was not measured of its rows.
 
     `energies[c]` [P, n]: sum of |intended|^2 in each part; `steps[c]` [P, n]: steps measured of each row. Cohorts are
     measured in different steps of the same window. A step's size is that of the tensors measured in it, each by its own
     usual size: the median, which one large step does not change. `squared_rates[c]` [P]: learning rates, squared, by which
     updates grow and fall in a schedule; what is usual is meant beside them.
     """
-    sizes, counts = [], []  # by cohort and part: of a step, and of how many steps
+    sizes, counts, usuals = [], [], []  # by cohort and part: of a step, and of how many steps; by row
     scales = [np.ones(len(e)) for e in energies] if squared_rates is None else squared_rates
     for energy_Pn, steps_Pn, scale_P in zip(energies, steps, scales, strict=True):
         with np.errstate(all="ignore"):
             per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1) / scale_P[:, None], np.nan)
             usual = _median(np.where(per_step > 0, per_step, np.nan), 0)
+            usuals.append(usual)
             sizes.append(np.nan_to_num(_median(per_step / usual, 1) * scale_P))
         counts.append(steps_Pn.max(1, initial=0))
     every_size, every_count = np.concatenate(sizes), np.concatenate(counts)
     seen, total = float(every_count.sum()), float((every_size * every_count).sum())
     if not seen or not total:
-        return [np.zeros(e.shape[1]) for e in energies]
+        return [Unseen(np.full(e.shape[1], np.nan), np.zeros(e.shape[1])) for e in energies]
     steps_for_one = max(window_steps / seen, 1.0)  # steps of the window that one of those seen stands for
-    found: list[Array] = []
+    found: list[Unseen] = []
     start = 0
-    for size_P, steps_Pn in zip(sizes, steps, strict=True):
+    for size_P, steps_Pn, energy_Pn, usual_n in zip(sizes, steps, energies, usuals, strict=True):
         stop = start + len(size_P)
         own_Pn = np.where(steps_Pn > 0, size_P[:, None], 0.0)
         other_Pn = np.where(steps_Pn > 0, 0.0, size_P[:, None])  # it sat those out
@@ -89,29 +100,37 @@ def largest_unmeasured(
         every_own_n = np.where(other_Pn > far_n, other_Pn * counts[len(found)][:, None], 0.0).sum(0)
         energy = elsewhere * np.concatenate([every_count[:start], every_count[stop:]])
         beyond_n = every_own_n + np.where(elsewhere[:, None] > far_n, energy[:, None], 0.0).sum(0)
-        found.append(np.minimum(np.maximum(largest_n, beyond_n * steps_for_one) / (total * steps_for_one), 1.0))
+        largest_n = np.minimum(np.maximum(largest_n, beyond_n * steps_for_one) / (total * steps_for_one), 1.0)
+        others_n = usual_n * np.maximum(total * steps_for_one - (size_P[:, None] * steps_Pn).sum(0), 0.0)
+        found.append(Unseen(ratio(others_n, energy_Pn.sum(0) + others_n), largest_n))
         start = stop
     return found
+
+
+def reach(efficiency_n: Array, is_plain_n: npt.NDArray[np.bool_]) -> Array:
+    """[n] how far the efficiency of larger steps may be from that of the measured ones: 1, or less where it can but grow."""
+    return np.where(is_plain_n, np.clip(1 - np.nan_to_num(efficiency_n), 0.0, 1.0 - _OVERSHOOT) + _OVERSHOOT, 1.0)
 
 
 def standard_error(
     jackknife_n: Array,
     effective_n: Array,
-    unmeasured_n: Array,
-    largest_n: Array,
+    unseen_n: Array,
+    doubt_n: Array,
     cells_n: Array,
     is_exact_n: npt.NDArray[np.bool_],
 ) -> Array:
-    """[n] from the spread over steps and n_eff of them, the share of steps that were not measured, the largest of those.
+    """[n] from the spread over steps and n_eff of them, the share of the energy that was not measured, and what the largest
+    of those steps may make of it: their share times how far they may be off.
 
     `is_exact`: rows of which nothing but those steps is unknown, as all their elements are read. Of others `cells` is the
     n_eff of what was sampled.
     """
     with np.errstate(all="ignore"):
-        spread = np.where(is_exact_n, unmeasured_n, 1.0)
+        spread = np.where(is_exact_n, unseen_n, 1.0)
         # exact where every step of a whole tensor was measured, also if it was a single one
         steps = np.where(spread > 0, spread * jackknife_n, 0.0)
-        others = np.where(unmeasured_n > 0, unmeasured_n * (0.5 / effective_n) ** 2 + (0.5 * largest_n) ** 2, 0.0)
+        others = np.where(unseen_n > 0, unseen_n * (0.5 / effective_n) ** 2 + (0.5 * doubt_n) ** 2, 0.0)
         elements = np.where(is_exact_n, 0.0, (0.5 / cells_n) ** 2)
         found: Array = np.sqrt(steps + others + elements)
     return found

@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from update_watch.measure.sums.error_bars import Array, ratio, spread_over_steps, standard_error
+from update_watch.measure.sums.error_bars import Array, Unseen, ratio, reach, spread_over_steps, standard_error
 from update_watch.measure.sums.layout import (
     BEFORE,
     CHANGED,
@@ -115,27 +115,35 @@ class WindowSums:
         found: Array = self.parts_PFn.sum(0)
         return found
 
-    def numbers(self, steps: Steps, largest_n: Array) -> dict[str, Array]:
+    def numbers(self, steps: Steps, unseen: Unseen) -> dict[str, Array]:
         """The numbers of the weights, [n] each, by their names in `TensorEvidence` and `Numbers`.
 
-        `largest`: share of the window's energy in the largest step that was not measured, see `error_bars`.
+        `unseen`: what was not measured of the window's energy, see `error_bars`.
         """
         t = self.total_Fn
         measured = steps.measured_n
         is_exact = steps.is_whole_n & steps.is_plain_n
         cells = ratio(t[WANT] ** 2, t[SQUARE])
 
+        # of a tensor whose steps were all measured nothing is unseen, whatever others were measured in
+        energy_n = np.where(np.isnan(unseen.energy_n), steps.unmeasured_n, unseen.energy_n)
+        energy_n = np.where(steps.unmeasured_n > 0, energy_n, 0.0)
+        spread_n, effective_n = spread_over_steps(self.parts_PFn[:, DOT], self.parts_PFn[:, WANT], steps.parts_Pn)
+        spread_n = spread_n + self._spread_over_elements(t)
+
         def error(above: int, below: int) -> Array:
             parts = self.parts_PFn
             jackknife, effective = spread_over_steps(parts[:, above], parts[:, below], steps.parts_Pn)
-            if above == DOT:
-                jackknife = jackknife + self._spread_over_elements(t)
-            return standard_error(jackknife, effective, steps.unmeasured_n, largest_n, cells, is_exact)
+            return standard_error(jackknife, effective, steps.unmeasured_n, unseen.largest_n, cells, is_exact)
 
         with np.errstate(all="ignore"):
             update_ratio = np.sqrt(ratio(t[WANT], t[BEFORE]))
-            # of a root: half the relative error of what is below it
-            update_error = update_ratio * error(WANT, BEFORE) / (2 * ratio(t[WANT], t[BEFORE]))
+            # of a root: half the relative error of what is below it; a step that was not seen adds to it what it holds
+            size, _ = spread_over_steps(self.parts_PFn[:, WANT], self.parts_PFn[:, BEFORE], steps.parts_Pn)
+            beyond = ratio(unseen.largest_n, 1 - unseen.largest_n)
+            size = size / update_ratio**4
+            update_error = standard_error(size, effective_n, steps.unmeasured_n, beyond, cells, is_exact)
+            update_error = update_ratio * update_error / 2
             displacement, displacement_error, way = self._displacement(steps)
             # rows of an embedding that no token used tell nothing of the others: only a whole gradient does
             is_seen = steps.is_whole_n | (t[NONZERO] > 0) | (steps.checks_n > 0)
@@ -143,9 +151,12 @@ class WindowSums:
             zeros = np.where((zeros == 1) & (self.touched_n > 0), _NEARLY_ALL, zeros)
             is_seen &= self.touched_n == 0
             efficiency, lost = ratio(t[DOT], t[WANT]), ratio(t[LOST], t[WANTED])
+            doubt = unseen.largest_n * reach(efficiency, steps.is_plain_n)
+            efficiency_error = standard_error(spread_n, effective_n, energy_n, doubt, cells, is_exact)
             return {
                 "efficiency": efficiency,
-                "efficiency_error": np.where(np.isnan(efficiency), np.nan, error(DOT, WANT)),
+                "efficiency_error": np.where(np.isnan(efficiency), np.nan, efficiency_error),
+                "unseen_error": np.where(energy_n > 0, 0.5 * doubt, 0.0),
                 "lost_fraction": lost,
                 "lost_fraction_error": np.where(np.isnan(lost), np.nan, error(LOST, WANTED)),
                 "wanted_fraction": np.where((t[WANTED] == 0) & ~is_seen, np.nan, ratio(t[WANTED], t[COUNT])),
