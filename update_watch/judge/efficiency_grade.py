@@ -139,12 +139,14 @@ def _by_steps(
         if pooled.windows >= limits.pool_windows:
             if error > limits.maximum_error:
                 return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
-        elif grade(efficiency + margin, history.grade, limits) is HEALTHY:  # else only how bad it is is not certain
+        elif (mildest := grade(efficiency + margin, history.grade, limits)) is HEALTHY:
             if displacement is not None and displacement >= limits.stalling:
                 return Score(HEALTHY, "", efficiency, lost)  # two numbers that agree
             if history.graded is None:
                 return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
             health = history.grade  # till more is known, the earlier verdict stands
+        else:
+            health = mildest  # only how bad it is is not certain
     if exact and efficiency - margin > most:
         return Score(UNKNOWN, reasons.unexplained(efficiency, None))
     if health is not HEALTHY and displacement is not None and displacement > efficiency:
