@@ -1,47 +1,52 @@
-"""The learning rate over a run, as a trainer's schedulers know it beforehand: what forecasts are made along."""
+"""The learning rate over a run as its trainer has it configured, for the forecast; None where that is not known beforehand."""
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
-from torch.optim.lr_scheduler import LambdaLR
-
 from update_watch.foresight.schedules import Schedule, schedule_of
 
-_MOST = 20_000  # calls of a scheduler that are tried out when training begins; one call takes some 10 us
-
-
-def coming_rates(scheduler: Any, steps: float, every: int = 1) -> Schedule | None:
-    """The schedule of a run of `steps` optimizer steps whose scheduler is called after every so many of them.
-
-    None where it is not known beforehand: no end, rates that depend on the loss, a scheduler that cannot be tried out.
-    """
-    scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
-    if scheduler is None or not math.isfinite(steps) or steps < 1 or every < 1:
-        return None
-    calls = math.ceil(steps / every)
-    try:
-        if isinstance(scheduler, LambdaLR):
-            pairs = list(zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True))
-            call = Schedule(lambda at: max(float(base) * float(share(at)) for base, share in pairs), calls)
-            call.rate(0)
-        elif calls <= _MOST:
-            call = schedule_of(scheduler, calls)
-        else:
-            return None
-    except Exception:  # a scheduler of somebody's: no forecast, and nothing else
-        return None
-    return Schedule(lambda step: call.rate(min(step // every, calls)), int(steps))
+logger = logging.getLogger("update_watch")
 
 
 def of_lightning(trainer: Any) -> Schedule | None:
-    """The schedule of the one optimizer that a Trainer has; None where it has several, or no scheduler."""
-    if len(trainer.optimizers) != 1 or len(trainer.lr_scheduler_configs) != 1:
+    """Of a Lightning Trainer whose training begins: one optimizer, one scheduler, and an end that is known."""
+    try:
+        configs = trainer.lr_scheduler_configs
+        is_automatic = trainer.lightning_module.automatic_optimization
+        if len(configs) != 1 or len(trainer.optimizers) != 1 or not is_automatic:
+            return None
+        (config,) = configs
+        steps = float(trainer.estimated_stepping_batches)
+        if config.reduce_on_plateau or not math.isfinite(steps) or steps < 1:
+            return None
+        batches = float(trainer.num_training_batches)
+        summed = int(trainer.accumulate_grad_batches)
+        if config.interval == "step":  # asked after the batches that step the optimizer, and there every `frequency`
+            period = math.lcm(summed, int(config.frequency)) // summed
+        elif math.isfinite(batches):
+            period = math.ceil(batches / summed) * int(config.frequency)
+        else:
+            return None
+        return schedule_of(config.scheduler, steps=int(steps), period=period, now=int(trainer.global_step))
+    except Exception as error:
+        logger.debug("update-watch: no forecast, the schedule is not known: %r", error)
         return None
-    config, steps = trainer.lr_scheduler_configs[0], trainer.estimated_stepping_batches
-    epochs = trainer.max_epochs or -1
-    if config.interval == "epoch" and epochs < 1:
+
+
+def of_transformers(scheduler: Any, state: Any) -> Schedule | None:
+    """Of HF's Trainer when its training begins: it steps its scheduler after every optimizer step."""
+    try:
+        inner = scheduler
+        while hasattr(inner, "scheduler"):  # Accelerate's, which steps it once for each process
+            if getattr(inner, "step_with_optimizer", False) and not inner.split_batches:
+                return None
+            inner = inner.scheduler
+        if inner is None or state.max_steps < 1:
+            return None
+        return schedule_of(inner, steps=int(state.max_steps), now=int(state.global_step))
+    except Exception as error:
+        logger.debug("update-watch: no forecast, the schedule is not known: %r", error)
         return None
-    pace = math.ceil(steps / epochs) if config.interval == "epoch" and math.isfinite(steps) else 1
-    return coming_rates(config.scheduler, steps, pace * config.frequency)

@@ -18,7 +18,7 @@ import torch
 from update_watch.callbacks.on_stall import OnStall, StallResponse
 from update_watch.callbacks.options import AUTO, OnAudit, Options
 from update_watch.callbacks.packed_state import packed, unpacked
-from update_watch.callbacks.schedules import coming_rates
+from update_watch.callbacks.schedules import of_transformers
 from update_watch.callbacks.session import (
     Names,
     Session,
@@ -136,7 +136,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
             averages,
             dashboards,
             is_leader,
-            *(args.output_dir, "transformers", coming_rates(kwargs.get("lr_scheduler"), state.max_steps)),
+            *(args.output_dir, "transformers", of_transformers(kwargs.get("lr_scheduler"), state)),
         )
         self._response = StallResponse(
             self._options.on_stall,

@@ -127,6 +127,21 @@ def _count(health: Health, meaning: str, is_shown: bool = False) -> RunMetric:
     )
 
 
+_AHEAD = (
+    ("stalling_share", "fraction", "How much of the model will be stalled at the schedule's end."),
+    ("lost_share", "fraction", "Of the movement that is still intended, what will be lost."),
+    ("from_step", "steps", "When the first tensor that is well now begins to stall."),
+    ("floor", "lr", "The learning rate that would keep all moving that move now."),
+    ("error", "ratio", "How far the efficiencies of now are from what was forecast at half of the run."),
+)
+
+
+def _ahead(field: str, unit: str, meaning: str) -> RunMetric:
+    """A number of the forecast; there is none where no schedule is known."""
+    source = f"report.forecast.{field}"
+    return RunMetric(f"forecast_{field}", unit, meaning, f"`{source}`", lambda r: getattr(r.forecast, field, None))
+
+
 RUN_METRICS: tuple[RunMetric, ...] = (
     RunMetric(
         "efficiency",
@@ -222,6 +237,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "mean of the `weight_decay` accumulator's `efficiency`, weighted by number of elements",
         _decay_efficiency,
     ),
+    *(_ahead(*row) for row in _AHEAD),
     RunMetric(
         "skipped_steps",
         "steps",

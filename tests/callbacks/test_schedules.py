@@ -1,4 +1,4 @@
-"""Forecasts need the learning rate to come: read from a trainer's schedulers, or none."""
+"""The learning rates that a Lightning Trainer will use, as it is configured: held against those it then uses."""
 
 from __future__ import annotations
 
@@ -6,63 +6,66 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
-from tests.support.lightning_fits import Watched, fit
-from tests.support.lightning_models import Module
-from update_watch.callbacks.schedules import coming_rates
+from tests.support.lightning_models import Module, trainer
+from update_watch.callbacks.schedules import of_lightning
+from update_watch.foresight.schedules import Schedule
 
-Schedulers = torch.optim.lr_scheduler
+torch_schedulers = torch.optim.lr_scheduler
 
 
-def optimizer() -> torch.optim.Optimizer:
-    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.5)
+class Scheduled(Module):
+    def __init__(self, scheduler: Any, **config: Any) -> None:
+        super().__init__(batches=8)
+        self.make, self.config = scheduler, config
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make(optimizer), **self.config}}
+
+
+class Look(Callback):
+    schedule: Schedule | None = None
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.schedule = of_lightning(trainer)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def lambda_rate(optimizer: Any) -> Any:
+    return torch_schedulers.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
 
 @pytest.mark.parametrize(
-    "make",
-    [lambda o: Schedulers.LambdaLR(o, lambda at: 0.9**at), lambda o: Schedulers.CosineAnnealingLR(o, 40)],
-    ids=["lambda", "cosine"],
+    ("config", "options"),
+    [
+        ({"interval": "step"}, {}),
+        ({"interval": "step", "frequency": 2}, {}),
+        ({"interval": "step"}, {"accumulate_grad_batches": 2}),
+        ({"interval": "epoch"}, {}),
+        ({"interval": "epoch"}, {"accumulate_grad_batches": 3}),
+    ],
 )
-@pytest.mark.parametrize("every", [1, 4])
-def test_the_rates_to_come_are_those_that_come(make: Any, every: int) -> None:
-    rule = optimizer()
-    scheduler = make(rule)
-    foreseen = coming_rates(scheduler, 40, every)
-    assert foreseen is not None and foreseen.steps == 40
-    for step in range(40):
-        assert foreseen.rate(step) == pytest.approx(rule.param_groups[0]["lr"], rel=1e-6, abs=1e-9)
-        rule.step()
-        if (step + 1) % every == 0:
-            scheduler.step()
+def test_the_rates_foretold_are_those_that_are_used(config: dict[str, Any], options: dict[str, Any]) -> None:
+    look = Look()
+    trainer(callbacks=[look], max_epochs=3, **options).fit(Scheduled(lambda_rate, **config))
+    assert look.schedule is not None and look.schedule.steps == len(look.rates)
+    assert [look.schedule.rate(step) for step in range(len(look.rates))] == pytest.approx(look.rates)
 
 
-def test_what_is_not_known_beforehand_is_none() -> None:
-    rule = optimizer()
-    assert coming_rates(Schedulers.ReduceLROnPlateau(rule), 40) is None
-    assert coming_rates(Schedulers.CosineAnnealingLR(rule, 40), float("inf")) is None
-    assert coming_rates(None, 40) is None
-
-    def broken(at: int) -> float:
-        if at:
-            raise RuntimeError("boom")
-        return 1.0
-
-    broken_one = coming_rates(Schedulers.LambdaLR(rule, broken), 40)
-    assert broken_one is not None  # it answers for now; the watch drops it, with a warning, when it does not
-
-
-@pytest.mark.parametrize("interval", ["step", "epoch"])
-def test_lightnings_scheduler_gives_a_forecast(interval: str) -> None:
-    class Decaying(Module):
-        def configure_optimizers(self) -> Any:
-            rule = torch.optim.AdamW(self.parameters(), lr=1e-3)
-            count = 2 if interval == "epoch" else 24
-            return {
-                "optimizer": rule,
-                "lr_scheduler": {"scheduler": Schedulers.LinearLR(rule, 1.0, 0.1, count), "interval": interval},
-            }
-
-    watch = Watched()
-    fit(Decaying(), watch, max_epochs=2, precision="bf16-true")
-    made = [report.forecast for report in watch.reports if report.forecast is not None]
-    assert made and {forecast.until for forecast in made} == {24}
+def test_what_depends_on_more_than_the_step_or_has_no_end_is_not_foretold() -> None:
+    plateau = Scheduled(torch_schedulers.ReduceLROnPlateau, monitor="loss", strict=False)
+    for module, options in (
+        (plateau, {}),
+        (Module(), {}),
+        (Scheduled(lambda_rate), {"max_epochs": -1, "max_time": "00:00:00:00"}),
+    ):
+        look = Look()
+        trainer(callbacks=[look], **options).fit(module)
+        assert look.schedule is None

@@ -225,6 +225,19 @@ def test_a_scheduler_and_clipping_are_seen_as_they_are(train: Train) -> None:
 # --- state ---------------------------------------------------------------------------------------------
 
 
+def test_the_trainers_schedule_gives_a_forecast_and_a_constant_one_none_to_fear(train: Train) -> None:
+    watch, constant = Watched(), Watched()
+    train(Model(torch.bfloat16), watch, lr_scheduler_type="linear", warmup_steps=2)
+    train(Model(torch.bfloat16), constant)
+    first = watch.reports[0].forecast
+    assert first is not None and (first.step, first.until) == (4, 12)
+    ahead = constant.reports[0].forecast
+    assert ahead is not None and ahead.from_step is None
+    lr = 1e-3 * (12 - 4) / 10  # warm-up of 2, then linear to 0
+    for t in watch.reports[0].tensors:
+        assert t.lr == pytest.approx(lr, rel=0.15)
+
+
 def test_state_goes_through_the_trainers_checkpoint(train: Train, tmp_path: Path) -> None:
     first = Watched(thresholds=FAST)
     train(Model(torch.bfloat16), first, learning_rate=LOW, save_strategy="steps", save_steps=12)

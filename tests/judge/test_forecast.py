@@ -12,6 +12,7 @@ from torch import nn
 
 import update_watch as uw
 from update_watch.foresight.schedules import schedule_of
+from update_watch.judge.alerts.alerts import Alerts
 from update_watch.judge.forecast import Forecaster, forecast
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, Health, Report, TensorReport
 from update_watch.thresholds import Thresholds
@@ -143,6 +144,72 @@ def test_schedules_that_nobody_knows_are_refused_with_a_remedy() -> None:
         uw.Schedule(lambda step: 1.0, steps=0)
     with pytest.raises(TypeError, match="function of the step"):
         uw.Schedule(1.0, steps=10)  # type: ignore[arg-type]
+
+
+def test_schedulers_with_a_formula_are_asked_and_others_are_run_ahead_whatever_their_period() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    make = torch.optim.lr_scheduler
+    kinds = {
+        "lambda": lambda o: make.LambdaLR(o, lambda step: 1 / (1 + step)),
+        "cosine": lambda o: make.CosineAnnealingLR(o, T_max=60),
+        "one cycle": lambda o: make.OneCycleLR(o, max_lr=0.5, total_steps=80),
+        "chained": lambda o: make.ChainedScheduler([make.ExponentialLR(o, 0.95), make.StepLR(o, 10)]),
+        "sequential": lambda o: make.SequentialLR(o, [make.LinearLR(o), make.ExponentialLR(o, 0.9)], [5]),
+    }
+    for name, kind in kinds.items():
+        for period in (1, 3):
+            optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+            scheduler = kind(optimizer)
+            rates = []
+            schedule = None
+            for step in range(60):
+                if step == 15:  # in the middle of the run
+                    before = optimizer.param_groups[0]["lr"]
+                    schedule = schedule_of(scheduler, steps=60, period=period, now=step)
+                    assert optimizer.param_groups[0]["lr"] == before
+                rates.append(optimizer.param_groups[0]["lr"])
+                optimizer.step()
+                if step % period == period - 1:
+                    scheduler.step()
+            assert schedule is not None
+            assert [schedule.rate(step) for step in range(15, 60)] == pytest.approx(rates[15:]), (name, period)
+    endless = make.SequentialLR(optimizer, [make.LinearLR(optimizer), make.ExponentialLR(optimizer, 0.9)], [5])
+    with pytest.raises(ValueError, match=r"60,000 steps are too many .*Schedule\(rate, steps\)"):
+        schedule_of(endless, steps=60_000)
+
+
+# --- alerts ------------------------------------------------------------------------------------------------
+
+
+def course(schedule: uw.Schedule, octave: int = 6, until: int = 1000) -> list[uw.Alert]:
+    """Alerts of a run in which nothing has stalled yet."""
+    forecaster, alerts = Forecaster(schedule, LIMITS), Alerts(LIMITS, lambda: 0.0)
+    told: list[uw.Alert] = []
+    for step in range(0, until, 50):
+        now = dataclasses.replace(tensor("w", octave, dtype="bfloat16"), lr=schedule.rate(step))
+        told += alerts.update(forecaster.add(report(now, step=step))).alerts
+    return told
+
+
+def test_a_stall_to_come_is_one_warning_with_its_step_and_its_cure() -> None:
+    (told,) = course(HALVING, until=400)
+    assert (told.level, told.step, told.title) == (uw.Level.warn, 50, "AHEAD: 1 of 1 tensor will stall")
+    assert (
+        told.text.startswith("At this schedule 100% of the parameters stall, from step ") and "of 1,000 on" in told.text
+    )
+    assert "Fix: end the schedule at 0.0" in told.text and "keep FP32 master weights" in told.text
+    assert len(told.text) < 600
+
+
+def test_schedules_that_end_well_or_stall_only_at_their_very_end_raise_no_alarm() -> None:
+    assert course(uw.Schedule(lambda step: 1.0 - 0.9 * step / 1000, steps=1000)) == []
+    assert course(uw.Schedule(lambda step: 1.0 - step / 1000, steps=1000)) == []
+    assert course(HALVING, octave=12) == []
+
+
+def test_what_is_ahead_is_said_in_the_headline_while_all_is_well() -> None:
+    found = Forecaster(HALVING, LIMITS).add(dataclasses.replace(report(tensor("w", 6)), headline="All is well."))
+    assert found.headline.startswith("All is well. At this schedule 100% of the parameters stall, from step ")
 
 
 # --- in training ------------------------------------------------------------------------------------------

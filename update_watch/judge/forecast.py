@@ -25,7 +25,6 @@ from update_watch.wording import number, percent
 
 logger = logging.getLogger("update_watch")
 _POINTS = 96  # of the schedule that is left
-_COURSE = 3  # every so many of them are kept for a chart
 _FINE = 16  # shifts are rounded to this part of an octave
 
 Array = npt.NDArray[np.float64]
@@ -56,7 +55,8 @@ class Forecaster:
         if self._windows & (self._windows - 1) == 0:
             self._kept.append((report.step, {t.name: t for t in report.tensors}))
         off = float(np.quantile(errors, 0.9)) if errors else None
-        return dataclasses.replace(report, forecast=dataclasses.replace(made, error=off))
+        headline = report.headline if made.from_step is None else f"{report.headline} {made.headline}"
+        return dataclasses.replace(report, headline=headline, forecast=dataclasses.replace(made, error=off))
 
     def _errors(self, report: Report) -> list[float]:
         """What the forecast of a window at half of the run so far said of this window, held against it."""
@@ -88,7 +88,6 @@ def forecast(report: Report, schedule: Schedule, limits: Thresholds) -> Forecast
     if len(steps) < 2:
         return None
     tensors, lost, moved, stall = [], 0.0, 0.0, 0
-    run = np.zeros(len(steps))
     floors: list[float] = []
     for t, curve in zip(known, _curves(known, rates), strict=True):
         arriving = min(1.0, float(np.minimum(curve, 1.0) @ np.array(rates)) / sum(rates))
@@ -100,7 +99,6 @@ def forecast(report: Report, schedule: Schedule, limits: Thresholds) -> Forecast
             arriving,
         )
         tensors.append(one)
-        run += t.numel * np.minimum(curve, 1.0)
         lost += (1 - arriving) * t.numel
         moved += t.numel
         if curve[-1] < limits.stalling:
@@ -116,7 +114,6 @@ def forecast(report: Report, schedule: Schedule, limits: Thresholds) -> Forecast
         lost_share=lost / moved if moved else 0.0,
         from_step=min(starts) if starts else None,
         floor=max(floors) if floors else None,
-        course=tuple(zip(steps, (run / moved).tolist(), rates, strict=True))[::_COURSE] if moved else (),
         headline=_headline(stall / moved if moved else 0.0, starts, schedule.steps, max(floors, default=None)),
     )
 
@@ -167,7 +164,11 @@ def _headline(share: float, starts: Sequence[int], until: int, floor: float | No
         return "At this schedule all tensors go on receiving their updates."
     if not starts:
         return f"At this schedule {percent(share)} of the parameters go on losing updates to its end, step {until:,}."
-    cure = f"; a floor of {number(floor)} would keep them moving" if floor else ""
+    cure = (
+        f"; a floor of {number(floor)} would keep all of them moving, FP32 master weights whatever the rate"
+        if floor
+        else ""
+    )
     return (
         f"At this schedule {percent(share)} of the parameters stall, from step {min(starts):,} of {until:,} on{cure}."
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from update_watch.cures import Cure, extra_bytes, switch
+from update_watch.foresight.forecasts import Forecast
 from update_watch.foresight.plan import can_stand_alone
 from update_watch.judge.advice import brief
 from update_watch.judge.number_formats import FULL, smallest_rate
 from update_watch.naming import family, group_words
 from update_watch.report import Cause, TensorReport
-from update_watch.wording import size
+from update_watch.wording import number, size
 
 
 def remedy(
@@ -53,6 +54,17 @@ def remedy(
     if cause is Cause.average_rounding:
         return f"keep the averaged model in FP32 (+{size(extra_bytes(Cure.fp32_average, numel))})"
     return _cure_of(advice)
+
+
+def ahead(forecast: Forecast, mine: Sequence[TensorReport], tensors: Sequence[TensorReport], trainer: str) -> str:
+    """What to change so that these will not stall, without capital or full stop."""
+    trained = sum(t.numel for t in tensors if t.trainable) or 1
+    masters = (
+        f"keep FP32 master weights: {switch(trainer, mine[0].dtype)} (+{size(extra_bytes(Cure.masters, trained))})"
+    )
+    if forecast.floor is None:
+        return masters
+    return f"end the schedule at {number(forecast.floor)} or above (+0 B), or {masters}"
 
 
 def are_norms(mine: Sequence[TensorReport]) -> bool:

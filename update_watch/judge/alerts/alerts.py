@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from update_watch.judge.alerts.episodes import BEGAN, Episode, level_of
-from update_watch.judge.alerts.findings import NOTHING_TRAINS, Finding, find
+from update_watch.judge.alerts.episodes import BEGAN, OVER, Episode, level_of
+from update_watch.judge.alerts.findings import AHEAD, NOTHING_TRAINS, Finding, find
 from update_watch.judge.alerts.texts import alert_of, with_decay
 from update_watch.judge.history import check_state
 from update_watch.report import Cause, Health, Level, Report
@@ -26,6 +26,7 @@ _HOUR = 3600.0
 _LOUDEST_FIRST = (Level.error, Level.warn, Level.info)
 _LOGGING = {Level.info: logging.INFO, Level.warn: logging.WARNING, Level.error: logging.ERROR}
 _WEIGHTS, _DECAY = str(Cause.weight_rounding), str(Cause.decay_rounding)
+_SAID_TWICE = 2  # forecasts in a row that say the same, till it is told
 _FOR_GOOD = 3  # windows with a learning rate of 0, from which on it is no warm-up and no last window
 
 
@@ -61,6 +62,8 @@ class Alerts:
             episode.take_in(members, found.well)
             share = sum({f.tensor.name: f.tensor.numel for f in members}.values()) / trained
             event = episode.news(members, share)
+            if name == AHEAD and not members:
+                episode.patience = 0  # it must be said twice in a row
             if event and not self._must_wait(name, episode, event, members, now):
                 level = level_of(members) if members else Level.info
                 news.append((level, event, name, members, share))
@@ -112,8 +115,10 @@ class Alerts:
 
     def _must_wait(self, name: str, episode: Episode, event: str, members: list[Finding], now: float) -> bool:
         if event != BEGAN:
-            return False
+            return name == AHEAD and event != OVER  # more of it is told when it has come
         episode.patience += 1
+        if name == AHEAD and episode.patience < _SAID_TWICE:
+            return True
         if name == NOTHING_TRAINS and members[0].cause is Cause.zero_learning_rate and episode.patience < _FOR_GOOD:
             return True
         # a time to come is of a clock that was set back since

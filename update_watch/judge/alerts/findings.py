@@ -1,7 +1,7 @@
 """What a report holds that somebody may have to hear of: tensors and accumulators that are not well, by episode.
 
 An episode is one cause in one run, however many tensors it takes in the course of it. Two of them are of the run as a
-whole: nothing trains, and too much of what is trained cannot be measured.
+whole: nothing trains, and too much of what is trained cannot be measured. One is of what is to come.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from update_watch.judge.run_summary import (
 from update_watch.report import Cause, Health, Level, Report, TensorReport
 
 NOTHING_TRAINS, NOT_MEASURED = "nothing_trains", "not_measured"  # episodes of the run
+AHEAD = "ahead"  # what moves now and will stall at this schedule
 _NOT_MEASURED_SHARE = 0.1  # of what is trained, by tensors or by elements, from which on it is told
+_AHEAD_SHARE = 0.1  # of what is trained, that will stall for at least this share of the run, to be told
+_UNSURE = 0.25  # error of the forecasts of this run, from which on nothing is made of them
 _LEVELS = {Health.broken: Level.error, Health.stalled: Level.error, Health.stalling: Level.warn}
 _IDLE_CAUSES = frozenset({Cause.no_gradient, Cause.zero_gradient, Cause.negligible_gradient})
 
@@ -80,6 +83,7 @@ def find(report: Report) -> Findings:
             Finding(t.name, t, "", Level.error, t.health, t.cause, t.advice) for t in report.tensors if t.trainable
         ]
     _find_unmeasured(report.tensors, bad)
+    _find_ahead(report, bad, well)
     return Findings(bad, well)
 
 
@@ -90,6 +94,26 @@ def _find_unmeasured(tensors: Sequence[TensorReport], bad: dict[str, list[Findin
     share = max(len(lacking) / len(trained), sum(t.numel for t in lacking) / max(sum(t.numel for t in trained), 1))
     if share > _NOT_MEASURED_SHARE:
         bad[NOT_MEASURED] = [Finding(t.name, t, "", Level.warn, t.health, t.cause, t.advice) for t in lacking]
+
+
+def _find_ahead(report: Report, bad: dict[str, list[Finding]], well: set[str]) -> None:
+    """Those that will stall while there is time to change it. One that has stalled since is neither bad nor well here."""
+    forecast = report.forecast
+    if forecast is None or (forecast.error is not None and forecast.error > _UNSURE):
+        return
+    tensors = {t.name: t for t in report.tensors}
+    latest = (1 - _AHEAD_SHARE) * forecast.until
+    found = []
+    for one in forecast.tensors:
+        tensor, key = tensors[one.name], f"{one.name} [{AHEAD}]"
+        if one.stalling_step is not None and forecast.step < one.stalling_step <= latest:
+            if tensor.health is Health.healthy:
+                found.append(Finding(key, tensor, "", Level.warn, tensor.health, None, forecast.headline))
+        elif tensor.health is Health.healthy:
+            well.add(key)
+    trained = sum(t.numel for t in report.tensors if t.trainable) or 1
+    if sum(f.tensor.numel for f in found) >= _AHEAD_SHARE * trained:
+        bad[AHEAD] = found
 
 
 def _add(bad: dict[str, list[Finding]], finding: Finding) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from update_watch.judge.advice import advise, finding
 from update_watch.judge.alerts.episodes import GREW, OVER, WORSE
-from update_watch.judge.alerts.findings import NOT_MEASURED, NOTHING_TRAINS, Finding
+from update_watch.judge.alerts.findings import AHEAD, NOT_MEASURED, NOTHING_TRAINS, Finding
 from update_watch.judge.headline import mean_seen, nothing_trains, unmeasured_sentence
-from update_watch.judge.remedies import remedy
+from update_watch.judge.remedies import ahead, remedy
 from update_watch.judge.run_summary import is_measurable
 from update_watch.naming import group_words
 from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
@@ -36,11 +36,12 @@ def alert_of(
     """The alert for an event of an episode. `told`: how many members it had when it was told last."""
     tensors = report.tensors
     if event == OVER:
+        well = f"{_sentence(plural(told, 'tensor'))} that had it {'is' if told == 1 else 'are'} well again."
         return Alert(
             step=report.step,
             level=Level.info,
             title=_fit(f"Over: {_name(episode)}"),
-            text=f"{_sentence(plural(told, 'tensor'))} that had it {'is' if told == 1 else 'are'} well again.",
+            text="What moves now will go on moving at this schedule." if episode == AHEAD else well,
             tensors=(),
             cause=_cause(episode),
         )
@@ -50,10 +51,13 @@ def alert_of(
     elif episode == NOT_MEASURED:
         of = sum(is_measurable(t) for t in tensors)
         title, head = f"NOT MEASURED: {len(chosen)} of {plural(of, 'tensor')}", unmeasured_sentence(tensors)
+    elif episode == AHEAD and report.forecast is not None:
+        title = f"AHEAD: {len(chosen)} of {plural(len(tensors), 'tensor')} will stall"
+        head = f"{members[0].advice}\nFix: {ahead(report.forecast, [f.tensor for f in members], tensors, trainer)}."
     else:
         title, head = _title(event, members, tensors, told), _head(members, tensors, trainer)
     lines = [head if len(head) <= _HEAD else head[: _HEAD - 1] + "…"]
-    if len(members) > 1 and episode not in (NOTHING_TRAINS, NOT_MEASURED):
+    if len(members) > 1 and episode not in (NOTHING_TRAINS, NOT_MEASURED, AHEAD):
         lines += [f"- {_line(f)}" for f in members[: limits.alert_tensors]]
         if len(members) > limits.alert_tensors:
             lines.append(f"and {len(members) - limits.alert_tensors} more")
