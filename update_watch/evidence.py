@@ -88,6 +88,7 @@ class TensorEvidence:
     gradient_max: float | None = None
     copy_changed: float | None = None  # FP32 weights: share of their values in BF16 that a step changes
     copy_changed_window: float | None = None  # and that the window changes
+    was_rounded: bool = False  # FP32 weights, of which all values at the window's begin were values of BF16
     update_ratio: float | None = None
     update_ratio_error: float | None = None
     applied_ratio: float | None = None

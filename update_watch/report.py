@@ -148,6 +148,7 @@ class TensorReport:
     # FP32 weights: share of their values in BF16 that another step changes, and that the whole window changes
     copy_changed: float | None = None
     copy_changed_window: float | None = None
+    was_rounded: bool = False  # FP32 weights that held nothing but BF16 values when the window began
     headroom_histogram: tuple[float, ...] | None = None  # HEADROOM_BINS shares that sum to 1
     # shares of sum of intended^2 by octave of headroom, in the same bins, were all steps at the learning rate `movement_lr`
     movement_histogram: tuple[float, ...] | None = None

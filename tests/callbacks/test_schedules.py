@@ -59,6 +59,7 @@ def test_the_rates_foretold_are_those_that_are_used(config: dict[str, Any], opti
     assert [look.schedule.rate(step) for step in range(len(look.rates))] == pytest.approx(look.rates)
 
 
+@pytest.mark.filterwarnings("ignore:ReduceLROnPlateau")
 def test_what_depends_on_more_than_the_step_or_has_no_end_is_not_foretold() -> None:
     plateau = Scheduled(torch_schedulers.ReduceLROnPlateau, monitor="loss", strict=False)
     for module, options in (

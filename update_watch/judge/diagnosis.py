@@ -140,6 +140,8 @@ class Diagnosis:
         if history is None:
             history = self._memories[e.name] = TensorHistory()
         health, cause, text = self._verdict(e, history, window, usual)
+        if health is HEALTHY and not text and e.was_rounded:
+            text = reasons.was_rounded(first_step)
         lr, lr_max = known(e.lr), known(e.lr_max)
         if lr is not None:
             history.lr = lr
@@ -183,6 +185,7 @@ class Diagnosis:
             gradient_zeros=e.zero_gradient_fraction,
             copy_changed=e.copy_changed,
             copy_changed_window=e.copy_changed_window,
+            was_rounded=e.was_rounded,
             headroom_histogram=e.headroom_histogram,
             movement_histogram=e.movement_histogram,
             movement_lr=e.movement_lr,

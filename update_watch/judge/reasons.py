@@ -103,3 +103,11 @@ def unexplained(efficiency: float, lost: float | None) -> str:
 
 def overflow(skipped: int, steps: int) -> str:
     return f"the gradient scaler skipped {skipped} of {steps} steps of this window, where gradients overflow"
+
+
+def was_rounded(step: int) -> str:
+    """Of FP32 weights that held BF16 values only. No reason why something is unknown, but what became of them before."""
+    return (
+        f"Before step {step} its FP32 values were all values of BF16, as after a load or a resume through BF16; what that"
+        " rounded away is lost, from here on it trains as FP32 does."
+    )

@@ -20,6 +20,7 @@ from update_watch.judge.run_summary import (
 from update_watch.report import Cause, Health, Level, Report, TensorReport
 
 NOTHING_TRAINS, NOT_MEASURED = "nothing_trains", "not_measured"  # episodes of the run
+WAS_ROUNDED = "was_rounded"  # FP32 tensors that held nothing but BF16 values
 AHEAD = "ahead"  # what moves now and will stall at this schedule
 _NOT_MEASURED_SHARE = 0.1  # of what is trained, by tensors or by elements, from which on it is told
 _AHEAD_SHARE = 0.1  # of what is trained, that will stall for at least this share of the run, to be told
@@ -63,6 +64,11 @@ def find(report: Report) -> Findings:
             _add(bad, Finding(tensor.name, tensor, "", Level.info, tensor.health, tensor.cause, tensor.advice))
         elif tensor.health is Health.healthy:
             well.add(tensor.name)
+        if tensor.was_rounded and tensor.health is Health.healthy:  # which it is told once, and is not over
+            key = f"{tensor.name} [{WAS_ROUNDED}]"
+            bad.setdefault(WAS_ROUNDED, []).append(
+                Finding(key, tensor, "", Level.info, tensor.health, None, tensor.advice)
+            )
         for accumulator in tensor.accumulators.values():
             key = f"{tensor.name} [{accumulator.name}]"
             loud = alert_level(accumulator)

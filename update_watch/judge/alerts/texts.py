@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from update_watch.judge.advice import advise, finding
 from update_watch.judge.alerts.episodes import GREW, OVER, WORSE
-from update_watch.judge.alerts.findings import AHEAD, NOT_MEASURED, NOTHING_TRAINS, Finding
+from update_watch.judge.alerts.findings import AHEAD, NOT_MEASURED, NOTHING_TRAINS, WAS_ROUNDED, Finding
 from update_watch.judge.headline import mean_seen, nothing_trains, unmeasured_sentence
 from update_watch.judge.remedies import ahead, remedy
 from update_watch.judge.run_summary import is_measurable
@@ -51,13 +51,16 @@ def alert_of(
     elif episode == NOT_MEASURED:
         of = sum(is_measurable(t) for t in tensors)
         title, head = f"NOT MEASURED: {len(chosen)} of {plural(of, 'tensor')}", unmeasured_sentence(tensors)
+    elif episode == WAS_ROUNDED:
+        title = f"WAS ROUNDED: {plural(len(chosen), 'FP32 tensor')}"
+        head = f"{_who([f.tensor for f in members], tensors)}: {members[0].advice}"
     elif episode == AHEAD and report.forecast is not None:
         title = f"AHEAD: {len(chosen)} of {plural(len(tensors), 'tensor')} will stall"
         head = f"{members[0].advice}\nFix: {ahead(report.forecast, [f.tensor for f in members], tensors, trainer)}."
     else:
         title, head = _title(event, members, tensors, told), _head(members, tensors, trainer)
     lines = [head if len(head) <= _HEAD else head[: _HEAD - 1] + "…"]
-    if len(members) > 1 and episode not in (NOTHING_TRAINS, NOT_MEASURED, AHEAD):
+    if len(members) > 1 and episode not in (NOTHING_TRAINS, NOT_MEASURED, AHEAD, WAS_ROUNDED):
         lines += [f"- {_line(f)}" for f in members[: limits.alert_tensors]]
         if len(members) > limits.alert_tensors:
             lines.append(f"and {len(members) - limits.alert_tensors} more")

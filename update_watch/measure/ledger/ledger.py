@@ -24,6 +24,7 @@ logger = logging.getLogger("update_watch")
 
 _PART = 1e-4  # of what was applied: less of it says nothing
 _FEW = 4  # elements
+_VARIED = 6  # values that differ, of FP32 values that BF16 holds: constants and zeros are no sign of a rounding
 Owners = frozenset[Hashable]  # of the optimizers that step a tensor
 
 
@@ -202,6 +203,10 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
         "moved": math.sqrt(s["moved"] / ELEMENTS) / stored if stored else float(s["moved"] > 0),
         "is_master": window.has_masters,
     }
+    if window.is_full and window.is_stepped:
+        found["copy_changed"] = s["copy_steps"] / ELEMENTS / window.steps
+        found["copy_changed_window"] = s["copy_window"] / ELEMENTS
+        found["was_rounded"] = not window.has_masters and s["coarse"] >= _VARIED
     arrived = t.numbers.displacement_efficiency
     if window.has_masters:
         found["net_efficiency"] = entry.copied()

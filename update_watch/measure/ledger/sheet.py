@@ -42,6 +42,9 @@ COLUMNS = (
     "signature",  # of the set of steps before which it was written
     "gradient",  # sum of squares of its gradients
     "largest",  # of them
+    # FP32 weights, or FP32 masters: values in BF16 that a step changes, summed over steps; that the window changes; and at its
+    # begin, values that differ from each other if all of them are values of BF16
+    *("copy_steps", "copy_window", "coarse"),
 )
 
 
@@ -60,6 +63,7 @@ class SheetWindow(NamedTuple):
     names: tuple[tuple[str, ...], ...]
     sizes: tuple[int, ...]  # elements of the tensors
     has_masters: bool
+    is_full: bool  # FP32, or the masters are
     is_stepped: bool  # else no optimizer holds its tensors
     steps: int
     span_windows: int
@@ -76,6 +80,13 @@ class Sheet:
         masters = [line.master for line in lines if line.master is not None]
         self._runs = [[line.tensor for line in lines]] + ([masters] if masters else [])
         self._members = [tensor for run in self._runs for tensor in run]
+        n, kinds = len(self.lines), [run[0].dtype for run in self._runs]
+        # rows of the FP32 weights, or else of the FP32 masters
+        self._full = (
+            slice(kinds.index(torch.float32) * n, (kinds.index(torch.float32) + 1) * n)
+            if torch.float32 in kinds
+            else None
+        )
         self._is_sharded = any(local(tensor) is not tensor for tensor in self._members)
         self._layouts = [_layout(tensor) for tensor in self._members]
         self.device = local(self._members[0]).device
@@ -116,6 +127,7 @@ class Sheet:
         self._first_before: Tensor | None = None  # [n, E] before the window's first step
         self._written = torch.zeros(len(self._members), device=self.device)
         self._gradients = torch.zeros(2, len(self.lines), device=self.device)
+        self._copy_steps = torch.zeros(len(self.lines), device=self.device)
         self._looks = [0] * len(self.lines)
 
     # --- in the step -----------------------------------------------------------------------------
@@ -186,6 +198,9 @@ class Sheet:
             self._first_before = before_TnE[0].clone()
         between_TnE = before_TnE - torch.cat([self._last.unsqueeze(0), after_TnE[:-1]])
         applied_TnE = after_TnE - before_TnE
+        if (rows := self._full) is not None:
+            copies = (side[:, rows].to(torch.bfloat16) for side in (before_TnE, after_TnE))
+            self._copy_steps.add_(torch.ne(*copies).sum((0, 2)))
         applied_nE = applied_TnE.sum(0)
         for t in self._gaps:
             applied_nE.add_(between_TnE[t])
@@ -240,7 +255,7 @@ class Sheet:
             self._last_write,
             self._signature,
         ]
-        rows += list(self._gradients)
+        rows += [*self._gradients, *self._compare_with_bf16()]
         packed = torch.cat([row[:n] for row in rows])
         self._span_windows += 1
         window = SheetWindow(
@@ -248,6 +263,7 @@ class Sheet:
             tuple(line.names for line in self.lines),
             tuple(local(line.tensor).numel() for line in self.lines),
             len(self._runs) > 1,
+            self._full is not None,
             self._is_stepped,
             self.steps,
             self._span_windows,
@@ -269,6 +285,21 @@ class Sheet:
         due_nE = end_nE[n:].to(dtype).float() - begin_nE[n:].to(dtype).float()
         moved_nE = end_nE[:n] - begin_nE[:n]
         return [due_nE.square().sum(-1), (due_nE * moved_nE).sum(-1)]
+
+    def _compare_with_bf16(self) -> list[Tensor]:
+        """What a copy in BF16 would show of FP32 weights or masters; zeros of others."""
+        nothing, rows = torch.zeros(len(self.lines), device=self.device), self._full
+        if rows is None or self._window_begin is None:
+            return [nothing] * 3
+        begin_nE, end_nE = self._window_begin[rows], self._last[rows]  # type: ignore[index]
+        begun_nE = begin_nE.to(torch.bfloat16)
+        is_coarse = begun_nE.float().eq(begin_nE).all(-1)
+        different = begin_nE.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
+        return [
+            self._copy_steps,
+            begun_nE.ne(end_nE.to(torch.bfloat16)).sum(-1).float(),
+            (different * is_coarse).float(),
+        ]
 
 
 class _Sums:
