@@ -86,6 +86,7 @@ class TensorEvidence:
     gradient_looks: int = 0  # steps in which they were
     gradient_rms: float | None = None
     gradient_max: float | None = None
+    gradient_spread: float | None = None  # standard deviation of the rms over the parts of the window, by their mean
     copy_changed: float | None = None  # FP32 weights: share of their values in BF16 that a step changes
     copy_changed_window: float | None = None  # and that the window changes
     was_rounded: bool = False  # FP32 weights, of which all values at the window's begin were values of BF16

@@ -144,6 +144,9 @@ class TensorReport:
     written_between: float | None = None
     gradient_rms: float | None = None  # as the optimizer got it: after unscaling and clipping
     gradient_max: float | None = None  # the largest sampled one
+    gradient_spread: float | None = (
+        None  # standard deviation of `gradient_rms` over (up to 16) parts of the window, by its mean
+    )
     gradient_zeros: float | None = None  # share of sampled gradients that are exactly 0, 0..1
     # FP32 weights: share of their values in BF16 that another step changes, and that the whole window changes
     copy_changed: float | None = None

@@ -332,6 +332,13 @@ def test_displacement_evidence_is_the_share_of_sums_above_half_a_gap() -> None:
         assert t.displacement_evidence == pytest.approx(np.mean(np.abs(total) >= gap / 2), abs=2 / K)
 
 
+def test_the_spread_of_gradients_is_that_of_their_rms_over_the_steps() -> None:
+    made = steps(8)
+    for t in read(as_window(made)).tensors:
+        rms = [float(s.grad_nK[int(t.name[1:])].double().square().mean().sqrt()) for s in made]
+        assert t.gradient_spread == pytest.approx(np.std(rms, ddof=1) / np.mean(rms), rel=1e-3)
+
+
 @pytest.mark.parametrize("scale", [4e-3, 5e-4])
 def test_at_the_critical_learning_rate_half_of_the_updates_are_lost(scale: float) -> None:
     made = steps(16, scale)

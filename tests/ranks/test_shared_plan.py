@@ -49,6 +49,7 @@ LEDGER: dict[str, Any] = {
     "gradient_rms": 0.03,
     "update_ratio_error": 1e-5,
     "state_factor_error": 0.01,
+    "gradient_spread": 0.25,
     "copy_changed": 0.125,
     "copy_changed_window": 0.5,
     "travelled": 0.5,

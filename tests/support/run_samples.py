@@ -323,6 +323,7 @@ def fully_filled_report() -> Report:
         written_between=0.0001234,
         gradient_rms=0.0123,
         gradient_max=0.345,
+        gradient_spread=0.4312,
         gradient_zeros=0.125,
         copy_changed=0.0312,
         copy_changed_window=0.75,

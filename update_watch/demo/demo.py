@@ -22,9 +22,10 @@ from update_watch.demo.screen import Screen, open_screen, verdict
 from update_watch.demo.training import FORMATS, MASTERS, Settings, Training, pieces, trainings
 from update_watch.report import Report
 from update_watch.watch import Watch, watch
-from update_watch.wording import number, percent
+from update_watch.wording import fixed, number, percent
 
 _STEP_KEY = "trainer/global_step"
+_ARRIVES = 0.8  # efficiency below which a tensor stalls in part
 _MARK = "is_demo"  # in what a journal says of its run
 
 
@@ -107,6 +108,7 @@ def _attach(training: Training, settings: Settings, screen: Screen, stack: ExitS
         window=settings.window,
         samples=32,
         budget=None,  # the runs are compared window by window
+        schedule=training.rates,
         seed=settings.seed,
         sinks=sinks,
     )
@@ -157,7 +159,8 @@ def _announce(one: _Watched, screen: Screen) -> None:
     """Show alerts that are new; the list of reports is filled by the watch's thread."""
     while one.announced < len(one.reports):
         for alert in one.reports[one.announced].alerts:
-            screen.line(f"step {alert.step}: {one.training.title}: {alert.level}: {alert.title}")
+            ahead = "" if alert.title.partition(":")[0] != "AHEAD" else f". {alert.text.splitlines()[0]}"
+            screen.line(f"step {alert.step}: {one.training.title}: {alert.level}: {alert.title}{ahead}")
         one.announced += 1
 
 
@@ -167,6 +170,8 @@ def _show(runs: list[_Watched], screen: Screen) -> None:
     screen.line()
     screen.line(f"{watched.training.title}, steps {last.step - last.window + 1} to {last.step}:")
     screen.table(last)
+    if held := _how_the_forecast_held(watched.reports, watched.training.settings.steps):
+        screen.line(held)
     for one in runs[1:]:
         screen.line(f"Beside it, the same run with {one.training.title}: {one.reports[-1].headline}")
     screen.line()
@@ -175,6 +180,26 @@ def _show(runs: list[_Watched], screen: Screen) -> None:
     trained = ", ".join(f"{training.recent_loss:.3f}" for _, training in losses)
     screen.line(f"Loss (nats per byte) on text held back: {told}; in the last training steps: {trained}.")
     screen.line(_cost(watched))
+
+
+def _how_the_forecast_held(reports: list[Report], steps: int) -> str:
+    """The forecast at a fifth of the run against what then happened; "" where there is none."""
+    early = next((r for r in reports if r.forecast is not None and r.step >= steps / 5), None)
+    if early is None or early is reports[-1] or early.forecast is None:
+        return ""
+    ends = {t.name: t.efficiency for t in reports[-1].tensors}
+    moving = {t.name for t in early.tensors if t.efficiency is not None and t.efficiency >= _ARRIVES}
+    held = [(t, end) for t in early.forecast.tensors if t.name in moving and (end := ends.get(t.name)) is not None]
+    if not held:
+        return ""
+    off = sum(abs(min(t.final_efficiency, 1.0) - min(end, 1.0)) for t, end in held) / len(held)
+    said = {t.name for t, _ in held if t.stalling_step is not None}
+    happened = {t.name for t, end in held if end < _ARRIVES}
+    return (
+        f"At step {early.step} {len(said)} of the {len(held)} tensors that still moved were forecast to stall by now:"
+        f" {len(said & happened)} of these did, and {len(happened - said)} others; efficiencies at the end were forecast within"
+        f" {fixed(off)} on average."
+    )
 
 
 def _cost(watched: _Watched) -> str:

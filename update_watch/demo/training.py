@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from update_watch.demo.model import GPT, batch, text
+from update_watch.foresight.schedules import Schedule
 
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MASTERS = "fp32-masters"
@@ -66,7 +67,9 @@ class Training:
             betas=(0.9, 0.95),  # 1 - 0.95 is far above half an ulp: BF16 moments are no fault here
             eps=1e-8 * self._scale,
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _schedule(settings.steps))
+        share = _schedule(settings.steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
+        self.rates = Schedule(lambda step: settings.lr * share(step), settings.steps)
         self.losses: list[float] = []
         self.seconds = 0.0
 

@@ -182,6 +182,7 @@ class Diagnosis:
             written_between=e.written_between,
             gradient_rms=e.gradient_rms,
             gradient_max=e.gradient_max,
+            gradient_spread=e.gradient_spread,
             gradient_zeros=e.zero_gradient_fraction,
             copy_changed=e.copy_changed,
             copy_changed_window=e.copy_changed_window,

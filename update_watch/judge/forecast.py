@@ -25,6 +25,7 @@ from update_watch.wording import number, percent
 
 logger = logging.getLogger("update_watch")
 _POINTS = 96  # of the schedule that is left
+_COURSE = 3  # every so many of them are kept for a chart
 _FINE = 16  # shifts are rounded to this part of an octave
 
 Array = npt.NDArray[np.float64]
@@ -88,6 +89,7 @@ def forecast(report: Report, schedule: Schedule, limits: Thresholds) -> Forecast
     if len(steps) < 2:
         return None
     tensors, lost, moved, stall = [], 0.0, 0.0, 0
+    run = np.zeros(len(steps))
     floors: list[float] = []
     for t, curve in zip(known, _curves(known, rates), strict=True):
         arriving = min(1.0, float(np.minimum(curve, 1.0) @ np.array(rates)) / sum(rates))
@@ -99,6 +101,7 @@ def forecast(report: Report, schedule: Schedule, limits: Thresholds) -> Forecast
             arriving,
         )
         tensors.append(one)
+        run += t.numel * np.minimum(curve, 1.0)
         lost += (1 - arriving) * t.numel
         moved += t.numel
         if curve[-1] < limits.stalling:
@@ -114,6 +117,7 @@ def forecast(report: Report, schedule: Schedule, limits: Thresholds) -> Forecast
         lost_share=lost / moved if moved else 0.0,
         from_step=min(starts) if starts else None,
         floor=max(floors) if floors else None,
+        course=tuple(zip(steps, (run / moved).tolist(), rates, strict=True))[::_COURSE] if moved else (),
         headline=_headline(stall / moved if moved else 0.0, starts, schedule.steps, max(floors, default=None)),
     )
 

@@ -13,13 +13,15 @@ import update_watch as uw
 STEPS = 32
 
 
-def trained(model: nn.Module, lr: float = 3e-4) -> tuple[uw.Report, dict[str, tuple[float, float]]]:
+def trained(model: nn.Module, lr: float = 3e-4, begun: int = 0) -> tuple[uw.Report, dict[str, tuple[float, float]]]:
     """The report, and of all elements the share whose BF16 value changes in a step and in the window."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     found = {name: 0.0 for name, _ in model.named_parameters()}
     begin = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
-    with uw.watch(model, optimizer, window=STEPS) as watch:
+    done = begun
+    with uw.watch(model, optimizer, window=STEPS, step=lambda: done) as watch:
         for _ in range(STEPS):
+            done += 1
             before = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
             x = torch.randn(32, 48)
             (model(x) - x.roll(1, -1)).square().mean().backward()
@@ -63,15 +65,18 @@ def test_weights_that_are_stored_in_bf16_have_no_copy() -> None:
 
 def test_fp32_weights_that_went_through_bf16_are_named_once_and_then_train_as_ever() -> None:
     rounded = copy.deepcopy(model()).bfloat16().float()
-    report, _ = trained(rounded)
+    report, _ = trained(rounded, begun=1000)
     # the norm's weights are all 1, which says nothing
     assert {t.name for t in report.tensors if t.was_rounded} == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert {t.health for t in report.tensors} == {uw.Health.healthy}
     named = next(t for t in report.tensors if t.was_rounded)
-    assert named.advice.startswith("Before step 1 its FP32 values were all values of BF16")
+    assert named.advice.startswith("Before step 1001 its FP32 values were all values of BF16")
     assert [(a.level, a.title) for a in report.alerts] == [(uw.Level.info, "WAS ROUNDED: 4 FP32 tensors")]
-    again, _ = trained(rounded)
+    again, _ = trained(rounded, begun=2000)
     assert not any(t.was_rounded for t in again.tensors) and again.alerts == ()
+    # so are weights loaded to be trained: it is said of them, and wakes nobody
+    loaded, _ = trained(copy.deepcopy(model()).bfloat16().float())
+    assert sum(t.was_rounded for t in loaded.tensors) == 4 and loaded.alerts == ()
 
 
 def test_fp32_weights_that_never_did_are_not() -> None:

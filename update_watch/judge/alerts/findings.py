@@ -64,7 +64,8 @@ def find(report: Report) -> Findings:
             _add(bad, Finding(tensor.name, tensor, "", Level.info, tensor.health, tensor.cause, tensor.advice))
         elif tensor.health is Health.healthy:
             well.add(tensor.name)
-        if tensor.was_rounded and tensor.health is Health.healthy:  # which it is told once, and is not over
+        # at the start of a run that is how weights are loaded; later it is told once, and never over
+        if tensor.was_rounded and tensor.health is Health.healthy and report.step > report.window:
             key = f"{tensor.name} [{WAS_ROUNDED}]"
             bad.setdefault(WAS_ROUNDED, []).append(
                 Finding(key, tensor, "", Level.info, tensor.health, None, tensor.advice)

@@ -170,10 +170,20 @@ class WindowSums:
                 "changed_fraction": ratio(t[CHANGED], t[COUNT]),
                 "zero_gradient_fraction": zeros,
                 "gradient_rms": np.sqrt(ratio(t[GRADIENT], t[COUNT])),
+                "gradient_spread": self._gradient_spread(),
                 "gradient_max": np.where(np.isfinite(self.gradient_max_n), np.sqrt(self.gradient_max_n), np.nan),
                 "stored": np.sqrt(ratio(t[BEFORE], t[COUNT])),
                 "what_if": ratio(self.what_if_2n[0], self.what_if_2n[1]),
             }
+
+    def _gradient_spread(self) -> Array:
+        """[n] standard deviation of the gradient's rms over the parts of the window, by their mean."""
+        counts_Pn = self.parts_PFn[:, COUNT]
+        rms_Pn = np.sqrt(ratio(self.parts_PFn[:, GRADIENT], counts_Pn))
+        parts = (counts_Pn > 0).sum(0)
+        mean = ratio(np.nansum(rms_Pn, 0), parts)
+        variance = ratio(np.nansum((rms_Pn - mean) ** 2, 0), parts - 1)
+        return np.where(parts > 1, ratio(np.sqrt(variance), mean), np.nan)
 
     def _spread_over_elements(self, t: Array) -> Array:
         """What elements differ by beyond what steps do: [n] V_elements - V_both, of two-way clusters, at least 0.
