@@ -201,6 +201,21 @@ def test_a_stall_to_come_is_one_warning_with_its_step_and_its_cure() -> None:
     assert len(told.text) < 600
 
 
+@pytest.mark.parametrize("is_foretold", [True, False])
+def test_what_was_foretold_is_told_as_it_begins_and_when_it_has_everything(is_foretold: bool) -> None:
+    forecaster, alerts = Forecaster(HALVING if is_foretold else None, LIMITS), Alerts(LIMITS, lambda: 0.0)
+    told: list[str] = []
+    for i, stalled in enumerate(["", "", "c", "cb", "cba"]):
+        tensors = [tensor(name, 6, numel) for name, numel in (("a", 30), ("b", 60), ("c", 10))]
+        lost = {"health": Health.stalled, "cause": uw.Cause.weight_rounding, "efficiency": 0.0}
+        window = [dataclasses.replace(t, **lost) if t.name in stalled else t for t in tensors]  # type: ignore[arg-type]
+        told += [alert.title for alert in alerts.update(forecaster.add(report(*window, step=100 * i))).alerts]
+    stages = ["STALLED: 1 of 3 tensors", "STALLED: 2 of 3 tensors, was 1", "STALLED: 3 of 3 tensors, was 2"]
+    if is_foretold:
+        stages = ["AHEAD: 3 of 3 tensors will stall", stages[0], "STALLED: 3 of 3 tensors, was 1"]
+    assert told == stages
+
+
 def test_schedules_that_end_well_or_stall_only_at_their_very_end_raise_no_alarm() -> None:
     assert course(uw.Schedule(lambda step: 1.0 - 0.9 * step / 1000, steps=1000)) == []
     assert course(uw.Schedule(lambda step: 1.0 - step / 1000, steps=1000)) == []

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from update_watch.judge.alerts.episodes import BEGAN, OVER, Episode, level_of
+from update_watch.judge.alerts.episodes import BEGAN, GREW, OVER, Episode, level_of
 from update_watch.judge.alerts.findings import AHEAD, NOTHING_TRAINS, Finding, find
 from update_watch.judge.alerts.texts import alert_of, with_decay
 from update_watch.judge.history import check_state
@@ -64,6 +64,8 @@ class Alerts:
             event = episode.news(members, share)
             if name == AHEAD and not members:
                 episode.patience = 0  # it must be said twice in a row
+            if event == GREW and name == _WEIGHTS and share < 1 and self._was_foretold():
+                continue  # until it has all of the model
             if event and not self._must_wait(name, episode, event, members, now):
                 level = level_of(members) if members else Level.info
                 news.append((level, event, name, members, share))
@@ -112,6 +114,9 @@ class Alerts:
                 news[name] = findings
         self._resting = resting
         return news
+
+    def _was_foretold(self) -> bool:
+        return AHEAD in self._episodes and self._episodes[AHEAD].is_open
 
     def _must_wait(self, name: str, episode: Episode, event: str, members: list[Finding], now: float) -> bool:
         if event != BEGAN:
