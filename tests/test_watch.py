@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import threading
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import update_watch as uw
 from tests.support.watch_nets import Net, all_exact, backward, batches, make_adamw, tensors, train
 from update_watch.measure.watched_optimizer import Watched
 from update_watch.report import Health, Report, TensorReport
+from update_watch.watching import attention
 
 BF16, FP16 = torch.bfloat16, torch.float16
 
@@ -294,3 +297,30 @@ def test_an_average_made_in_inference_mode_is_read_by_its_values() -> None:
     assert report is not None
     found = [t.accumulators["average:ema"] for t in report.tensors]
     assert all(a.efficiency == pytest.approx(1.0, abs=0.05) for a in found)
+
+
+@pytest.mark.parametrize("budget", [None, 1e-4], ids=["every step", "few steps"])
+def test_a_step_that_raises_in_its_closure_is_no_step(budget: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "always", False)
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    failing: list[int] = []
+
+    def closure() -> Tensor:
+        if failing:
+            raise RuntimeError("out of memory")
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    reports: list[Report] = []
+    with uw.watch(model, optimizer, window=4, sinks=[reports.append], budget=budget) as watch:
+        for n in range(30):
+            failing[:] = [n] if n in (9, 25, 29) else []
+            with contextlib.suppress(RuntimeError):
+                optimizer.step(closure)
+            if n == 12:
+                watch.flush()  # every tensor has a verdict: from here on the budget holds
+    assert sum(report.window for report in reports) == reports[-1].step == 27
+    assert all((report.observed_steps or 0) <= report.window for report in reports)

@@ -75,7 +75,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._judge = Worker("judging", self._attention.beside(self._judge_window))
         self._post = Worker("sink", self._attention.beside(Sinks(list(sinks))))
         self._tap = StepTap(self._before, self._after, self._fail, graphs.say_what_was_captured)
-        self._tap.wants = self._wants
+        self._tap.wants, self._tap.passed = self._wants, self._passed
         self._discovery = Discovery(self._model, self._tap, self._attach)
         put = lambda window: self._ranks.is_joining or self._judge.put(window)  # noqa: E731
         self._silence = Silence(self._model, window, put, self._discovery.strangers, lambda: self._tap.enabled)
@@ -135,16 +135,22 @@ class Watch(run_journal.Shown, memory.Remembering):
     # --- in the step -----------------------------------------------------------------------------
 
     def _wants(self, optimizer: Optimizer) -> bool:
-        """Whether to look at the step that begins; one that passes unseen is counted."""
+        """Whether to look at the step that begins."""
         started = time.perf_counter()
         self._silence.end()
         watched = self._model.stepping(optimizer)
         if watched is None or self._attention.looks(id(optimizer), watched.window_steps):
             return True
-        if self._model.pass_by(watched):
-            self._attention.wake()
         self._attention.spend(time.perf_counter() - started)
         return False
+
+    def _passed(self, optimizer: Optimizer) -> None:
+        """A step is over that was not looked at."""
+        started = time.perf_counter()
+        watched = self._model.stepping(optimizer)
+        if watched is not None and self._model.pass_by(watched):
+            self._attention.wake()
+        self._attention.spend(time.perf_counter() - started)
 
     def _before(self, optimizer: Optimizer) -> Any:
         started = time.perf_counter()
@@ -166,6 +172,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         started = time.perf_counter()
         watched: Watched = snapshot[0]
         self._model.after(watched, snapshot[1])
+        self._attention.saw()
         if self._model.is_full(watched, self.window) and self._attention.may_close(watched.window_steps):
             self._close_window()
         self._attention.spend(time.perf_counter() - started)

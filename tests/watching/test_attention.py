@@ -38,6 +38,8 @@ class Simulated:
             assert len(looks) == 1
             look = looks.pop()
             spent += self._spend(1e-3 if look else 5e-6)
+            for _ in range(optimizers if look else 0):
+                self.attention.saw()
             self.window_steps += 1
             if look and self.attention.may_close(self.window_steps):
                 spent += self._spend(4e-3)

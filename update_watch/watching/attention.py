@@ -52,6 +52,7 @@ class Attention:
         self._full = FIRST_WINDOWS if budget is not None else 0  # windows left that are looked at in full
         self._is_first = True  # nothing is drawn yet
         self.observed = 0  # steps of the open window
+        self._is_counted = False  # the step of this round
         self._window_spent, self._window_began = 0.0, clock()
         self._lock = threading.Lock()
         self._beside = 0.0  # s, of other threads, still to be drawn
@@ -74,8 +75,8 @@ class Attention:
         return self._looks or (self._is_exact() and window_steps + 1 >= self._window)
 
     def _begin_round(self) -> None:
+        self._is_counted = False
         if self._budget is None:
-            self.observed += 1
             return
         now = self._clock()
         passed, self._at = now - (now if self._at is None else self._at), now
@@ -93,7 +94,11 @@ class Attention:
                 self._burst_cost, self._burst_spent = self._burst_spent, 0.0
             self._looks = self._account >= 0
             self._burst = BURST - 1 if self._looks else 0
-        self.observed += self._looks
+
+    def saw(self) -> None:
+        """An optimizer's step was looked at to its end; one that raises is none."""
+        self.observed += not self._is_counted  # those that step in turn are one
+        self._is_counted = True
 
     def spend(self, seconds: float) -> None:
         """The watch took `seconds` on the training thread."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from update_watch.measure.device.streams import is_capturing
 from update_watch.measure.hooks.backward_passes import BackwardPasses
-from update_watch.measure.hooks.tap import is_in_step
+from update_watch.measure.hooks.step_frames import is_in_step
 from update_watch.measure.ledger.ledger import Ledger
 from update_watch.measure.ledger.sheet import can_be_read
 from update_watch.measure.plain_torch import PlainTorch

@@ -97,7 +97,7 @@ class Accumulation:
         self._eligible = []
 
     def pause(self) -> None:
-        """The next optimizer step passes unseen: what was begun is given up."""
+        """An optimizer step has passed unseen: what was begun is given up."""
         if self._handles:
             self.remove()
             self._looks, self._wait = [], 0

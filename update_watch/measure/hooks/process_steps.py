@@ -18,7 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from update_watch.measure.device import streams
-from update_watch.measure.hooks.tap import hide_from_dynamo, is_in_step, nothing
+from update_watch.measure.hooks.step_frames import hide_from_dynamo, is_in_step
+from update_watch.measure.hooks.tap import nothing
 
 Meet = Callable[[Optimizer], bool | None]
 

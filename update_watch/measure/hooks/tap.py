@@ -30,13 +30,12 @@ import torch
 from torch.optim import Optimizer
 
 from update_watch.measure.device import streams
+from update_watch.measure.hooks.step_frames import hide_from_dynamo, is_in_step
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.replay.side_effects import Undone
 from update_watch.wrappers import unwrap
 
 logger = logging.getLogger("update_watch")
-
-_STEP_CODE = Optimizer.profile_hook_step(lambda _: None).__code__  # of torch's wrapper around every `step`
 
 Before = Callable[[Optimizer], Any]
 After = Callable[[Optimizer, Any], Any]
@@ -68,6 +67,7 @@ class StepTap:
         self.enabled = True  # False: steps pass unseen
         self.missed = 0
         self.wants: Callable[[Optimizer], bool] | None = None  # asked whether a step is to be seen
+        self.passed: Callable[[Optimizer], Any] | None = None  # told of one that was not, when it is over
         self.is_torn = False  # an interrupt has cut off a `before` or `after`: what they keep may be half done
         self.captured = 0  # steps that were recorded in a CUDA graph, not run
         self.error: Exception | None = None
@@ -177,11 +177,11 @@ class StepTap:
         frame = sys._getframe(1)
         if self._is_nested(opt, frame):
             return None
-        if self._is_unwanted(opt):
-            self._live.pop(id(opt), None)
-            return None
         step = self._live[id(opt)] = _Step(frame)
         self._thread = threading.get_ident()
+        step.is_unwanted = self._is_unwanted(opt)
+        if step.is_unwanted:
+            return None
         position = 1 if len(args) > 1 else None
         closure = args[1] if position else kwargs.get("closure")
         if not callable(closure):
@@ -242,6 +242,14 @@ class StepTap:
             self._fail(error)
             return True
 
+    def _tell_passed(self, opt: Optimizer) -> None:
+        try:
+            with self.lock:
+                if self.passed is not None and self.error is None:
+                    self.passed(opt)
+        except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
+            self._fail(error)
+
     def _run_before(self, opt: Optimizer, step: _Step) -> None:
         if step.is_seen or self.error is not None:
             return
@@ -257,6 +265,9 @@ class StepTap:
             raise
 
     def _run_after(self, opt: Optimizer, step: _Step) -> None:
+        if step.is_unwanted:
+            self._tell_passed(opt)
+            return
         if not step.is_seen:
             self.missed += 1
             return
@@ -299,11 +310,11 @@ class _Inside(Undone):
 class _Step:
     """One running step of one optimizer."""
 
-    __slots__ = ("frame", "is_seen", "snapshot")
+    __slots__ = ("frame", "is_seen", "is_unwanted", "snapshot")
 
     def __init__(self, frame: FrameType) -> None:
         self.frame = frame  # of torch's wrapper around `step`: a new one for each call
-        self.is_seen = False
+        self.is_seen = self.is_unwanted = False
         self.snapshot: Any = None
 
 
@@ -325,24 +336,6 @@ class _Hooked:
 
     def __init__(self, optimizer: Optimizer, pre: _Hook, post: _Hook) -> None:
         self.optimizer, self.pre, self.post = optimizer, pre, post
-
-
-def hide_from_dynamo(*hooks: Any) -> None:
-    """Let `torch.compile` step over these hooks: it cannot trace `sys._getframe`, and would warn of it.
-
-    `skip` marks the function itself, where `torch.compiler.disable` would put a frame around it.
-    """
-    from torch._dynamo.decorators import skip  # loaded already: torch needs it to make an optimizer
-
-    for hook in hooks:
-        skip(hook)
-
-
-def is_in_step(frame: FrameType | None) -> bool:
-    """Whether a step is running in this frame or outside of it."""
-    while frame is not None and frame.f_code is not _STEP_CODE:
-        frame = frame.f_back
-    return frame is not None
 
 
 def nothing(*_: Any) -> None:
