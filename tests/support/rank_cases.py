@@ -279,8 +279,7 @@ def fails_in_a_hook() -> dict[str, Any]:
         for x in case.batches(40):
             case.backward(x)
             if dist.get_rank() == 1 and steps == 19:
-                for watched in watch._model.watched.values():
-                    watched.cohorts = watched._queue = [Planted()]  # type: ignore[list-item]
+                _plant("before", watch)
             case.optimizer.step()
             steps += 1
         watch.flush()
@@ -315,15 +314,6 @@ def drifts(make: Callable[[], Case] | None = None) -> dict[str, Any]:
 
 def hybrid_drifts() -> dict[str, Any]:
     return drifts(hybrid)
-
-
-class Planted:
-    """A cohort that fails."""
-
-    steps = 0
-
-    def before(self) -> None:
-        raise RuntimeError("planted")
 
 
 PLACES = ("read", "before", "encode", "after", "close_window", "catalogue", "judge")

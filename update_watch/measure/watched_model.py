@@ -144,6 +144,7 @@ class WatchedModel:
             self._belonging.disown(key)
         self._parts.clear()
         self._lead, self._is_ledger_old = None, True
+        self._ledger.plan(())  # what happens from now on is not seen
 
     def release(self) -> list[Optimizer]:
         """Let go of the optimizers that have not stepped for some windows while others stepped all their tensors."""

@@ -109,7 +109,7 @@ def test_an_alert_that_is_refused_loses_nothing_else(server: LoopbackServer, tmp
     # the refused one is still data
     alerts = {r[STEP]: r["update_watch/alert"] for r in server.history if "update_watch/alert" in r}
     assert alerts == {64: 0, 128: 1, 192: 1, 256: 0}
-    assert server.run.summary["update_watch/alerts"] == 2
+    assert server.run.summary["update_watch/last_alert"]["count"] == 2
 
 
 @pytest.mark.slow
