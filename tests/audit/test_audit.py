@@ -439,3 +439,41 @@ def test_what_is_allowed_passes_the_gate_and_nothing_else() -> None:
     with pytest.raises(StallExpected, match=r"0\.weight"):
         found.check(allow=["1.weight", "state *"])
     found.check(allow="*")
+
+
+# --- FP32 that is none -------------------------------------------------------------------------------------
+
+
+def test_fp32_numbers_that_went_through_bf16_are_named_and_their_twins_are_not() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.RMSNorm(24))
+    optimizer = AdamW(model.parameters())
+    model(torch.randn(8, 24)).square().mean().backward()
+    optimizer.step()
+    assert audit(model, optimizer).seen == ()
+    audit(model, optimizer).check()
+    for state in optimizer.state.values():
+        state["exp_avg"].copy_(state["exp_avg"].bfloat16())
+    (found,) = audit(model, optimizer).seen
+    assert found.startswith("3 of 3 FP32 exp_avg tensors hold nothing but values of BF16")
+    resumed = copy.deepcopy(model).bfloat16().float()
+    fresh = audit(resumed, AdamW(resumed.parameters()))
+    (found,) = fresh.seen
+    assert found.startswith("2 of 3 FP32 weight tensors hold") and "0.weight, 0.bias" in found
+    assert found[:40] in str(fresh) and fresh.health is not Health.stalled
+    new = torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.RMSNorm(24))  # weights of 1 are values of any format
+    assert audit(new, AdamW(new.parameters())).seen == ()
+
+
+def test_masters_that_are_the_rounded_weights_are_named_after_a_resume_and_not_at_the_start() -> None:
+    weights = named(w=matrix().bfloat16())
+    master = torch.nn.Parameter(weights[0][1].detach().float())
+    optimizer = AdamW([master])
+    assert audit(weights, optimizer).seen == ()
+    master.grad = torch.randn_like(master)
+    optimizer.step()
+    assert audit(weights, optimizer).seen == ()
+    with torch.no_grad():
+        master.copy_(master.bfloat16())
+    (found,) = audit(weights, optimizer).seen
+    assert found.startswith("1 of 1 FP32 master tensor holds nothing but values of BF16")

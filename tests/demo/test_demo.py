@@ -100,7 +100,9 @@ def test_losses_cost_and_alert_are_told(short: tuple[Settings, Lines, dict[str, 
     alerts = [alert for report in reports["bf16"] for alert in report.alerts]
     assert alerts, [report.headline for report in reports["bf16"]]
     for alert in alerts:
-        assert f"step {alert.step}: BF16 weights: {alert.level}: {alert.title}" in screen.lines
+        told = f"step {alert.step}: BF16 weights: {alert.level}: {alert.title}"
+        ahead = f"{told}. {alert.text.splitlines()[0]}"  # of what is to come, the sentence too
+        assert (ahead if alert.title.startswith("AHEAD") else told) in screen.lines
     (losses,) = [line for line in screen.lines if line.startswith("Loss (nats per byte) on text held back: ")]
     assert " with BF16 weights, " in losses
     assert " with FP32 masters; " in losses

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch.audit import rounded_before
 from update_watch.audit.members import Member
 from update_watch.audit.states import average_rows, gradient_rows, state_rows
 from update_watch.audit.table import Audit
@@ -67,6 +68,7 @@ def audit(
             *average_rows(averaged),
             *frozen_rows(_left_over(parameters, members)),
         ]
+        seen = rounded_before.sentences(members, {id(tensor) for _, tensor in parameters}, _view)
     warnings = [warning for _, warning in rows if warning]
     foreign = {id(member.param) for member in members} - {id(tensor) for _, tensor in parameters}
     forgotten = tuple(name for name, tensor in _left_over(parameters, members) if tensor.requires_grad)
@@ -78,7 +80,7 @@ def audit(
     elif forgotten:
         verb = "requires a gradient" if len(forgotten) == 1 else "require gradients"
         warnings.append(f"{plural(len(forgotten), 'tensor')} {verb}, but no optimizer holds them: {listed(forgotten)}.")
-    return Audit(tuple(row for row, _ in rows), tuple(warnings), tuple(dict.fromkeys(notes)))
+    return Audit(tuple(row for row, _ in rows), tuple(warnings), tuple(dict.fromkeys(notes)), tuple(seen))
 
 
 def _members(optimizers: Sequence[Optimizer], parameters: list[tuple[str, Tensor]], notes: list[str]) -> list[Member]:

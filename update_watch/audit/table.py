@@ -45,6 +45,7 @@ class Audit:
     rows: tuple[AuditRow, ...]
     warnings: tuple[str, ...] = ()  # sentences: what is expected to go wrong, and the cure
     notes: tuple[str, ...] = ()  # sentences: what could not be known, and why
+    seen: tuple[str, ...] = ()  # sentences: what is lost already, and will not be any further
 
     @property
     def health(self) -> Health:
@@ -123,6 +124,7 @@ class Audit:
             "weights_lost": max(lost, default=None),
             "warnings": list(self.warnings),
             "notes": list(self.notes),
+            "seen": list(self.seen),
             "rows": rows,
         }
 
@@ -136,7 +138,7 @@ class Audit:
             )  # fmt: skip
         lines = _render(table)
         lines.append(f"{size(self.bytes)} in all; every cure together costs {size(self.cure_bytes)}.")
-        for sentence in (*self.warnings, *self.notes):
+        for sentence in (*self.warnings, *self.notes, *self.seen):
             lines += ["", *textwrap.wrap(sentence, _WIDTH, initial_indent="- ", subsequent_indent="  ")]
         return "\n".join(lines)
 
