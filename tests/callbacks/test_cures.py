@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -200,19 +201,76 @@ def test_the_cures_in_hf_trainer(cure: Cure, tmp_path: Path) -> None:
         assert all(t.efficiency == pytest.approx(1.0, abs=0.02) for t in report.tensors if t.efficiency is not None)
 
 
-@pytest.mark.parametrize("trainer", ["torch", "transformers"])
-def test_fused_decay_joins_decay_and_gradient(trainer: str, tmp_path: Path) -> None:
-    """What is lost is the decay alone, where it has a rounding of its own; fused adds both in one."""
-    model = stalled_model()
-    if trainer == "torch":
-        optimizer = run(code(Cure.fused_decay, trainer), model=model)["optimizer"]
-        assert optimizer.defaults["fused"] is True
-    else:
-        transformers = pytest.importorskip("transformers")
-        kind = functools.partial(transformers.TrainingArguments, use_cpu=True, report_to="none")
-        text = code(Cure.fused_decay, trainer)
-        args = run(text, output_dir=tmp_path, TrainingArguments=kind)["args"]
-        assert args.optim == "adamw_torch_fused"
+class Matrix(nn.Module):
+    """One BF16 matrix whose gradient has signs in turn: what is left over many steps is the decay. Computes in FP32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(64, 64).bfloat16())
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": (F.linear(x.float(), self.weight.float()) * labels.float()).sum()}
+
+
+DECAY = {"lr": 1e-2, "weight_decay": 0.1}  # lr * decay = 0.001: below BF16's half gap at any weight
+
+
+def turns(steps: int = STEPS) -> list[dict[str, Tensor]]:
+    return [{"x": x[0], "labels": torch.tensor([(-1.0) ** i])} for i, x in zip(range(steps), batches(), strict=False)]
+
+
+def decays(report: uw.Report | None) -> tuple[bool, uw.TensorReport]:
+    """Whether the decay of the matrix is lost, and its report."""
+    assert report is not None
+    (tensor,) = report.tensors
+    decay = tensor.accumulators.get("weight_decay")
+    return decay is not None and decay.health is uw.Health.stalled, tensor
+
+
+def shrunk(model: nn.Module) -> float:
+    """The norm of the matrix against where it began; decay in FP32 would leave 0.976 of it."""
+    return float(model.weight.detach().float().norm() / Matrix().weight.detach().float().norm())  # type: ignore[operator, union-attr]
+
+
+def test_fused_decay_arrives_in_plain_torch() -> None:
+    found = {}
+    for name in ("without", "cured"):
+        model, options = Matrix(), {"weight_decay": DECAY["weight_decay"]}
+        kind = functools.partial(torch.optim.AdamW, **options)
+        if name == "cured":
+            space = {"optim": types.SimpleNamespace(AdamW=kind), "bfloat16": torch.bfloat16}
+            text = code(Cure.fused_decay, "torch")
+            optimizer = run(text, model=model, lr=DECAY["lr"], torch=types.SimpleNamespace(**space))["optimizer"]
+        else:
+            optimizer = kind(model.parameters(), lr=DECAY["lr"], foreach=False)
+        with uw.watch(model, optimizer, window=STEPS, budget=None) as watch:
+            for batch in turns():
+                optimizer.zero_grad()
+                model(**batch)["loss"].backward()
+                optimizer.step()
+            found[name] = (decays(watch.flush())[0], shrunk(model))
+    assert found["without"][0] and found["without"][1] > 1.0
+    assert not found["cured"][0] and found["cured"][1] < 0.99
+
+
+def test_fused_decay_arrives_in_hf_trainer(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from update_watch.callbacks.transformers import UpdateWatch
+
+    kind = functools.partial(
+        *(transformers.TrainingArguments,), use_cpu=True, max_steps=STEPS, report_to="none", save_strategy="no",
+        learning_rate=DECAY["lr"], weight_decay=DECAY["weight_decay"], lr_scheduler_type="constant",
+        per_device_train_batch_size=1, dataloader_pin_memory=False,
+    )  # fmt: skip
+    cured = run(code(Cure.fused_decay, "transformers"), output_dir=tmp_path, TrainingArguments=kind)["args"]
+    found = {}
+    for name, args in {"without": kind(tmp_path, optim="adamw_torch"), "cured": cured}.items():
+        model, callback = Matrix(), UpdateWatch(window=STEPS, print_audit=False, budget=None, journal=None)
+        transformers.Trainer(model, args, train_dataset=turns(), callbacks=[callback]).train()
+        found[name] = (decays(callback.last)[0], shrunk(model))
+    assert found["without"][0] and found["without"][1] > found["cured"][1] + 0.01
+    assert not found["cured"][0] and found["cured"][1] < 0.995
 
 
 def test_an_average_in_fp32_follows() -> None:
