@@ -21,10 +21,14 @@ CASES = {
         r"^  1.bias     healthy   efficiency (1.0\d|0.9\d)$",
         rf"^torch.float32: {HEALTHY}$",
     ],
-    "lightning_one_line.py": [r"^update-watch: ", r"are expected to stall at learning rate 0.0001", rf"^{STALLED}"],
+    "lightning_one_line.py": [r"^update-watch: ", r"Expected at these settings: weights in BF16", rf"^{STALLED}"],
     "lightning_one_line.py bf16-mixed": [r"^update-watch: 6 tensors watched; nothing", rf"^{HEALTHY}$"],
     "lightning_fsdp2.py": [rf"^{STALLED}", r"^  net.1.weight   \(128,\) stalled efficiency 0.00$"],
     "fabric.py": [rf"^{STALLED}"],
+    "accelerate_loop.py": [rf"^{STALLED}", r"Accelerator\(mixed_precision='bf16'\)"],
+    "ignite_handlers.py": [rf"^{STALLED}"],
+    "skorch_callback.py": [rf"^{STALLED}"],
+    "fastai_callback.py": [rf"^{STALLED}"],
     "hf_trainer.py": [
         r"'efficiency': '0\.\d+', 'stalled': \d",
         r"^update-watch: 5 of 21 tensors are stalled since step 1 \(all 5 norms\): BF16",
@@ -33,13 +37,15 @@ CASES = {
 }
 
 
+NEEDS = {"lightning": ["lightning"], "fabric": ["lightning"], "hf": ["transformers", "accelerate"]}  # else: by its name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", CASES)
 def test_example_says_what_it_promises(command: str, tmp_path: Path) -> None:
     name, *arguments = command.split()
-    for package in {"lightning": ["lightning"], "fabric": ["lightning"], "hf": ["transformers", "accelerate"]}.get(
-        re.split(r"[_.]", name)[0], []
-    ):
+    first = re.split(r"[_.]", name)[0]
+    for package in NEEDS.get(first, [first] if first in ("accelerate", "ignite", "skorch", "fastai") else []):
         pytest.importorskip(package)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(EXAMPLES / name), *arguments],

@@ -29,7 +29,6 @@ class Forecast:
     from_step: int | None  # at which the first tensor that is well now begins to stall
     floor: float | None  # learning rate, in the schedule's unit, that would keep moving all that move now
     headline: str
-    course: tuple[tuple[int, float, float], ...] = ()  # (step, efficiency of the run, learning rate over that of now)
     error: float | None = (
         None  # 90% of this window's efficiencies are as near to what was forecast at half of the run so far
     )
@@ -69,3 +68,4 @@ class Plan:
 
     def __str__(self) -> str:
         return self.text
+    course: tuple[tuple[int, float, float], ...] = ()  # (step, efficiency of the run, learning rate over that of now)

@@ -34,7 +34,7 @@ from update_watch.report import Health, Report, TensorReport
 # of a run of 40 steps, made at step 20
 FORECAST = Forecast(
     *(20, 40, (), 1.0, 0.5, 25, None, "At this schedule 100% of the parameters stall."),
-    *(((20, 0.9, 1.0), (30, 0.5, 0.5), (40, 0.1, 0.25)), 0.2),
+    *(0.2, ((20, 0.9, 1.0), (30, 0.5, 0.5), (40, 0.1, 0.25))),
 )
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
