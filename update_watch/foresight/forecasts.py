@@ -32,6 +32,7 @@ class Forecast:
     error: float | None = (
         None  # 90% of this window's efficiencies are as near to what was forecast at half of the run so far
     )
+    course: tuple[tuple[int, float, float], ...] = ()  # (step, efficiency of the run, learning rate over that of now)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,4 +69,3 @@ class Plan:
 
     def __str__(self) -> str:
         return self.text
-    course: tuple[tuple[int, float, float], ...] = ()  # (step, efficiency of the run, learning rate over that of now)
