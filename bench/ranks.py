@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.support.rank_cases import launch
+from tests.support.ranks.cases import launch
 
 BAR = 0.03
 TWO = ["ddp", "fsdp2_even", "fsdp2_uneven", "fsdp2_empty", "fsdp1", "tensor_parallel", "zero1", "pipeline"]

@@ -29,7 +29,7 @@ def run(kind: str, folder: Path) -> list[dict[str, Any]]:
             sys.executable,
             "-W",
             "ignore",
-            str(Path(__file__).parents[1] / "support" / "rank_training.py"),
+            str(Path(__file__).parents[1] / "support" / "ranks" / "training.py"),
             kind,
             str(folder),
         ]

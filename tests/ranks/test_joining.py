@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.support.rank_cases import PLACES, launch
+from tests.support.ranks.cases import launch
+from tests.support.ranks.events import PLACES
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is not built in")
 

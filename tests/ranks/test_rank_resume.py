@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.support.rank_cases import launch
-from tests.support.rank_resume import FIRST, FOLDER, THEN
+from tests.support.ranks.cases import launch
+from tests.support.ranks.resume import FIRST, FOLDER, THEN
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,11 +31,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(FOLDER, str(folder))
-        run(2, {kind: f"rank_resume.begin:{kind},{kind}2" for kind in KINDS})
-        run(4, {f"{kind} 2 4": f"rank_resume.go_on:{kind},{kind}2,{kind}4" for kind in KINDS})
-        one = {f"{kind} 2 1": f"rank_resume.go_on:{kind},{kind}2,{kind}1" for kind in KINDS}
-        run(1, one | {f"{kind} anew": f"rank_resume.begin_anew:{kind},{kind}2" for kind in KINDS})
-        run(2, {f"{kind} {n} 2": f"rank_resume.go_on:{kind},{kind}{n},{kind}{n}2" for kind in KINDS for n in (4, 1)})
+        run(2, {kind: f"resume.begin:{kind},{kind}2" for kind in KINDS})
+        run(4, {f"{kind} 2 4": f"resume.go_on:{kind},{kind}2,{kind}4" for kind in KINDS})
+        one = {f"{kind} 2 1": f"resume.go_on:{kind},{kind}2,{kind}1" for kind in KINDS}
+        run(1, one | {f"{kind} anew": f"resume.begin_anew:{kind},{kind}2" for kind in KINDS})
+        run(2, {f"{kind} {n} 2": f"resume.go_on:{kind},{kind}{n},{kind}{n}2" for kind in KINDS for n in (4, 1)})
     return every
 
 

@@ -1,6 +1,6 @@
 """One training in two gloo processes, under Lightning or Transformers; each rank writes the last report of its callback.
 
-python rank_training.py ddp|fsdp2|zero1|transformers FOLDER
+python training.py ddp|fsdp2|zero1|transformers FOLDER
 """
 
 from __future__ import annotations

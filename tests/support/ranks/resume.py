@@ -1,6 +1,6 @@
 """A training that ends and goes on at another number of ranks: weights, optimizer and watch from one checkpoint.
 
-Cases for `rank_cases.launch`; what follows the colon is "kind,from,to": how the model is shared, and checkpoints' names.
+Cases for `cases.launch`; what follows the colon is "kind,from,to": how the model is shared, and checkpoints' names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import update_watch as uw
-from tests.support.rank_cases import SAMPLES, Case, Net, ddp, fsdp2, watched_truth
+from tests.support.ranks.cases import SAMPLES, Case, Net, ddp, fsdp2, watched_truth
 
 LR = 2e-4  # low: every tensor is stalling
 FIRST, THEN = 4, 44  # steps: too few for a verdict without what the watch remembers, and enough
