@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from update_watch.foresight.schedules import Schedule
 from update_watch.judge import reasons
 from update_watch.judge.advice import say
 from update_watch.judge.alerts import Alerts
+from update_watch.judge.forecast import Forecaster
 from update_watch.judge.seen import Seen
-from update_watch.report import AccumulatorReport, Cause, Health, Report, TensorReport
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport
 from update_watch.thresholds import Thresholds
 
 PAGE = Path(__file__).parents[2] / "docs" / "alerts.md"
@@ -27,7 +29,8 @@ stalled), and when it is over. A tensor of which nothing can be said for a while
 
 ERROR: stalled, broken, nothing trains, an average that does not follow. WARN: stalling, states and decay that are lost, what is
 frozen and yet moved by its optimizer, more than a tenth that cannot be measured. INFO: a layer that goes idle after it trained,
-and the end of a story. Each is one record of the logger `update_watch`, one `Alert` in the report, and one message of a sink.
+FP32 weights that a resume left with BF16 values, and the end of a story. What will stall at the run's schedule, for a tenth of the run
+or more, is one WARN once two forecasts in a row say so; what was foretold is then told as it begins, and when it holds everything. Each is one record of the logger `update_watch`, one `Alert` in the report, and one message of a sink.
 
 The page is made by `python bench/verdicts/alert_texts.py --write`.
 """
@@ -46,6 +49,12 @@ def _tensor(
 def _average(cause: Cause, health: Health, **seen: Any) -> dict[str, AccumulatorReport]:
     text = say(cause, Seen(dtype="bfloat16", accumulator="average:ema", **seen))
     return {"average:ema": AccumulatorReport("average:ema", "bfloat16", health, cause, text, seen.get("efficiency"))}
+
+
+def _moving(name: str) -> TensorReport:
+    """Its updates are 8 to 16 half gaps at the rate 3e-4."""
+    movement = tuple(float(i == 3 - HEADROOM_LOW) for i in range(HEADROOM_BINS))
+    return _tensor(name, Health.healthy, efficiency=1.0, movement_histogram=movement, movement_lr=3e-4, lr=3e-4)
 
 
 def stories() -> dict[str, list[list[TensorReport]]]:
@@ -95,6 +104,13 @@ def stories() -> dict[str, list[list[TensorReport]]]:
                 *well[3:],
             ]
         ],
+        "What is to come, at the run's schedule": [[_moving(n) for n in matrices]] * 2,
+        "FP32 weights that hold BF16 values, after a resume": [
+            [
+                _tensor(n, Health.healthy, dtype="float32", was_rounded=True, advice=reasons.was_rounded(129))
+                for n in matrices
+            ]
+        ],
         "Not a number": [[_tensor(matrices[0], Health.broken, Cause.non_finite, Seen()), *well[1:]]],
     }
 
@@ -106,9 +122,11 @@ def page() -> str:
         parts.append(f"## {title}\n")
         alerts = Alerts(Thresholds(), clock=iter(range(10**6, 10**9, 3600)).__next__)
         alerts.is_logging = False
+        forecaster = Forecaster(Schedule(lambda step: 3e-4 * 0.5 ** (step / 5000), steps=60_000), Thresholds())
         for i, tensors in enumerate(windows, 1):
             step = 256 * i
-            for alert in alerts.update(Report(step, 128, Health.healthy, "", tuple(tensors))).alerts:
+            report = forecaster.add(Report(step, 128, Health.healthy, "", tuple(tensors)))
+            for alert in alerts.update(report).alerts:
                 parts.append(f"```text\n{alert.level} update-watch, step {step}: {alert.title}\n{alert.text}\n```\n")
     return "\n".join(parts)
 

@@ -108,6 +108,6 @@ def overflow(skipped: int, steps: int) -> str:
 def was_rounded(step: int) -> str:
     """Of FP32 weights that held BF16 values only. No reason why something is unknown, but what became of them before."""
     return (
-        f"Before step {step} its FP32 values were all values of BF16, as after a load or a resume through BF16; what that"
-        " rounded away is lost, from here on it trains as FP32 does."
+        f"Before step {step} all FP32 values were values of BF16, as after a load or a resume through BF16; what that"
+        " rounded away is lost, from here on training goes on in FP32."
     )

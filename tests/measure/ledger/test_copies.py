@@ -70,7 +70,7 @@ def test_fp32_weights_that_went_through_bf16_are_named_once_and_then_train_as_ev
     assert {t.name for t in report.tensors if t.was_rounded} == {"0.weight", "0.bias", "2.weight", "2.bias"}
     assert {t.health for t in report.tensors} == {uw.Health.healthy}
     named = next(t for t in report.tensors if t.was_rounded)
-    assert named.advice.startswith("Before step 1001 its FP32 values were all values of BF16")
+    assert named.advice.startswith("Before step 1001 all FP32 values were values of BF16")
     assert [(a.level, a.title) for a in report.alerts] == [(uw.Level.info, "WAS ROUNDED: 4 FP32 tensors")]
     again, _ = trained(rounded, begun=2000)
     assert not any(t.was_rounded for t in again.tensors) and again.alerts == ()

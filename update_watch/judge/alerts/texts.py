@@ -53,7 +53,8 @@ def alert_of(
         title, head = f"NOT MEASURED: {len(chosen)} of {plural(of, 'tensor')}", unmeasured_sentence(tensors)
     elif episode == WAS_ROUNDED:
         title = f"WAS ROUNDED: {plural(len(chosen), 'FP32 tensor')}"
-        head = f"{_who([f.tensor for f in members], tensors)}: {members[0].advice}"
+        said = members[0].advice
+        head = f"{_who([f.tensor for f in members], tensors)}: {said[:1].lower()}{said[1:]}"
     elif episode == AHEAD and report.forecast is not None:
         title = f"AHEAD: {len(chosen)} of {plural(len(tensors), 'tensor')} will stall"
         head = f"{members[0].advice}\nFix: {ahead(report.forecast, [f.tensor for f in members], tensors, trainer)}."
