@@ -16,7 +16,7 @@ from update_watch.measure.step_order import StepOrder
 from update_watch.measure.sums.device_sums import DeviceSums
 from update_watch.measure.sums.error_bars import Array, reach, spread_over_steps, standard_error, unseen
 from update_watch.measure.sums.layout import GROUPS, WANT
-from update_watch.measure.sums.window_sums import WindowSums, all_pairs
+from update_watch.measure.sums.window_sums import Steps, WindowSums, all_pairs
 
 T, COHORTS, ROWS = 128, 8, 4
 
@@ -50,7 +50,7 @@ def read_in_turns(dot: Array, want: Array, rng: random.Random, rates: Array) -> 
         effective.append(spread[1])
     scales = [rates[turns == c] ** 2 for c in range(COHORTS)]
     missed, exact = unseen(energies, steps, T, scales), np.ones(ROWS, bool)
-    errors = [standard_error(jackknives[c], effective[c], *missed[c], np.ones(ROWS), exact) for c in range(COHORTS)]
+    errors = [standard_error(jackknives[c], effective[c], *missed[c][:2], np.ones(ROWS), exact) for c in range(COHORTS)]
     return np.concatenate(found), np.concatenate(errors), dot.sum(0) / want.sum(0)
 
 
@@ -75,8 +75,22 @@ def test_a_spike_that_was_measured_leaves_little_unseen_and_one_that_was_not_lea
     cohorts = [want[~mine, :ROWS], want[mine, ROWS:]]
     without, with_it = unseen(cohorts, [np.ones_like(x) for x in cohorts], T)
     total = 900.0 + T - 1
+    assert without.usual_n == pytest.approx(1 - 64 / total) and with_it.usual_n == pytest.approx(64 / total)
     assert without.energy_n == pytest.approx(1 - 64 / total) and without.largest_n == pytest.approx(900 / total)
     assert with_it.energy_n == pytest.approx(64 / total) and with_it.largest_n == pytest.approx(1 / total)
+
+
+def test_updates_of_all_steps_are_told_from_measured_ones_by_what_others_did_in_the_rest() -> None:
+    want = np.ones((T, 2))
+    want[::16] = 20.0  # all of these are measured of the first tensor, none of the second
+    mine = np.arange(T) % 4 == 0
+    cohorts = [want[mine, :1], want[~mine, 1:]]
+    missed, _ = unseen(cohorts, [np.ones_like(x) for x in cohorts], T)
+    one, none = np.ones(1), np.zeros(1)
+    steps = Steps(mine[mine, None] * 1.0, none[None], np.full((1, 1), float(T)), none, one, one > 0, one > 0)
+    told = want[mine, 0].mean() * steps.for_all(missed.usual_n)
+    assert told == pytest.approx(want[:, 0].mean(), rel=1e-6) and want[mine, 0].mean() != pytest.approx(told, rel=0.1)
+    assert steps.for_all(np.array([np.nan])) == 1.0
 
 
 def test_of_larger_updates_no_smaller_part_arrives() -> None:

@@ -98,7 +98,7 @@ def summed(made: list[Step], fmt: Format = BF16, has_clusters: bool = False) -> 
     return WindowSums.unpack(packed.numpy().astype(np.float64), sums.layout)
 
 
-NOTHING = Unseen(np.zeros(N), np.zeros(N))  # no step that was not measured carries anything
+NOTHING = Unseen(np.zeros(N), np.zeros(N), np.full(N, np.nan))  # no step that was not measured carries anything
 
 
 def numbers_of(made: list[Step], accumulator: int, fmt: Format = BF16, part: int = 0) -> list[dict[str, float]]:

@@ -133,7 +133,7 @@ def _one_each(tensors: list[TensorEvidence]) -> list[TensorEvidence]:
 
 def _unseen(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSums]) -> list[Unseen]:
     """Per cohort; see `error_bars`. Cohorts of one optimizer share its steps."""
-    found: list[Unseen] = [Unseen(np.zeros(0), np.zeros(0))] * len(cohorts)
+    found: list[Unseen] = [Unseen(np.zeros(0), np.zeros(0), np.zeros(0))] * len(cohorts)
     for optimizer in dict.fromkeys(cohort.optimizer for cohort in cohorts):
         own = [i for i, cohort in enumerate(cohorts) if cohort.optimizer == optimizer]
         energies = [sums[i].parts_PFn[:, WANT] for i in own]

@@ -36,6 +36,7 @@ class Unseen(NamedTuple):
 
     energy_n: Array  # in all of those steps
     largest_n: Array  # in the largest of them, or in all that are far above any that was measured
+    usual_n: Array  # in all of them, of the other tensors alone
 
 
 def ratio(above: Array, below: Array) -> Array:
@@ -86,7 +87,7 @@ def unseen(
     every_size, every_count = np.concatenate(sizes), np.concatenate(counts)
     seen, total = float(every_count.sum()), float((every_size * every_count).sum())
     if not seen or not total:
-        return [Unseen(np.full(e.shape[1], np.nan), np.zeros(e.shape[1])) for e in energies]
+        return [Unseen(*np.array([np.nan, 0.0, np.nan])[:, None].repeat(e.shape[1], 1)) for e in energies]
     steps_for_one = max(window_steps / seen, 1.0)  # steps of the window that one of those seen stands for
     found: list[Unseen] = []
     start = 0
@@ -101,8 +102,11 @@ def unseen(
         energy = elsewhere * np.concatenate([every_count[:start], every_count[stop:]])
         beyond_n = every_own_n + np.where(elsewhere[:, None] > far_n, energy[:, None], 0.0).sum(0)
         largest_n = np.minimum(np.maximum(largest_n, beyond_n * steps_for_one) / (total * steps_for_one), 1.0)
-        others_n = usual_n * np.maximum(total * steps_for_one - (size_P[:, None] * steps_Pn).sum(0), 0.0)
-        found.append(Unseen(ratio(others_n, energy_Pn.sum(0) + others_n), largest_n))
+        seen_n = (size_P[:, None] * steps_Pn).sum(0)
+        beside_n = np.maximum(total * steps_for_one - seen_n, 0.0)
+        others_n = usual_n * beside_n
+        shares = ratio(others_n, energy_Pn.sum(0) + others_n), largest_n, ratio(beside_n, seen_n + beside_n)
+        found.append(Unseen(*shares))
         start = stop
     return found
 

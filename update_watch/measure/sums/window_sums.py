@@ -51,6 +51,15 @@ class Steps:
         found: Array = self.parts_Pn.sum(0)
         return found
 
+    def for_all(self, usual_n: Array) -> Array:
+        """What to multiply a mean square of updates over measured steps by, to have that over all steps of the window.
+
+        `usual`: share of the window's energy in the steps that were not measured, as the tensors measured then tell.
+        """
+        with np.errstate(all="ignore"):
+            found = (1 - self.unmeasured_n) / (1 - usual_n)
+        return np.where((self.unmeasured_n > 0) & np.isfinite(found), found, 1.0)
+
     @property
     def unmeasured_n(self) -> Array:
         """Share of the steps that were not measured."""
@@ -137,11 +146,12 @@ class WindowSums:
             return standard_error(jackknife, effective, steps.unmeasured_n, unseen.largest_n, cells, is_exact)
 
         with np.errstate(all="ignore"):
-            update_ratio = np.sqrt(ratio(t[WANT], t[BEFORE]))
+            for_all = steps.for_all(unseen.usual_n)
+            update_ratio = np.sqrt(ratio(t[WANT], t[BEFORE]) * for_all)
             # of a root: half the relative error of what is below it; a step that was not seen adds to it what it holds
             size, _ = spread_over_steps(self.parts_PFn[:, WANT], self.parts_PFn[:, BEFORE], steps.parts_Pn)
             beyond = ratio(unseen.largest_n, 1 - unseen.largest_n)
-            size = size / update_ratio**4
+            size = size / ratio(t[WANT], t[BEFORE]) ** 2
             update_error = standard_error(size, effective_n, steps.unmeasured_n, beyond, cells, is_exact)
             update_error = update_ratio * update_error / 2
             displacement, displacement_error, way = self._displacement(steps)
@@ -166,7 +176,7 @@ class WindowSums:
                 "path_weight": way / np.maximum(t[COUNT] / np.maximum(measured, 1), 1),
                 "update_ratio": update_ratio,
                 "update_ratio_error": update_error,
-                "applied_ratio": np.sqrt(ratio(t[MOVED], t[BEFORE])),
+                "applied_ratio": np.sqrt(ratio(t[MOVED], t[BEFORE]) * for_all),
                 "changed_fraction": ratio(t[CHANGED], t[COUNT]),
                 "zero_gradient_fraction": zeros,
                 "gradient_rms": np.sqrt(ratio(t[GRADIENT], t[COUNT])),
