@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from update_watch.report import HEADROOM_LOW
 
@@ -131,6 +132,35 @@ class WindowEvidence:
     skipped_steps: int = 0
     observed_steps: int | None = None  # looked at
     cost_share: float | None = None  # of the window's time, what the watch took
+
+
+_E = TypeVar("_E", Numbers, AccumulatorEvidence, TensorEvidence)
+_DEFAULTS: dict[type, dict[str, Any]] = {
+    cls: {field.name: field.default for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
+    for cls in (Numbers, AccumulatorEvidence, TensorEvidence)
+}
+
+
+def made(cls: type[_E], **fields: Any) -> _E:
+    """As `cls(**fields)`, in a third of the time: a frozen dataclass sets its fields one by one, past its own lock.
+
+    There are tens of thousands of them in a window. Fields without a default must be given.
+    """
+    new = object.__new__(cls)
+    values = new.__dict__
+    values.update(_DEFAULTS[cls])
+    if cls is TensorEvidence:
+        values["accumulators"] = {}
+    values.update(fields)
+    return new
+
+
+def changed(old: _E, **fields: Any) -> _E:
+    """As `dataclasses.replace(old, **fields)`, in a tenth of the time."""
+    new = object.__new__(type(old))
+    new.__dict__.update(old.__dict__)
+    new.__dict__.update(fields)
+    return new
 
 
 def median_headroom(histogram: Sequence[float]) -> float | None:

@@ -52,10 +52,12 @@ def reports(make: Any, steps: int = 8) -> list[tuple[Any, ...]]:
                 is_left_out = name == "rare" and step % 3
                 p.grad = None if is_left_out else torch.randn(p.shape, generator=generator).to(p.dtype) * 0.1
             optimizer.step()
+        sheets = watch._model._ledger.sheets
         kinds = {type(c.gathers) for w in watch._model.watched.values() for c in w.cohorts}
         watch.flush()
         assert watch._tap.error is None
     assert len(kinds) == 1
+    assert sheets and {bool(sheet._gathers) for sheet in sheets} == {kinds == {KernelGathers}}
     numbers = [
         (
             t.name,
@@ -65,6 +67,8 @@ def reports(make: Any, steps: int = 8) -> list[tuple[Any, ...]]:
             t.update_ratio,
             t.displacement_efficiency,
             t.headroom_histogram,
+            t.net_efficiency,
+            t.written_between,
         )
         for report in seen
         for t in report.tensors

@@ -9,8 +9,10 @@ Legend: A accumulators (0 the weight, then states), n rows, K samples.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -282,15 +284,16 @@ class Cohort:
 
     # --- at the end of a window --------------------------------------------------------------------
 
-    def pack(self, window_steps: int) -> Tensor:
-        """The window's sums in one vector on the device; see `window_sums.WindowSums`."""
+    def packing(self, window_steps: int) -> Callable[[], Tensor]:
+        """Makes the window's sums one vector on the device, now or when the next window has begun; see `WindowSums`."""
         stored_nK = None
         if self._kinds[1] and not any(row.has_changed for row in self.rows):
             self.gathers.settle()
             kept = self.samples if self.gathers.are_whole or self.gathers.whole_n1 is not None else self.samples // 2
             stored_nK = self.gathers.widened(self.gathers.after(None), False)[0, :, :kept].float()
         formats = [(run.rows, run.format) for run in self._runs]
-        return self.sums.pack(stored_nK, self.gathers.kept_weights, formats, window_steps / max(self.steps, 1))
+        scale = window_steps / max(self.steps, 1)
+        return functools.partial(self.sums.pack, stored_nK, self.gathers.kept_weights, formats, scale)
 
     def counted_steps(self, group_steps: list[int]) -> Steps:
         """The steps behind the sums. `group_steps`: of the window, by group."""

@@ -66,11 +66,10 @@ class Gathers:
     # --- where -----------------------------------------------------------------------------------
 
     def open_window(self) -> None:
-        """Other positions for the kept set."""
+        """Other positions for the kept set, from the next `move` on."""
         self._turn += 1
         self._kept_turn = self._turn
         self._kept_weights_nJ = None
-        self._place()
 
     def move(self) -> tuple[int, bool]:
         """Go on with the moving set. Returns the turn, and whether the moving set comes first in what is read."""

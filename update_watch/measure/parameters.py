@@ -84,6 +84,10 @@ class Row:
     @property
     def has_changed(self) -> bool:
         """Another tensor was put into the parameter (`p.data = ...`, `model.to`): other shape, format or device."""
+        shape, dtype, device = self.layout
+        shard = local(self.param)
+        if shard.dtype is dtype and shard.device == device and shard.layout is torch.strided and not shard.is_nested:
+            return is_lazy(shard) or shard.shape != shape
         return _layout(self.param) != self.layout
 
     def check(self, state: Mapping[str, Any]) -> None:

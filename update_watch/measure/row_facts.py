@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.evidence import TensorEvidence
+from update_watch.evidence import TensorEvidence, changed, made
 from update_watch.measure.accumulators.counters import short_counters
 from update_watch.measure.cohort import Cohort
 from update_watch.measure.identity.names import describe
@@ -32,7 +31,7 @@ class WindowFacts:
             shape = row.piece.shape
             identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held, "trainable": True}
         reason = row.reason or self._twin_error
-        return TensorEvidence(**identity, **self._groups[row.group], reason=reason, scheme=row.scheme.name)
+        return made(TensorEvidence, **identity, **self._groups[row.group], reason=reason, scheme=row.scheme.name)
 
     def facts_of(self, cohort: Cohort) -> Callable[[], tuple[RowFacts, ...]]:
         """Note what changes when the cohort's next window begins; the facts are made when they are asked for."""
@@ -52,7 +51,7 @@ class WindowFacts:
                 for name in cohort.states
             )
             rates = tuple(row.rates.get(name) for name in cohort.states)
-            evidence = dataclasses.replace(
+            evidence = changed(
                 self.identity(row),
                 steps=steps,
                 gradless_steps=gradless[i],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,23 @@ class Part:
         return self.transfer.wait()[self.span]
 
 
+class Later:
+    """A vector on the host that is made when it is asked for, by the thread that asks."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make: Callable[[], Tensor] | None = make
+        self._values: npt.NDArray[np.float64] | None = None
+
+    def wait(self) -> npt.NDArray[np.float64]:
+        """The vector's values, in FP64."""
+        if self._values is None:
+            assert self._make is not None
+            with torch.no_grad():
+                self._values = self._make().numpy().astype(np.float64)
+            self._make = None  # lets go of what it was made of
+        return self._values
+
+
 class Batch:
     """Vectors that leave together: one transfer per device, however many there are."""
 
@@ -133,6 +151,10 @@ class Batch:
         part = Part()
         self._waiting.setdefault(vector.device, []).append((part, vector))
         return part
+
+    def add_later(self, device: torch.device, make: Callable[[], Tensor]) -> Part | Later:
+        """Take along what `make` gives; from the CPU it is not even made before it is asked for."""
+        return Later(make) if device.type == "cpu" else self.add(make())
 
     def send(self) -> None:
         """Send all that was added, without waiting."""

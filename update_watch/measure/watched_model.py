@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from update_watch.evidence import TensorEvidence
+from update_watch.measure import ledger_plan
 from update_watch.measure.accumulators.averages import Averages
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
 from update_watch.measure.accumulators.reference_states import ShadowWindow
@@ -200,27 +201,17 @@ class WatchedModel:
                 watched.exclude(gone)
 
     def _plan_ledger(self) -> None:
-        """Every tensor of the model, with who steps it or its master."""
-        self._is_ledger_old = False
-        owners: dict[int, set[Key]] = {}
-        for key, watched in self.watched.items():
-            for tensor_id in watched.ids:
-                owners.setdefault(tensor_id, set()).add(key)
-        measured = {id(row.param) for watched in self.watched.values() for row in watched.rows if row.is_measured}
-        planned = []
-        for line in self.lines():
-            ids = {id(line.tensor)} if line.master is None else {id(line.tensor), id(line.master)}
-            who = frozenset(owner for tensor_id in ids for owner in owners.get(tensor_id, ()))
-            planned.append((line, who, bool(who) and measured.isdisjoint(ids)))
-        self._ledger.plan(planned)
+        is_old, self._is_ledger_old = self._is_ledger_old, False
+        ledger_plan.plan(self._ledger, self._belonging, self.watched, is_old)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The model's; the same list as long as they are the same."""
+        return self._belonging.named.tensors()
 
     def lines(self) -> list[Line]:
         """The model's tensors and their masters, for the ledger."""
-        belonging = self._belonging
-        return [
-            Line(tensor, belonging.names[id(tensor)], belonging.masters.get(id(tensor)))
-            for tensor in belonging.named.tensors()
-        ]
+        return ledger_plan.lines_of(self._belonging)
 
     # --- in the step -----------------------------------------------------------------------------
 

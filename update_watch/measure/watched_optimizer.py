@@ -109,6 +109,7 @@ class Watched:
         self.cohorts: list[Cohort] = []
         self._order: StepOrder[Cohort] = StepOrder(self.cohorts, self._window, self._rng)
         self._skipped: dict[torch.device, Tensor] = {}
+        self._is_checked = False  # whether its tensors are what was planned for, in this window
         self.devices: tuple[torch.device, ...] = ()
         if self._twin is None:
             return
@@ -181,8 +182,9 @@ class Watched:
         if self.steps and not self._was_set_up:
             self._was_set_up = True
             may_run = forget_failed_trials(self.optimizer, self.rows, self.found)
-        # moved or converted after attaching, made in the first forward pass: seen before the window's first step
-        has_changed = not self.window_steps and any(row.has_changed for row in self.rows)
+        # moved or converted after attaching, made in the first forward pass: seen before the first look of a window
+        has_changed = not self._is_checked and any(row.has_changed for row in self.rows)
+        self._is_checked = True
         is_other = sizes != self._sizes or not all(map(operator.is_, members, self._members))
         if may_run or has_changed or is_other:
             self._plan()
@@ -281,7 +283,7 @@ class Watched:
             facts = window.facts_of(cohort)
             in_cohort.update(id(row) for row in cohort.rows)
             states, steps = tuple(cohort.states), cohort.counted_steps(self._order.group_steps)
-            transfer = batch.add(cohort.pack(self.window_steps))
+            transfer = batch.add_later(cohort.device, cohort.packing(self.window_steps))
             own = self.index, self.part
             where = cohort.sums.layout, steps, self.window_steps, own, cohort.suspect
             cohorts.append(CohortWindow(transfer, facts, states, *where))
@@ -289,11 +291,10 @@ class Watched:
         for row in self.rows:
             if id(row) not in in_cohort:
                 others.append(window.identity(row))
-        if any(row.has_changed for row in self.rows):
-            self._sizes = []  # to plan anew before the next step
         skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]
         self.quiet_windows = 0 if self.window_steps else self.quiet_windows + 1
         self._skipped, self.window_steps, self.earlier_in_window = {}, 0, 0
+        self._is_checked = False
         self._rates.open_window()
         self._order.open_window()
         return cohorts, others, skipped

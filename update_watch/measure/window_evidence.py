@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, WindowEvidence, median_headroom
+from update_watch.evidence import (
+    AccumulatorEvidence,
+    Numbers,
+    TensorEvidence,
+    WindowEvidence,
+    changed,
+    made,
+    median_headroom,
+)
 from update_watch.measure.accumulators.averages import AverageWindow, UnreadWindow
 from update_watch.measure.accumulators.averages import read as read_average
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
@@ -25,7 +33,7 @@ from update_watch.measure.ledger.sheet import SheetWindow
 from update_watch.measure.sums.error_bars import Array, Unseen, unseen
 from update_watch.measure.sums.layout import WANT, Layout
 from update_watch.measure.sums.window_sums import Steps, WindowSums
-from update_watch.measure.transfer import Part, Transfer
+from update_watch.measure.transfer import Later, Part, Transfer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +51,7 @@ class RowFacts:
 class CohortWindow:
     """A cohort's closed window on its way to the background thread."""
 
-    transfer: Transfer | Part
+    transfer: Transfer | Part | Later
     facts: Callable[[], tuple[RowFacts, ...]]  # thousands of objects: made on the background thread
     states: tuple[str, ...]
     layout: Layout
@@ -93,14 +101,12 @@ def read(window: Window) -> WindowEvidence:
     others += [read_accumulation(accumulation) for accumulation in window.accumulations]
     for found in others:
         tensors = [
-            dataclasses.replace(t, accumulators={**t.accumulators, found[t.name].name: found[t.name]})
-            if t.name in found
-            else t
+            changed(t, accumulators={**t.accumulators, found[t.name].name: found[t.name]}) if t.name in found else t
             for t in tensors
         ]
     factors = {name: factor for shadow in window.shadows for name, factor in read_shadow(shadow).items()}
     tensors = [
-        dataclasses.replace(
+        changed(
             t,
             state_factor=factors[t.name].value,
             state_factor_error=factors[t.name].error,
@@ -112,8 +118,7 @@ def read(window: Window) -> WindowEvidence:
     ]
     sums_of = read_checksums(window.checksums)
     tensors = [
-        dataclasses.replace(t, part=sums_of[t.name][0], checksum=sums_of[t.name][1]) if t.name in sums_of else t
-        for t in tensors
+        changed(t, part=sums_of[t.name][0], checksum=sums_of[t.name][1]) if t.name in sums_of else t for t in tensors
     ]
     tensors.sort(key=lambda t: window.order.get(t.name, len(window.order)))
     head = window.step, window.window, tuple(tensors), window.time
@@ -150,54 +155,58 @@ _OF_NUMBERS = frozenset(field.name for field in dataclasses.fields(Numbers))
 
 def _tensors(sums: WindowSums, cohort: CohortWindow, missed: Unseen, skipped: int) -> list[TensorEvidence]:
     """The evidence of all rows of a cohort."""
-    numbers = _by_row(sums.numbers(cohort.steps, missed))
+    numbers = _columns(sums.numbers(cohort.steps, missed))
+    own_names = [name for name in numbers if name not in _OF_NUMBERS and name != "what_if"]
+    own_rows = list(zip(*(numbers[name] for name in own_names), strict=True))
+    number_names = [name for name in numbers if name in _OF_NUMBERS]
+    number_rows = list(zip(*(numbers[name] for name in number_names), strict=True))
     states = [
-        [_by_row({name: values_Sn[k] for name, values_Sn in part.items()}) for part in sums.state_numbers()]
+        [_numbers({name: values_Sn[k] for name, values_Sn in part.items()}) for part in sums.state_numbers()]
         for k in range(len(cohort.states))
     ]
-    decays = _by_row(sums.decay_numbers())
+    decays = _numbers(sums.decay_numbers())
     finite, measured = sums.is_finite().tolist(), cohort.steps.measured_n.tolist()
-    evidence = sums.evidence_n.tolist()
+    evidence, movements = sums.evidence_n.tolist(), sums.movement_nB.tolist()
+    histograms, at_rate = (histogram_nB.tolist() for histogram_nB in sums.headroom_2nB)
     tensors = []
     for i, facts in enumerate(cohort.rows):
         base = facts.evidence
         if not measured[i] or base.reason:
-            tensors.append(dataclasses.replace(base, skipped_steps=skipped))
+            tensors.append(changed(base, skipped_steps=skipped))
             continue
-        own = numbers[i]
-        of_numbers = Numbers(**{name: value for name, value in own.items() if name in _OF_NUMBERS})
-        histogram, by_rate = sums.headroom_2nB[:, i].tolist()
+        histogram, by_rate = histograms[i], at_rate[i]
         total = sum(histogram)
-        movement = sums.movement_nB[i].tolist()
+        movement = movements[i]
         moved = sum(movement) if facts.first_rate else 0.0
         headroom = median_headroom(by_rate) if facts.first_rate else None
-        what_if = own.pop("what_if")
+        what_if = numbers["what_if"][i]
         accumulators = {
-            name: AccumulatorEvidence(
-                name,
-                facts.state_dtypes[k],
-                Numbers(**states[k][0][i]),
-                Numbers(**states[k][1][i]),
-                Numbers(**states[k][2][i]),
+            name: made(
+                AccumulatorEvidence,
+                name=name,
+                dtype=facts.state_dtypes[k],
+                numbers=states[k][0][i],
+                growth=states[k][1][i],
+                decay=states[k][2][i],
                 rate=facts.state_rates[k],
             )
             for k, name in enumerate(cohort.states)
             if facts.state_dtypes[k]
         }
-        if decays[i]["wanted_fraction"] is not None:
-            accumulators["weight_decay"] = AccumulatorEvidence("weight_decay", base.dtype, Numbers(**decays[i]))
+        if decays[i].wanted_fraction is not None:
+            accumulators["weight_decay"] = AccumulatorEvidence("weight_decay", base.dtype, decays[i])
         kept = facts.size if cohort.steps.is_whole_n[i] else facts.size // 2
         tensors.append(
-            dataclasses.replace(
+            changed(
                 base,
-                **{name: value for name, value in own.items() if name not in _OF_NUMBERS},
+                **dict(zip(own_names, own_rows[i], strict=True)),
                 measured_steps=round(measured[i]),
                 gradient_looks=round(measured[i]),
                 skipped_steps=skipped,
                 finite=finite[i],
-                numbers=of_numbers,
-                headroom_histogram=tuple(count / total for count in histogram) if total else None,
-                movement_histogram=tuple(part / moved for part in movement) if 0 < moved < math.inf else None,
+                numbers=made(Numbers, **dict(zip(number_names, number_rows[i], strict=True))),
+                headroom_histogram=tuple([count / total for count in histogram]) if total else None,
+                movement_histogram=tuple([part / moved for part in movement]) if 0 < moved < math.inf else None,
                 movement_lr=facts.first_rate if 0 < moved < math.inf else None,
                 critical_lr=facts.first_rate * 2**-headroom if facts.first_rate and headroom is not None else None,
                 displacement_evidence=evidence[i] / kept,
@@ -208,10 +217,17 @@ def _tensors(sums: WindowSums, cohort: CohortWindow, missed: Unseen, skipped: in
     return tensors
 
 
-def _by_row(arrays: Mapping[str, Array]) -> list[dict[str, Any]]:
-    """By row its values under their names, None for what is not known."""
-    columns = [
-        [None if value != value else value for value in array.tolist()]  # noqa: PLR0124  NaN differs from itself
-        for array in arrays.values()
-    ]
-    return [dict(zip(arrays, values, strict=True)) for values in zip(*columns, strict=True)]
+def _columns(arrays: Mapping[str, Array]) -> dict[str, list[Any]]:
+    """The values of all rows under their names, None for what is not known."""
+    columns: dict[str, list[Any]] = {}
+    for name, array in arrays.items():
+        columns[name] = values = array.tolist()
+        for i in np.flatnonzero(np.isnan(array)).tolist():
+            values[i] = None
+    return columns
+
+
+def _numbers(arrays: Mapping[str, Array]) -> list[Numbers]:
+    """Of each row."""
+    columns = _columns(arrays)
+    return [made(Numbers, **dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]

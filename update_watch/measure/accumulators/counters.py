@@ -12,6 +12,8 @@ from update_watch.evidence import AccumulatorEvidence, Numbers
 from update_watch.measure.parameters import Row
 from update_watch.odd_tensors import unreadable
 
+_SHORT = (torch.bfloat16, torch.float16)
+
 
 def short_counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEvidence]:
     """Read at the end of a window, where they are on the CPU."""
@@ -19,10 +21,10 @@ def short_counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorE
     for name, value in state.items():
         if (
             isinstance(value, Tensor)
+            and value.dtype in _SHORT
             and not unreadable(value)
             and value.numel() == 1
             and value.device.type == "cpu"
-            and value.dtype in (torch.bfloat16, torch.float16)
             and row.rule.forms.get(name) == "scalar"
         ):
             dtype = str(value.dtype).removeprefix("torch.")

@@ -50,6 +50,11 @@ def gathers_of(optimizer: Optimizer, rows: list[Row], samples: int, rng: random.
         return Gathers(optimizer, rows, samples, rng)
 
 
+def reads(device: torch.device, dtypes: set[torch.dtype]) -> bool:
+    """Whether the kernel was found to read what torch reads on this device, and reads these formats."""
+    return device in _verified and multi_gather.is_available(device) and dtypes <= set(multi_gather.formats())
+
+
 class KernelGathers(Gathers):
     """Reads rows of one optimizer on one device by one launch for all of them, in FP32."""
 

@@ -49,6 +49,13 @@ def give_up(device: torch.device, why: str) -> bool:
     return is_new
 
 
+def formats() -> list[torch.dtype]:
+    """What the kernel reads itself."""
+    from update_watch.measure.device import gather_kernel
+
+    return list(gather_kernel.KINDS)
+
+
 class MultiGather:
     """Reads the samples of n rows, any number of slots of them at a time.
 
@@ -81,8 +88,10 @@ class MultiGather:
         self._tables: dict[int, _Table] = {}  # by views: another number of slots has a table of its own
         self.uploads = 0
 
-    def __call__(self, tensors: Sequence[Tensor | None], shares: tuple[int, int], fresh: int = 0) -> Tensor:
-        """[len(tensors), K] FP32. `tensors`: local ones, slot by slot and row by row; None reads zeros.
+    def __call__(
+        self, tensors: Sequence[Tensor | None], shares: tuple[int, int], fresh: int = 0, out: Tensor | None = None
+    ) -> Tensor:
+        """[len(tensors), K] FP32, into `out` if that is given. `tensors`: local ones, slot by slot and row by row; None reads zeros.
 
         `shares`: of the two sets of a row, the lower first; see `positions`. `fresh`: so many at the end are made anew in
         every step (gradients), and may have another format at the address of the last ones; any other has its own.
@@ -94,7 +103,8 @@ class MultiGather:
         kept = self._fill(table, tensors, views - fresh)
         if table.send():
             self.uploads += 1
-        out = torch.empty(views, self.samples, dtype=torch.float32, device=self.device)
+        if out is None:
+            out = torch.empty(views, self.samples, dtype=torch.float32, device=self.device)
         first, second = shares
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             self._kernel.gather_views[(views,)](

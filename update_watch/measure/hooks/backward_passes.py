@@ -27,6 +27,7 @@ class BackwardPasses:
         self._counts: dict[int, int] = {}  # id of a tensor -> its gradients since the last step
         self._marks: dict[int, tuple[int, int]] = {}  # id of a tensor -> its gradient's id and version
         self._tensors: list[Tensor] = []
+        self._known: Sequence[Tensor] | None = None
         self._handles: list[Any] = []
         self._most = 0
         self._hook = torch.compiler.disable(_weak(self._note))  # type: ignore[no-untyped-call]  # torch's
@@ -48,6 +49,11 @@ class BackwardPasses:
             self._tensors += [*itertools.islice(found, 1)]
         for tensor in self._tensors:
             self._handles.append(tensor.register_post_accumulate_grad_hook(self._hook))  # type: ignore[no-untyped-call]
+
+    def goes_on(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it listens already to what it would listen to. `tensors`: a list that is another one when it changes."""
+        is_known, self._known = tensors is self._known, tensors
+        return is_known and bool(self._tensors) and all(one.requires_grad and one.is_leaf for one in self._tensors)
 
     def stop(self) -> None:
         """Take the hooks off."""

@@ -25,6 +25,7 @@ class NamedModel:
         self._model = model
         self.pairs = named_tensors(model)
         self.names = names_of(self.pairs)
+        self._made: tuple[Any, list[Tensor], dict[str, int]] | None = None  # of these pairs
         self._is_once = iter(model) is model if not isinstance(model, torch.nn.Module) else False
 
     def refresh(self) -> dict[str, Tensor]:
@@ -48,11 +49,19 @@ class NamedModel:
 
     def tensors(self) -> list[Tensor]:
         """Each tensor once, in the model's order."""
-        return list({id(tensor): tensor for _, tensor in self.pairs}.values())
+        return self._of_pairs()[0]
 
     def order(self) -> dict[str, int]:
         """First name of each tensor -> its place in the model."""
-        return {self.names[id(tensor)][0]: i for i, (_, tensor) in reversed(list(enumerate(self.pairs)))}
+        return self._of_pairs()[1]
+
+    def _of_pairs(self) -> tuple[list[Tensor], dict[str, int]]:
+        # asked for at the end of every window: the pairs stay the same list until they change
+        if self._made is None or self._made[0] is not self.pairs:
+            tensors = list({id(tensor): tensor for _, tensor in self.pairs}.values())
+            order = {self.names[id(tensor)][0]: i for i, (_, tensor) in reversed(list(enumerate(self.pairs)))}
+            self._made = self.pairs, tensors, order
+        return self._made[1:]
 
 
 def named_tensors(model: Any) -> list[tuple[str, Tensor]]:

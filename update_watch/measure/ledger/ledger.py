@@ -15,8 +15,9 @@ import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from update_watch.evidence import TensorEvidence
-from update_watch.measure.ledger.sheet import COLUMNS, ELEMENTS, Line, Sheet, SheetWindow, can_be_read
+from update_watch.evidence import TensorEvidence, changed
+from update_watch.measure.ledger.blocks import ELEMENTS
+from update_watch.measure.ledger.sheet import COLUMNS, Line, Sheet, SheetWindow, can_be_read
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch
 
@@ -36,7 +37,15 @@ class Ledger:
         self._of_owner: dict[Hashable, list[Sheet]] = {}
         self._unowned: list[Sheet] = []
         self._plan: Any = None
+        self._planned_for: tuple[object, object] = None, None
+        self._is_complete = False  # all that there is can be read
         self.sheets: list[Sheet] = []
+
+    def is_planned_for(self, tensors: object, facts: object) -> bool:
+        """Whether a plan would be what it was: of the same list, with equal facts, all of which can still be read."""
+        known, self._planned_for = self._planned_for, (tensors, facts)
+        is_as_it_was = known[0] is tensors and known[1] == facts and self._plan is not None and self._is_complete
+        return is_as_it_was and not any(sheet.has_changed for sheet in self.sheets)
 
     def plan(self, lines: Sequence[tuple[Line, Owners, bool]]) -> None:
         """What there is to read: lines, who steps them, and whether their gradients are to be looked at.
@@ -44,6 +53,7 @@ class Ledger:
         Does nothing where that is as it was; else all sums begin anew.
         """
         readable = [one for one in lines if can_be_read(one[0].tensor) and (one[0].master is None or _is_alike(one[0]))]
+        self._is_complete = len(readable) == len(lines)
         now = [
             (id(line.tensor), id(line.master), line.names, owners, needs, local(line.tensor).shape, line.tensor.dtype)
             for line, owners, needs in readable
@@ -172,9 +182,9 @@ def with_ledger(tensors: list[TensorEvidence], windows: Iterable[SheetWindow]) -
     """The evidence with what the ledger saw. Runs on the background thread."""
     entries: dict[str, _Entry] = {}
     for window in windows:
-        values = window.transfer.wait().reshape(len(COLUMNS), len(window.names))
+        rows = window.transfer.wait().reshape(len(COLUMNS), len(window.names)).T.tolist()
         for i, names in enumerate(window.names):
-            sums = {name: float(values[k, i]) for k, name in enumerate(COLUMNS)}
+            sums = dict(zip(COLUMNS, rows[i], strict=True))
             entries[names[0]] = _Entry(sums, window, window.sizes[i], window.looks[i])
     elsewhere = {
         (place, entry.writes)
@@ -228,4 +238,4 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
         found["gradient_looks"] = entry.looks
         found["gradient_rms"] = math.sqrt(s["gradient"] / ELEMENTS / entry.looks)
         found["gradient_max"] = s["largest"]
-    return dataclasses.replace(t, **found)
+    return changed(t, **found)

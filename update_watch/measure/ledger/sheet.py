@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from update_watch.measure.device import kernel_gathers
+from update_watch.measure.ledger.blocks import ELEMENTS, BlockGather, block_of
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.transfer import Batch, Part
 
-ELEMENTS = 16
 SPAN = 8  # windows in which the same elements are read
 _WAITING = 8  # steps
-_TALL = 4  # rows per column, from which on a matrix is taken for an embedding
 _GRADIENT_EVERY = 4  # steps between two looks at gradients
 
 _SUMS = ("dot", "square", "spread", "free_dot", "free_square", "across_dot", "across_square")
@@ -75,6 +75,13 @@ class Sheet:
     """Tensors of one device and dtype that are stepped together, or that nobody steps. All have masters, or none has."""
 
     def __init__(self, lines: Sequence[Line], rng: random.Random, is_stepped: bool, needs_gradients: bool) -> None:
+        self.device = local(lines[0].tensor).device
+        # by one launch where the device can, into FP32; what that does not read comes last
+        can = kernel_gathers.reads(
+            self.device, {t.dtype for line in lines for t in (line.tensor, line.master) if t is not None}
+        )
+        if can:
+            lines = sorted(lines, key=lambda line: len(block_of(local(line.tensor.detach()), 0.0)) > 1)
         self.lines, self._rng = list(lines), rng
         self._is_stepped, self._needs_gradients = is_stepped, needs_gradients
         masters = [line.master for line in lines if line.master is not None]
@@ -89,9 +96,14 @@ class Sheet:
         )
         self._is_sharded = any(local(tensor) is not tensor for tensor in self._members)
         self._layouts = [_layout(tensor) for tensor in self._members]
-        self.device = local(self._members[0]).device
+        self._names = tuple(line.names for line in lines)
+        self._sizes = tuple(local(line.tensor).numel() for line in lines)
+        self._gathers = [BlockGather(len(run), self.device) for run in self._runs] if can else []
         self._rings = [
-            torch.empty(_WAITING, 2, len(run), ELEMENTS, dtype=run[0].dtype, device=self.device) for run in self._runs
+            torch.empty(
+                *(_WAITING, 2, len(run), ELEMENTS), dtype=torch.float32 if can else run[0].dtype, device=self.device
+            )
+            for run in self._runs
         ]
         self._slots = [[[ring[t, side].view(-1) for ring in self._rings] for side in (0, 1)] for t in range(_WAITING)]
         self._no_gradient = torch.zeros(ELEMENTS, device=self.device)
@@ -161,10 +173,15 @@ class Sheet:
         pointers = [tensor.data_ptr() for tensor in members]
         if pointers != self._pointers:
             # what was put in a tensor's place is compared by its values like anything else
-            self._views = [
-                [block for tensor in run for block in _block(local(tensor.detach()), self._place)] for run in self._runs
-            ]
+            blocks = [[block_of(local(tensor.detach()), self._place) for tensor in run] for run in self._runs]
+            self._views = [[view for block in run for view in block] for run in blocks]
             self._pointers = pointers
+            for gather, run in zip(self._gathers, blocks, strict=False):
+                gather.go_to(run)
+        if self._gathers:
+            for gather, slot in zip(self._gathers, self._slots[self._waiting][side], strict=True):
+                gather(slot.view(-1, ELEMENTS))
+            return
         for views, slot in zip(self._views, self._slots[self._waiting][side], strict=True):
             torch.cat(views, out=slot)
 
@@ -176,7 +193,7 @@ class Sheet:
                 blocks.append(self._no_gradient)
                 continue
             self._looks[i] += 1
-            blocks += [block.to(torch.float32) for block in _block(local(grad.detach()), self._place)]
+            blocks += [block.to(torch.float32) for block in block_of(local(grad.detach()), self._place)]
         grad_nE = torch.cat(blocks).view(-1, ELEMENTS)
         self._gradients[0].add_(grad_nE.square().sum(-1))
         self._gradients[1].copy_(torch.maximum(self._gradients[1], grad_nE.abs().amax(-1)))
@@ -260,8 +277,8 @@ class Sheet:
         self._span_windows += 1
         window = SheetWindow(
             batch.add(packed),
-            tuple(line.names for line in self.lines),
-            tuple(local(line.tensor).numel() for line in self.lines),
+            self._names,
+            self._sizes,
             len(self._runs) > 1,
             self._full is not None,
             self._is_stepped,
@@ -314,24 +331,6 @@ def can_be_read(tensor: Tensor) -> bool:
         return False
     shard = local(tensor)
     return not unsamplable(shard) and shard.numel() > 0 and shard.dtype.is_floating_point
-
-
-def _block(shard: Tensor, place: float) -> list[Tensor]:
-    """Views of E elements in memory order, contiguous ones; of a smaller tensor all of it, again and again.
-
-    A gather of contiguous views takes a third of the time of any other.
-    """
-    numel, offset = shard.numel(), shard.storage_offset()
-    rows = shard.shape[0]
-    if shard.dim() == 2 and rows >= ELEMENTS and rows > _TALL * shard.shape[1]:
-        # an embedding: of neighbours a batch uses all or none
-        begins = [int((place + k / ELEMENTS) % 1.0 * numel) for k in range(ELEMENTS)]
-        return [shard.as_strided((1,), (1,), offset + begin) for begin in begins]
-    if numel >= ELEMENTS:
-        return [shard.as_strided((ELEMENTS,), (1,), offset + int(place * (numel - ELEMENTS)))]
-    whole = shard.as_strided((numel,), (1,), offset)
-    times, rest = divmod(ELEMENTS, numel)
-    return [whole] * times + ([whole[:rest]] if rest else [])
 
 
 def _layout(tensor: Tensor) -> Any:

@@ -1,0 +1,115 @@
+"""Launches that a watch adds to a step on CUDA, counted without a GPU.
+
+    python bench/launches.py [--window 32] [--json FILE]
+
+The step runs on the CPU, planned as on CUDA: all tensors are looked at in every step, by one launch for each gather. The gather
+kernel itself is counted and not run (what it reads is replaced by random numbers). Of torch's operators each one that is no view
+and makes no empty tensor counts as one launch, `cat` and `stack` as many as CUDA needs for so many tensors (128 in one).
+`bench/gpu.py` counts the same on a card, by torch's profiler. Needs Triton, which is not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import update_watch as uw
+from update_watch.measure import transfer
+from update_watch.measure.device import kernel_gathers, multi_gather
+
+BARS = {"ordinary": 4, "mean": 8}
+_AT_ONCE = 128  # contiguous tensors that one launch of torch's `cat` reads
+_NOTHING = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "lift_fresh", "_local_scalar_dense")
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if not func.is_view and name not in _NOTHING:
+            self.count += math.ceil(len(args[0]) / _AT_ONCE) if name in ("cat", "stack") else 1
+        return func(*args, **(kwargs or {}))
+
+
+def measure(tensors: int, window: int) -> dict[str, float]:
+    """Launches added: the median of ordinary steps and of those that add up, the window's end, the mean."""
+    torch.manual_seed(0)
+    params = [nn.Parameter((torch.randn(24, 24) * 0.02).bfloat16()) for _ in range(tensors)]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    optimizer = torch.optim.AdamW(params, lr=3e-4, weight_decay=0.1, fused=True)
+    optimizer.step()
+    named = [(f"layers.{i}.weight", p) for i, p in enumerate(params)]
+    with uw.watch(named, optimizer, window=window, budget=None) as watch:
+        watched = next(iter(watch._model.watched.values()))
+
+        def step() -> tuple[str, int]:
+            with Launches() as launches:
+                optimizer.step()
+            kind = "end" if watched.window_steps == 0 else "ordinary" if watched.is_waiting else "adding"
+            return kind, launches.count
+
+        for _ in range(window):
+            step()
+        watch.enabled = False
+        alone = step()[1]
+        watch.enabled = True
+        steps = [step() for _ in range(window)]
+        assert watch._tap.error is None and watched.rows and not any(row.reason for row in watched.rows)
+    added = {kind: [n - alone for k, n in steps if k == kind] for kind in ("ordinary", "adding", "end")}
+    found = {kind: float(statistics.median(counts)) if counts else math.nan for kind, counts in added.items()}
+    return {**found, "mean": statistics.fmean(n - alone for _, n in steps)}
+
+
+def as_on_cuda() -> None:
+    """Plan on the CPU as on CUDA, count the kernel as one launch, and pack at the window's end."""
+    cpu = torch.device("cpu")
+    multi_gather._interpreted = True
+    kernel_gathers._verified.add(cpu)
+
+    def gather(self: Any, tensors: Any, shares: Any, fresh: int = 0, out: Tensor | None = None) -> Tensor:
+        out = torch.empty(len(tensors), self.samples) if out is None else out
+        return out.normal_(std=0.02)  # as one launch
+
+    multi_gather.MultiGather.__call__ = gather  # type: ignore[method-assign]
+    transfer.Batch.add_later = lambda self, _, make: self.add(make())  # type: ignore[method-assign]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--json", metavar="FILE", help="write the figures here too")
+    given = parser.parse_args()
+    logging.getLogger("update_watch").setLevel(logging.CRITICAL)
+    as_on_cuda()
+    found = {tensors: measure(tensors, given.window) for tensors in (68, 300, 3000)}
+    print("launches added   ordinary  adding  window's end   mean")
+    for tensors, r in found.items():
+        print(f"{tensors:5,} tensors {r['ordinary']:12.0f} {r['adding']:7.0f} {r['end']:13.0f} {r['mean']:6.1f}")
+    if given.json:
+        Path(given.json).write_text(json.dumps(found, indent=1))
+    missed = [f"{tensors}: {name}" for tensors, r in found.items() for name, bar in BARS.items() if r[name] > bar]
+    if missed:
+        print("missed:", ", ".join(missed))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

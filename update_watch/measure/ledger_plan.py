@@ -1,0 +1,36 @@
+"""Which tensors the ledger reads, and with whose steps."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from update_watch.measure.identity.belonging import Belonging
+from update_watch.measure.ledger.ledger import Ledger
+from update_watch.measure.ledger.sheet import Line
+from update_watch.measure.watched_optimizer import Watched
+
+
+def lines_of(belonging: Belonging) -> list[Line]:
+    """The model's tensors and their masters."""
+    names, masters = belonging.names, belonging.masters
+    return [Line(tensor, names[id(tensor)], masters.get(id(tensor))) for tensor in belonging.named.tensors()]
+
+
+def plan(ledger: Ledger, belonging: Belonging, watched: Mapping[Any, Watched], is_old: bool) -> None:
+    """Every tensor of the model, with who steps it or its master. `is_old`: that must be found out anew."""
+    measured = {id(row.param) for one in watched.values() for row in one.rows if not row.reason}
+    held = {key: one.ids for key, one in watched.items()}
+    masters = {key: id(master) for key, master in belonging.masters.items()}
+    if ledger.is_planned_for(belonging.named.pairs, (measured, held, masters)) and not is_old:
+        return
+    owners: dict[int, set[Hashable]] = {}
+    for key, one in watched.items():
+        for tensor_id in one.ids:
+            owners.setdefault(tensor_id, set()).add(key)
+    planned = []
+    for line in lines_of(belonging):
+        ids = {id(line.tensor)} if line.master is None else {id(line.tensor), id(line.master)}
+        who = frozenset(owner for tensor_id in ids for owner in owners.get(tensor_id, ()))
+        planned.append((line, who, bool(who) and measured.isdisjoint(ids)))
+    ledger.plan(planned)
