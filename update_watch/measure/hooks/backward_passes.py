@@ -59,7 +59,7 @@ class BackwardPasses:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._tensors = [], []
+        self._handles, self._tensors, self._known = [], [], None
         self.reset()
 
     @property
