@@ -34,6 +34,10 @@ def test_a_wide_interval_is_pooled_until_it_is_narrow() -> None:
 
 def test_an_interval_that_holds_no_doubt_needs_not_be_narrow() -> None:
     assert verdicts(tensor(0.3, lost=0.7, efficiency_error=0.15))[0].health is Health.stalling
+    assert verdicts(tensor(0.08, lost=0.92, efficiency_error=0.05))[0].health is Health.stalling  # or it is stalled
+    assert (
+        verdicts(tensor(0.0, lost=1.0, efficiency_error=0.06))[0].health is Health.stalled
+    )  # nothing that was seen arrived
     assert verdicts(tensor(1.5, lost=0.1, efficiency_error=0.2))[0].health is Health.healthy
 
 

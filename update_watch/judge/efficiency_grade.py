@@ -145,8 +145,8 @@ def _by_steps(
             if history.graded is None:
                 return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
             health = history.grade  # till more is known, the earlier verdict stands
-        else:
-            health = mildest  # only how bad it is is not certain
+        elif efficiency > limits.stalled / 2:
+            health = mildest  # only how bad it is is not certain; where next to nothing arrived, it is
     if exact and efficiency - margin > most:
         return Score(UNKNOWN, reasons.unexplained(efficiency, None))
     if health is not HEALTHY and displacement is not None and displacement > efficiency:
