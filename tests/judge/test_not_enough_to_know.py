@@ -60,7 +60,7 @@ def test_windows_are_pooled_till_the_interval_is_on_one_side_of_the_limit() -> N
 
 def test_what_is_never_measured_does_not_average_out() -> None:
     """A loss spike in each window that this tensor's turns missed: each window errs to the same side."""
-    noisy = [tensor(0.02, lost=0.9, efficiency_error=0.4, displacement_evidence=0.0)] * 8
+    noisy = [tensor(0.07, lost=0.9, efficiency_error=0.4, displacement_evidence=0.0)] * 8
     missed = [dataclasses.replace(e, numbers=dataclasses.replace(e.numbers, unseen_error=0.4)) for e in noisy]
     assert verdicts(*noisy)[-1].health is Health.stalling
     assert all(found.health is Health.unknown for found in verdicts(*missed))
