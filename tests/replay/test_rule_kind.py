@@ -261,3 +261,40 @@ def test_states_of_one_element_are_not_taken_for_settings() -> None:
             p.grad = torch.randn_like(p)
         optimizer.step()
     assert find_rule(optimizer, 0, 1, shape=(64,)).kind is Kind.elementwise
+
+
+# --- states that the optimizer makes with itself ------------------------------------------------------------
+
+
+class Premade(torch.optim.Optimizer):
+    """Adagrad as it was before torch 2.7: all of its state is made in `__init__`."""
+
+    def __init__(self, params: Any, lr: float = 0.01, initial: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr})
+        for group in self.param_groups:
+            for param in group["params"]:
+                self.state[param] = {"step": torch.tensor(0.0), "sum": torch.full_like(param, initial)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    state = self.state[param]
+                    state["step"] += 1
+                    state["sum"].addcmul_(param.grad, param.grad)
+                    param.addcdiv_(param.grad, state["sum"].sqrt().add_(1e-10), value=-group["lr"])
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_a_rule_that_needs_the_state_its_constructor_made_is_tried_with_one(steps: int) -> None:
+    params = [torch.nn.Parameter(torch.randn(300, 40)), torch.nn.Parameter(torch.randn(40))]
+    optimizer = Premade(params)
+    for _ in range(steps):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    kept = [optimizer.state[param]["sum"].clone() for param in params]
+    rule = find_rule(optimizer, 0, 2, shape=(300, 40))
+    assert rule.kind is Kind.elementwise and "sum" in rule.element_states, rule.reason
+    assert all(torch.equal(optimizer.state[p]["sum"], k) for p, k in zip(params, kept, strict=True))

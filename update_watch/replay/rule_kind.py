@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from update_watch.odd_tensors import described, unreadable
 from update_watch.replay.absent import AbsentError, ReplayError
+from update_watch.replay.premade_state import made_before, premade_state
 from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way
 from update_watch.replay.rounding_scheme import Scheme
 from update_watch.replay.scaled_trial import try_scaled
@@ -32,7 +33,6 @@ from update_watch.replay.synthetic_training import (
     SyntheticTraining,
     TrainingSettings,
     mimic,
-    premade_state,
     resolving,
     small,
     uncounted,
@@ -203,10 +203,17 @@ def _find_scaled(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
 
 
 def _find(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
-    """What is right in trainings with all kinds of gradients; where the rule breaks on some, in gentle ones."""
+    """What is right in trainings with all kinds of gradients; where the rule breaks on some, in gentle ones.
+
+    Where it breaks for want of a state, with one like that which is there.
+    """
     try:
         return _first_right(settings, shape)
-    except RuleError:
+    except RuleError as error:
+        if isinstance(error.__cause__, KeyError) and not settings.premade:
+            made = made_before(settings.optimizer, settings.group)
+            if made:
+                return _find(settings._replace(premade=made), shape)
         return _first_right(settings._replace(is_gentle=True), shape)
 
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import Copier
 from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
+from update_watch.replay.premade_state import made_before, state_for
 from update_watch.replay.side_effects import WithoutEffects
 
 LR = 2.0**-10  # far above the resolution of FP32 weights of the size used
@@ -38,7 +39,8 @@ class SyntheticParameter:
         self._name = type(optimizer).__name__
         self._rule = rule_of(optimizer)
         self.param = torch.nn.Parameter(start.to(device=device, dtype=dtype, copy=True))
-        copier = Copier(_LIMIT, optimizer=optimizer)
+        self._of = optimizer, group
+        copier = self._copier = Copier(_LIMIT, optimizer=optimizer)
         settings = settings_of(optimizer.param_groups[group], [self.param], copier)
         if lr is not None and "lr" in settings:
             old = settings["lr"]
@@ -55,7 +57,13 @@ class SyntheticParameter:
         self.param.grad = grad.to(device=self.param.device, dtype=self.param.dtype, copy=True)
         try:
             with torch.no_grad():
-                self._rule(self._twin)
+                try:
+                    self._rule(self._twin)
+                except KeyError:
+                    if self.state or not (made := made_before(*self._of)):
+                        raise
+                    self._twin.state[self.param] = state_for(self.param, made, self._copier)
+                    self._rule(self._twin)
         except Exception as error:
             raise ReplayError(f"{self._name} fails on a synthetic parameter: {error!r}") from error
 

@@ -22,6 +22,7 @@ from update_watch.odd_tensors import unreadable
 from update_watch.replay.absent import Absent, ReplayError
 from update_watch.replay.attribute_copy import Copier
 from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
+from update_watch.replay.premade_state import state_for
 
 SAMPLES = 96  # elements looked at in each parameter
 # gradients by step: their scale, and how they lie to those of the step before and to the weights
@@ -100,7 +101,7 @@ class SyntheticTraining:
             if not isinstance(key, Tensor):  # state of all parameters together
                 self.optimizer.state[key] = copier.copy(value, f"state '{key}'")
         for param in self.params if settings.premade else ():
-            self.optimizer.state[param] = {k: copier.copy(v, f"state '{k}'") for k, v in settings.premade.items()}
+            self.optimizer.state[param] = state_for(param, settings.premade, copier)
         self._gradients = ((1.0, "new"),) if settings.is_gentle else _GRADIENTS
         self._scale = settings.gradient
         self.steps = 0
@@ -250,21 +251,6 @@ def uncounted(settings: TrainingSettings) -> TrainingSettings:
         training.step()
     written = [name for name in fresh if name not in before or training.group.get(name) is not before[name]]
     return settings._replace(instead={name: fresh[name] for name in written})
-
-
-def premade_state(optimizer: Optimizer, group: int) -> dict[str, Any]:
-    """What is in a parameter's state before its first step: numbers and settings, as the seed of a projection.
-
-    Empty where there are tensors of values: then steps have been taken.
-    """
-    for param in optimizer.param_groups[group]["params"]:
-        state = optimizer.state.get(param) or {}
-        if (
-            state and not unreadable(param) and param.numel() > 1
-        ):  # of one element, a state of values looks like a number
-            values = [v for v in state.values() if isinstance(v, Tensor)]
-            return {} if any(unreadable(v) or v.numel() != 1 for v in values) else dict(state)
-    return {}
 
 
 def _adapt(group: dict[str, Any], settings: TrainingSettings) -> None:
