@@ -35,6 +35,7 @@ def mistakes(name: str, samples: int = 256, seed: int = 0, change: Callable[[Any
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.slow
 def test_what_was_planted_is_found_within_two_windows_and_nothing_else(name: str) -> None:
     assert mistakes(name) == []
 
@@ -76,6 +77,7 @@ def _plant(**planted: Cause) -> Callable[[Any], None]:
         ("all tensors stalled", lambda run: setattr(run, "ends", 2), "window 2: enter.weight called weight_rounding"),
     ],
 )
+@pytest.mark.slow
 def test_wrong_verdicts_and_wrong_scenarios_would_be_seen(name: str, change: Callable[[Any], None], said: str) -> None:
     assert any(said in line for line in mistakes(name, change=change))
 

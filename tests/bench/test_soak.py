@@ -29,6 +29,7 @@ def test_many_windows_leave_memory_flat_and_the_disk_within_its_limit(tmp_path: 
     assert found["remembered_bytes"] < 20_000
 
 
+@pytest.mark.slow
 def test_a_journal_stays_within_its_limit_where_joined_windows_are_longer_than_single_ones(tmp_path: Path) -> None:
     """Every sixteenth window is bad and long; a joined one is as its worst."""
     path, limit, largest = tmp_path / "j.jsonl", 600_000, 0

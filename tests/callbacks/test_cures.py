@@ -162,6 +162,7 @@ def test_masters_in_accelerate() -> None:
 
 
 @pytest.mark.parametrize("cure", [Cure.masters, Cure.fp32_states, SLOW_COMPILER, Cure.kahan], ids=str)
+@pytest.mark.slow
 def test_the_cures_in_hf_trainer(cure: Cure, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     if cure in OPTIMIZERS:

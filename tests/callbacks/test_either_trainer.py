@@ -91,6 +91,7 @@ def test_the_trainer_of_transformers_keeps_its_memory_in_checkpoints_under_eithe
     assert json.loads(path.read_text())["stateful_callbacks"]["UpdateWatch"]["attributes"]["memory"]
 
 
+@pytest.mark.slow
 def test_without_lightning_the_name_is_that_of_transformers() -> None:
     code = (
         "import sys\nfor name in ('lightning', 'lightning.pytorch', 'pytorch_lightning'): sys.modules[name] = None\n"

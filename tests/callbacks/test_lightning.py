@@ -202,6 +202,7 @@ def test_wrong_options_are_refused_where_they_are_written(options: Any, error: A
         UpdateWatch(**options)
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_trainer() -> None:
     code = (
         "import sys, update_watch.callbacks as c; assert 'UpdateWatch' in dir(c);"

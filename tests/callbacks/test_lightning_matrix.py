@@ -35,6 +35,7 @@ def run(precision: str, manual: bool, accumulate: int, optimizers: int, *callbac
     MODES,
     ids=[f"{'manual' if m else 'automatic'}-accumulate{a}-optimizers{o}" for m, a, o in MODES],
 )
+@pytest.mark.slow
 def test_report_equals_the_full_comparison_and_the_run_is_bit_identical(
     precision: str, manual: bool, accumulate: int, optimizers: int
 ) -> None:

@@ -206,6 +206,7 @@ def test_nothing_stays_attached_after_training(train: Train) -> None:
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.slow
 def test_training_twice_is_watched_twice_and_once_each(train: Train) -> None:
     watch = Watched()
     model = Model()
@@ -238,6 +239,7 @@ def test_the_trainers_schedule_gives_a_forecast_and_a_constant_one_none_to_fear(
         assert t.lr == pytest.approx(lr, rel=0.15)
 
 
+@pytest.mark.slow
 def test_state_goes_through_the_trainers_checkpoint(train: Train, tmp_path: Path) -> None:
     first = Watched(thresholds=FAST)
     train(Model(torch.bfloat16), first, learning_rate=LOW, save_strategy="steps", save_steps=12)
@@ -255,6 +257,7 @@ def test_state_goes_through_the_trainers_checkpoint(train: Train, tmp_path: Path
     assert stalled_names(resumed.reports[-1]) and not again
 
 
+@pytest.mark.slow
 def test_what_checkpoints_hold_is_a_few_kilobytes_for_hundreds_of_tensors(train: Train, tmp_path: Path) -> None:
     class Many(Model):
         def __init__(self) -> None:
@@ -282,6 +285,7 @@ def test_a_run_begun_without_it_can_be_resumed_and_saved_with_it(train: Train, t
     assert (tmp_path / "run" / "checkpoint-16" / "trainer_state.json").exists()
 
 
+@pytest.mark.slow
 def test_the_trainer_can_restore_the_callback_itself(train: Train, tmp_path: Path) -> None:
     train(Model(), UpdateWatch(window=6, on_stall="stop"), save_strategy="steps", save_steps=12)
     trainer = train(
@@ -374,6 +378,7 @@ def test_raise_raises_with_the_report(train: Train) -> None:
 
 
 @pytest.mark.parametrize("answer", [True, None])
+@pytest.mark.slow
 def test_a_function_decides(train: Train, answer: bool | None) -> None:
     heard: list[Report] = []
 

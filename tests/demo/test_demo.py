@@ -126,6 +126,7 @@ def test_journals_and_report_are_written_and_their_paths_come_last(
     assert "blocks.0.norm1.weight" in page.read_text()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(tmp_path: Path) -> None:
     def run(seed: int, name: str) -> list[Any]:
         torch.manual_seed(len(list(tmp_path.iterdir())))  # the process may have drawn any numbers before
@@ -153,6 +154,7 @@ def test_by_default_the_matrices_follow_late_and_bf16_learns_less(tmp_path: Path
 
 
 @pytest.mark.parametrize(("precision", "names"), [("fp16", ["fp16", MASTERS]), ("fp32", ["fp32"])])
+@pytest.mark.slow
 def test_other_precisions_run_and_full_precision_needs_no_twin(
     precision: str, names: list[str], tmp_path: Path
 ) -> None:
@@ -276,6 +278,7 @@ def test_without_extras_one_line_each_says_what_is_left_out(
     assert any(line.split()[:2] == ["head.weight", "healthy"] or line.startswith("head.weight") for line in printed)
 
 
+@pytest.mark.slow
 def test_an_earlier_demo_in_the_folder_is_replaced(tmp_path: Path) -> None:
     from update_watch.dashboards.journal.journal import read_journal
 

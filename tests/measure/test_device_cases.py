@@ -255,6 +255,7 @@ def test_a_window_that_is_flushed_elsewhere_is_closed_on_the_stream_of_its_steps
     assert not step_streams.settle(0.01)
 
 
+@pytest.mark.slow
 def test_states_on_another_device_make_a_tensor_unknown_and_nothing_else() -> None:
     found = run("offloaded")
     assert found["error"] == ""
@@ -298,6 +299,7 @@ def test_states_that_move_away_later_are_seen() -> None:
 # --- compiled steps ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_counters_that_were_moved_to_the_device_are_not_read_by_the_replay() -> None:
     assert run("compiled") == {"foreach": [], "single": []}
 

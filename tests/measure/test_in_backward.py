@@ -46,6 +46,7 @@ class Training:
 
 
 @pytest.mark.parametrize("window", [1, 6])
+@pytest.mark.slow
 def test_a_window_counts_backward_passes_not_optimizers(window: int) -> None:
     training, reports = Training(), []
     with training.watch(window=window, sinks=[reports.append]) as watch:
@@ -55,6 +56,7 @@ def test_a_window_counts_backward_passes_not_optimizers(window: int) -> None:
     assert {len(r.tensors) for r in reports} == {2 * BLOCKS}
 
 
+@pytest.mark.slow
 def test_lost_updates_are_those_of_all_elements_though_optimizers_take_turns() -> None:
     training = Training()
     names = {id(p): name for name, p in training.net.named_parameters()}
@@ -89,6 +91,7 @@ def test_lost_updates_are_those_of_all_elements_though_optimizers_take_turns() -
     assert sum(lost_errors) / len(lost_errors) < 0.05  # in these first steps twice as many are lost at the end
 
 
+@pytest.mark.slow
 def test_most_optimizers_rest_in_a_step_and_alike_ones_share_a_trial() -> None:
     training = Training()
     started = time.perf_counter()

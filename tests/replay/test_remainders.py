@@ -188,6 +188,7 @@ KEPT = {
 
 @pytest.mark.parametrize("lr", [0.02, 2e-4])
 @pytest.mark.parametrize("cls", KEPT, ids=lambda cls: cls.__name__)
+@pytest.mark.slow
 def test_weights_that_are_whole_with_their_state_are_healthy_and_take_all_of_every_update(cls: Any, lr: float) -> None:
     assert scheme_of(cls) == KEPT[cls]
     reports = train(cls, lr=lr)
@@ -200,6 +201,7 @@ def test_weights_that_are_whole_with_their_state_are_healthy_and_take_all_of_eve
 
 @pytest.mark.parametrize("lr", [2e-4, 2e-5])
 @pytest.mark.parametrize("cls", [Forgetful, Useless, Uncopied, AlwaysForgetful], ids=lambda cls: cls.__name__)
+@pytest.mark.slow
 def test_a_state_that_is_there_and_not_used_heals_nothing(cls: Any, lr: float) -> None:
     assert not scheme_of(cls).name.startswith("carried")
     norms = [t for t in train(cls, lr=lr)[-1].tensors if t.name == "norm.weight"]

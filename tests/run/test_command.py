@@ -61,6 +61,7 @@ NAMES = ["0.weight", "0.bias", "1.weight", "2.weight", "2.bias"]
         pytest.param(("masters",), id="masters"),
     ],
 )
+@pytest.mark.slow
 def test_training_is_the_same_to_the_bit_and_the_model_is_known_by_its_names(
     how: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -89,6 +90,7 @@ def test_two_ranks_have_one_journal(tmp_path: Path) -> None:
     assert [t.name for t in last.tensors] == NAMES and last.health is Health.healthy
 
 
+@pytest.mark.slow
 def test_status_and_signals_of_the_command_are_passed_on(tmp_path: Path) -> None:
     assert watched(tmp_path, sys.executable, SCRIPT, "out.pt", "fails").returncode == 7
     assert watched(tmp_path, "no-such-command").returncode == 127
@@ -107,6 +109,7 @@ def test_status_and_signals_of_the_command_are_passed_on(tmp_path: Path) -> None
     assert list(read_journal(tmp_path / "ended.jsonl"))[-1].step == 21  # the first is seen, too
 
 
+@pytest.mark.slow
 def test_a_stall_may_fail_the_command(tmp_path: Path) -> None:
     run = watched(tmp_path, sys.executable, SCRIPT, "a.pt", "bf16", options=("--fail-on-stall", "--report", "r.html"))
     assert run.returncode == 3

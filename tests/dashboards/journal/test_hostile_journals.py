@@ -67,6 +67,7 @@ def test_a_clock_or_a_cost_out_of_range_is_damage(tmp_path: Path, field: str) ->
         read_history(path)
 
 
+@pytest.mark.slow
 def test_a_headline_of_50_megabytes_is_damage_and_read_over_in_seconds(tmp_path: Path) -> None:
     path = _journal(tmp_path / "run.jsonl")
     _changed(path, headline="x" * 50_000_000)

@@ -29,7 +29,9 @@ ROOT = Path(__file__).parents[3]
 
 def test_every_field_of_a_report_comes_back(tmp_path):
     report = fully_filled_report()
-    assert all(value not in (None, "", (), {}, 0) for value in dataclasses.asdict(report.tensors[0]).values())
+    values = dataclasses.asdict(report.tensors[0])
+    del values["was_rounded"]  # of a window; its sentence is kept
+    assert all(value not in (None, "", (), {}, 0) for value in values.values())
     assert list(read_journal(write(tmp_path / "j.jsonl", report))) == [report]
 
 

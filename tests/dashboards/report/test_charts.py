@@ -170,6 +170,7 @@ def test_a_stall_the_efficiency_does_not_show_is_shown_all_the_same():
 
 
 @pytest.mark.parametrize("view", ["tensor", "kind"])
+@pytest.mark.slow
 def test_a_stall_of_one_window_among_thousands_is_in_the_heatmap(view):
     run = [report(10 * n, tensor("h.0.w", layer="h.0"), tensor("h.1.w", layer="h.1")) for n in range(1, 5001)]
     run[3210] = report(32_110, tensor("h.0.w"), tensor("h.1.w", Health.stalled, efficiency=0.02, layer="h.1"))

@@ -392,6 +392,7 @@ def test_runs_side_by_side_are_drawn_next_to_each_other(browser, tmp_path):
 
 
 @pytest.mark.parametrize("width", [390, 1240])
+@pytest.mark.slow
 def test_nothing_makes_the_page_wider_than_the_window(browser, tmp_path, mixed, width):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

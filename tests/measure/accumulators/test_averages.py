@@ -135,6 +135,7 @@ def _given(decay: float) -> Any:
 
 @pytest.mark.parametrize("period", [1, 2, 3, 4, 7, 10, 50])
 @pytest.mark.parametrize("phase", [0, 1])
+@pytest.mark.slow
 def test_updates_are_seen_whatever_their_period(period: int, phase: int) -> None:
     def update(average: Any, model: Any, step: int) -> None:
         if step % period == phase % period:

@@ -142,6 +142,7 @@ def test_the_numbers_are_those_of_all_contributions_in_fp64(
         assert truth.numbers(0)[2] > 0.3
 
 
+@pytest.mark.slow
 def test_lost_micro_batches_are_named_with_cause_and_cure() -> None:
     params = parameters(48, 4096)
     truth = Truth(params)

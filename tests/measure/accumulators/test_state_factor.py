@@ -168,6 +168,7 @@ HEALTHY: dict[str, Make] = {
 
 
 @pytest.mark.parametrize("make", HEALTHY.values(), ids=HEALTHY.keys())
+@pytest.mark.slow
 def test_states_that_take_all_they_should_have_a_factor_of_one(make: Make) -> None:
     reports, _, watch = run(make, parameters(64, 2048), 4 * WINDOW)
     assert shown(reports) == [[pytest.approx(1, abs=0.02)] * 2] * 4
@@ -246,6 +247,7 @@ class ShortCounter(Optimizer):
                 p.sub_((group["lr"] * state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-12) / correction).to(p.dtype))
 
 
+@pytest.mark.slow
 def test_a_counter_that_stops_is_seen_in_the_updates() -> None:
     """At 256 of 1000 steps sqrt(1 - 0.999^t) is 0.476 and not 0.795."""
     reports, _, _ = run(ShortCounter, parameters(64, 2048), 15 * WINDOW, steady)
