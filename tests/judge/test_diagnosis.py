@@ -153,3 +153,16 @@ def test_two_thousand_tensors_are_judged_fast() -> None:
         assert len(copies) == 2000
     # measured 0.06 s where copying takes 0.05: the copy stands for the speed of the machine
     assert min(judging) < 3 * min(copying)
+
+
+def test_a_gradient_of_zeros_is_neither_round_off_nor_a_sign_of_training() -> None:
+    """Frozen in the middle of a window: it had gradients before, and zeros in the steps that were looked at."""
+    zeros = {"gradient_looks": 8, "gradient_rms": 0.0, "gradient_max": 0.0, "zero_gradient_fraction": 0.97}
+    moved = {"update_ratio": 1e-6, "applied_ratio": 1e-6, "lr": 1e-3, "stored": 0.02}
+    others = [tensor(name=f"other.{i}", gradient_rms=1e-3) for i in range(5)]
+    frozen = tensor(name="frozen", requires_grad=False, **zeros, **moved)
+    trained = tensor(name="trained", **zeros, **moved)
+    report = Diagnosis(Thresholds()).judge(window(frozen, trained, *others))
+    found = {t.name: (t.health, t.cause) for t in report.tensors}
+    assert found["frozen"] == (Health.healthy, Cause.requires_grad_off)
+    assert found["trained"] == (Health.healthy, None)

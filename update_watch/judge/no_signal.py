@@ -96,6 +96,8 @@ def _without_gradient(e: TensorEvidence, history: TensorHistory, limits: Thresho
         if not movement(e)[0]:
             return UNKNOWN, None, reasons.unknown(reasons.too_few_looks(history.zero_looks, limits.minimum_steps))
         return None  # till more is known of its gradients, its movement is judged
+    if not e.requires_grad and not e.is_master and looks and known(e.gradient_max) == 0:
+        return Rest(Cause.requires_grad_off, Seen(steps=e.steps, looks=looks))  # it had gradients before it was frozen
     if zero is not None:
         history.zero_looks = 0
     if (known(e.lr_max) if e.lr_max is not None else known(e.lr)) == 0:
@@ -119,6 +121,8 @@ def negligible(e: TensorEvidence, usual: float | None) -> Verdict | None:
     """A gradient at the level of round-off, of which the rule makes far less than of a real one: no signal."""
     size, lr, ratio, stored = known(e.gradient_rms), known(e.lr), known(e.update_ratio), known(e.stored)
     if size is None or usual is None or not lr or ratio is None or not stored:
+        return None
+    if known(e.gradient_max) == 0:  # in the steps that were looked at; others had some, or it would be zero_gradient
         return None
     if size >= _NOISE * usual or ratio * stored >= _FAR_BELOW * lr:
         return None
