@@ -63,7 +63,6 @@ def test_a_watch_that_remembers_nothing_judges_otherwise_and_tells_all_again(fou
     assert [a for report in anew for a in report["alerts"]]
 
 
-@pytest.mark.xfail(reason="rewritten for alerts as episodes, and not yet run to its end")
 @pytest.mark.parametrize(("before", "after"), GONE_ON)
 @pytest.mark.parametrize("kind", KINDS)
 def test_evidence_hysteresis_and_alerts_go_on_at_another_number_of_ranks(

@@ -142,13 +142,12 @@ def test_parted_weights_join_to_what_they_were(scheme: Scheme) -> None:
     assert bool(((back - whole).abs() <= exact * whole.abs()).all())
 
 
-@pytest.mark.xfail(reason="optimi's Kahan differs from FP64 by 0.04 on one tensor of so short a run")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*runs.KEPT, *runs.LOST])
 def test_whole_runs_are_measured_as_in_fp64_and_judged_by_what_is_kept(name: str) -> None:
     make, whole = (runs.KEPT | runs.LOST)[name]
     lr = runs.RARE if "ice" in name or "stoch" in name else 1e-5
-    reports, truth = runs.train(make, whole, lr, 0, 2 * runs.WINDOW)
+    reports, truth = runs.train(make, whole, lr, 0, 3 * runs.WINDOW)
     for t in reports[-1].tensors:
         assert t.efficiency == pytest.approx(truth[t.name], abs=runs.BAR), t.name
     found = {str(t.health) for r in reports for t in r.tensors if name in runs.KEPT or t.name == "norm.weight"}
