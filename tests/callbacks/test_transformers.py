@@ -356,7 +356,7 @@ def test_the_trainers_wandb_run_gets_everything_on_its_axis(train: Train, tmp_pa
     run.finish()
     assert summary["train/global_step"] == watch.reports[-1].step == 12
     assert summary["update_watch/efficiency"] == pytest.approx(watch.reports[-1].efficiency)
-    assert {"update_watch/heatmap", "update_watch/worst_tensor", "update_watch/audit_health"} <= set(summary)
+    assert {"update_watch/heatmap", "update_watch/worst", "update_watch/audit"} <= set(summary)
     assert "trainer/global_step" not in summary
 
 
