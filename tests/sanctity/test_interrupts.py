@@ -6,6 +6,7 @@ taken in different precision contexts; the user catches it, as a notebook does.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -151,7 +152,9 @@ def sampled(places: set[Place], stride: int) -> list[Place]:
     return sorted(places)[::stride]
 
 
-EVERY = [pytest.param(1, id="every-line", marks=pytest.mark.slow), pytest.param(151, id="some")]
+# every line: UPDATE_WATCH_STRIDE=1 python -m pytest -m slow --timeout=0 tests/sanctity/test_interrupts.py; takes over an hour
+STRIDE = int(os.environ.get("UPDATE_WATCH_STRIDE", "23"))
+EVERY = [pytest.param(STRIDE, id="many", marks=pytest.mark.slow), pytest.param(151, id="some")]
 
 
 @pytest.mark.parametrize("stride", EVERY)
@@ -182,7 +185,9 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_every_mode_as_it_was(
     assert report is not None and all(t.health.value != "unknown" for t in report.tensors)
 
 
-@pytest.mark.parametrize("stride", [pytest.param(3, id="many", marks=pytest.mark.slow), pytest.param(997, id="some")])
+@pytest.mark.parametrize(
+    "stride", [pytest.param(3 * STRIDE, id="many", marks=pytest.mark.slow), pytest.param(997, id="some")]
+)
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 def test_an_interrupt_while_a_watch_or_an_audit_is_made_leaves_every_mode_as_it_was(
     optimizer: str, stride: int
