@@ -24,7 +24,7 @@ def test_many_windows_leave_memory_flat_and_the_disk_within_its_limit(tmp_path: 
     assert found["rss_end_mib"] - found["rss_tenth_mib"] < 8
     assert found["journal_max_bytes"] <= soak.JOURNAL_BYTES + 10_000  # a window more than the limit, then it is thinned
     assert found["journal_steps"] == 2_500 * soak.STEPS and found["journal_lines"] < 2_500  # joined, not thrown away
-    assert found["stalled_windows"] > 1_000  # the run is not one in which nothing happens
+    assert found["stalled_windows"] > 250  # the run is not one in which nothing happens
     assert 0 < found["alerts"] == found["alerts_kept"]
     assert found["remembered_bytes"] < 20_000
 

@@ -153,7 +153,7 @@ def sampled(places: set[Place], stride: int) -> list[Place]:
 
 
 # every line: UPDATE_WATCH_STRIDE=1 python -m pytest -m slow --timeout=0 tests/sanctity/test_interrupts.py; takes over an hour
-STRIDE = int(os.environ.get("UPDATE_WATCH_STRIDE", "23"))
+STRIDE = int(os.environ.get("UPDATE_WATCH_STRIDE", "61"))
 EVERY = [pytest.param(STRIDE, id="many", marks=pytest.mark.slow), pytest.param(151, id="some")]
 
 
