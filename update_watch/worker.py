@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -14,6 +15,8 @@ from typing import Any
 from update_watch.report import Report
 
 logger = logging.getLogger("update_watch")
+
+_LOOK = 0.25  # s between two looks at whether there is anything to wait for
 
 Sink = Callable[[Report], Any]
 _Job = tuple[Callable[[Any], None], Any]
@@ -50,6 +53,10 @@ class Worker:
                 )
             return False
         self._line.jobs.put((self._handle, item))
+        self._start()
+        return True
+
+    def _start(self) -> None:
         with self._lock:
             if self._thread is None or not self._thread.is_alive():
                 thread = threading.Thread(
@@ -59,19 +66,24 @@ class Worker:
                     thread.start()
                 except RuntimeError:  # the interpreter is ending: no more threads
                     _serve(self._line, is_waiting=False)
-                    return True
+                    return
                 self._thread = thread
-        return True
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until everything handed over was handled; False when `timeout` (s) ran out first."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._line.changed:
-            while self._line.waiting:
-                remaining = None if deadline is None else deadline - time.monotonic()
-                if remaining is not None and remaining <= 0:
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        line, idle = self._line, 0
+        if not line.jobs.empty():
+            self._start()  # an interrupt may have come between handing over and this
+        with line.changed:
+            while line.waiting > 0:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
                     return False
-                self._line.changed.wait(remaining)
+                line.changed.wait(min(remaining, _LOOK))
+                idle = idle + 1 if line.jobs.empty() and not line.is_busy else 0
+                if idle == 2:  # or between counting an item and handing it over: it will never be handled
+                    line.waiting = 0
         return True
 
     def stop(self, *last: Any) -> None:
@@ -91,6 +103,7 @@ class _Line:
         # of the queues the one whose `put` may be called while garbage is collected
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.waiting = 0  # jobs not finished
+        self.is_busy = False  # with one of them
         self.changed = threading.Condition()
 
 
@@ -99,6 +112,7 @@ def _serve(line: _Line, is_waiting: bool = True) -> None:
         job = line.jobs.get()
         if job is None:
             return
+        line.is_busy = True
         handle, item = job
         try:
             handle(item)
@@ -106,6 +120,7 @@ def _serve(line: _Line, is_waiting: bool = True) -> None:
             logger.error("update-watch: a background thread met an error: %r", error, exc_info=error)
         del job, handle, item
         with line.changed:
+            line.is_busy = False
             line.waiting -= 1
             line.changed.notify_all()
 

@@ -152,8 +152,8 @@ def sampled(places: set[Place], stride: int) -> list[Place]:
     return sorted(places)[::stride]
 
 
-# every line: UPDATE_WATCH_STRIDE=1 python -m pytest -m slow --timeout=0 tests/sanctity/test_interrupts.py; takes over an hour
-STRIDE = int(os.environ.get("UPDATE_WATCH_STRIDE", "61"))
+# every line: UPDATE_WATCH_STRIDE=1 python -m pytest -m slow --timeout=0 tests/sanctity/test_interrupts.py
+STRIDE = int(os.environ.get("UPDATE_WATCH_STRIDE", "23"))
 EVERY = [pytest.param(STRIDE, id="many", marks=pytest.mark.slow), pytest.param(151, id="some")]
 
 

@@ -1,0 +1,64 @@
+"""The background thread is waited for no longer than there is something to wait for."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any
+
+from update_watch.worker import Worker
+
+
+class Torn(queue.SimpleQueue):  # type: ignore[type-arg]
+    """An interrupt comes just before, or just after, an item is handed over."""
+
+    def __init__(self, is_before: bool) -> None:
+        self.is_before, self.is_torn = is_before, False
+
+    def put(self, item: Any, *rest: Any) -> None:
+        if self.is_torn or self.is_before:
+            if not self.is_torn:
+                self.is_torn = True
+                raise KeyboardInterrupt
+            super().put(item, *rest)
+            return
+        self.is_torn = True
+        super().put(item, *rest)
+        raise KeyboardInterrupt
+
+
+def interrupted(is_before: bool) -> tuple[Worker, list[Any]]:
+    handled: list[Any] = []
+    worker = Worker("test", handled.append)
+    worker._line.jobs = Torn(is_before)
+    try:
+        worker.put("first")
+    except KeyboardInterrupt:
+        return worker, handled
+    raise AssertionError("no interrupt came")
+
+
+def test_an_interrupt_before_an_item_is_handed_over_is_not_waited_for() -> None:
+    worker, handled = interrupted(True)
+    assert worker.wait(5.0) and handled == []
+    assert worker.put("second") and worker.wait(5.0) and handled == ["second"]
+
+
+def test_an_item_that_was_handed_over_before_an_interrupt_is_handled() -> None:
+    worker, handled = interrupted(False)
+    assert worker.wait(5.0) and handled == ["first"]
+
+
+def test_a_long_job_is_waited_for_to_its_end() -> None:
+    done, handled = threading.Event(), []
+
+    def handle(item: str) -> None:
+        done.wait(1.5)
+        handled.append(item)
+
+    worker = Worker("test", handle)
+    worker.put("long")
+    assert not worker.wait(0.6)
+    worker.put("next")
+    done.set()
+    assert worker.wait(5.0) and handled == ["long", "next"]
