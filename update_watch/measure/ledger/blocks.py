@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from update_watch.measure.device.multi_gather import MultiGather
+from update_watch.measure.positions import Positions
 
 ELEMENTS = 16
 _TALL = 4  # rows per column, from which on a matrix is taken for an embedding
@@ -16,34 +19,40 @@ def block_of(shard: Tensor, place: float) -> list[Tensor]:
 
     A gather of contiguous views takes a third of the time of any other.
     """
-    numel, offset = shard.numel(), shard.storage_offset()
-    rows = shard.shape[0]
-    if shard.dim() == 2 and rows >= ELEMENTS and rows > _TALL * shard.shape[1]:
+    at = _positions(shard)
+    begin = shard.storage_offset() + int(place * at.room)
+    return [
+        shard.as_strided((min(at.block, ELEMENTS - b * at.block),), (1,), begin + b * at.block * at.step)
+        for b in range(at.blocks)
+    ]
+
+
+def _positions(shard: Tensor) -> Positions:
+    """Where the elements lie, from the first one on; its place is one of `room`."""
+    numel = shard.numel()
+    if shard.dim() == 2 and shard.shape[0] >= ELEMENTS and shard.shape[0] > _TALL * shard.shape[1]:
         # an embedding: of neighbours a batch uses all or none
-        begins = [int((place + k / ELEMENTS) % 1.0 * numel) for k in range(ELEMENTS)]
-        return [shard.as_strided((1,), (1,), offset + begin) for begin in begins]
+        step = numel // ELEMENTS
+        return Positions(numel, 1, ELEMENTS, step, numel - (ELEMENTS - 1) * step)
     if numel >= ELEMENTS:
-        return [shard.as_strided((ELEMENTS,), (1,), offset + int(place * (numel - ELEMENTS)))]
-    whole = shard.as_strided((numel,), (1,), offset)
-    times, rest = divmod(ELEMENTS, numel)
-    return [whole] * times + ([whole[:rest]] if rest else [])
+        return Positions(numel, ELEMENTS, 1, 0, numel - ELEMENTS + 1)
+    return Positions(numel, numel, -(-ELEMENTS // numel), 0, 1)
 
 
 class BlockGather:
-    """The blocks of some tensors by one launch; those that come last and are no neighbours in memory by torch."""
+    """The blocks of some tensors by one launch."""
 
-    def __init__(self, n: int, device: torch.device) -> None:
-        self._multi = MultiGather([ELEMENTS] * n, [None] * n, [(1,)] * n, ELEMENTS, device, lambda _, block: block)
-        self._blocks: list[Tensor | None] = []
-        self._apart: list[Tensor] = []
+    def __init__(self, shards: Sequence[Tensor], device: torch.device) -> None:
+        positions = [_positions(shard)._replace(room=1) for shard in shards]  # the views begin where they are read
+        # of fewer than E elements the kernel itself would read the first one more often than the others
+        numels = [max(at.numel, ELEMENTS + 1) for at in positions]
+        strides = [(1,)] * len(shards)
+        self._multi = MultiGather(numels, positions, strides, ELEMENTS, device, lambda _, block: block)
+        self._firsts: list[Tensor] = []
 
     def go_to(self, blocks: list[list[Tensor]]) -> None:
         """Read these from now on."""
-        self._blocks = [block[0] if len(block) == 1 else None for block in blocks]
-        self._apart = [view for block in blocks if len(block) > 1 for view in block]
+        self._firsts = [block[0] for block in blocks]
 
     def __call__(self, out_nE: Tensor) -> None:
-        self._multi(self._blocks, (0, 0), out=out_nE)
-        if self._apart:  # embeddings, and tensors of a few elements
-            apart = self._blocks.count(None)
-            torch.cat(self._apart, out=out_nE[-apart:].view(-1))
+        self._multi(self._firsts, (0, 0), out=out_nE)

@@ -76,12 +76,10 @@ class Sheet:
 
     def __init__(self, lines: Sequence[Line], rng: random.Random, is_stepped: bool, needs_gradients: bool) -> None:
         self.device = local(lines[0].tensor).device
-        # by one launch where the device can, into FP32; what that does not read comes last
+        # by one launch where the device can, into FP32
         can = kernel_gathers.reads(
             self.device, {t.dtype for line in lines for t in (line.tensor, line.master) if t is not None}
         )
-        if can:
-            lines = sorted(lines, key=lambda line: len(block_of(local(line.tensor.detach()), 0.0)) > 1)
         self.lines, self._rng = list(lines), rng
         self._is_stepped, self._needs_gradients = is_stepped, needs_gradients
         masters = [line.master for line in lines if line.master is not None]
@@ -98,7 +96,9 @@ class Sheet:
         self._layouts = [_layout(tensor) for tensor in self._members]
         self._names = tuple(line.names for line in lines)
         self._sizes = tuple(local(line.tensor).numel() for line in lines)
-        self._gathers = [BlockGather(len(run), self.device) for run in self._runs] if can else []
+        self._gathers = (
+            [BlockGather([local(tensor) for tensor in run], self.device) for run in self._runs] if can else []
+        )
         self._rings = [
             torch.empty(
                 *(_WAITING, 2, len(run), ELEMENTS), dtype=torch.float32 if can else run[0].dtype, device=self.device
