@@ -64,10 +64,19 @@ def add(watch: Ending, watches: Callable[[Any], bool]) -> None:
     _set(signal.SIG_DFL, _TERMINATE)
 
 
+def is_watched(optimizer: Any) -> bool:
+    """Whether an open watch of this process looks at an optimizer."""
+    return _watchers(optimizer) > 0
+
+
+def _watchers(optimizer: Any) -> int:
+    asked = [watches() for watches in list(_OPEN.values())]
+    return sum(watches is not None and watches(optimizer) for watches in asked)
+
+
 def warn_if_watched(optimizer: Any) -> None:
     """Say once that another open watch looks at an optimizer, as where a notebook's cell is run again."""
-    asked = [watches() for watches in list(_OPEN.values())]
-    if sum(watches is not None and watches(optimizer) for watches in asked) == 1:
+    if _watchers(optimizer) == 1:
         warn(_SECOND.format(type(optimizer).__name__))
 
 

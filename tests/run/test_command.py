@@ -79,6 +79,24 @@ def test_training_is_the_same_to_the_bit_and_the_model_is_known_by_its_names(
 
 
 @pytest.mark.slow
+def test_every_model_of_a_script_is_watched_and_has_a_journal(tmp_path: Path) -> None:
+    plain(tmp_path, sys.executable, SCRIPT, "plain.pt", "gan")
+    run = watched(
+        tmp_path, sys.executable, SCRIPT, "watched.pt", "gan", options=("--fail-on-stall", "--report", "r.html")
+    )
+    assert run.stdout == "trained\n" and run.returncode == 3, run.stderr
+    assert_same(torch.load(tmp_path / "plain.pt"), torch.load(tmp_path / "watched.pt"))
+    # a lone scalar of no module is no model
+    assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["run-Critic.jsonl", "run.jsonl"]
+    last = reports(tmp_path)[-1]
+    assert [t.name for t in last.tensors] == NAMES and last.health is Health.healthy
+    critic = list(read_journal(tmp_path / "run-Critic.jsonl"))[-1]
+    assert [t.name for t in critic.tensors] == NAMES
+    assert {t.name for t in critic.tensors if t.health is Health.stalled} >= {"1.weight"}
+    assert f" of Critic: {critic.headline}" in run.stderr and f" of Sequential: {last.headline}" in run.stderr
+
+
+@pytest.mark.slow
 def test_two_ranks_have_one_journal(tmp_path: Path) -> None:
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533", SCRIPT]
     plain(tmp_path, sys.executable, *command, "plain.pt", "ranks")

@@ -1,6 +1,6 @@
 """A training script that knows nothing of update-watch, for the tests of `update-watch run`.
 
-python run_script.py OUT [bf16] [compiled] [ranks] [fails] [waits] [masters]
+python run_script.py OUT [bf16] [compiled] [ranks] [fails] [waits] [masters] [gan]
 """
 
 import os
@@ -25,6 +25,15 @@ if "compiled" in how:
 stepped = list(model.parameters())
 if "masters" in how:
     stepped = [p.detach().float().clone().requires_grad_() for p in model.parameters()]
+if "gan" in how:
+
+    class Critic(nn.Sequential):
+        pass
+
+    critic = Critic(nn.Linear(32, 24), nn.RMSNorm(24), nn.Linear(24, 1)).bfloat16()
+    judging = torch.optim.AdamW(critic.parameters(), lr=1e-5)
+    log_alpha = torch.zeros(1, requires_grad=True)  # of no module
+    tuning = torch.optim.SGD([log_alpha], lr=0.1)
 optimizer = torch.optim.AdamW(stepped, lr=1e-5 if "bf16" in how else 1e-3)
 step = torch.compile(optimizer.step, backend="eager") if "compiled" in how else optimizer.step
 for i in range(48):
@@ -39,11 +48,20 @@ for i in range(48):
         with torch.no_grad():
             for master, p in zip(stepped, model.parameters(), strict=True):
                 p.copy_(master)
+    if "gan" in how:
+        critic.zero_grad()
+        critic(x.bfloat16()).float().square().sum().backward()
+        judging.step()
+        log_alpha.grad = torch.ones(1)
+        tuning.step()
     if "waits" in how and i == 20:
         print("waiting", flush=True)
         time.sleep(60)
+kept = {**critic.state_dict(), "state": judging.state_dict()} if "gan" in how else {}
 if int(os.environ.get("RANK", 0)) == 0:
-    torch.save({"model": model.state_dict(), "drawn": torch.rand(4), "state": optimizer.state_dict()}, out)
+    torch.save(
+        {"model": model.state_dict(), "drawn": torch.rand(4), "state": optimizer.state_dict(), "critic": kept}, out
+    )
 print("trained", flush=True)
 if "ranks" in how:
     torch.distributed.destroy_process_group()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from update_watch import endings
+from update_watch.measure.device.streams import is_capturing
 from update_watch.measure.hooks.process_steps import leave_place
 from update_watch.measure.identity import masters, owners
 from update_watch.measure.identity.names import members_of, named_tensors, names_of
@@ -20,6 +24,9 @@ from update_watch.report import Report
 from update_watch.run.settings import Settings
 from update_watch.watch import Watch, watch
 from update_watch.wording import above_progress_bars
+
+_models: list[tuple[str, Callable[[], Any]]] = []  # that are watched, with their names
+_met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def begin(optimizer: Optimizer, place: RemovableHandle) -> Watch | None:
@@ -29,20 +36,51 @@ def begin(optimizer: Optimizer, place: RemovableHandle) -> Watch | None:
     """
     if endings.is_any_open():
         return None
+    leave_place(place)
+    return _watch(model_of(optimizer), optimizer)
+
+
+def follow(optimizer: Optimizer) -> None:
+    """After a step: one that no watch has taken may train a model of its own, as a critic or a discriminator has one."""
+    if optimizer in _met or not _models or is_capturing():
+        return
+    _met.add(optimizer)
+    if endings.is_watched(optimizer):
+        return
+    model = model_of(optimizer)
+    if isinstance(model, torch.nn.Module) and all(known() is not model for _, known in _models):
+        _watch(model, optimizer)
+
+
+def _watch(model: Any, optimizer: Optimizer) -> Watch:
     settings = Settings.from_environment()
-    is_leader = rank() == 0
-    sinks: list[Any] = [show] if is_leader else []
-    run = getattr(sys.modules.get("wandb"), "run", None)
+    is_leader, is_first = rank() == 0, not _models
+    name = _name_for(model)
+    _models.append((name, weakref.ref(model) if isinstance(model, torch.nn.Module) else _nothing))
+    sinks: list[Any] = [functools.partial(show, name)] if is_leader else []
     if settings.wandb and is_leader:
+        run = getattr(sys.modules.get("wandb"), "run", None)
         if run is None:
             print("update-watch: --wandb: the script has no W&B run open; none is written to", file=sys.stderr)
+        elif not is_first:
+            print(f"update-watch: --wandb: the run holds the first model; {name} is in its journal", file=sys.stderr)
         else:
             from update_watch.dashboards import WandbSink
 
             sinks.append(WandbSink(run))
-    leave_place(place)
-    journal = free_path(Path(settings.journal)) if is_leader else None
-    return watch(model_of(optimizer), optimizer, window=settings.window, sinks=sinks, journal=journal)
+    journal = free_path(Path(settings.journal), "" if is_first else name) if is_leader else None
+    return watch(model, optimizer, window=settings.window, sinks=sinks, journal=journal)
+
+
+def _name_for(model: Any) -> str:
+    """Of its class, and a number where it is not the first of that."""
+    name = type(model).__name__
+    count = sum(known.rstrip("0123456789") == name for known, _ in _models)
+    return f"{name}{count + 1}" if count else name
+
+
+def _nothing() -> None:
+    """A model that is no module."""
 
 
 def rank() -> int:
@@ -52,9 +90,10 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0") or 0)
 
 
-def free_path(journal: Path) -> Path:
-    """The journal, or one beside it where another process of the command keeps that."""
-    return journal if not journal.exists() else journal.with_name(f"{journal.stem}-{os.getpid()}{journal.suffix}")
+def free_path(journal: Path, name: str = "") -> Path:
+    """The journal, or one beside it: for a further model of this `name`, and where another process of the command keeps it."""
+    path = journal.with_name(f"{journal.stem}-{name}{journal.suffix}") if name else journal
+    return path if not path.exists() else path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")
 
 
 def model_of(optimizer: Optimizer) -> Any:
@@ -79,9 +118,10 @@ def _size(module: torch.nn.Module) -> int:
     return sum(1 for _ in module.parameters())
 
 
-def show(report: Report) -> None:
-    """A line per window, above the script's progress bar."""
-    line = f"update-watch, step {report.step:,}: {report.headline}"
+def show(name: str, report: Report) -> None:
+    """A line per window, above the script's progress bar; of several models with the `name` of its own."""
+    of = f" of {name}" if len(_models) > 1 else ""
+    line = f"update-watch, step {report.step:,}{of}: {report.headline}"
     if sys.stderr.isatty():
         line = line[: max(shutil.get_terminal_size().columns - 1, 40)]
     begin = "\r\x1b[K" if sys.stderr.isatty() and "tqdm" not in sys.modules else ""  # over a bar of the script's own

@@ -40,6 +40,7 @@ class _Waiting:
 def _listen(module: ModuleType) -> None:
     try:
         _steps.place = module.register_optimizer_step_pre_hook(_steps)  # type: ignore[attr-defined]
+        module.register_optimizer_step_post_hook(_after)  # type: ignore[attr-defined]
     except Exception as error:  # a torch of another kind: the command runs as it would have
         print(f"update-watch: this torch cannot be watched: {error!r}", file=sys.stderr)
 
@@ -60,16 +61,29 @@ def _steps(optimizer: Any, *_: Any) -> None:
         from update_watch.run import session
 
         # the script may have compiled its step: nothing of this may be traced
-        sys.modules["torch"].compiler.disable(session.begin)(optimizer, place)
+        disable = sys.modules["torch"].compiler.disable
+        if disable(session.begin)(optimizer, place) is not None:
+            _after.follow = disable(session.follow)  # type: ignore[attr-defined]
     except Exception as error:
         print(f"update-watch: this process is not watched: {error!r}", file=sys.stderr)
 
 
+def _after(optimizer: Any, *_: Any) -> None:
+    """Just after any step: hooks may be added now, for another model."""
+    try:
+        _after.follow(optimizer)  # type: ignore[attr-defined]
+    except Exception as error:
+        _after.follow = _nothing  # type: ignore[attr-defined]
+        print(f"update-watch: further models of this process are not watched: {error!r}", file=sys.stderr)
+
+
 def _nothing(*_: Any) -> None:
-    """In place of the hook."""
+    """In place of a hook."""
 
 
-_steps._torchdynamo_disable = _nothing._torchdynamo_disable = True  # type: ignore[attr-defined]
+_after.follow = _nothing  # type: ignore[attr-defined]
+for _hook in (_steps, _after, _nothing):
+    _hook._torchdynamo_disable = True  # type: ignore[union-attr]
 
 
 def _go_on() -> None:
