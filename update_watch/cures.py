@@ -45,14 +45,15 @@ TITLES = {
     Cure.fp32_average: "keep the averaged model in FP32",
 }
 
-# bytes a parameter more than BF16 weights with BF16 states of the same rule (an FP32 weight: 2; its two FP32 moments: 4)
-BYTES_PER_PARAMETER = {
-    Cure.masters: 2,
-    Cure.stochastic_rounding: 0,
-    Cure.kahan: 2,
-    Cure.fused_decay: 0,
-    Cure.fp32_states: 4,
-    Cure.fp32_average: 2,
+# bytes more for each parameter kept in 16 bits, and for each of its states in 16 bits (AdamW has two). With weights in FP32
+# torch keeps their gradients and states in FP32 as well
+BYTES = {
+    Cure.masters: (4, 2),
+    Cure.stochastic_rounding: (0, 0),
+    Cure.kahan: (2, 0),
+    Cure.fused_decay: (0, 0),
+    Cure.fp32_states: (0, 2),
+    Cure.fp32_average: (2, 0),
 }
 
 # What runs whichever trainer it is: the optimizer is made by the user's own code.
@@ -135,9 +136,10 @@ def switch(trainer: str, dtype: str) -> str:
     return _SWITCHES.get(trainer, _SWITCHES["torch"]).format(short=short, mixed=mixed)
 
 
-def extra_bytes(cure: Cure, numel: int) -> int:
-    """What the cure costs in memory for so many parameters kept in a 16-bit format."""
-    return BYTES_PER_PARAMETER[cure] * numel
+def extra_bytes(cure: Cure, numel: int, states: int = 0) -> int:
+    """What the cure costs in memory for so many parameters in a 16-bit format, with so many states each in such a format."""
+    each, for_state = BYTES[cure]
+    return (each + for_state * states) * numel
 
 
 # the first is the usual one; causes that are not here are no matter of precision, and have no code
@@ -176,8 +178,7 @@ def markdown() -> str:
     """The table as a documentation page."""
     lines = [_PAGE]
     for cure in Cure:
-        cost = BYTES_PER_PARAMETER[cure]
-        price = f"Costs {cost} bytes per parameter." if cost else "Costs no memory."
+        price = _price(*BYTES[cure])
         lines += [f"## {TITLES[cure][:1].upper()}{TITLES[cure][1:]} {{#{cure.value.replace('_', '-')}}}", "", price, ""]
         seen: dict[str, list[str]] = {}
         for trainer in TRAINERS:
@@ -187,6 +188,13 @@ def markdown() -> str:
                 language = _LANGUAGE.get(trainers[0], "python")
                 lines += [", ".join(TRAINERS[one] for one in trainers), "", f"```{language}", text, "```", ""]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _price(each: int, for_state: int) -> str:
+    parts = [f"{each} bytes per parameter"] if each else []
+    parts += [f"{for_state} bytes for each of its states in 16 bits"] if for_state else []
+    total = f": {each + 2 * for_state} with AdamW" if for_state else ""
+    return f"Costs {' and '.join(parts)}{total}." if parts else "Costs no memory."
 
 
 if __name__ == "__main__":

@@ -301,9 +301,28 @@ def test_a_trainer_that_is_not_known_is_named_with_those_that_are() -> None:
         code(Cure.masters, "keras")
 
 
-def test_costs_are_those_of_the_formats() -> None:
-    assert extra_bytes(Cure.masters, 1000) == 1000 * (4 - 2)
-    assert extra_bytes(Cure.kahan, 1000) == 1000 * 2  # one more buffer in BF16
+def held_bytes(dtype: torch.dtype, make: Callable[[Any], torch.optim.Optimizer]) -> int:
+    """Weight, gradient and states of 1,000 parameters that have taken a step."""
+    w = torch.nn.Parameter(torch.ones(1000, dtype=dtype))
+    w.grad = torch.ones_like(w)
+    optimizer = make([w])
+    optimizer.step()
+    states = [s for s in optimizer.state[w].values() if torch.is_tensor(s) and s.numel() == w.numel()]
+    return sum(t.numel() * t.element_size() for t in (w.detach(), w.grad, *states))
+
+
+@pytest.mark.parametrize(("make", "states"), [(torch.optim.AdamW, 2), (torch.optim.SGD, 0), (torch.optim.RMSprop, 1)])
+def test_costs_are_the_bytes_that_are_then_held(make: Any, states: int) -> None:
+    more = held_bytes(torch.float32, make) - held_bytes(torch.bfloat16, make)
+    assert extra_bytes(Cure.masters, 1000, states) == more
+
+
+def test_kahan_costs_one_more_buffer() -> None:
+    optimi = pytest.importorskip("optimi")
+    plain, kahan = (
+        held_bytes(torch.bfloat16, lambda p, k=k: optimi.AdamW(p, lr=1e-3, kahan_sum=k)) for k in (False, True)
+    )
+    assert extra_bytes(Cure.kahan, 1000, states=2) == kahan - plain
     assert set(TITLES) == set(Cure)
 
 

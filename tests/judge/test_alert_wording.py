@@ -25,8 +25,8 @@ def test_an_alert_says_who_since_when_what_was_seen_and_what_to_change(alerts: A
     assert alert.text.splitlines() == [
         "All 5 norms since step 129, head.weight since step 551: BF16 weights without an FP32 master round the updates away"
         " (efficiency 0.00, 98% lost).",
-        "Fix: keep FP32 master weights: model.float() and torch.autocast (+361 kB), or use stochastic rounding (torchao, +0 B)"
-        " or Kahan summation (optimi, +361 kB); then retune the learning rate.",
+        "Fix: keep FP32 master weights: model.float() and torch.autocast (+66.8 kB), or use stochastic rounding (torchao, +0 B)"
+        " or Kahan summation (optimi, +33.4 kB); then retune the learning rate.",
         "- head.weight: stalled, efficiency 0.00",
         *[f"- blocks.{i}.norm.weight: stalled, efficiency 0.00, 98% lost" for i in range(4)],
         "and 1 more",
@@ -40,12 +40,21 @@ def test_a_few_norms_are_to_be_kept_in_fp32_alone(alerts: Alerts) -> None:
     ]
     rest = [tensor(f"blocks.{i}.up.weight", Health.healthy, shape=(64, 1024), numel=65536) for i in range(10)]
     (alert,) = told(alerts, *norms, *rest)
-    assert "Fix: keep all 5 norms in FP32 (+640 B), or store norm weights zero-centred (w - 1), or keep" in alert.text
+    assert "Fix: keep all 5 norms in FP32 (+1.28 kB), or store norm weights zero-centred (w - 1), or keep" in alert.text
 
 
 def test_the_trainer_at_hand_gives_the_words(alerts: Alerts) -> None:
     (alert,) = alerts.update(report(tensor("a.w", Health.stalled, dtype="bfloat16")), "lightning").alerts
     assert "Trainer(precision='bf16-mixed')" in alert.text
+
+
+def test_a_title_counts_what_is_as_bad_as_it_says_and_the_rest_apart(alerts: Alerts) -> None:
+    bad = [tensor(f"{i}.w", Health.stalled) for i in range(2)] + [tensor("2.w", Health.stalling)]
+    well = [tensor(f"{i}.w", Health.healthy) for i in range(3, 6)]
+    (first,) = told(alerts, *bad, *well)
+    assert first.title == "STALLED: 2 of 6 tensors, 1 more stalling"
+    (grown,) = told(alerts, *bad, *[dataclasses.replace(t, health=Health.stalling, cause=bad[0].cause) for t in well])
+    assert grown.title == "STALLED: 2 of 6 tensors, 4 more stalling, was 3"
 
 
 def test_a_title_stays_under_64_characters_and_what_is_above_the_list_under_600(alerts: Alerts) -> None:

@@ -88,14 +88,14 @@ HEADLINES = [
     pytest.param(
         (*[healthy(f"l{i}.attn.weight") for i in range(28)], *[stalled(f"l{i}.norm1.weight") for i in range(12)]),
         "12 of 40 tensors are stalled since step 1 (all 12 norms): BF16 weights without an FP32 master round the"
-        " updates away (efficiency 0.00, 100% lost); keep FP32 master weights: model.float() and torch.autocast (+328 kB),"
+        " updates away (efficiency 0.00, 100% lost); keep FP32 master weights: model.float() and torch.autocast (+655 kB),"
         " or use stochastic rounding (torchao, +0 B) or Kahan summation (optimi, +328 kB); then retune the learning rate.",
         id="stalled-norms",
     ),
     pytest.param(
         (healthy("a.w"), stalled("b.w", lr=1e-5, lr_max=1e-5, lr_min=1e-5, critical_lr=2e-3)),
         "1 of 2 tensors is stalled since step 1 (b.w): BF16 weights without an FP32 master round the updates away"
-        " (efficiency 0.00, 100% lost); keep FP32 master weights: model.float() and torch.autocast (+16.4 kB), or use"
+        " (efficiency 0.00, 100% lost); keep FP32 master weights: model.float() and torch.autocast (+32.8 kB), or use"
         " stochastic rounding (torchao, +0 B) or Kahan summation (optimi, +16.4 kB); then retune the learning rate.",
         id="one-stalled",
     ),
@@ -109,7 +109,7 @@ HEADLINES = [
             healthy("f.w", accumulators=accumulator("exp_avg_sq", 0.9, decay=0.0, rate=0.001)),
         ),
         "2 of 6 tensors are stalled since step 1 (b.w, c.w): BF16 weights without an FP32 master round the updates away"
-        " (efficiency 0.00, 100% lost); keep FP32 master weights: model.float() and torch.autocast (+49.2 kB), or use"
+        " (efficiency 0.00, 100% lost); keep FP32 master weights: model.float() and torch.autocast (+115 kB), or use"
         " stochastic rounding (torchao, +0 B) or Kahan summation (optimi, +49.2 kB); then retune the learning rate; also 1 stalled (not_written), 1 stalling (weight_rounding), exp_avg_sq of 1"
         " stalled.",
         id="several-causes",

@@ -50,6 +50,11 @@ class Member:
         return self.format is None or self.format.precision < FULL
 
     @property
+    def low_states(self) -> int:
+        """How many states of its own size it will have in a 16-bit format."""
+        return sum(form.bytes_for(tuple(self.param.shape)) == 2 * self.param.numel() for form in self.forms.values())
+
+    @property
     def bytes(self) -> int:
         return stored_bytes(local(self.param))
 

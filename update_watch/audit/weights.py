@@ -14,6 +14,7 @@ from torch import Tensor
 
 from update_watch.audit.members import Member, Rows, grouped, health_of, joined, lost_shares, span, spread
 from update_watch.audit.table import AuditRow
+from update_watch.cures import Cure, extra_bytes
 from update_watch.formats import Format
 from update_watch.measure.sampling import local
 from update_watch.replay.state_forms import dtype_name, stored_bytes
@@ -76,13 +77,13 @@ def _rounded_weights(row: AuditRow, members: list[Member]) -> tuple[AuditRow, st
     if not stalled and not stalling:
         return dataclasses.replace(row, expected=f"{percent(share)} of updates of size lr = {lrs} lost{edge}"), ""
     counts = [f"{len(part)} {word}" for part, word in ((stalled, "stalled"), (stalling, "stalling")) if part]
-    elements = int(numel.sum())
+    masters = sum(extra_bytes(Cure.masters, m.param.numel(), m.low_states) for m in members)
     row = dataclasses.replace(
         row,
         expected=f"{', '.join(counts)}; {percent(share)} of updates of size lr = {lrs} lost{edge}",
         health=Health.stalled if stalled else Health.stalling,
         cure="FP32 master weights",
-        cure_bytes=4 * elements,
+        cure_bytes=masters,
     )
     worst = stalled or stalling
     what = "to stall" if stalled else "to lose part of their updates"
@@ -90,7 +91,7 @@ def _rounded_weights(row: AuditRow, members: list[Member]) -> tuple[AuditRow, st
     names = listed(tuple(members[i].name for i in worst))
     warning = (
         f"{len(worst)} of {plural(len(members), f'{short(row.dtype)} weight tensor')} {verb} {what} at learning rate"
-        f" {lrs}: {names}. Keep FP32 master weights (+{size(4 * elements)}), or use Kahan summation"
+        f" {lrs}: {names}. Keep FP32 master weights (+{size(masters)}), or use Kahan summation"
         f" (+{size(row.bytes)}) or stochastic rounding (no memory). Updates are often smaller than the learning rate"
         f" and more of them is then lost; below {number(critical)} half of all would be."
     )

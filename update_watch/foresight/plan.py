@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from update_watch.cures import FOR_CAUSE, TITLES, Cure, extra_bytes
+from update_watch.cures import FOR_CAUSE, TITLES, Cure
 from update_watch.foresight.forecasts import Change, Plan
-from update_watch.foresight.what_if import BITS, in_fp32
+from update_watch.foresight.what_if import cost_of, in_fp32
 from update_watch.naming import group_words
 from update_watch.report import Cause, Health, Report, TensorReport, weighted_mean
 from update_watch.wording import fixed, size
@@ -90,14 +90,14 @@ def _changes(
     chosen: Mapping[Cause, _Option], losses: Mapping[Cause, list[_Loss]], tensors: Sequence[TensorReport]
 ) -> list[Change]:
     """One for each cure, however many causes it is for."""
-    whole = sum(t.numel for t in tensors if t.trainable and t.dtype in BITS)
+    whole = [t for t in tensors if t.trainable]
     found = []
     for cure in dict.fromkeys(option.cure for option in chosen.values()):
         causes = [cause for cause, option in chosen.items() if option.cure is cure]
         lost = [loss for cause in causes for loss in losses[cause]]
         mine = {loss.tensor.name: loss.tensor for loss in lost}
         is_alone = all(chosen[cause].is_alone for cause in causes) or cure in (Cure.fp32_states, Cure.fp32_average)
-        cost = extra_bytes(cure, sum(t.numel for t in mine.values()) if is_alone else whole)
+        cost = cost_of(cure, mine.values() if is_alone else whole)
         title = "keep these alone in FP32" if cure is Cure.masters and is_alone else TITLES[cure]
         now = weighted_mean((loss.efficiency, loss.tensor.numel) for loss in lost)
         then = weighted_mean(

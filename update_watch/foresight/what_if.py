@@ -36,23 +36,20 @@ def cases(report: Report, floor: float | None = None) -> tuple[Case, ...]:
     low = [t for t in known if t.dtype in BITS]
     if not low:
         return ()
-    everything = sum(t.numel for t in low)
     vectors = [t for t in low if len(t.shape) == 1]
     small = {t.name for t in vectors}
     found = [
         _case("as it is", "as it is", known, lambda t: t.efficiency, 0),
-        _case(Cure.masters, TITLES[Cure.masters], known, in_fp32, extra_bytes(Cure.masters, everything)),
-        _case(
-            Cure.kahan, TITLES[Cure.kahan], known, lambda t: _with_bits(t, _PAIR), extra_bytes(Cure.kahan, everything)
-        ),
+        _case(Cure.masters, TITLES[Cure.masters], known, in_fp32, cost_of(Cure.masters, low)),
+        _case(Cure.kahan, TITLES[Cure.kahan], known, lambda t: _with_bits(t, _PAIR), cost_of(Cure.kahan, low)),
         _case(Cure.stochastic_rounding, TITLES[Cure.stochastic_rounding], known, _at_random, 0),
     ]
     if vectors and len(vectors) < len(low):
-        cost = extra_bytes(Cure.masters, sum(t.numel for t in vectors))
+        cost = cost_of(Cure.masters, vectors)
         title = "keep norms and biases in FP32"
         found.append(_case("fp32_norms", title, known, lambda t: in_fp32(t) if t.name in small else t.efficiency, cost))
-    if any(t.state_factor is not None and _has_low_states(t) for t in low):
-        cost = extra_bytes(Cure.fp32_states, sum(t.numel for t in low if _has_low_states(t)))
+    if any(t.state_factor is not None and _low_states(t) for t in low):
+        cost = cost_of(Cure.fp32_states, low)
         found.append(_case(Cure.fp32_states, TITLES[Cure.fp32_states], known, _with_fp32_states, cost))
     if any(t.dtype == "bfloat16" for t in low):
         found.append(_case("float16", "keep the weights in FP16", known, _in_fp16, 0))
@@ -62,6 +59,11 @@ def cases(report: Report, floor: float | None = None) -> tuple[Case, ...]:
         title = f"a learning rate of at least {number(least)}"
         found.append(_case("floor", title, known, lambda t: _at_least(t, least), 0))
     return tuple(found)
+
+
+def cost_of(cure: Cure, tensors: Iterable[TensorReport]) -> int:
+    """Bytes of memory that the cure takes for these tensors; those in full precision cost nothing."""
+    return sum(extra_bytes(cure, t.numel, _low_states(t)) for t in tensors if t.dtype in BITS)
 
 
 def _case(
@@ -107,8 +109,9 @@ def _at_least(t: TensorReport, floor: float) -> float | None:
     return t.efficiency if t.lr is None or t.lr >= floor else t.efficiency_at(floor)
 
 
-def _has_low_states(t: TensorReport) -> bool:
-    return any(a.dtype in BITS and not _is_beside(name) for name, a in t.accumulators.items())
+def _low_states(t: TensorReport) -> int:
+    """How many states of its optimizer are in a 16-bit format."""
+    return sum(a.dtype in BITS and not _is_beside(name) for name, a in t.accumulators.items())
 
 
 def _is_beside(name: str) -> bool:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from update_watch.cures import Cure, extra_bytes, switch
+from update_watch.cures import Cure, switch
 from update_watch.foresight.forecasts import Forecast
 from update_watch.foresight.plan import can_stand_alone
+from update_watch.foresight.what_if import cost_of
 from update_watch.judge.advice import brief
 from update_watch.judge.number_formats import FULL, smallest_rate
 from update_watch.naming import family, group_words
@@ -31,37 +32,35 @@ def remedy(
     """
     if mine[0].dtype in FULL and not part:
         return _cure_of(advice)
-    numel, masters = sum(t.numel for t in mine), switch(trainer, mine[0].dtype)
-    trained = sum(t.numel for t in tensors if t.trainable) or 1
+    masters = switch(trainer, mine[0].dtype)
+    trained = [t for t in tensors if t.trainable]
     if cause is Cause.weight_rounding:
-        whole = f"keep FP32 master weights: {masters} (+{size(extra_bytes(Cure.masters, trained))})"
-        kahan = f"Kahan summation (optimi, +{size(extra_bytes(Cure.kahan, trained))})"
+        whole = f"keep FP32 master weights: {masters} (+{size(cost_of(Cure.masters, trained))})"
+        kahan = f"Kahan summation (optimi, +{size(cost_of(Cure.kahan, trained))})"
         if can_stand_alone(mine, tensors):
             words = ", ".join(group_words([t.name for t in mine], {t.name: t.shape for t in tensors}, 3))
-            alone = f"keep {words} in FP32 (+{size(extra_bytes(Cure.masters, numel))})"
+            alone = f"keep {words} in FP32 (+{size(cost_of(Cure.masters, mine))})"
             centred = ", or store norm weights zero-centred (w - 1)" if are_norms(mine) else ""
             return f"{alone}{centred}, or {whole}"
         return f"{whole}, or use stochastic rounding (torchao, +0 B) or {kahan}; then retune the learning rate"
     if cause is Cause.decay_rounding:
         return (
             f"fused=True in the optimizer, which adds decay and gradient in one rounding (+0 B), or FP32 master weights:"
-            f" {masters} (+{size(extra_bytes(Cure.masters, trained))})"
+            f" {masters} (+{size(cost_of(Cure.masters, trained))})"
         )
     if cause is Cause.state_rounding:
         floor = smallest_rate(mine[0].dtype)
         beta = f", or use a beta of at most {1 - floor:.4g} (+0 B)" if floor is not None else ""
-        return f"keep the optimizer state in FP32 (+{size(extra_bytes(Cure.fp32_states, numel))}){beta}"
+        return f"keep the optimizer state in FP32 (+{size(cost_of(Cure.fp32_states, mine))}){beta}"
     if cause is Cause.average_rounding:
-        return f"keep the averaged model in FP32 (+{size(extra_bytes(Cure.fp32_average, numel))})"
+        return f"keep the averaged model in FP32 (+{size(cost_of(Cure.fp32_average, mine))})"
     return _cure_of(advice)
 
 
 def ahead(forecast: Forecast, mine: Sequence[TensorReport], tensors: Sequence[TensorReport], trainer: str) -> str:
     """What to change so that these will not stall, without capital or full stop."""
-    trained = sum(t.numel for t in tensors if t.trainable) or 1
-    masters = (
-        f"keep FP32 master weights: {switch(trainer, mine[0].dtype)} (+{size(extra_bytes(Cure.masters, trained))})"
-    )
+    trained = [t for t in tensors if t.trainable]
+    masters = f"keep FP32 master weights: {switch(trainer, mine[0].dtype)} (+{size(cost_of(Cure.masters, trained))})"
     if forecast.floor is None:
         return masters
     return f"end the schedule at {number(forecast.floor)} or above (+0 B), or {masters}"

@@ -79,11 +79,15 @@ def _title(event: str, members: Sequence[Finding], tensors: Sequence[TensorRepor
     worst = max(members, key=lambda f: (f.health is Health.broken, f.health is Health.stalled)).health
     word = "STILL MOVING" if worst is Health.healthy or worst is Health.unknown else str(worst).upper()
     parts = {f.part for f in members}
-    count = len({f.tensor.name for f in members})
+    healths = {f.tensor.name: f.health for f in reversed(members)}  # the worst of each, as that is the first
+    count = list(healths.values()).count(worst)
     what = f"{count} of {plural(len(tensors), 'tensor')}"
     if "" not in parts:
         what = f"{parts.pop() if len(parts) == 1 else 'what accumulates'} of {what}"
-    grown = f", was {told}" if event == GREW or (event == WORSE and told != count) else ""
+    others = {health for health in healths.values() if health is not worst}
+    if others:
+        what = f"{what}, {len(healths) - count} more {others.pop() if len(others) == 1 else 'unwell'}"
+    grown = f", was {told}" if event == GREW or (event == WORSE and told != len(healths)) else ""
     return f"{word}: {what}{grown}"
 
 
