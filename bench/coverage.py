@@ -360,9 +360,7 @@ class Training:
                 values = {"": done.param} | {k: done.state[k] for k in rule.exact_states if k in done.state}
                 found[param] = {k: self._sampled(param, v) for k, v in values.items()}
                 continue
-            scalars = tuple(
-                (k, float(v) if isinstance(v, Tensor) else v) for k, v in state.items() if k not in rule.element_states
-            )
+            scalars = tuple((k, _plain(v)) for k, v in state.items() if k not in rule.element_states)
             present = tuple(k for k, v in state.items() if v is not None)
             key = (group, rule.rows, rule.element_states, scalars, present, id(param) if rule.apart else 0)
             alike.setdefault(key, []).append(param)
@@ -404,6 +402,13 @@ class Training:
         state = self.optimizer.state.get(param) or {}
         states = {k: state[k] for k in self.rules[param].element_states if isinstance(state.get(k), Tensor)}
         return {k: self._sampled(param, v) for k, v in ({"": param} | states).items()}
+
+
+def _plain(value: Any) -> Any:
+    """What states of like parameters have in common; lists of tensors are each parameter's own."""
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 else id(value)
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _difference(replayed: Tensor, stored: Tensor, largest: float) -> Tensor:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from tests.support.sketched_rules import Sketch, descend, parameter, probed
@@ -261,6 +263,37 @@ def test_states_of_one_element_are_not_taken_for_settings() -> None:
             p.grad = torch.randn_like(p)
         optimizer.step()
     assert find_rule(optimizer, 0, 1, shape=(64,)).kind is Kind.elementwise
+
+
+class Aggregated(torch.optim.Optimizer):
+    """AggMo: momentum at several rates, in a container."""
+
+    def __init__(self, params: Any, container: Callable[[list[Tensor]], Any]) -> None:
+        super().__init__(params, {"lr": 0.01})
+        self.container = container
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            if not state:
+                state["momenta"] = self.container([torch.zeros_like(param) for _ in range(2)])
+            momenta = state["momenta"]
+            for key, beta in ((0, 0.5), (1, 0.9)):
+                momenta[key].mul_(beta).add_(param.grad)
+                param.add_(momenta[key], alpha=-self.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("container", [list, lambda made: dict(enumerate(made))], ids=["list", "dict"])
+def test_states_in_containers_are_no_settings_either(container: Any) -> None:
+    params = [torch.nn.Parameter(torch.randn(7)), torch.nn.Parameter(torch.randn(64))]
+    optimizer = Aggregated(params, container)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    rule = find_rule(optimizer, 0, 1, shape=(64,))
+    assert rule.kind is not Kind.unknown, rule.reason
 
 
 # --- states that the optimizer makes with itself ------------------------------------------------------------

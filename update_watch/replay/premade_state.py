@@ -32,7 +32,7 @@ def premade_state(optimizer: Optimizer, group: int) -> dict[str, Any]:
     Empty where there are tensors of values: then steps have been taken, or see `made_before`.
     """
     _, state = _first(optimizer, group)
-    return {} if any(unreadable(v) or v.numel() != 1 for v in state.values() if isinstance(v, Tensor)) else state
+    return {} if any(map(_holds_values, state.values())) else state
 
 
 def made_before(optimizer: Optimizer, group: int) -> dict[str, Any]:
@@ -50,6 +50,8 @@ def made_before(optimizer: Optimizer, group: int) -> dict[str, Any]:
                 return {}
             mean = float(value.detach().reshape(-1)[:_ENOUGH].double().mean())
             made[name] = Uniform(mean, None if value.dtype == param.dtype else value.dtype)
+        elif _holds_values(value):
+            return {}
     return made
 
 
@@ -57,6 +59,15 @@ def state_for(param: Tensor, made: Mapping[str, Any], copier: Copier) -> dict[st
     """Such a state of a parameter of any shape."""
     copies = {name: copier.copy(value, f"state '{name}'") for name, value in made.items()}
     return {name: value.like(param) if isinstance(value, Uniform) else value for name, value in copies.items()}
+
+
+def _holds_values(state: Any) -> bool:
+    """Whether there are tensors of more than a number in it, or in the containers that it is."""
+    if isinstance(state, Tensor):
+        return bool(unreadable(state)) or state.numel() != 1
+    if isinstance(state, Mapping):
+        return any(map(_holds_values, state.values()))
+    return isinstance(state, (list, tuple)) and any(map(_holds_values, state))
 
 
 def _first(optimizer: Optimizer, group: int) -> tuple[Tensor | None, dict[str, Any]]:
