@@ -13,9 +13,10 @@ from update_watch.measure.position_weights import PositionWeights
 from update_watch.measure.positions import share
 from update_watch.measure.sampling import Sampler
 from update_watch.measure.step_order import StepOrder
-from update_watch.measure.sums.device_sums import DeviceSums
+from update_watch.measure.sums.device_sums import DeviceSums, Slot
 from update_watch.measure.sums.error_bars import Array, reach, spread_over_steps, standard_error, unseen
 from update_watch.measure.sums.layout import GROUPS, WANT
+from update_watch.measure.sums.packing import packed
 from update_watch.measure.sums.window_sums import Steps, WindowSums, all_pairs
 
 T, COHORTS, ROWS = 128, 8, 4
@@ -152,10 +153,10 @@ def test_net_progress_of_all_steps_is_told_without_bias_from_an_eighth_of_them(c
             member, group = order.next()
             if member == 0:
                 new, stored = (torch.tensor(x[t][None], dtype=torch.float32) for x in (d, a))
-                sums.add(torch.zeros_like(new), new, stored, torch.ones(tensors, size).double(), None, None, group)
+                slot = Slot(slice(0, tensors), 0, 0, group)
+                sums.add(torch.zeros_like(new), new, stored[0], None, torch.ones(tensors, size), None, None, [slot])
                 groups[group] += 1
-        flat = sums.pack(None, None, []).numpy().astype(np.float64)
-        read = WindowSums.unpack(flat, sums.layout)
+        read = WindowSums.unpack(packed(sums, 1, None, None, []).numpy(), sums.layout(1))
         whole = np.array(order.group_steps, dtype=float)[:, None]
         sides = zip((read.arrived_GGn, read.meant_GGn), read.single_G2n.swapaxes(0, 1), strict=True)
         for kept, (products_GGn, single_Gn) in zip((above, below), sides, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from update_watch.evidence import Numbers, TensorEvidence, median_headroom
 from update_watch.formats import BF16, FP32, Format
-from update_watch.measure.sums.device_sums import DeviceSums
+from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
 from update_watch.measure.sums.error_bars import Unseen
 from update_watch.measure.sums.layout import GROUPS, PARTS, Layout
+from update_watch.measure.sums.packing import Reach, packed
 from update_watch.measure.sums.window_sums import Steps, WindowSums
-from update_watch.measure.transfer import Transfer
-from update_watch.measure.window_evidence import CohortWindow, RowFacts, Window, read
+from update_watch.measure.transfer import Batch
+from update_watch.measure.window_evidence import CohortWindow, RowFacts, SumsWindow, Window, read
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
 
 Array = npt.NDArray[np.float64]
@@ -59,25 +61,40 @@ def steps(count: int, scale: float = 1e-3, masked: bool = False, seed: int = 0) 
     return made
 
 
-def gone_through(made: list[Step], fmt: Format = BF16, has_clusters: bool = False) -> DeviceSums:
+def gone_through(
+    made: list[Step], fmt: Format = BF16, has_clusters: bool = False, together: int = 1
+) -> tuple[DeviceSums, int]:
+    """The sums of so many steps at a time, and how many parts are in use."""
     sums = DeviceSums(A - 1, N, K, torch.device("cpu"), has_clusters=has_clusters)
-    for t, s in enumerate(made):
-        # the sums may use their arguments up
-        value_AnK = s.before_AnK + s.intended_AnK
-        mask_nK = None if s.mask_nK is None else s.mask_nK.clone()
-        present = A if s.full else 1
+    added, per_part = 0, 1
+    for first in range(0, len(made), together):
+        chosen = range(first, min(first + together, len(made)))
+        parts = {}
+        for t in chosen:
+            if added // per_part == PARTS:
+                sums.merge_parts(slice(0, N))
+                parts, per_part = {t: part // 2 for t, part in parts.items()}, 2 * per_part
+            parts[t] = added // per_part
+            added += 1
+        order = sorted(chosen, key=lambda t: not made[t].full)  # those that are compared in full first
+        side_by_side = [torch.cat(arrays, -2) for arrays in zip(*(made[t][:3] for t in order), strict=True)]
+        before_ARK, intended_ARK, after_ARK = side_by_side
+        masks = [made[t].mask_nK for t in order]
+        full = N * sum(made[t].full for t in order)
+        slots = [Slot(slice(0, N), k * N, parts[t], t % GROUPS) for k, t in enumerate(order)]
         sums.add(
-            s.before_AnK[:present].clone(),
-            value_AnK[:present],
-            s.after_AnK[:present].clone(),
-            s.grad_nK.double().square(),
-            mask_nK,
+            before_ARK,
+            before_ARK + intended_ARK,
+            after_ARK[0],
+            after_ARK[1:, :full] if full else None,
+            torch.cat([made[t].grad_nK for t in order]),
+            None if masks[0] is None else torch.cat([m for m in masks if m is not None]),
             None,
-            t % GROUPS,
+            slots,
+            [Look(slice(0, N * len(order)), fmt, 0.0)],
+            slots,
         )
-        live = s.intended_AnK[0] if s.mask_nK is None else torch.where(s.mask_nK > 0, s.intended_AnK[0], 0.0)
-        sums.add_headroom(s.before_AnK[0], live, None, slice(0, N), fmt, 0.0)
-    return sums
+    return sums, -(-added // per_part)
 
 
 def counted(made: list[Step], window: int | None = None, plain: bool = True) -> Steps:
@@ -91,11 +108,11 @@ def counted(made: list[Step], window: int | None = None, plain: bool = True) -> 
     return Steps(parts, groups, window_Gn, np.zeros(N), np.ones(len(parts)), np.ones(N, bool), np.full(N, plain))
 
 
-def summed(made: list[Step], fmt: Format = BF16, has_clusters: bool = False) -> WindowSums:
-    sums = gone_through(made, fmt, has_clusters)
-    packed = sums.pack(made[-1].after_AnK[0], None, [(slice(0, N), fmt)])
-    assert packed.dim() == 1 and packed.dtype is torch.float32
-    return WindowSums.unpack(packed.numpy().astype(np.float64), sums.layout)
+def summed(made: list[Step], fmt: Format = BF16, has_clusters: bool = False, together: int = 1) -> WindowSums:
+    sums, parts = gone_through(made, fmt, has_clusters, together)
+    vector = packed(sums, parts, made[-1].after_AnK[0], None, [Reach(slice(0, N), fmt, 1.0)])
+    assert vector.dim() == 1 and vector.dtype is torch.float64
+    return WindowSums.unpack(vector.numpy(), sums.layout(parts))
 
 
 NOTHING = Unseen(np.zeros(N), np.zeros(N), np.full(N, np.nan))  # no step that was not measured carries anything
@@ -174,10 +191,21 @@ def test_all_numbers_are_those_of_the_full_comparison(accumulator: int, scale: f
 
 def test_long_windows_are_kept_in_parts_and_nothing_is_lost() -> None:
     made = steps(3 * PARTS + 5, 4e-3, masked=True)
-    sums = gone_through(made)
-    assert sums.steps_per_part == 4 and sums.layout.parts == -(-len(made) // 4)
+    _, parts = gone_through(made)
+    assert parts == -(-len(made) // 4)
     for row, found in enumerate(numbers_of(made, 0)):
         assert found["efficiency"] == pytest.approx(Slow(made, 0, row).numbers().efficiency, rel=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_steps_that_are_added_together_make_the_same_sums(masked: bool) -> None:
+    made = steps(2 * PARTS + 7, 4e-3, masked)
+    alone, together = (summed(made, FP32, True, count) for count in (1, 5))
+    for field in dataclasses.fields(WindowSums):
+        found, expected = getattr(together, field.name), getattr(alone, field.name)
+        assert np.any(expected) or field.name == "decay_5n" or field.name == "touched_n", field.name
+        exact = field.name not in ("arrived_GGn", "meant_GGn", "cells_3n", "state_way_2Sn")  # the way is FP32
+        np.testing.assert_allclose(found, expected, rtol=1e-12 if exact else 1e-5, atol=0, err_msg=field.name)
 
 
 def test_the_data_hold_what_is_to_be_told_apart() -> None:
@@ -271,12 +299,12 @@ def test_headroom_is_counted_in_its_octave() -> None:
 
 def test_headroom_of_zero_weights_and_huge_updates_stays_inside_the_histogram() -> None:
     sums = DeviceSums(0, 1, 4, torch.device("cpu"))
-    w = torch.tensor([[0.0, 1.0, 1e-38, 1.0]])
-    d = torch.tensor([[1e-3, 1e30, 0.0, 1e-30]])
-    sums.add(w.expand(1, 1, 4).clone(), (w + d).expand(1, 1, 4).clone(), w.expand(1, 1, 4).clone(), d, None, None)
-    sums.add_headroom(w, d, None, slice(0, 1), BF16, 0.0)
-    packed = sums.pack(w, None, [(slice(0, 1), BF16)])
-    histogram = WindowSums.unpack(packed.numpy().astype(np.float64), sums.layout).headroom_2nB[0, 0]
+    w = torch.tensor([[0.0, 1.0, 1e-38, 1.0]]).double()
+    d = torch.tensor([[1e-3, 1e30, 0.0, 2**-40]]).double()
+    rows, slots = slice(0, 1), [Slot(slice(0, 1), 0, 0, 0)]
+    sums.add(w[None], (w + d)[None], w, None, d, None, None, slots, [Look(rows, BF16, 0.0)], slots)
+    vector = packed(sums, 1, w.float(), None, [Reach(rows, BF16, 1.0)])
+    histogram = WindowSums.unpack(vector.numpy(), sums.layout(1)).headroom_2nB[0, 0]
     assert histogram[0] == 1 and histogram[-1] == 2 and histogram.sum() == 3
 
 
@@ -290,15 +318,18 @@ def test_median_headroom() -> None:
 
 
 def as_window(made: list[Step], fmt: Format = BF16, **fields: float) -> Window:
-    sums = gone_through(made, fmt)
-    transfer = Transfer(sums.pack(made[-1].after_AnK[0], None, [(slice(0, N), fmt)]))
+    sums, parts = gone_through(made, fmt)
+    batch = Batch()
+    part = batch.add(packed(sums, parts, made[-1].after_AnK[0], None, [Reach(slice(0, N), fmt, 1.0)]))
+    batch.send()
     facts = []
     for row in range(N):
         evidence = TensorEvidence(f"t{row}", fmt.name, K, steps=len(made), **fields)  # type: ignore[arg-type]
         size = max(K if s.mask_nK is None else int(s.mask_nK[row].sum()) for s in made)
         facts.append(RowFacts(evidence, size, ("bfloat16", ""), (None, None), fields.get("lr")))
     names = ("exp_avg", "exp_avg_sq")
-    cohort = CohortWindow(transfer, lambda: tuple(facts), names, sums.layout, counted(made), len(made), (0, 0))
+    of_all = SumsWindow(part, sums.layout(parts))
+    cohort = CohortWindow(of_all, lambda: tuple(facts), names, counted(made), len(made), (0, 0), slice(0, N))
     return Window(len(made), len(made), (cohort,), (), {f"t{i}": N - i for i in range(N)}, 1.0)
 
 

@@ -10,6 +10,7 @@ Legend: A accumulators (0 the weight, then states), n rows, K samples.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.optim import Optimizer
 
 from update_watch import formats
 from update_watch.measure.parameters import Row
-from update_watch.measure.position_weights import PositionWeights, column
+from update_watch.measure.position_weights import PositionWeights, cell_of, column
 from update_watch.measure.positions import SHARES, share
 from update_watch.measure.sampling import local, mask, pack_views
 from update_watch.odd_tensors import unreadable
@@ -30,27 +31,32 @@ _FINE = (torch.float32, torch.float64)
 class Gathers:
     """Reads rows of one optimizer on one device. `slots`: state -> its place among the accumulators."""
 
-    def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random) -> None:
+    def __init__(
+        self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, beside: Sequence[Row] = ()
+    ) -> None:
+        """`beside`: rows whose samples will lie beside theirs, these among them: all have the same accumulators."""
+        beside = beside or rows
         self.optimizer, self.rows, self.samples = optimizer, rows, samples
         self.device = local(rows[0].param).device
         self.samplers = [row.sampler for row in rows if row.sampler is not None]
-        carriers = {row.scheme.carrier for row in rows if row.scheme.carrier}
-        self.states = sorted(carriers.union(*(row.rule.element_states for row in rows)))
+        carriers = {row.scheme.carrier for row in beside if row.scheme.carrier}
+        self.states = sorted(carriers.union(*(row.rule.element_states for row in beside)))
         self.slots = {name: 1 + i for i, name in enumerate(self.states)}
         # rows with a state that holds what rounding took from the weight: what is stored is both together
         self.carried = [(i, self.slots[row.scheme.carrier], row) for i, row in enumerate(rows) if row.scheme.carrier]
         # what FP32 itself loses is seen in FP64 only, which not every device has
-        is_fine = any(local(row.param).dtype in _FINE for row in rows) and self.device.type != "mps"
+        is_fine = any(local(row.param).dtype in _FINE for row in beside) and self.device.type != "mps"
         self.dtype = torch.float64 if is_fine else torch.float32
         self._moving = [sampler for sampler in self.samplers if not sampler.is_whole]
-        self.are_whole = not self._moving
+        cell = cell_of([row.sampler for row in beside if row.sampler is not None])
+        self.are_whole = not cell
         # [n, 1]: rows read whole, beside others that are not; None where all rows are alike
         self.whole_n1: Tensor | None = None
-        if self._moving and len(self._moving) < len(rows):
+        if cell and any(row.is_whole for row in beside):
             self.whole_n1 = column([sampler.is_whole for sampler in self.samplers], self.device).bool()
         phase = rng.randrange(SHARES)
         self._phase, self._turn, self._kept_turn = phase, 0, 0
-        self._weights = PositionWeights(self.samplers, phase, self.device) if self._moving else None
+        self._weights = PositionWeights(self.samplers, phase, self.device, cell) if cell else None
         self._kept_weights_nJ: Tensor | None = None
         zeros: dict[Any, Tensor] = {}  # by format and shape: there are few
         for row in rows:
@@ -87,14 +93,15 @@ class Gathers:
             sampler.place(kept, moving)
         return moving < kept
 
-    def weights_of(self, turn: int) -> Tensor | None:
-        """[n, 2, J]: weights of both sets at a turn, for cells of K / 2J neighbours; None where all rows are read whole."""
+    def weights_of(self, turn: int) -> tuple[Tensor, Tensor] | None:
+        """[n, J] twice: weights of the kept and of the moving set at a turn, for cells of K / 2J neighbours; None where all
+        rows are read whole."""
         if self._weights is None:
             return None
         if self._kept_weights_nJ is None:
             # cloned: what is worked out ahead goes on
             self._kept_weights_nJ = self._weights.at(self._kept_turn).clone()
-        return torch.stack([self._kept_weights_nJ, self._weights.at(turn)], 1)
+        return self._kept_weights_nJ, self._weights.at(turn)
 
     @property
     def kept_weights(self) -> Tensor | None:
@@ -141,11 +148,7 @@ class Gathers:
 
     def widened(self, packed: Tensor, moving_first: bool) -> Tensor:
         """[accumulators, n, K] in `dtype` from one row per accumulator and parameter: the kept set, the moving set."""
-        values_AnK = packed.to(self.dtype).view(-1, len(self.rows), self.samples)
-        if moving_first and self._moving:
-            turned_AnK = values_AnK.view(*values_AnK.shape[:2], 2, -1).flip(-2).view_as(values_AnK)
-            values_AnK = turned_AnK if self.whole_n1 is None else torch.where(self.whole_n1, values_AnK, turned_AnK)
-        return values_AnK
+        return side_by_side([(self, packed, moving_first)])
 
     def samples_of(self, i: int, tensor: Tensor, moving_first: bool) -> Tensor:
         """[K]: the samples of one row in a tensor laid out like it, as `widened`."""
@@ -199,3 +202,32 @@ class Gathers:
             zeros if tensor is None else view(tensor)
             for view, zeros, tensor in zip(self._view, self._zeros, tensors, strict=True)
         ]
+
+
+def side_by_side(steps: Sequence[tuple[Gathers, Tensor, bool]], only: slice = slice(None)) -> Tensor:
+    """[accumulators, R, K] in the gathers' `dtype`: what was read in some steps, R rows together, the kept sets first.
+
+    Of each step its gathers, what they have packed (`only` some accumulators of it), and whether the moving set comes first.
+    """
+    first = steps[0][0]
+    pieces = [packed.view(-1, len(gathers.rows), gathers.samples)[only] for gathers, packed, _ in steps]
+    joined_ARK = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    are_turned = [moving_first and not first.are_whole for _, _, moving_first in steps]
+    if any(are_turned):
+        halves = [torch.unflatten(piece, -1, (2, -1)) for piece in pieces]
+        sets = [
+            torch.cat([half[:, :, k ^ turned] for half, turned in zip(halves, are_turned, strict=True)], 1)
+            for k in (0, 1)
+        ]
+        turned_ARK = torch.cat(sets, -1)
+        whole_R1 = whole_of([gathers for gathers, _, _ in steps])
+        joined_ARK = turned_ARK if whole_R1 is None else torch.where(whole_R1, joined_ARK, turned_ARK)
+    return joined_ARK.to(first.dtype)
+
+
+def whole_of(gathers: Sequence[Gathers]) -> Tensor | None:
+    """[R, 1]: rows read whole, beside others that are not; None where all rows are alike."""
+    columns = [one.whole_n1 for one in gathers if one.whole_n1 is not None]
+    if not columns:
+        return None
+    return columns[0] if len(columns) == 1 else torch.cat(columns)

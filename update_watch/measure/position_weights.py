@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from update_watch.measure.positions import Positions, share
+from update_watch.measure.positions import GOLDEN, SHARES, Positions
 from update_watch.measure.sampling import Sampler
 
 _AHEAD = 8  # turns worked out at once: a dozen operators for all of them
@@ -24,10 +24,11 @@ class PositionWeights:
     `cell`: neighbours of one weight; K / 2 = J * cell.
     """
 
-    def __init__(self, samplers: Sequence[Sampler], phase: int, device: torch.device) -> None:
+    def __init__(self, samplers: Sequence[Sampler], phase: int, device: torch.device, cell: int | None = None) -> None:
+        """`cell`: where it is to be that of more rows; see `cell_of`."""
         half = samplers[0].samples // 2
         plans = [s.positions or Positions(half, 1, half, 1, 1) for s in samplers]  # of one offset: m is 1
-        self.cell = math.gcd(*(s.positions.block for s in samplers if s.positions is not None))
+        self.cell = cell_of(samplers) if cell is None else cell
         self._phase, self._device = phase, device
         self._room_n1 = column([p.room for p in plans], device)
         self._step_n1 = column([p.step for p in plans], device)
@@ -43,16 +44,23 @@ class PositionWeights:
         """[n, J] FP32: weights of a set at the positions of a turn."""
         if self._ahead_TnJ is None or not 0 <= turn - self._first < _AHEAD:
             self._first = turn
-            self._ahead_TnJ = self._of([share(self._phase, turn + i) for i in range(_AHEAD)])
+            self._ahead_TnJ = self._of(turn)
         return self._ahead_TnJ[turn - self._first]
 
-    def _of(self, shares: list[int]) -> Tensor:
-        # (share * room) >> 32 without a number of the host's becoming a tensor: shares are scalars of operators
-        offset_Tn1 = torch.stack([(self._room_n1 * at) >> 32 for at in shares])
+    def _of(self, first: int) -> Tensor:
+        # no number of the host's becomes a tensor: the shares of `positions` are made on the device
+        turn_T11 = torch.arange(first, first + _AHEAD, device=self._device).view(-1, 1, 1)
+        share_T11 = turn_T11.mul_(GOLDEN).add_(self._phase).bitwise_and_(SHARES - 1)
+        offset_Tn1 = (self._room_n1 * share_T11).bitwise_right_shift_(32)
         behind_Tn1 = (self._room_n1 - 1 - offset_Tn1).div_(self._step_n1, rounding_mode="floor")
         before_Tn1 = offset_Tn1.div_(self._step_n1, rounding_mode="floor")
         ways_TnJ = torch.minimum(before_Tn1, self._right_nJ).add_(torch.minimum(behind_Tn1, self._left_nJ)).add_(1)
         return ways_TnJ.to(torch.float32).reciprocal_()
+
+
+def cell_of(samplers: Sequence[Sampler]) -> int:
+    """Neighbours of one weight, for all of these rows; 0 where all are read whole."""
+    return math.gcd(*(s.positions.block for s in samplers if s.positions is not None))
 
 
 def column(values: Sequence[int], device: torch.device) -> Tensor:

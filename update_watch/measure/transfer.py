@@ -66,7 +66,7 @@ class Transfer:
 
     def __init__(self, vector: Tensor) -> None:
         self._landing: _Landing | None = None
-        self._values: npt.NDArray[np.float64] | None = None
+        self._values: npt.NDArray[np.float32] | None = None
         self._host: Any = vector
         if vector.device.type == "cpu":
             return
@@ -89,12 +89,16 @@ class Transfer:
         Raises:
             TimeoutError: nothing arrived in ten minutes; the device hangs or has failed.
         """
+        return self.raw().astype(np.float64)
+
+    def raw(self) -> npt.NDArray[np.float32]:
+        """The same as they were sent."""
         if self._values is None:
             if self._landing is None:
-                self._values = self._host.numpy().astype(np.float64)
+                self._values = self._host.numpy()
             else:
                 self._await(self._landing)
-                self._values = self._landing.values[: self._numel].numpy().astype(np.float64)
+                self._values = self._landing.values[: self._numel].numpy().copy()
                 _give_back(self._landing)
             self._landing = self._host = None
         return self._values
@@ -112,7 +116,8 @@ class Transfer:
 class Part:
     """One vector of a `Batch`. `wait` runs on the background thread, after the batch was sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_double: bool = False) -> None:
+        self._is_double = is_double
         self.transfer: Transfer | None = None
         self.span = slice(0, 0)
 
@@ -120,7 +125,8 @@ class Part:
         """The vector's values, in FP64; waits for the device (this thread only)."""
         if self.transfer is None:
             raise RuntimeError("Part.wait: its batch was not sent; call Batch.send first")
-        return self.transfer.wait()[self.span]
+        values = self.transfer.raw()[self.span]
+        return values.view(np.float64) if self._is_double else values.astype(np.float64)
 
 
 class Later:
@@ -147,9 +153,10 @@ class Batch:
         self._waiting: dict[torch.device, list[tuple[Part, Tensor]]] = {}
 
     def add(self, vector: Tensor) -> Part:
-        """Take an FP32 vector along."""
-        part = Part()
-        self._waiting.setdefault(vector.device, []).append((part, vector))
+        """Take a vector along, in FP32 or FP64."""
+        part = Part(vector.dtype is torch.float64)
+        # bit by bit: two FP32 numbers that mean nothing for one in FP64
+        self._waiting.setdefault(vector.device, []).append((part, vector.view(torch.float32)))
         return part
 
     def add_later(self, device: torch.device, make: Callable[[], Tensor]) -> Part | Later:

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from update_watch.evidence import TensorEvidence
 from update_watch.measure.accumulators.gradient_accumulation import Accumulation
 from update_watch.measure.accumulators.state_factor import Shadow
-from update_watch.measure.cohort import Cohort, Snapshot
+from update_watch.measure.cohort import Cohort
 from update_watch.measure.device.turns import samples_for, turns_of
+from update_watch.measure.device_rows import DeviceRows, Measured
 from update_watch.measure.identity.names import members_of
 from update_watch.measure.identity.partitions import Piece
 from update_watch.measure.learning_rates import LearningRates, as_number
@@ -24,12 +25,10 @@ from update_watch.measure.row_facts import WindowFacts
 from update_watch.measure.sampling import local
 from update_watch.measure.step_order import StepOrder
 from update_watch.measure.transfer import Batch, Part
-from update_watch.measure.window_evidence import CohortWindow
+from update_watch.measure.window_evidence import CohortWindow, SumsWindow
 from update_watch.odd_tensors import unreadable
 from update_watch.replay.twin import Twin
 from update_watch.wording import first_line
-
-_WAITING = 4  # measured steps that are added together; they hold a few kilobytes
 
 
 class Watched:
@@ -91,8 +90,7 @@ class Watched:
 
     def _plan(self) -> None:
         """Rows and cohorts for the parameters the optimizer holds now."""
-        self._waiting: list[tuple[Cohort, Snapshot]] = []  # measured steps that are not added yet
-        self._measured: tuple[Cohort, Snapshot] | None = None  # the step that is running
+        self._measured: Measured | None = None  # the step that is running
         self._members, self._sizes = members_of(self.optimizer), _sizes(self.optimizer)
         self.groups = self.optimizer.param_groups
         self.ids = frozenset(map(id, self._members))
@@ -106,6 +104,8 @@ class Watched:
             row.reason = row.reason or self._odd.get(id(row.param), "")
             row.lived = lived.get(id(row.param), ((), 0))
         self._counts_lives = any(local(row.param).device.type != "cpu" for row in self.rows)
+        self.of_device: list[DeviceRows] = []
+        self._home: dict[Cohort, DeviceRows] = {}
         self.cohorts: list[Cohort] = []
         self._order: StepOrder[Cohort] = StepOrder(self.cohorts, self._window, self._rng)
         self._skipped: dict[torch.device, Tensor] = {}
@@ -118,10 +118,10 @@ class Watched:
             if not rows:  # on the meta device, say
                 continue
             turns = turns_of(len(rows), device)
-            self.cohorts += [
-                Cohort(self.optimizer, self._twin, rows[k::turns], self._samples, self._rng, self._window, turns)
-                for k in range(turns)
-            ]
+            own = DeviceRows(self.optimizer, self._twin, rows, self._samples, self._rng, self._window, turns)
+            self.of_device.append(own)
+            self._home |= dict.fromkeys(own.cohorts, own)
+            self.cohorts += own.cohorts
         self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))
 
     @property
@@ -170,7 +170,7 @@ class Watched:
         is_new = len(self.optimizer.param_groups) != len(self._sizes)
         return self._rates.note(self.optimizer.param_groups) or is_new
 
-    def before(self, is_replayed: bool = False) -> tuple[Cohort, Snapshot] | None:
+    def before(self, is_replayed: bool = False) -> Measured | None:
         """Measure the cohort whose turn it is, just before the rule runs.
 
         `is_replayed`: in a CUDA graph, which makes the gradients too; they are read in `after`.
@@ -198,22 +198,19 @@ class Watched:
             return None
         cohort, group = self._order.next(self.turns - len(self.cohorts))
         try:
-            self._measured = None if cohort is None else (cohort, cohort.before(group))
+            self._measured = None if cohort is None else self._home[cohort].before(cohort, group)
         except Exception as error:
             self._leave_out(error)
         return self._measured
 
-    def after(self, measured: tuple[Cohort, Snapshot] | None) -> None:
+    def after(self, measured: Measured | None) -> None:
         """Add the step, just after the rule has run."""
         if measured is not None and measured is self._measured:  # else the window was closed within the step
             cohort, snapshot = measured
             if self._is_replayed:
                 cohort.take_gradients(snapshot)
             try:
-                can_wait = cohort.after(snapshot)
-                self._waiting.append(measured)
-                if not can_wait or len(self._waiting) == _WAITING:
-                    self._add_waiting()
+                self._home[cohort].after(measured)
             except Exception as error:
                 self._leave_out(error)
         self._measured = None
@@ -260,12 +257,7 @@ class Watched:
     @property
     def is_waiting(self) -> bool:
         """Whether measured steps are still to be added."""
-        return bool(self._waiting)
-
-    def _add_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for cohort, snapshot in waiting:
-            cohort.add(snapshot)
+        return any(own.is_waiting for own in self.of_device)
 
     # --- at the end of a window --------------------------------------------------------------------
 
@@ -275,19 +267,22 @@ class Watched:
         others: list[TensorEvidence] = []
         in_cohort: set[int] = set()
         window = WindowFacts(self.optimizer, self._group_facts(), self._twin_error)
-        self._add_waiting()
         self._measured = None
-        for cohort in self.cohorts:
-            if cohort.steps == 0:
+        for own in self.of_device:
+            own.add()
+            if not any(cohort.steps for cohort in own.cohorts):
                 continue
-            facts = window.facts_of(cohort)
-            in_cohort.update(id(row) for row in cohort.rows)
-            states, steps = tuple(cohort.states), cohort.counted_steps(self._order.group_steps)
-            transfer = batch.add_later(cohort.device, cohort.packing(self.window_steps))
-            own = self.index, self.part
-            where = cohort.sums.layout, steps, self.window_steps, own, cohort.suspect
-            cohorts.append(CohortWindow(transfer, facts, states, *where))
-            cohort.open_window()
+            transfer = batch.add_later(own.device, own.packing(self.window_steps))
+            sums = SumsWindow(transfer, own.sums.layout(own.parts))
+            for cohort in own.cohorts:
+                if not cohort.steps:
+                    continue
+                facts = window.facts_of(cohort)
+                in_cohort.update(id(row) for row in cohort.rows)
+                states, steps = tuple(cohort.states), cohort.counted_steps(self._order.group_steps)
+                where = self.window_steps, (self.index, self.part), cohort.place, cohort.suspect
+                cohorts.append(CohortWindow(sums, facts, states, steps, *where))
+            own.open_window()
         for row in self.rows:
             if id(row) not in in_cohort:
                 others.append(window.identity(row))

@@ -48,17 +48,34 @@ class RowFacts:
 
 
 @dataclasses.dataclass(frozen=True)
+class SumsWindow:
+    """The sums of a closed window, of all cohorts of an optimizer on one device, on their way to the background thread."""
+
+    transfer: Transfer | Part | Later
+    layout: Layout
+
+    @functools.cached_property
+    def sums(self) -> WindowSums:
+        """Waits for the device."""
+        return WindowSums.unpack(self.transfer.wait(), self.layout)
+
+
+@dataclasses.dataclass(frozen=True)
 class CohortWindow:
     """A cohort's closed window on its way to the background thread."""
 
-    transfer: Transfer | Part | Later
+    of_all: SumsWindow
     facts: Callable[[], tuple[RowFacts, ...]]  # thousands of objects: made on the background thread
     states: tuple[str, ...]
-    layout: Layout
     steps: Steps
     window_steps: int
     optimizer: tuple[int, int]  # cohorts of one optimizer are measured in steps of one window
+    place: slice  # of its rows among those of the sums
     suspect: Callable[[frozenset[int]], None] | None = None  # told the rows whose whole gradients are to be looked at
+
+    def sums(self) -> WindowSums:
+        """Its own. Waits for the device."""
+        return self.of_all.sums.of(self.place, len(self.steps.parts_Pn))
 
     @functools.cached_property
     def rows(self) -> tuple[RowFacts, ...]:
@@ -91,7 +108,7 @@ def read(window: Window) -> WindowEvidence:
     """Wait for the device and make the evidence. Runs on the background thread."""
     skipped = max((int(t.wait()[0]) for t in window.skipped), default=0)
     tensors = list(window.others)
-    sums = [WindowSums.unpack(cohort.transfer.wait(), cohort.layout) for cohort in window.cohorts]
+    sums = [cohort.sums() for cohort in window.cohorts]
     for cohort, own, missed in zip(window.cohorts, sums, _unseen(window.cohorts, sums), strict=True):
         tensors += _tensors(own, cohort, missed, skipped)
         if cohort.suspect is not None:

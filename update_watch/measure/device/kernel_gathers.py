@@ -10,6 +10,7 @@ import contextlib
 import logging
 import random
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,15 +28,17 @@ logger = logging.getLogger("update_watch")
 _verified: set[torch.device] = set()
 
 
-def gathers_of(optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random) -> Gathers:
-    """Gathers of the fastest kind that reads these rows."""
+def gathers_of(
+    optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, beside: Sequence[Row] = ()
+) -> Gathers:
+    """Gathers of the fastest kind that reads these rows. `beside`: see `Gathers`."""
     device = local(rows[0].param).device
     is_plain = all(type(row.sampler) is Sampler and row.param.dtype is not torch.float64 for row in rows)
     if not is_plain or not multi_gather.is_available(device):
-        return Gathers(optimizer, rows, samples, rng)
+        return Gathers(optimizer, rows, samples, rng, beside)
     state = rng.getstate()
     try:
-        gathers = KernelGathers(optimizer, rows, samples, rng)
+        gathers = KernelGathers(optimizer, rows, samples, rng, beside)
         if device not in _verified and not gathers.agrees():
             raise RuntimeError("it does not read what torch reads")
         _verified.add(device)
@@ -47,7 +50,7 @@ def gathers_of(optimizer: Optimizer, rows: list[Row], samples: int, rng: random.
             with contextlib.suppress(Warning):  # where filters turn warnings into errors
                 warnings.warn(message, stacklevel=2)
         rng.setstate(state)
-        return Gathers(optimizer, rows, samples, rng)
+        return Gathers(optimizer, rows, samples, rng, beside)
 
 
 def reads(device: torch.device, dtypes: set[torch.dtype]) -> bool:
@@ -58,9 +61,11 @@ def reads(device: torch.device, dtypes: set[torch.dtype]) -> bool:
 class KernelGathers(Gathers):
     """Reads rows of one optimizer on one device by one launch for all of them, in FP32."""
 
-    def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random) -> None:
+    def __init__(
+        self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, beside: Sequence[Row] = ()
+    ) -> None:
         self._shares = (0, 0)
-        super().__init__(optimizer, rows, samples, rng)
+        super().__init__(optimizer, rows, samples, rng, beside)
         shards = [local(row.param) for row in rows]
         self._multi = multi_gather.MultiGather(
             [shard.numel() for shard in shards],
@@ -76,6 +81,7 @@ class KernelGathers(Gathers):
         turn, agrees = self._turn, True
         for _ in range(2):
             self.move()
+            self._shares = min(self._shares), max(self._shares)  # as torch's views are
             views = [self._placed(i).view(local(row.param)) for i, row in enumerate(self.rows)]
             agrees &= multi_gather.equals(self.after(None), pack_views(views, self.samplers).to(torch.float32))
         self._turn = turn
@@ -89,9 +95,8 @@ class KernelGathers(Gathers):
         self._shares = (share(self._phase, self._kept_turn),) * 2
 
     def _place(self) -> bool:
-        kept, moving = share(self._phase, self._kept_turn), share(self._phase, self._turn)
-        self._shares = min(kept, moving), max(kept, moving)
-        return moving < kept
+        self._shares = share(self._phase, self._kept_turn), share(self._phase, self._turn)
+        return False  # it reads the kept set first, wherever that is
 
     def _placed(self, i: int) -> Sampler:
         self.samplers[i].place(*self._shares)
@@ -114,12 +119,14 @@ class KernelGathers(Gathers):
 
     def samples_of(self, i: int, tensor: Tensor, moving_first: bool) -> Tensor:
         """[K]: the samples of one row in a tensor laid out like it, as `widened`."""
-        self._placed(i)
-        return super().samples_of(i, tensor, moving_first)
+        return self._read(i, tensor).to(self.dtype)
 
     def _read(self, i: int, tensor: Tensor) -> Tensor:
         sampler = self._placed(i)
-        return pack_views([sampler.view(tensor)], [sampler])[0]
+        values_K = pack_views([sampler.view(tensor)], [sampler])[0]
+        kept, moving = self._shares
+        is_turned = moving < kept and not sampler.is_whole
+        return values_K.view(2, -1).flip(0).view(-1) if is_turned else values_K
 
     def _views(self, tensors: list[Tensor | None]) -> list[Tensor]:
         """The tensors themselves; None reads zeros."""

@@ -1,8 +1,12 @@
 """Sums over steps and samples, kept on the device; ratios are made of them on the host, once a window (`window_sums`).
 
-Legend: S optimizer states, n rows (parameters), K samples per row, F sums per row, P parts of a window, G groups of steps.
-`before`, `intended`, `applied` as defined in docs/definitions.md: what was stored, what an FP32 accumulator would have
-added, what the stored value moved by. Samples are the kept set's, then the moving set's, or those of a tensor read whole.
+Steps are added some at a time: R rows lie side by side, those of one step (a slot) next to each other, so that the number of
+operators does not grow with the steps that waited. All that leaves the device lies in one vector from the start (`layout`).
+
+Legend: S optimizer states, n rows (parameters), R rows of the steps that are added, K samples per row, F sums per row,
+P parts of a window, G groups of steps. `before`, `intended`, `applied` as defined in docs/definitions.md: what was stored,
+what an FP32 accumulator would have added, what the stored value moved by. Samples are the kept set's, then the moving set's,
+or those of a tensor read whole.
 
 Sums are FP64, so squares of gradients near 1e-20 beside others near 1 need no scale (FP32 where the device has no FP64).
 Of sampled rows the moving set is summed: the kept set's elements are the same in all steps of the window, and would outweigh
@@ -10,6 +14,9 @@ all others. What they were meant to move by is added up element by element: that
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +30,13 @@ from update_watch.measure.sums.layout import (
     GRADIENT,
     GROUPS,
     LOST,
-    MOVED,
     NONZERO,
     PARTS,
     SQUARE,
+    STATE_LOST,
     STATE_SUMS,
+    STATE_WANT,
+    STATE_WANTED,
     WANT,
     WANTED,
     F,
@@ -35,11 +44,35 @@ from update_watch.measure.sums.layout import (
 )
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
 
-_THIN = 4  # of the states every so manieth sample is kept on the way, to hold little between steps
+THIN = 4  # of the states every so manieth sample is kept on the way, to hold little between steps
+
+
+class Slot(NamedTuple):
+    """One step among those that are added together, or neighbours that go to the same place."""
+
+    rows: slice  # of the sums, that were measured in it
+    start: int  # of these rows among the R
+    part: int  # of the window
+    group: int  # of neighbouring steps of the window
+    steps: int = 1
+
+    @property
+    def stop(self) -> int:
+        """The end of its rows among the R."""
+        rows: int = self.rows.stop - self.rows.start
+        return self.start + self.steps * rows
+
+
+class Look(NamedTuple):
+    """Neighbouring rows of the R whose headroom is counted."""
+
+    rows: slice
+    format: Format
+    octaves: float  # by which the learning rate is above that of the window's first look
 
 
 class DeviceSums:
-    """Sums of one group of rows over one window. `add` runs on the device, `pack` ends the window.
+    """Sums of all rows of an optimizer on one device over one window. `add` runs on the device, `packing` ends the window.
 
     `are_whole`: all rows are read whole; `whole_n1` [n, 1]: those that are, where only some are. `has_clusters`: elements of
     rows read whole are added up one by one, since their steps are not independent. `has_way`: what the kept samples moved
@@ -57,280 +90,243 @@ class DeviceSums:
         has_clusters: bool = False,
         has_way: bool = True,
     ) -> None:
-        self.steps = 0
         self.states, self.rows, self.samples, self.device = states, rows, samples, device
-        self.are_whole, self._whole_n1 = are_whole, whole_n1
-        self.steps_per_part = 1  # doubles when the parts are full
+        self.are_whole, self.whole_n1, self.has_clusters = are_whole, whole_n1, has_clusters
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        zeros = self._zeros
-        self._parts_PFn = zeros(PARTS, F, rows)
-        self._states_FSn = zeros(STATE_SUMS, states, rows)
-        self._full_n = zeros(rows)  # samples looked at in full steps
-        self._gradient_max_n = zeros(rows)  # squared
-        self._touched_n = zeros(rows)  # looks at whole gradients that found something other than 0
-        self._headroom_2nB = torch.zeros(2, rows, HEADROOM_BINS, device=device)
-        self._movement_nB = zeros(rows, HEADROOM_BINS)
-        self._what_if_2n = torch.zeros(2, rows, device=device)
-        self.decay_5n = torch.zeros(5, rows, device=device)  # see decay.decay_sums
+        layout = self.layout(PARTS)
+        spans = layout.spans()
+        self.vector = torch.zeros(spans["parts_PFn"].stop, dtype=self.dtype, device=device)
+        self.views = {name: self.vector[spans[name]].view(shape) for name, shape in layout.shapes().items()}
+        self._parts_PFn, self._states_FSn = self.views["parts_PFn"], self.views["states_FSn"]
+        self._single_G2n, self._gradient_max_n = self.views["single_G2n"], self.views["gradient_max_n"]
+        self.decay_5n = self.views["decay_5n"]  # see decay.decay_sums
+        both = slice(spans["headroom_2nB"].start, spans["movement_nB"].stop)
+        self._histograms_3nB = self.vector[both].view(3, rows, HEADROOM_BINS)
         # the way: sums of what was applied and intended, in groups of steps; of single steps the sums of both products
         kept = samples if are_whole or whole_n1 is not None else samples // 2
-        self._kept = kept = kept if has_way else 0
-        self._applied_GnK = torch.zeros(GROUPS, rows, kept, device=device)
-        self._intended_GnK = torch.zeros(GROUPS, rows, kept, device=device)
-        self._single_G2n = zeros(GROUPS, 2, rows)
-        self._state_way_2SnK = torch.zeros(2, states, rows, len(range(0, kept, _THIN)), device=device)
-        self._elements_2nK = zeros(2, rows, samples) if has_clusters else None  # dot, want
-        self._both_3n = zeros(3, rows) if has_clusters else None  # dot^2, dot want, want^2 of single elements and steps
+        self.kept = kept = kept if has_way else 0
+        self.way_G2nK = torch.zeros(GROUPS, 2, rows, kept, device=device)
+        self.state_way_2SnK = torch.zeros(2, states, rows, len(range(0, kept, THIN)), device=device)
+        self.elements_2nK = (  # dot, want of rows read whole
+            torch.zeros(2, rows, samples, dtype=self.dtype, device=device) if has_clusters else None
+        )
 
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(*shape, dtype=self.dtype, device=self.device)
+    def layout(self, parts: int) -> Layout:
+        """How the vector orders its numbers, of so many parts."""
+        return Layout(parts, self.states, self.rows, self.has_clusters)
 
-    def next_part(self) -> int:
-        """Which part of the window the step that is added next belongs to. Merges parts when they are full."""
-        part = self.steps // self.steps_per_part
-        if part == PARTS:
-            half = PARTS // 2
-            self._parts_PFn[:half].copy_(self._parts_PFn.view(half, 2, F, self.rows).sum(1))
-            self._parts_PFn[half:].zero_()
-            self.steps_per_part *= 2
-            part = half
-        return part
+    def merge_parts(self, rows: slice) -> None:
+        """Make two parts of some rows one, all of which are in use; the second half is free then."""
+        half = PARTS // 2
+        parts_PFn = self._parts_PFn[..., rows]
+        merged_PFn = torch.unflatten(parts_PFn, 0, (half, 2)).sum(1)
+        parts_PFn[:half].copy_(merged_PFn)
+        parts_PFn[half:].zero_()
 
     def add(
         self,
-        before_AnK: Tensor,
-        intended_AnK: Tensor,
-        after_AnK: Tensor,
-        gradient_nK: Tensor,
-        mask_nK: Tensor | None,
-        weights_n2J: Tensor | None,
-        group: int = 0,
+        before_ARK: Tensor,
+        intended_ARK: Tensor,
+        after_RK: Tensor,
+        states_SRK: Tensor | None,
+        gradient_RK: Tensor,
+        mask_RK: Tensor | None,
+        weights_R2J: Tensor | None,
+        slots: Sequence[Slot],
+        looks: Sequence[Look] = (),
+        looked: Sequence[Slot] = (),
+        whole_R1: Tensor | None = None,
     ) -> None:
-        """Add one step, of a group of neighbouring steps.
+        """Add some steps.
 
-        A is 1, or 1 + S in a full step, in which the states count too. `intended_AnK` is the replayed value; it is
-        overwritten with the intended update, `after_AnK` with anything. `gradient_nK`: squared, in `dtype`. `mask` is 0 for
-        padding and for rows that took no part in this step. `weights` of samples, see `PositionWeights`; None: 1. No host
-        read, no copy between devices.
+        `intended` is the replayed value. `states`: what was stored of the states, of the first of the rows; those steps are
+        compared in full. `mask` is 0 for padding and for rows that took no part in their step. `weights` of samples, see
+        `PositionWeights`; None: 1. `looks`: rows whose headroom is counted, which are those of the steps `looked`. `whole`
+        [R, 1]: rows that are read whole, where only some are. No host read, no copy between devices.
         """
-        part = self.next_part()
-        intended_AnK.sub_(before_AnK)
-        applied_AnK = after_AnK.sub_(before_AnK)
-        if mask_nK is not None:
+        values_4RK = torch.empty(4, *after_RK.shape, dtype=self.dtype, device=self.device)
+        torch.sub(intended_ARK[0], before_ARK[0], out=values_4RK[0])
+        torch.sub(after_RK, before_ARK[0], out=values_4RK[1])
+        values_4RK[2].copy_(gradient_RK)
+        values_4RK[3].copy_(before_ARK[0])
+        valid_RK = None
+        if mask_RK is not None:
             # where, not multiplication: a row that took no part may hold anything
-            valid_nK, zero = mask_nK > 0, intended_AnK.new_zeros(())
-            intended_AnK = torch.where(valid_nK, intended_AnK, zero)
-            applied_AnK = torch.where(valid_nK, applied_AnK, zero)
-            before_AnK = torch.where(valid_nK, before_AnK, zero)
-            gradient_nK = torch.where(valid_nK, gradient_nK, gradient_nK.new_zeros(()))
-        if self._kept:
-            self._applied_GnK[group].add_(applied_AnK[0, :, : self._kept])
-            self._intended_GnK[group].add_(intended_AnK[0, :, : self._kept])
-        w, d, a = (x[0].to(self.dtype) for x in (before_AnK, intended_AnK, applied_AnK))
-        products = torch.zeros(F, *d.shape, dtype=self.dtype, device=self.device)
-        torch.mul(a, d, out=products[DOT])
-        torch.mul(d, d, out=products[WANT])
-        torch.ne(d, 0, out=products[WANTED])
-        torch.mul(a, a, out=products[MOVED])
-        torch.ne(a, 0, out=products[CHANGED])
-        torch.gt(products[WANTED], products[CHANGED], out=products[LOST])
-        torch.mul(w, w, out=products[BEFORE])
-        products[GRADIENT].copy_(gradient_nK)
-        torch.ne(gradient_nK, 0, out=products[NONZERO])
-        if mask_nK is None:
-            products[COUNT].fill_(1.0)
+            valid_RK = mask_RK > 0
+            values_4RK = torch.where(valid_RK, values_4RK, 0.0)
+        products_FRK = torch.empty(F, *after_RK.shape, dtype=self.dtype, device=self.device)
+        torch.mul(values_4RK[0], values_4RK[1], out=products_FRK[DOT])
+        torch.mul(values_4RK, values_4RK, out=products_FRK[WANT : BEFORE + 1])
+        torch.ne(values_4RK[:3], 0, out=products_FRK[WANTED : NONZERO + 1])
+        torch.gt(products_FRK[WANTED], products_FRK[CHANGED], out=products_FRK[LOST])
+        if valid_RK is None:
+            products_FRK[COUNT].fill_(1.0)
         else:
-            products[COUNT].copy_(mask_nK)
-        torch.maximum(self._gradient_max_n, gradient_nK.amax(-1), out=self._gradient_max_n)
-        if self._elements_2nK is not None and self._both_3n is not None:
-            dot, want = products[DOT], products[WANT]
-            self._elements_2nK.add_(products[: WANT + 1])
-            self._both_3n.add_(torch.stack([dot * dot, dot * want, want * want]).sum(-1))
-        counted_Fn, single_2n = self._reduced(products, weights_n2J)
-        self._parts_PFn[part].add_(counted_Fn)
-        if self._kept:
-            self._single_G2n[group].add_(single_2n)
-        if len(intended_AnK) > 1:
-            self._add_states(before_AnK[1:], intended_AnK[1:], applied_AnK[1:], weights_n2J)
-            self._full_n.add_(counted_Fn[COUNT])
-        self.steps += 1
+            products_FRK[COUNT].copy_(valid_RK)
+        largest_R = products_FRK[GRADIENT].amax(-1)
+        if self.elements_2nK is not None:
+            self._add_elements(products_FRK[: WANT + 1], slots)
+        counted_FR, kept_FR = self._reduced(products_FRK, weights_R2J, whole_R1)
+        for slot in _merged(slots, lambda slot: slot.part):
+            self._parts_PFn[slot.part][:, slot.rows].add_(_total(counted_FR, slot))
+        for slot in _merged(slots, lambda slot: slot.group):
+            if self.kept:
+                self.way_G2nK[slot.group][:, slot.rows].add_(_total(values_4RK[:2, :, : self.kept], slot, 1))
+                self._single_G2n[slot.group][:, slot.rows].add_(_total(kept_FR[: WANT + 1], slot))
+        for slot in _merged(slots):
+            largest_n, here_Tn = self._gradient_max_n[slot.rows], _piece(largest_R, slot)
+            torch.maximum(largest_n, here_Tn[0] if slot.steps == 1 else here_Tn.amax(0), out=largest_n)
+        if states_SRK is not None:
+            full = slice(states_SRK.shape[1])
+            slots = _merged([slot for slot in slots if slot.stop <= full.stop])
+            for slot in slots:
+                self.views["full_n"][slot.rows].add_(_total(counted_FR[COUNT], slot))
+            self._add_states(
+                before_ARK[1:, full],
+                intended_ARK[1:, full],
+                states_SRK,
+                None if valid_RK is None else valid_RK[full],
+                None if weights_R2J is None else weights_R2J[full],
+                None if whole_R1 is None else whole_R1[full],
+                slots,
+            )
+        if looks:
+            self._add_headroom(before_ARK[0], values_4RK[0], weights_R2J, looks, looked)
 
-    def _reduced(self, products_FnK: Tensor, weights_n2J: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[F, n] sums over what is counted, [2, n] of the first two over what is kept.
+    def _reduced(
+        self, products_FRK: Tensor, weights_R2J: Tensor | None, whole_R1: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """[F, R] sums over what is counted, and over what is kept.
 
         Of the weight, SQUARE is taken here: its place among the products holds anything.
         """
-        has_square = len(products_FnK) == F
-        if weights_n2J is None:
+        has_square = len(products_FRK) == F
+        if weights_R2J is None:
             if has_square:
-                torch.mul(products_FnK[WANT], products_FnK[WANT], out=products_FnK[SQUARE])
-            sums_Fn = products_FnK.sum(-1)
-            return sums_Fn, sums_Fn[: WANT + 1]
-        cells_Fn2J = products_FnK.view(len(products_FnK), *weights_n2J.shape, -1).sum(-1).mul_(weights_n2J)
+                torch.mul(products_FRK[WANT], products_FRK[WANT], out=products_FRK[SQUARE])
+            sums_FR = products_FRK.sum(-1)
+            return sums_FR, sums_FR
+        cells_FR2J = products_FRK.view(len(products_FRK), *weights_R2J.shape, -1).sum(-1).mul_(weights_R2J)
         if has_square:
-            torch.mul(cells_Fn2J[WANT], cells_Fn2J[WANT], out=cells_Fn2J[SQUARE])
-        kept_Fn, moving_Fn = cells_Fn2J.sum(-1).unbind(-1)
-        if self._whole_n1 is None:
-            return moving_Fn, kept_Fn[: WANT + 1]
-        whole_n = self._whole_n1.squeeze(-1).to(self.dtype)
-        return moving_Fn + kept_Fn * whole_n, kept_Fn[: WANT + 1] + moving_Fn[: WANT + 1] * whole_n
+            torch.mul(cells_FR2J[WANT], cells_FR2J[WANT], out=cells_FR2J[SQUARE])
+        kept_FR, moving_FR = cells_FR2J.sum(-1).unbind(-1)
+        if whole_R1 is None:
+            return moving_FR, kept_FR
+        whole_R = whole_R1.squeeze(-1).to(self.dtype)
+        return torch.addcmul(moving_FR, kept_FR, whole_R), torch.addcmul(kept_FR, moving_FR, whole_R)
+
+    def _add_elements(self, products_2RK: Tensor, slots: Sequence[Slot]) -> None:
+        """What single elements of rows read whole have got, and the squares of single elements and steps."""
+        assert self.elements_2nK is not None
+        dot_RK, want_RK = products_2RK
+        squares_3R = torch.stack([dot_RK * dot_RK, dot_RK * want_RK, want_RK * want_RK]).sum(-1)
+        for slot in _merged(slots):
+            self.elements_2nK[:, slot.rows].add_(_total(products_2RK, slot, 1))
+            self.views["both_3n"][:, slot.rows].add_(_total(squares_3R, slot))
 
     def _add_states(
-        self, before_SnK: Tensor, intended_SnK: Tensor, applied_SnK: Tensor, weights_n2J: Tensor | None
+        self,
+        before_SRK: Tensor,
+        intended_SRK: Tensor,
+        after_SRK: Tensor,
+        valid_RK: Tensor | None,
+        weights_R2J: Tensor | None,
+        whole_R1: Tensor | None,
+        slots: Sequence[Slot],
     ) -> None:
-        if self._kept:
-            self._state_way_2SnK[0].add_(applied_SnK[..., : self._kept : _THIN])
-            self._state_way_2SnK[1].add_(intended_SnK[..., : self._kept : _THIN])
-        d, a = intended_SnK.to(self.dtype), applied_SnK.to(self.dtype)
-        products = torch.empty(STATE_SUMS, *d.shape, dtype=self.dtype, device=self.device)
+        moved_2SRK = torch.stack([after_SRK, intended_SRK]).sub_(before_SRK)
+        if valid_RK is not None:
+            moved_2SRK = torch.where(valid_RK, moved_2SRK, 0.0)
+        for slot in slots if self.kept else ():
+            self.state_way_2SnK[:, :, slot.rows].add_(_total(moved_2SRK[..., : self.kept : THIN], slot, 2))
+        wide_2SRK = moved_2SRK.to(self.dtype)
+        products = torch.empty(STATE_SUMS, *wide_2SRK.shape[1:], dtype=self.dtype, device=self.device)
         half = STATE_SUMS // 2
-        dot, want, wanted, lost = products[:half].unbind(0)
-        torch.mul(a, d, out=dot)
-        torch.mul(d, d, out=want)
-        torch.ne(d, 0, out=wanted)
-        torch.gt(wanted, a.ne(0).to(self.dtype), out=lost)
+        torch.mul(wide_2SRK, wide_2SRK[1], out=products[: STATE_WANT + 1])
+        torch.ne(wide_2SRK, 0, out=products[STATE_LOST : STATE_WANTED + 1])
+        torch.gt(products[STATE_WANTED], products[STATE_LOST], out=products[STATE_LOST])
         # the same again of what moves towards zero
-        falling = (before_SnK.sign() * d.sign() < 0).to(self.dtype)
-        torch.mul(products[:half], falling, out=products[half:])
-        sums_Fn = self._reduced(products.view(-1, self.rows, self.samples), weights_n2J)[0]
-        self._states_FSn.add_(sums_Fn.view(STATE_SUMS, self.states, self.rows))
+        falling_SRK = (wide_2SRK[1] * before_SRK) < 0
+        torch.mul(products[:half], falling_SRK, out=products[half:])
+        sums_FR = self._reduced(products.view(-1, *products.shape[2:]), weights_R2J, whole_R1)[0]
+        sums_FSR = sums_FR.view(STATE_SUMS, self.states, -1)
+        for slot in slots:
+            self._states_FSn[..., slot.rows].add_(_total(sums_FSR, slot))
 
     def add_gradient(self, row: int, grad: Tensor) -> None:
         """Look at the whole gradient of a row of which all samples were 0."""
-        self._touched_n[row].add_(grad.any())
+        self.views["touched_n"][row].add_(grad.any())
 
-    def add_headroom(
+    def _add_headroom(
         self,
-        before_nK: Tensor,
-        intended_nK: Tensor,
-        weights_n2J: Tensor | None,
-        rows: slice,
-        fmt: Format,
-        octaves: float,
+        before_RK: Tensor,
+        intended_RK: Tensor,
+        weights_R2J: Tensor | None,
+        looks: Sequence[Look],
+        slots: Sequence[Slot],
     ) -> None:
-        """Count the rows' headroom log2(|intended| / half gap) in one-octave bins; zero updates are not counted.
+        """Count headroom log2(|intended| / half gap) in one-octave bins; zero updates are not counted.
 
-        `before`, `intended`: FP32. Counted again with `octaves` less: by so much the learning rate is above that of the
-        window's first look; so is the movement, intended^2, added up. For formats finer than BF16, count too how many updates a BF16 weight would lose.
+        Counted again at the learning rate of the window's first look; so is the movement, intended^2, added up. For formats
+        finer than BF16, count too how many updates a BF16 weight would lose.
         """
-        d, w = intended_nK[rows], before_nK[rows]
-        # 1e-38: a zero update (weight 0 below) must not make log2 complain
-        headroom = d.abs().clamp_min(1e-38).log2() - fmt.half_gap(w, d).log2()
-        wanted = d.ne(0).to(torch.float32)
-        for histogram_nB, shift in zip(self._headroom_2nB, (0.0, octaves), strict=True):
-            octave = (headroom - (shift + HEADROOM_LOW)).floor_()
-            # NaN cannot be an index; those rows are reported as broken from their sums
-            index = octave.nan_to_num_(0.0).clamp_(0, HEADROOM_BINS - 1).to(torch.int64)
-            histogram_nB[rows].scatter_add_(1, index, wanted)
-        energy = d.to(self.dtype).square().mul_(4.0**-octaves)
-        if weights_n2J is not None:
-            weights = weights_n2J[rows].flatten(1)
-            energy = (energy.view(*weights.shape, -1) * weights.unsqueeze(-1)).flatten(1)
-        self._movement_nB[rows].scatter_add_(1, index, energy)  # by the headroom at the first look's rate
-        if fmt.mantissa_bits > BF16.mantissa_bits:
-            lost = BF16.absorbs(BF16.round(w), d).to(torch.float32).mul_(wanted)
-            self._what_if_2n[:, rows].add_(torch.stack([lost.sum(-1), wanted.sum(-1)]))
-
-    # --- at the end of a window --------------------------------------------------------------------
-
-    @property
-    def layout(self) -> Layout:
-        """How `pack` orders its numbers."""
-        parts = -(-self.steps // self.steps_per_part)
-        return Layout(parts, self.states, self.rows, self._both_3n is not None)
-
-    def pack(
-        self,
-        stored_nK: Tensor | None,
-        kept_weights_nJ: Tensor | None,
-        formats: list[tuple[slice, Format]],
-        scale: float = 1.0,
-    ) -> Tensor:
-        """All sums in one FP32 vector on the device; `window_sums.WindowSums` reads it on the host.
-
-        `stored_nK`: the kept samples' last values, FP32, to tell which summed updates exceed half a gap; `scale`: the
-        window's steps by those that were measured. `kept_weights`: of the kept set; None: 1.
-        """
-        weights_nK = self._kept_weights(kept_weights_nJ)
-        applied_GnK = self._applied_GnK.to(self.dtype)
-        intended_GnK = self._intended_GnK.to(self.dtype)
-        weighted_GnK = intended_GnK if weights_nK is None else intended_GnK * weights_nK
-        total_nK = self._intended_GnK.sum(0)
-        evidence_n = self._zeros(self.rows)
-        if stored_nK is not None:
-            for rows, fmt in formats:
-                far_nK = total_nK[rows] * scale
-                reached = far_nK.abs() >= fmt.half_gap(stored_nK[rows], far_nK)
-                evidence_n[rows] = (reached & far_nK.ne(0)).sum(-1).to(self.dtype)
-        # the vector is FP32, the sums are not: squares are sent in units of their own
-        parts_PFn = self._parts_PFn[: self.layout.parts].clone()
-        energy_n = _unit(torch.maximum(parts_PFn[:, WANT], parts_PFn[:, MOVED]).amax(0))
-        before_n, gradient_n = _unit(parts_PFn[:, BEFORE].amax(0)), _unit(self._gradient_max_n)
-        for i in (DOT, WANT, MOVED):  # a list as an index would be copied from the host
-            parts_PFn[:, i] /= energy_n
-        parts_PFn[:, BEFORE] /= before_n
-        parts_PFn[:, GRADIENT] /= gradient_n
-        parts_PFn[:, SQUARE] /= energy_n.square()
-        states_FSn, state_way_2Sn = self._states_FSn.clone(), _state_displacement(self._state_way_2SnK.to(self.dtype))
-        state_Sn, way_Sn = _unit(states_FSn[WANT]), _unit(state_way_2Sn.amax(0))
-        for i in (DOT, WANT):
-            states_FSn[i :: STATE_SUMS // 2] /= state_Sn
-        cells_3n = self._cells(weighted_GnK.sum(0), applied_GnK.sum(0), total_nK.to(self.dtype), kept_weights_nJ)
-        parts = [
-            parts_PFn,
-            states_FSn,
-            self._full_n,
-            self._gradient_max_n / gradient_n,
-            self._touched_n,
-            self._headroom_2nB,
-            self._movement_nB / _unit(self._movement_nB.amax(-1, keepdim=True)),
-            self._what_if_2n,
-            self.decay_5n,
-            torch.stack([(weighted_GnK * other_nK).sum(-1) for other_nK in applied_GnK]) / energy_n,
-            torch.stack([(weighted_GnK * other_nK).sum(-1) for other_nK in intended_GnK]) / energy_n,
-            self._single_G2n / energy_n,
-            cells_3n / energy_n.square(),
-            evidence_n,
-            state_way_2Sn / way_Sn,
-            torch.stack([energy_n, before_n, gradient_n]).sqrt(),
-            torch.stack([state_Sn, way_Sn]).sqrt(),
-        ]
-        if self._elements_2nK is not None and self._both_3n is not None:
-            dot, want = self._elements_2nK
-            elements_3n = torch.stack([dot * dot, dot * want, want * want]).sum(-1)
-            parts += [elements_3n / energy_n.square(), self._both_3n / energy_n.square()]
-        return torch.cat([part.reshape(-1).to(torch.float32) for part in parts])
-
-    def _kept_weights(self, weights_nJ: Tensor | None) -> Tensor | None:
-        """[n, K] of the kept samples."""
-        if weights_nJ is None or not self._kept:
-            return None
-        both = 1 if self._whole_n1 is None else 2  # of rows read whole both halves are kept
-        cells = weights_nJ.repeat(1, both)
-        kept = self._kept
-        weights_nK = cells.unsqueeze(-1).expand(*cells.shape, kept // cells.shape[1]).reshape(self.rows, kept)
-        if self._whole_n1 is not None:
-            weights_nK = weights_nK.clone()
-            # the moving half of rows that are sampled is at other positions in every step
-            weights_nK[:, kept // 2 :].mul_(self._whole_n1.to(weights_nK.dtype))
-        return weights_nK
-
-    def _cells(self, weighted_nK: Tensor, applied_nK: Tensor, intended_nK: Tensor, weights_nJ: Tensor | None) -> Tensor:
-        """[3, n]: sums over cells of neighbours of x^2, x y, y^2, x their <applied, intended> and y their |intended|^2."""
-        if not self._kept:
-            return self._zeros(3, self.rows)
-        cells = weights_nJ.shape[1] * (1 if self._whole_n1 is None else 2) if weights_nJ is not None else self.samples
-        x = (weighted_nK * applied_nK).view(self.rows, cells, -1).sum(-1)
-        y = (weighted_nK * intended_nK).view(self.rows, cells, -1).sum(-1)
-        return torch.stack([x * x, x * y, y * y]).sum(-1)
+        first, last = slots[0].start, slots[-1].stop
+        found_3RB = torch.zeros(3, last - first, HEADROOM_BINS, dtype=self.dtype, device=self.device)
+        what_if_2R: Tensor | None = None
+        for rows, fmt, octaves in looks:
+            wide, w = intended_RK[rows], before_RK[rows].float()
+            d = wide.float()
+            inside = slice(rows.start - first, rows.stop - first)
+            # 1e-38: a zero update (weight 0 below) must not make log2 complain
+            headroom = d.abs().clamp_min_(1e-38).log2_().sub_(fmt.half_gap(w, d).log2_())
+            index_2RK = [_bin(headroom, 0.0)] * 2 if octaves == 0.0 else [_bin(headroom, 0.0), _bin(headroom, octaves)]
+            wanted = wide.ne(0).to(self.dtype)
+            energy = wide.square().mul_(4.0**-octaves)
+            if weights_R2J is not None:
+                cells = weights_R2J[rows].flatten(1)
+                energy = energy.view(*cells.shape, -1).mul_(cells.unsqueeze(-1)).flatten(1)
+            for k, (index, counted) in enumerate(
+                # by the headroom at the first look's rate
+                ((index_2RK[0], wanted), (index_2RK[1], wanted), (index_2RK[1], energy))
+            ):
+                found_3RB[k, inside].scatter_add_(1, index, counted)
+            if fmt.mantissa_bits > BF16.mantissa_bits:
+                if what_if_2R is None:
+                    what_if_2R = torch.zeros(2, last - first, dtype=self.dtype, device=self.device)
+                lost = BF16.absorbs(BF16.round(w), d).to(self.dtype).mul_(wanted)
+                what_if_2R[:, inside] = torch.stack([lost.sum(-1), wanted.sum(-1)])
+        for slot in _merged([slot._replace(start=slot.start - first) for slot in slots]):
+            self._histograms_3nB[:, slot.rows].add_(_total(found_3RB, slot, 1))
+            if what_if_2R is not None:
+                self.views["what_if_2n"][:, slot.rows].add_(_total(what_if_2R, slot))
 
 
-def _state_displacement(way_2SnK: Tensor) -> Tensor:
-    """[2, S, n]: <sum applied, sum intended> and |sum intended|^2."""
-    applied, intended = way_2SnK
-    return torch.stack([(applied * intended).sum(-1), (intended * intended).sum(-1)])
+def _bin(headroom: Tensor, octaves: float) -> Tensor:
+    octave = (headroom - (octaves + HEADROOM_LOW)).floor_()
+    # NaN cannot be an index; those rows are reported as broken from their sums
+    return octave.nan_to_num_(0.0).clamp_(0, HEADROOM_BINS - 1).to(torch.int64)
 
 
-def _unit(largest: Tensor) -> Tensor:
-    """What to divide by so that the largest is 1; 1 where that cannot be."""
-    return torch.where((largest > 0) & largest.isfinite(), largest, 1.0)
+def _merged(slots: Sequence[Slot], place: Callable[[Slot], Any] = lambda slot: None) -> list[Slot]:
+    """Neighbours with the same rows that go to the same place as one."""
+    found: list[Slot] = []
+    for slot in slots:
+        last = found[-1] if found else None
+        if last is not None and (last.rows, place(last), last.stop) == (slot.rows, place(slot), slot.start):
+            found[-1] = last._replace(steps=last.steps + slot.steps)
+        else:
+            found.append(slot)
+    return found
+
+
+def _piece(values: Tensor, slot: Slot, axis: int = -1) -> Tensor:
+    """[..., steps, n, ...]: what is a slot's among the R."""
+    return torch.unflatten(values.narrow(axis, slot.start, slot.stop - slot.start), axis, (slot.steps, -1))
+
+
+def _total(values: Tensor, slot: Slot, axis: int = -1) -> Tensor:
+    """[..., n, ...]: the same, added up over its steps."""
+    if slot.steps == 1:
+        return values.narrow(axis, slot.start, slot.stop - slot.start)
+    axis %= values.dim()
+    return _piece(values, slot, axis).sum(axis)

@@ -1,28 +1,31 @@
-"""Which sums there are, and how a window's lie in the vector that leaves the device.
+"""Which sums there are, and how a window's lie in one vector, on the device and on its way to the host.
 
 Legend: P parts of a window, F sums, S states, n rows (parameters), G groups of steps.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from update_watch.report import HEADROOM_BINS
 
-# the F sums of a row; weighted, over its samples
+# the F sums of a row; weighted, over its samples. In this order one operator makes four of them, another three
 DOT = 0  # <applied, intended>
 WANT = 1  # |intended|^2
-WANTED = 2  # intended is not 0
-LOST = 3  # wanted, and nothing applied
-MOVED = 4  # |applied|^2
-CHANGED = 5  # something applied
-COUNT = 6  # samples
-BEFORE = 7  # |before|^2
-GRADIENT = 8  # |gradient|^2
-NONZERO = 9  # gradients that are not 0
+MOVED = 2  # |applied|^2
+GRADIENT = 3  # |gradient|^2
+BEFORE = 4  # |before|^2
+WANTED = 5  # intended is not 0
+CHANGED = 6  # something applied
+NONZERO = 7  # gradients that are not 0
+LOST = 8  # wanted, and nothing applied
+COUNT = 9  # samples
 SQUARE = 10  # squares of the cells' |intended|^2: how few of them carry it
 F = 11
-STATE_SUMS = 8  # DOT to LOST of a state, and the same of its changes towards zero
+# of a state, and the same of its changes towards zero
+STATE_DOT, STATE_WANT, STATE_LOST, STATE_WANTED = range(4)
+STATE_SUMS = 8
 PARTS = 16  # of a window, kept apart: how much the steps differ
 GROUPS = 4  # neighbouring steps of a window, whose summed updates are kept apart
 
@@ -36,10 +39,9 @@ class Layout(NamedTuple):
     has_clusters: bool
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The arrays of `WindowSums`, in the order of the vector."""
+        """The arrays of `WindowSums`, in the order of the vector. Parts that no step has come to yet are at its end."""
         n, groups = self.rows, GROUPS
         shapes: dict[str, tuple[int, ...]] = {
-            "parts_PFn": (self.parts, F, n),
             "states_FSn": (STATE_SUMS, self.states, n),
             "full_n": (n,),
             "gradient_max_n": (n,),
@@ -48,15 +50,21 @@ class Layout(NamedTuple):
             "movement_nB": (n, HEADROOM_BINS),
             "what_if_2n": (2, n),
             "decay_5n": (5, n),
+            "single_G2n": (groups, 2, n),
             "arrived_GGn": (groups, groups, n),
             "meant_GGn": (groups, groups, n),
-            "single_G2n": (groups, 2, n),
             "cells_3n": (3, n),
             "evidence_n": (n,),
             "state_way_2Sn": (2, self.states, n),
-            "units_3n": (3, n),
-            "state_units_2Sn": (2, self.states, n),
         }
         if self.has_clusters:
-            shapes |= {"elements_3n": (3, n), "both_3n": (3, n)}
-        return shapes
+            shapes |= {"both_3n": (3, n), "elements_3n": (3, n)}
+        return shapes | {"parts_PFn": (self.parts, F, n)}
+
+    def spans(self) -> dict[str, slice]:
+        """Where in the vector each of them is."""
+        spans, start = {}, 0
+        for name, shape in self.shapes().items():
+            spans[name] = slice(start, start + math.prod(shape))
+            start = spans[name].stop
+        return spans

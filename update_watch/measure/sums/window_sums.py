@@ -69,7 +69,7 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True)
 class WindowSums:
-    """What `DeviceSums.pack` sent; see `layout` for the shapes."""
+    """What `packing.packed` sent; see `layout` for the shapes."""
 
     parts_PFn: Array
     states_FSn: Array
@@ -77,7 +77,7 @@ class WindowSums:
     gradient_max_n: Array
     touched_n: Array
     headroom_2nB: Array
-    movement_nB: Array  # in units of its own in each row
+    movement_nB: Array
     what_if_2n: Array
     decay_5n: Array
     arrived_GGn: Array
@@ -86,37 +86,27 @@ class WindowSums:
     cells_3n: Array
     evidence_n: Array
     state_way_2Sn: Array
-    units_3n: Array
-    state_units_2Sn: Array
     elements_3n: Array | None = None
     both_3n: Array | None = None
 
     @classmethod
     def unpack(cls, flat: Array, layout: Layout) -> WindowSums:
         """Raises ValueError for a vector of another length."""
-        shapes = layout.shapes()
-        ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
-        if ends[-1] != flat.size:
-            raise ValueError(f"the vector of sums has {flat.size} values, {ends[-1]} expected")
-        parts = np.split(flat, ends[:-1])
-        found = {name: part.reshape(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
-        energy, before, gradient = found["units_3n"] ** 2
-        state, way = found["state_units_2Sn"] ** 2
-        sums = found["parts_PFn"]
-        sums[:, [DOT, WANT, MOVED]] *= energy
-        sums[:, BEFORE] *= before
-        sums[:, GRADIENT] *= gradient
-        sums[:, SQUARE] *= energy**2
-        found["gradient_max_n"] *= gradient
-        for name in ("arrived_GGn", "meant_GGn", "single_G2n"):
-            found[name] *= energy
-        for name in ("cells_3n", "elements_3n", "both_3n"):
-            if name in found:
-                found[name] *= energy**2
-        half = STATE_SUMS // 2
-        found["states_FSn"][[0, 1, half, half + 1]] *= state
-        found["state_way_2Sn"] *= way
-        return cls(**found)
+        spans = layout.spans()
+        if spans["parts_PFn"].stop != flat.size:
+            raise ValueError(f"the vector of sums has {flat.size} values, {spans['parts_PFn'].stop} expected")
+        return cls(**{name: flat[spans[name]].reshape(shape) for name, shape in layout.shapes().items()})
+
+    def of(self, rows: slice, parts: int) -> WindowSums:
+        """Those of some rows, of which so many parts are in use."""
+        found = {}
+        for field in dataclasses.fields(self):
+            values = getattr(self, field.name)
+            if values is not None:
+                # every axis has a letter: "what_if_2n"
+                axis = field.name.rpartition("_")[2].index("n")
+                found[field.name] = values[(slice(None),) * axis + (rows,)]
+        return WindowSums(**{**found, "parts_PFn": found["parts_PFn"][:parts]})
 
     @property
     def total_Fn(self) -> Array:
@@ -250,7 +240,7 @@ class WindowSums:
         half = STATE_SUMS // 2
         everything, decay = self.states_FSn[:half], self.states_FSn[half:]
         found = []
-        for dot, want, wanted, lost in (everything, everything - decay, decay):
+        for dot, want, lost, wanted in (everything, everything - decay, decay):
             looked_Sn = np.broadcast_to(self.full_n, want.shape)
             numbers = {
                 "efficiency": ratio(dot, want),
@@ -283,7 +273,7 @@ class WindowSums:
 
     def is_finite(self) -> npt.NDArray[np.bool_]:
         """[n]: no NaN or infinity among weights and updates. Gradients may overflow where a scaler skips the step."""
-        return np.asarray(np.isfinite(self.total_Fn[: BEFORE + 1]).all(0))
+        return np.asarray(np.isfinite(self.total_Fn[[DOT, WANT, MOVED, BEFORE]]).all(0))
 
 
 def all_pairs(sums_GGn: Array, single_Gn: Array, n_Gn: Array, whole_Gn: Array) -> Array:

@@ -1,0 +1,262 @@
+"""All measured rows of an optimizer on one device: cohorts of them take turns, and their sums lie side by side.
+
+Steps that can be replayed later wait for the next ones, whichever cohorts they are of, and are added together: their rows
+lie next to each other as if they were those of one step, so that the number of operators does not grow with them, in caches
+that training has used since.
+
+Legend: A accumulators (0 the weight, then states), n rows, R rows of all steps that are added, K samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.measure.cohort import Cohort, Snapshot
+from update_watch.measure.gathers import side_by_side, whole_of
+from update_watch.measure.parameters import Row
+from update_watch.measure.step_replay import Step, replay_samples
+from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
+from update_watch.measure.sums.packing import Reach, packed
+from update_watch.replay.twin import Twin
+
+_WAITING = 8  # steps that are added together,
+_ENOUGH = 2**16  # or fewer of so many samples: more at once are no faster, and would hold memory
+_DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
+
+Measured = tuple[Cohort, Snapshot]
+_RunT = TypeVar("_RunT", Look, Reach)
+
+
+class DeviceRows:
+    """Measures the rows of one optimizer on one device, a cohort in a step."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        twin: Twin,
+        rows: list[Row],
+        samples: int,
+        rng: random.Random,
+        window: int,
+        turns: int,
+    ) -> None:
+        """`window`: steps of one; each row will be measured in one of so many `turns` of them."""
+        self._twin, self._samples = twin, samples
+        self._waiting: list[Measured] = []
+        self.cohorts: list[Cohort] = []
+        start = 0
+        for k in range(turns):
+            own = rows[k::turns]
+            place = slice(start, start + len(own))
+            self.cohorts.append(Cohort(optimizer, twin, own, samples, rng, window // turns, rows, place))
+            start = place.stop
+        self._rows = start
+        is_plain = all(row.scheme.name == "plain" for row in rows)
+        # whether single elements are added up: where steps are not independent, and for the displacement; of plain rows in
+        # turns that could not be told from a few steps
+        has_clusters = any(row.is_whole and row.scheme.name != "plain" for row in rows)
+        self._kinds = has_clusters, turns == 1 or not is_plain
+        self.device = self.cohorts[0].device
+        gathers = [cohort.gathers for cohort in self.cohorts]
+        self._whole = gathers[0].are_whole, whole_of(gathers)
+        self.sums = self._no_sums()
+        self._now: tuple[Tensor, Tensor, Tensor] | None = None  # the step that is running, where it cannot wait
+
+    def _no_sums(self) -> DeviceSums:
+        states = len(self.cohorts[0].states)
+        return DeviceSums(states, self._rows, self._samples, self.device, *self._whole, *self._kinds)
+
+    # --- in the step -----------------------------------------------------------------------------
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether measured steps are still to be added."""
+        return bool(self._waiting)
+
+    def before(self, cohort: Cohort, group: int) -> Measured:
+        """Gather, see `Cohort.before`."""
+        snapshot = cohort.before(group, self.sums)
+        if snapshot.settings is None:
+            self.add()
+            self._now = self._replayed([(cohort, snapshot)])
+        return cohort, snapshot
+
+    def after(self, measured: Measured) -> None:
+        """Gather what was stored; add what waits, if it is enough."""
+        cohort, snapshot = measured
+        cohort.after(snapshot)
+        now, self._now = self._now, None
+        if now is not None:
+            self._add([measured], *now)
+            return
+        self._waiting.append(measured)
+        rows = sum(len(waiting.rows) for waiting, _ in self._waiting)
+        if len(self._waiting) == _WAITING or rows * self._samples >= self._enough:
+            self.add()
+
+    @property
+    def _enough(self) -> int:
+        return _ENOUGH if self.device.type == "cpu" else 64 * _ENOUGH
+
+    def add(self) -> None:
+        """Add the steps that wait."""
+        # compared in full first, and those that look at headroom next to each other
+        waiting = sorted(self._waiting, key=lambda one: (not one[1].full, one[1].look == one[1].full))
+        self._waiting = []
+        if waiting:
+            self._add(waiting, *self._replayed(waiting))
+
+    def _replayed(self, measured: Sequence[Measured]) -> tuple[Tensor, Tensor, Tensor]:
+        """[A, R, K] what was stored before some steps, [A, R, K] what they were meant to make of it, [R, K] gradients."""
+        held_ARK = side_by_side([(cohort.gathers, one.held, one.moving_first) for cohort, one in measured])
+        before_ARK, grad_RK = held_ARK[:-1], held_ARK[-1]
+        steps = []
+        start = 0
+        for cohort, one in measured:
+            rows = slice(start, start + len(cohort.rows))
+            decay_5n = self.sums.decay_5n[:, cohort.place] if one.look else None
+            steps.append(Step(cohort.replay, rows, one.spans, one.settings, one.live, decay_5n))
+            cohort.gathers.join(before_ARK[:, rows])
+            start = rows.stop
+        intended_ARK, gradient_RK = before_ARK.clone(), grad_RK.clone()  # the rule may write into the gradient
+        replay_samples(self._twin, steps, before_ARK, gradient_RK, intended_ARK, grad_RK)
+        for step, (_, one) in zip(steps, measured, strict=True):
+            if one.states is not None:
+                step.replay.replay_whole(intended_ARK[:, step.rows], one.states, one.live, one.moving_first)
+                one.states = None
+            step.replay.conclude(step, intended_ARK)
+        return before_ARK, intended_ARK, gradient_RK
+
+    def _add(self, measured: Sequence[Measured], before_ARK: Tensor, intended_ARK: Tensor, gradient_RK: Tensor) -> None:
+        """Add some steps to the sums: those to be compared in full first."""
+        in_time = sorted(measured, key=lambda one: one[1].turn)
+        parts = self._parts_of(in_time)
+        weights = {one: pair for cohort, one in in_time if (pair := cohort.gathers.weights_of(one.turn)) is not None}
+        slots: list[Slot] = []
+        looks: list[Look] = []
+        looked: list[Slot] = []
+        start = 0
+        for cohort, one in measured:
+            slots.append(Slot(cohort.place, start, parts[one], one.group))
+            if one.look:
+                looks += cohort.looks(one, start)
+                looked.append(slots[-1])
+            start = slots[-1].stop
+        after_RK, states_SRK = self._stored(measured)
+        sets = list(zip(*(weights[one] for _, one in measured), strict=True)) if weights else []
+        masks = [cohort.gathers.mask_of(tuple(one.live)) for cohort, one in measured]
+        self.sums.add(
+            before_ARK,
+            intended_ARK,
+            after_RK,
+            states_SRK,
+            gradient_RK,
+            _joined_masks(masks, measured),
+            torch.stack([_together(set_nJ) for set_nJ in sets], 1) if sets else None,
+            slots,
+            _joined_runs(looks),
+            looked,
+            whole_of([cohort.gathers for cohort, _ in measured]),
+        )
+
+    def _parts_of(self, measured: Sequence[Measured]) -> dict[Snapshot, int]:
+        """The part of the window that each step, given in the order of time, belongs to."""
+        parts: dict[Snapshot, int] = {}
+        for cohort, one in measured:
+            own = [other for of, other in measured if of is cohort]
+
+            def merge(cohort: Cohort = cohort, own: list[Snapshot] = own) -> None:
+                self.sums.merge_parts(cohort.place)
+                parts.update({other: parts[other] // 2 for other in own if other in parts})
+
+            parts[one] = cohort.count(one, merge)
+        return parts
+
+    def _stored(self, measured: Sequence[Measured]) -> tuple[Tensor, Tensor | None]:
+        """[R, K] weights and [S, R', K] states after some steps, the latter of those that are compared in full."""
+        full = [one for one in measured if one[1].full and one[0].states]
+        if any(cohort.gathers.carried for cohort, _ in measured):
+            stored = [_joined_with_rest(*one) for one in measured]
+            weights_RK = torch.cat([after_AnK[0] for after_AnK in stored])
+            states = [after_AnK[1:] for after_AnK in stored[: len(full)]]
+            return weights_RK, torch.cat(states, 1) if states else None
+        weights_RK = side_by_side([_after(*one) for one in measured], slice(0, 1))[0]
+        return weights_RK, side_by_side([_after(*one) for one in full], slice(1, None)) if full else None
+
+    # --- at the end of a window --------------------------------------------------------------------
+
+    @property
+    def parts(self) -> int:
+        """Parts of the window that are in use."""
+        return max(cohort.parts for cohort in self.cohorts)
+
+    def packing(self, window_steps: int) -> Callable[[], Tensor]:
+        """Makes the window's sums one vector on the device, now or when the next window has begun; see `WindowSums`."""
+        stored_nK = None
+        rows = [row for cohort in self.cohorts for row in cohort.rows]
+        if self._kinds[1] and not any(row.has_changed for row in rows):
+            stored_nK = _together([cohort.stored(self.sums.kept) for cohort in self.cohorts])
+        weights = [cohort.gathers.kept_weights for cohort in self.cohorts]
+        known = [weights_nJ for weights_nJ in weights if weights_nJ is not None]
+        scaled = [
+            Reach(
+                slice(cohort.place.start + rows.start, cohort.place.start + rows.stop), fmt, window_steps / cohort.steps
+            )
+            for cohort in self.cohorts
+            for rows, fmt, _ in cohort.runs
+            if cohort.steps
+        ]
+        kept_weights_nJ = _together(known) if known else None
+        return functools.partial(packed, self.sums, self.parts, stored_nK, kept_weights_nJ, _joined_runs(scaled))
+
+    def open_window(self) -> None:
+        """Start new sums."""
+        old, self.sums = self.sums, self._no_sums()
+        # a decay far below one step of the format shows only over many windows: they are pooled, the old ones less
+        torch.mul(old.decay_5n, _DECAY_MEMORY, out=self.sums.decay_5n)
+        for cohort in self.cohorts:
+            cohort.open_window()
+
+
+def _together(arrays: Sequence[Tensor]) -> Tensor:
+    return arrays[0] if len(arrays) == 1 else torch.cat(list(arrays))
+
+
+def _after(cohort: Cohort, snapshot: Snapshot) -> tuple[Any, Tensor, bool]:
+    assert snapshot.after is not None
+    return cohort.gathers, snapshot.after, snapshot.moving_first
+
+
+def _joined_with_rest(cohort: Cohort, snapshot: Snapshot) -> Tensor:
+    after_AnK = side_by_side([_after(cohort, snapshot)])
+    cohort.gathers.join(after_AnK)
+    return after_AnK
+
+
+def _joined_masks(masks: Sequence[Tensor | None], measured: Sequence[Measured]) -> Tensor | None:
+    known = [mask_nK for mask_nK in masks if mask_nK is not None]
+    if not known:
+        return None
+    ones = [
+        torch.ones(len(cohort.rows), cohort.samples, device=cohort.device) if mask_nK is None else mask_nK
+        for mask_nK, (cohort, _) in zip(masks, measured, strict=True)
+    ]
+    return _together(ones)
+
+
+def _joined_runs(looks: Sequence[_RunT]) -> list[_RunT]:
+    """Neighbours with all the same as one."""
+    found: list[_RunT] = []
+    for look in looks:
+        if found and found[-1][1:] == look[1:] and found[-1].rows.stop == look.rows.start:
+            found[-1] = look._replace(rows=slice(found[-1].rows.start, look.rows.stop))
+        else:
+            found.append(look)
+    return found
