@@ -50,7 +50,7 @@ def test_a_window_reads_nothing_and_copies_only_its_sums_at_its_end(
     assert found["inside"] == {}
     assert found["windows"] == 2
     assert found["ends"] == [{"aten.copy_.default": 1}] * 2  # all cohorts' sums and the overflows in one vector
-    assert found["ops"]["aten.sum.dim_IntList"] >= 1  # it did measure
+    assert found["ops"]["aten.sum.dim_IntList"] > 0  # it did measure
     assert found["shadow_steps"] >= 31  # states in FP32 ran along
     assert found["looked"] == (8 if "accumulate" in extras else 0)
     # the decay's replay too, where the rule rounds decay apart (fused rules do not)
