@@ -4,7 +4,7 @@
 
 The step runs on the CPU, planned as on CUDA: all tensors are looked at in every step, by one launch for each gather. The gather
 kernel itself is counted and not run (what it reads is replaced by random numbers). Of torch's operators each one that is no view
-and makes no empty tensor counts as one launch, `cat` and `stack` as many as CUDA needs for so many tensors (128 in one).
+and makes no empty tensor counts as one launch, `cat` and `stack` as many as CUDA needs for so many tensors (128 of one format in one).
 `bench/gpu.py` counts the same on a card, by torch's profiler. Needs Triton, which is not run.
 """
 
@@ -43,9 +43,16 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
+        result = func(*args, **(kwargs or {}))
         if not func.is_view and name not in _NOTHING:
-            self.count += math.ceil(len(args[0]) / _AT_ONCE) if name in ("cat", "stack") else 1
-        return func(*args, **(kwargs or {}))
+            self.count += _of_cat(args[0], result) if name in ("cat", "stack") else 1
+        return result
+
+
+def _of_cat(inputs: Any, result: Tensor) -> int:
+    """Where the formats differ each input is copied by a launch of its own."""
+    is_one = all(tensor.dtype is result.dtype for tensor in inputs)
+    return math.ceil(len(inputs) / _AT_ONCE) if is_one else len(inputs)
 
 
 def measure(tensors: int, window: int) -> dict[str, float]:
@@ -84,7 +91,9 @@ def as_on_cuda() -> None:
     multi_gather._interpreted = True
     kernel_gathers._verified.add(cpu)
 
-    def gather(self: Any, tensors: Any, shares: Any, fresh: int = 0, out: Tensor | None = None) -> Tensor:
+    def gather(
+        self: Any, tensors: Any, shares: Any, fresh: int = 0, out: Tensor | None = None, numbers: int = 0
+    ) -> Tensor:
         out = torch.empty(len(tensors), self.samples) if out is None else out
         return out.normal_(std=0.02)  # as one launch
 

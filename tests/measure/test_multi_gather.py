@@ -103,6 +103,14 @@ def test_many_turns_need_one_upload_and_a_new_address_another() -> None:
     assert gather.uploads == 4
 
 
+def test_single_numbers_beside_the_rows_are_read_with_them() -> None:
+    params, at, tensors = made()
+    counters = [torch.tensor(3.0), torch.tensor([1e-7])]
+    found = gather_of(params, at)([*tensors, *counters], (5, 9), fresh=2, numbers=2)
+    assert torch.equal(found[: len(tensors)], expected(tensors, at, (5, 9)))
+    assert torch.equal(found[len(tensors) :], torch.tensor([[3.0], [1e-7]]).expand(2, K))
+
+
 def test_other_layouts_and_formats_are_read_by_torch_and_carried_along() -> None:
     params, at, _ = made()
     params[7] = params[7].to(memory_format=torch.channels_last)

@@ -141,14 +141,17 @@ class Cohort:
         dense = grads
         if any([g is not None and (g.layout is not torch.strided or g.is_complex()) for g in grads]):
             dense = [None if g is None or _left_out(row, g) else g for g, row in zip(grads, self.rows, strict=True)]
-        held = self.gathers.before(states, dense)
-        if held.device != self.device:
-            raise RuntimeError(f"parameters planned for on {self.device} are on {held.device}")
         live = [
             g is not None and row.is_measured and not (row.rule.starts_at_random and not state)
             for g, row, state in zip(grads, self.rows, states, strict=True)
         ]
         spans = self.replay.spans(states, live)
+        counters = self.replay.counters(spans)
+        held, copies = self.gathers.before(states, dense, [scalars[name] for scalars, name in counters])
+        for (scalars, name), copy in zip(counters, copies, strict=True):
+            scalars[name] = copy
+        if held.device != self.device:
+            raise RuntimeError(f"parameters planned for on {self.device} are on {held.device}")
         can_wait = self.replay.can_wait and not hasattr(self.optimizer, "found_inf")
         snapshot = Snapshot(held, live, spans, self.replay.settings(spans) if can_wait else None)
         snapshot.group, snapshot.turn, snapshot.moving_first = group, turn, moving_first

@@ -133,9 +133,12 @@ class Gathers:
                 return f"{what} cannot be read: {problem}"
         return ""
 
-    def before(self, states: list[dict[str, Any]], grads: list[Tensor | None]) -> Tensor:
-        """[(A + 1) n, K]: weights, states, gradients, in a format that holds them all."""
-        return pack_views(self._stored() + self._states(states) + self._views(grads), self.samplers)
+    def before(
+        self, states: list[dict[str, Any]], grads: list[Tensor | None], counters: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """[(A + 1) n, K]: weights, states, gradients, in a format that holds them all; and copies of step counters."""
+        packed = pack_views(self._stored() + self._states(states) + self._views(grads), self.samplers)
+        return packed, [counter.clone() for counter in counters]
 
     def gradients(self, grads: list[Tensor | None]) -> Tensor:
         """[n, K]: gradients alone, in a format that holds them all."""

@@ -57,7 +57,7 @@ class StepReplay:
         self.can_wait = twin.can_wait and all(row.rule.kind is Kind.elementwise for row in self.rows)
 
     def spans(self, states: list[dict[str, Any]], live: list[bool]) -> list[Span]:
-        """Runs of rows that can be replayed as one, with their scalar state."""
+        """Runs of rows that can be replayed as one, with their scalar state; tensors are still the optimizer's own."""
         spans = []
         n, start = len(self.rows), 0
         while start < n:
@@ -78,12 +78,21 @@ class StepReplay:
                 if name in self._slots:
                     scalars[name] = value if value is None else self._slots[name]
                 else:
-                    scalars[name] = value.clone() if is_tensor else value
+                    scalars[name] = value
                 if is_tensor:
                     dtypes[name] = value.dtype
             spans.append(Span(start, stop, scalars, dtypes))
             start = stop
         return spans
+
+    def counters(self, spans: list[Span]) -> list[tuple[dict[str, Any], str]]:
+        """Where in the scalars of some spans there are tensors, which the step will write to."""
+        return [
+            (span.scalars, name)
+            for span in spans
+            for name, value in span.scalars.items()
+            if isinstance(value, Tensor) and name not in self._slots
+        ]
 
     def settings(self, spans: list[Span]) -> GroupSettings:
         """Of the groups of some spans, as they are now: what a step needs to be replayed later."""

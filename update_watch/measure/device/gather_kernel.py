@@ -5,7 +5,8 @@ One program per view: a view is a row (tensor of the optimizer's) of a slot (wei
 
 `facts` [n, 5] int64, once per plan: block, elements of one set, step, room (cells), elements of the tensor; a tensor of at most
 K elements is read whole, its padding repeats the first element. `addresses` and `kinds` [views]: where the view's tensor
-begins (0: there is none, zeros are read) and how it is stored; see `KINDS`. `out` [views, K] FP32.
+begins (0: there is none, zeros are read) and how it is stored; see `KINDS`. `out` [views, K] FP32. A view may be a single
+number beside the rows (a step counter): it is read K times.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton.language as tl
 
 KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 PACKED = 3  # FP32 samples that torch has read already, one after the other
+NUMBER = 4  # a single one in FP32
 
 
 @triton.jit(do_not_specialize=["first_high", "first_low", "second_high", "second_low", "n"])
@@ -46,7 +48,7 @@ def gather_views(  # type: ignore[no-untyped-def]
     at = block * (((share * room) >> 32) + (within // block) * step) + within % block
     at = tl.where(numel <= K, tl.where(k < numel, k, 0), at)
     address, kind = tl.load(addresses + view), tl.load(kinds + view)
-    at = tl.where(kind == 3, k, at)
+    at = tl.where(kind == 3, k, tl.where(kind == 4, 0, at))
     # -1: nothing to be read, by this lane or from this view
     kind_k = tl.where(k < K, tl.where(address != 0, kind, -1), -1)
     brain = tl.load(address.to(tl.pointer_type(tl.bfloat16)) + at, mask=kind_k == 0, other=0.0).to(tl.float32)

@@ -104,10 +104,18 @@ class KernelGathers(Gathers):
 
     # --- what ------------------------------------------------------------------------------------
 
-    def before(self, states: list[dict[str, Any]], grads: list[Tensor | None]) -> Tensor:
-        """[(A + 1) n, K]: weights, states, gradients."""
+    def before(
+        self, states: list[dict[str, Any]], grads: list[Tensor | None], counters: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """[(A + 1) n, K]: weights, states, gradients; and copies of step counters, by the same launch where that can."""
         tensors = self._stored() + self._states(states) + self._views(grads)
-        return self._multi(tensors, self._shares, fresh=len(grads))
+        can = [c.dtype is torch.float32 and c.device == self.device and c.numel() == 1 for c in counters]
+        numbers = [counter for counter, is_read in zip(counters, can, strict=True) if is_read]
+        fresh = len(grads) + len(numbers)
+        read = self._multi([*tensors, *numbers], self._shares, fresh, numbers=len(numbers))
+        rows = iter(read[len(tensors) :, :1])
+        copies = [next(rows).view(c.shape) if is_read else c.clone() for c, is_read in zip(counters, can, strict=True)]
+        return read[: len(tensors)], copies
 
     def gradients(self, grads: list[Tensor | None]) -> Tensor:
         """[n, K]: gradients alone."""

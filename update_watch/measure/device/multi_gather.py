@@ -89,18 +89,24 @@ class MultiGather:
         self.uploads = 0
 
     def __call__(
-        self, tensors: Sequence[Tensor | None], shares: tuple[int, int], fresh: int = 0, out: Tensor | None = None
+        self,
+        tensors: Sequence[Tensor | None],
+        shares: tuple[int, int],
+        fresh: int = 0,
+        out: Tensor | None = None,
+        numbers: int = 0,
     ) -> Tensor:
         """[len(tensors), K] FP32, into `out` if that is given. `tensors`: local ones, slot by slot and row by row; None reads zeros.
 
         `shares`: of the two sets of a row, the lower first; see `positions`. `fresh`: so many at the end are made anew in
         every step (gradients), and may have another format at the address of the last ones; any other has its own.
+        `numbers`: so many of them, at the very end, are single FP32 numbers; each fills a row.
         """
         views = len(tensors)
         table = self._tables.get(views)
         if table is None:
             table = self._tables[views] = _Table(views, self.device)
-        kept = self._fill(table, tensors, views - fresh)
+        kept = self._fill(table, tensors, views - fresh, views - numbers)
         if table.send():
             self.uploads += 1
         if out is None:
@@ -116,7 +122,7 @@ class MultiGather:
         del kept  # what torch has read for the kernel: it may go once the kernel is in the stream
         return out
 
-    def _fill(self, table: _Table, tensors: Sequence[Tensor | None], settled: int) -> list[Tensor]:
+    def _fill(self, table: _Table, tensors: Sequence[Tensor | None], settled: int, rows: int) -> list[Tensor]:
         """Note addresses and formats. On the host of a GPU each look at an attribute counts: there are thousands."""
         now = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         fresh = [None if tensor is None else (tensor.dtype, tensor.stride()) for tensor in tensors[settled:]]
@@ -134,7 +140,9 @@ class MultiGather:
             tensor = tensors[i]
             kind, address = 0, now[i]
             table.packed.discard(i)
-            if tensor is not None:
+            if i >= rows:
+                kind = self._kernel.NUMBER
+            elif tensor is not None:
                 known = self._kernel.KINDS.get(tensor.dtype)
                 if known is None or not _is_laid_out(tensor, self._strides[i % self.n]):
                     read = self._read(i % self.n, tensor).to(torch.float32).contiguous()
