@@ -12,8 +12,10 @@ Maps, alerts, groups of series and the terminal all read it here. Plain Python o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 STAR = "*"
@@ -42,16 +44,20 @@ class _Node:
     suffixes: frozenset[str] = frozenset({""})  # kinds of what lies below, from here on
 
 
-def places(names: Iterable[str]) -> dict[str, Place]:
+def places(names: Iterable[str]) -> Mapping[str, Place]:
     """Name -> where it stands; for all names of a model together, as it takes the others to see what repeats."""
-    names = list(dict.fromkeys(names))
+    return _places(tuple(dict.fromkeys(names)))
+
+
+@functools.lru_cache(4)  # a page asks for the same model again and again
+def _places(names: tuple[str, ...]) -> Mapping[str, Place]:
     root = _Node()
     for name in names:
         node = root
         for part in _parts(name):
             node = node.children.setdefault(part, _Node())
     _find_repeats(root)
-    return {name: _place(root, _parts(name)) for name in names}
+    return MappingProxyType({name: _place(root, _parts(name)) for name in names})
 
 
 def layer_label(layer: Sequence[int]) -> str:

@@ -7,6 +7,7 @@ A file of a kilobyte may hold a tensor of 10^12 elements (expanded), or one whos
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -111,6 +112,7 @@ def _measured(row: TensorDiff, first: Tensor, second: Tensor) -> TensorDiff:
     return dataclasses.replace(row, change=math.sqrt(change * repeats), relative_change=relative, constant=constant)
 
 
+@functools.lru_cache
 def _widens(dtype: torch.dtype) -> bool:
     """Whether torch turns its numbers into FP64."""
     try:
