@@ -237,6 +237,27 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "mean of the `weight_decay` accumulator's `efficiency`, weighted by number of elements",
         _decay_efficiency,
     ),
+    RunMetric(
+        "gradient_rms",
+        "gradient",
+        "Size of the gradients as the optimizer got them, after unscaling and clipping.",
+        "median of `gradient_rms` over tensors",
+        lambda r: _median(t.gradient_rms for t in r.tensors),
+    ),
+    RunMetric(
+        "gradient_zeros",
+        "fraction",
+        "How many of the gradients were exactly 0.",
+        "mean of `gradient_zeros`, weighted by number of elements",
+        lambda r: weighted_mean((t.gradient_zeros, t.numel) for t in r.tensors),
+    ),
+    RunMetric(
+        "copy_changed",
+        "fraction",
+        "FP32 weights: how many of their values in BF16 a step changes, as a copy that is served in BF16 would show.",
+        "mean of `copy_changed`, weighted by number of elements",
+        lambda r: weighted_mean((t.copy_changed, t.numel) for t in r.tensors),
+    ),
     *(_ahead(*row) for row in _AHEAD),
     RunMetric(
         "skipped_steps",

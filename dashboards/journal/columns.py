@@ -1,7 +1,7 @@
 """Columns of a journal line: numbers, histograms and sentences of all tensors, written in few bytes.
 
 Reading trusts nothing: what does not fit is a `ValueError` (or one of the errors that taking plain data apart raises:
-TypeError, KeyError, IndexError, AttributeError, OverflowError, which `journal_lines` turns into one).
+TypeError, KeyError, IndexError, AttributeError, OverflowError, which `lines` turns into one).
 """
 
 from __future__ import annotations

@@ -26,7 +26,16 @@ from update_watch.report import SEVERITY, Alert, Health, Report
 SPANS = 200
 ABSENT = len(SEVERITY)  # in `health_PH`: the tensor was not watched
 # per tensor: what is drawn over the run. "margin" is the learning rate over the critical one
-SERIES = ("efficiency", "update_ratio", "applied_ratio", "lr", "margin", "gradient_rms")
+SERIES = (
+    "efficiency",
+    "update_ratio",
+    "applied_ratio",
+    "lr",
+    "margin",
+    "gradient_rms",
+    "gradient_spread",
+    "copy_changed",
+)
 
 
 @dataclasses.dataclass(frozen=True)

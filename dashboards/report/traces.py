@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from update_watch.dashboards.report.charts.classes import cell_class
+from update_watch.dashboards.report.charts.tensor import CHARTS
 from update_watch.dashboards.report.history import History
 from update_watch.dashboards.report.kind_map import KindMap
 
 MOST_POINTS = 96
+DRAWN = tuple(series for series, *_ in CHARTS)
 _STEPS = 254
 _UNKNOWN = 255
 _EFFICIENCY = (-0.1, 1.17)  # what is beyond lies at its end
@@ -42,7 +44,7 @@ def run_traces(history: History, tensors: Sequence[int]) -> dict[str, Any]:
         "times": [round(history.times[h], 1) for h in points],
         "class": _text(classes_PH(history)[at].astype(np.uint8)),
     }
-    for name in ("efficiency", "update_ratio", "lr", "margin", "gradient_rms"):
+    for name in DRAWN:
         values = history.series_PH[name][at].astype(np.float64)
         found[name] = _coded(values, is_log=name != "efficiency")
     return found

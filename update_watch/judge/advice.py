@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from update_watch.judge import loss_sentences, rest_sentences
+from update_watch.judge import stall_sentences, rest_sentences
 from update_watch.judge.seen import Advice, Seen
 from update_watch.report import Cause
 from update_watch.wording import plural
@@ -43,15 +43,15 @@ def nothing_intended(steps: int) -> str:
 
 
 _ADVICE: dict[Cause, Callable[[Seen], Advice]] = {
-    Cause.weight_rounding: loss_sentences.weight_rounding,
-    Cause.state_rounding: loss_sentences.state_rounding,
-    Cause.decay_rounding: loss_sentences.decay_rounding,
-    Cause.average_rounding: loss_sentences.average_rounding,
-    Cause.accumulation_rounding: loss_sentences.accumulation_rounding,
-    Cause.overwritten: loss_sentences.overwritten,
-    Cause.not_copied_back: loss_sentences.not_copied_back,
-    Cause.average_diverges: loss_sentences.average_diverges,
-    Cause.average_not_updated: loss_sentences.average_not_updated,
+    Cause.weight_rounding: stall_sentences.weight_rounding,
+    Cause.state_rounding: stall_sentences.state_rounding,
+    Cause.decay_rounding: stall_sentences.decay_rounding,
+    Cause.average_rounding: stall_sentences.average_rounding,
+    Cause.accumulation_rounding: stall_sentences.accumulation_rounding,
+    Cause.overwritten: stall_sentences.overwritten,
+    Cause.not_copied_back: stall_sentences.not_copied_back,
+    Cause.average_diverges: stall_sentences.average_diverges,
+    Cause.average_not_updated: stall_sentences.average_not_updated,
     Cause.negligible_gradient: rest_sentences.negligible_gradient,
     Cause.requires_grad_off: rest_sentences.requires_grad_off,
     Cause.not_in_optimizer: rest_sentences.not_in_optimizer,
@@ -59,7 +59,7 @@ _ADVICE: dict[Cause, Callable[[Seen], Advice]] = {
     Cause.zero_gradient: rest_sentences.zero_gradient,
     Cause.zero_learning_rate: rest_sentences.zero_learning_rate,
     Cause.skipped_steps: rest_sentences.skipped_steps,
-    Cause.not_written: loss_sentences.not_written,
+    Cause.not_written: stall_sentences.not_written,
     Cause.non_finite: rest_sentences.non_finite,
     Cause.replicas_differ: rest_sentences.replicas_differ,
     Cause.not_replayable: rest_sentences.not_replayable,

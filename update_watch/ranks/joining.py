@@ -5,7 +5,7 @@ involved. The ranks talk over a gloo group of their own, which nobody else knows
 kept waiting by it, and cannot hang the others for longer than `WAIT` seconds. Whatever goes wrong, a rank goes on
 reporting what it sees itself, and says so once.
 
-One window is one `all_reduce` of a vector (see `joint`). When a rank has something to report that the others do not know
+One window is one `all_reduce` of a vector (see `shared_plan`). When a rank has something to report that the others do not know
 yet (the first window, a state that has come into being), it raises a flag in that vector; then all ranks exchange what
 they have, and the window is joined again. Nothing is ever unpickled: JSON and numbers cross.
 """

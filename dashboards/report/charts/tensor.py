@@ -12,6 +12,8 @@ CHARTS = (
     ("update_ratio", "size of the update against the weight", ".0e", True),
     ("margin", "learning rate margin (under 1 more than half is lost)", ".1~g", True),
     ("gradient_rms", "gradient, rms", ".0e", True),
+    ("gradient_spread", "gradient, how much its rms varies within a window", "%", True),
+    ("copy_changed", "BF16 copy: values that a step changes", "%", True),
     ("lr", "learning rate", ".0e", True),
 )
 

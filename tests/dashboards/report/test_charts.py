@@ -341,6 +341,14 @@ def test_traces_come_back_from_their_bytes():
     assert found["gradient_rms"] is None  # nothing was known of it
 
 
+def test_gradients_and_the_bf16_copy_have_their_traces():
+    numbers = {"gradient_rms": 3e-4, "gradient_spread": 0.4, "copy_changed": 0.02}
+    run = [report(10 * n, tensor("w", **{name: value / n for name, value in numbers.items()})) for n in (1, 2)]
+    found = run_traces(history_of(run), [0])
+    for name, value in numbers.items():
+        assert unpacked(found[name]) == pytest.approx([value, value / 2], rel=0.03), name
+
+
 def test_traces_of_a_long_run_are_bounded_and_hold_its_end():
     history = history_of([report(10 * n, tensor("a")) for n in range(1, 4001)])
     found = run_traces(history, [0])

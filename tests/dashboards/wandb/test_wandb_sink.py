@@ -79,7 +79,9 @@ def test_the_headroom_histogram_counts_wanted_elements_per_octave(start_run: Any
 
 
 def test_tables_hold_the_heatmap_the_headroom_by_kind_and_the_unwell_tensors(start_run: Any) -> None:
-    offline = logged(start_run(), sample_report(128), sample_report(256))
+    gradients = {"gradient_rms": 3e-4, "gradient_max": 2e-3, "gradient_spread": 0.25, "gradient_zeros": 0.125}
+    second = sample_report(256, (healthy_tensor(), stalled_tensor(**gradients)))
+    offline = logged(start_run(), sample_report(128), second)
     row = offline.pictures[1]
     assert row[STEP] == 256
     assert offline.read_table(row["update_watch/heatmap"])["data"] == [
@@ -101,6 +103,7 @@ def test_tables_hold_the_heatmap_the_headroom_by_kind_and_the_unwell_tensors(sta
         "net_progress": 0.02,
         "lost_fraction": 0.5,
         "update_ratio": 0.001,
+        **gradients,
         "lr": 0.001,
         "critical_lr": 0.004,
         "advice": "99% of the updates are under half a gap: keep this tensor in FP32.",

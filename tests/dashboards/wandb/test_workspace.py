@@ -104,6 +104,10 @@ def test_every_panel_draws_something_that_is_logged() -> None:
         "update_watch/forecast_lost_share",
         "update_watch/forecast_stalling_share",
         "update_watch/tensors_healthy",
+        # for charts that somebody makes: what the training's own charts show, and what only FP32 weights have
+        "update_watch/gradient_rms",
+        "update_watch/gradient_zeros",
+        "update_watch/copy_changed",
     }
 
 
