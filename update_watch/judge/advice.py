@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from update_watch.judge import stall_sentences, rest_sentences
+from update_watch.judge import rest_sentences, stall_sentences
 from update_watch.judge.seen import Advice, Seen
 from update_watch.report import Cause
 from update_watch.wording import plural
