@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from update_watch.dashboards.run_numbers import RunNumbers, run_numbers
 from update_watch.report import (
     HEADROOM_BINS,
+    PLACES,
     SEVERITY,
     AccumulatorReport,
     Alert,
@@ -96,6 +97,7 @@ class Frame:
     tensors: Columns
     headroom: Floats | None  # [P, HEADROOM_BINS], NaN rows where not known
     movement: Floats | None  # the same, by intended^2
+    places: Floats | None  # [P, PLACES]: of that, by quarter of an octave
     what_if: Mapping[str, Floats]
     accumulators: Mapping[str, Columns]
     has_layers: bool = True
@@ -132,6 +134,7 @@ def frame_of(report: Report) -> Frame:
         tensors=columns,
         headroom=_histograms([t.headroom_histogram for t in tensors]),
         movement=_histograms([t.movement_histogram for t in tensors]),
+        places=_histograms([t.movement_places for t in tensors], PLACES),
         what_if={name: _floats([(t.what_if or {}).get(name) for t in tensors]) for name in formats},
         accumulators={
             name: _columns([t.accumulators.get(name) for t in tensors], ACCUMULATOR_NUMBERS, has_dtype=True)
@@ -165,6 +168,7 @@ def report_of(frame: Frame) -> Report:
                 advice=frame.tensors.advice.get(i, ""),
                 headroom_histogram=_histogram(frame.headroom, i),
                 movement_histogram=_histogram(frame.movement, i),
+                movement_places=_histogram(frame.places, i),
                 accumulators={name: a for name, found in per_accumulator.items() if (a := found[i]) is not None},
                 what_if=guesses or None,
                 **{name: values[i] for name, values in numbers.items()},
@@ -202,10 +206,10 @@ def _floats(values: Sequence[float | None]) -> Floats:
     return array
 
 
-def _histograms(found: Sequence[tuple[float, ...] | None]) -> Floats | None:
+def _histograms(found: Sequence[tuple[float, ...] | None], bins: int = HEADROOM_BINS) -> Floats | None:
     if all(histogram is None for histogram in found):
         return None
-    rows = np.full((len(found), HEADROOM_BINS), np.nan)
+    rows = np.full((len(found), bins), np.nan)
     for i, histogram in enumerate(found):
         if histogram is not None:
             rows[i] = histogram

@@ -48,6 +48,7 @@ def join(first: Frame, second: Frame) -> Frame:
         tensors=_pick(takes_first, first.tensors, second.tensors),
         headroom=_pick_optional(takes_first, first.headroom, second.headroom),
         movement=_pick_optional(takes_first, first.movement, second.movement),
+        places=_pick_optional(takes_first, first.places, second.places),
         what_if=_pick_each(takes_first, first.what_if, second.what_if),
         accumulators=_join_accumulators(first.accumulators, second.accumulators),
         has_layers=first.has_layers or second.has_layers,

@@ -97,6 +97,7 @@ class TensorEvidence:
     headroom_histogram: tuple[float, ...] | None = None
     movement_histogram: tuple[float, ...] | None = None  # the same bins, by intended^2, at `movement_lr`
     movement_lr: float | None = None
+    movement_places: tuple[float, ...] | None = None  # shares of the same by quarter of an octave
     lr: float | None = None  # at the end of the window
     lr_max: float | None = None  # the largest in the window
     lr_min: float | None = None  # the smallest in the window

@@ -94,7 +94,7 @@ class Level(str, Enum):
 # headroom_histogram: one-octave bins of log2(|intended| / h). Bin i counts headroom in
 # [HEADROOM_LOW + i, HEADROOM_LOW + i + 1); the first and the last bin also hold everything beyond.
 HEADROOM_LOW = -16
-HEADROOM_BINS = 32
+HEADROOM_BINS, PLACES = 32, 4  # places within an octave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,9 +144,8 @@ class TensorReport:
     written_between: float | None = None
     gradient_rms: float | None = None  # as the optimizer got it: after unscaling and clipping
     gradient_max: float | None = None  # the largest sampled one
-    gradient_spread: float | None = (
-        None  # standard deviation of `gradient_rms` over (up to 16) parts of the window, by its mean
-    )
+    # standard deviation of `gradient_rms` over (up to 16) parts of the window, by its mean
+    gradient_spread: float | None = None
     gradient_zeros: float | None = None  # share of sampled gradients that are exactly 0, 0..1
     # FP32 weights: share of their values in BF16 that another step changes, and that the whole window changes
     copy_changed: float | None = None
@@ -156,6 +155,7 @@ class TensorReport:
     # shares of sum of intended^2 by octave of headroom, in the same bins, were all steps at the learning rate `movement_lr`
     movement_histogram: tuple[float, ...] | None = None
     movement_lr: float | None = None
+    movement_places: tuple[float, ...] | None = None  # by quarter of an octave: even, save where all are alike
     lr: float | None = None  # learning rate at the end of the window
     critical_lr: float | None = None  # below it half of the wanted updates are lost
     state_factor: float | None = None  # 1 healthy; outside 0.67..1.5 the state is at fault
@@ -183,7 +183,8 @@ class TensorReport:
             return None
         if self._keeps_all:
             return 1.0
-        return efficiency_of(self.movement_histogram, HEADROOM_LOW + math.log2(lr / self.movement_lr))
+        first = HEADROOM_LOW + math.log2(lr / self.movement_lr)
+        return efficiency_of(self.movement_histogram, first, self.movement_places)
 
     def learning_rate_for(self, efficiency: float) -> float | None:
         """The smallest learning rate from which on these updates arrive with at least this efficiency; None if unknown.
@@ -199,7 +200,7 @@ class TensorReport:
             return None
         if self._keeps_all:
             return 0.0
-        octaves = octaves_for(self.movement_histogram, HEADROOM_LOW, efficiency)
+        octaves = octaves_for(self.movement_histogram, HEADROOM_LOW, efficiency, self.movement_places)
         return None if octaves is None else self.movement_lr * 2**octaves
 
     @property
@@ -265,9 +266,9 @@ class Report:
 
     def what_if(self, floor: float | None = None) -> tuple[Case, ...]:
         """The run as it is, and under each cure, with bytes; `floor`: a least learning rate to try. See `foresight.what_if`."""
-        # on use: it knows the types of this file
-        found: tuple[Case, ...] = import_module("update_watch.foresight.what_if").cases(self, floor)
-        return found
+        return tuple(
+            import_module("update_watch.foresight.what_if").cases(self, floor)
+        )  # it knows the types of this file
 
     def plan(self, without: Iterable[str] = ()) -> Plan:
         """The cheapest set of changes after which nothing is lost, `without` some cures. `print` it. See `foresight.plan`."""

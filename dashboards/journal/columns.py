@@ -86,24 +86,24 @@ def headroom_lines(headroom: Floats) -> list[list[int] | None]:
     shares = np.rint(np.nan_to_num(headroom) * _SHARE).astype(int)
     filled = shares > 0
     known = np.logical_and(filled.any(axis=1), ~np.isnan(headroom).any(axis=1))
-    first, beyond = filled.argmax(axis=1), HEADROOM_BINS - filled[:, ::-1].argmax(axis=1)
+    first, beyond = filled.argmax(axis=1), filled.shape[1] - filled[:, ::-1].argmax(axis=1)
     rows: list[list[int]] = shares.tolist()
     return [[int(first[i]), *row[first[i] : beyond[i]]] if known[i] else None for i, row in enumerate(rows)]
 
 
-def headroom_of(rows: Any, count: int) -> Floats:
+def headroom_of(rows: Any, count: int, bins: int = HEADROOM_BINS) -> Floats:
     known = [i for i, row in enumerate(rows) if row is not None]
     lengths = np.array([len(rows[i]) - 1 for i in known], dtype=np.int64)
     first = np.array([whole_of(rows[i][0]) for i in known], dtype=np.int64)
     shares = np.array(list(itertools.chain.from_iterable(rows[i][1:] for i in known)), dtype=np.float64)
-    headroom = np.full((count, HEADROOM_BINS), np.nan)
+    headroom = np.full((count, bins), np.nan)
     if len(rows) != count or shares.ndim != 1 or not np.isfinite(shares).all():
         raise ValueError("damaged window (histograms)")
     if not known:
         return headroom
-    if (first < 0).any() or (first + lengths > HEADROOM_BINS).any():
+    if (first < 0).any() or (first + lengths > bins).any():
         raise ValueError("damaged window (bins of a histogram)")
-    filled = np.zeros((len(known), HEADROOM_BINS))
+    filled = np.zeros((len(known), bins))
     row = np.repeat(np.arange(len(known)), lengths)
     within = np.arange(len(shares)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     filled[row, first[row] + within] = shares

@@ -41,7 +41,7 @@ from update_watch.dashboards.journal.columns import (
     whole_of,
 )
 from update_watch.dashboards.run_numbers import run_numbers
-from update_watch.report import SEVERITY, Alert, Cause, Health, Level
+from update_watch.report import PLACES, SEVERITY, Alert, Cause, Health, Level
 
 SCHEMA = 1
 FORMAT = "update-watch journal"
@@ -156,6 +156,8 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
         line["headroom"] = headroom_lines(frame.headroom)
     if frame.movement is not None:
         line["movement"] = headroom_lines(frame.movement)
+    if frame.places is not None:
+        line["places"] = headroom_lines(frame.places)
     if frame.what_if:
         line["what_if"] = {name: column_line(values) for name, values in frame.what_if.items()}
     return line
@@ -167,7 +169,11 @@ def frame_of_line(line: Mapping[str, Any], tables: Mapping[str, TensorTable], is
     Not `is_whole`: without sentences, headroom, accumulators and what-ifs, which is many times faster.
     """
     if not is_whole:
-        line = {key: value for key, value in line.items() if key not in ("headroom", "movement", "what_if", "forecast")}
+        line = {
+            key: value
+            for key, value in line.items()
+            if key not in ("headroom", "movement", "places", "what_if", "forecast")
+        }
         line["accumulators"] = {}
         if isinstance(line.get("tensors"), dict):
             line["tensors"] = {key: value for key, value in line["tensors"].items() if key != "advice"}
@@ -183,7 +189,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
         raise ValueError(f"its table of tensors, {digest!r}, is missing")
     table = tables[digest]
     count = len(table.name)
-    headroom, movement = line.get("headroom"), line.get("movement")
+    headroom, movement, places = (line.get(name) for name in ("headroom", "movement", "places"))
     cost = line.get("cost_ms")
     tensors = _columns(line["tensors"], count, TENSOR_NUMBERS, has_dtype=False)
     run = line.get("run")  # early journals have none
@@ -201,6 +207,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
         tensors=tensors,
         headroom=None if headroom is None else headroom_of(headroom, count),
         movement=None if movement is None else headroom_of(movement, count),
+        places=None if places is None else headroom_of(places, count, PLACES),
         what_if={text_of(k): column_of(v, count) for k, v in line.get("what_if", {}).items()},
         accumulators={
             text_of(name): _columns(columns, count, ACCUMULATOR_NUMBERS, has_dtype=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import update_watch as uw
 from update_watch.foresight.schedules import schedule_of
 from update_watch.judge.alerts.alerts import Alerts
 from update_watch.judge.forecast import Forecaster, forecast
+from update_watch.judge.forecast.history import Sizes
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, Health, Report, TensorReport
 from update_watch.thresholds import Thresholds
 
@@ -114,6 +116,84 @@ def test_a_forecast_goes_through_plain_data() -> None:
     assert Report.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
+# --- what drifts beside the rate ---------------------------------------------------------------------------
+
+
+def run_of(sizes: Callable[[float], float], until: int, every: int = 50, octave: int = 6) -> list[Report]:
+    """Windows along HALVING of a tensor whose updates are 2^sizes(step) as large beside the rate."""
+    made, forecaster = [], Forecaster(HALVING, LIMITS)
+    for step in range(every, until + 1, every):
+        rate = HALVING.rate(step - 1)
+        drift = sizes(step - every / 2)
+        now = tensor(
+            "w",
+            octave,
+            lr=rate,
+            movement_lr=2.0**-drift,
+            update_ratio=0.01 * HALVING.rate(step - every // 2) * 2**drift,
+        )
+        made.append(forecaster.add(dataclasses.replace(report(now, step=step), window=every)))
+    return made
+
+
+def passing(made: Report) -> tuple[int, int, int]:
+    assert made.forecast is not None
+    (one,) = made.forecast.tensors
+    assert one.earliest is not None and one.stalling_step is not None and one.latest is not None
+    return one.earliest, one.stalling_step, one.latest
+
+
+def test_updates_that_shrink_beside_the_rate_are_foretold_to_go_on_shrinking() -> None:
+    steady = passing(run_of(lambda step: 0.0, 400)[-1])
+    # a quarter octave per octave of steps: from 400 to the stall about 0.7 octaves of them, so 0.15 octaves, 15 steps
+    shrinking = passing(run_of(lambda step: -0.25 * math.log2(step / 400), 400)[-1])
+    assert steady[0] < steady[1] < steady[2]
+    assert 8 <= steady[1] - shrinking[1] <= 20
+    strayed = passing(run_of(lambda step: 3.0 if 200 < step < 250 else 0.0, 400)[-1])
+    assert abs(strayed[1] - steady[1]) <= 15  # a single window
+
+
+def test_the_range_is_as_wide_as_the_run_has_wandered_and_a_step_that_is_not_known_is_said_to_be_so() -> None:
+    calm = run_of(lambda step: 0.0, 400)[-1].forecast
+    assert calm is not None and calm.tensors[0].doubt == ""
+    wild = run_of(lambda step: 3 * math.sin(step / 80), 400)[-1].forecast
+    assert wild is not None
+    (one,) = wild.tensors
+    (other,) = calm.tensors
+    assert other.earliest is not None and other.latest is not None and one.earliest is not None
+    assert one.earliest < other.earliest - 50 and (one.latest is None or one.latest > other.latest + 50)
+    assert "may fall below as early as step" in one.doubt and "windows so far do not tell" in one.doubt
+
+
+def test_a_stall_is_told_only_where_it_comes_for_certain() -> None:
+    barely = uw.Schedule(lambda step: 1.0 - 0.93 * step / 1000, steps=1000)  # ends 3.8 octaves lower: at the edge
+    forecaster, alerts = Forecaster(barely, LIMITS), Alerts(LIMITS, lambda: 0.0)
+    for step in range(50, 500, 50):
+        now = dataclasses.replace(tensor("w", 3, dtype="bfloat16"), lr=barely.rate(step))
+        made = forecaster.add(report(now, step=step))
+        assert made.forecast is not None
+        (one,) = made.forecast.tensors
+        assert one.stalling_step is not None and one.latest is None  # likely, and perhaps not
+        assert alerts.update(made).alerts == ()
+
+
+def test_a_run_that_goes_back_or_has_other_tensors_begins_anew() -> None:
+    forecaster = Forecaster(HALVING, LIMITS)
+    first = forecaster.add(report(tensor("a", 3), step=100)).forecast
+    forecaster.add(report(tensor("a", 9), step=200))
+    back = forecaster.add(report(tensor("b", 9), tensor("a", 3), step=100)).forecast
+    assert first is not None and back is not None
+    assert back.tensors[1].stalling_step == first.tensors[0].stalling_step
+    assert [t.name for t in back.tensors] == ["b", "a"]
+
+
+def test_what_is_kept_of_a_long_run_does_not_grow() -> None:
+    sizes = Sizes()
+    for step in range(1, 400):
+        sizes.add(report(tensor("w", 3), step=step), [tensor("w", 3)], HALVING)
+    assert len(sizes._windows) <= 32
+
+
 # --- schedules --------------------------------------------------------------------------------------------
 
 
@@ -193,7 +273,7 @@ def course(schedule: uw.Schedule, octave: int = 6, until: int = 1000) -> list[uw
 
 def test_a_stall_to_come_is_one_warning_with_its_step_and_its_cure() -> None:
     (told,) = course(HALVING, until=400)
-    assert (told.level, told.step, told.title) == (uw.Level.warn, 50, "AHEAD: 1 of 1 tensor will stall")
+    assert (told.level, told.step, told.title) == (uw.Level.warn, 100, "AHEAD: 1 of 1 tensor will stall")
     assert (
         told.text.startswith("At this schedule 100% of the parameters stall, from step ") and "of 1,000 on" in told.text
     )
@@ -206,10 +286,10 @@ def test_what_was_foretold_is_told_as_it_begins_and_when_it_has_everything(is_fo
     forecaster, alerts = Forecaster(HALVING if is_foretold else None, LIMITS), Alerts(LIMITS, lambda: 0.0)
     told: list[str] = []
     for i, stalled in enumerate(["", "", "c", "cb", "cba"]):
-        tensors = [tensor(name, 6, numel) for name, numel in (("a", 30), ("b", 60), ("c", 10))]
+        tensors = [tensor(name, 5, numel) for name, numel in (("a", 30), ("b", 60), ("c", 10))]
         lost = {"health": Health.stalled, "cause": uw.Cause.weight_rounding, "efficiency": 0.0}
         window = [dataclasses.replace(t, **lost) if t.name in stalled else t for t in tensors]  # type: ignore[arg-type]
-        told += [alert.title for alert in alerts.update(forecaster.add(report(*window, step=100 * i))).alerts]
+        told += [alert.title for alert in alerts.update(forecaster.add(report(*window, step=100 * i + 100))).alerts]
     stages = ["STALLED: 1 of 3 tensors", "STALLED: 2 of 3 tensors, was 1", "STALLED: 3 of 3 tensors, was 2"]
     if is_foretold:
         stages = ["AHEAD: 3 of 3 tensors will stall", stages[0], "STALLED: 3 of 3 tensors, was 1"]

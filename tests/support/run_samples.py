@@ -330,6 +330,7 @@ def fully_filled_report() -> Report:
         headroom_histogram=tuple(0.25 if i in (3, 9, 10, 31) else 0.0 for i in range(HEADROOM_BINS)),
         movement_histogram=tuple(0.5 if i in (4, 30) else 0.0 for i in range(HEADROOM_BINS)),
         movement_lr=0.0004,
+        movement_places=(0.25, 0.0, 0.5, 0.25),
         lr=0.0003,
         critical_lr=1.2e-05,
         state_factor=0.9312,

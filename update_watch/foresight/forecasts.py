@@ -13,8 +13,14 @@ class TensorForecast:
     name: str
     stalling_step: int | None  # from which on its efficiency is below the limit of a partial stall, to the end
     stalled_step: int | None  # the same of a stall
-    final_efficiency: float  # at the end, before the rate is negligible
+    final_efficiency: float  # over the last twentieth of the run, before the rate is negligible
     efficiency: float  # of all movement that is still intended
+    # nine of ten tensors keep to these: the step of `stalling_step` (None: not before the end), and the efficiency at the end
+    earliest: int | None = None
+    latest: int | None = None
+    final_low: float = 0.0
+    final_high: float = 1.0
+    doubt: str = ""  # why it is not certain when, where `earliest` and `latest` are far from each other
 
 
 @dataclasses.dataclass(frozen=True)

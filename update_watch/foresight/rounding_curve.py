@@ -32,37 +32,49 @@ def _curve() -> tuple[float, ...]:
     return tuple(sums)
 
 
-def _octave(low: float) -> float:
-    """Mean arriving share of headroom from `low` to one octave more."""
+def _mean(low: float, width: int) -> float:
+    """Mean arriving share of headroom from `low` to `width` points more."""
     start = round((low - _LOWEST) * _FINE)
-    if start <= -_FINE:
+    if start <= -width:
         return 0.0
     sums = _curve()
-    if start >= len(sums) - 1 - _FINE:
+    if start >= len(sums) - 1 - width:
         return 1.0
-    return (sums[start + _FINE] - sums[max(start, 0)]) / _FINE
+    return (sums[start + width] - sums[max(start, 0)]) / width
 
 
-def efficiency_of(movement: Sequence[float], first: float) -> float | None:
+def _octave(low: float, places: Sequence[float] | None) -> float:
+    """Mean arriving share of headroom from `low` to one octave more, of which the parts weigh so."""
+    if places is None:
+        return _mean(low, _FINE)
+    parts = len(places)
+    return sum(share * _mean(low + i / parts, _FINE // parts) for i, share in enumerate(places))
+
+
+def efficiency_of(movement: Sequence[float], first: float, places: Sequence[float] | None = None) -> float | None:
     """Efficiency of updates whose movement lies so; None of a histogram that is empty.
 
     `movement`: shares of sum of intended^2 in one-octave bins of headroom, of which the first begins at `first`. Where all
-    updates are twice as large, it begins one higher.
+    updates are twice as large, it begins one higher. `places`: shares that sum to 1 of the parts of an octave, the same in
+    every octave; None: even. Where all updates are alike (a rule that takes the sign), weights' gaps being powers of two, they
+    all lie at one place.
     """
     total = sum(movement)
     if not total > 0 or not math.isfinite(total):
         return None
-    return sum(share * _octave(first + i) for i, share in enumerate(movement) if share) / total
+    return sum(share * _octave(first + i, places) for i, share in enumerate(movement) if share) / total
 
 
-def octaves_for(movement: Sequence[float], first: float, efficiency: float) -> float | None:
+def octaves_for(
+    movement: Sequence[float], first: float, efficiency: float, places: Sequence[float] | None = None
+) -> float | None:
     """How far updates may shrink (or must grow) so that the efficiency stays at `efficiency` or above from there on.
 
     The smallest such log2 factor, to an eighth of an octave; None where no factor from 2^-40 to 2^40 gives it.
     """
     found = None
     for eighths in range(40 * 8, -40 * 8 - 1, -1):
-        reached = efficiency_of(movement, first + eighths / 8)
+        reached = efficiency_of(movement, first + eighths / 8, places)
         if reached is None or reached < efficiency:
             break
         found = eighths / 8

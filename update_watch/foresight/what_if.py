@@ -84,7 +84,7 @@ def _with_bits(t: TensorReport, more: float) -> float | None:
         return t.efficiency
     if t.movement_histogram is None or not t.movement_lr or not t.lr:
         return None
-    return efficiency_of(t.movement_histogram, HEADROOM_LOW + more + _octaves(t))
+    return efficiency_of(t.movement_histogram, HEADROOM_LOW + more + _octaves(t), t.movement_places)
 
 
 def _octaves(t: TensorReport) -> float:

@@ -190,6 +190,7 @@ class Diagnosis:
             headroom_histogram=e.headroom_histogram,
             movement_histogram=e.movement_histogram,
             movement_lr=e.movement_lr,
+            movement_places=e.movement_places,
             lr=e.lr,
             critical_lr=e.critical_lr,
             state_factor=e.state_factor,

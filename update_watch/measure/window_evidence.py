@@ -183,7 +183,7 @@ def _tensors(sums: WindowSums, cohort: CohortWindow, missed: Unseen, skipped: in
     ]
     decays = _numbers(sums.decay_numbers())
     finite, measured = sums.is_finite().tolist(), cohort.steps.measured_n.tolist()
-    evidence, movements = sums.evidence_n.tolist(), sums.movement_nB.tolist()
+    evidence, movements, places = sums.evidence_n.tolist(), sums.movement_nB.tolist(), sums.places_nQ.tolist()
     histograms, at_rate = (histogram_nB.tolist() for histogram_nB in sums.headroom_2nB)
     tensors = []
     for i, facts in enumerate(cohort.rows):
@@ -225,6 +225,7 @@ def _tensors(sums: WindowSums, cohort: CohortWindow, missed: Unseen, skipped: in
                 headroom_histogram=tuple([count / total for count in histogram]) if total else None,
                 movement_histogram=tuple([part / moved for part in movement]) if 0 < moved < math.inf else None,
                 movement_lr=facts.first_rate if 0 < moved < math.inf else None,
+                movement_places=tuple([part / moved for part in places[i]]) if 0 < moved < math.inf else None,
                 critical_lr=facts.first_rate * 2**-headroom if facts.first_rate and headroom is not None else None,
                 displacement_evidence=evidence[i] / kept,
                 accumulators={**base.accumulators, **accumulators},

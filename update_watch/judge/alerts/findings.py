@@ -113,7 +113,8 @@ def _find_ahead(report: Report, bad: dict[str, list[Finding]], well: set[str]) -
     found = []
     for one in forecast.tensors:
         tensor, key = tensors[one.name], f"{one.name} [{AHEAD}]"
-        if one.stalling_step is not None and forecast.step < one.stalling_step <= latest:
+        # for certain: also were it to go as well as may be
+        if one.stalling_step is not None and one.latest is not None and forecast.step < one.latest <= latest:
             if tensor.health is Health.healthy:
                 found.append(Finding(key, tensor, "", Level.warn, tensor.health, None, forecast.headline))
         elif tensor.health is Health.healthy:

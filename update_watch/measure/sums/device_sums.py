@@ -42,7 +42,7 @@ from update_watch.measure.sums.layout import (
     F,
     Layout,
 )
-from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 
 THIN = 4  # of the states every so manieth sample is kept on the way, to hold little between steps
 
@@ -272,6 +272,7 @@ class DeviceSums:
         """
         first, last = slots[0].start, slots[-1].stop
         found_3RB = torch.zeros(3, last - first, HEADROOM_BINS, dtype=self.dtype, device=self.device)
+        found_RQ = torch.zeros(last - first, PLACES, dtype=self.dtype, device=self.device)
         what_if_2R: Tensor | None = None
         for rows, fmt, octaves in looks:
             wide, w = intended_RK[rows], before_RK[rows].float()
@@ -279,7 +280,9 @@ class DeviceSums:
             inside = slice(rows.start - first, rows.stop - first)
             # 1e-38: a zero update (weight 0 below) must not make log2 complain
             headroom = d.abs().clamp_min_(1e-38).log2_().sub_(fmt.half_gap(w, d).log2_())
-            index_2RK = [_bin(headroom, 0.0)] * 2 if octaves == 0.0 else [_bin(headroom, 0.0), _bin(headroom, octaves)]
+            part = _part(headroom, octaves)
+            index = part // PLACES
+            index_2RK = [index if octaves == 0.0 else _part(headroom, 0.0) // PLACES, index]
             wanted = wide.ne(0).to(self.dtype)
             energy = wide.square().mul_(4.0**-octaves)
             if weights_R2J is not None:
@@ -290,6 +293,7 @@ class DeviceSums:
                 ((index_2RK[0], wanted), (index_2RK[1], wanted), (index_2RK[1], energy))
             ):
                 found_3RB[k, inside].scatter_add_(1, index, counted)
+            found_RQ[inside].scatter_add_(1, part % PLACES, energy)
             if fmt.mantissa_bits > BF16.mantissa_bits:
                 if what_if_2R is None:
                     what_if_2R = torch.zeros(2, last - first, dtype=self.dtype, device=self.device)
@@ -297,14 +301,16 @@ class DeviceSums:
                 what_if_2R[:, inside] = torch.stack([lost.sum(-1), wanted.sum(-1)])
         for slot in _merged([slot._replace(start=slot.start - first) for slot in slots]):
             self._histograms_3nB[:, slot.rows].add_(_total(found_3RB, slot, 1))
+            self.views["places_nQ"][slot.rows].add_(_total(found_RQ, slot, 0))
             if what_if_2R is not None:
                 self.views["what_if_2n"][:, slot.rows].add_(_total(what_if_2R, slot))
 
 
-def _bin(headroom: Tensor, octaves: float) -> Tensor:
-    octave = (headroom - (octaves + HEADROOM_LOW)).floor_()
+def _part(headroom: Tensor, octaves: float) -> Tensor:
+    """In which part of which octave."""
+    part = (headroom - (octaves + HEADROOM_LOW)).mul_(PLACES).floor_()
     # NaN cannot be an index; those rows are reported as broken from their sums
-    return octave.nan_to_num_(0.0).clamp_(0, HEADROOM_BINS - 1).to(torch.int64)
+    return part.nan_to_num_(0.0).clamp_(0, HEADROOM_BINS * PLACES - 1).to(torch.int64)
 
 
 def _merged(slots: Sequence[Slot], place: Callable[[Slot], Any] = lambda slot: None) -> list[Slot]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from update_watch.report import HEADROOM_BINS
+from update_watch.report import HEADROOM_BINS, PLACES
 
 # the F sums of a row; weighted, over its samples. In this order one operator makes four of them, another three
 DOT = 0  # <applied, intended>
@@ -48,6 +48,7 @@ class Layout(NamedTuple):
             "touched_n": (n,),
             "headroom_2nB": (2, n, HEADROOM_BINS),
             "movement_nB": (n, HEADROOM_BINS),
+            "places_nQ": (n, PLACES),
             "what_if_2n": (2, n),
             "decay_5n": (5, n),
             "single_G2n": (groups, 2, n),

@@ -78,6 +78,7 @@ class WindowSums:
     touched_n: Array
     headroom_2nB: Array
     movement_nB: Array
+    places_nQ: Array  # the same by part of an octave
     what_if_2n: Array
     decay_5n: Array
     arrived_GGn: Array

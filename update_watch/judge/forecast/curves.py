@@ -1,0 +1,81 @@
+"""What arrives of many tensors' updates, were all of them so and so many times as large: a curve over octaves for each tensor.
+
+Legend: n tensors, B octaves of headroom, Q parts of an octave, G points of a curve, S points of a schedule.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import numpy.typing as npt
+
+from update_watch.foresight.rounding_curve import efficiency_of
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
+
+Array = npt.NDArray[np.float64]
+
+_FINE = 8  # points in an octave
+_REACH = 16  # octaves that updates may shrink or grow by
+_OCTAVES = np.arange(-_REACH * _FINE, _REACH * _FINE + 1) / _FINE  # [G]
+_AT_ONE_PLACE = 0.6  # share in a quarter of every octave from which on a tensor's updates are taken to be alike
+
+
+@functools.cache
+def _table() -> Array:
+    """[B * Q, G]: what arrives of the updates of one part of one octave, were they 2^octaves as large."""
+    alone = np.eye(PLACES).tolist()
+    found = [
+        [efficiency_of((1.0,), HEADROOM_LOW + octave + shift, place) or 0.0 for shift in _OCTAVES.tolist()]
+        for octave in range(HEADROOM_BINS)
+        for place in alone
+    ]
+    return np.array(found)
+
+
+def curves(movement_nB: Array, places_nQ: Array) -> Array:
+    """[n, G] efficiency where all updates are 2^octaves as large as when the histograms were taken."""
+    found: Array = (movement_nB[:, :, None] * places_nQ[:, None, :]).reshape(len(movement_nB), -1) @ _table()
+    return found
+
+
+def are_alike(places_nQ: Array) -> npt.NDArray[np.bool_]:
+    """[n] whether a tensor's updates lie at one place of every octave, since they are of one size and gaps are powers of two.
+
+    What drifts then is how many of them lie in which octave: not their place within it.
+    """
+    found: npt.NDArray[np.bool_] = places_nQ.max(1) > _AT_ONE_PLACE
+    return found
+
+
+def read(curves_nG: Array, octaves_nS: Array) -> Array:
+    """[n, S] the curves at these octaves, between points along a line."""
+    at = np.clip((octaves_nS + _REACH) * _FINE, 0, len(_OCTAVES) - 1.001)
+    below = at.astype(np.intp)
+    part = at - below
+    low, high = np.take_along_axis(curves_nG, below, 1), np.take_along_axis(curves_nG, below + 1, 1)
+    found: Array = low + part * (high - low)
+    return found
+
+
+def read_drifted(curves_nG: Array, octaves_nS: Array, drift_nS: Array, alike_n: npt.NDArray[np.bool_]) -> Array:
+    """The same at `octaves + drift`; where updates are alike, a drift takes a part of them to the next octave."""
+    found = read(curves_nG, octaves_nS + drift_nS)
+    if alike_n.any():
+        some, drift = octaves_nS[alike_n], np.broadcast_to(drift_nS, octaves_nS.shape)[alike_n]
+        whole = np.floor(drift)
+        low, high = (read(curves_nG[alike_n], some + whole + more) for more in (0.0, 1.0))
+        found[alike_n] = low + (drift - whole) * (high - low)
+    return found
+
+
+def moved(curves_nG: Array, octaves_n: Array, drift_n: Array, alike_n: npt.NDArray[np.bool_]) -> Array:
+    """[n, G] the curves of updates that are 2^(octaves + drift) as large."""
+    points = np.broadcast_to(_OCTAVES, curves_nG.shape) + octaves_n[:, None]
+    return read_drifted(curves_nG, points, np.broadcast_to(drift_n[:, None], points.shape), alike_n)
+
+
+def first_octave(curves_nG: Array, efficiency: float) -> Array:
+    """[n] the smallest of the octaves from which on a curve stays at `efficiency` or above; infinite where none does."""
+    stays = np.logical_and.accumulate((curves_nG >= efficiency)[:, ::-1], axis=1)[:, ::-1]
+    return np.where(stays.any(1), _OCTAVES[stays.argmax(1)], np.inf)

@@ -1,0 +1,117 @@
+"""What changes beside the learning rate: the size of updates over that of weights, for one unit of the rate, over the run.
+
+Gradients shrink, moments settle, weights grow: quickly at first, then ever more slowly. So the trend is taken over the logarithm
+of the step, from the last three quarters of the run so far, and shrunk towards none (a ridge on its slope); single windows that
+stray weigh less. How far it may be off is learnt from the run itself: what the same fit, made at earlier windows, foretold of now.
+
+Legend: n tensors, w windows, S points of a schedule; sizes are log2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+_SINCE = 0.25  # of the run so far, from which on windows count
+_SLOPE = 0.25  # octaves per octave of steps: as large as slopes usually are
+_LEAST_NOISE = 0.05  # octaves
+_HALF_LIFE = 0.3  # octaves of steps, over which a window's weight in the present level halves
+_STRAY = 3.0  # usual deviations from which on a window weighs less
+_RECENT = 8  # windows that tell how much single ones scatter
+_USUAL_WANDER = 0.15  # octaves, over one octave of steps: before the run has told its own
+_USUAL_WEIGHS = 2.0  # windows
+
+
+@dataclasses.dataclass(frozen=True)
+class Drift:
+    """Of n tensors, as of one step. Sizes to come are `level + slope * log2(step / now)`."""
+
+    step: float
+    level_n: Array
+    slope_n: Array
+    noise_n: Array  # of single windows
+    level_error_n: Array
+    slope_error_n: Array
+
+    def change(self, steps_S: Array) -> Array:
+        """[n, S] from now to then."""
+        return self.slope_n[:, None] * _octaves(steps_S, self.step)
+
+    def error(self, steps_S: Array, wander: float) -> Array:
+        """[n, S] standard error of the size then; `wander`: octaves over an octave of steps that no trend explains."""
+        ahead = _octaves(steps_S, self.step)
+        squares = self.level_error_n[:, None] ** 2 + (self.slope_error_n[:, None] * ahead) ** 2 + wander**2 * ahead
+        found: Array = np.sqrt(squares)
+        return found
+
+
+def _octaves(steps_S: Array, now: float) -> Array:
+    found: Array = np.log2(np.maximum(steps_S, now) / now)
+    return found
+
+
+def fit(middles_w: Array, sizes_wn: Array, now: float) -> Drift:
+    """The drift as of step `now`. `middles`: steps in the middle of windows, above 0; `sizes`: NaN where not known."""
+    is_late_w = middles_w >= _SINCE * now
+    middles_w, sizes_wn = middles_w[is_late_w], sizes_wn[is_late_w]
+    ago_wn = np.broadcast_to(np.log2(middles_w / now)[:, None], sizes_wn.shape)
+    known_wn = np.isfinite(sizes_wn)
+    sizes_wn = np.where(known_wn, sizes_wn, 0.0)
+    count_n = known_wn.sum(0)
+    residual_wn = sizes_wn - _median(sizes_wn, known_wn)
+    for _ in range(3):
+        far_wn = np.abs(residual_wn) / (_STRAY * np.maximum(_median(np.abs(residual_wn), known_wn), _LEAST_NOISE))
+        weights_wn = known_wn / np.maximum(1.0, far_wn) ** 2
+        total_n = np.maximum(weights_wn.sum(0), 1e-9)
+        ago_n, size_n = (weights_wn * ago_wn).sum(0) / total_n, (weights_wn * sizes_wn).sum(0) / total_n
+        spread_n = (weights_wn * (ago_wn - ago_n) ** 2).sum(0)
+        product_n = (weights_wn * (ago_wn - ago_n) * (sizes_wn - size_n)).sum(0)
+        residual_wn = sizes_wn - size_n - product_n / np.maximum(spread_n, 1e-9) * (ago_wn - ago_n)
+    noise2_n = (weights_wn * residual_wn**2).sum(0) / np.maximum(count_n - 2, 1)
+    noise2_n = np.where(count_n >= 3, np.maximum(noise2_n, _LEAST_NOISE**2), _SLOPE**2)
+    slope_n = product_n / (spread_n + noise2_n / _SLOPE**2)
+    slope_n = np.where(count_n >= 3, slope_n, 0.0)
+    slope_error_n = np.sqrt(1 / (spread_n / noise2_n + 1 / _SLOPE**2))
+    recent_wn = weights_wn * 0.5 ** (-ago_wn / _HALF_LIFE)
+    total_n = np.maximum(recent_wn.sum(0), 1e-300)
+    level_n = (recent_wn * (sizes_wn - slope_n * ago_wn)).sum(0) / total_n
+    noise_n = _scatter((sizes_wn - level_n - slope_n * ago_wn)[-_RECENT:], known_wn[-_RECENT:])
+    level_error_n = noise_n * np.sqrt((recent_wn**2).sum(0)) / total_n
+    return Drift(now, np.where(count_n > 0, level_n, np.nan), slope_n, noise_n, level_error_n, slope_error_n)
+
+
+def _scatter(residual_wn: Array, known_wn: npt.NDArray[np.bool_]) -> Array:
+    """[n] standard deviation, of few values drawn towards a tenth of an octave; what strays far counts as if it did less."""
+    usual_n = _median(np.abs(residual_wn), known_wn)
+    squares = (known_wn * np.minimum(np.abs(residual_wn), 4 * usual_n + 0.1) ** 2).sum(0) + 2 * 0.1**2
+    found: Array = np.sqrt(squares / (known_wn.sum(0) + 1))
+    return found
+
+
+def _median(values_wn: Array, known_wn: npt.NDArray[np.bool_]) -> Array:
+    """[n] of those that are known; 0 where none is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: Array = np.nan_to_num(np.nanmedian(np.where(known_wn, values_wn, np.nan), axis=0))
+    return found
+
+
+def wander(earlier: list[Drift], now: Drift) -> float:
+    """Octaves over an octave of steps by which levels have strayed from earlier trends in this run."""
+    squares, weight = _USUAL_WEIGHS * _USUAL_WANDER**2, _USUAL_WEIGHS
+    for one in earlier:
+        ahead = float(_octaves(np.array([now.step]), one.step)[0])
+        if ahead < 0.25:  # hardly ahead: the same windows
+            continue
+        off_n = now.level_n - (one.level_n + one.slope_n * ahead)
+        known_n = off_n[np.isfinite(off_n)]
+        if known_n.size:
+            # tensors stray together, so each window counts once; a tensor or two that is elsewhere does not widen all
+            middle = np.quantile(np.abs(known_n), 0.68)
+            squares, weight = squares + float(middle) ** 2 / ahead, weight + 1
+    return float(np.sqrt(squares / weight))

@@ -1,0 +1,249 @@
+"""When it will stall at the run's schedule: each tensor's movement by octave of headroom, moved along the learning rate.
+
+A tensor's updates scale with the learning rate, so its efficiency at any step to come is that of its movement histogram, moved by
+the log2 of the ratio of the rates (`foresight.rounding_curve`), and by what drifts beside the rate (`drift`). Every statement has
+its range, which nine of ten keep to: from how single windows scatter, and from how far earlier trends of this run were off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from update_watch.foresight.forecasts import Forecast, TensorForecast
+from update_watch.foresight.schedules import Schedule
+from update_watch.judge.forecast.curves import first_octave, read_drifted
+from update_watch.judge.forecast.history import Position, Sizes
+from update_watch.report import Report, TensorReport
+from update_watch.thresholds import Thresholds
+from update_watch.wording import number, percent
+
+logger = logging.getLogger("update_watch")
+_POINTS = 96  # of the schedule that is left
+_COURSE = 3  # every so many of them are kept for a chart
+_NINE_OF_TEN = 1.645  # standard errors
+_BEYOND = 0.5  # of the scatter of single windows, by which the last of them above a limit lies beyond the mean
+_END = 0.05  # of the run, its last part
+_CURVE = 0.03  # error of the curves themselves, in efficiency
+_SURE, _SURE_ALIKE = (
+    0.5,
+    0.2,
+)  # of the steps that are left: a wider range of a stall's step is none; of updates that are alike
+_NEVER = np.iinfo(np.int64).max
+
+Array = npt.NDArray[np.float64]
+Steps = npt.NDArray[np.int64]
+
+
+class Forecaster:
+    """Makes a forecast of each report, from it and from the windows before."""
+
+    def __init__(self, schedule: Schedule | None, thresholds: Thresholds) -> None:
+        self._schedule, self._limits = schedule, thresholds
+        self._sizes = Sizes()
+        self._windows = 0
+        self._said: list[_Course] = []  # as of windows 1, 2, 4, 8, ...
+
+    def add(self, report: Report) -> Report:
+        """The report with its forecast; as it is where no schedule is known, or all of it has passed."""
+        if self._schedule is None:
+            return report
+        try:
+            made = self._forecast(report, self._schedule)
+        except Exception as error:  # most likely of the user's function
+            logger.warning("update-watch: no more forecasts, since one failed, or its schedule: %r", error)
+            self._schedule = None
+            return report
+        if made is None:
+            return report
+        headline = report.headline if made.from_step is None else f"{report.headline} {made.headline}"
+        return dataclasses.replace(report, headline=headline, forecast=made)
+
+    def _forecast(self, report: Report, schedule: Schedule) -> Forecast | None:
+        now = _rate(schedule, max(report.step - 1, 0))
+        if not now or report.step >= schedule.steps:
+            return None
+        position = self._sizes.add(report, report.tensors, schedule)
+        course = _course(report, position, schedule, self._limits, now)
+        if course is None:
+            return None
+        earlier = [one for one in self._said if one.step <= report.step / 2] or self._said[:1]
+        errors = [] if not earlier else earlier[-1].off(report)
+        self._windows += 1
+        if self._windows & (self._windows - 1) == 0:
+            self._said.append(course)
+        error = float(np.quantile(errors, 0.9)) if errors else None
+        return dataclasses.replace(_told(course, report, schedule, self._limits, now), error=error)
+
+
+def forecast(report: Report, schedule: Schedule, limits: Thresholds) -> Forecast | None:
+    """What is to come for the tensors of a single window; None where none can be forecast, or the schedule has ended."""
+    return Forecaster(schedule, limits).add(report).forecast
+
+
+@dataclasses.dataclass(frozen=True)
+class _Course:
+    """Of n tensors, at S steps to come: efficiencies, what they are between, and the steps of passing a limit."""
+
+    step: int
+    tensors: tuple[TensorReport, ...]
+    steps_S: Steps
+    rates_S: Array  # over that of now
+    middle_nS: Array
+    end_3n: Array  # low, most likely and high, over the last part of the run
+    stalling_3n: Steps  # from which on it is below the limit, to the end: earliest, most likely, latest; _NEVER
+    stalled_n: Steps
+    alike_n: npt.NDArray[
+        np.bool_
+    ]  # whose efficiency falls in jumps: the step is near one end of its range or the other
+    floors_n: Array  # rate, over that of now, that keeps a tensor moving at the end
+
+    def off(self, report: Report) -> list[float]:
+        """How far this window's efficiencies are from what was said of them."""
+        measured, found = {t.name: t.efficiency for t in report.tensors}, []
+        for t, middle_S in zip(self.tensors, self.middle_nS, strict=True):
+            efficiency = measured.get(t.name)
+            if efficiency is not None:
+                said = float(np.interp(report.step - report.window / 2, self.steps_S, middle_S))
+                found.append(abs(min(said, 1.0) - min(efficiency, 1.0)))
+        return found
+
+
+def _rate(schedule: Schedule, step: int) -> float:
+    rate = float(schedule.rate(step))
+    return rate if math.isfinite(rate) and rate > 0 else 0.0
+
+
+def _course(report: Report, position: Position, schedule: Schedule, limits: Thresholds, now: float) -> _Course | None:
+    is_known = np.isfinite(position.curves_nG[:, 0]) & np.array([bool(t.lr) for t in report.tensors])
+    steps = np.unique(np.linspace(report.step, schedule.steps - 1, _POINTS).round().astype(np.int64))
+    rates = np.array([_rate(schedule, int(step)) for step in steps]) / now
+    # the last part of a decay to nothing is the end of a schedule, not a stall
+    lasts = rates > limits.negligible_lr * rates.max()
+    steps, rates = steps[lasts], rates[lasts]
+    if not is_known.any() or len(steps) < 2:
+        return None
+    tensors = tuple(t for t, known in zip(report.tensors, is_known.tolist(), strict=True) if known)
+    keeps_n = np.array([t.scheme == "stochastic" or t.scheme.startswith("carried") for t in tensors])
+    curves_nG, drift = position.curves_nG[is_known], position.drift
+    change_nS = drift.change(steps)[is_known]
+    error_nS, noise_nS = drift.error(steps, position.wander)[is_known], _BEYOND * drift.noise_n[is_known][:, None]
+    octaves_nS = np.broadcast_to(np.log2(rates), change_nS.shape)
+
+    def at(drift_nS: Array) -> Array:
+        found = read_drifted(curves_nG, octaves_nS, drift_nS, position.alike_n[is_known])
+        found[keeps_n] = 1.0
+        return found
+
+    def end(efficiency_nS: Array) -> Array:
+        weights_S = np.where(steps >= (1 - _END) * schedule.steps, rates**2, 0.0)
+        weights_S = weights_S if weights_S.any() else np.eye(len(steps))[-1]
+        found: Array = efficiency_nS @ (weights_S / weights_S.sum())
+        return found
+
+    middle_nS = at(change_nS)
+    # single windows scatter, so the last one above a limit lies beyond the step at which their mean passes it
+    passing = [
+        _passing(steps, at(change_nS + noise_nS + errors * error_nS) + more * ~keeps_n[:, None], limits.stalling)
+        for errors, more in ((-_NINE_OF_TEN, -_CURVE), (0.0, 0.0), (_NINE_OF_TEN, _CURVE))
+    ]
+    both_nS = np.sqrt(error_nS**2 + noise_nS**2)
+    ends = np.stack([end(at(change_nS + part * _NINE_OF_TEN * both_nS)) for part in (-1.0, -0.5, 0.0, 0.5, 1.0)])
+    curve_n = np.where(keeps_n, 0.0, _CURVE)
+    floor = first_octave(curves_nG, limits.stalling)
+    return _Course(
+        report.step,
+        tensors,
+        steps,
+        rates,
+        middle_nS,
+        np.stack([np.maximum(ends.min(0) - curve_n, 0.0), ends[2], ends.max(0) + curve_n]),
+        np.stack(passing),
+        _passing(steps, at(change_nS + noise_nS), limits.stalled),
+        position.alike_n[is_known],
+        np.where(keeps_n, 0.0, 2.0 ** (floor - change_nS[:, -1])),
+    )
+
+
+def _passing(steps_S: Steps, course_nS: Array, limit: float) -> Steps:
+    """[n] the step from which on the efficiency stays below `limit` to the end; _NEVER where it does not."""
+    above_nS = course_nS >= limit
+    last_n = above_nS.shape[1] - 1 - above_nS[:, ::-1].argmax(1)  # the last point above
+    last_n = np.where(above_nS.any(1), last_n, -1)
+    before, after = np.clip(last_n, 0, None), np.clip(last_n + 1, None, above_nS.shape[1] - 1)
+    rows = np.arange(len(course_nS))
+    high, low = course_nS[rows, before], course_nS[rows, after]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        part = np.where(high > low, (high - limit) / (high - low), 0.0)
+    found = np.rint(steps_S[before] + part * (steps_S[after] - steps_S[before])).astype(np.int64)
+    found = np.where(last_n < 0, steps_S[0], found)
+    never: Steps = np.where(last_n == above_nS.shape[1] - 1, _NEVER, found)
+    return never
+
+
+def _told(course: _Course, report: Report, schedule: Schedule, limits: Thresholds, now: float) -> Forecast:
+    """The course of each tensor and of the run, in numbers for people."""
+    middle_nS = np.minimum(course.middle_nS, 1.0)
+    lost_n = (1 - middle_nS) @ course.rates_S / course.rates_S.sum()
+    sizes_n = np.array([float(t.numel) for t in course.tensors])
+    total = max(float(sizes_n.sum()), 1.0)
+    left = schedule.steps - report.step
+    tensors, starts, first = [], [], None
+    for i, t in enumerate(course.tensors):
+        early, likely, late = (None if step == _NEVER else int(step) for step in course.stalling_3n[:, i])
+        stalled = None if course.stalled_n[i] == _NEVER else int(course.stalled_n[i])
+        width = ((schedule.steps if late is None else late) - early) / left if early is not None else 0.0
+        tensors.append(
+            TensorForecast(
+                *(t.name, likely, stalled, float(course.end_3n[1, i]), float(1 - lost_n[i])),
+                *(early, late, float(course.end_3n[0, i]), float(course.end_3n[2, i])),
+                _doubt(early, late, schedule.steps) if width > (_SURE_ALIKE if course.alike_n[i] else _SURE) else "",
+            )
+        )
+        if likely is not None and likely > report.step:
+            starts.append(likely)
+            first = tensors[-1] if likely == min(starts) else first
+    is_stall = course.stalling_3n[1] != _NEVER
+    floors_n = course.floors_n[is_stall & (course.middle_nS[:, 0] >= limits.stalling) & np.isfinite(course.floors_n)]
+    floor = float(floors_n.max()) * now if len(floors_n) else None
+    share = float(sizes_n[is_stall].sum()) / total
+    run_S = sizes_n @ middle_nS / total
+    return Forecast(
+        step=report.step,
+        until=schedule.steps,
+        tensors=tuple(tensors),
+        stalling_share=share,
+        lost_share=float(sizes_n @ lost_n) / total,
+        from_step=min(starts) if starts else None,
+        floor=floor,
+        course=tuple(zip(course.steps_S.tolist(), run_S.tolist(), course.rates_S.tolist(), strict=True))[::_COURSE],
+        headline=_headline(share, first, schedule.steps, floor),
+    )
+
+
+def _doubt(early: int | None, late: int | None, until: int) -> str:
+    """Why it is not certain when."""
+    end = "not before the end" if late is None else f"at step {late:,}"
+    return (
+        f"it may fall below as early as step {early:,} or {end} of {until:,}: the size of its updates changes beside the learning"
+        " rate, and the windows so far do not tell how it goes on"
+    )
+
+
+def _headline(share: float, first: TensorForecast | None, until: int, floor: float | None) -> str:
+    if not share:
+        return "At this schedule all tensors go on receiving their updates."
+    if first is None:
+        return f"At this schedule {percent(share)} of the parameters go on losing updates to its end, step {until:,}."
+    cure = (
+        f"; a floor of {number(floor)} would keep all of them moving, FP32 master weights whatever the rate"
+        if floor
+        else ""
+    )
+    late = "not at all" if first.latest is None else f"{first.latest:,}"
+    between = f" (the first between {first.earliest or 0:,} and {late})" if first.earliest != first.latest else ""
+    return f"At this schedule {percent(share)} of the parameters stall, from step {first.stalling_step:,} of {until:,} on{between}{cure}."
