@@ -106,3 +106,22 @@ def test_a_forecast_is_what_training_at_that_rate_does(factor: float) -> None:
     assert then is not None and said is not None
     assert said == pytest.approx(then, abs=0.05)
     assert then < 0.97  # something is lost there, or nothing is shown
+
+
+def test_updates_of_one_size_are_kept_or_lost_all_at_once_as_their_place_in_the_octave_says() -> None:
+    """A rule that takes the sign: |update| = lr, gaps are powers of two, here 1/4: headroom log2(8 lr)."""
+    movement = _at(o0=1.0)  # lr 1/8 to 1/4, half a gap to one
+    for place, size in enumerate((1.0, 1.25, 1.5, 1.8)):  # halves of a gap, in the quarters of the octave
+        places = [float(i == place) for i in range(4)]
+        now = efficiency_of(movement, HEADROOM_LOW, places)
+        # each is rounded up to a whole gap, 2 halves
+        assert now == pytest.approx(2 / size, rel=0.2)
+        tensor = TensorReport(
+            "w",
+            Health.healthy,
+            movement_histogram=_at(o0=1.0),
+            movement_lr=size / 8,
+            movement_places=tuple(places),
+            scheme="plain",
+        )
+        assert tensor.efficiency_at(0.08) == pytest.approx(0.0, abs=0.15) and (tensor.efficiency_at(0.2) or 0) > 1.0

@@ -295,6 +295,11 @@ def test_headroom_is_counted_in_its_octave() -> None:
         for histogram in sums.headroom_2nB[:, row]:
             assert np.abs(histogram - expected).sum() <= 2
             assert histogram.sum() == len(d)
+        quarters = np.floor(4 * np.log2(np.abs(d) / (gap / 2))).astype(int)
+        by_quarter = np.bincount(quarters % 4, weights=d * d, minlength=4) / (d * d).sum()
+        assert sums.places_nQ[row] / sums.places_nQ[row].sum() == pytest.approx(by_quarter, abs=0.02)
+        by_octave = np.bincount((octaves - HEADROOM_LOW).astype(int), weights=d * d, minlength=HEADROOM_BINS)
+        assert sums.movement_nB[row] == pytest.approx(by_octave, abs=0.02 * by_octave.sum())
 
 
 def test_headroom_of_zero_weights_and_huge_updates_stays_inside_the_histogram() -> None:
