@@ -35,6 +35,7 @@ from update_watch.callbacks.session import (
     wandb_sink,
 )
 from update_watch.callbacks.whole_counts import WholeCounts
+from update_watch.foresight.schedules import Schedule
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 
@@ -87,6 +88,8 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
         include: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
         exclude: of those that are not.
+        schedule: what reports forecast along: "auto", the trainer's where it is known beforehand; an `update_watch.Schedule(rate, steps)`,
+            as where rates are set by hand; None: nothing is forecast.
         budget: share of the time between steps that watching may take once every tensor has a verdict; None: see every step.
         journal: file that `update-watch report` and `top` read; "auto": update_watch.jsonl beside the logs (the first logger's folder); None: none is kept.
 
@@ -111,11 +114,12 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         on_audit: OnAudit = "warn",
+        schedule: Schedule | Literal["auto"] | None = "auto",
     ) -> None:
         super().__init__()
         self._options = Options(
             *(window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit, check_replicas),
-            *(budget, journal, include, exclude, on_audit),
+            *(budget, journal, include, exclude, on_audit, schedule),
         )
         self.last: Report | None = None
         self._is_automatic = False
@@ -164,7 +168,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
             averages,
             dashboards,
             is_leader,
-            *(_log_folder(trainer), "lightning", of_lightning(trainer)),
+            *(_log_folder(trainer), "lightning", self._options.schedule_or(lambda: of_lightning(trainer))),
         )
         self._session = session
         self._counts = WholeCounts(trainer.progress_bar_callback)

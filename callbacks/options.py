@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from update_watch.callbacks.on_stall import OnStall
+from update_watch.foresight.schedules import Schedule
 from update_watch.thresholds import Thresholds
 from update_watch.worker import Sink
 
-AUTO = "auto"  # a journal beside the trainer's logs, where it keeps any
+AUTO = "auto"  # a journal beside the trainer's logs, where it keeps any; the schedule that the trainer has
 OnAudit = Literal["warn", "raise"] | Callable[[Any], object]
 
 
@@ -34,6 +35,7 @@ class Options:
     include: str | Sequence[str] | None = None
     exclude: str | Sequence[str] | None = None
     on_audit: OnAudit = "warn"
+    schedule: Schedule | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         if self.on_stall not in ("warn", "stop", "raise") and not callable(self.on_stall):
@@ -63,6 +65,10 @@ class Options:
             raise TypeError(f"UpdateWatch(journal={self.journal!r}) must be the file to write, 'auto' or None")
         if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"UpdateWatch(thresholds={self.thresholds!r}) must be update_watch.Thresholds or None")
+        if not (self.schedule is None or self.schedule == AUTO or isinstance(self.schedule, Schedule)):
+            raise TypeError(
+                f"UpdateWatch(schedule={self.schedule!r}) must be update_watch.Schedule(rate, steps), 'auto' (the trainer's) or None"
+            )
         for name in ("include", "exclude"):
             given = getattr(self, name)
             patterns = [given] if isinstance(given, str) or given is None else given
@@ -74,6 +80,10 @@ class Options:
         for sink in self.sinks:
             if not callable(sink):
                 raise TypeError(f"UpdateWatch(sinks=[{sink!r}]): a sink is a callable that takes a Report")
+
+    def schedule_or(self, of_trainer: Callable[[], Schedule | None]) -> Schedule | None:
+        """The schedule to forecast along: the trainer's where none is given."""
+        return self.schedule if isinstance(self.schedule, Schedule) else None if self.schedule is None else of_trainer()
 
     def for_watch(self) -> dict[str, Any]:
         """Keyword arguments of `update_watch.watch`."""

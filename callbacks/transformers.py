@@ -31,6 +31,7 @@ from update_watch.callbacks.session import (
     run_numbers,
     wandb_sink,
 )
+from update_watch.foresight.schedules import Schedule
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 
@@ -71,6 +72,8 @@ class UpdateWatch(TrainerCallback, ExportableState):
         check_replicas: compare once a window what ranks should store alike; a tensor that differs is `broken`.
         include: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
         exclude: of those that are not.
+        schedule: what reports forecast along: "auto", the trainer's where it is known beforehand; an `update_watch.Schedule(rate, steps)`,
+            as where rates are set by hand; None: nothing is forecast.
         budget: share of the time between steps that watching may take once every tensor has a verdict; None: see every step.
         journal: file that `update-watch report` and `top` read; "auto": update_watch.jsonl beside the checkpoints (output_dir); None: none is kept.
 
@@ -96,10 +99,11 @@ class UpdateWatch(TrainerCallback, ExportableState):
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         on_audit: OnAudit = "warn",
+        schedule: Schedule | Literal["auto"] | None = "auto",
     ) -> None:
         self._options = Options(
             *(window, samples, sinks, thresholds, averages, seed, on_stall, progress_bar, print_audit, check_replicas),
-            *(budget, journal, include, exclude, on_audit),
+            *(budget, journal, include, exclude, on_audit, schedule),
         )
         self.last: Report | None = None
         self.memory: dict[str, Any] = {}
@@ -136,7 +140,11 @@ class UpdateWatch(TrainerCallback, ExportableState):
             averages,
             dashboards,
             is_leader,
-            *(args.output_dir, "transformers", of_transformers(kwargs.get("lr_scheduler"), state)),
+            *(
+                args.output_dir,
+                "transformers",
+                self._options.schedule_or(lambda: of_transformers(kwargs.get("lr_scheduler"), state)),
+            ),
         )
         self._response = StallResponse(
             self._options.on_stall,

@@ -9,8 +9,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from tests.support.lightning_models import Module, trainer
+from update_watch.callbacks.lightning import UpdateWatch
+from update_watch.callbacks.options import Options
 from update_watch.callbacks.schedules import of_lightning
 from update_watch.foresight.schedules import Schedule
+from update_watch.report import Report
 
 torch_schedulers = torch.optim.lr_scheduler
 
@@ -70,3 +73,17 @@ def test_what_depends_on_more_than_the_step_or_has_no_end_is_not_foretold() -> N
         look = Look()
         trainer(callbacks=[look], **options).fit(module)
         assert look.schedule is None
+
+
+def test_a_schedule_that_is_given_goes_before_the_trainers_and_none_forecasts_nothing() -> None:
+    own = Schedule(lambda step: 1e-3 * 0.5 ** (step / 4), steps=1000)
+    reports: list[Report] = []
+    watch = UpdateWatch(window=4, schedule=own, sinks=[reports.append], journal=None, print_audit=False)
+    trainer(callbacks=[watch], max_epochs=1).fit(Scheduled(lambda_rate, interval="step"))
+    assert reports[0].forecast is not None and reports[0].forecast.until == 1000
+    options: dict[str, Any] = {"averages": None, "thresholds": None, "seed": 0, "on_stall": "warn", "progress_bar": True}
+    rest: dict[str, Any] = {"window": 8, "samples": 16, "sinks": [], "print_audit": True, "check_replicas": False}
+    chosen = {name: Options(**options, **rest, schedule=name).schedule_or(lambda: own) for name in ("auto", None)}
+    assert chosen == {"auto": own, None: None}
+    with pytest.raises(TypeError, match=r"schedule=0\.1.* must be update_watch\.Schedule"):
+        UpdateWatch(schedule=0.1)  # type: ignore[arg-type]
