@@ -81,7 +81,13 @@ def test_a_schedule_that_is_given_goes_before_the_trainers_and_none_forecasts_no
     watch = UpdateWatch(window=4, schedule=own, sinks=[reports.append], journal=None, print_audit=False)
     trainer(callbacks=[watch], max_epochs=1).fit(Scheduled(lambda_rate, interval="step"))
     assert reports[0].forecast is not None and reports[0].forecast.until == 1000
-    options: dict[str, Any] = {"averages": None, "thresholds": None, "seed": 0, "on_stall": "warn", "progress_bar": True}
+    options: dict[str, Any] = {
+        "averages": None,
+        "thresholds": None,
+        "seed": 0,
+        "on_stall": "warn",
+        "progress_bar": True,
+    }
     rest: dict[str, Any] = {"window": 8, "samples": 16, "sinks": [], "print_audit": True, "check_replicas": False}
     chosen = {name: Options(**options, **rest, schedule=name).schedule_or(lambda: own) for name in ("auto", None)}
     assert chosen == {"auto": own, None: None}

@@ -88,6 +88,9 @@ def test_one_rank_alone_gets_back_what_it_gave() -> None:
     given = tensor(
         numbers=numbers,
         headroom_histogram=histogram,
+        movement_histogram=histogram[::-1],
+        movement_places=(0.0, 0.25, 0.0, 0.75),
+        movement_lr=7e-4,
         update_ratio=1e-3,
         applied_ratio=5e-4,
         stored=0.02,
@@ -124,11 +127,25 @@ def test_one_rank_alone_gets_back_what_it_gave() -> None:
             kept = getattr(found.accumulators["exp_avg"].numbers, field)
             assert kept == pytest.approx(getattr(numbers, field), rel=1e-12), field
     assert found.headroom_histogram == pytest.approx(histogram)
+    assert found.movement_histogram == pytest.approx(histogram[::-1])
+    assert found.movement_places == pytest.approx((0.0, 0.25, 0.0, 0.75)) and found.movement_lr == pytest.approx(7e-4)
     assert found.critical_lr == pytest.approx(1e-3 * 2 ** -(-16 + 11 + 1 / 3))
     assert found.accumulators["exp_avg"].decay.efficiency == pytest.approx(0.1)
     assert found.accumulators["exp_avg"].rate == 0.1
     assert found.accumulators["step"].value == 256.0
     assert (found.state_factor, found.state_factor_steps, found.what_if) == (1.25, 8, {"bfloat16": 0.75})
+
+
+def test_the_movement_of_ranks_weighs_by_how_much_there_was_of_it() -> None:
+    low, high = ((0.0,) * at + (1.0,) + (0.0,) * (HEADROOM_BINS - 1 - at) for at in (12, 20))
+    few = tensor(held=25, numbers=Numbers(1.0, weight=9.0), movement_histogram=low, movement_lr=1e-3)
+    many = tensor(held=75, numbers=Numbers(1.0, weight=1.0), movement_histogram=high, movement_lr=1e-3)
+    (found,) = joined([few], [many])
+    assert found.movement_histogram is not None and found.movement_histogram[12] == pytest.approx(0.75)
+    assert found.movement_histogram[20] == pytest.approx(0.25) and found.movement_lr == pytest.approx(1e-3)
+    assert found.movement_places is None
+    (still,) = joined([tensor(held=25)], [tensor(held=75)])
+    assert (still.movement_histogram, still.movement_lr) == (None, None)
 
 
 def test_efficiencies_weigh_by_what_was_intended_and_by_elements() -> None:

@@ -22,14 +22,16 @@ from update_watch.ranks.weighted_means import (
     Means,
     elements_held,
     put_accumulator,
-    put_histogram,
+    put_histograms,
     put_tensor,
     read_accumulator,
     read_tensor,
 )
-from update_watch.report import HEADROOM_BINS
+from update_watch.report import HEADROOM_BINS, PLACES
 
 Vector = npt.NDArray[np.float64]
+
+_BINS = 2 * (1 + HEADROOM_BINS) + 1 + PLACES  # a weight before each histogram
 Entry = dict[str, Any]  # a tensor in a catalogue: JSON
 _Key = tuple[str, str, tuple[int, ...]]
 
@@ -88,9 +90,7 @@ class Plan:
         self.length = 0
         for key, entry in self._entries.items():
             self._places[key] = self.length
-            self.length += (
-                2 * len(TENSOR_NUMBERS) + 1 + HEADROOM_BINS + 2 * len(ACCUMULATOR_NUMBERS) * len(entry["accumulators"])
-            )
+            self.length += 2 * len(TENSOR_NUMBERS) + _BINS + 2 * len(ACCUMULATOR_NUMBERS) * len(entry["accumulators"])
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -121,7 +121,7 @@ class Plan:
             if entry is not None:
                 means, bins, accumulators = self._parts(values, _key_of(tensor), entry)
                 put_tensor(tensor, means)
-                put_histogram(tensor, values, bins)
+                put_histograms(tensor, values, bins)
                 if tensor.checksum is not None and tensor.part is not None:
                     ranks = self._replicas.get(_key_of(tensor), {}).get(tensor.part, [])
                     self._put_checksum(tensor.checksum, ranks, means)
@@ -141,7 +141,7 @@ class Plan:
                     for name, part in accumulators.items()
                     if part.weight("present")
                 }
-                tensor = read_tensor(self._names[key], entry, means, values[bins : bins + 1 + HEADROOM_BINS], found)
+                tensor = read_tensor(self._names[key], entry, means, values[bins : bins + _BINS], found)
                 if self._has_difference(key, means):
                     tensor = dataclasses.replace(tensor, replicas_differ=True)
                 tensors.append(tensor)
@@ -160,10 +160,10 @@ class Plan:
         return expected > 0 and means.weight("difference") == expected and means.get("difference") != 0.0
 
     def _parts(self, values: list[float], key: _Key, entry: Entry) -> tuple[Means, int, dict[str, Means]]:
-        """A tensor's means, where its histogram begins, and the means of its accumulators."""
+        """A tensor's means, where its histograms begin, and the means of its accumulators."""
         start = self._places[key]
         bins = start + 2 * len(TENSOR_NUMBERS)
-        after = bins + 1 + HEADROOM_BINS
+        after = bins + _BINS
         size = 2 * len(ACCUMULATOR_NUMBERS)
         accumulators = {
             name: Means(PLACE_OF_ACCUMULATOR, values, after + i * size) for i, name in enumerate(entry["accumulators"])

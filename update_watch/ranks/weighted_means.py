@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, median_headroom
-from update_watch.report import HEADROOM_BINS
+from update_watch.report import HEADROOM_BINS, PLACES
 
 _NOTHING = 1e-6  # what an empty shard weighs where it is asked for its steps
 TENSOR_NUMBERS = (
@@ -23,7 +23,7 @@ TENSOR_NUMBERS = (
     *("efficiency", "error", "displacement", "wanted", "lost", "weight", "path_weight"),
     *("changed", "intended", "applied", "stored"),
     *("lr", "lr_max", "lr_min", "weight_decay"),
-    *("state_factor", "state_factor_steps", "displacement_evidence", "what_if"),
+    *("state_factor", "state_factor_steps", "displacement_evidence", "what_if", "movement_octaves"),
     *("lost_error", "update_ratio_error", "state_factor_error", "unseen_error"),
     *(
         "net",
@@ -112,6 +112,9 @@ def put_tensor(t: TensorEvidence, means: Means) -> None:
     means.put("state_factor", t.state_factor, held)
     means.put("state_factor_steps", float(t.state_factor_steps), held if t.state_factor is not None else None)
     means.put("displacement_evidence", t.displacement_evidence, held)
+    # ranks look at headroom in steps of their own, so at rates that differ by what the rate changes in a few steps
+    octaves = math.log2(t.movement_lr) if t.movement_lr else None
+    means.put("movement_octaves", octaves, _times(n.weight, held))
     means.put("what_if", (t.what_if or {}).get("bfloat16"), wanted)
     # of errors the mean as well: what several ranks sample may err together, and the error of a mean is at most that
     means.put("unseen_error", n.unseen_error, _times(n.weight, held))
@@ -141,12 +144,29 @@ def _put_ledger(t: TensorEvidence, means: Means, held: float) -> None:
         means.put("written_steps", float(t.written_steps), 1.0)
 
 
-def put_histogram(t: TensorEvidence, values: list[float], start: int) -> None:
-    """The weight, then the bins."""
-    wanted = _times(t.numbers.wanted_fraction, float(elements_held(t)))
-    if t.headroom_histogram is not None and wanted:
-        values[start] = wanted
-        values[start + 1 : start + 1 + HEADROOM_BINS] = [wanted * share for share in t.headroom_histogram]
+def put_histograms(t: TensorEvidence, values: list[float], start: int) -> None:
+    """Of each its weight, then its bins: by number of wanted elements, and by movement."""
+    held = float(elements_held(t))
+    wanted, energy = _times(t.numbers.wanted_fraction, held), _times(t.numbers.weight, held)
+    for weight, shares, length in (
+        (wanted, t.headroom_histogram, HEADROOM_BINS),
+        (energy, t.movement_histogram, HEADROOM_BINS),
+        (energy, t.movement_places, PLACES),
+    ):
+        if shares is not None and weight and math.isfinite(weight):
+            values[start] = weight
+            values[start + 1 : start + 1 + length] = [weight * share for share in shares]
+        start += 1 + length
+
+
+def _histograms(values: Sequence[float]) -> list[tuple[float, ...] | None]:
+    found: list[tuple[float, ...] | None] = []
+    start = 0
+    for length in (HEADROOM_BINS, HEADROOM_BINS, PLACES):
+        weight, *bins = values[start : start + 1 + length]
+        found.append(tuple(share / weight for share in bins) if weight > 0 else None)
+        start += 1 + length
+    return found
 
 
 def put_accumulator(a: AccumulatorEvidence, held: float, means: Means) -> None:
@@ -172,7 +192,8 @@ def read_tensor(
     bins: Sequence[float],
     accumulators: Mapping[str, AccumulatorEvidence],
 ) -> TensorEvidence:
-    histogram = tuple(share / bins[0] for share in bins[1:]) if bins[0] > 0 else None
+    histogram, movement, places = _histograms(bins)
+    octaves = means.get("movement_octaves")
     headroom = None if histogram is None else median_headroom(histogram)
     lr, what_if = _setting(means.get("lr")), means.get("what_if")
     stored = _root(means.get("stored"))
@@ -212,6 +233,9 @@ def read_tensor(
         update_ratio=_over(_root(means.get("intended")), stored),
         applied_ratio=_over(_root(means.get("applied")), stored),
         headroom_histogram=histogram,
+        movement_histogram=movement,
+        movement_places=places,
+        movement_lr=None if octaves is None or movement is None else _setting(2.0**octaves),
         lr=lr,
         lr_max=_setting(means.get("lr_max")),
         lr_min=_setting(means.get("lr_min")),
