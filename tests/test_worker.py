@@ -62,3 +62,22 @@ def test_a_long_job_is_waited_for_to_its_end() -> None:
     worker.put("next")
     done.set()
     assert worker.wait(5.0) and handled == ["long", "next"]
+
+
+def test_what_comes_after_the_end_was_asked_for_is_handled_in_order_by_no_second_thread_beside_the_first() -> None:
+    go, at_once, handled = threading.Event(), [], []
+
+    def handle(item: str) -> None:
+        at_once.append(sum(thread.name == "update-watch test" for thread in threading.enumerate()))
+        go.wait(5.0)
+        handled.append(item)
+
+    worker = Worker("test", handle)
+    worker.put("first")
+    worker.stop("last")
+    worker.put("late")
+    assert not worker.wait(0.05)
+    go.set()
+    assert worker.wait(5.0) and handled == ["first", "last", "late"] and at_once == [1, 1, 1]
+    assert worker.wait(0.0) and worker.put("later still") and worker.wait(5.0)
+    assert handled[-1] == "later still" and len(handled) == 4

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable
@@ -16,10 +14,9 @@ from update_watch.report import Report
 
 logger = logging.getLogger("update_watch")
 
-_LOOK = 0.25  # s between two looks at whether there is anything to wait for
-
 Sink = Callable[[Report], Any]
-_Job = tuple[Callable[[Any], None], Any]
+# an item and what handles it; what is set when everything before it was handled; None: look whether to end
+_Job = tuple[Callable[[Any], None], Any] | threading.Event | None
 
 
 class Worker:
@@ -32,18 +29,18 @@ class Worker:
     def __init__(self, name: str, handle: Callable[[Any], None], capacity: int = 64) -> None:
         self._name, self._handle, self._capacity = name, handle, capacity
         self._line = _Line()
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
         self.dropped = 0
-        end = weakref.finalize(self, self._line.jobs.put, None)
+        end = weakref.finalize(self, self._line.end)
         end.atexit = False
 
     def put(self, item: Any) -> bool:
         """Hand over an item; False when it had to be dropped."""
-        with self._line.changed:
-            is_full = self._line.waiting >= self._capacity
+        line = self._line
+        with line.lock:
+            is_full = line.waiting >= self._capacity
             if not is_full:
-                self._line.waiting += 1
+                line.waiting += 1
+                line.jobs.put((self._handle, item))
         if is_full:
             self.dropped += 1
             if self.dropped == 1:
@@ -52,48 +49,39 @@ class Worker:
                     "windows are dropped until it catches up. Use faster sinks or a longer window."
                 )
             return False
-        self._line.jobs.put((self._handle, item))
         self._start()
         return True
 
     def _start(self) -> None:
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                thread = threading.Thread(
-                    target=_serve, args=(self._line,), name=f"update-watch {self._name}", daemon=True
-                )
-                try:
-                    thread.start()
-                except RuntimeError:  # the interpreter is ending: no more threads
-                    _serve(self._line, is_waiting=False)
-                    return
-                self._thread = thread
+        """Let a thread serve the line, if none does."""
+        line = self._line
+        with line.lock:
+            if line.thread is not None and line.thread.is_alive():
+                return
+            line.thread = threading.Thread(target=_serve, args=(line,), name=f"update-watch {self._name}", daemon=True)
+            try:
+                line.thread.start()
+                return
+            except RuntimeError:  # the interpreter is ending: no more threads
+                line.thread = None
+        line.end()
+        _serve(line)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until everything handed over was handled; False when `timeout` (s) ran out first."""
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
-        line, idle = self._line, 0
-        if not line.jobs.empty():
-            self._start()  # an interrupt may have come between handing over and this
-        with line.changed:
-            while line.waiting > 0:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    return False
-                line.changed.wait(min(remaining, _LOOK))
-                idle = idle + 1 if line.jobs.empty() and not line.is_busy else 0
-                if idle == 2:  # or between counting an item and handing it over: it will never be handled
-                    line.waiting = 0
-        return True
+        line, reached = self._line, threading.Event()
+        with line.lock:
+            if line.waiting == 0:
+                return True
+            line.jobs.put(reached)
+        self._start()  # an interrupt may have come between handing over and this
+        return reached.wait(timeout)
 
     def stop(self, *last: Any) -> None:
         """End the thread once it has handled what was put before, and `last`."""
         for item in last:
             self.put(item)
-        with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is not None and thread.is_alive():
-            self._line.jobs.put(None)
+        self._line.end()
 
 
 class _Line:
@@ -101,28 +89,38 @@ class _Line:
 
     def __init__(self) -> None:
         # of the queues the one whose `put` may be called while garbage is collected
-        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self.waiting = 0  # jobs not finished
-        self.is_busy = False  # with one of them
-        self.changed = threading.Condition()
+        self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self.waiting = (
+            0  # items not handled; the thread counts anew, as an interrupt may come between one and its count
+        )
+        self.thread: threading.Thread | None = None  # the one that serves
+        self.is_ending = False
+        self.lock = threading.Lock()  # of all of these
+
+    def end(self) -> None:
+        """The thread ends when nothing is left to do. Takes no lock: it may be called while garbage is collected."""
+        self.is_ending = True
+        self.jobs.put(None)
 
 
-def _serve(line: _Line, is_waiting: bool = True) -> None:
-    while is_waiting or not line.jobs.empty():
+def _serve(line: _Line) -> None:
+    while True:
         job = line.jobs.get()
-        if job is None:
-            return
-        line.is_busy = True
-        handle, item = job
-        try:
-            handle(item)
-        except BaseException as error:  # one lost item, not a lost thread
-            logger.error("update-watch: a background thread met an error: %r", error, exc_info=error)
-        del job, handle, item
-        with line.changed:
-            line.is_busy = False
-            line.waiting -= 1
-            line.changed.notify_all()
+        if isinstance(job, tuple):
+            handle, item = job
+            try:
+                handle(item)
+            except BaseException as error:  # one lost item, not a lost thread
+                logger.error("update-watch: a background thread met an error: %r", error, exc_info=error)
+            del handle, item
+        with line.lock:
+            line.waiting = line.jobs.qsize()
+            if isinstance(job, threading.Event):
+                job.set()
+            if line.is_ending and not line.waiting:
+                line.thread = None  # whoever puts an item from here on starts another
+                return
+        del job
 
 
 class Sinks:
