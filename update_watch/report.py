@@ -181,7 +181,7 @@ class TensorReport:
             raise ValueError(f"efficiency_at(lr={lr!r}) must be a number above 0")
         if self.movement_histogram is None or not self.movement_lr:
             return None
-        if self._keeps_all:
+        if self.keeps_all:
             return 1.0
         first = HEADROOM_LOW + math.log2(lr / self.movement_lr)
         return efficiency_of(self.movement_histogram, first, self.movement_places)
@@ -198,13 +198,14 @@ class TensorReport:
             raise ValueError(f"learning_rate_for(efficiency={efficiency!r}) must be between 0 and 1")
         if self.movement_histogram is None or not self.movement_lr:
             return None
-        if self._keeps_all:
+        if self.keeps_all:
             return 0.0
         octaves = octaves_for(self.movement_histogram, HEADROOM_LOW, efficiency, self.movement_places)
         return None if octaves is None else self.movement_lr * 2**octaves
 
     @property
-    def _keeps_all(self) -> bool:
+    def keeps_all(self) -> bool:
+        """Whether what rounding takes of an update arrives in the end: it is carried, or rounding is at random."""
         return self.scheme == "stochastic" or self.scheme.startswith("carried")
 
 

@@ -74,13 +74,9 @@ def _case(
     return Case(str(name), title, weighted_mean(found.values()), values, cost)
 
 
-def _keeps_all(t: TensorReport) -> bool:
-    return t.scheme == "stochastic" or t.scheme.startswith("carried")
-
-
 def _with_bits(t: TensorReport, more: float) -> float | None:
     """With so many significant bits more."""
-    if t.dtype not in BITS or _keeps_all(t) or not more:
+    if t.dtype not in BITS or t.keeps_all or not more:
         return t.efficiency
     if t.movement_histogram is None or not t.movement_lr or not t.lr:
         return None
