@@ -21,11 +21,12 @@ from update_watch.audit.audit import audit
 from update_watch.demo.screen import Screen, open_screen, verdict
 from update_watch.demo.training import FORMATS, MASTERS, Settings, Training, pieces, trainings
 from update_watch.report import Report
+from update_watch.thresholds import Thresholds
 from update_watch.watch import Watch, watch
 from update_watch.wording import fixed, number, percent
 
 _STEP_KEY = "trainer/global_step"
-_ARRIVES = 0.8  # efficiency below which a tensor stalls in part
+_ARRIVES = Thresholds().stalling  # efficiency below which a tensor stalls in part
 _MARK = "is_demo"  # in what a journal says of its run
 
 
