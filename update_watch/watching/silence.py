@@ -54,7 +54,7 @@ class Silence:
         """Go on with the tensors the model has now; does nothing once it was stopped, maybe by another thread."""
         if self._is_stopped or self._passes.goes_on(self._model.tensors):
             return
-        self._passes.listen([line.tensor for line in self._model.lines()], can_be_read)
+        self._passes.listen(self._model.tensors, can_be_read)
 
     def stop(self) -> None:
         """Listen no more."""

@@ -5,7 +5,6 @@ Gradient hooks on a few tensors count the passes. Micro-batches that are summed 
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,13 +39,14 @@ class BackwardPasses:
                 return
         able = [tensor for tensor in tensors if tensor.requires_grad and tensor.is_leaf]
         self.stop()
-        n = len(able)
-        self._tensors = []
+        n, chosen = len(able), set[int]()
         for k in range(min(n, _HOOKED)):
             begin = k * n // min(n, _HOOKED)
-            others = [*self._tensors]
-            found = (one for one in able[begin:] + able[:begin] if is_fit(one) and all(one is not o for o in others))
-            self._tensors += [*itertools.islice(found, 1)]
+            turned = (*able[begin:], *able[:begin])
+            fit = next((one for one in turned if id(one) not in chosen and is_fit(one)), None)
+            if fit is not None:
+                chosen.add(id(fit))
+                self._tensors.append(fit)
         for tensor in self._tensors:
             self._handles.append(tensor.register_post_accumulate_grad_hook(self._hook))  # type: ignore[no-untyped-call]
 
