@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from update_watch.audit.members import Member
-from update_watch.measure.sampling import local, unsamplable
+from update_watch.measure.sampling import VARIED, local, unsamplable
 from update_watch.wording import listed, plural
-
-_VARIED = 6  # values that differ
 
 
 def is_rounded(samples: Tensor) -> bool:
     """Whether FP32 values (on the CPU) are all values of BF16, and not just a constant or two."""
-    return bool(samples.bfloat16().float().eq(samples).all()) and len(set(samples.tolist())) >= _VARIED
+    return bool(samples.bfloat16().float().eq(samples).all()) and len(set(samples.tolist())) >= VARIED
 
 
 def sentences(members: list[Member], own: Collection[int], view: Callable[[Tensor], Tensor]) -> list[str]:
@@ -60,7 +58,7 @@ def _read_states(members: list[Member], view: Callable[[Tensor], Tensor]) -> lis
     views: dict[torch.device, list[tuple[Member, str, Tensor]]] = {}
     for m in members:
         for name, value in m.state.items():
-            if not isinstance(value, Tensor) or value.dtype is not torch.float32 or value.numel() < _VARIED:
+            if not isinstance(value, Tensor) or value.dtype is not torch.float32 or value.numel() < VARIED:
                 continue
             shard = local(value)
             if not shard.is_meta and not unsamplable(shard) and shard.numel():

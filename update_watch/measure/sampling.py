@@ -20,6 +20,7 @@ from torch import Tensor
 from update_watch.measure.positions import SHARES, Positions, plan
 from update_watch.odd_tensors import unreadable
 
+VARIED = 6  # values that differ, of FP32 values that BF16 holds: constants and zeros are no sign of a rounding
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 

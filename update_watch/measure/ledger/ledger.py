@@ -18,14 +18,13 @@ from typing import Any
 from update_watch.evidence import TensorEvidence, changed
 from update_watch.measure.ledger.blocks import ELEMENTS
 from update_watch.measure.ledger.sheet import COLUMNS, Line, Sheet, SheetWindow, can_be_read
-from update_watch.measure.sampling import local
+from update_watch.measure.sampling import VARIED, local
 from update_watch.measure.transfer import Batch
 
 logger = logging.getLogger("update_watch")
 
 _PART = 1e-4  # of what was applied: less of it says nothing
 _FEW = 4  # elements
-_VARIED = 6  # values that differ, of FP32 values that BF16 holds: constants and zeros are no sign of a rounding
 Owners = frozenset[Hashable]  # of the optimizers that step a tensor
 
 
@@ -216,7 +215,7 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
     if window.is_full and window.is_stepped:
         found["copy_changed"] = s["copy_steps"] / ELEMENTS / window.steps
         found["copy_changed_window"] = s["copy_window"] / ELEMENTS
-        found["was_rounded"] = not window.has_masters and s["coarse"] >= _VARIED
+        found["was_rounded"] = not window.has_masters and s["coarse"] >= VARIED
     arrived = t.numbers.displacement_efficiency
     if window.has_masters:
         found["net_efficiency"] = entry.copied()
