@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.sketched_rules import Sketch, descend, parameter, probed
+from tests.support.replay.sketched_rules import Sketch, descend, parameter, probed
 from update_watch.replay.rule_kind import Kind, Rule, find_rule
 
 

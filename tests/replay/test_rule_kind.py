@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tests.support.sketched_rules import Sketch, descend, parameter, probed
+from tests.support.replay.sketched_rules import Sketch, descend, parameter, probed
 from update_watch.replay.rule_kind import Kind, Rule, find_rule
 from update_watch.replay.synthetic_training import mimic, small
 from update_watch.replay.twin import Run, Twin

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tests.support.twin_samples import Plain, parameter, replayed, run_of
+from tests.support.replay.twin_samples import Plain, parameter, replayed, run_of
 from update_watch.replay.twin import Twin
 
 ELEMENTWISE: list[tuple[type[Optimizer], dict[str, Any]]] = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from tests.support.twin_samples import Plain, parameter, replayed
+from tests.support.replay.twin_samples import Plain, parameter, replayed
 from update_watch.replay.absent import Absent, AbsentError, ReplayError
 from update_watch.replay.optimizer_copy import copy_of
 from update_watch.replay.twin import Twin

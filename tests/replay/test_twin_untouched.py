@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tests.support.twin_samples import Plain, parameter, replayed
+from tests.support.replay.twin_samples import Plain, parameter, replayed
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.optimizer_copy import rule_of
 from update_watch.replay.twin import Run, Twin
