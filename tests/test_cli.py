@@ -383,18 +383,3 @@ def test_the_module_is_the_command() -> None:
     command = [sys.executable, "-m", "update_watch", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout == f"update-watch {__version__}\n"
-
-
-def test_the_package_loads_what_is_asked_for_and_functions_win_over_modules_of_their_name() -> None:
-    code = """
-import sys
-import update_watch as uw
-import update_watch.dashboards.journal.journal, update_watch.dashboards.terminal
-assert uw.Health.healthy.value == "healthy" and "torch" not in sys.modules
-import update_watch.watch, update_watch.audit.audit
-from update_watch import audit, watch
-assert callable(uw.watch) and callable(uw.audit) and (uw.watch, uw.audit) == (watch, audit)
-assert uw.Watch.__module__ == "update_watch.watch" and uw.formats.BF16
-assert set(uw.__all__) <= set(dir(uw))
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

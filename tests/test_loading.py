@@ -49,17 +49,18 @@ DASHBOARDS = modules_of(ROOT / "dashboards", "update_watch.dashboards")
 
 
 @functools.cache  # a fresh interpreter with torch takes seconds
-def loaded_by(code: str) -> frozenset[str]:
-    """Names of all modules in a fresh interpreter, in the repository, after running `code`."""
+def loaded_by(*stages: str) -> tuple[frozenset[str], ...]:
+    """Names of all modules in a fresh interpreter, in the repository, after each piece of code."""
+    tell = "import json, sys\nprint(json.dumps(sorted(sys.modules)))"
     run = subprocess.run(
-        [sys.executable, "-c", f"{code}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"],
+        [sys.executable, "-c", "\n".join(f"{code}\n{tell}" for code in stages)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240,
     )
-    assert run.returncode == 0, f"{code!r} does not run:\n{run.stderr}"
-    return frozenset(json.loads(run.stdout.splitlines()[-1]))
+    assert run.returncode == 0, f"{stages!r} do not run:\n{run.stderr}"
+    return tuple(frozenset(json.loads(line)) for line in run.stdout.splitlines()[-len(stages) :])
 
 
 def packages(modules: frozenset[str]) -> set[str]:
@@ -70,24 +71,50 @@ def imports(names: list[str]) -> str:
     return "\n".join(f"import {name}" for name in names)
 
 
+FUNCTIONS = """
+import update_watch.watch, update_watch.audit.audit
+from update_watch import audit, watch
+assert callable(uw.watch) and callable(uw.audit) and (uw.watch, uw.audit) == (watch, audit)
+assert uw.Watch.__module__ == "update_watch.watch" and uw.formats.BF16
+assert set(uw.__all__) <= set(dir(uw))
+"""
+# one after another: the vocabulary, torch itself, a watch, all of the core
+STAGES = (
+    "import update_watch as uw\nassert uw.Health.healthy.value == 'healthy'",
+    "import torch, numpy, torch.optim",
+    "uw.watch",
+    f"{FUNCTIONS}\n{imports(['update_watch', *CORE])}",
+)
+UPPER = (
+    "import update_watch.dashboards.journal.journal, update_watch.dashboards.terminal",
+    imports(["update_watch.dashboards", *DASHBOARDS]),
+)
+
+
+def test_names_are_loaded_when_they_are_asked_for_and_functions_win_over_modules_of_their_name() -> None:
+    names, torch, watch, _ = loaded_by(*STAGES)
+    assert "torch" not in names and "update_watch.watch" not in torch and "update_watch.watch" in watch
+
+
+def test_a_watch_loads_nothing_of_torch_that_takes_a_second() -> None:
+    slow = {"sympy", "torch.distributed.tensor", "torch._dynamo", "torch._inductor", "triton"}
+    _, torch, watch, _ = loaded_by(*STAGES)
+    assert torch & slow == set(), "torch itself loads it: this test says nothing"
+    assert watch & slow == set()
+
+
 def test_the_core_loads_no_optional_package_and_no_upper_layer() -> None:
     assert len(CORE) > 10, "the core's modules were not found"
-    modules = loaded_by(imports(["update_watch", *CORE]))
+    *_, modules = loaded_by(*STAGES)
     assert set(CORE) <= modules
     assert packages(modules) & OPTIONAL == set()
     assert {name for name in modules if name.startswith(("update_watch.callbacks", "update_watch.dashboards"))} == set()
 
 
-def test_a_watch_loads_nothing_of_torch_that_takes_a_second() -> None:
-    slow = {"sympy", "torch.distributed.tensor", "torch._dynamo", "torch._inductor", "triton"}
-    loaded = loaded_by("import torch, numpy, torch.optim")
-    assert loaded & slow == set(), "torch itself loads it: this test says nothing"
-    assert loaded_by("import update_watch\nupdate_watch.watch") & slow == set()
-
-
 def test_dashboards_load_neither_optional_packages_nor_callbacks() -> None:
     assert len(DASHBOARDS) > 5, "the dashboards' modules were not found"
-    modules = loaded_by(imports(["update_watch.dashboards", *DASHBOARDS]))
+    some, modules = loaded_by(*UPPER)
+    assert "torch" not in some
     assert set(DASHBOARDS) <= modules
     assert packages(modules) & OPTIONAL == set()
     assert {name for name in modules if name.startswith("update_watch.callbacks")} == set()
@@ -97,7 +124,7 @@ CALLBACKS = "import update_watch.callbacks, update_watch.callbacks.automatic\ndi
 
 
 def test_callbacks_load_no_trainer_before_one_is_asked_for() -> None:
-    modules = loaded_by(CALLBACKS)
+    (modules,) = loaded_by(CALLBACKS)
     assert packages(modules) & OPTIONAL == set()
     assert {name for name in modules if name.startswith("update_watch.dashboards")} == set()
 
@@ -106,22 +133,22 @@ def test_callbacks_load_no_trainer_before_one_is_asked_for() -> None:
 @pytest.mark.parametrize("trainer", ["lightning", "transformers"])
 def test_a_trainers_callback_loads_that_trainer_and_no_dashboard(trainer: str) -> None:
     pytest.importorskip(trainer)
-    modules = loaded_by(f"from update_watch.callbacks.{trainer} import UpdateWatch")
+    (modules,) = loaded_by(f"from update_watch.callbacks.{trainer} import UpdateWatch")
     assert trainer in packages(modules), "the check does not see imports"
     assert {name for name in modules if name.startswith("update_watch.dashboards")} == set()
 
 
 def test_the_upper_layers_import_themselves_by_one_name() -> None:
     # in a checkout, and only there, `import callbacks` works too: every module would exist twice
-    modules = loaded_by(CALLBACKS) | loaded_by(imports(["update_watch.dashboards", *DASHBOARDS]))
+    modules = loaded_by(CALLBACKS)[0] | loaded_by(*UPPER)[-1]
     assert {"callbacks", "dashboards"} & packages(modules) == set()
 
 
 def test_meta_the_check_sees_an_import_made_on_the_way(tmp_path: Path) -> None:
     (tmp_path / "innocent.py").write_text("def f():\n    import wave\nf()\n")
     before = f"import sys; sys.path.insert(0, {str(tmp_path)!r})"
-    assert "wave" not in loaded_by(before)
-    assert "wave" in loaded_by(f"{before}\nimport innocent")
+    first, then = loaded_by(before, "import innocent")
+    assert "wave" not in first and "wave" in then
 
 
 def test_meta_code_that_fails_is_a_failure_not_an_empty_answer() -> None:
