@@ -50,6 +50,7 @@ def test_operators_per_step_do_not_grow_with_the_number_of_parameters() -> None:
     assert beyond_gather(many) < 100
 
 
+@pytest.mark.slow
 def test_a_host_read_in_the_step_would_be_seen() -> None:
     assert _run(24, "fused", "seeded")["error"]
     assert not _run(24, "fused")["error"]

@@ -48,7 +48,7 @@ def test_nothing_grows_with_the_step_on_a_device() -> None:
     assert found["objects"][2] - found["objects"][1] < 30
 
 
-@pytest.mark.parametrize("steps", [2_500, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [1_024, pytest.param(20_480, marks=pytest.mark.slow)])
 def test_nothing_grows_in_thousands_of_steps(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with counters that may not be read, as on a device: what a step leaves there is known by its history."""
     params = [nn.Parameter(torch.randn(4, 8, dtype=torch.bfloat16)) for _ in range(3)]

@@ -1,9 +1,9 @@
 """Run as a script by test_device_only.py: whole windows on a fake device, every operator and every crossing recorded.
 
-    python tests/support/fake_window.py COUNT IMPLEMENTATION [none] [overflow] [accumulate] [copy] [read]
+    python tests/support/fake_window.py COUNT IMPLEMENTATION [none] [overflow] [accumulate] [copy] [read] [then-read]
 
 Unlike fake_device.py it goes through window ends, rehearses decay, leaves gradients out and skips steps. `copy` and `read`
-plant what must not be there. Prints one line of JSON.
+plant what must not be there, `then-read` in a second, smaller run. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -155,4 +155,8 @@ def main(count: int, implementation: str, extras: set[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     backend_registration._setup_privateuseone_for_python_backend(DEVICE)
-    print(json.dumps(main(int(sys.argv[1]), sys.argv[2], set(sys.argv[3:]))))
+    count, way, more = int(sys.argv[1]), sys.argv[2], set(sys.argv[3:])
+    told = main(count, way, more - {"then-read"})
+    if "then-read" in more:
+        told["planted"] = main(4, way, {"read"})["error"]
+    print(json.dumps(told))
