@@ -83,14 +83,22 @@ OTHERS: dict[str, Callable[[], Any]] = {
 }
 
 
+# of each of these one is as the others: they differ in what torch can compute with, in layout and in what may be asked
+_LIKE_ANOTHER = {
+    *("bits1x8", "bits2x4", "bits4x2", "bits16", "complex128", "qint32", "quint2x4", "quint4x2", "csc", "bsr"),
+    *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "int16", "int32", "uint16", "uint32"),
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (1, 2, 3, 5, 6, 7)),
+}
+
+
 def made(kinds: dict[str, Callable[[], Any]]) -> Iterator[Any]:
-    """Those that this torch can make."""
+    """Those that this torch can make; one of each kind where all of them would be slow."""
     for name, make in kinds.items():
         try:
             make()
         except (RuntimeError, NotImplementedError, TypeError):
             continue
-        yield pytest.param(make, id=name)
+        yield pytest.param(make, id=name, marks=[pytest.mark.slow] if name in _LIKE_ANOTHER else [])
 
 
 class Rule(torch.optim.Optimizer):

@@ -27,9 +27,15 @@ def _long_run(windows: int) -> list[Report]:
     return run
 
 
-def test_a_journal_that_outgrows_its_limit_is_thinned_and_hides_no_stall_and_no_alert(tmp_path):
-    run = _long_run(2000)
-    path = write(tmp_path / "j.jsonl", *run, max_bytes=100_000)
+@pytest.fixture(scope="module")
+def outgrown(tmp_path_factory):
+    """A run, and the path of its thinned journal."""
+    run = _long_run(1200)
+    return run, write(tmp_path_factory.mktemp("outgrown") / "j.jsonl", *run, max_bytes=100_000)
+
+
+def test_a_journal_that_outgrows_its_limit_is_thinned_and_hides_no_stall_and_no_alert(outgrown):
+    run, path = outgrown
     back = list(read_journal(path))
     assert path.stat().st_size <= 100_000
     assert len(back) < 500
@@ -40,11 +46,11 @@ def test_a_journal_that_outgrows_its_limit_is_thinned_and_hides_no_stall_and_no_
     assert stalled.tensors[0] == run[100].tensors[0]
     assert stalled.headline == run[100].headline
     assert back[-KEPT:] == run[-KEPT:]
-    assert [p.name for p in tmp_path.iterdir()] == ["j.jsonl"]
+    assert [p.name for p in path.parent.iterdir()] == ["j.jsonl"]
 
 
-def test_thinning_keeps_an_even_resolution(tmp_path):
-    back = list(read_journal(write(tmp_path / "j.jsonl", *_long_run(2000), max_bytes=100_000)))
+def test_thinning_keeps_an_even_resolution(outgrown):
+    back = list(read_journal(outgrown[1]))
     joined = [report.window for report in back if report.window > 10]
     assert sum(2 * steps >= max(joined) for steps in joined) >= 0.9 * len(joined)
     assert max(joined) in (80, 160, 320)  # 8, 16 or 32 windows of 10 steps: no line is wider than was decided
