@@ -163,9 +163,8 @@ class TensorReport:
     since_step: int | None = None  # first step of the window in which `health` began
     accumulators: Mapping[str, AccumulatorReport] = dataclasses.field(default_factory=dict)
     what_if: Mapping[str, float] | None = None  # FP32 tensors: {"bfloat16": lost fraction if kept so}
-    # what becomes of the part of an update that the stored weight cannot hold, as found by a trial of the optimizer:
-    # "plain": it is lost; "stochastic": rounded at random; "carried:<state>": kept in that state, with which the numbers
-    # above are of the whole weight; "carried": kept somewhere; "unknown" or "": not found out
+    # what rounding takes of an update is, by a trial, "plain": lost; "stochastic": rounded at random; "carried:<state>": kept
+    # there, and the numbers above are of the whole weight; "carried": kept somewhere; "unknown" or "": not found out
     scheme: str = ""
 
     def efficiency_at(self, lr: float) -> float | None:
