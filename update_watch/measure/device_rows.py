@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.measure.cohort import Cohort, Snapshot
+from update_watch.measure.device import multi_gather
 from update_watch.measure.gathers import side_by_side, whole_of
 from update_watch.measure.parameters import Row
 from update_watch.measure.step_replay import Step, replay_samples
@@ -27,7 +28,8 @@ from update_watch.measure.sums.packing import Reach, packed
 from update_watch.replay.twin import Twin
 
 _WAITING = 8  # steps that are added together,
-_ENOUGH = 2**16  # or fewer of so many samples: more at once are no faster, and would hold memory
+# or fewer of so many samples. On a CPU more at once are no faster; on a GPU they would take memory: 0.2 KB each in the step
+_ENOUGH, _ENOUGH_ON_GPU = 2**16, 2**19
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 
 Measured = tuple[Cohort, Snapshot]
@@ -64,6 +66,7 @@ class DeviceRows:
         has_clusters = any(row.is_whole and row.scheme.name != "plain" for row in rows)
         self._kinds = has_clusters, turns == 1 or not is_plain
         self.device = self.cohorts[0].device
+        self._enough = _ENOUGH_ON_GPU if multi_gather.is_available(self.device) else _ENOUGH
         gathers = [cohort.gathers for cohort in self.cohorts]
         self._whole = gathers[0].are_whole, whole_of(gathers)
         self.sums = self._no_sums()
@@ -100,10 +103,6 @@ class DeviceRows:
         rows = sum(len(waiting.rows) for waiting, _ in self._waiting)
         if len(self._waiting) == _WAITING or rows * self._samples >= self._enough:
             self.add()
-
-    @property
-    def _enough(self) -> int:
-        return _ENOUGH if self.device.type == "cpu" else 64 * _ENOUGH
 
     def add(self) -> None:
         """Add the steps that wait."""

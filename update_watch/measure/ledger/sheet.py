@@ -5,7 +5,8 @@ on the device. Sums are of the open window, and of a span of some windows with t
 seldom than once a window. Elements that sit at a bound (0, or the smallest or largest of a tensor whose values are not all
 the same) are summed apart: clipping, pruning and projections write those back by design.
 
-Legend: n tensors, E elements of each, T steps that wait to be added up.
+Legend: n tensors, E elements of each, T steps that wait to be added up, 2: of the
+open window, of the span.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.transfer import Batch, Part
 
 SPAN = 8  # windows in which the same elements are read
-_WAITING = 8  # steps
+_WAITING = 16  # steps
 _GRADIENT_EVERY = 4  # steps between two looks at gradients
 
 _SUMS = ("dot", "square", "spread", "free_dot", "free_square", "across_dot", "across_square")
@@ -107,6 +108,7 @@ class Sheet:
         ]
         self._slots = [[[ring[t, side].view(-1) for ring in self._rings] for side in (0, 1)] for t in range(_WAITING)]
         self._no_gradient = torch.zeros(ELEMENTS, device=self.device)
+        self._nothing_n = torch.zeros(n, device=self.device)
         self._open_span()
 
     @property
@@ -123,23 +125,30 @@ class Sheet:
         self._steps: list[int] = []  # of the run, that were looked at
         self._gaps: list[int] = []  # those of the waiting steps before which others passed unseen
         self._has_missed = False
-        self._begin: Tensor | None = None  # [n, E] before the span's first step
-        self._last: Tensor | None = None  # [n, E] after the latest step that was added up
-        self._span = _Sums(len(self._members), self.device)
-        self._signature = torch.zeros(len(self._members), device=self.device)
-        self._step_square = torch.zeros(len(self._members), device=self.device)
-        self._last_write = torch.zeros(len(self._members), device=self.device)
+        n, device = len(self._members), self.device
+        # [2, n, E] what the sums begin with: what is written before the window's first step is part of the window
+        self._begin_2nE: Tensor | None = None
+        self._last_2nE: Tensor | None = None  # before and after the latest step that was added up
+        self._applied_2nE = torch.zeros(2, n, ELEMENTS, device=device)  # of the window, of the span
+        self._writes_2n = torch.zeros(2, n, device=device)
+        # sums of squares: of what steps applied, over the span; of what was written, in the window
+        self._squares_2n = torch.zeros(2, n, device=device)
+        self._signature_n, self._last_write_n = torch.zeros(2, n, device=device)
+        self._gradients_2n = torch.zeros(2, len(self.lines), device=device)
+        self._copy_steps_n = torch.zeros(len(self.lines), device=device)
         self._open_window()
 
     def _open_window(self) -> None:
         self.steps = 0
-        self._window = _Sums(len(self._members), self.device)
-        # what is written before the window's first step is part of the window
-        self._window_begin = self._last
-        self._first_before: Tensor | None = None  # [n, E] before the window's first step
-        self._written = torch.zeros(len(self._members), device=self.device)
-        self._gradients = torch.zeros(2, len(self.lines), device=self.device)
-        self._copy_steps = torch.zeros(len(self.lines), device=self.device)
+        self._first_nE: Tensor | None = None  # before the window's first step
+        if self._begin_2nE is not None and self._last_2nE is not None:
+            self._begin_2nE[0].copy_(self._last_2nE[1])
+            for sums in (self._applied_2nE[0], self._writes_2n[0], self._squares_2n[1]):
+                sums.zero_()
+            if self._needs_gradients:
+                self._gradients_2n.zero_()
+            if self._full is not None:
+                self._copy_steps_n.zero_()
         self._looks = [0] * len(self.lines)
 
     # --- in the step -----------------------------------------------------------------------------
@@ -195,8 +204,8 @@ class Sheet:
             self._looks[i] += 1
             blocks += [block.to(torch.float32) for block in block_of(local(grad.detach()), self._place)]
         grad_nE = torch.cat(blocks).view(-1, ELEMENTS)
-        self._gradients[0].add_(grad_nE.square().sum(-1))
-        self._gradients[1].copy_(torch.maximum(self._gradients[1], grad_nE.abs().amax(-1)))
+        self._gradients_2n[0].add_(grad_nE.square().sum(-1))
+        torch.maximum(self._gradients_2n[1], grad_nE.abs().amax(-1), out=self._gradients_2n[1])
 
     # --- every few steps -------------------------------------------------------------------------
 
@@ -205,36 +214,40 @@ class Sheet:
         T, self._waiting = self._waiting, 0
         if not T:
             return
-        held_T2nE = torch.cat([ring[:T].to(torch.float32) for ring in self._rings], 2)
+        rings = [ring[:T].to(torch.float32) for ring in self._rings]
+        held_T2nE = rings[0] if len(rings) == 1 else torch.cat(rings, 2)
         before_TnE, after_TnE = held_T2nE[:, 0], held_T2nE[:, 1]
-        if self._begin is None or self._last is None:  # what was before the first look is not known
-            self._begin = self._last = before_TnE[0].clone()
-        if self._window_begin is None:
-            self._window_begin = self._last
-        if self._first_before is None:
-            self._first_before = before_TnE[0].clone()
-        between_TnE = before_TnE - torch.cat([self._last.unsqueeze(0), after_TnE[:-1]])
-        applied_TnE = after_TnE - before_TnE
+        if self._begin_2nE is None or self._last_2nE is None:  # what was before the first look is not known
+            self._begin_2nE = before_TnE[:1].repeat(2, 1, 1)
+            last_nE = before_TnE[0]
+        else:
+            last_nE = self._last_2nE[1]
+        if self._first_nE is None:
+            self._first_nE = before_TnE[0].clone()
+        moved_2TnE = torch.empty(2, *before_TnE.shape, device=self.device)
+        applied_TnE, between_TnE = moved_2TnE
+        torch.sub(after_TnE, before_TnE, out=applied_TnE)
+        torch.sub(before_TnE[0], last_nE, out=between_TnE[0])
+        torch.sub(before_TnE[1:], after_TnE[:-1], out=between_TnE[1:])
         if (rows := self._full) is not None:
-            copies = (side[:, rows].to(torch.bfloat16) for side in (before_TnE, after_TnE))
-            self._copy_steps.add_(torch.ne(*copies).sum((0, 2)))
+            copies_T2nE = held_T2nE[:, :, rows].to(torch.bfloat16)
+            self._copy_steps_n.add_(torch.ne(*copies_T2nE.unbind(1)).sum((0, 2)))
         applied_nE = applied_TnE.sum(0)
         for t in self._gaps:
             applied_nE.add_(between_TnE[t])
             between_TnE[t].zero_()
         self._gaps.clear()
-        wrote_Tn = between_TnE.abs().sum(-1).ne(0).float()
+        self._applied_2nE.add_(applied_nE)
+        self._squares_2n.add_(moved_2TnE.square().sum((1, 3)))
+        wrote_Tn = between_TnE.ne(0).any(-1)
+        self._writes_2n.add_(wrote_Tn.sum(0))
         # made on the device: nothing is copied to it
         first = self._span_steps - T
         step_T1 = torch.arange(first + 1, first + T + 1, device=self.device, dtype=torch.float32).unsqueeze(1)
-        for sums in (self._window, self._span):
-            sums.applied_nE.add_(applied_nE)
-            sums.writes_n.add_(wrote_Tn.sum(0))
-        self._step_square.add_(applied_TnE.square().sum((0, 2)))
-        self._written.add_(between_TnE.square().sum((0, 2)))
-        self._last_write = torch.maximum(self._last_write, (wrote_Tn * step_T1).amax(0))
-        self._signature.add_((wrote_Tn * torch.sin(step_T1 * 12.9898)).sum(0))  # as good as different for each step
-        self._last, self._last_before = after_TnE[-1].clone(), before_TnE[-1].clone()
+        torch.maximum(self._last_write_n, (wrote_Tn * step_T1).amax(0), out=self._last_write_n)
+        # as good as different for each step
+        self._signature_n.add_((wrote_Tn * step_T1.mul_(12.9898).sin_()).sum(0))
+        self._last_2nE = held_T2nE[-1].clone()
 
     # --- at the end of a window ------------------------------------------------------------------
 
@@ -243,40 +256,9 @@ class Sheet:
         if not self.steps:
             return None
         self._add()
-        assert self._last is not None and self._begin is not None
-        assert self._window_begin is not None and self._first_before is not None
-        n, now_nE = len(self.lines), self._last
-        held_nE = self._last_before  # after whatever is written between steps
-        low, high = held_nE.amin(-1, keepdim=True), held_nE.amax(-1, keepdim=True)
-        free_nE = (~((held_nE.eq(0) | held_nE.eq(low) | held_nE.eq(high)) & low.ne(high))).float()
-        length_n1 = held_nE.square().sum(-1, keepdim=True)
-        rows: list[Tensor] = []
-        for sums, begin_nE, copy_begin_nE in (
-            (self._window, self._window_begin, self._first_before),
-            (self._span, self._begin, self._begin),
-        ):
-            moved_nE, applied_nE = now_nE - begin_nE, sums.applied_nE
-            dot_nE, square_nE = moved_nE * applied_nE, applied_nE.square()
-            dot, square = dot_nE.sum(-1), square_nE.sum(-1)
-            share = torch.where(square > 0, dot / square, 0.0)
-            rows += [dot, square, (dot_nE - share.unsqueeze(1) * square_nE).square().sum(-1)]
-            rows += [(dot_nE * free_nE).sum(-1), (square_nE * free_nE).sum(-1)]
-            along_n1 = (applied_nE * held_nE).sum(-1, keepdim=True) / length_n1
-            across_nE = applied_nE - torch.where(length_n1 > 0, along_n1, 0.0) * held_nE
-            rows += [(moved_nE * across_nE).sum(-1), across_nE.square().sum(-1)]
-            rows += [moved_nE.square().sum(-1), sums.writes_n, *self._compare_copies(copy_begin_nE)]
-        rows += [
-            self._step_square,
-            self._written,
-            self._window_begin.square().sum(-1),
-            self._last_write,
-            self._signature,
-        ]
-        rows += [*self._gradients, *self._compare_with_bf16()]
-        packed = torch.cat([row[:n] for row in rows])
         self._span_windows += 1
         window = SheetWindow(
-            batch.add(packed),
+            batch.add(self._packed()),
             self._names,
             self._sizes,
             len(self._runs) > 1,
@@ -293,36 +275,56 @@ class Sheet:
             self._open_window()
         return window
 
+    def _packed(self) -> Tensor:
+        """[COLUMNS, n]"""
+        assert self._last_2nE is not None and self._begin_2nE is not None and self._first_nE is not None
+        n, applied_2nE = len(self.lines), self._applied_2nE
+        held_nE, now_nE = self._last_2nE  # the former: after whatever is written between steps
+        low_n1, high_n1 = held_nE.amin(-1, keepdim=True), held_nE.amax(-1, keepdim=True)
+        free_nE = (held_nE.ne(0) & held_nE.ne(low_n1) & held_nE.ne(high_n1)) | low_n1.eq(high_n1)
+        length_n1 = held_nE.square().sum(-1, keepdim=True)
+        moved_2nE = now_nE - self._begin_2nE
+        products_22nE = torch.stack([moved_2nE * applied_2nE, applied_2nE.square()], 1)  # <D, A>, <A, A>
+        sums_22n, free_22n = products_22nE.sum(-1), (products_22nE * free_nE).sum(-1)
+        share_2n = torch.where(sums_22n[:, 1] > 0, sums_22n[:, 0] / sums_22n[:, 1], 0.0)
+        spread_2n = (products_22nE[:, 0] - share_2n.unsqueeze(-1) * products_22nE[:, 1]).square().sum(-1)
+        along_2n1 = (applied_2nE * held_nE).sum(-1, keepdim=True) / length_n1
+        across_2nE = applied_2nE - torch.where(length_n1 > 0, along_2n1, 0.0) * held_nE
+        across_22n = torch.stack([moved_2nE * across_2nE, across_2nE.square()], 1).sum(-1)
+        moved_2n = moved_2nE.square().sum(-1)
+        copies = [self._compare_copies(begin_nE) for begin_nE in (self._first_nE, self._begin_2nE[1])]
+        rows: list[Tensor] = []
+        for i in (0, 1):
+            rows += [*sums_22n[i], spread_2n[i], *free_22n[i], *across_22n[i]]
+            rows += [moved_2n[i], self._writes_2n[i], *copies[i]]
+        rows += [*self._squares_2n, self._begin_2nE[0].square().sum(-1), self._last_write_n, self._signature_n]
+        rows += [*self._gradients_2n, *self._compare_with_bf16()]
+        return torch.cat([row[:n] for row in rows])
+
     def _compare_copies(self, begin_nE: Tensor) -> list[Tensor]:
         """Have the model's tensors moved as their masters have? Both before the first and before the last step."""
         n = len(self.lines)
-        if len(self._runs) == 1:
-            return [torch.zeros(n, device=self.device)] * 2
-        dtype, end_nE = self._runs[0][0].dtype, self._last_before
+        if len(self._runs) == 1 or self._last_2nE is None:
+            return [self._nothing_n] * 2
+        dtype, end_nE = self._runs[0][0].dtype, self._last_2nE[0]
         due_nE = end_nE[n:].to(dtype).float() - begin_nE[n:].to(dtype).float()
         moved_nE = end_nE[:n] - begin_nE[:n]
         return [due_nE.square().sum(-1), (due_nE * moved_nE).sum(-1)]
 
     def _compare_with_bf16(self) -> list[Tensor]:
         """What a copy in BF16 would show of FP32 weights or masters; zeros of others."""
-        nothing, rows = torch.zeros(len(self.lines), device=self.device), self._full
-        if rows is None or self._window_begin is None:
-            return [nothing] * 3
-        begin_nE, end_nE = self._window_begin[rows], self._last[rows]  # type: ignore[index]
+        rows = self._full
+        if rows is None or self._begin_2nE is None or self._last_2nE is None:
+            return [self._nothing_n] * 3
+        begin_nE, end_nE = self._begin_2nE[0, rows], self._last_2nE[1, rows]
         begun_nE = begin_nE.to(torch.bfloat16)
         is_coarse = begun_nE.float().eq(begin_nE).all(-1)
         different = begin_nE.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
         return [
-            self._copy_steps,
+            self._copy_steps_n,
             begun_nE.ne(end_nE.to(torch.bfloat16)).sum(-1).float(),
             (different * is_coarse).float(),
         ]
-
-
-class _Sums:
-    def __init__(self, n: int, device: torch.device) -> None:
-        self.applied_nE = torch.zeros(n, ELEMENTS, device=device)
-        self.writes_n = torch.zeros(n, device=device)
 
 
 def can_be_read(tensor: Tensor) -> bool:

@@ -102,7 +102,9 @@ class DeviceSums:
         self.decay_5n = self.views["decay_5n"]  # see decay.decay_sums
         both = slice(spans["headroom_2nB"].start, spans["movement_nB"].stop)
         self._histograms_3nB = self.vector[both].view(3, rows, HEADROOM_BINS)
-        # the way: sums of what was applied and intended, in groups of steps; of single steps the sums of both products
+        both = slice(spans["meant_GGn"].start, spans["arrived_GGn"].stop)
+        self.products_2GGn = self.vector[both].view(2, GROUPS, GROUPS, rows)
+        # the way: sums of what was intended and applied, in groups of steps; of single steps the sums of both products
         kept = samples if are_whole or whole_n1 is not None else samples // 2
         self.kept = kept = kept if has_way else 0
         self.way_G2nK = torch.zeros(GROUPS, 2, rows, kept, device=device)

@@ -41,9 +41,8 @@ def packed(
         weights_nK = _kept_weights(sums, kept_weights_nJ)
         way_G2nK = sums.way_G2nK.to(sums.dtype)
         weighted_GnK = way_G2nK[:, 0] if weights_nK is None else way_G2nK[:, 0] * weights_nK
-        for i, name in enumerate(("meant_GGn", "arrived_GGn")):
-            for g in range(GROUPS):
-                torch.sum(weighted_GnK * way_G2nK[g, i], -1, out=views[name][g])
+        for g in range(GROUPS):
+            torch.sum(way_G2nK[g].unsqueeze(1) * weighted_GnK, -1, out=sums.products_2GGn[:, g])
         total_2nK = way_G2nK.sum(0)
         xy_2nK = weighted_GnK.sum(0) * total_2nK
         y_nC, x_nC = torch.unflatten(xy_2nK, -1, (_cells(sums, kept_weights_nJ), -1)).sum(-1)
