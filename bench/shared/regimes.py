@@ -73,6 +73,31 @@ def _enter(name: str, make: Callable[[int, int], Training], **options: int) -> N
 
 # --- optimizers -------------------------------------------------------------------------------------------
 
+
+class FullMoments(torch.optim.Optimizer):
+    """AdamW with moments in FP32 whatever the format of the weights, to which the new weight is rounded."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                grad, state = p.grad.float(), self.state[p]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(p, dtype=torch.float32) for _ in "mv")
+                state["step"] += 1
+                t = float(state["step"])
+                m = state["exp_avg"].lerp_(grad, 1 - b1) / (1 - b1**t)
+                v = state["exp_avg_sq"].mul_(b2).addcmul_(grad, grad, value=1 - b2) / (1 - b2**t)
+                p.copy_(p.float() - group["lr"] * m / (v.sqrt() + group["eps"]))
+
+
 # learning rates at which about half of the tensors of these models are on the edge in BF16
 _RATES = {"sgd": 0.3, "momentum": 0.03, "adamw": 3e-4, "fused": 3e-4, "lion": 1.5e-4, "adafactor": 3e-3, "muon": 1e-3}
 
@@ -86,6 +111,8 @@ def _optimizers(kind: str, model: nn.Module, lr: float) -> tuple[list[torch.opti
         return [torch.optim.SGD(params, lr=lr, momentum=0.9)], ["sgd"]
     if kind in ("adamw", "fused"):
         return [torch.optim.AdamW(params, lr=lr, fused=kind == "fused", **adam)], ["adamw"]
+    if kind == FULL_MOMENTS:
+        return [FullMoments(params, lr, adam["betas"])], ["adamw"]
     if kind == "lion":
         from lion_pytorch import Lion
 
@@ -101,9 +128,12 @@ def _optimizers(kind: str, model: nn.Module, lr: float) -> tuple[list[torch.opti
     raise ValueError(f"no optimizer is called {kind!r}; there are {', '.join(_RATES)}")
 
 
+FULL_MOMENTS = "adamw, FP32 moments"
+
+
 def _rate(kind: str, seed: int) -> float:
     spread = _TAME.get(kind, SPREAD)
-    return _RATES[kind] * spread[seed % len(spread)]
+    return _RATES[kind.partition(",")[0]] * spread[seed % len(spread)]
 
 
 # --- trainings --------------------------------------------------------------------------------------------

@@ -1,0 +1,182 @@
+"""What each cure would give, foretold from one window, held against the same window really trained that way.
+
+    python bench/what_if.py [--only WORDS ...] [--before 128] [--window 64]
+
+Small language models in BF16: AdamW (moments in BF16 and in FP32), SGD with momentum, Lion, at the learning rate at which tensors lie
+on the edge, and at a third and three times of it. After `--before` steps a window is watched, and `report.what_if()` asked; then
+the same window is trained anew from the same weights, states and data in another way: weights in FP32, in FP16, only norms and biases
+in FP32, four times the learning rate (a floor), and states in FP32. The truth is the efficiency of all elements in FP64. (What keeps
+the rest of an update, or rounds at random, is said to lose nothing: bench/bf16/remainders.py measures that.) One line for each way:
+
+    tensors      how many were compared, over all runs
+    mean, 95%, most   of the difference of efficiencies, above 1 taken as 1
+    within       tensors whose difference is at most 0.05
+
+A floor raises the rate at once: what gradients then do is in its truth, and not in what is foretold.
+
+Exit status 1 if the mean difference of a way is above 0.05.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor
+
+import update_watch as uw
+from bench.shared.full_comparison import FullComparison
+from bench.shared.regimes import FullMoments, Training, text_training
+from update_watch.report import Report
+
+NEAR, FLOOR = 0.05, 4.0
+KINDS = ("adamw", "adamw, FP32 moments", "momentum", "lion")
+RATES = (1 / 3, 1.0, 3.0)
+WAYS = ("masters", "float16", "fp32_norms", "floor", "fp32_states")
+
+
+@dataclasses.dataclass
+class Start:
+    """A training at the begin of the window, kept to begin from again."""
+
+    weights: list[Tensor]
+    states: list[list[dict[str, Any]]]  # by optimizer and parameter
+
+
+def begun(kind: str, rate: float, before: int) -> tuple[Callable[[], Training], Start]:
+    make = text_training(kind, blocks=2, base=rate)
+    torch.manual_seed(0)
+    training = make(0, before)
+    for t in range(before):
+        training.gradients(t)
+        training.step()
+    start = Start(
+        [p.detach().clone() for p in training.model.parameters()],
+        [
+            [_cloned(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
+            for optimizer in training.optimizers
+        ],
+    )
+
+    def again() -> Training:
+        training = make(0, before)
+        with torch.no_grad():
+            for p, kept in zip(training.model.parameters(), start.weights, strict=True):
+                p.copy_(kept)
+        for optimizer, states in zip(training.optimizers, start.states, strict=True):
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            for p, state in zip(params, states, strict=True):
+                optimizer.state[p] = _cloned(state)
+        torch.manual_seed(1)
+        return training
+
+    return again, start
+
+
+def _cloned(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def foretold(again: Callable[[], Training], window: int) -> Report:
+    training = again()
+    reports: list[Report] = []
+    with uw.watch(training.model, training.optimizers, window=window, sinks=[reports.append], budget=None) as watch:
+        for t in range(window):
+            training.gradients(t)
+            training.step()
+        watch.flush()
+    return reports[0]
+
+
+def really(again: Callable[[], Training], way: str, window: int) -> dict[str, float]:
+    """Efficiency of each tensor over the window, trained that way."""
+    training = again()
+    _change(training, way)
+    named = list(training.model.named_parameters())
+    comparison = FullComparison(named, training.optimizers, training.rules)
+    for t in range(window):
+        training.gradients(t)
+        with comparison.step():
+            training.step()
+    return {name: exact.efficiency for name, exact in comparison.close_window().items() if exact.efficiency is not None}
+
+
+def _change(training: Training, way: str) -> None:
+    if way == "fp32_states" and training.rules == ["adamw"]:  # torch's own wants states and gradients in one format
+        (old,) = training.optimizers
+        (group,) = old.param_groups
+        new = FullMoments(group["params"], group["lr"], group["betas"])
+        new.param_groups[0] |= {name: group[name] for name in ("initial_lr",) if name in group}
+        new.state = old.state
+        training.optimizers = [new]
+    for optimizer in training.optimizers:
+        for group in optimizer.param_groups:
+            if way == "floor":  # what the schedule scales
+                group["lr"] *= FLOOR
+                group["initial_lr"] = group["lr"]
+            for p in group["params"]:
+                if way in ("masters", "float16") or (way == "fp32_norms" and p.dim() == 1):
+                    p.data = p.data.to(torch.float16 if way == "float16" else torch.float32)
+                if way != "floor":
+                    keep = torch.float32 if way == "fp32_states" else p.dtype
+                    _cast(optimizer.state[p], keep)
+
+
+def _cast(state: dict[str, Any], dtype: torch.dtype) -> None:
+    """States that are stored as low as the weight go with it; those in FP32 stay."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.dim() and value.dtype is not torch.float32:
+            state[name] = value.to(dtype)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help="ways whose name contains one of these")
+    parser.add_argument("--before", type=int, default=128)
+    parser.add_argument("--window", type=int, default=64)
+    given = parser.parse_args()
+    logging.getLogger("update_watch").setLevel(logging.CRITICAL)
+    torch.set_num_threads(1)
+    differences: dict[str, list[float]] = {
+        way: [] for way in WAYS if not given.only or any(w in way for w in given.only)
+    }
+    if not differences:
+        parser.error(f"--only {' '.join(given.only)}: no way has this in its name")
+    for kind in KINDS:
+        for rate in RATES:
+            again, _ = begun(kind, rate, given.before)
+            report = foretold(again, given.window)
+            lr = next(t.lr for t in report.tensors if t.lr)
+            cases = {case.name: case.tensors for case in report.what_if(floor=FLOOR * lr)}
+            for way, found in differences.items():
+                if str(way) not in cases or (way == "float16" and kind == "adamw"):  # Adam's second moment is 0 in FP16
+                    continue
+                truth = really(again, way, given.window)
+                found += [
+                    abs(min(said, 1.0) - min(truth[name], 1.0)) for name, said in cases[way].items() if name in truth
+                ]
+    print(f"{'way':24} {'tensors':>7} {'mean':>7} {'95%':>7} {'most':>7} {'within':>7}")
+    is_missed = False
+    for way, found in differences.items():
+        if not found:
+            continue
+        found.sort()
+        within, mean = sum(d <= NEAR for d in found), statistics.fmean(found)
+        print(
+            f"{way:24} {len(found):7} {mean:7.3f} {found[int(0.95 * (len(found) - 1))]:7.3f} {found[-1]:7.3f} {within:7}"
+        )
+        is_missed |= mean > NEAR
+    return int(is_missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
