@@ -41,6 +41,7 @@ bench: $(STAMP)
 	$(PY) bench/overhead.py
 	$(PY) bench/truth.py --jobs 2
 	$(PY) bench/forecast.py
+	$(PY) bench/what_if.py
 	$(PY) bench/coverage.py
 	$(PY) bench/bf16/remainders.py
 	$(PY) bench/scale.py

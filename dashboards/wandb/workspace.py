@@ -214,6 +214,15 @@ def _sections(entity: str, step_key: str) -> list[Section]:
                 lines("Learning rate margin (under 1 more than half is lost)", "lr_margin", log_y=True),
                 wr.LinePlot(title="Headroom: octaves above half a gap", x=step_key, y=[metrics.HEADROOM]),
                 custom(HEADROOM_CHART),
+                lines(
+                    "Forecast at this schedule: share of the model stalled at its end, of the movement lost till then",
+                    "forecast_stalling_share",
+                    "forecast_lost_share",
+                    range_y=(0.0, 1.0),
+                ),
+                lines(
+                    "Forecast at this schedule: the step at which the next tensor begins to stall", "forecast_from_step"
+                ),
             ],
         ),
         ws.Section(

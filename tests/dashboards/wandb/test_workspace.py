@@ -97,12 +97,9 @@ def test_every_panel_draws_something_that_is_logged() -> None:
     assert {m.key for m in metrics.RUN_METRICS} - drawn == {
         # told by the others: net progress stands beside efficiency in the table, healthy is the rest
         "update_watch/net_progress",
-        # the forecast is drawn by the report; these numbers are for automations and tables of runs
+        # for automations and tables of runs
         "update_watch/forecast_error",
         "update_watch/forecast_floor",
-        "update_watch/forecast_from_step",
-        "update_watch/forecast_lost_share",
-        "update_watch/forecast_stalling_share",
         "update_watch/tensors_healthy",
         # for charts that somebody makes: what the training's own charts show, and what only FP32 weights have
         "update_watch/gradient_rms",
