@@ -23,11 +23,26 @@ RATES = {"sgd-momentum": {BF16: (3e-3, 1e-4), FP16: (3e-4, 1e-5)}}
 USUAL = {BF16: (3e-4, 1e-5), FP16: (3e-5, 1e-6)}
 
 
+# by default each rule in one format, and one in both
+COMMON = {("adamw-loop", FP16), ("adamw-foreach", BF16), ("adamw-fused", BF16), ("adamw-fused", FP16)}
+COMMON |= {("sgd-momentum", FP16), ("lion", BF16)}
+
+
 @pytest.mark.parametrize(
-    "which", [pytest.param(0, id="partly"), pytest.param(1, id="nearly-all", marks=pytest.mark.slow)]
+    ("name", "dtype", "which"),
+    [
+        pytest.param(
+            name,
+            dtype,
+            which,
+            id=f"{name}-{dtype}-{('partly', 'nearly-all')[which]}",
+            marks=[pytest.mark.slow] * (which == 1 or (name, dtype) not in COMMON),
+        )
+        for name in RULES
+        for dtype in (BF16, FP16)
+        for which in (0, 1)
+    ],
 )
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("name", RULES)
 def test_efficiency_and_lost_fraction_are_those_of_all_elements(name: str, dtype: torch.dtype, which: int) -> None:
     make, rule = RULES[name]
     model = Net(dtype)

@@ -32,7 +32,12 @@ def shares_of_every_offset(p: Positions) -> list[int]:
     return [-(-offset * SHARES // p.room) for offset in range(p.room)]
 
 
-@pytest.mark.parametrize(("numel", "row", "samples"), SHAPES)
+LARGE = {(8192 * 32, 32, 128), (50257 * 16, 16, 128), (1000 * 210, 210, 50)}  # ones of their kinds are among the others
+
+
+@pytest.mark.parametrize(
+    ("numel", "row", "samples"), [pytest.param(*s, marks=[pytest.mark.slow] * (s in LARGE)) for s in SHAPES]
+)
 def test_every_element_weighs_the_same_edges_included(numel: int, row: int, samples: int) -> None:
     p = plan(numel, row, samples)
     weight = np.zeros(numel + 1)

@@ -62,8 +62,10 @@ def test_what_is_made_for_the_remainder_and_not_used_completes_nothing(cls: type
     assert rule.scaled.scheme == Scheme("plain")
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("lr", [1e-3, 1e-6])
+@pytest.mark.parametrize(
+    ("lr", "weight_decay"),
+    [(1e-3, 0.1), (1e-6, 0.0), *(pytest.param(*other, marks=pytest.mark.slow) for other in [(1e-3, 0.0), (1e-6, 0.1)])],
+)
 @pytest.mark.parametrize("cls", KEEPING, ids=lambda cls: cls.__name__)
 def test_a_replay_is_the_update_in_fp64(cls: type[LowAdamW], lr: float, weight_decay: float) -> None:
     (p,) = params((4096,))

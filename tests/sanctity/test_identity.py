@@ -69,9 +69,29 @@ def _train(make: Any, dtype: torch.dtype, watched: bool, mode: str) -> list[byte
     ]
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mode", ["plain", "closure"])
+# each optimizer in BF16, and each other way with one; all combinations with the slow tests
+COMMON = {
+    *((name, torch.bfloat16, "plain") for name in OPTIMIZERS),
+    *(("adamw-foreach", torch.float32, "plain"), ("adafactor", torch.float32, "closure")),
+    ("adamw-loop", torch.bfloat16, "closure"),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype", "mode"),
+    [
+        pytest.param(
+            OPTIMIZERS[name],
+            dtype,
+            mode,
+            id=f"{mode}-{dtype}-{name}",
+            marks=[pytest.mark.slow] * ((name, dtype, mode) not in COMMON),
+        )
+        for name in OPTIMIZERS
+        for dtype in (torch.float32, torch.bfloat16)
+        for mode in ("plain", "closure")
+    ],
+)
 def test_training_is_bit_identical_with_and_without_the_watch(make: Any, dtype: torch.dtype, mode: str) -> None:
     assert _train(make, dtype, False, mode) == _train(make, dtype, True, mode)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import pickle
 import random
 import warnings
@@ -124,9 +125,21 @@ def shown(found: AccumulatorReport) -> list[float | None]:
     return [found.efficiency, found.displacement_efficiency, found.lost_fraction]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("contribution", [noise, drift, falling])
-@pytest.mark.parametrize("k", [2, 3, 16, 64, 150])
+# of every contribution few and many, of every number one; the others with the slow tests
+COMMON = {
+    *((k, one, torch.bfloat16) for k in (2, 16) for one in (noise, drift, falling)),
+    *((16, one, torch.float16) for one in (noise, drift, falling)),
+    *((3, noise, torch.float16), (64, drift, torch.bfloat16), (150, falling, torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize(
+    ("k", "contribution", "dtype"),
+    [
+        pytest.param(*one, id=f"{one[0]}-{one[1].__name__}-{one[2]}", marks=[pytest.mark.slow] * (one not in COMMON))
+        for one in itertools.product([2, 3, 16, 64, 150], [noise, drift, falling], [torch.bfloat16, torch.float16])
+    ],
+)
 def test_the_numbers_are_those_of_all_contributions_in_fp64(
     k: int, contribution: Contribution, dtype: torch.dtype
 ) -> None:
@@ -159,7 +172,7 @@ def test_lost_micro_batches_are_named_with_cause_and_cure() -> None:
     assert [a.cause for a in report.alerts] == [Cause.accumulation_rounding]
 
 
-@pytest.mark.parametrize("k", [2, 64, 700])
+@pytest.mark.parametrize("k", [2, 64, pytest.param(700, marks=pytest.mark.slow)])
 def test_noise_is_never_called_lost(k: int) -> None:
     report = accumulate(parameters(48, 4096), k, noise, steps=8)
     assert [summed(report, i).health for i in (0, 1)] == [Health.healthy] * 2

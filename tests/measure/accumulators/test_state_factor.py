@@ -86,13 +86,14 @@ def run(
     scale: Scale = falling,
     truth: Adam64 | None = None,
     before: Callable[[int, Optimizer], Any] = lambda i, o: None,
+    window: int = WINDOW,
 ) -> tuple[list[Report], list[list[float]], uw.Watch]:
     """Train; reports and true factors by window. Gradients change sign, so weights stay about where they are."""
     optimizer = make(params)
     rng = torch.Generator().manual_seed(1)
     reports: list[Report] = []
     factors: list[list[float]] = []
-    with uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=WINDOW) as watch:
+    with uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=window) as watch:
         for i in range(steps):
             for p in params:
                 p.grad = (scale(i) * torch.randn(p.shape, generator=rng)).to(p.dtype)
@@ -100,7 +101,7 @@ def run(
             if truth is not None:
                 truth.step(optimizer)
             optimizer.step()
-            if (i + 1) % WINDOW == 0:
+            if (i + 1) % window == 0:
                 report = watch.flush()
                 assert report is not None
                 reports.append(report)
@@ -117,7 +118,13 @@ def shown(reports: list[Report]) -> list[list[float | None]]:
 IMPLEMENTATIONS = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
 
 
-@pytest.mark.parametrize("options", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS.keys())
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[] if name == "foreach" else [pytest.mark.slow])
+        for name, options in IMPLEMENTATIONS.items()
+    ],
+)
 def test_the_factor_is_that_of_all_elements_against_full_fp64_states(options: dict[str, bool]) -> None:
     params = parameters(48, 2048)
     truth = Adam64(params, (0.9, 0.999), 0.01, coupled=False)
@@ -206,7 +213,7 @@ def test_states_are_asked_for_their_format_less_and_less_often(monkeypatch: pyte
         return []
 
     monkeypatch.setattr(shadow, "short_states", ask)
-    run(lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), parameters(64), 12 * WINDOW)
+    run(lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9), parameters(64), 12 * 8, window=8)
     assert len(asked) == 4  # in windows 0, 1, 3 and 7
 
 
@@ -280,9 +287,9 @@ class Kahan(Optimizer):
 
 def test_a_remainder_of_the_weight_is_no_part_of_the_update() -> None:
     """Updates a hundredth of half a gap: what is carried is far larger than they are."""
-    reports, _, _ = run(Kahan, parameters(64, 2048), 4 * WINDOW, steady)
+    reports, _, _ = run(Kahan, parameters(64, 2048), 2 * WINDOW, steady)
     assert "remainder" in reports[0].tensors[1].accumulators
-    assert shown(reports) == [[pytest.approx(1, abs=0.02)] * 2] * 4
+    assert shown(reports) == [[pytest.approx(1, abs=0.02)] * 2] * 2
 
 
 def test_a_stall_of_the_state_is_said_of_the_tensor_with_its_factor_and_its_cure() -> None:

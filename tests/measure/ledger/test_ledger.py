@@ -87,19 +87,27 @@ def average_left(every: int, decay: float = 0.999) -> Callable[[Net], Between]:
     return make
 
 
-@pytest.mark.parametrize("rule", [adamw, sgd])
+OVERWRITTEN: dict[str, tuple[Callable[[Net], Between], int]] = {
+    "each step": (restored(1), 2),
+    "every 5": (restored(5), 2),
+    "average, 4": (average_left(4), 2),
+    "average, 7": (average_left(7), 2),
+    "every window": (restored(WINDOW), 7),
+    "every 24": (restored(24), 7),
+    "average, every window": (average_left(WINDOW), 7),
+}
+# the ledger knows nothing of rules: by default each way of throwing away is met with one of them, the first two with both
+SELDOM = ("average, 4-sgd", "average, 7-adamw", "every window-adamw", "every 24-sgd", "average, every window-sgd")
+
+
 @pytest.mark.parametrize(
-    ("make", "windows"),
+    ("make", "windows", "rule"),
     [
-        (restored(1), 2),
-        (restored(5), 2),
-        (average_left(4), 2),
-        (average_left(7), 2),
-        (restored(WINDOW), 7),
-        (restored(24), 7),
-        (average_left(WINDOW), 7),
+        pytest.param(*given, rule, id=case, marks=[pytest.mark.slow] * (case in SELDOM))
+        for name, given in OVERWRITTEN.items()
+        for rule in (adamw, sgd)
+        for case in [f"{name}-{rule.__name__}"]
     ],
-    ids=["each step", "every 5", "average, 4", "average, 7", "every window", "every 24", "average, every window"],
 )
 def test_progress_that_is_thrown_away_between_steps_is_overwritten(
     make: Callable[[Net], Between], windows: int, rule: Callable[[Any], Optimizer]
@@ -181,9 +189,13 @@ def looked_ahead(model: Net) -> Between:
 
 
 @pytest.mark.parametrize(
-    "make", [nothing, swapped, loaded_once, clipped, normalised, pruned, looked_ahead], ids=lambda make: make.__name__
+    ("make", "rule"),
+    [
+        pytest.param(make, rule, id=f"{rule.__name__}-{make.__name__}", marks=[pytest.mark.slow] * is_seldom)
+        for make in (nothing, swapped, loaded_once, clipped, normalised, pruned, looked_ahead)
+        for rule, is_seldom in ((adamw, False), (sgd, make not in (nothing, normalised)))
+    ],
 )
-@pytest.mark.parametrize("rule", [adamw, sgd])
 def test_what_is_written_by_design_is_no_accusation(
     make: Callable[[Net], Between], rule: Callable[[Any], Optimizer]
 ) -> None:
@@ -291,7 +303,7 @@ def with_masters(copies: Callable[[int, str], bool], rule: Callable[[Any], Optim
     return report
 
 
-@pytest.mark.parametrize("rule", [adamw, sgd])
+@pytest.mark.parametrize("rule", [adamw, pytest.param(sgd, marks=pytest.mark.slow)])
 def test_masters_that_are_not_copied_back_are_said(rule: Callable[[Any], Optimizer]) -> None:
     moving = {t.name for t in with_masters(lambda i, name: True, rule).tensors if t.cause is None}
     report = with_masters(lambda i, name: False, rule)
