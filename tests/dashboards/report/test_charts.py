@@ -194,7 +194,7 @@ def test_the_efficiency_of_the_run_is_weighted_by_size():
 
 
 def test_numbers_of_the_run_are_means_where_windows_are_joined_and_tensors_their_worst():
-    windows = [report(10 * n, tensor("a", efficiency=0.2 if n % 2 else 1.0, numel=10)) for n in range(1, 2001)]
+    windows = [report(10 * n, tensor("a", efficiency=0.2 if n % 2 else 1.0, numel=10)) for n in range(1, 401)]
     history = history_of(windows)
     assert history.windows_per_span > 1
     assert history.of_run("efficiency")[1:-1].tolist() == pytest.approx([0.6] * (len(history.spans) - 2), abs=0.05)
@@ -350,10 +350,10 @@ def test_gradients_and_the_bf16_copy_have_their_traces():
 
 
 def test_traces_of_a_long_run_are_bounded_and_hold_its_end():
-    history = history_of([report(10 * n, tensor("a")) for n in range(1, 4001)])
+    history = history_of([report(10 * n, tensor("a")) for n in range(1, 1001)])
     found = run_traces(history, [0])
     assert len(found["steps"]) <= MOST_POINTS
-    assert found["steps"][-1] == 40_000
+    assert found["steps"][-1] == 10_000
 
 
 def test_a_chart_of_two_thousand_tensors_stays_small():
