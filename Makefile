@@ -3,6 +3,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
+# some images set it: then every process of the tests compiles all of them anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-slow check docs format bench clean
 
 setup: $(STAMP)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 from collections import Counter
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
@@ -111,9 +113,13 @@ def imports_of(by: str, source: str, known: set[str]) -> set[Import]:
     return {one for one in found if one.of.partition(".")[0] == PACKAGE}
 
 
-IMPORTS = {
-    one for name, path in MODULES.items() for one in imports_of(name, path.read_text(encoding="utf-8"), set(MODULES))
-}
+@functools.cache  # when they are asked for: every process collects this file
+def all_imports() -> frozenset[Import]:
+    return frozenset(
+        one
+        for name, path in MODULES.items()
+        for one in imports_of(name, path.read_text(encoding="utf-8"), set(MODULES))
+    )
 
 
 def room(module: str) -> str:
@@ -124,7 +130,7 @@ def room(module: str) -> str:
     return first if (ROOT / PACKAGE / first).is_dir() and first else "entrance"
 
 
-def against_the_direction(imports: set[Import]) -> set[str]:
+def against_the_direction(imports: Set[Import]) -> set[str]:
     wrong = set()
     for one in imports:
         by, of = room(one.by), room(one.of)
@@ -134,7 +140,7 @@ def against_the_direction(imports: set[Import]) -> set[str]:
     return wrong
 
 
-def private_names(imports: set[Import]) -> set[str]:
+def private_names(imports: Set[Import]) -> set[str]:
     """Names of another file that begin with one underscore."""
     return {
         f"{one.by}: imports {one.name} of {one.of}"
@@ -143,7 +149,7 @@ def private_names(imports: set[Import]) -> set[str]:
     }
 
 
-def cycles(imports: set[Import]) -> set[str]:
+def cycles(imports: Set[Import]) -> set[str]:
     """Modules that can be reached from themselves. The root, which imports everything for its types, is left out."""
     after: dict[str, set[str]] = {}
     for one in imports:
@@ -185,13 +191,13 @@ def others() -> list[str]:
 
 
 def test_rooms_import_only_what_is_below_them() -> None:
-    assert len(IMPORTS) > 200, "the imports were not found"
+    assert len(all_imports()) > 200, "the imports were not found"
     assert {room(name) for name in MODULES} <= set(BELOW)
-    assert against_the_direction(IMPORTS) == set()
+    assert against_the_direction(all_imports()) == set()
 
 
 def test_every_import_names_a_module_that_is_there() -> None:
-    tried = IMPORTS | {
+    tried = all_imports() | {
         one
         for top in OTHERS
         for path in (ROOT / top).rglob("*.py")
@@ -201,11 +207,11 @@ def test_every_import_names_a_module_that_is_there() -> None:
 
 
 def test_no_private_name_is_imported_by_another_file() -> None:
-    assert private_names(IMPORTS) == set()
+    assert private_names(all_imports()) == set()
 
 
 def test_imports_go_in_no_circle() -> None:
-    assert cycles(IMPORTS) == set()
+    assert cycles(all_imports()) == set()
 
 
 def test_judging_and_showing_know_no_torch() -> None:
@@ -221,7 +227,7 @@ def test_judging_and_showing_know_no_torch() -> None:
 
 
 def test_dashboards_know_reports_and_nothing_else() -> None:
-    known = {one.of for one in IMPORTS if room(one.by) == "dashboards" and room(one.of) != "dashboards"}
+    known = {one.of for one in all_imports() if room(one.by) == "dashboards" and room(one.of) != "dashboards"}
     assert known <= DASHBOARDS_KNOW
 
 
