@@ -173,14 +173,19 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _diff(options: argparse.Namespace) -> None:
+    from update_watch.checkpoints.at_rate import of_files, text
     from update_watch.checkpoints.diff import diff
     from update_watch.checkpoints.files import CheckpointError
 
+    limit = options.limit or None
     try:
         found = diff(options.first, options.second)
-    except CheckpointError as error:
+        ahead = of_files(options.second, options.at, options.optimizer) if options.at is not None else ()
+    except (CheckpointError, ValueError) as error:
         raise UsageError(str(error)) from error
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found.text(options.limit or None))
+    at_rate = {} if options.at is None else {"at_rate": [vars(t) for t in ahead]}
+    shown = found.text(limit) if options.at is None else f"{found.text(limit)}\n\n{text(ahead, options.at, limit)}"
+    print(json.dumps(found.to_dict() | at_rate, indent=2) if options.json else shown)
     if options.strict and found.never_moved:
         sys.exit(_FOUND)
 
@@ -316,6 +321,12 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--limit", type=count, default=40, metavar="N", help="tensors shown, 0 for all (40)")
     diff.add_argument("--json", action="store_true", help="as JSON, all tensors")
     diff.add_argument("--strict", action="store_true", help="exit with 3 where tensors never moved")
+    diff.add_argument(
+        "--at", type=float, metavar="LR", help="also: which tensors of SECOND would stall at this learning rate"
+    )
+    diff.add_argument(
+        "--optimizer", type=Path, metavar="FILE", help="with --at: its optimizer's state, if not in SECOND"
+    )
 
     for name, run, summary in (
         ("workspace", _workspace, "save the dashboard in a W&B project, in place of an earlier one"),

@@ -48,6 +48,7 @@ if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
 _MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
 # where training loops put the weights, beside optimizer, counters and settings
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
+_OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states")  # and an optimizer's state
 _DEEPEST = 100  # containers within containers
 _MOST = 2_000_000  # tensors and containers looked at in a torch file: lists that hold one another twice have no end
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -95,19 +96,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     # 8 bytes of header length, then JSON: neither a zip archive nor a pickle begins like that
     if path.suffix == ".safetensors" or start[8:] == b"{":
         return _read_safetensors(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of formats that torch calls new
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: it is damaged, or holds objects other than tensors and plain data, which could run code and are"
-            f" not loaded; save the model's state_dict() by itself ({first_line(error)})"
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:  # damage makes torch's reader fail in any way
-        raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error)})") from error
+    content = _load(path)
     try:
         if isinstance(content, Mapping):
             for key in _WEIGHTS:
@@ -117,6 +106,41 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         return dict(_flatten(content))
     except ValueError as error:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
+
+
+def read_optimizer(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
+    """The `state_dict()` of an optimizer in a file written by `torch.save`: by itself, or beside the weights; None where there is none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it cannot be read, or only by running what is in it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir() or path.suffix == ".safetensors":
+        return None
+    content = _load(path)
+    within = [content.get(key) for key in _OPTIMIZERS] if isinstance(content, Mapping) else []
+    first = [one[0] if isinstance(one, (list, tuple)) and one else one for one in (content, *within)]
+    return next((one for one in first if isinstance(one, Mapping) and {"state", "param_groups"} <= set(one)), None)
+
+
+def _load(path: Path) -> Any:
+    """What is in a file written by `torch.save`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that torch calls new
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: it is damaged, or holds objects other than tensors and plain data, which could run code and are"
+            f" not loaded; save the model's state_dict() by itself ({first_line(error)})"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # damage makes torch's reader fail in any way
+        raise CheckpointError(f"{path}: not a readable checkpoint ({first_line(error)})") from error
 
 
 def _flatten(value: Any) -> Iterator[tuple[str, Tensor]]:
