@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from update_watch.dashboards.known_values import known, least, median
 from update_watch.report import Health, Report, TensorReport, weighted_mean
 
 RUN_SECTION = "update_watch"
@@ -84,23 +84,6 @@ def unwell(report: Report) -> list[TensorReport]:
     return sorted(found, key=lambda t: (UNWELL.index(t.health), math.inf if t.efficiency is None else t.efficiency))
 
 
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [v for v in values if v is not None and math.isfinite(v)]
-
-
-def _least(values: Iterable[float | None]) -> float | None:
-    return min(_known(values), default=None)
-
-
-def _greatest(values: Iterable[float | None]) -> float | None:
-    return max(_known(values), default=None)
-
-
-def _median(values: Iterable[float | None]) -> float | None:
-    known = _known(values)
-    return statistics.median(known) if known else None
-
-
 def _state_efficiencies(report: Report) -> Iterable[float | None]:
     return (a.efficiency for t in report.tensors for a in t.accumulators.values() if a.name != "weight_decay")
 
@@ -111,7 +94,7 @@ def _decay_efficiency(report: Report) -> float | None:
 
 
 def _farthest_state_factor(report: Report) -> float | None:
-    factors = [f for f in _known(t.state_factor for t in report.tensors) if f > 0]
+    factors = [f for f in known(t.state_factor for t in report.tensors) if f > 0]
     return max(factors, key=lambda f: abs(math.log(f)), default=None)
 
 
@@ -157,7 +140,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "ratio",
         "The same for the tensor that is worst off.",
         "smallest `efficiency`",
-        lambda r: _least(t.efficiency for t in r.tensors),
+        lambda r: least(t.efficiency for t in r.tensors),
         is_shown=True,
     ),
     RunMetric(
@@ -196,14 +179,14 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "ratio",
         "Size of the intended update against the weight it is added to.",
         "median over tensors of rms(intended) / rms(before)",
-        lambda r: _median(t.update_ratio for t in r.tensors),
+        lambda r: median(t.update_ratio for t in r.tensors),
     ),
     RunMetric(
         "applied_ratio",
         "ratio",
         "Size of the update that arrived against the weight; below `update_ratio` by what was lost.",
         "median over tensors of rms(applied) / rms(before)",
-        lambda r: _median(t.applied_ratio for t in r.tensors),
+        lambda r: median(t.applied_ratio for t in r.tensors),
     ),
     RunMetric(
         "lr_margin",
@@ -211,7 +194,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "The learning rate over the one at which the tensor nearest to it loses half of its updates: 12 means that it may "
         "still fall twelvefold; under 1 more than half is lost.",
         "smallest `lr / critical_lr` over tensors",
-        lambda r: _least(lr_margin(t) for t in r.tensors),
+        lambda r: least(lr_margin(t) for t in r.tensors),
         is_shown=True,
     ),
     RunMetric(
@@ -219,7 +202,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "ratio",
         "Efficiency of the accumulator that is worst off: optimizer state, averaged model, gradient buffer.",
         "smallest `efficiency` over all accumulators except `weight_decay`",
-        lambda r: _least(_state_efficiencies(r)),
+        lambda r: least(_state_efficiencies(r)),
         is_shown=True,
     ),
     RunMetric(
@@ -242,7 +225,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "gradient",
         "Size of the gradients as the optimizer got them, after unscaling and clipping.",
         "median of `gradient_rms` over tensors",
-        lambda r: _median(t.gradient_rms for t in r.tensors),
+        lambda r: median(t.gradient_rms for t in r.tensors),
     ),
     RunMetric(
         "gradient_zeros",
@@ -290,14 +273,14 @@ BY_KIND = Series(
     "ratio",
     "How much of the update arrived for the tensors of a kind (`q_proj` of all layers): of the worst of them.",
     "smallest `efficiency`",
-    lambda tensors: _least(t.efficiency for t in tensors),
+    lambda tensors: least(t.efficiency for t in tensors),
 )
 BY_TENSOR = Series(
     "tensors",
     "ratio",
     "The same for single tensors: the worst of those that are not well, and those that were asked for.",
     "`efficiency`",
-    lambda tensors: _least(t.efficiency for t in tensors),
+    lambda tensors: least(t.efficiency for t in tensors),
 )
 SERIES: tuple[Series, ...] = (BY_KIND, BY_TENSOR)
 
