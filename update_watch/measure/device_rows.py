@@ -22,13 +22,15 @@ from update_watch.measure.cohort import Cohort, Snapshot
 from update_watch.measure.device import multi_gather
 from update_watch.measure.gathers import side_by_side, whole_of
 from update_watch.measure.parameters import Row
+from update_watch.measure.sampling import local
 from update_watch.measure.step_replay import Step, replay_samples
 from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.replay.twin import Twin
 
-_WAITING = 8  # steps that are added together,
-# or fewer of so many samples. On a CPU more at once are no faster; on a GPU they would take memory: 0.2 KB each in the step
+_AT_MOST, _AT_LEAST = 8, 4  # steps that are added together,
+_HELD = 1 / 300  # or as many as take so much of the weights' bytes,
+# or so many samples: on a CPU more at once are no faster; on a GPU they would take memory, 0.2 KB each in the step
 _ENOUGH, _ENOUGH_ON_GPU = 2**16, 2**19
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 
@@ -66,7 +68,12 @@ class DeviceRows:
         has_clusters = any(row.is_whole and row.scheme.name != "plain" for row in rows)
         self._kinds = has_clusters, turns == 1 or not is_plain
         self.device = self.cohorts[0].device
-        self._enough = _ENOUGH_ON_GPU if multi_gather.is_available(self.device) else _ENOUGH
+        self._enough, self._most = _ENOUGH_ON_GPU, _AT_MOST
+        if not multi_gather.is_available(self.device):
+            weights = sum(local(row.param).numel() * local(row.param).element_size() for row in rows)
+            arrays = 2 * len(self.cohorts[0].states) + 3  # before and after, gradients
+            step = arrays * len(self.cohorts[0].rows) * samples * local(rows[0].param).element_size()
+            self._enough, self._most = _ENOUGH, min(max(int(weights * _HELD / step), _AT_LEAST), _AT_MOST)
         gathers = [cohort.gathers for cohort in self.cohorts]
         self._whole = gathers[0].are_whole, whole_of(gathers)
         self.sums = self._no_sums()
@@ -101,7 +108,7 @@ class DeviceRows:
             return
         self._waiting.append(measured)
         rows = sum(len(waiting.rows) for waiting, _ in self._waiting)
-        if len(self._waiting) == _WAITING or rows * self._samples >= self._enough:
+        if len(self._waiting) >= self._most or rows * self._samples >= self._enough:
             self.add()
 
     def add(self) -> None:

@@ -115,6 +115,8 @@ class Twin:
             raise
         except Exception as error:
             raise ReplayError(f"{self._name} fails on FP32 copies: {error!r}") from error
+        finally:
+            self._let_go()
         return _results(runs, params, state)
 
     def replay_whole(
@@ -181,6 +183,8 @@ class Twin:
         except Exception as error:
             copies = "FP32 copies" if scaled is None else "scaled copies"
             raise ReplayError(f"{self._name} fails on {copies}: {error!r}") from error
+        finally:
+            self._let_go()
         results = _results(runs, params, state)
         return results if scaled is None else [_in_fp32(*found) for found in zip(given, starts, results, strict=True)]
 
@@ -203,6 +207,10 @@ class Twin:
         _leave_counters(groups, state)
         self._copy.param_groups, self._copy.state = groups, state
         return self._copy
+
+    def _let_go(self) -> None:
+        """Of the samples, which the copy would hold until the next replay."""
+        self._copy.param_groups, self._copy.state = [], defaultdict(dict)
 
     def _attributes(self, but: frozenset[str] = frozenset()) -> dict[str, Any]:
         """The optimizer's attributes beside its groups, states and hooks, which must not be held here."""

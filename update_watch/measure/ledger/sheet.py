@@ -25,7 +25,7 @@ from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.transfer import Batch, Part
 
 SPAN = 8  # windows in which the same elements are read
-_WAITING = 16  # steps
+_WAITING, _WAITING_ON_GPU = 8, 16  # steps
 _GRADIENT_EVERY = 4  # steps between two looks at gradients
 
 _SUMS = ("dot", "square", "spread", "free_dot", "free_square", "across_dot", "across_square")
@@ -100,13 +100,14 @@ class Sheet:
         self._gathers = (
             [BlockGather([local(tensor) for tensor in run], self.device) for run in self._runs] if can else []
         )
+        self._most = _WAITING_ON_GPU if can else _WAITING
         self._rings = [
             torch.empty(
-                *(_WAITING, 2, len(run), ELEMENTS), dtype=torch.float32 if can else run[0].dtype, device=self.device
+                *(self._most, 2, len(run), ELEMENTS), dtype=torch.float32 if can else run[0].dtype, device=self.device
             )
             for run in self._runs
         ]
-        self._slots = [[[ring[t, side].view(-1) for ring in self._rings] for side in (0, 1)] for t in range(_WAITING)]
+        self._slots = [[[ring[t, side].view(-1) for ring in self._rings] for side in (0, 1)] for t in range(self._most)]
         self._no_gradient = torch.zeros(ELEMENTS, device=self.device)
         self._nothing_n = torch.zeros(n, device=self.device)
         self._open_span()
@@ -170,7 +171,7 @@ class Sheet:
         self._waiting += 1
         self.steps += 1
         self._span_steps += 1
-        if self._waiting == _WAITING:
+        if self._waiting == self._most:
             self._add()
 
     def miss(self) -> None:
