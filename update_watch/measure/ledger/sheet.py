@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -115,7 +115,14 @@ class Sheet:
     @property
     def has_changed(self) -> bool:
         """A tensor has another shape, format or device than it was planned for."""
-        return any(_layout(tensor) != layout for tensor, layout in zip(self._members, self._layouts, strict=True))
+        members = [local(tensor) for tensor in self._members] if self._is_sharded else self._members
+        # of thousands: each look at an attribute counts. What could be read was not lazy, and does not become so
+        return any(
+            [
+                shard.dtype is not dtype or shard.shape != shape or shard.device != device
+                for shard, (shape, dtype, device) in zip(members, self._layouts, strict=True)
+            ]
+        )
 
     def _open_span(self) -> None:
         """Choose other elements and start all sums anew."""
@@ -336,8 +343,6 @@ def can_be_read(tensor: Tensor) -> bool:
     return not unsamplable(shard) and shard.numel() > 0 and shard.dtype.is_floating_point
 
 
-def _layout(tensor: Tensor) -> Any:
-    if is_lazy(tensor):
-        return None
+def _layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     shard = local(tensor)
     return shard.shape, shard.dtype, shard.device
