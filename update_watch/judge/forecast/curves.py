@@ -16,8 +16,8 @@ from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 Array = npt.NDArray[np.float64]
 
 _FINE = 8  # points in an octave
-_REACH = 16  # octaves that updates may shrink or grow by
-_OCTAVES = np.arange(-_REACH * _FINE, _REACH * _FINE + 1) / _FINE  # [G]
+_SHRINK, _GROW = 13, 9  # octaves that updates may
+_OCTAVES = np.arange(-_SHRINK * _FINE, _GROW * _FINE + 1) / _FINE  # [G]
 _AT_ONE_PLACE = 0.6  # share in a quarter of every octave from which on a tensor's updates are taken to be alike
 
 
@@ -50,11 +50,17 @@ def are_alike(places_nQ: Array) -> npt.NDArray[np.bool_]:
 
 def read(curves_nG: Array, octaves_nS: Array) -> Array:
     """[n, S] the curves at these octaves, between points along a line."""
-    at = np.clip((octaves_nS + _REACH) * _FINE, 0, len(_OCTAVES) - 1.001)
+    at = np.clip((octaves_nS + _SHRINK) * _FINE, 0, len(_OCTAVES) - 1.001)
     below = at.astype(np.intp)
-    part = at - below
-    low, high = np.take_along_axis(curves_nG, below, 1), np.take_along_axis(curves_nG, below + 1, 1)
-    found: Array = low + part * (high - low)
+    at -= below
+    below += np.arange(len(curves_nG))[:, None] * curves_nG.shape[1]
+    flat = np.ascontiguousarray(curves_nG).reshape(-1)
+    low = flat.take(below)
+    below += 1
+    found: Array = flat.take(below)
+    found -= low
+    found *= at
+    found += low
     return found
 
 
@@ -71,8 +77,23 @@ def read_drifted(curves_nG: Array, octaves_nS: Array, drift_nS: Array, alike_n: 
 
 def moved(curves_nG: Array, octaves_n: Array, drift_n: Array, alike_n: npt.NDArray[np.bool_]) -> Array:
     """[n, G] the curves of updates that are 2^(octaves + drift) as large."""
-    points = np.broadcast_to(_OCTAVES, curves_nG.shape) + octaves_n[:, None]
-    return read_drifted(curves_nG, points, np.broadcast_to(drift_n[:, None], points.shape), alike_n)
+    found = _moved(curves_nG, np.where(alike_n, octaves_n, octaves_n + drift_n))
+    if alike_n.any():
+        whole_n = np.floor(drift_n[alike_n])
+        low, high = (_moved(curves_nG[alike_n], octaves_n[alike_n] + whole_n + more) for more in (0.0, 1.0))
+        found[alike_n] = low + (drift_n[alike_n] - whole_n)[:, None] * (high - low)
+    return found
+
+
+def _moved(curves_nG: Array, octaves_n: Array) -> Array:
+    points = curves_nG.shape[1]
+    whole_n = np.floor(octaves_n * _FINE)
+    part_n1 = (octaves_n * _FINE - whole_n)[:, None]
+    index = np.clip(np.arange(points + 1) + whole_n.astype(np.intp)[:, None], 0, points - 1)
+    index += np.arange(len(curves_nG))[:, None] * points
+    taken = np.ascontiguousarray(curves_nG).reshape(-1).take(index)
+    found: Array = taken[:, :-1] + part_n1 * (taken[:, 1:] - taken[:, :-1])
+    return found
 
 
 def first_octave(curves_nG: Array, efficiency: float) -> Array:

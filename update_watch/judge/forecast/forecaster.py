@@ -123,8 +123,8 @@ def _course(report: Report, position: Position, schedule: Schedule, limits: Thre
     steps = np.unique(np.linspace(report.step, schedule.steps - 1, _POINTS).round().astype(np.int64))
     rates = np.array([_rate(schedule, int(step)) for step in steps]) / now
     # the last part of a decay to nothing is the end of a schedule, not a stall
-    lasts = rates > limits.negligible_lr * rates.max()
-    steps, rates = steps[lasts], rates[lasts]
+    counts = rates > limits.negligible_lr * rates.max()
+    steps, rates = steps[counts], rates[counts]
     if not is_known.any() or len(steps) < 2:
         return None
     tensors = tuple(t for t, known in zip(report.tensors, is_known.tolist(), strict=True) if known)
@@ -134,25 +134,22 @@ def _course(report: Report, position: Position, schedule: Schedule, limits: Thre
     error_nS, noise_nS = drift.error(steps, position.wander)[is_known], _BEYOND * drift.noise_n[is_known][:, None]
     octaves_nS = np.broadcast_to(np.log2(rates), change_nS.shape)
 
-    def at(drift_nS: Array) -> Array:
-        found = read_drifted(curves_nG, octaves_nS, drift_nS, position.alike_n[is_known])
+    lasts = slice(min(int(np.searchsorted(steps, (1 - _END) * schedule.steps)), len(steps) - 1), None)
+    weights_S = rates[lasts] ** 2 / (rates[lasts] ** 2).sum()
+
+    def at(drift_nS: Array, part: slice = slice(None)) -> Array:
+        found = read_drifted(curves_nG, octaves_nS[:, part], drift_nS[:, part], position.alike_n[is_known])
         found[keeps_n] = 1.0
         return found
 
-    def end(efficiency_nS: Array) -> Array:
-        weights_S = np.where(steps >= (1 - _END) * schedule.steps, rates**2, 0.0)
-        weights_S = weights_S if weights_S.any() else np.eye(len(steps))[-1]
-        found: Array = efficiency_nS @ (weights_S / weights_S.sum())
-        return found
-
-    middle_nS = at(change_nS)
+    middle_nS, later_nS = at(change_nS), at(change_nS + noise_nS)
     # single windows scatter, so the last one above a limit lies beyond the step at which their mean passes it
-    passing = [
-        _passing(steps, at(change_nS + noise_nS + errors * error_nS) + more * ~keeps_n[:, None], limits.stalling)
-        for errors, more in ((-_NINE_OF_TEN, -_CURVE), (0.0, 0.0), (_NINE_OF_TEN, _CURVE))
-    ]
-    both_nS = np.sqrt(error_nS**2 + noise_nS**2)
-    ends = np.stack([end(at(change_nS + part * _NINE_OF_TEN * both_nS)) for part in (-1.0, -0.5, 0.0, 0.5, 1.0)])
+    early_nS, late_nS = (at(change_nS + noise_nS + part * _NINE_OF_TEN * error_nS) for part in (-1.0, 1.0))
+    early_nS[~keeps_n] -= _CURVE
+    late_nS[~keeps_n] += _CURVE
+    passing = [_passing(steps, course_nS, limits.stalling) for course_nS in (early_nS, later_nS, late_nS)]
+    both_nS = _NINE_OF_TEN * np.sqrt(error_nS**2 + noise_nS**2)
+    ends = np.stack([at(change_nS + part * both_nS, lasts) @ weights_S for part in (-1.0, -0.5, 0.0, 0.5, 1.0)])
     curve_n = np.where(keeps_n, 0.0, _CURVE)
     floor = first_octave(curves_nG, limits.stalling)
     return _Course(
@@ -163,7 +160,7 @@ def _course(report: Report, position: Position, schedule: Schedule, limits: Thre
         middle_nS,
         np.stack([np.maximum(ends.min(0) - curve_n, 0.0), ends[2], ends.max(0) + curve_n]),
         np.stack(passing),
-        _passing(steps, at(change_nS + noise_nS), limits.stalled),
+        _passing(steps, later_nS, limits.stalled),
         position.alike_n[is_known],
         np.where(keeps_n, 0.0, 2.0 ** (floor - change_nS[:, -1])),
     )
