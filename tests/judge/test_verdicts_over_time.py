@@ -87,6 +87,34 @@ def test_the_end_of_a_schedule_is_no_stall() -> None:
     assert found.advice.startswith("Its learning rate of 1e-06 has all but run out (peak 0.001)")
 
 
+@pytest.mark.parametrize("last", [0.0, 1e-9])
+def test_a_run_that_was_stalled_ends_so_and_not_idle_where_its_learning_rate_runs_out(last: float) -> None:
+    stuck = {**GONE, "shape": (64,), "name": "norm.weight"}
+    run = [tensor(0.0, lr=lr, lr_max=lr, lr_min=lr, **stuck) for lr in (1e-3, 1e-3, 5e-4, 1e-5)]
+    end = tensor(None if last == 0 else 0.0, lr=last, lr_max=last, lr_min=last, **stuck)
+    found = verdicts(*run, end, end)
+    assert [(str(t.health), t.cause, t.since_step) for t in found] == [("stalled", Cause.weight_rounding, 1)] * 6
+    assert "as they did until the learning rate ran out (peak 0.001)" in found[-1].advice
+    diagnosis = Diagnosis(Thresholds())
+    for i, t in enumerate(run):
+        diagnosis.judge(window(t, step=128 * (i + 1)))
+    resumed = Diagnosis(Thresholds())
+    resumed.load_state_dict(json.loads(json.dumps(diagnosis.state_dict())))
+    assert resumed.judge(window(end, step=640)).tensors[0].health is Health.stalled
+
+
+def test_what_stalls_at_the_end_of_a_schedule_alone_is_idle_when_it_is_over() -> None:
+    rates = (1e-3, 1e-3, 5e-5, 0.0)
+    run = [
+        tensor(x, lr=lr, lr_max=lr, lr_min=lr, **(GONE if x == 0 else {}))
+        for x, lr in zip((1.0, 1.0, 0.0, 0.0), rates, strict=True)
+    ]
+    assert [str(t.health) for t in verdicts(*run)] == ["healthy", "healthy", "stalled", "idle"]
+    back = tensor(1.0, lr=1e-3, lr_max=1e-3, lr_min=1e-3)
+    stuck, out = (tensor(0.0, lr=lr, lr_max=lr, lr_min=lr, **GONE) for lr in (1e-3, 0.0))
+    assert [str(t.health) for t in verdicts(stuck, back, back, out)][-1] == "idle"
+
+
 def test_a_warm_up_is_not_called_a_stall_before_it_has_ended() -> None:
     rising = tensor(0.0, lr=1e-4, lr_max=1e-4, lr_min=0.0, **GONE)
     found = verdicts(rising, tensor(lr=2e-4, lr_max=2e-4, lr_min=1e-4), tensor())

@@ -14,13 +14,14 @@ one that moves is judged by its numbers and keeps the cause, and what moves it i
 | 6  | its gradient was None in every step | at rest | no_gradient |
 | 7  | every sampled gradient was 0, looked at six times or more; till then unknown | at rest | zero_gradient |
 | 8  | learning rate 0 in every step | at rest | zero_learning_rate |
+|    | and rounding had stalled it at a tenth of its peak or more | stalled | weight_rounding |
 | 9  | the update cannot be replayed | unknown | not_replayable |
 |    | and no bit of any tensor of its optimizer has moved in many steps | stalled | weight_rounding |
 | 10 | measured, and no update intended | idle | |
 | 11 | gradient at the level of round-off, and far less made of it than of a real one | idle | negligible_gradient |
 | 12 | fewer measured steps or more noise than a verdict allows, even pooled | unknown | |
 | 13 | score not healthy, but not by rounding: hardly any lost, or backwards | unknown | |
-| 14 | score not healthy, but the learning rate has run out; unknown if it still moves | idle | zero_learning_rate |
+| 14 | score not healthy, but the learning rate has run out; unknown if it still moves, as in 8 | idle | zero_learning_rate |
 | 15 | score not healthy, but the learning rate has just risen threefold | unknown | |
 | 16 | score not healthy, and updates well above half a gap are lost too | stalled, stalling | not_written |
 | 17 | score not healthy | stalled, stalling | weight_rounding |
@@ -55,6 +56,7 @@ from update_watch.thresholds import Thresholds
 
 _VERSION = 2
 _STILL = 48  # steps in which no tensor of an optimizer moved by one bit, though it has gradients and a learning rate
+_EARNEST = 0.1  # of the peak learning rate: what stalls only below that is the end of a schedule, and not the run
 _STEEP = 3.0  # rise of the learning rate within a window, or since the one before, that makes it a warm-up
 _WELL_ABOVE = 2 - HEADROOM_LOW  # first bin of the headroom histogram at four half gaps or more
 
@@ -209,6 +211,8 @@ class Diagnosis:
         if isinstance(found, Rest):
             amount, how = movement(e)
             if not amount:
+                if found.cause is Cause.zero_learning_rate and (stalled := self._ran_out(e, history)):
+                    return stalled
                 history.forget_evidence()
                 health = Health.frozen if found.cause is Cause.requires_grad_off else Health.idle
                 return verdict(health, found.cause, found.seen)
@@ -253,7 +257,7 @@ class Diagnosis:
         if found.health is UNKNOWN:
             return UNKNOWN, None, reasons.unknown(found.reason)
         if found.health is HEALTHY:
-            history.grade = HEALTHY
+            history.grade, history.stalled_lr = HEALTHY, 0.0
             return _GOOD
         return self._accuse(e, history, found)
 
@@ -263,7 +267,8 @@ class Diagnosis:
         if lr_max is not None and lr_max <= self._limits.negligible_lr * history.peak_lr:
             if movement(e)[0]:
                 return UNKNOWN, Cause.zero_learning_rate, reasons.unknown(reasons.rate_ran_out(lr_max, history.peak_lr))
-            return verdict(Health.idle, Cause.zero_learning_rate, Seen(lr=lr_max, peak_lr=history.peak_lr))
+            idle = verdict(Health.idle, Cause.zero_learning_rate, Seen(lr=lr_max, peak_lr=history.peak_lr))
+            return self._ran_out(e, history) or idle
         if history.lr is not None and (start is None or history.lr < start):
             start = history.lr
         if lr and lr == lr_max and start is not None and lr >= _STEEP * start:
@@ -283,7 +288,17 @@ class Diagnosis:
             near_one=_is_norm_near_one(e),
             trainer=self.trainer,
         )
-        return verdict(found.health, Cause.not_written if is_unwritten else Cause.weight_rounding, seen)
+        cause = Cause.not_written if is_unwritten else Cause.weight_rounding
+        is_stalled = found.health is Health.stalled and cause is Cause.weight_rounding
+        history.stalled_lr = max(history.stalled_lr, lr_max or 0.0) if is_stalled else 0.0
+        return verdict(found.health, cause, seen)
+
+    def _ran_out(self, e: TensorEvidence, history: TensorHistory) -> Verdict | None:
+        """What was stalled in most of a schedule stays so at its end, which is no all-clear: there, nothing arrives anywhere."""
+        if not history.stalled_lr or history.stalled_lr < _EARNEST * history.peak_lr:
+            return None
+        seen = Seen(dtype=e.dtype, peak_lr=history.peak_lr, near_one=_is_norm_near_one(e), trainer=self.trainer)
+        return verdict(Health.stalled, Cause.weight_rounding, seen)
 
 
 def _owner(e: TensorEvidence) -> str:

@@ -65,6 +65,7 @@ class TensorHistory:
         "proven",
         "since",
         "skipped_windows",
+        "stalled_lr",
         "still_steps",
         "zero_looks",
     )
@@ -89,6 +90,7 @@ class TensorHistory:
         self.zero_looks = 0  # steps in a row of windows in which its gradient was looked at and was 0
         self.lr: float | None = None  # in the window before
         self.peak_lr = 0.0
+        self.stalled_lr = 0.0  # the highest at which rounding has stalled it, since it was last anything else
         self.accumulators: dict[str, AccumulatorHistory] = {}
 
     def accumulator(self, name: str) -> AccumulatorHistory:
@@ -121,6 +123,7 @@ class TensorHistory:
             "zero_looks": self.zero_looks,
             "lr": self.lr,
             "peak_lr": self.peak_lr,
+            "stalled_lr": self.stalled_lr,
             "accumulators": {name: a.to_plain() for name, a in self.accumulators.items()},
         }
 
@@ -150,6 +153,7 @@ class TensorHistory:
         history.still_steps = _count(data["still_steps"])
         history.lr = _optional(data["lr"])
         history.peak_lr = _number(data["peak_lr"])
+        history.stalled_lr = _number(data["stalled_lr"])
         history.accumulators = {
             str(name): AccumulatorHistory.from_plain(a) for name, a in dict(data["accumulators"]).items()
         }

@@ -18,6 +18,8 @@ def weight_rounding(seen: Seen) -> Advice:
             f"{kind} weights round the drift away: {fixed(seen.displacement)} of the summed update arrived, although"
             f" single steps look well (efficiency {fixed(seen.efficiency)})"
         )
+    elif seen.peak_lr:
+        finding = f"{kind} weights round the updates away, as they did until the learning rate ran out (peak {number(seen.peak_lr)})"
     elif seen.efficiency is None and seen.steps:
         still = (
             f"not one sampled bit of its optimizer's tensors has moved in {plural(seen.steps, 'step')} with gradients"
