@@ -165,10 +165,21 @@ Which one? The watch names the cause; the table names the cures for it, the chea
 | said | cures |
 |---|---|
 | BF16 weights round the updates away (`weight_rounding`) | [stochastic rounding](#stochastic-rounding), [Kahan summation](#kahan), [FP32 masters](#masters) |
-| weight decay is lost (`decay_rounding`) | [one rounding for decay and gradient](#fused-decay), or any of the above |
+| weight decay is lost (`decay_rounding`) | [one rounding for decay and gradient](#fused-decay), [stochastic rounding](#stochastic-rounding), [FP32 masters](#masters); not optimi's Kahan, which keeps no remainder of the decay |
 | the optimizer's state is rounded (`state_rounding`) | [FP32 states](#fp32-states), or a smaller beta |
 | an average does not follow (`average_rounding`) | [the average in FP32](#fp32-average) |
 | summed gradients lose micro-batches (`accumulation_rounding`) | [FP32 masters](#masters): gradients then are FP32 too |
+
+A few norms may be kept in FP32 by themselves, beside a model in BF16 (8 bytes for each of their elements):
+
+```python
+for module in model.modules():
+    if isinstance(module, (torch.nn.LayerNorm, torch.nn.RMSNorm)):
+        module.float()
+optimizer = torch.optim.AdamW(model.parameters(), lr=lr)  # made after it
+with torch.autocast(device, dtype=torch.bfloat16):
+    loss = model(batch)
+```
 
 Every one of them raises the effective learning rate of what stood still: look at the loss, and retune it.
 """

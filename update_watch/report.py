@@ -144,8 +144,7 @@ class TensorReport:
     written_between: float | None = None
     gradient_rms: float | None = None  # as the optimizer got it: after unscaling and clipping
     gradient_max: float | None = None  # the largest sampled one
-    # standard deviation of `gradient_rms` over (up to 16) parts of the window, by its mean
-    gradient_spread: float | None = None
+    gradient_spread: float | None = None  # standard deviation of `gradient_rms` over parts of the window, by its mean
     gradient_zeros: float | None = None  # share of sampled gradients that are exactly 0, 0..1
     # FP32 weights: share of their values in BF16 that another step changes, and that the whole window changes
     copy_changed: float | None = None
@@ -251,6 +250,9 @@ class Report:
     cost_share: float | None = None  # of the time between steps, what the watch took, 0..1
     forecast: Forecast | None = None  # where the schedule is known; journals keep what it says of the run
 
+    def __str__(self) -> str:
+        return f"step {self.step:,}: {self.headline}"
+
     @property
     def counts(self) -> dict[str, int]:
         """Number of tensors per health, all healths present."""
@@ -266,9 +268,7 @@ class Report:
 
     def what_if(self, floor: float | None = None) -> tuple[Case, ...]:
         """The run as it is, and under each cure, with bytes; `floor`: a least learning rate to try. See `foresight.what_if`."""
-        return tuple(
-            import_module("update_watch.foresight.what_if").cases(self, floor)
-        )  # it knows the types of this file
+        return tuple(import_module("update_watch.foresight.what_if").cases(self, floor))  # knows this file's types
 
     def plan(self, without: Iterable[str] = ()) -> Plan:
         """The cheapest set of changes after which nothing is lost, `without` some cures. `print` it. See `foresight.plan`."""

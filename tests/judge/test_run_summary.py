@@ -173,3 +173,7 @@ def test_tensors_that_did_not_begin_together_are_given_the_range_of_their_steps(
     tensors = [stalled_since("a.w", 551), stalled_since("b.w", 1), TensorReport("c.w", Health.healthy)]
     assert headline(tensors).startswith("2 of 3 tensors are stalled since steps 1 to 551 (a.w, b.w): ")
     assert headline(tensors[:1] * 2).startswith("2 of 2 tensors are stalled since step 551: ")
+
+
+def test_a_printed_report_is_its_step_and_its_headline() -> None:
+    assert str(Report(1280, 128, Health.healthy, "All is well.", ())) == "step 1,280: All is well."

@@ -33,12 +33,12 @@ class _Option(NamedTuple):
 def plan(report: Report, without: Iterable[str] = ()) -> Plan:
     """The cheapest set of changes: by bytes, then by how many there are. Empty where nothing is lost.
 
-    `without`: cures (values of `cures.Cure`) that are out of the question.
+    `without`: cures (values of `cures.Cure`, or one alone) that are out of the question.
 
     Raises:
         ValueError: `without` names no cure, or leaves none for something that is not well.
     """
-    excluded = {Cure(name) for name in without}
+    excluded = _named([without] if isinstance(without, str) else without)
     losses = _losses(report.tensors)
     choices = []
     for cause, members in losses.items():
@@ -56,6 +56,14 @@ def plan(report: Report, without: Iterable[str] = ()) -> Plan:
     best = min(plans, key=lambda changes: (sum(change.bytes for change in changes), len(changes)))
     total = sum(change.bytes for change in best)
     return Plan(tuple(best), total, _text(best, total, report.tensors))
+
+
+def _named(names: Iterable[str]) -> set[Cure]:
+    known = {cure.value: cure for cure in Cure}
+    names = list(map(str, names))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"plan(without={unknown}) must name some of {', '.join(known)}")
+    return {known[name] for name in names}
 
 
 def can_stand_alone(mine: Sequence[TensorReport], tensors: Sequence[TensorReport]) -> bool:
