@@ -103,6 +103,8 @@ class Frame:
     has_layers: bool = True
     run: RunNumbers = RunNumbers()  # of the run as a whole; of several windows the mean
     outlook: Outlook | None = None  # of several windows the last
+    observed_steps: int | None = None  # in which something was measured
+    cost_share: float | None = None  # of the time between steps, 0..1
 
     @property
     def begin(self) -> int:
@@ -143,6 +145,8 @@ def frame_of(report: Report) -> Frame:
         has_layers=bool(report.layers),
         run=run_numbers(table.numel, columns.health, columns.numbers),
         outlook=_outlook(report),
+        observed_steps=report.observed_steps,
+        cost_share=report.cost_share,
     )
 
 
@@ -185,6 +189,8 @@ def report_of(frame: Frame) -> Report:
         time=frame.time,
         cost_ms=frame.cost_ms,
         skipped_steps=frame.skipped_steps,
+        observed_steps=frame.observed_steps,
+        cost_share=frame.cost_share,
     )
 
 

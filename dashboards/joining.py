@@ -34,6 +34,8 @@ def join(first: Frame, second: Frame) -> Frame:
     worse = first if SEVERITY.index(first.health) < SEVERITY.index(second.health) else second
     windows = first.windows + second.windows
     costs = [(f.cost_ms, f.windows) for f in (first, second)]
+    shares = [(f.cost_share, f.windows) for f in (first, second)]
+    seen = [f.observed_steps for f in (first, second) if f.observed_steps is not None]
     return Frame(
         step=second.step,
         window=first.window + second.window,
@@ -54,6 +56,8 @@ def join(first: Frame, second: Frame) -> Frame:
         has_layers=first.has_layers or second.has_layers,
         run=mean_of((first.run, second.run), (first.windows, second.windows)),
         outlook=second.outlook,
+        observed_steps=sum(seen) if len(seen) == 2 else None,
+        cost_share=weighted_mean(shares),
     )
 
 

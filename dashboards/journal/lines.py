@@ -150,6 +150,10 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
         "tensors": _columns_line(frame.tensors),
         "accumulators": {name: _columns_line(columns) for name, columns in frame.accumulators.items()},
     }
+    if frame.observed_steps is not None:
+        line["observed_steps"] = frame.observed_steps
+    if (share := short(frame.cost_share)) is not None:
+        line["cost_share"] = share
     if frame.outlook is not None:
         line["forecast"] = outlook_line(frame.outlook)
     if frame.headroom is not None:
@@ -190,7 +194,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
     table = tables[digest]
     count = len(table.name)
     headroom, movement, places = (line.get(name) for name in ("headroom", "movement", "places"))
-    cost = line.get("cost_ms")
+    cost, share, seen = (line.get(name) for name in ("cost_ms", "cost_share", "observed_steps"))
     tensors = _columns(line["tensors"], count, TENSOR_NUMBERS, has_dtype=False)
     run = line.get("run")  # early journals have none
     return Frame(
@@ -201,6 +205,8 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
         health=Health(line["health"]),
         headline=text_of(line["headline"]),
         cost_ms=None if cost is None else number_of(cost),
+        cost_share=None if share is None else number_of(share),
+        observed_steps=None if seen is None else whole_of(seen),
         skipped_steps=whole_of(line["skipped_steps"]),
         alerts=tuple(_alert(alert, table) for alert in line["alerts"]),
         table=table,

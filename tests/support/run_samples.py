@@ -368,4 +368,6 @@ def fully_filled_report() -> Report:
         time=1_780_000_000.125,
         cost_ms=0.25,
         skipped_steps=3,
+        observed_steps=17,
+        cost_share=0.0125,
     )

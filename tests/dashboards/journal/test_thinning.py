@@ -123,6 +123,16 @@ def test_joining_two_windows_takes_each_tensor_from_its_worse_one():
     assert (joined.step, joined.window) == (late.step, 256)
 
 
+def test_of_joined_windows_the_steps_seen_add_up_and_the_share_is_the_mean_of_what_is_known():
+    first, second = (
+        tiny(10 * n, observed_steps=seen, cost_share=share) for n, seen, share in ((1, 8, 0.01), (2, 4, 0.03))
+    )
+    joined = report_of(join(frame_of(first), frame_of(second)))
+    assert (joined.observed_steps, joined.cost_share) == (12, pytest.approx(0.02))
+    unseen = report_of(join(frame_of(dataclasses.replace(first, observed_steps=None)), frame_of(second)))
+    assert unseen.observed_steps is None
+
+
 @pytest.mark.slow
 def test_a_hundred_thousand_windows_stay_within_their_limit_and_in_flat_memory(tmp_path):
     psutil = pytest.importorskip("psutil")
