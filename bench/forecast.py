@@ -79,7 +79,8 @@ RUNS = (
     *(Run("muon", shape) for shape in ("cosine to a tenth", "warm-up, stable, decay")),
     *(Run("adamw, FP32 moments", shape) for shape in ("linear to a hundredth", "warm-up, stable, decay")),
     *(Run(kind, "linear to a hundredth", fp16=True) for kind in ("adamw", "momentum")),
-    *(Run(kind, HEALTHY, high=30.0) for kind in ("adamw", "momentum")),
+    Run("adamw", HEALTHY, high=30.0),
+    Run("momentum", HEALTHY, high=10.0),
 )
 HELD_OUT_RATE = 5 / 3  # of the rates of the others
 
@@ -307,7 +308,7 @@ def _recording(run: Run, steps: int, seed: int, given: argparse.Namespace) -> Re
     path = given.keep and given.keep / f"{run.name.replace(',', '').replace(' ', '-')}-{steps}-{seed}.json"
     if path and path.exists():
         return Recording.load(path)
-    recording = record(run, steps, seed, HELD_OUT_RATE if given.held_out else 1.0)
+    recording = record(run, steps, seed, HELD_OUT_RATE if given.held_out and run.shape != HEALTHY else 1.0)
     if path:
         given.keep.mkdir(parents=True, exist_ok=True)
         recording.save(path)
