@@ -29,10 +29,8 @@ _NINE_OF_TEN = 1.645  # standard errors
 _BEYOND = 0.5  # of the scatter of single windows, by which the last of them above a limit lies beyond the mean
 _END = 0.05  # of the run, its last part
 _CURVE = 0.03  # error of the curves themselves, in efficiency
-_SURE, _SURE_ALIKE = (
-    0.5,
-    0.2,
-)  # of the steps that are left: a wider range of a stall's step is none; of updates that are alike
+# of the steps that are left: a stall's step whose range is wider is not known; of updates that are alike
+_SURE, _SURE_ALIKE = 0.4, 0.2
 _NEVER = np.iinfo(np.int64).max
 
 Array = npt.NDArray[np.float64]
