@@ -68,11 +68,11 @@ def test_what_comes_after_the_end_was_asked_for_is_handled_in_order_by_no_second
     go, at_once, handled = threading.Event(), [], []
 
     def handle(item: str) -> None:
-        at_once.append(sum(thread.name == "update-watch test" for thread in threading.enumerate()))
+        at_once.append(sum(thread.name == "update-watch ending" for thread in threading.enumerate()))
         go.wait(5.0)
         handled.append(item)
 
-    worker = Worker("test", handle)
+    worker = Worker("ending", handle)
     worker.put("first")
     worker.stop("last")
     worker.put("late")

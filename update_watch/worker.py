@@ -15,7 +15,7 @@ from update_watch.report import Report
 logger = logging.getLogger("update_watch")
 
 Sink = Callable[[Report], Any]
-# an item and what handles it; what is set when everything before it was handled; None: look whether to end
+# an item and what handles it; what is set when everything before it was handled; None: end when nothing is left to do
 _Job = tuple[Callable[[Any], None], Any] | threading.Event | None
 
 
@@ -30,7 +30,7 @@ class Worker:
         self._name, self._handle, self._capacity = name, handle, capacity
         self._line = _Line()
         self.dropped = 0
-        end = weakref.finalize(self, self._line.end)
+        end = weakref.finalize(self, self._line.jobs.put, None)
         end.atexit = False
 
     def put(self, item: Any) -> bool:
@@ -64,7 +64,7 @@ class Worker:
                 return
             except RuntimeError:  # the interpreter is ending: no more threads
                 line.thread = None
-        line.end()
+        line.jobs.put(None)
         _serve(line)
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -81,7 +81,7 @@ class Worker:
         """End the thread once it has handled what was put before, and `last`."""
         for item in last:
             self.put(item)
-        self._line.end()
+        self._line.jobs.put(None)
 
 
 class _Line:
@@ -90,22 +90,17 @@ class _Line:
     def __init__(self) -> None:
         # of the queues the one whose `put` may be called while garbage is collected
         self.jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self.waiting = (
-            0  # items not handled; the thread counts anew, as an interrupt may come between one and its count
-        )
+        # items not handled; the thread counts anew, as an interrupt may come between one and its count
+        self.waiting = 0
         self.thread: threading.Thread | None = None  # the one that serves
-        self.is_ending = False
-        self.lock = threading.Lock()  # of all of these
-
-    def end(self) -> None:
-        """The thread ends when nothing is left to do. Takes no lock: it may be called while garbage is collected."""
-        self.is_ending = True
-        self.jobs.put(None)
+        self.lock = threading.Lock()  # of both
 
 
 def _serve(line: _Line) -> None:
+    is_ending = False
     while True:
         job = line.jobs.get()
+        is_ending |= job is None
         if isinstance(job, tuple):
             handle, item = job
             try:
@@ -117,7 +112,7 @@ def _serve(line: _Line) -> None:
             line.waiting = line.jobs.qsize()
             if isinstance(job, threading.Event):
                 job.set()
-            if line.is_ending and not line.waiting:
+            if is_ending and not line.waiting:
                 line.thread = None  # whoever puts an item from here on starts another
                 return
         del job
