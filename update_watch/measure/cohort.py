@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from update_watch import formats
 from update_watch.formats import Format
 from update_watch.measure.device.kernel_gathers import gathers_of
+from update_watch.measure.gathers import Common
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.step_order import OneOf
@@ -84,14 +85,14 @@ class Cohort:
         samples: int,
         rng: random.Random,
         window: int,
-        beside: list[Row],
+        common: Common,
         place: slice,
     ) -> None:
-        """`window`: steps of one in which it will be measured. `beside`: all rows on the device, of which these are those at
-        `place` when they are ordered by cohorts.
+        """`window`: steps of one in which it will be measured. `common`: of all rows on the device, of which these are those
+        at `place` when they are ordered by cohorts.
         """
         self.optimizer, self.rows, self.samples, self.place = optimizer, rows, samples, place
-        self.gathers = gathers_of(optimizer, rows, samples, rng, beside)
+        self.gathers = gathers_of(optimizer, rows, samples, rng, common)
         self.device, self.samplers, self.states = self.gathers.device, self.gathers.samplers, self.gathers.states
         self.replay = StepReplay(optimizer, twin, self.gathers)
         self.runs = _runs_of(rows)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from update_watch.measure.cohort import Cohort, Snapshot
 from update_watch.measure.device import multi_gather
-from update_watch.measure.gathers import side_by_side, whole_of
+from update_watch.measure.gathers import Common, side_by_side, whole_of
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.step_replay import Step, replay_samples
@@ -55,11 +55,11 @@ class DeviceRows:
         self._twin, self._samples = twin, samples
         self._waiting: list[Measured] = []
         self.cohorts: list[Cohort] = []
-        start = 0
+        start, common = 0, Common.of(rows)
         for k in range(turns):
             own = rows[k::turns]
             place = slice(start, start + len(own))
-            self.cohorts.append(Cohort(optimizer, twin, own, samples, rng, window // turns, rows, place))
+            self.cohorts.append(Cohort(optimizer, twin, own, samples, rng, window // turns, common, place))
             start = place.stop
         self._rows = start
         is_plain = all(row.scheme.name == "plain" for row in rows)

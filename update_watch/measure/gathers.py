@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,31 +28,43 @@ from update_watch.wording import first_line
 _FINE = (torch.float32, torch.float64)
 
 
+class Common(NamedTuple):
+    """What all rows have in common whose samples will lie side by side, whichever gathers read them."""
+
+    states: list[str]  # all have the same accumulators
+    is_fine: bool  # what FP32 itself loses is to be seen
+    cell: int  # see `cell_of`
+    has_whole: bool  # some are read whole
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> Common:
+        carriers = {row.scheme.carrier for row in rows if row.scheme.carrier}
+        states = carriers.union(*{row.rule.element_states for row in rows})
+        is_fine = any([local(row.param).dtype in _FINE for row in rows])
+        cell = cell_of([row.sampler for row in rows if row.sampler is not None])
+        return cls(sorted(states), is_fine, cell, any([row.is_whole for row in rows]))
+
+
 class Gathers:
     """Reads rows of one optimizer on one device. `slots`: state -> its place among the accumulators."""
 
-    def __init__(
-        self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, beside: Sequence[Row] = ()
-    ) -> None:
-        """`beside`: rows whose samples will lie beside theirs, these among them: all have the same accumulators."""
-        beside = beside or rows
+    def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, common: Common) -> None:
+        """`common`: of these rows, and of those whose samples will lie beside theirs."""
         self.optimizer, self.rows, self.samples = optimizer, rows, samples
         self.device = local(rows[0].param).device
         self.samplers = [row.sampler for row in rows if row.sampler is not None]
-        carriers = {row.scheme.carrier for row in beside if row.scheme.carrier}
-        self.states = sorted(carriers.union(*(row.rule.element_states for row in beside)))
+        self.states = common.states
         self.slots = {name: 1 + i for i, name in enumerate(self.states)}
         # rows with a state that holds what rounding took from the weight: what is stored is both together
         self.carried = [(i, self.slots[row.scheme.carrier], row) for i, row in enumerate(rows) if row.scheme.carrier]
         # what FP32 itself loses is seen in FP64 only, which not every device has
-        is_fine = any(local(row.param).dtype in _FINE for row in beside) and self.device.type != "mps"
-        self.dtype = torch.float64 if is_fine else torch.float32
+        self.dtype = torch.float64 if common.is_fine and self.device.type != "mps" else torch.float32
         self._moving = [sampler for sampler in self.samplers if not sampler.is_whole]
-        cell = cell_of([row.sampler for row in beside if row.sampler is not None])
+        cell = common.cell
         self.are_whole = not cell
         # [n, 1]: rows read whole, beside others that are not; None where all rows are alike
         self.whole_n1: Tensor | None = None
-        if cell and any(row.is_whole for row in beside):
+        if cell and common.has_whole:
             self.whole_n1 = column([sampler.is_whole for sampler in self.samplers], self.device).bool()
         phase = rng.randrange(SHARES)
         self._phase, self._turn, self._kept_turn = phase, 0, 0

@@ -10,6 +10,7 @@ Legend: n rows (parameters), K samples per row, nb blocks of B elements in a set
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 from collections.abc import Sequence
@@ -218,6 +219,9 @@ def mask(samplers: Sequence[Sampler], device: torch.device) -> Tensor | None:
     if all(s.size == s.samples for s in samplers):
         return None
     valid_nK = torch.ones(len(samplers), samplers[0].samples, device=device)
-    for i, sampler in enumerate(samplers):
-        valid_nK[i, sampler.size :].fill_(0.0)
+    start = 0
+    for size, alike in itertools.groupby([sampler.size for sampler in samplers]):
+        stop = start + len(list(alike))
+        valid_nK[start:stop, size:].fill_(0.0)
+        start = stop
     return valid_nK

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.measure.device import multi_gather
-from update_watch.measure.gathers import Gathers
+from update_watch.measure.gathers import Common, Gathers
 from update_watch.measure.parameters import Row
 from update_watch.measure.positions import share
 from update_watch.measure.sampling import Sampler, local, pack_views
@@ -28,17 +28,15 @@ logger = logging.getLogger("update_watch")
 _verified: set[torch.device] = set()
 
 
-def gathers_of(
-    optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, beside: Sequence[Row] = ()
-) -> Gathers:
-    """Gathers of the fastest kind that reads these rows. `beside`: see `Gathers`."""
+def gathers_of(optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, common: Common) -> Gathers:
+    """Gathers of the fastest kind that reads these rows. `common`: see `Gathers`."""
     device = local(rows[0].param).device
     is_plain = all(type(row.sampler) is Sampler and row.param.dtype is not torch.float64 for row in rows)
     if not is_plain or not multi_gather.is_available(device):
-        return Gathers(optimizer, rows, samples, rng, beside)
+        return Gathers(optimizer, rows, samples, rng, common)
     state = rng.getstate()
     try:
-        gathers = KernelGathers(optimizer, rows, samples, rng, beside)
+        gathers = KernelGathers(optimizer, rows, samples, rng, common)
         if device not in _verified and not gathers.agrees():
             raise RuntimeError("it does not read what torch reads")
         _verified.add(device)
@@ -50,7 +48,7 @@ def gathers_of(
             with contextlib.suppress(Warning):  # where filters turn warnings into errors
                 warnings.warn(message, stacklevel=2)
         rng.setstate(state)
-        return Gathers(optimizer, rows, samples, rng, beside)
+        return Gathers(optimizer, rows, samples, rng, common)
 
 
 def reads(device: torch.device, dtypes: set[torch.dtype]) -> bool:
@@ -61,11 +59,9 @@ def reads(device: torch.device, dtypes: set[torch.dtype]) -> bool:
 class KernelGathers(Gathers):
     """Reads rows of one optimizer on one device by one launch for all of them, in FP32."""
 
-    def __init__(
-        self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, beside: Sequence[Row] = ()
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, common: Common) -> None:
         self._shares = (0, 0)
-        super().__init__(optimizer, rows, samples, rng, beside)
+        super().__init__(optimizer, rows, samples, rng, common)
         shards = [local(row.param) for row in rows]
         self._multi = multi_gather.MultiGather(
             [shard.numel() for shard in shards],
