@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,39 +124,62 @@ def find_rule(
         low = settings._replace(dtype=dtype) if dtype in _LOW else None
         quiet = WithoutEffects(device)
         with quiet, quiet, silence():
-            try:
-                Twin(optimizer)
-                refuse_marks(low or settings)
-                rule = _find(settings, shape)
-                return (
-                    rule if low is None else dataclasses.replace(rule, low_states=_states_of(low) - rule.forms.keys())
-                )
-            except ReplayError as error:
-                has_failed |= isinstance(error, (AbsentError, RuleError))
-                reasons.append(str(error))
-            except Exception as error:  # the optimizer holds what nobody could foresee
-                has_failed = True
-                reasons.append(_untried(optimizer, error))
-            if low is not None:
-                try:
-                    return _find_scaled(low, shape)
-                except ReplayError as error:
-                    reasons.append(str(error))
+            found = _tried(optimizer, settings, low, shape)
+        if isinstance(found, Rule):
+            return found
+        reasons += found.reasons
+        has_failed |= found.has_failed
     first, *others = dict.fromkeys(reasons)
     reason = first + "".join(f"; and in its own format {scaled}" for scaled in others[:1] if low)
     return Rule(Kind.unknown, reason, has_failed=has_failed)
 
 
+class _Failed(NamedTuple):
+    reasons: list[str]
+    has_failed: bool  # when it was run, and not in what it did
+
+
+def _tried(
+    optimizer: Optimizer, settings: TrainingSettings, low: TrainingSettings | None, shape: tuple[int, ...]
+) -> Rule | _Failed:
+    """In FP32, then on scaled weights. Called as the one line of a `with`: an interrupt between the lines of one may be
+    past its exits.
+    """
+    reasons: list[str] = []
+    has_failed = False
+    try:
+        Twin(optimizer)
+        refuse_marks(low or settings)
+        rule = _find(settings, shape)
+        return rule if low is None else dataclasses.replace(rule, low_states=_states_of(low) - rule.forms.keys())
+    except ReplayError as error:
+        has_failed = isinstance(error, (AbsentError, RuleError))
+        reasons.append(str(error))
+    except Exception as error:  # the optimizer holds what nobody could foresee
+        has_failed = True
+        reasons.append(_untried(optimizer, error))
+    if low is not None:
+        try:
+            return _find_scaled(low, shape)
+        except ReplayError as error:
+            reasons.append(str(error))
+    return _Failed(reasons, has_failed)
+
+
 def find_scaled_rule(optimizer: Optimizer, group: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rule:
     """The same on scaled weights alone: for rules that keep other states for `dtype` than in FP32."""
     quiet = WithoutEffects(torch.device("cpu"))
+    settings = TrainingSettings(optimizer, group, small(shape), torch.device("cpu"), dtype=dtype)
     with quiet, quiet, silence():
-        try:
-            return _find_scaled(
-                TrainingSettings(optimizer, group, small(shape), torch.device("cpu"), dtype=dtype), shape
-            )
-        except ReplayError as error:
-            return Rule(Kind.unknown, str(error))
+        found = _scaled_or_unknown(settings, shape)
+    return found
+
+
+def _scaled_or_unknown(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
+    try:
+        return _find_scaled(settings, shape)
+    except ReplayError as error:
+        return Rule(Kind.unknown, str(error))
 
 
 def _states_of(settings: TrainingSettings) -> frozenset[str]:
