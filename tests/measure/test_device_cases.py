@@ -44,7 +44,7 @@ def test_nothing_grows_with_the_step_on_a_device() -> None:
     assert found["error"] == "" and found["reasons"] == []
     assert found["seen"] == steps
     # a thing kept per step would be 128 more blocks of memory in a quarter; before, there are first times of this and that
-    assert found["blocks"][2] - found["blocks"][1] < 30
+    assert found["blocks"][2] - found["blocks"][1] < 64
     assert found["objects"][2] - found["objects"][1] < 30
 
 

@@ -101,7 +101,7 @@ def test_most_optimizers_rest_in_a_step_and_alike_ones_share_a_trial() -> None:
     for watched in watch._model.watched.values():
         for cohort in watched.cohorts:
             add = cohort.before
-            cohort.before = lambda group=0, add=add: (measured.append(1), add(group))[1]
+            cohort.before = lambda *given, add=add: (measured.append(1), add(*given))[1]
     training.run(48)
     assert sum(watched.is_shadowed for watched in watch._model.watched.values()) == 4
     watch.close()
