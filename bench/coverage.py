@@ -10,7 +10,7 @@ it counts as known when all parameters it can train are known. Half-way the prob
 
 Rules that are compiled (torchao) run eagerly here, as their replays do; `--compiled` lets them compile (minutes).
 
-Exit status 1 when the bar is missed: 100 of the classes of pytorch_optimizer known, none wrong, and the
+Exit status 1 when the bar is missed: 110 of the classes of pytorch_optimizer known, none wrong, and the
 elementwise optimizers of torch.optim exactly right.
 """
 
@@ -41,14 +41,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.replay.absent import ReplayError
-from update_watch.replay.rule_kind import Kind, Rule, find_rule
+from update_watch.replay.rule import Kind, Rule
+from update_watch.replay.rule_kind import find_rule
 from update_watch.replay.twin import Run, Twin
 
 SAMPLES = 256
 WRONG = 1e-4  # of the largest update
 ROUNDING = 2.0**-22  # of the stored value: what may differ in a state, whose change can be far smaller than itself
 VECTOR = 16  # elements; torch's fused kernels compute the last `numel % VECTOR` by other instructions
-BAR = 103  # of pytorch_optimizer's classes
+BAR = 110  # of pytorch_optimizer's classes
 
 Params = list[torch.nn.Parameter]
 SHAPES: tuple[tuple[tuple[int, ...], ...], ...] = (
@@ -336,18 +337,29 @@ class Training:
         """The values to be expected at the drawn positions of every known parameter: "" the weight, then states."""
         alike: dict[Any, Params] = {}
         found: dict[Tensor, dict[str, Tensor]] = {}
+        all_together: dict[Tensor, dict[str, Tensor]] = {}
+        if any(rule.kind is Kind.together for rule in self.rules.values()):
+            try:
+                all_together = self._together()
+            except ReplayError as error:
+                result.reason = result.reason or str(error)
+                return found
         for param, group in self.groups.items():
             rule, state = self.rules[param], self.optimizer.state.get(param) or {}
             if rule.kind is Kind.unknown or param.grad is None:
                 continue
             assert self.twin is not None
-            if rule.starts_at_random and not state:
+            if rule.skips_first and not state:
                 continue
             numel = param.numel()
             drawn = torch.randperm(numel, generator=self.generator)[:SAMPLES]
             self.drawn[param] = torch.cat([drawn, drawn.new_zeros(SAMPLES - len(drawn))])
             if misfit := rule.misfit(param, state):
                 result.reason = result.reason or misfit
+                continue
+            if rule.kind is Kind.together:
+                values = all_together[param]
+                found[param] = {k: self._sampled(param, v) for k, v in values.items()}
                 continue
             if rule.kind is Kind.whole:
                 try:
@@ -378,6 +390,15 @@ class Training:
                 found[param] = {k: v.reshape(len(params), -1)[i] for k, v in values.items() if v is not None}
         return found
 
+    def _together(self) -> dict[Tensor, dict[str, Tensor]]:
+        assert self.twin is not None
+        runs = [Run(group, p.detach(), p.grad, self.optimizer.state.get(p) or {}) for p, group in self.groups.items()]
+        widens = all(rule.widens for rule in self.rules.values())
+        results = zip(self.groups, self.twin.replay_together(runs, widen=widens), strict=True)
+        return {
+            p: {"": r.param} | {k: r.state[k] for k in self.rules[p].exact_states if _is_of(r, k)} for p, r in results
+        }
+
     def _joined(self, params: Params) -> Run:
         rule = self.rules[params[0]]
         shape = (len(params), SAMPLES) if rule.rows else (-1,)
@@ -401,7 +422,13 @@ class Training:
     def _values(self, param: Tensor) -> dict[str, Tensor]:
         state = self.optimizer.state.get(param) or {}
         states = {k: state[k] for k in self.rules[param].element_states if isinstance(state.get(k), Tensor)}
+        states = {k: v for k, v in states.items() if v.shape == param.shape}
         return {k: self._sampled(param, v) for k, v in ({"": param} | states).items()}
+
+
+def _is_of(run: Run, name: str) -> bool:
+    """Whether a replay has left one value per weight in this state."""
+    return isinstance(run.state.get(name), Tensor) and run.state[name].shape == run.param.shape
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tests.support.replay.sketched_rules import Sketch, descend, parameter, probed
-from update_watch.replay.rule_kind import Kind, Rule, find_rule
+from update_watch.replay.rule import Kind, Rule
+from update_watch.replay.rule_kind import find_rule
 
 
 def test_a_projection_every_so_many_steps_is_found_through_its_setting() -> None:
@@ -66,7 +67,7 @@ def test_what_large_tensors_do_together_is_found_on_the_real_size() -> None:
             descend(group, param, param.grad / (1e-12 + norm))
 
     assert probed(update, (100, 300)).kind is Kind.elementwise
-    assert probed(update, (200, 300)).kind is Kind.unknown
+    assert probed(update, (200, 300)).kind is Kind.together
 
 
 def test_clipping_by_the_norm_of_all_tensors_is_found_for_one_of_few_elements() -> None:
@@ -76,7 +77,7 @@ def test_clipping_by_the_norm_of_all_tensors_is_found_for_one_of_few_elements() 
             descend(group, param, param.grad * min(1.0, 2000.0 / (1e-12 + norm)))
 
     for shape in ((2,), (2, 2)):
-        assert probed(update, shape).kind is Kind.unknown
+        assert probed(update, shape).kind is Kind.together
 
 
 def test_clipping_and_trust_ratios_that_seldom_act_are_found() -> None:
@@ -99,7 +100,7 @@ def test_clipping_and_trust_ratios_that_seldom_act_are_found() -> None:
     assert probed(project).kind is Kind.whole
 
 
-def test_a_learning_rate_found_from_all_tensors_together_is_unknown_even_if_it_grows_late() -> None:
+def test_a_learning_rate_found_from_all_tensors_together_needs_all_of_them_even_if_it_grows_late() -> None:
     def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
         for param in params:
             total = optimizer.state[param].setdefault("sum", torch.zeros_like(param))
@@ -111,7 +112,7 @@ def test_a_learning_rate_found_from_all_tensors_together_is_unknown_even_if_it_g
             descend(group, param, param.grad * group["d"])
 
     for late in (1e-6, 1e-4):
-        assert probed(update, d=late).kind is Kind.unknown
+        assert probed(update, d=late).kind is Kind.together
 
 
 def test_an_average_over_all_tensors_that_shows_with_tiny_gradients_only_is_found() -> None:
@@ -122,7 +123,7 @@ def test_an_average_over_all_tensors_that_shows_with_tiny_gradients_only_is_foun
             param.mul_(1 - 1e-9 / (mean + 1e-7))
             descend(group, param, param.grad)
 
-    assert probed(update).kind is Kind.unknown
+    assert probed(update).kind is Kind.together
 
 
 def test_a_mark_on_a_parameter_that_the_rule_reads_makes_it_unknown() -> None:
@@ -220,7 +221,7 @@ def test_counters_of_a_group_in_mid_run_do_not_hide_the_rule() -> None:
             descend(group, param, momentum / (norm + 1e-12) if group["together"] else momentum)
 
     assert probed(update, step=0, together=False).kind is Kind.elementwise
-    for together, kind in ((False, Kind.elementwise), (True, Kind.unknown)):
+    for together, kind in ((False, Kind.elementwise), (True, Kind.together)):
         optimizer = Sketch([parameter(300, 40)], update, step=0, together=together)
         optimizer.param_groups[0]["step"] = 5000
         assert find_rule(optimizer, 0, 2).kind is kind

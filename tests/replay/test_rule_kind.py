@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from tests.support.replay.sketched_rules import Sketch, descend, parameter, probed
-from update_watch.replay.rule_kind import Kind, Rule, find_rule
+from update_watch.replay.rule import Kind, Rule
+from update_watch.replay.rule_kind import find_rule
 from update_watch.replay.synthetic_training import mimic, small
 from update_watch.replay.twin import Run, Twin
 
@@ -57,7 +58,7 @@ def test_a_rule_that_asks_for_matrices_gets_rows() -> None:
     assert probed(update, (300,)) == Rule(Kind.elementwise)
 
 
-def test_a_norm_over_the_tensor_needs_the_whole_and_one_over_all_tensors_is_unknown() -> None:
+def test_a_norm_over_the_tensor_needs_the_whole_and_one_over_all_tensors_all_of_them() -> None:
     def each(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
         for param in params:
             descend(group, param, param.grad / (1e-12 + param.grad.norm()))
@@ -68,9 +69,7 @@ def test_a_norm_over_the_tensor_needs_the_whole_and_one_over_all_tensors_is_unkn
             descend(group, param, param.grad / (1e-12 + norm))
 
     assert probed(each).kind is Kind.whole
-    rule = probed(together)
-    assert rule.kind is Kind.unknown
-    assert rule.reason.startswith("Sketch replayed on one whole tensor differs from its own step by ")
+    assert probed(together).kind is Kind.together
 
 
 def test_a_scalar_of_each_tensor_from_the_step_before_keeps_parameters_apart() -> None:
@@ -246,7 +245,7 @@ class Chance(torch.optim.Optimizer):
 def test_random_numbers_that_do_not_matter_are_no_obstacle(place: str) -> None:
     rule = find_rule(Chance([torch.nn.Parameter(torch.randn(64))], **{place: True}), 0, 1, shape=(64,))
     assert rule.kind is Kind.elementwise, rule.reason
-    assert (rule.starts_at_random, rule.may_draw) == (place == "start", place == "cancels")
+    assert (rule.skips_first, rule.may_draw) == (place == "start", place == "cancels")
 
 
 def test_random_numbers_in_the_update_are_named() -> None:

@@ -23,7 +23,8 @@ from bench.planted.remainders import (
 )
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.rounding_scheme import Join, Scheme
-from update_watch.replay.rule_kind import Kind, find_rule
+from update_watch.replay.rule import Kind
+from update_watch.replay.rule_kind import find_rule
 from update_watch.replay.scaled_weights import ScaledWeights, exponent_of
 from update_watch.replay.twin import Run, Twin
 

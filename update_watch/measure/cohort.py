@@ -143,7 +143,7 @@ class Cohort:
         if any([g is not None and (g.layout is not torch.strided or g.is_complex()) for g in grads]):
             dense = [None if g is None or _left_out(row, g) else g for g, row in zip(grads, self.rows, strict=True)]
         live = [
-            g is not None and row.is_measured and not (row.rule.starts_at_random and not state)
+            g is not None and row.is_measured and not (row.rule.skips_first and not state)
             for g, row, state in zip(grads, self.rows, states, strict=True)
         ]
         spans = self.replay.spans(states, live)

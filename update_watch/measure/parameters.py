@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from update_watch.measure.identity.names import members_of
 from update_watch.measure.identity.partitions import Piece, PieceSampler
 from update_watch.measure.sampling import Sampler, local, unsamplable
 from update_watch.odd_tensors import shape_of, unreadable
 from update_watch.replay import rule_properties, state_forms
 from update_watch.replay.rounding_scheme import Scheme, find_scheme
-from update_watch.replay.rule_kind import Kind, Rule, find_rule, find_scaled_rule
+from update_watch.replay.rule import Kind, Rule
+from update_watch.replay.rule_kind import find_rule, find_scaled_rule
 from update_watch.replay.synthetic_training import mimic
 
 # whole-tensor replays of more elements than this would cost too much memory and time in one step
@@ -172,6 +174,23 @@ def why_unknown(param: Tensor, rule: Rule) -> str:
     return ""
 
 
+def _why_not_together(optimizer: Optimizer) -> str:
+    """Why the updates of all tensors of an optimizer cannot be replayed at once; "" when they can."""
+    params = members_of(optimizer)
+    shards = [local(param) for param in params]
+    numel = sum(shard.numel() for shard in shards)
+    if any(shard.numel() < param.numel() for shard, param in zip(shards, params, strict=True)):
+        return "its rule needs all tensors of its optimizer together, and this rank does not hold the whole of them"
+    if len({shard.device for shard in shards}) > 1:
+        return "its rule needs all tensors of its optimizer together, and they are on several devices"
+    if numel > WHOLE_LIMIT:
+        return (
+            f"its rule needs all tensors of its optimizer together, and {numel:,} elements are over the limit of"
+            f" {WHOLE_LIMIT:,}"
+        )
+    return ""
+
+
 def build_rows(
     optimizer: Optimizer,
     names: dict[int, tuple[str, ...]],
@@ -186,14 +205,19 @@ def build_rows(
     """
     rows: list[Row] = []
     kind = found.setdefault(("kind", id(optimizer)), _kind_of(optimizer))
+    apart = ""  # why its tensors cannot be replayed together, where a rule needs that
     for index, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
             odd = unsamplable(local(param))
             rule, scheme = _rule_and_scheme(optimizer, index, local(param), odd, kind, found)
+            if rule.kind is Kind.together and not odd:
+                apart = apart or _why_not_together(optimizer)
             known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
             for piece in (pieces or {}).get(id(param), (None,)):
                 called = known if piece is None else piece.names
                 row = Row(param, called, index, rule, scheme, samples, piece, odd)
+                if rule.kind is Kind.together:
+                    row.reason = row.reason or apart
                 if row.is_measured and param.dtype in (torch.bfloat16, torch.float16):
                     _find_properties(row, optimizer, kind, found)
                 rows.append(row)
@@ -220,6 +244,11 @@ def _rule_and_scheme(
         other = find_scaled_rule(optimizer, group, shape, dtype)
         rule = rule if other.scaled is None else other
     scheme = found[scheme_key] if rule.scaled is None else rule.scaled.scheme
+    if rule.kind is Kind.together and scheme.carrier:
+        reason = (
+            f"its rule needs all tensors of its optimizer together, and a part of each weight is in '{scheme.carrier}'"
+        )
+        rule = Rule(Kind.unknown, reason)
     found[key] = rule, scheme
     return rule, scheme
 

@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 from update_watch import formats
 from update_watch.measure.accumulators.decay import Decayed, decay_sums
 from update_watch.measure.gathers import Gathers
-from update_watch.measure.parameters import Row, holds_elements
+from update_watch.measure.identity.names import members_of
+from update_watch.measure.parameters import WHOLE_LIMIT, Row, holds_elements
 from update_watch.measure.sampling import local
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import is_plain
 from update_watch.replay.rounding_scheme import Join
-from update_watch.replay.rule_kind import Kind
+from update_watch.replay.rule import Kind
 from update_watch.replay.twin import GroupSettings, Run, Twin
 
 _WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
@@ -54,6 +55,7 @@ class StepReplay:
         self._optimizer, self._twin, self._gathers = optimizer, twin, gathers
         self.rows, self._slots = gathers.rows, gathers.slots
         self._turn = 0  # where among the whole tensors the next step goes on
+        self._saved = WHOLE_LIMIT  # elements that could have been replayed since all tensors were, together
         self.can_wait = twin.can_wait and all(row.rule.kind is Kind.elementwise for row in self.rows)
 
     def spans(self, states: list[dict[str, Any]], live: list[bool]) -> list[Span]:
@@ -172,8 +174,10 @@ class StepReplay:
     ) -> None:
         """Replay a bounded number of elements as whole tensors, in turn; the other such rows sit this step out.
 
+        Where a rule needs all tensors together, that is one replay in so many steps as they are too large for one.
         `moving_first`: how their samples are read, see `Gathers`.
         """
+        self._replay_together(intended_AnK, live, moving_first)
         waiting = [i for i, row in enumerate(self.rows) if live[i] and row.rule.kind is Kind.whole]
         if not waiting:
             return
@@ -196,12 +200,33 @@ class StepReplay:
             except ReplayError as error:
                 row.reason = str(error)
                 continue
-            intended_AnK[0, i] = self._gathers.samples_of(i, result.param, moving_first)
-            for name, slot in self._slots.items():
-                value = result.state.get(name)
-                if isinstance(value, Tensor) and holds_elements(value, result.param.shape):
-                    intended_AnK[slot, i] = self._gathers.samples_of(i, value, moving_first)
+            self._take_whole(i, result, intended_AnK, moving_first)
             live[i] = True
+
+    def _replay_together(self, intended_AnK: Tensor, live: list[bool], moving_first: bool) -> None:
+        waiting = [i for i, row in enumerate(self.rows) if live[i] and row.rule.kind is Kind.together]
+        if not waiting:
+            return
+        self._saved += _WHOLE_PER_STEP
+        results: dict[int, Run] = {}
+        if self._saved >= sum(local(param).numel() for param in members_of(self._optimizer)):
+            self._saved = 0
+            try:
+                results = _replay_together(self._twin, self._optimizer, widen=self.rows[waiting[0]].rule.widens)
+            except ReplayError as error:
+                for i in waiting:
+                    self.rows[i].reason = str(error)
+        for i in waiting:
+            live[i] = bool(results)
+            if results:
+                self._take_whole(i, results[id(self.rows[i].param)], intended_AnK, moving_first)
+
+    def _take_whole(self, i: int, result: Run, intended_AnK: Tensor, moving_first: bool) -> None:
+        intended_AnK[0, i] = self._gathers.samples_of(i, result.param, moving_first)
+        for name, slot in self._slots.items():
+            value = result.state.get(name)
+            if isinstance(value, Tensor) and holds_elements(value, result.param.shape):
+                intended_AnK[slot, i] = self._gathers.samples_of(i, value, moving_first)
 
 
 def replay_samples(
@@ -307,3 +332,15 @@ def _replay_whole(twin: Twin, row: Row, state: dict[str, Any]) -> Run:
     return twin.replay_whole(
         row.group, weight, local(grad), shards, widen=rule.widens, scaled=rule.scaled, may_draw=rule.may_draw
     )
+
+
+def _replay_together(twin: Twin, optimizer: Optimizer, widen: bool) -> dict[int, Run]:
+    """Of all tensors of an optimizer, by their ids."""
+    runs: dict[int, Run] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            state = optimizer.state.get(param) or {}
+            shards = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+            grad = None if param.grad is None else local(param.grad)
+            runs[id(param)] = Run(index, local(param.detach()), grad, shards)
+    return dict(zip(runs, twin.replay_together(list(runs.values()), widen=widen), strict=True))

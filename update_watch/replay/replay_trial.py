@@ -30,6 +30,7 @@ class Way(Enum):
     flat = "samples as one vector"
     rows = "samples as a matrix"
     whole = "one whole tensor"
+    together = "all whole tensors together"
 
 
 class ReplayTrial:
@@ -43,7 +44,7 @@ class ReplayTrial:
         self.state_errors: dict[str, float] = {}
         self.forms: dict[str, str] = {}
         self.apart = False
-        self.starts_at_random = False  # only the first step draws random numbers, for states
+        self.skips_first = settings.skips_first  # or, found here: only the first step draws random numbers, for states
         self._is_native = type(settings.optimizer).__module__.startswith("torch.optim")
 
     def run(self, steps: int) -> None:
@@ -83,6 +84,11 @@ class ReplayTrial:
     def _step(self) -> None:
         training = self.training
         training.set_gradients()
+        if self.settings.skips_first and training.steps == 0:
+            training.step()
+            if not all(training.states()):  # by which the first step of a real parameter is known
+                raise ReplayError(f"{training.name} keeps no state that tells a first step from others")
+            return
         before = training.look()
         try:
             self._seed(1)
@@ -103,7 +109,7 @@ class ReplayTrial:
                 errors[name] = max(errors.get(name, 0.0), error)
         if is_drawn_start and max(errors.values()) > TOLERANCE:
             # states that are drawn at the start can be replayed from the next step on
-            self.starts_at_random, self.twin.has_drawn = True, False
+            self.skips_first, self.twin.has_drawn = True, False
             return
         self.error = max(self.error, errors.pop("", 0.0))
         for name, error in errors.items():
@@ -125,8 +131,10 @@ class ReplayTrial:
     def _replay(self) -> list[dict[str, Tensor]]:
         """The step to come, replayed; values as from `SyntheticTraining.look`."""
         count = len(self.training.params)
-        if self.way is Way.whole:
-            values = [_values(self._replay_whole(i)) for i in range(count)]
+        if self.way in (Way.whole, Way.together):
+            together = self.way is Way.together
+            runs = self._replay_together() if together else [self._replay_whole(i) for i in range(count)]
+            values = [_values(run) for run in runs]
             return [
                 {name: sampled(value, at) for name, value in found.items()}
                 for found, at in zip(values, self.training.drawn, strict=True)
@@ -142,6 +150,10 @@ class ReplayTrial:
         param, state = self.training.params[i], self.training.states()[i]
         assert param.grad is not None
         return self.twin.replay_whole(0, param, param.grad, state, widen=self.widen, may_draw=True)
+
+    def _replay_together(self) -> list[Run]:
+        params = zip(self.training.params, self.training.states(), strict=True)
+        return self.twin.replay_together([Run(0, p.detach(), p.grad, state) for p, state in params], widen=self.widen)
 
     def _part(self, i: int) -> Run:
         param, at, state = self.training.params[i], self.training.drawn[i], self.training.states()[i]

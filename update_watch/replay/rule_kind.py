@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.odd_tensors import described, unreadable
 from update_watch.replay.absent import AbsentError, ReplayError
 from update_watch.replay.premade_state import made_before, premade_state
 from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way
 from update_watch.replay.rounding_scheme import Scheme
+from update_watch.replay.rule import Kind, Rule
 from update_watch.replay.scaled_trial import try_scaled
-from update_watch.replay.scaled_weights import ScaledWeights
 from update_watch.replay.side_effects import WithoutEffects
 from update_watch.replay.synthetic_training import (
     RuleError,
@@ -44,57 +41,10 @@ from update_watch.wording import first_line
 _STEPS_SMALL = 6
 _FEW = 256  # elements
 _LOW = (torch.bfloat16, torch.float16)
+_KINDS = {Way.whole: Kind.whole, Way.together: Kind.together}  # of others: elementwise
+_ALONE = (Way.flat, Way.rows, Way.whole)  # a tensor without the others
 _TINY_GRADIENT = 1e-5  # scale at which decay, epsilons and averages over tensors show
 _TYPICAL: dict[int, tuple[int, ...]] = {0: (1,), 1: (4096,), 2: (128, 128), 3: (32, 16, 32), 4: (32, 32, 3, 3)}
-
-
-class Kind(Enum):
-    elementwise = "elementwise"
-    whole = "whole"
-    unknown = "unknown"
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """How the updates of one group's parameters of one shape can be replayed."""
-
-    kind: Kind
-    reason: str = ""
-    rows: bool = False  # the samples must be given as a matrix, not as a vector
-    element_states: frozenset[str] = frozenset()  # states with one value per weight
-    error: float = 0.0  # largest difference seen, as a share of the largest update
-    exact_states: frozenset[str] = frozenset()  # of `element_states`, those whose replay may be judged as well
-    forms: Mapping[str, str] = dataclasses.field(default_factory=dict)  # state -> as of `SyntheticTraining.form`
-    widens: bool = True  # False: low-precision state must be replayed in its own format (`Twin.replay_whole`)
-    low_states: frozenset[str] = frozenset()  # made for low-precision weights and not in FP32
-    scaled: ScaledWeights | None = None  # replays are made in the weight's own format
-    has_failed: bool = False  # the rule did not run: it may do so once its optimizer has set itself up in a first step
-    starts_at_random: bool = False  # the first step draws the states: it cannot be replayed
-    may_draw: bool = False  # the rule throws dice, and its update does not depend on them
-    apart: bool = False  # scalar state differs by parameter, beyond step counts: replay each parameter on its own
-
-    def misfit(self, param: Tensor, state: Mapping[str, Any]) -> str:
-        """Why what was found out does not hold for this parameter, judged by its state; "" when it fits.
-
-        A rule may treat large parameters otherwise (factored, quantised): it then keeps other state than in the trial.
-        Whole tensors are replayed with whatever state there is.
-        """
-        if self.kind is Kind.whole:
-            return ""
-        plain = (Tensor, torch.nn.Parameter, type(param), type(param.data))
-        for name, value in state.items():
-            expected = self.forms.get(name)
-            if expected is None:
-                return f"its optimizer keeps state '{name}' for it, which was not met when the rule was probed"
-            if not isinstance(value, Tensor):
-                continue
-            if expected == "element" and (unreadable(value) or value.shape != param.shape or type(value) not in plain):
-                return f"state '{name}' is {described(value)}, not one value per weight"
-            if expected == "none":
-                return f"state '{name}' is a tensor, but was None when the rule was probed"
-            if expected == "scalar" and value.numel() != 1:
-                return f"state '{name}' has {value.numel()} values, but was one number when the rule was probed"
-        return ""
 
 
 def find_rule(
@@ -146,12 +96,16 @@ def _tried(
     past its exits.
     """
     reasons: list[str] = []
-    has_failed = False
+    has_failed = has_run = False
+
+    def found(rule: Rule) -> Rule:
+        return rule if low is None else dataclasses.replace(rule, low_states=_states_of(low) - rule.forms.keys())
+
     try:
         Twin(optimizer)
         refuse_marks(low or settings)
-        rule = _find(settings, shape)
-        return rule if low is None else dataclasses.replace(rule, low_states=_states_of(low) - rule.forms.keys())
+        has_run = True
+        return found(_find(settings, shape))
     except ReplayError as error:
         has_failed = isinstance(error, (AbsentError, RuleError))
         reasons.append(str(error))
@@ -163,6 +117,11 @@ def _tried(
             return _find_scaled(low, shape)
         except ReplayError as error:
             reasons.append(str(error))
+    if has_run and not has_failed:
+        # numbers over all tensors: found in the first step and kept in the group, or anew in each
+        for others, ways in ((settings._replace(skips_first=True), _ALONE), (settings, (Way.together,))):
+            with suppress(Exception):  # it stays unknown for the first reason
+                return found(_find(others, shape, ways))
     return _Failed(reasons, has_failed)
 
 
@@ -196,7 +155,7 @@ def _find_scaled(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
     """The first way that is right on scaled weights."""
     reason: ReplayError | None = None
     size_matters = False
-    for way in Way:
+    for way in _ALONE:
         if way is Way.rows and len(shape) < 2:
             continue
         try:
@@ -212,7 +171,7 @@ def _find_scaled(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
         if not scheme.carrier:
             scheme = Scheme("stochastic" if found.is_random else "carried" if found.is_kept_elsewhere else "plain")
         return Rule(
-            Kind.whole if way is Way.whole else Kind.elementwise,
+            _KINDS.get(way, Kind.elementwise),
             rows=way is Way.rows,
             element_states=found.element_states,
             forms=found.forms,
@@ -225,27 +184,27 @@ def _find_scaled(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
     raise reason or ReplayError("nothing was tried")
 
 
-def _find(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
+def _find(settings: TrainingSettings, shape: tuple[int, ...], ways: tuple[Way, ...] = _ALONE) -> Rule:
     """What is right in trainings with all kinds of gradients; where the rule breaks on some, in gentle ones.
 
     Where it breaks for want of a state, with one like that which is there.
     """
     try:
-        return _first_right(settings, shape)
+        return _first_right(settings, shape, ways)
     except RuleError as error:
         if isinstance(error.__cause__, KeyError) and not settings.premade:
             made = made_before(settings.optimizer, settings.group)
             if made:
-                return _find(settings._replace(premade=made), shape)
-        return _first_right(settings._replace(is_gentle=True), shape)
+                return _find(settings._replace(premade=made), shape, ways)
+        return _first_right(settings._replace(is_gentle=True), shape, ways)
 
 
-def _first_right(settings: TrainingSettings, shape: tuple[int, ...]) -> Rule:
+def _first_right(settings: TrainingSettings, shape: tuple[int, ...], ways: tuple[Way, ...]) -> Rule:
     """The first way that is right in every training."""
     starts = _starts(settings)
     reason: ReplayError | None = None
     size_matters = False  # something is right on few elements that is not on many
-    for way in Way:
+    for way in ways:
         if way is Way.rows and len(shape) < 2:
             continue
         trials: list[ReplayTrial] = []
@@ -298,7 +257,7 @@ def _trainings(
         if math.prod(shape) < _FEW:
             # a few elements show little: what is said of them has to hold for a parameter of some size as well
             yield start._replace(shapes=small(_TYPICAL[min(len(shape), 4)])), STEPS
-        if way is Way.whole:
+        if way in _KINDS:
             yield start, STEPS
             if size_matters:
                 yield start._replace(shapes=mimic(shape)), STEPS
@@ -314,7 +273,7 @@ def _widens(trial: ReplayTrial) -> bool:
     try:
         ReplayTrial(trial.settings, trial.way, widen=True).run(_STEPS_SMALL)
     except ReplayError:
-        if trial.way is not Way.whole:
+        if trial.way not in _KINDS:
             raise
         return False
     return True
@@ -328,7 +287,7 @@ def _rule(way: Way, trials: list[ReplayTrial], widens: bool) -> Rule:
     elements = {n for n in forms if {t.forms.get(n, "none") for t in trials} - {"none"} == {"element"}}
     exact = {n for n in elements if all(trial.state_errors.get(n, 0.0) <= TOLERANCE for trial in trials)}
     return Rule(
-        Kind.whole if way is Way.whole else Kind.elementwise,
+        _KINDS.get(way, Kind.elementwise),
         rows=way is Way.rows,
         element_states=frozenset(elements),
         error=max(trial.error for trial in trials),
@@ -337,7 +296,7 @@ def _rule(way: Way, trials: list[ReplayTrial], widens: bool) -> Rule:
         widens=widens,
         apart=any(trial.apart for trial in trials),
         may_draw=any(trial.twin.has_drawn for trial in trials),
-        starts_at_random=any(trial.starts_at_random for trial in trials),
+        skips_first=any(trial.skips_first for trial in trials),
     )
 
 

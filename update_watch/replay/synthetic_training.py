@@ -69,6 +69,7 @@ class TrainingSettings(NamedTuple):
     dtype: torch.dtype = torch.float32  # of parameters and gradients
     premade: Mapping[str, Any] = {}  # state that the optimizer makes with itself, for every parameter alike
     is_gentle: bool = False  # fresh gradients of one scale only, for rules that break on others
+    skips_first: bool = False  # the first step is not compared: it may set up what the later ones go by
 
 
 class SyntheticTraining:
@@ -101,7 +102,8 @@ class SyntheticTraining:
             if not isinstance(key, Tensor):  # state of all parameters together
                 self.optimizer.state[key] = copier.copy(value, f"state '{key}'")
         for param in self.params if settings.premade else ():
-            self.optimizer.state[param] = state_for(param, settings.premade, copier)
+            # each its own: a counter that two parameters share would be counted twice
+            self.optimizer.state[param] = state_for(param, settings.premade, Copier(None, optimizer=optimizer))
         self._gradients = ((1.0, "new"),) if settings.is_gentle else _GRADIENTS
         self._scale = settings.gradient
         self.steps = 0

@@ -140,21 +140,39 @@ class Twin:
         run = Run(group, _widened(param.detach()), _widened(grad.detach()), copies, scaled, may_draw)
         return self._run([run], _eps_of(self._optimizer.param_groups[group], param.dtype), is_whole=True)[0]
 
+    def replay_together(self, runs: Sequence[Run], *, widen: bool = True) -> list[Run]:
+        """The same of all parameters of all groups at once, in the order of the groups, those without a gradient too: for a
+        rule with numbers over all tensors. Raises `ReplayError` when it fails.
+        """
+        copier = Copier(None, widen=widen)
+        copies = [
+            run._replace(
+                param=_widened(run.param),
+                grad=None if run.grad is None else _widened(run.grad),
+                state={name: copier.copy(value, f"state '{name}'") for name, value in run.state.items()},
+            )
+            for run in runs
+        ]
+        return self._run(copies, is_whole=True, is_all=True)
+
     def _run(
         self,
         runs: Sequence[Run],
         changes: Mapping[str, Any] | None = None,
         settings: GroupSettings | None = None,
         is_whole: bool = False,
+        is_all: bool = False,
     ) -> list[Run]:
         given, scaled = runs, runs[0].scaled
         if scaled is not None:
             changes = {**scaled.changes, **(changes or {})}
             runs, starts = _in_own_format(runs, is_whole)
         params, members, state = _parameters(runs)
+        real = self._optimizer.param_groups
+        if is_all:  # a rule may look at a group without parameters, at the first one above all
+            members = {i: members.get(i, []) for i in range(len(real))}
         try:
             copier = Copier(LIMIT, optimizer=self._optimizer)
-            real = self._optimizer.param_groups
             if settings is None:
                 groups = [settings_of(real[i], group, copier) for i, group in members.items()]
             else:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.replay.rule_kind import Rule, find_rule
+from update_watch.replay.rule import Rule
+from update_watch.replay.rule_kind import find_rule
 
 Update = Callable[["Sketch", dict[str, Any], list[torch.nn.Parameter]], None]
 

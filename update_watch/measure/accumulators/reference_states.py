@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local, mask, pack_views
 from update_watch.measure.transfer import Batch, Part
-from update_watch.replay.rule_kind import Kind
+from update_watch.replay.rule import Kind
 from update_watch.replay.twin import GroupSettings, Run, Twin
 
 _SAMPLES = 64
