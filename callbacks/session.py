@@ -40,7 +40,7 @@ class Names:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
+        self._model, self.name = model, type(model).__name__
         self._pairs = dict(_clean(model))
         self.optimizers: Sequence[Any] = ()
 
@@ -59,6 +59,15 @@ def _clean(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
     for wrapper in _WRAPPERS:
         short = [name.replace(wrapper, "") for name in short]
     return pairs if len(set(short)) < len(short) else list(zip(short, (t for _, t in pairs), strict=True))
+
+
+class Inbox(deque[Report]):
+    """Reports that wait for the training thread; a sink that is called on every rank, as every rank's callback asks for them."""
+
+    on_every_rank = True
+
+    def __call__(self, report: Report) -> None:
+        self.append(report)
 
 
 class Session:
@@ -82,7 +91,7 @@ class Session:
         Raises:
             TypeError: none of the optimizers can be watched.
         """
-        self._inbox: deque[Report] = deque()  # appended to by the watch's thread
+        self._inbox = Inbox()  # appended to by the watch's thread
         self._options = options
         self.optimizers = list(optimizers)
         watchable = watchable_of(self.optimizers)
@@ -96,7 +105,7 @@ class Session:
         if self._journal is not None:
             self._kept = run_journal.keep(self._journal, watchable, trainer, name=self._journal.parent.name)
             sinks = [*sinks, self._kept]
-        settings["sinks"] = [self._inbox.append, *sinks, *options.sinks] if is_leader else [self._inbox.append]
+        settings["sinks"] = [self._inbox, *sinks, *options.sinks] if is_leader else [self._inbox]
         settings |= {"step": step, "schedule": schedule}
         try:
             self.watch: Watch = watch(names, watchable, averages=dict(averages), **settings)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from update_watch.dashboards.run_numbers import RunNumbers, run_numbers
+from update_watch.foresight.forecasts import Forecast
 from update_watch.report import (
     HEADROOM_BINS,
     PLACES,
@@ -43,7 +44,7 @@ def _number_fields(cls: Any) -> tuple[str, ...]:
 
 TENSOR_NUMBERS = _number_fields(TensorReport)
 ACCUMULATOR_NUMBERS = _number_fields(AccumulatorReport)
-WHOLE_NUMBERS = frozenset({"since_step"})
+WHOLE_NUMBERS = frozenset({"since_step", "low_states"})
 
 
 class TensorTable(NamedTuple):
@@ -58,6 +59,7 @@ class TensorTable(NamedTuple):
     numel: tuple[int, ...]
     trainable: tuple[bool, ...]
     scheme: tuple[str, ...]
+    options: tuple[tuple[str, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,11 @@ class Outlook(NamedTuple):
     headline: str
     course: tuple[tuple[int, float, float], ...]  # (step, efficiency, learning rate over that of now)
     error: float | None = None  # by how much 90% of the forecasts at half of the run so far were off by now
+    made_at: int | None = None  # the step; of the run, as the following. Early journals have none of them
+    stalling_share: float | None = None
+    lost_share: float | None = None
+    from_step: int | None = None
+    floor: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +159,29 @@ def frame_of(report: Report) -> Frame:
 
 def _outlook(report: Report) -> Outlook | None:
     found = report.forecast
-    return None if found is None else Outlook(found.until, found.headline, found.course, found.error)
+    if found is None:
+        return None
+    shares = found.stalling_share, found.lost_share
+    said = found.until, found.headline, found.course, found.error
+    return Outlook(*said, found.step, *shares, found.from_step, found.floor)
+
+
+def _forecast(found: Outlook | None, step: int) -> Forecast | None:
+    """Without its tensors, which journals do not keep."""
+    if found is None or found.stalling_share is None or found.lost_share is None:
+        return None
+    return Forecast(
+        step=step if found.made_at is None else found.made_at,
+        until=found.until,
+        tensors=(),
+        stalling_share=found.stalling_share,
+        lost_share=found.lost_share,
+        from_step=found.from_step,
+        floor=found.floor,
+        headline=found.headline,
+        error=found.error,
+        course=found.course,
+    )
 
 
 def report_of(frame: Frame) -> Report:
@@ -191,6 +220,7 @@ def report_of(frame: Frame) -> Report:
         skipped_steps=frame.skipped_steps,
         observed_steps=frame.observed_steps,
         cost_share=frame.cost_share,
+        forecast=_forecast(frame.outlook, frame.step),
     )
 
 

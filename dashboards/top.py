@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from update_watch.cures import FOR_CAUSE, TITLES, TRAINERS, code, extra_bytes
+from update_watch.cures import TITLES, TRAINERS, code
 from update_watch.dashboards.frame import Frame
 from update_watch.dashboards.journal.journal import EmptyJournalError, JournalReader
 from update_watch.dashboards.keyboard import Keyboard
+from update_watch.dashboards.offers import offers_of
 from update_watch.dashboards.terminal import STYLES, Plain, need_rich
 from update_watch.dashboards.verdict import Verdict, lr_words, verdict_of
 from update_watch.kinds import places
@@ -231,14 +232,11 @@ def lines_of(tail: Tail, choice: Choice) -> list[Line]:
     return lines
 
 
-def cure_words(verdict: Verdict, frame: Frame, trainer: str) -> str:
+def cure_words(verdict: Verdict, frame: Frame, trainer: str, rule: str = "") -> str:
     """One line of what to change; empty where nothing is to be."""
-    cures = FOR_CAUSE.get(verdict.cause.value, ()) if verdict.cause is not None and verdict.groups else ()
-    half = sum(n for n, d in zip(frame.table.numel, frame.table.dtype, strict=True) if d in ("bfloat16", "float16"))
-    if cures and half:
-        cost = f"+{size(extra_bytes(cures[0], half))}"
-        text = f"{TITLES[cures[0]]} ({cost})"
-        return f"{text}: {code(cures[0], trainer).splitlines()[0]}" if trainer in TRAINERS else text
+    for cure, cost in offers_of(frame, verdict)[:1]:
+        text = f"{TITLES[cure]} (+{size(cost)})"
+        return f"{text}: {code(cure, trainer, rule).splitlines()[0]}" if trainer in TRAINERS else text
     advice = verdict.groups[0].advice if verdict.groups else ""
     return (advice.partition("; ")[2] or advice).rstrip(".")
 
@@ -257,7 +255,7 @@ class _View:
         head = 2
         for label, text in (
             ("", verdict.reason),
-            ("fix  ", cure_words(verdict, frame, str(tail.run.get("trainer", "")))),
+            ("fix  ", cure_words(verdict, frame, *(str(tail.run.get(key, "")) for key in ("trainer", "optimizer")))),
         ):
             if text:
                 yield Text(plain.head(label + text, width), no_wrap=True)

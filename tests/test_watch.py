@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import re
 import threading
 import time
 import warnings
@@ -324,3 +325,57 @@ def test_a_step_that_raises_in_its_closure_is_no_step(budget: float | None, monk
                 watch.flush()  # every tensor has a verdict: from here on the budget holds
     assert sum(report.window for report in reports) == reports[-1].step == 27
     assert all((report.observed_steps or 0) <= report.window for report in reports)
+
+
+# --- what a person is told --------------------------------------------------------------------------------
+
+
+def stalled_net(kind: type[torch.nn.Sequential]) -> tuple[torch.nn.Sequential, torch.optim.Optimizer]:
+    model = kind(torch.nn.Linear(24, 24), torch.nn.RMSNorm(24)).bfloat16()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+
+def steps(count: int, *pairs: tuple[torch.nn.Sequential, torch.optim.Optimizer]) -> None:
+    for _ in range(count):
+        for model, optimizer in pairs:
+            optimizer.zero_grad()
+            model(torch.randn(4, 24, dtype=BF16)).float().square().sum().backward()
+            optimizer.step()
+
+
+class Critic(torch.nn.Sequential):
+    """A second model."""
+
+
+def test_alerts_name_the_model_where_the_process_watches_several(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    alone, critic, named = stalled_net(torch.nn.Sequential), stalled_net(Critic), stalled_net(Critic)
+    with uw.watch(*alone, window=16, budget=None) as watch:
+        steps(16, alone)
+        report = watch.flush()
+    assert report is not None and [a.model for a in report.alerts] == [""]
+    with (
+        uw.watch(*critic, window=16, budget=None) as first,
+        uw.watch(*named, window=16, name="C2", budget=None) as second,
+    ):
+        steps(16, critic, named)
+        told = [a.model for watch in (first, second) for a in watch.flush().alerts]  # type: ignore[union-attr]
+    assert told == ["Critic", "C2"]
+    texts = [record.getMessage() for record in caplog.records]
+    assert [text.partition(": ")[0].partition(" of ")[2] for text in texts if "STALLED" in text] == ["", *told]
+
+
+def test_a_cure_costs_the_same_in_a_window_in_which_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = stalled_net(Critic)
+    with uw.watch(*net, window=16) as watch:
+        steps(16, net)
+        measured = watch.flush()
+        monkeypatch.setattr(attention.Attention, "looks", lambda *_: False)
+        steps(3, net)
+        not_measured = watch.flush()
+    assert measured is not None and not_measured is not None
+    assert not_measured.step == 19 and not any(t.accumulators for t in not_measured.tensors)
+    costs = [re.findall(r"\+[\d.]+ k?B", report.headline) for report in (measured, not_measured)]
+    assert (
+        costs[0] == costs[1] and costs[0][0] == "+4.99 kB"
+    )  # 624 parameters: 4 bytes for weight and gradient, 4 for states

@@ -6,7 +6,7 @@ import queue
 import threading
 from typing import Any
 
-from update_watch.worker import Worker
+from update_watch.worker import Sinks, Worker
 
 
 class Torn(queue.SimpleQueue):  # type: ignore[type-arg]
@@ -81,3 +81,17 @@ def test_what_comes_after_the_end_was_asked_for_is_handled_in_order_by_no_second
     assert worker.wait(5.0) and handled == ["first", "last", "late"] and at_once == [1, 1, 1]
     assert worker.wait(0.0) and worker.put("later still") and worker.wait(5.0)
     assert handled[-1] == "later still" and len(handled) == 4
+
+
+def test_of_the_ranks_that_join_only_the_first_calls_what_it_was_given() -> None:
+    class OnAll(list[Any]):
+        on_every_rank = True
+        __call__ = list.append
+
+    is_first = False
+    plain, on_all = [], OnAll()
+    sinks = Sinks([plain.append, on_all], lambda: is_first)
+    sinks("of another rank")  # type: ignore[arg-type]
+    is_first = True
+    sinks("of the first")  # type: ignore[arg-type]
+    assert plain == ["of the first"] and on_all == ["of another rank", "of the first"]

@@ -8,6 +8,8 @@ tests/callbacks/test_cures.py runs each entry whose trainer is installed: the te
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 TRAINERS = {  # as a reader knows them
     "lightning": "Lightning",
@@ -54,6 +56,14 @@ BYTES = {
     Cure.fused_decay: (0, 0),
     Cure.fp32_states: (0, 2),
     Cure.fp32_average: (2, 0),
+}
+
+BETAS = ("betas", "beta1", "beta2", "beta", "momentum", "alpha", "rho")
+OPTIONS = ("fused", "foreach", "kahan_sum", *BETAS)  # what an optimizer may be told, as far as advice speaks of it
+# rules that a package has for a cure; where the run's is one of them, the code says it, else AdamW
+_RULES = {
+    Cure.kahan: ("Adam", "AdamW", "Adan", "Lion", "RAdam", "Ranger", "SGD", "StableAdamW"),
+    Cure.fused_decay: ("Adam", "AdamW", "SGD", "Adagrad"),
 }
 
 # What runs whichever trainer it is: the optimizer is made by the user's own code.
@@ -118,15 +128,31 @@ _SWITCHES = {
 }
 
 
-def code(cure: Cure, trainer: str) -> str:
+def code(cure: Cure, trainer: str, rule: str = "") -> str:
     """One to three lines to paste; "" where the trainer has no way to it.
+
+    Args:
+        rule: class of the run's optimizer, where it is known.
 
     Raises:
         ValueError: a trainer that is not in `TRAINERS`.
     """
     if trainer not in TRAINERS:
         raise ValueError(f"cures.code(trainer={trainer!r}) must be one of {', '.join(TRAINERS)}")
-    return _OF_TRAINER.get(cure, {}).get(trainer) or _ANY.get(cure, "")
+    text = _OF_TRAINER.get(cure, {}).get(trainer) or _ANY.get(cure, "")
+    return text.replace("AdamW", rule) if rule in _RULES.get(cure, ()) else text
+
+
+def options_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an optimizer's group can be told, of `OPTIONS`; with "=True" what it has been told."""
+    return tuple(f"{name}=True" if group[name] is True else name for name in OPTIONS if name in group)
+
+
+def cures_for(cause: str, options: Iterable[Sequence[str]]) -> tuple[Cure, ...]:
+    """Of `FOR_CAUSE`, what fits. `options`: those of the optimizer of each tensor that has it."""
+    each = set(map(tuple, options))
+    can_fuse = bool(each) and all("fused" in one for one in each)
+    return tuple(cure for cure in FOR_CAUSE.get(cause, ()) if cure is not Cure.fused_decay or can_fuse)
 
 
 def switch(trainer: str, dtype: str) -> str:

@@ -95,6 +95,11 @@ def is_any_open() -> bool:
     return bool(_OPEN)
 
 
+def has_several() -> bool:
+    """Whether this process has more than one watch that is not closed."""
+    return len(_OPEN) > 1
+
+
 def remove(watch: Ending) -> None:
     """`watch` is closed."""
     _OPEN.pop(watch, None)

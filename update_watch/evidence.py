@@ -114,6 +114,8 @@ class TensorEvidence:
     displacement_evidence: float | None = None
     accumulators: Mapping[str, AccumulatorEvidence] = dataclasses.field(default_factory=dict)
     what_if: Mapping[str, float] | None = None
+    low_states: int | None = None  # states of its own size that its optimizer keeps in a 16-bit format; None: not known
+    options: tuple[str, ...] = ()  # of `cures.OPTIONS`, those its optimizer has; "fused=True": it is on
     held: int | None = None  # elements of it that lie on this rank, of a DTensor
     stored: float | None = None  # rms of the weights before the steps
     part: str | None = None  # which part of it this rank holds, where replicas are compared

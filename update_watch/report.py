@@ -93,8 +93,7 @@ class Level(str, Enum):
 
 # headroom_histogram: one-octave bins of log2(|intended| / h). Bin i counts headroom in
 # [HEADROOM_LOW + i, HEADROOM_LOW + i + 1); the first and the last bin also hold everything beyond.
-HEADROOM_LOW = -16
-HEADROOM_BINS, PLACES = 32, 4  # places within an octave
+HEADROOM_LOW, HEADROOM_BINS, PLACES = -16, 32, 4  # places within an octave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,15 +139,13 @@ class TensorReport:
     update_ratio: float | None = None  # rms(intended) / rms(before)
     update_ratio_error: float | None = None  # standard error of `update_ratio`
     applied_ratio: float | None = None  # rms(applied) / rms(before)
-    # rms of what was written to it between steps / rms(before), per step; 0 where nothing was
-    written_between: float | None = None
+    written_between: float | None = None  # rms of what was written to it between steps / rms(before), per step
     gradient_rms: float | None = None  # as the optimizer got it: after unscaling and clipping
     gradient_max: float | None = None  # the largest sampled one
     gradient_spread: float | None = None  # standard deviation of `gradient_rms` over parts of the window, by its mean
     gradient_zeros: float | None = None  # share of sampled gradients that are exactly 0, 0..1
-    # FP32 weights: share of their values in BF16 that another step changes, and that the whole window changes
-    copy_changed: float | None = None
-    copy_changed_window: float | None = None
+    copy_changed: float | None = None  # FP32 weights: share of their values in BF16 that another step changes
+    copy_changed_window: float | None = None  # and that the whole window changes
     was_rounded: bool = False  # FP32 weights that held nothing but BF16 values when the window began
     headroom_histogram: tuple[float, ...] | None = None  # HEADROOM_BINS shares that sum to 1
     # shares of sum of intended^2 by octave of headroom, in the same bins, were all steps at the learning rate `movement_lr`
@@ -163,8 +160,10 @@ class TensorReport:
     accumulators: Mapping[str, AccumulatorReport] = dataclasses.field(default_factory=dict)
     what_if: Mapping[str, float] | None = None  # FP32 tensors: {"bfloat16": lost fraction if kept so}
     # what rounding takes of an update is, by a trial, "plain": lost; "stochastic": rounded at random; "carried:<state>": kept
-    # there, and the numbers above are of the whole weight; "carried": kept somewhere; "unknown" or "": not found out
+    # there, and the numbers above are of the whole weight; "carried": kept somewhere; else it was not found out
     scheme: str = ""
+    low_states: int | None = None  # states of its size that are in 16 bits, beside what is of the weight
+    options: tuple[str, ...] = ()  # what its optimizer can be told, of `cures.OPTIONS`; "fused=True": it is
 
     def efficiency_at(self, lr: float) -> float | None:
         """The efficiency these updates would have at another learning rate; None where it is not known.
@@ -227,6 +226,7 @@ class Alert:
     text: str  # the worst tensors with advice, the rest counted
     tensors: tuple[str, ...] = ()
     cause: Cause | None = None
+    model: str = ""  # where a process watches several: which
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Report:
     skipped_steps: int = 0  # steps in the window skipped for overflow (GradScaler)
     observed_steps: int | None = None  # steps of the window in which something was measured
     cost_share: float | None = None  # of the time between steps, what the watch took, 0..1
-    forecast: Forecast | None = None  # where the schedule is known; journals keep what it says of the run
+    forecast: Forecast | None = None  # where the schedule is known; read from a journal it has no `tensors`
 
     def __str__(self) -> str:
         return f"step {self.step:,}: {self.headline}"

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from update_watch import endings
 from update_watch.report import Report
 
 Self = TypeVar("Self", bound="Shown")
@@ -95,11 +96,19 @@ class Shown:
 
     last: Report | None
     journal: str | os.PathLike[str] | None = None  # the one that `watch(journal=...)` keeps
+    name = ""  # of the model
+    _is_named = False
 
-    def kept_in(self: Self, journal: str | os.PathLike[str] | None) -> Self:
-        """Itself, knowing of its journal."""
-        self.journal = journal
+    def kept_in(self: Self, journal: str | os.PathLike[str] | None, name: str, model: Any) -> Self:
+        """Itself, knowing of its journal and its name: of the model's class where none is given."""
+        self.journal, self._is_named = journal, bool(name)
+        self.name = name or (type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "name", ""))
         return self
+
+    @property
+    def told_as(self) -> str:
+        """What alerts call the model: its name where one was given, or the process watches several."""
+        return self.name if self._is_named or endings.has_several() else ""
 
     @property
     def step(self) -> int:

@@ -73,7 +73,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._diagnosis, self._alerts, self.trainer = Diagnosis(thresholds), Alerts(thresholds), "torch"
         self._forecaster = Forecaster(None if schedule is None else schedule_of(schedule), thresholds)
         self._judge = Worker("judging", self._attention.beside(self._judge_window))
-        self._post = Worker("sink", self._attention.beside(Sinks(list(sinks))))
+        self._post = Worker("sink", self._attention.beside(Sinks(list(sinks), lambda: self._ranks.rank == 0)))
         self._tap = StepTap(self._before, self._after, self._fail, graphs.say_what_was_captured)
         self._tap.wants, self._tap.passed = self._wants, self._passed
         self._discovery = Discovery(self._model, self._tap, self._attach)
@@ -210,7 +210,7 @@ class Watch(run_journal.Shown, memory.Remembering):
             evidence = self._selection.of(self._ranks.join(read(window)))
             self._alerts.is_logging = self._ranks.rank == 0 or not self._ranks.is_joining
             report = self._forecaster.add(self._diagnosis.judge(evidence, self.trainer))
-            report = self._alerts.update(report, self.trainer)
+            report = self._alerts.update(report, self.trainer, self.told_as)
         except Exception as error:
             self._fail(error)
             return
@@ -306,6 +306,7 @@ def watch(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     journal: str | os.PathLike[str] | None = None,
+    name: str = "",
 ) -> Watch:
     """Watch what the stored weights receive of the updates the optimizer computes.
 
@@ -317,7 +318,7 @@ def watch(
         samples: elements looked at per parameter.
         budget: share of the time between steps that the watch may take once every tensor has a verdict (or after four
             windows): it then looks at fewer steps, and reports say at how many. None: every step.
-        sinks: callables that take a `Report`; they run on a background thread, a failing one is dropped.
+        sinks: callables that take a `Report`, on a background thread, of several ranks on rank 0; a failing one is dropped.
         thresholds: limits of the verdicts and alerts.
         averages: further accumulators to watch, `{"ema": averaged_model}`, or with their decay `{"ema": (model, 0.999)}`.
         schedule: `uw.Schedule(rate, steps)` or a torch scheduler that knows its end: reports then hold a forecast.
@@ -328,6 +329,7 @@ def watch(
         include: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
         exclude: of those that are not.
         journal: file to keep the run in ("run.jsonl"): what `update-watch report` and `top` read. Rank 0 writes it.
+        name: of the model, in alerts and the log; else that of its class is told where the process has several watches.
 
     Raises:
         ValueError, TypeError: for arguments that cannot be used; the message names argument, value and remedy.
@@ -345,4 +347,4 @@ def watch(
     return Watch(
         *(model, optimizers, window, samples, budget, sinks, thresholds or Thresholds(), averages or {}),
         *(seed, step, join, check_replicas, Selection(include, exclude), schedule),
-    ).kept_in(journal)
+    ).kept_in(journal, name, model)

@@ -119,10 +119,14 @@ def _serve(line: _Line) -> None:
 
 
 class Sinks:
-    """Calls every sink with every report. A sink that raises is warned of once and dropped; the others go on."""
+    """Calls every sink with every report. A sink that raises is warned of once and dropped; the others go on.
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = list(sinks)
+    Where ranks join, only the first calls its sinks, whoever was given some: all have the same report, and nobody wants an
+    alert as often as there are ranks. A sink whose `on_every_rank` is true is called on all of them.
+    """
+
+    def __init__(self, sinks: list[Sink], is_first_rank: Callable[[], bool] = lambda: True) -> None:
+        self._sinks, self._is_first_rank = list(sinks), is_first_rank
 
     def close(self) -> None:
         """Close the sinks that say so (`closes_with_watch`): the file of a journal, which a later report opens again."""
@@ -135,7 +139,10 @@ class Sinks:
         if report is None:
             self.close()
             return
+        is_first = self._is_first_rank()
         for sink in list(self._sinks):
+            if not is_first and not getattr(sink, "on_every_rank", False):
+                continue
             try:
                 sink(report)
             except BaseException as error:  # SystemExit too: it would end this thread and no process

@@ -23,6 +23,7 @@ _SPARSE = 0.6  # from this share on, a column is stored as the exceptions from i
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 _HUGE = 1e60  # of a number; sums and squares of those below stay finite
 _LONGEST = 200_000  # characters of a text
+_OF_RUN = ("made_at", "stalling_share", "lost_share", "from_step", "floor")  # of a forecast
 _POINTS = 1_000  # of a forecast
 _SLOT = "\x1f"  # where a number stood in a sentence
 
@@ -178,7 +179,10 @@ def run_of(line: Any) -> RunNumbers:
 def outlook_line(outlook: Outlook) -> dict[str, Any]:
     """What a forecast says of the run, to four digits."""
     course = [[step, short(efficiency), short(rate)] for step, efficiency, rate in outlook.course]
-    return {"until": outlook.until, "headline": outlook.headline, "course": course, "error": short(outlook.error)}
+    line = {"until": outlook.until, "headline": outlook.headline, "course": course, "error": short(outlook.error)}
+    more = {name: getattr(outlook, name) for name in _OF_RUN}
+    more = {name: value if isinstance(value, int) else short(value) for name, value in more.items()}
+    return line | {name: value for name, value in more.items() if value is not None}
 
 
 def outlook_of(line: Any) -> Outlook:
@@ -186,8 +190,23 @@ def outlook_of(line: Any) -> Outlook:
     if len(course) > _POINTS or any(a[0] >= b[0] for a, b in itertools.pairwise(course)):
         raise ValueError("damaged window (its forecast)")
     error = line.get("error")
+
+    def said(name: str) -> float | None:
+        return number_of(line[name]) if name in line else None
+
+    def step(name: str) -> int | None:
+        return whole_of(line[name]) if name in line else None
+
     return Outlook(
-        whole_of(line["until"]), text_of(line["headline"]), course, None if error is None else number_of(error)
+        whole_of(line["until"]),
+        text_of(line["headline"]),
+        course,
+        None if error is None else number_of(error),
+        step("made_at"),
+        said("stalling_share"),
+        said("lost_share"),
+        step("from_step"),
+        said("floor"),
     )
 
 

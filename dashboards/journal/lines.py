@@ -90,6 +90,7 @@ def header_line(run: Mapping[str, Any], time: float) -> dict[str, Any]:
 
 def table_line(table: TensorTable) -> dict[str, Any]:
     text = json.dumps(table)
+    kinds = list(dict.fromkeys(table.options))  # few: of an optimizer's group
     return {
         "kind": "tensors",
         "table": hashlib.sha256(text.encode("ascii")).hexdigest()[:12],
@@ -102,6 +103,8 @@ def table_line(table: TensorTable) -> dict[str, Any]:
         "numel": table.numel,
         "trainable": table.trainable,
         "scheme": table.scheme,
+        "options": [list(one) for one in kinds],
+        "options_of": [kinds.index(one) for one in table.options],
     }
 
 
@@ -120,12 +123,21 @@ def table_of(line: Mapping[str, Any]) -> TensorTable:
             numel=tuple(whole_of(n) for n in line["numel"]),
             trainable=tuple(bool(x) for x in line["trainable"]),
             scheme=tuple(text_of(x) for x in line.get("scheme", [""] * count)),  # early journals have none
+            options=_options_of(line, count),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"damaged table of tensors ({error!r})") from None
     if any(len(column) != count for column in table):
         raise ValueError("damaged table of tensors (columns of different length)")
     return table
+
+
+def _options_of(line: Mapping[str, Any], count: int) -> tuple[tuple[str, ...], ...]:
+    """Of each tensor; early journals have none."""
+    if "options" not in line:
+        return ((),) * count
+    kinds = [tuple(text_of(x) for x in one) for one in line["options"]]
+    return tuple(kinds[i] for i in indices_of(line["options_of"], len(kinds)).tolist())
 
 
 # --- windows -----------------------------------------------------------------------------------------
@@ -280,7 +292,9 @@ def _alert_lines(alerts: Sequence[Alert], table: TensorTable) -> list[dict[str, 
             "text": alert.text,
         }
         line["tensors"] = [places.get(name, name) for name in alert.tensors]
-        lines.append(line if alert.cause is None else {**line, "cause": alert.cause.value})
+        if alert.cause is not None:
+            line["cause"] = alert.cause.value
+        lines.append({**line, "model": alert.model} if alert.model else line)
     return lines
 
 
@@ -294,4 +308,5 @@ def _alert(line: Mapping[str, Any], table: TensorTable) -> Alert:
         text=text_of(line["text"]),
         tensors=tuple(names),
         cause=None if cause is None else Cause(cause),
+        model=text_of(line.get("model", "")),
     )

@@ -24,7 +24,7 @@ _MARKS = {Level.info: "INFO", Level.warn: "WARN", Level.error: "ERROR"}
 
 def title_of(alert: Alert, run: str) -> str:
     """The line a phone shows first."""
-    place = f"{run}, " if run else ""
+    place = "".join(f"{name}, " for name in (run, alert.model) if name)
     return f"update-watch {_MARKS[alert.level]} ({place}step {alert.step:,}): {alert.title}"
 
 

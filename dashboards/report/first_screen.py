@@ -7,13 +7,14 @@ import dataclasses
 import datetime
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from update_watch.cures import FOR_CAUSE, TITLES, TRAINERS, code, extra_bytes
+from update_watch.cures import TITLES, TRAINERS, code
 from update_watch.cures import Cure as Change
 from update_watch.dashboards.frame import NO_CODE, Frame
+from update_watch.dashboards.offers import HALVES, Offer, offers_of
 from update_watch.dashboards.report.charts.rates import critical_rates
 from update_watch.dashboards.report.history import History, accumulator_names, is_unwell, margin
 from update_watch.dashboards.verdict import UNWELL, Verdict, lr_words, share_words, verdict_of
@@ -22,7 +23,6 @@ from update_watch.report import Health
 from update_watch.wording import size
 
 _SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
-_HALVES = ("bfloat16", "float16")
 _SHORT_TITLES = {
     Change.masters: "FP32 masters",
     Change.stochastic_rounding: "stochastic rounding",
@@ -100,7 +100,7 @@ def first_screen(history: History) -> FirstScreen:
         facts=run_facts(history),
         verdict=verdict,
         is_calm=is_calm,
-        cure=_cure(frame, verdict, str(history.run.get("trainer", ""))),
+        cure=_cure(frame, verdict, history.run),
         arrived="" if math.isnan(now) else share_words(max(0.0, now)),
         was=share_words(best) if best - now > 0.05 else "",
         margin=_margin(frame) if verdict.health is Health.healthy else "",
@@ -152,7 +152,7 @@ def formats(frame: Frame) -> str:
     if not kinds:
         return "format not known"
     text = " and ".join(_SHORT.get(kind, kind) for kind in kinds[:3]) + " weights"
-    schemes = {s for s, d in zip(frame.table.scheme, frame.table.dtype, strict=True) if d in _HALVES}
+    schemes = {s for s, d in zip(frame.table.scheme, frame.table.dtype, strict=True) if d in HALVES}
     if schemes == {"plain"}:
         return f"{text}, no FP32 copy"
     if any(s.startswith("carried") for s in schemes):
@@ -185,25 +185,20 @@ def _time(seconds: float) -> str:
 # --- the cure --------------------------------------------------------------------------------------------
 
 
-def _cure(frame: Frame, verdict: Verdict, trainer: str) -> Cure | None:
+def _cure(frame: Frame, verdict: Verdict, run: Mapping[str, Any]) -> Cure | None:
     group = verdict.groups[0] if verdict.groups else None
     if verdict.health in (Health.healthy, Health.frozen):
         return None
     if group is None:
-        return _cure_of_parts(frame, trainer)
-    cures = FOR_CAUSE.get(group.cause.value, ()) if group.cause is not None else ()
-    half = sum(
-        n
-        for n, d, t in zip(frame.table.numel, frame.table.dtype, frame.table.trainable, strict=True)
-        if t and d in _HALVES
-    )
-    if not cures or not half:
+        return _cure_of_parts(frame)
+    offers = offers_of(frame, verdict)
+    if not offers:
         _, _, cure = group.advice.partition("; ")
         return Cure(_capital(cure or group.advice).rstrip(".")) if group.advice else None
-    return _coded(cures, half, trainer)
+    return _coded(offers, str(run.get("trainer", "")), str(run.get("optimizer", "")))
 
 
-def _cure_of_parts(frame: Frame, trainer: str) -> Cure | None:
+def _cure_of_parts(frame: Frame) -> Cure | None:
     """Where only what lies beside the weights is not well."""
     for name in accumulator_names(frame):
         columns = frame.accumulators[name]
@@ -214,13 +209,12 @@ def _cure_of_parts(frame: Frame, trainer: str) -> Cure | None:
     return None
 
 
-def _coded(cures: Sequence[Change], half: int, trainer: str) -> Cure:
+def _coded(offers: Sequence[Offer], trainer: str, rule: str) -> Cure:
     first = [trainer] if trainer in TRAINERS else []
     order = list(dict.fromkeys([*first, *_FIRST_TRAINERS, *TRAINERS]))
-    codes = {cure.value: {key: text for key in order if (text := code(cure, key))} for cure in cures}
-    options = tuple(
-        Option(c.value, _SHORT_TITLES[c], _capital(TITLES[c]), f"+{size(extra_bytes(c, half))}") for c in cures
-    )
+    cures = [offer.cure for offer in offers]
+    codes = {cure.value: {key: text for key in order if (text := code(cure, key, rule))} for cure in cures}
+    options = tuple(Option(c.value, _SHORT_TITLES[c], _capital(TITLES[c]), f"+{size(cost)}") for c, cost in offers)
     return Cure("", options, tuple((key, TRAINERS[key]) for key in order), codes)
 
 

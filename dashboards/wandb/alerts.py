@@ -44,7 +44,8 @@ class AlertSender:
         Returns whether it was sent.
         """
         self._count += 1
-        said = {"title": alert.title, "text": alert.text[:TEXT_LENGTH], "step": alert.step, "count": self._count}
+        title = f"{alert.model}: {alert.title}" if alert.model else alert.title
+        said = {"title": title, "text": alert.text[:TEXT_LENGTH], "step": alert.step, "count": self._count}
         run.summary.update({f"{RUN_SECTION}/last_alert": said})
         if not self._pace.take(alert.step, time, urgent=True):
             self._held_back += 1
@@ -52,7 +53,8 @@ class AlertSender:
         held = (
             f"\n{self._held_back} earlier alert(s) were held back; see {RUN_SECTION}/alert." if self._held_back else ""
         )
-        text = f"{alert.text[:TEXT_LENGTH]}\nStep {alert.step}, {run_link(run)}{held}"
-        run.alert(title=alert.title[:TITLE_LENGTH], text=text, level=alert.level.value, wait_duration=WAIT_SECONDS)
+        of = f" of {alert.model}" if alert.model else ""
+        text = f"{alert.text[:TEXT_LENGTH]}\nStep {alert.step}{of}, {run_link(run)}{held}"
+        run.alert(title=title[:TITLE_LENGTH], text=text, level=alert.level.value, wait_duration=WAIT_SECONDS)
         self._held_back = 0
         return True

@@ -351,8 +351,7 @@ def test_warnings_say_what_was_expected_and_what_to_do() -> None:
         " weights (+25.6 kB), or use Kahan summation (+6.4 kB) or stochastic rounding (no memory). Updates are often"
         f" smaller than the learning rate and more of them is then lost; below {critical} half of all would be.",
         "Weight decay is lost in BF16 weights: lr * weight_decay = 0.0001 per step, and 0.0039 is needed for every"
-        " weight to shrink. Keep FP32 master weights, or use an optimizer that adds decay and gradient in one rounding"
-        " (fused=True).",
+        " weight to shrink. Keep FP32 master weights, or set fused=True, which adds decay and gradient in one rounding.",
         "Optimizer state exp_avg_sq in BF16: none of its values can decay at 1 - beta = 0.001, while growth passes."
         " Keep the optimizer state in FP32 (+6.4 kB), or use a beta of at most 0.9961.",
     )

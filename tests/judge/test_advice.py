@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from update_watch import wording
 from update_watch.judge import reasons
-from update_watch.judge.advice import brief, finding, say
+from update_watch.judge.advice import advise, brief, finding, say
 from update_watch.judge.seen import Seen
 from update_watch.report import Cause
 
@@ -107,10 +109,10 @@ SENTENCES = [
     ),
     pytest.param(
         Cause.decay_rounding,
-        Seen(dtype="bfloat16", efficiency=0.0, lost=1.0, decay_rate=1e-5),
+        Seen(dtype="bfloat16", efficiency=0.0, lost=1.0, decay_rate=1e-5, options=("fused", "foreach")),
         "Weight decay (lr * weight_decay = 1e-05 per step) is lost in BF16 weights (efficiency 0.00, 100% lost); keep"
-        " FP32 master weights (model.float() and torch.autocast), or use stochastic rounding, or an optimizer that adds decay and"
-        " gradient in one rounding (fused=True); the decay then starts to act.",
+        " FP32 master weights (model.float() and torch.autocast), or use stochastic rounding, or fused=True, which adds decay and"
+        " gradient in one rounding; the decay then starts to act.",
         id="decay_rounding",
     ),
     pytest.param(
@@ -184,10 +186,10 @@ SENTENCES = [
     ),
     pytest.param(
         Cause.not_written,
-        Seen(dtype="bfloat16", efficiency=0.0, lost=1.0, headroom=0.96),
+        Seen(dtype="bfloat16", efficiency=0.0, lost=1.0, headroom=0.96, options=("fused=True", "foreach")),
         "96% of its updates are at least four times what BF16 can store, yet the optimizer does not write them"
         " (efficiency 0.00, 100% lost); this is not rounding but a fault of the optimizer: use another implementation"
-        " (foreach=True, fused=False) or another version.",
+        " (fused=False) or another version.",
         id="not_written",
     ),
     pytest.param(
@@ -270,7 +272,7 @@ def test_a_headline_leaves_out_the_caution_and_a_list_the_cure() -> None:
     text = say(Cause.decay_rounding, Seen(dtype="bfloat16", efficiency=0.0))
     assert brief(text) == (
         "Weight decay is lost in BF16 weights (efficiency 0.00); keep FP32 master weights (model.float() and torch.autocast), or"
-        " use stochastic rounding, or an optimizer that adds decay and gradient in one rounding (fused=True)"
+        " use stochastic rounding"
     )
     assert finding(text) == "Weight decay is lost in BF16 weights (efficiency 0.00)."
 
@@ -343,3 +345,28 @@ def test_a_percentage_is_0_or_100_only_when_it_is(share: float, text: str) -> No
 
 def test_a_small_negative_number_is_not_minus_nought() -> None:
     assert wording.fixed(-0.001) == "0.00"
+
+
+OPTION = re.compile(r"\b(fused|foreach|kahan_sum)=|\bbeta\b(?! = )")  # "1 - beta = 0.001" was measured
+LOW = Seen(dtype="bfloat16", efficiency=0.0, lost=1.0, accumulator="sum", headroom=0.9)
+
+
+@pytest.mark.parametrize("cause", list(Cause))
+def test_no_option_is_named_that_the_optimizer_does_not_have(cause: Cause) -> None:
+    assert not OPTION.search(advise(cause, LOW).cure)
+    used = ("fused=True", "kahan_sum=True")  # and none that is on is told to be turned on
+    assert not re.search(r"(fused|kahan_sum)=True", advise(cause, LOW._replace(options=used)).cure)
+
+
+@pytest.mark.parametrize(
+    ("cause", "option", "words"),
+    [
+        (Cause.weight_rounding, "kahan_sum", "kahan_sum=True"),
+        (Cause.decay_rounding, "fused", "fused=True"),
+        (Cause.not_written, "fused=True", "fused=False"),
+        (Cause.not_written, "foreach", "foreach=True"),
+        (Cause.state_rounding, "beta2", "beta of at most"),
+    ],
+)
+def test_an_option_that_it_has_is_named(cause: Cause, option: str, words: str) -> None:
+    assert words in advise(cause, LOW._replace(options=(option,))).cure

@@ -120,6 +120,7 @@ def test_a_tensor_whose_replicas_drift_apart_is_broken_and_named(on_two_too: Fou
     for rank in on_two_too:
         assert rank["drifts"]["broken"] == [{}] + 2 * [{"layers.1.weight": "replicas_differ"}]
         assert len(rank["drifts"]["alerts"]) == 1 and "layers.1.weight" in rank["drifts"]["alerts"][0]
+    assert [rank["drifts"]["told"] for rank in on_two_too] == [3, 0]  # sinks as anybody gives them, on every rank
 
 
 @pytest.mark.slow

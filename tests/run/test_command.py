@@ -93,6 +93,8 @@ def test_every_model_of_a_script_is_watched_and_has_a_journal(tmp_path: Path) ->
     critic = list(read_journal(tmp_path / "run-Critic.jsonl"))[-1]
     assert [t.name for t in critic.tensors] == NAMES
     assert {t.name for t in critic.tensors if t.health is Health.stalled} >= {"1.weight"}
+    assert (critic.step, last.step) == (48, 48)  # the first step of both is seen
+    assert "of Critic: STALLED" in run.stderr
     assert f" of Critic: {critic.headline}" in run.stderr and f" of Sequential: {last.headline}" in run.stderr
 
 

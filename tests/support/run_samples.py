@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from update_watch.foresight.forecasts import Forecast
 from update_watch.report import (
     HEADROOM_BINS,
     HEADROOM_LOW,
@@ -309,6 +310,8 @@ def fully_filled_report() -> Report:
         numel=60,
         trainable=True,
         scheme="carried:kahan_comp",
+        low_states=2,
+        options=("fused", "beta2"),
         efficiency=0.5812,
         efficiency_error=0.0123,
         net_efficiency=0.5612,
@@ -364,10 +367,18 @@ def fully_filled_report() -> Report:
             LayerReport("emb", Health.stalling, ("emb.weight",), 0.5812),
             LayerReport("", Health.unknown, ("head.bias",), None),
         ),
-        alerts=(Alert(256, Level.warn, "stalling", "emb.weight\nis stalling", ("emb.weight",), Cause.weight_rounding),),
+        alerts=(
+            Alert(
+                256, Level.warn, "stalling", "emb.weight\nis stalling", ("emb.weight",), Cause.weight_rounding, "Critic"
+            ),
+        ),
         time=1_780_000_000.125,
         cost_ms=0.25,
         skipped_steps=3,
         observed_steps=17,
         cost_share=0.0125,
+        forecast=Forecast(
+            *(256, 1280, (), 0.25, 0.125, 700, 2.5e-05, "One tensor will stall.", 0.05),
+            course=((256, 0.58, 1.0), (1280, 0.03, 0.1)),
+        ),
     )

@@ -21,6 +21,7 @@ from update_watch.audit.members import Member
 from update_watch.audit.states import average_rows, gradient_rows, state_rows
 from update_watch.audit.table import Audit
 from update_watch.audit.weights import decay_rows, frozen_rows, weight_rows
+from update_watch.cures import options_of
 from update_watch.measure.identity.names import names_of
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.sampling import local, unsamplable
@@ -105,7 +106,9 @@ def _members(optimizers: Sequence[Optimizer], parameters: list[tuple[str, Tensor
                 name = names.get(id(param), (f"group{index}.param{position}",))[0]
                 reason = reason or unsamplable(shard) or ("its weights are complex" if param.is_complex() else "")
                 state = optimizer.state.get(param) or {}
-                members.append(Member(name, param, lr or 0.0, decay or 0.0, properties, forms, reason, state))
+                members.append(
+                    Member(name, param, lr or 0.0, decay or 0.0, properties, forms, reason, state, options_of(group))
+                )
     _read_samples(members)
     return members
 

@@ -38,6 +38,7 @@ class Member:
     forms: Mapping[str, StateForm]  # of the states it will get
     reason: str  # why something of it is not known; ""
     state: Mapping[str, Any]  # what it has by now
+    options: tuple[str, ...] = ()  # what its optimizer can be told, of `cures.OPTIONS`
     samples: Tensor | None = None  # FP32, on the CPU; None where its values cannot be read
 
     @property

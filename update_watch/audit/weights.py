@@ -141,13 +141,20 @@ def decay_rows(members: list[Member]) -> Rows:
         if health is Health.healthy:
             rows.append((row, ""))
             continue
+        can_fuse = all("fused" in m.options for m in part)
         row = dataclasses.replace(
-            row, cure="FP32 master weights, or a fused optimizer", cure_bytes=None, names=tuple(m.name for m in part)
+            row,
+            cure=f"FP32 master weights, or {'fused=True' if can_fuse else 'stochastic rounding'}",
+            cure_bytes=None,
+            names=tuple(m.name for m in part),
+        )
+        other = (
+            "set fused=True, which adds decay and gradient in one rounding" if can_fuse else "use stochastic rounding"
         )
         warning = (
             f"Weight decay is lost in {short(dtype)} weights: lr * weight_decay = {span(rates)} per step, and"
-            f" {number(2.0**-form.precision)} is needed for every weight to shrink. Keep FP32 master weights, or use an"
-            " optimizer that adds decay and gradient in one rounding (fused=True)."
+            f" {number(2.0**-form.precision)} is needed for every weight to shrink. Keep FP32 master weights, or"
+            f" {other}."
         )
         rows.append((row, warning))
     return rows

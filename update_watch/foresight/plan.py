@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from update_watch.cures import FOR_CAUSE, TITLES, Cure
+from update_watch.cures import FOR_CAUSE, TITLES, Cure, cures_for
 from update_watch.foresight.forecasts import Change, Plan
 from update_watch.foresight.what_if import cost_of, in_fp32
 from update_watch.naming import group_words
@@ -46,7 +46,7 @@ def plan(report: Report, without: Iterable[str] = ()) -> Plan:
         if not fitting:
             raise ValueError(
                 f"plan(without={sorted(map(str, excluded))}) leaves no cure for {cause}; allow one of"
-                f" {', '.join(FOR_CAUSE[cause])}"
+                f" {', '.join(option.cure for option in _options(cause, members, report.tensors))}"
             )
         choices.append(fitting)
     plans = [
@@ -88,7 +88,9 @@ def _losses(tensors: Iterable[TensorReport]) -> dict[Cause, list[_Loss]]:
 def _options(cause: Cause, members: list[_Loss], tensors: Sequence[TensorReport]) -> list[_Option]:
     mine = [loss.tensor for loss in members]
     is_bf16 = all(t.dtype == "bfloat16" for t in mine)
-    found = [_Option(cure, False) for cure in FOR_CAUSE[cause] if is_bf16 or cure not in _OF_BF16]
+    found = [
+        _Option(cure, False) for cure in cures_for(cause, [t.options for t in mine]) if is_bf16 or cure not in _OF_BF16
+    ]
     if cause is Cause.weight_rounding and can_stand_alone(mine, tensors):
         found.append(_Option(Cure.masters, True))
     return found

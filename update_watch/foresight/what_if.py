@@ -107,6 +107,8 @@ def _at_least(t: TensorReport, floor: float) -> float | None:
 
 def _low_states(t: TensorReport) -> int:
     """How many states of its optimizer are in a 16-bit format."""
+    if t.low_states is not None:
+        return t.low_states
     return sum(a.dtype in BITS and not _is_beside(name) for name, a in t.accumulators.items())
 
 

@@ -275,6 +275,7 @@ def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, setting: Settin
         is_growth=is_growth,
         state_factor=_factor(tensor, setting) if cause is Cause.state_rounding else None,
         reason=evidence.note,
+        options=tensor.options,
         trainer=setting.trainer,
     )
 

@@ -201,6 +201,8 @@ class Diagnosis:
             accumulators=accumulators,
             what_if=e.what_if,
             scheme=e.scheme,
+            low_states=e.low_states,
+            options=e.options,
         )
 
     def _verdict(
@@ -235,7 +237,7 @@ class Diagnosis:
         history.still_steps = history.still_steps + e.steps if is_still else 0
         if history.still_steps < _STILL:
             return verdict(UNKNOWN, Cause.not_replayable, Seen(reason=e.reason))
-        seen = Seen(dtype=e.dtype, steps=history.still_steps, lr=known(e.lr), trainer=self.trainer)
+        seen = Seen(dtype=e.dtype, steps=history.still_steps, lr=known(e.lr), options=e.options, trainer=self.trainer)
         return verdict(Health.stalled, Cause.weight_rounding, seen)
 
     def _unasked(self, e: TensorEvidence, history: TensorHistory, found: Rest, seen: Seen) -> Verdict:
@@ -286,6 +288,7 @@ class Diagnosis:
             critical_lr=known(e.critical_lr),
             headroom=above,
             near_one=_is_norm_near_one(e),
+            options=e.options,
             trainer=self.trainer,
         )
         cause = Cause.not_written if is_unwritten else Cause.weight_rounding
@@ -297,7 +300,8 @@ class Diagnosis:
         """What was stalled in most of a schedule stays so at its end, which is no all-clear: there, nothing arrives anywhere."""
         if not history.stalled_lr or history.stalled_lr < _EARNEST * history.peak_lr:
             return None
-        seen = Seen(dtype=e.dtype, peak_lr=history.peak_lr, near_one=_is_norm_near_one(e), trainer=self.trainer)
+        seen = Seen(dtype=e.dtype, peak_lr=history.peak_lr, near_one=_is_norm_near_one(e), options=e.options)
+        seen = seen._replace(trainer=self.trainer)
         return verdict(Health.stalled, Cause.weight_rounding, seen)
 
 

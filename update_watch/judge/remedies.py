@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from update_watch.cures import Cure, switch
+from update_watch.cures import BETAS, Cure, cures_for, switch
 from update_watch.foresight.forecasts import Forecast
 from update_watch.foresight.plan import can_stand_alone
 from update_watch.foresight.what_if import cost_of
@@ -36,7 +36,8 @@ def remedy(
     trained = [t for t in tensors if t.trainable]
     if cause is Cause.weight_rounding:
         whole = f"keep FP32 master weights: {masters} (+{size(cost_of(Cure.masters, trained))})"
-        kahan = f"Kahan summation (optimi, +{size(cost_of(Cure.kahan, trained))})"
+        option = "kahan_sum=True" if all("kahan_sum" in t.options for t in mine) else "optimi"
+        kahan = f"Kahan summation ({option}, +{size(cost_of(Cure.kahan, trained))})"
         if can_stand_alone(mine, tensors):
             words = ", ".join(group_words([t.name for t in mine], {t.name: t.shape for t in tensors}, 3))
             alone = f"keep {words} in FP32 (+{size(cost_of(Cure.masters, mine))})"
@@ -44,13 +45,14 @@ def remedy(
             return f"{alone}{centred}, or {whole}"
         return f"{whole}, or use stochastic rounding (torchao, +0 B) or {kahan}; then retune the learning rate"
     if cause is Cause.decay_rounding:
-        return (
-            f"fused=True in the optimizer, which adds decay and gradient in one rounding (+0 B), or FP32 master weights:"
-            f" {masters} (+{size(cost_of(Cure.masters, trained))})"
-        )
+        whole = f"FP32 master weights: {masters} (+{size(cost_of(Cure.masters, trained))})"
+        if Cure.fused_decay not in cures_for(cause.value, [t.options for t in mine]):
+            return f"keep {whole}, or use stochastic rounding (torchao, +0 B)"
+        return f"fused=True in the optimizer, which adds decay and gradient in one rounding (+0 B), or {whole}"
     if cause is Cause.state_rounding:
         floor = smallest_rate(mine[0].dtype)
-        beta = f", or use a beta of at most {1 - floor:.4g} (+0 B)" if floor is not None else ""
+        has_beta = all(any(name in t.options for name in BETAS) for t in mine)
+        beta = f", or use a beta of at most {1 - floor:.4g} (+0 B)" if floor is not None and has_beta else ""
         return f"keep the optimizer state in FP32 (+{size(cost_of(Cure.fp32_states, mine))}){beta}"
     if cause is Cause.average_rounding:
         return f"keep the averaged model in FP32 (+{size(cost_of(Cure.fp32_average, mine))})"

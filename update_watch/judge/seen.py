@@ -33,6 +33,7 @@ class Seen(NamedTuple):
     mover: str = ""  # and when, and by what
     reason: str = ""
     near_one: bool = False  # the weight of a norm, around 1
+    options: tuple[str, ...] = ()  # what its optimizer can be told, of `cures.OPTIONS`
     trainer: str = "torch"  # in whose words the cure is told: a key of `cures.TRAINERS`
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from update_watch.cures import switch
+from update_watch.cures import BETAS, switch
 from update_watch.judge.number_formats import FULL, smallest_rate
 from update_watch.judge.seen import Advice, Seen
 from update_watch.wording import fixed, number, percent, plural, short
@@ -36,7 +36,7 @@ def weight_rounding(seen: Seen) -> Advice:
         return Advice(finding, edge or f"raise the learning rate{now}")
     cure = (
         f"keep FP32 master weights ({switch(seen.trainer, seen.dtype)}) or use stochastic rounding (torchao) or Kahan"
-        " summation (optimi)"
+        f" summation ({'kahan_sum=True' if 'kahan_sum' in seen.options else 'optimi'})"
     )
     if seen.near_one:
         cure = f"store it zero-centred (w - 1), or {cure}"
@@ -58,7 +58,8 @@ def state_rounding(seen: Seen) -> Advice:
             finding += f" (efficiency of the {part} {fixed(seen.efficiency)})"
         cure = "keep the optimizer state in FP32"
         floor = smallest_rate(seen.dtype)
-        if floor is not None and (seen.rate is None or seen.rate < floor):
+        has_beta = seen.rate is not None or any(name in seen.options for name in BETAS)
+        if floor is not None and has_beta and (seen.rate is None or seen.rate < floor):
             cure += f" or use a beta of at most {1 - floor:.4g}"
     factor = fixed(seen.state_factor)
     if seen.state_factor is None or abs(seen.state_factor - 1) < _HARDLY:
@@ -78,10 +79,12 @@ def state_rounding(seen: Seen) -> Advice:
 def decay_rounding(seen: Seen) -> Advice:
     rate = f" (lr * weight_decay = {number(seen.decay_rate)} per step)" if seen.decay_rate is not None else ""
     kind = short(seen.dtype)
+    cure = f"keep FP32 master weights ({switch(seen.trainer, seen.dtype)}), or use stochastic rounding"
+    if "fused" in seen.options:
+        cure += ", or fused=True, which adds decay and gradient in one rounding"
     return Advice(
         f"weight decay{rate} is lost in {kind} weights ({_loss(seen)})",
-        f"keep FP32 master weights ({switch(seen.trainer, seen.dtype)}), or use stochastic rounding, or an optimizer that"
-        " adds decay and gradient in one rounding (fused=True)",
+        cure,
         "the decay then starts to act",
     )
 
@@ -114,10 +117,11 @@ def accumulation_rounding(seen: Seen) -> Advice:
 
 def not_written(seen: Seen) -> Advice:
     share = f"{percent(seen.headroom)} of " if seen.headroom is not None else ""
+    other = "fused=False" if "fused=True" in seen.options else "foreach=True" if "foreach" in seen.options else ""
     return Advice(
         f"{share}its updates are at least four times what {short(seen.dtype)} can store, yet the optimizer does not"
         f" write them ({_loss(seen)})",
-        "this is not rounding but a fault of the optimizer: use another implementation (foreach=True, fused=False) or"
+        f"this is not rounding but a fault of the optimizer: use another implementation{f' ({other})' if other else ''} or"
         " another version",
     )
 

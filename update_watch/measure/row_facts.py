@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,7 +16,20 @@ from update_watch.measure.accumulators.counters import short_counters
 from update_watch.measure.cohort import Cohort
 from update_watch.measure.identity.names import describe
 from update_watch.measure.parameters import Row
+from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.window_evidence import RowFacts
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def _low_states(row: Row, state: Mapping[str, Any] | None) -> int | None:
+    """How many states of the parameter's shape are in 16 bits, beside what is kept there of the weight itself."""
+    if not state:
+        return None
+    kept = [value for name, value in state.items() if name != row.scheme.carrier and isinstance(value, Tensor)]
+    return sum(
+        value.dtype in _LOW and value.shape == row.param.shape and not unsamplable(local(value)) for value in kept
+    )
 
 
 class WindowFacts:
@@ -30,8 +44,9 @@ class WindowFacts:
         if row.piece is not None:
             shape = row.piece.shape
             identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held, "trainable": True}
-        reason = row.reason or self._twin_error
-        return made(TensorEvidence, **identity, **self._groups[row.group], reason=reason, scheme=row.scheme.name)
+        identity |= {"reason": row.reason or self._twin_error, "scheme": row.scheme.name}
+        state = self._optimizer.state.get(row.param)
+        return made(TensorEvidence, **identity, **self._groups[row.group], low_states=_low_states(row, state))
 
     def facts_of(self, cohort: Cohort) -> Callable[[], tuple[RowFacts, ...]]:
         """Note what changes when the cohort's next window begins; the facts are made when they are asked for."""

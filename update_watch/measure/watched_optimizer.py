@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch.cures import options_of
 from update_watch.evidence import TensorEvidence
 from update_watch.measure.accumulators.gradient_accumulation import Accumulation
 from update_watch.measure.accumulators.state_factor import Shadow
@@ -307,6 +308,7 @@ class Watched:
                 "lr": lr,
                 "lr_max": lr_max,
                 "weight_decay": as_number(group.get("weight_decay")),
+                "options": options_of(group),
             }
         return facts
 

@@ -48,6 +48,8 @@ def catalogue(evidence: WindowEvidence) -> list[Entry]:
             "numel": t.numel,
             "group": t.optimizer_group,
             "scheme": t.scheme,
+            "low_states": t.low_states,
+            "options": list(t.options),
             "reason": t.reason if elements_held(t) else "",
             "note": t.note,
             "is_held": bool(elements_held(t) and t.optimizer_group),

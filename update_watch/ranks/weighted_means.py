@@ -244,6 +244,8 @@ def read_tensor(
         state_factor=means.get("state_factor"),
         state_factor_steps=round(means.get("state_factor_steps") or 0.0),
         scheme=entry["scheme"],
+        low_states=entry["low_states"],
+        options=tuple(entry["options"]),
         displacement_evidence=means.get("displacement_evidence"),
         accumulators=accumulators,
         what_if=None if what_if is None else {"bfloat16": what_if},

@@ -40,16 +40,23 @@ def begin(optimizer: Optimizer, place: RemovableHandle) -> Watch | None:
     return _watch(model_of(optimizer), optimizer)
 
 
-def follow(optimizer: Optimizer) -> None:
-    """After a step: one that no watch has taken may train a model of its own, as a critic or a discriminator has one."""
+def follow(optimizer: Optimizer, place: RemovableHandle) -> bool:
+    """Before a step: one that no watch has taken may train a model of its own, as a critic or a discriminator has one.
+
+    `place`: the hook of all optimizers from which it is called, behind those of the open watches. Returns whether another
+    watch has taken it.
+    """
     if optimizer in _met or not _models or is_capturing():
-        return
+        return False
     _met.add(optimizer)
     if endings.is_watched(optimizer):
-        return
+        return False
     model = model_of(optimizer)
-    if isinstance(model, torch.nn.Module) and all(known() is not model for _, known in _models):
-        _watch(model, optimizer)
+    if not isinstance(model, torch.nn.Module) or any(known() is model for _, known in _models):
+        return False
+    leave_place(place)
+    _watch(model, optimizer)
+    return True
 
 
 def _watch(model: Any, optimizer: Optimizer) -> Watch:
@@ -69,7 +76,9 @@ def _watch(model: Any, optimizer: Optimizer) -> Watch:
 
             sinks.append(WandbSink(run))
     journal = free_path(Path(settings.journal), "" if is_first else name) if is_leader else None
-    return watch(model, optimizer, window=settings.window, sinks=sinks, journal=journal)
+    found = watch(model, optimizer, window=settings.window, sinks=sinks, journal=journal)
+    found.name = name
+    return found
 
 
 def _name_for(model: Any) -> str:

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[3]
 
 def test_every_field_of_a_report_comes_back(tmp_path):
     report = fully_filled_report()
+    assert all(getattr(report, field.name) not in (None, "", (), 0) for field in dataclasses.fields(Report))
     values = dataclasses.asdict(report.tensors[0])
     del values["was_rounded"]  # of a window; its sentence is kept
     assert all(value not in (None, "", (), {}, 0) for value in values.values())

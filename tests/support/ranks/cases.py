@@ -53,6 +53,13 @@ class Net(nn.Module):
         return out
 
 
+class Reports(list[Any]):
+    """A sink that is called on every rank."""
+
+    on_every_rank = True
+    __call__ = list.append
+
+
 def local(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 

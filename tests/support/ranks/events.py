@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import update_watch as uw
-from tests.support.ranks.cases import Case, ddp, fsdp2, hybrid, local, pipeline
+from tests.support.ranks.cases import Case, Reports, ddp, fsdp2, hybrid, local, pipeline
 from update_watch.ranks import gloo_group
 from update_watch.ranks import joining as ranks
 
@@ -75,10 +75,10 @@ def _is_identical(make: Callable[[], Case]) -> dict[str, Any]:
 def fails_in_a_hook() -> dict[str, Any]:
     """Rank 1's watch raises in its 20th step; windows of 8, 40 steps."""
     case = fsdp2(48, 64, 40)
-    reports: list[Any] = []
+    reports = Reports()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append], budget=None)
+        watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports], budget=None)
         started, steps = time.monotonic(), 0
         for x in case.batches(40):
             case.backward(x)
@@ -102,8 +102,9 @@ def fails_in_a_hook() -> dict[str, Any]:
 def drifts(make: Callable[[], Case] | None = None) -> dict[str, Any]:
     """Windows of 8; after 12 steps the last rank alone writes to one tensor."""
     case = ddp() if make is None else make()
-    reports: list[Any] = []
-    watch = uw.watch(case.named, case.optimizer, window=8, sinks=[reports.append], check_replicas=True, budget=None)
+    reports = Reports()
+    sinks = [reports, (told := []).append]  # the second as anybody would give it
+    watch = uw.watch(case.named, case.optimizer, window=8, sinks=sinks, check_replicas=True, budget=None)
     for steps, x in enumerate(case.batches(24), 1):
         case.backward(x)
         case.optimizer.step()
@@ -113,7 +114,11 @@ def drifts(make: Callable[[], Case] | None = None) -> dict[str, Any]:
     watch.flush()
     watch.close()
     broken = [{t.name: str(t.cause) for t in r.tensors if t.health == "broken"} for r in reports]
-    return {"broken": broken, "alerts": [a.text for r in reports for a in r.alerts if "differ" in a.text]}
+    return {
+        "broken": broken,
+        "told": len(told),
+        "alerts": [a.text for r in reports for a in r.alerts if "differ" in a.text],
+    }
 
 
 def hybrid_drifts() -> dict[str, Any]:
@@ -178,10 +183,10 @@ def many_faults(runs: int) -> list[dict[str, Any]]:
 def one_closes_alone() -> dict[str, Any]:
     """After 12 steps rank 0 closes its watch; windows of 8, 24 steps. Rank 1 closes at the end."""
     case = fsdp2(24, 41, 16)
-    reports: list[Any] = []
+    reports = Reports()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append], budget=None)
+        watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports], budget=None)
         told = 0
         for steps, x in enumerate(case.batches(24), 1):
             case.backward(x)
@@ -211,12 +216,12 @@ def whole_rules() -> dict[str, str]:
 def one_watches_late() -> dict[str, Any]:
     """Rank 0 watches from the start, rank 1 only when rank 0 has given up waiting; windows of 8, 32 steps."""
     case = fsdp2(24, 41, 16)
-    reports: list[Any] = []
+    reports = Reports()
     watch = None
     with warnings.catch_warnings(record=True) as caught, mock.patch.object(gloo_group, "MEET", 0.5):
         warnings.simplefilter("always")
         if dist.get_rank() == 0:
-            watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append], budget=None)
+            watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports], budget=None)
         for steps, x in enumerate(case.batches(32), 1):
             case.backward(x)
             case.optimizer.step()
@@ -225,7 +230,7 @@ def one_watches_late() -> dict[str, Any]:
                     watch.flush()
                 dist.barrier()
                 started = time.monotonic()
-                watch = watch or uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append], budget=None)
+                watch = watch or uw.watch(case.model, case.optimizer, window=8, sinks=[reports], budget=None)
         assert watch is not None
         watch.flush()
         seconds = time.monotonic() - started
@@ -247,10 +252,10 @@ def ends_without_closing() -> dict[str, Any]:
 def one_dies() -> dict[str, Any]:
     """The last rank is gone in mid-window, after 12 steps; windows of 8, 32 steps of a model on each rank."""
     case = pipeline()
-    reports: list[Any] = []
+    reports = Reports()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watch = uw.watch(case.named, case.optimizer, window=8, sinks=[reports.append], budget=None)
+        watch = uw.watch(case.named, case.optimizer, window=8, sinks=[reports], budget=None)
         started = time.monotonic()
         for steps, x in enumerate(case.batches(32), 1):
             case.backward(x)
@@ -274,8 +279,8 @@ def one_dies() -> dict[str, Any]:
 def one_flushes_alone() -> dict[str, Any]:
     """Windows of 8; after 11 steps rank 0 alone closes one, and at 16 both."""
     case = ddp()
-    reports: list[Any] = []
-    watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports.append], budget=None)
+    reports = Reports()
+    watch = uw.watch(case.model, case.optimizer, window=8, sinks=[reports], budget=None)
     for steps, x in enumerate(case.batches(24), 1):
         case.backward(x)
         case.optimizer.step()

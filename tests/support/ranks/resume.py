@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import update_watch as uw
-from tests.support.ranks.cases import SAMPLES, Case, Net, ddp, fsdp2, watched_truth
+from tests.support.ranks.cases import SAMPLES, Case, Net, Reports, ddp, fsdp2, watched_truth
 
 LR = 2e-4  # low: every tensor is stalling
 FIRST, THEN = 4, 44  # steps: too few for a verdict without what the watch remembers, and enough
@@ -74,9 +74,9 @@ def go_on(arguments: str, remembers: bool = True) -> dict[str, Any]:
     )
     low, high = min(saved["efficiencies"]), max(saved["efficiencies"])
     limits = uw.Thresholds(stalling=low - MARGIN, stalling_exit=min(high + MARGIN, 1.0))
-    reports: list[Any] = []
+    reports = Reports()
     watch = uw.watch(
-        case.model, case.optimizer, window=1000, samples=SAMPLES, thresholds=limits, sinks=[reports.append], budget=None
+        case.model, case.optimizer, window=1000, samples=SAMPLES, thresholds=limits, sinks=[reports], budget=None
     )
     if remembers:
         watch.load_state_dict(saved["watch"])

@@ -42,10 +42,12 @@ class Alerts:
         self._sent: list[float] = []  # times of the alerts of the last hour
         self._held: set[str] = set()  # episodes whose news the budget held back since the last alert
 
-    def update(self, report: Report, trainer: str = "torch") -> Report:
+    def update(self, report: Report, trainer: str = "torch", model: str = "") -> Report:
         """The report with its alerts, loudest first. They are logged too, by the logger "update_watch".
 
-        `trainer`: in whose words cures are told, a key of `cures.TRAINERS`.
+        Args:
+            trainer: in whose words cures are told, a key of `cures.TRAINERS`.
+            model: its name, where a process watches several.
         """
         now = self._clock()
         self._sent = [t for t in self._sent if now - _HOUR < t <= now]
@@ -90,10 +92,12 @@ class Alerts:
         self._episodes = {
             name: e for name, e in self._episodes.items() if e.is_open or e.members or e.over_at > -math.inf
         }
+        alerts = [dataclasses.replace(alert, model=model) for alert in alerts] if model else alerts
+        of = f" of {model}" if model else ""
         for alert in alerts if self.is_logging else ():
             with above_progress_bars():
                 logging.getLogger("update_watch").log(
-                    _LOGGING[alert.level], "update-watch, step %d: %s\n%s", alert.step, alert.title, alert.text
+                    _LOGGING[alert.level], "update-watch, step %d%s: %s\n%s", alert.step, of, alert.title, alert.text
                 )
         return dataclasses.replace(report, alerts=tuple(alerts))
 

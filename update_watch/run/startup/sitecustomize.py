@@ -63,26 +63,36 @@ def _steps(optimizer: Any, *_: Any) -> None:
         # the script may have compiled its step: nothing of this may be traced
         disable = sys.modules["torch"].compiler.disable
         if disable(session.begin)(optimizer, place) is not None:
-            _after.follow = disable(session.follow)  # type: ignore[attr-defined]
+            _more.follow = disable(session.follow)  # type: ignore[attr-defined]
     except Exception as error:
         print(f"update-watch: this process is not watched: {error!r}", file=sys.stderr)
 
 
-def _after(optimizer: Any, *_: Any) -> None:
-    """Just after any step: hooks may be added now, for another model."""
+def _more(optimizer: Any, *_: Any) -> None:
+    """Just before any later step: it may be the first of another model, whose watch takes the place of this hook."""
     try:
-        _after.follow(optimizer)  # type: ignore[attr-defined]
+        if _more.follow(optimizer, _more.place):  # type: ignore[attr-defined]
+            _more.place = None  # type: ignore[attr-defined]
     except Exception as error:
-        _after.follow = _nothing  # type: ignore[attr-defined]
+        _more.follow = None  # type: ignore[attr-defined]
+        place, _more.place = _more.place, None  # type: ignore[attr-defined]
+        place.hooks_dict_ref()[place.id] = _nothing
         print(f"update-watch: further models of this process are not watched: {error!r}", file=sys.stderr)
+
+
+def _after(*_: Any) -> None:
+    """Just after any step, when hooks may be added: one that waits for the next model."""
+    if _more.follow is not None and _more.place is None:  # type: ignore[attr-defined]
+        register = sys.modules[_AWAITED].register_optimizer_step_pre_hook
+        _more.place = register(_more)  # type: ignore[attr-defined]
 
 
 def _nothing(*_: Any) -> None:
     """In place of a hook."""
 
 
-_after.follow = _nothing  # type: ignore[attr-defined]
-for _hook in (_steps, _after, _nothing):
+_more.follow = _more.place = None  # type: ignore[attr-defined]
+for _hook in (_steps, _more, _after, _nothing):
     _hook._torchdynamo_disable = True  # type: ignore[union-attr]
 
 

@@ -1,0 +1,52 @@
+"""Which cures a run is offered, and what they cost there: for the page and the terminal, from one window's columns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from update_watch.cures import Cure, cures_for, extra_bytes
+from update_watch.dashboards.frame import NO_CODE, Floats, Frame
+from update_watch.dashboards.verdict import Verdict
+
+HALVES = ("bfloat16", "float16")
+_OF_FEW = (Cure.fp32_states, Cure.fp32_average)  # are for the tensors that have it, the others for all that train
+_BESIDE = ("weight_decay", "grad")
+
+
+class Offer(NamedTuple):
+    cure: Cure
+    bytes: int  # of memory, more than now
+
+
+def offers_of(frame: Frame, verdict: Verdict) -> tuple[Offer, ...]:
+    """What fits the worst group of a verdict; empty where nothing of it is a matter of precision."""
+    group = verdict.groups[0] if verdict.groups else None
+    if group is None or group.cause is None:
+        return ()
+    table = frame.table
+    states = _low_states(frame)
+    is_half = [dtype in HALVES for dtype in table.dtype]
+    whole = [i for i, trains in enumerate(table.trainable) if trains and is_half[i]]
+    mine = [i for i in group.members if is_half[i]]
+    if not whole:
+        return ()
+    found = []
+    for cure in cures_for(group.cause.value, [table.options[i] for i in group.members]):
+        places = mine if cure in _OF_FEW else whole
+        found.append(Offer(cure, sum(extra_bytes(cure, table.numel[i], int(states[i])) for i in places)))
+    return tuple(found)
+
+
+def _low_states(frame: Frame) -> Floats:
+    """States in 16 bits of each tensor, (P,); early journals do not say it: what was measured of them counts."""
+    said = frame.tensors.numbers["low_states"]
+    seen = np.zeros(len(frame.table.name))
+    for name, columns in frame.accumulators.items():
+        if name not in _BESIDE and not name.startswith("average:"):
+            seen += [
+                dtype in HALVES and code != NO_CODE for dtype, code in zip(columns.dtype, columns.health, strict=True)
+            ]
+    found: Floats = np.where(np.isnan(said), seen, said)
+    return found
