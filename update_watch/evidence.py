@@ -82,6 +82,7 @@ class TensorEvidence:
     # how far it got in that span, in what the steps from one write to the next can move it by
     travelled: float | None = None
     moved: float | None = None  # rms(stored at the end - at the begin) / rms(before); 0: not one sampled bit changed
+    unmoved_fraction: float | None = None  # elements whose stored value is at the end what it was at the begin
     is_master: bool = False  # its optimizer steps a copy of it, from which it must be written
     # the gradients that were looked at, after unscaling and clipping
     gradient_looks: int = 0  # steps in which they were

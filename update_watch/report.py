@@ -140,6 +140,9 @@ class TensorReport:
     update_ratio_error: float | None = None  # standard error of `update_ratio`
     applied_ratio: float | None = None  # rms(applied) / rms(before)
     written_between: float | None = None  # rms of what was written to it between steps / rms(before), per step
+    # where the rule cannot be replayed: rms(stored at the end - at the begin) / rms(before); share that is as at the begin
+    moved: float | None = None
+    unmoved_fraction: float | None = None
     gradient_rms: float | None = None  # as the optimizer got it: after unscaling and clipping
     gradient_max: float | None = None  # the largest sampled one
     gradient_spread: float | None = None  # standard deviation of `gradient_rms` over parts of the window, by its mean

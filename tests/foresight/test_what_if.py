@@ -142,6 +142,7 @@ def test_one_change_may_cure_two_troubles_and_states_have_their_own() -> None:
         Cure.fp32_states: ((Cause.state_rounding,), 2_000_000),
     }
     assert found.bytes == 2_000_000 and "+2 MB in all." in str(found)
+    assert "Keep the optimizer's state in FP32 (+2 MB): exp_avg_sq of v from efficiency 0.02 to 1.00." in str(found)
 
 
 def test_nothing_lost_needs_nothing_and_what_is_ruled_out_is_said() -> None:

@@ -324,6 +324,8 @@ def fully_filled_report() -> Report:
         update_ratio_error=0.0001234,
         applied_ratio=0.0009876,
         written_between=0.0001234,
+        moved=0.01234,
+        unmoved_fraction=0.125,
         gradient_rms=0.0123,
         gradient_max=0.345,
         gradient_spread=0.4312,

@@ -63,6 +63,7 @@ class Change:
     efficiency: float | None  # of what is not well in these, now: mean by number of elements
     cured: float | None  # and then
     bytes: int  # of memory, more than now
+    accumulators: tuple[str, ...] = ()  # what is changed of them, where it is not the weights: "exp_avg_sq"
 
 
 @dataclasses.dataclass(frozen=True)

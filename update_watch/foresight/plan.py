@@ -15,6 +15,7 @@ from update_watch.wording import fixed, size
 
 FEW = 0.01  # share of the parameters that may be kept in FP32 alone, beside the others
 _UNWELL = (Health.stalled, Health.stalling)
+_BESIDE = (Cure.fp32_states, Cure.fp32_average)  # they change what lies beside the weights
 _OF_BF16 = (Cure.stochastic_rounding, Cure.kahan)  # what packages have them for
 
 
@@ -23,6 +24,7 @@ class _Loss(NamedTuple):
 
     tensor: TensorReport
     efficiency: float | None
+    accumulator: str = ""  # the state or average; "" for the weight
 
 
 class _Option(NamedTuple):
@@ -81,7 +83,7 @@ def _losses(tensors: Iterable[TensorReport]) -> dict[Cause, list[_Loss]]:
             found.setdefault(t.cause, []).append(_Loss(t, t.efficiency))
         for a in t.accumulators.values():
             if a.health in _UNWELL and a.cause is not None and a.cause in FOR_CAUSE:
-                found.setdefault(a.cause, []).append(_Loss(t, a.efficiency))
+                found.setdefault(a.cause, []).append(_Loss(t, a.efficiency, a.name))
     return found
 
 
@@ -106,14 +108,15 @@ def _changes(
         causes = [cause for cause, option in chosen.items() if option.cure is cure]
         lost = [loss for cause in causes for loss in losses[cause]]
         mine = {loss.tensor.name: loss.tensor for loss in lost}
-        is_alone = all(chosen[cause].is_alone for cause in causes) or cure in (Cure.fp32_states, Cure.fp32_average)
+        is_alone = all(chosen[cause].is_alone for cause in causes) or cure in _BESIDE
         cost = cost_of(cure, mine.values() if is_alone else whole)
         title = "keep these alone in FP32" if cure is Cure.masters and is_alone else TITLES[cure]
         now = weighted_mean((loss.efficiency, loss.tensor.numel) for loss in lost)
         then = weighted_mean(
             (_cured(cure, cause, loss), loss.tensor.numel) for cause in causes for loss in losses[cause]
         )
-        found.append(Change(cure, title, tuple(map(str, causes)), tuple(mine), now, then, cost))
+        names = dict.fromkeys(loss.accumulator for loss in lost if loss.accumulator) if cure in _BESIDE else {}
+        found.append(Change(cure, title, tuple(map(str, causes)), tuple(mine), now, then, cost, tuple(names)))
     return found
 
 
@@ -127,9 +130,13 @@ def _text(changes: Sequence[Change], total: int, tensors: Sequence[TensorReport]
         return "Nothing has to be changed: nothing is known to be lost to rounding."
     shapes = {t.name: t.shape for t in tensors}
     lines = [
-        f"{change.title} (+{size(change.bytes)}): {', '.join(group_words(change.tensors, shapes, 3))} from efficiency"
+        f"{change.title} (+{size(change.bytes)}): {_of(change)}{', '.join(group_words(change.tensors, shapes, 3))} from efficiency"
         f" {fixed(change.efficiency)} to {fixed(change.cured)}"
         for change in changes
     ]
     lines = [f"{line[:1].upper()}{line[1:]}." for line in lines]
     return "\n".join(lines if len(lines) == 1 else [*lines, f"+{size(total)} in all."])
+
+
+def _of(change: Change) -> str:
+    return f"{' and '.join(change.accumulators)} of " if change.accumulators else ""

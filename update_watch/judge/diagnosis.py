@@ -182,6 +182,8 @@ class Diagnosis:
             update_ratio_error=e.update_ratio_error,
             applied_ratio=e.applied_ratio,
             written_between=e.written_between,
+            moved=e.moved if e.reason else None,
+            unmoved_fraction=e.unmoved_fraction,
             gradient_rms=e.gradient_rms,
             gradient_max=e.gradient_max,
             gradient_spread=e.gradient_spread,

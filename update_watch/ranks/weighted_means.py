@@ -30,6 +30,7 @@ TENSOR_NUMBERS = (
         "net_error",
         "between",
         "moved",
+        "unmoved",
         "undone",
         "travelled",
         "written_steps",
@@ -133,6 +134,7 @@ def _put_ledger(t: TensorEvidence, means: Means, held: float) -> None:
     means.put("travelled", t.travelled, weight)
     for name, size in (("between", t.written_between), ("moved", t.moved), ("gradient", t.gradient_rms)):
         means.put(name, _times(size, size), held)
+    means.put("unmoved", t.unmoved_fraction, held)
     means.put("is_master", float(t.is_master), 1.0)
     means.put("requires_grad", float(t.requires_grad), 1.0)
     means.put("gradient_looks", float(t.gradient_looks), held)
@@ -261,6 +263,7 @@ def read_tensor(
         written_steps=round(means.get("written_steps") or 0.0),
         written_step=None if (last := means.get("written_step")) is None else round(last),
         moved=_root(means.get("moved")),
+        unmoved_fraction=means.get("unmoved"),
         is_master=bool(means.get("is_master")),
         gradient_looks=round(means.get("gradient_looks") or 0.0),
         gradient_rms=_root(means.get("gradient")),

@@ -233,6 +233,10 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
             found["undone_fraction"] = 0.0 if went else min(max(1 - kept, 0.0), 1.0)
             found["net_efficiency"] = kept if arrived is None else kept * arrived
             found["net_efficiency_error"] = error
+    if t.reason and window.is_stepped and not window.has_masters:  # no replay says it
+        found["applied_ratio"] = math.sqrt(s["step_square"] / ELEMENTS / window.steps) / stored if stored else None
+        found["unmoved_fraction"] = s["still"] / ELEMENTS
+        found["stored"] = stored
     if entry.looks and not t.measured_steps:
         found["gradient_looks"] = entry.looks
         found["gradient_rms"] = math.sqrt(s["gradient"] / ELEMENTS / entry.looks)

@@ -36,9 +36,9 @@ COLUMNS = (
     # <D, D>; steps it was written before; <R, R>, <D, R> with R what the master moved by, rounded
     *_OF_BOTH,
     *(f"span_{name}" for name in _OF_BOTH),
-    "span_step_square",  # sum over the span's steps of <A, A> of each
+    *("span_step_square", "step_square"),  # sums over the span's and the window's steps of <A, A> of each
     "written",  # sum of squares of what was written between steps
-    "stored",  # sum of squares at the window's begin
+    *("stored", "still"),  # sum of squares at the window's begin; elements that are at its end what they were
     "last",  # the last look of the span before which it was written, from 1; 0: none
     "signature",  # of the set of steps before which it was written
     "gradient",  # sum of squares of its gradients
@@ -149,6 +149,7 @@ class Sheet:
     def _open_window(self) -> None:
         self.steps = 0
         self._first_nE: Tensor | None = None  # before the window's first step
+        self._earlier_n = self._squares_2n[0].clone()  # of the span, before the window
         if self._begin_2nE is not None and self._last_2nE is not None:
             self._begin_2nE[0].copy_(self._last_2nE[1])
             for sums in (self._applied_2nE[0], self._writes_2n[0], self._squares_2n[1]):
@@ -305,8 +306,9 @@ class Sheet:
         for i in (0, 1):
             rows += [*sums_22n[i], spread_2n[i], *free_22n[i], *across_22n[i]]
             rows += [moved_2n[i], self._writes_2n[i], *copies[i]]
-        rows += [*self._squares_2n, self._begin_2nE[0].square().sum(-1), self._last_write_n, self._signature_n]
-        rows += [*self._gradients_2n, *self._compare_with_bf16()]
+        rows += [self._squares_2n[0], self._squares_2n[0] - self._earlier_n, self._squares_2n[1]]
+        rows += [self._begin_2nE[0].square().sum(-1), moved_2nE[0].eq(0).sum(-1).float()]
+        rows += [self._last_write_n, self._signature_n, *self._gradients_2n, *self._compare_with_bf16()]
         return torch.cat([row[:n] for row in rows])
 
     def _compare_copies(self, begin_nE: Tensor) -> list[Tensor]:
