@@ -296,6 +296,20 @@ def test_an_optimizer_that_cannot_be_tried_is_unknown_with_its_reason() -> None:
     )
 
 
+def test_an_optimizer_whose_updates_cannot_be_replayed_is_named_before_the_first_step() -> None:
+    class Noisy(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.grad.add_(torch.randn(p.shape))
+            return super().step(closure)
+
+    found = of(named(w=torch.ones(9), v=torch.ones(9)), Noisy, lr=0.1)
+    assert found.notes == (
+        "What Noisy intends will not be measured: Noisy draws random numbers in its step, and a replay draws others.",
+    )
+
+
 def test_complex_weights_are_unknown_and_fp64_is_healthy() -> None:
     found = of(named(wave=torch.ones(8, dtype=torch.complex64), double=torch.ones(8, dtype=torch.float64)))
     healths = {row.dtype: (row.health, row.expected) for row in found.rows if row.component == "weights"}

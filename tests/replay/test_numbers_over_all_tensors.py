@@ -15,6 +15,7 @@ from tests.support.replay.sketched_rules import Sketch, Update, descend, probed
 from update_watch.measure import parameters, step_replay
 from update_watch.replay.rule import Kind
 from update_watch.replay.rule_kind import find_rule
+from update_watch.replay.twin import Twin
 from update_watch.report import Health
 
 SHAPES = ((24, 16), (40,))
@@ -137,3 +138,22 @@ def test_numbers_that_parameters_begin_with_are_each_its_own() -> None:
             p.grad = torch.randn(9)
         optimizer.step()
     assert find_rule(optimizer, 0, 1, shape=(9,)).kind is Kind.whole
+
+
+def test_dice_of_a_generator_of_its_own_are_known_of_all_tensors_and_named_where_they_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def noisy(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for p in params:
+            descend(group, p, p.grad + torch.randn(p.shape, generator=optimizer.dice) * 0.1)  # type: ignore[attr-defined]
+
+    optimizer = Sketch([torch.nn.Parameter(torch.zeros(9)) for _ in range(2)], noisy)
+    optimizer.dice = torch.Generator().manual_seed(3)  # type: ignore[attr-defined]
+    state = optimizer.dice.get_state()  # type: ignore[attr-defined]
+    assert find_rule(optimizer, 0, 1, shape=(9,)).kind is Kind.together
+    assert torch.equal(optimizer.dice.get_state(), state)  # type: ignore[attr-defined]
+    monkeypatch.setattr(Twin, "replay_together", lambda *_, **__: 1 / 0)
+    reason = find_rule(optimizer, 0, 1, shape=(9,)).reason
+    assert reason.startswith(
+        "Sketch draws random numbers from a generator of its own, and a replay of less than all tensors"
+    )

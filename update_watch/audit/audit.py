@@ -23,9 +23,12 @@ from update_watch.audit.table import Audit
 from update_watch.audit.weights import decay_rows, frozen_rows, weight_rows
 from update_watch.cures import options_of
 from update_watch.measure.identity.names import names_of
+from update_watch.measure.parameters import why_not_together, why_unknown
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.odd_tensors import unreadable
+from update_watch.replay.rule import Kind
+from update_watch.replay.rule_kind import find_rule
 from update_watch.replay.rule_properties import RuleProperties, find_properties
 from update_watch.replay.state_forms import StateForm, find_states, likeness
 from update_watch.wording import first_line, listed, plural
@@ -100,8 +103,11 @@ def _members(optimizers: Sequence[Optimizer], parameters: list[tuple[str, Tensor
                     known[key] = None, {}, odd
                 elif key not in known:
                     known[key] = _find_properties(optimizer, index, shard)
+                    name = type(optimizer).__name__
                     if known[key][2] and param.is_floating_point():
-                        notes.append(f"Not everything is known of {type(optimizer).__name__}: {known[key][2]}.")
+                        notes.append(f"Not everything is known of {name}: {known[key][2]}.")
+                    elif not known[key][2] and (why := _why_unmeasured(optimizer, index, param)):
+                        notes.append(f"What {name} intends will not be measured: {why}.")
                 properties, forms, reason = known[key]
                 name = names.get(id(param), (f"group{index}.param{position}",))[0]
                 reason = reason or unsamplable(shard) or ("its weights are complex" if param.is_complex() else "")
@@ -125,6 +131,20 @@ def _find_properties(
         return find_properties(optimizer, group, param.dtype, param.dim()), forms, ""
     except Exception as error:  # formats without arithmetic raise torch's own errors, and optimizers any
         return None, {}, first_line(error)
+
+
+def _why_unmeasured(optimizer: Optimizer, group: int, param: Tensor) -> str:
+    """Why a watch will not know the updates of this parameter; "" where it will."""
+    shard = local(param)
+    if type(optimizer).__module__.startswith("torch.optim") or unsamplable(shard) or not shard.numel():
+        return ""  # torch's own rules that run at all are known
+    try:
+        rule = find_rule(optimizer, group, shard.dim(), shape=tuple(shard.shape), dtype=shard.dtype)
+    except Exception as error:  # as above
+        return first_line(error)
+    if rule.has_failed:
+        return f"{rule.reason}; it is tried once more after the first step"
+    return why_unknown(param, rule) or (why_not_together(optimizer) if rule.kind is Kind.together else "")
 
 
 def _read_samples(members: list[Member]) -> None:

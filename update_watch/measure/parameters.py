@@ -174,7 +174,7 @@ def why_unknown(param: Tensor, rule: Rule) -> str:
     return ""
 
 
-def _why_not_together(optimizer: Optimizer) -> str:
+def why_not_together(optimizer: Optimizer) -> str:
     """Why the updates of all tensors of an optimizer cannot be replayed at once; "" when they can."""
     params = members_of(optimizer)
     shards = [local(param) for param in params]
@@ -211,7 +211,7 @@ def build_rows(
             odd = unsamplable(local(param))
             rule, scheme = _rule_and_scheme(optimizer, index, local(param), odd, kind, found)
             if rule.kind is Kind.together and not odd:
-                apart = apart or _why_not_together(optimizer)
+                apart = apart or why_not_together(optimizer)
             known = names.get(id(param)) or (f"{label}group{index}.param{position}",)
             for piece in (pieces or {}).get(id(param), (None,)):
                 called = known if piece is None else piece.names

@@ -68,12 +68,18 @@ class Copier:
         self.has_widened = False
         self._owner = ""  # of what is being copied
         self._memo: dict[int, Any] = {}
+        self._generators: list[tuple[torch.Generator, torch.Generator]] = []  # and their copies
         self._kept: list[Any] = []  # an id is only good while its object lives
 
     def replace(self, original: Any, copied: Any) -> None:
         """Wherever `original` is met from now on, `copied` stands in its place."""
         self._memo[id(original)] = copied
         self._kept.append(original)
+
+    @property
+    def have_drawn(self) -> bool:
+        """Whether numbers were drawn from the copy of any generator."""
+        return any(not torch.equal(copied.get_state(), own.get_state()) for own, copied in self._generators)
 
     def copy(self, value: Any, owner: str) -> Any:
         """A copy; what must not be copied is `Absent` in it, under the name of `owner`."""
@@ -100,7 +106,8 @@ class Copier:
         if isinstance(value, Tensor):
             self._visit_tensor(value)
         elif isinstance(value, torch.Generator):
-            self.replace(value, value.clone_state())
+            self._generators.append((value, value.clone_state()))
+            self.replace(*self._generators[-1])
         elif isinstance(value, (Optimizer, torch.nn.Module)):
             self.replace(value, Absent(value))  # may never be used in a step; to be copied they are too large
         elif depth == _DEPTH:

@@ -117,6 +117,11 @@ class ReplayTrial:
         if self.error > (_WIDE_TOLERANCE if self.widen else TOLERANCE):
             if self.twin.has_drawn:
                 raise ReplayError(f"{training.name} draws random numbers in its step, and a replay draws others")
+            if self.twin.has_drawn_of_its_own:
+                raise ReplayError(
+                    f"{training.name} draws random numbers from a generator of its own, and a replay of less than all tensors"
+                    " draws others"
+                )
             raise ReplayError(
                 f"{training.name} replayed on {self.way.value} differs from its own step by {self.error:.1e} of the update"
             )

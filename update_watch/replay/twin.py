@@ -60,6 +60,9 @@ class Twin:
         self._is_native = type(optimizer).__module__.startswith("torch.optim")
         self._copy = copy_of(optimizer, [])
         self.has_drawn = False  # random numbers, in one replay or another
+        self.has_drawn_of_its_own = (
+            False  # from a generator that the optimizer keeps: a copy of all tensors draws the same
+        )
         self._seen = self._attributes()
         for group in optimizer.param_groups:
             settings_of(group, [], Copier(LIMIT, optimizer=optimizer))
@@ -193,6 +196,7 @@ class Twin:
                 quiet = WithoutEffects(params[0].device)
                 with quiet, quiet:
                     self._rule(twin)
+                    self.has_drawn_of_its_own = self.has_drawn_of_its_own or copier.have_drawn
                     self.has_drawn = self.has_drawn or quiet.random_states.have_moved()
                     if self.has_drawn and not all(run.may_draw for run in runs):
                         raise ReplayError(f"{self._name} draws random numbers in its step, and a replay draws others")
