@@ -4,8 +4,7 @@ A `Report` is plain, immutable data: floats, strings, tuples. Everything that sh
 sends results (`update_watch.dashboards`, alerts, journals) reads these types and nothing else.
 `None` always means "not known in this window", never zero.
 
-Ratios are without unit unless a field says otherwise. "Step" is the optimizer's step counted by
-the watch, or the trainer's global step where a trainer tells it.
+Ratios are without unit. "Step" is the optimizer's counted by the watch, or the trainer's global step where one tells it.
 """
 
 from __future__ import annotations
@@ -140,9 +139,8 @@ class TensorReport:
     update_ratio_error: float | None = None  # standard error of `update_ratio`
     applied_ratio: float | None = None  # rms(applied) / rms(before)
     written_between: float | None = None  # rms of what was written to it between steps / rms(before), per step
-    # where the rule cannot be replayed: rms(stored at the end - at the begin) / rms(before); share that is as at the begin
-    moved: float | None = None
-    unmoved_fraction: float | None = None
+    moved: float | None = None  # where the rule cannot be replayed: rms(stored at the end - at the begin) / rms(before)
+    unmoved_fraction: float | None = None  # and the share that is at the end as at the begin
     gradient_rms: float | None = None  # as the optimizer got it: after unscaling and clipping
     gradient_max: float | None = None  # the largest sampled one
     gradient_spread: float | None = None  # standard deviation of `gradient_rms` over parts of the window, by its mean
@@ -151,19 +149,18 @@ class TensorReport:
     copy_changed_window: float | None = None  # and that the whole window changes
     was_rounded: bool = False  # FP32 weights that held nothing but BF16 values when the window began
     headroom_histogram: tuple[float, ...] | None = None  # HEADROOM_BINS shares that sum to 1
-    # shares of sum of intended^2 by octave of headroom, in the same bins, were all steps at the learning rate `movement_lr`
-    movement_histogram: tuple[float, ...] | None = None
+    movement_histogram: tuple[float, ...] | None = None  # the same bins by intended^2, were all steps at `movement_lr`
     movement_lr: float | None = None
     movement_places: tuple[float, ...] | None = None  # by quarter of an octave: even, save where all are alike
-    lr: float | None = None  # learning rate at the end of the window
+    lr: float | None = None  # at the end of the window
     critical_lr: float | None = None  # below it half of the wanted updates are lost
     state_factor: float | None = None  # 1 healthy; outside 0.67..1.5 the state is at fault
     state_factor_error: float | None = None  # standard error of `state_factor`
     since_step: int | None = None  # first step of the window in which `health` began
     accumulators: Mapping[str, AccumulatorReport] = dataclasses.field(default_factory=dict)
     what_if: Mapping[str, float] | None = None  # FP32 tensors: {"bfloat16": lost fraction if kept so}
-    # what rounding takes of an update is, by a trial, "plain": lost; "stochastic": rounded at random; "carried:<state>": kept
-    # there, and the numbers above are of the whole weight; "carried": kept somewhere; else it was not found out
+    # what rounding takes is, by a trial, "plain": lost; "stochastic": rounded at random; "carried:<state>": kept there, the
+    # numbers above are of the whole weight; "carried": kept somewhere; else it was not found out
     scheme: str = ""
     low_states: int | None = None  # states of its size that are in 16 bits, beside what is of the weight
     options: tuple[str, ...] = ()  # what its optimizer can be told, of `cures.OPTIONS`; "fused=True": it is
