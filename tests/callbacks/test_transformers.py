@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.lightning_models import FullComparison
+from update_watch import StallExpected
 from update_watch.callbacks import StalledError
 from update_watch.callbacks.packed_state import packed, unpacked
 from update_watch.dashboards import read_journal
@@ -325,6 +326,15 @@ def test_audit_is_printed_once(train: Train, capsys: pytest.CaptureFixture[str])
     train(Model(torch.bfloat16), UpdateWatch(window=4, journal=None), learning_rate=LOW)
     out = capsys.readouterr().out
     assert out.count("update-watch:") == 1 and "nothing in their formats will stall" not in out
+
+
+def test_a_run_that_will_stall_may_be_ended_before_its_first_step(train: Train) -> None:
+    model = Model(torch.bfloat16)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(StallExpected, match=r"(?s)expected to stall.*net\.1\.weight"):
+        train(model, Watched(on_audit="raise"), learning_rate=LOW)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert train(Model(), Watched(on_audit="raise"), weight_decay=0.0).state.global_step == 12  # the healthy twin
 
 
 def test_a_journal_is_kept_beside_the_checkpoints_and_the_last_line_says_how_to_open_it(
