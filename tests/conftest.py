@@ -5,6 +5,7 @@ Tests that talk to servers or build packages take minutes together: they count a
 
 import gc
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,37 @@ from update_watch.watching import attention
 torch.set_num_threads(1)
 
 _SLOW = ("test_wandb_server", "test_packaging")
+# cases of which a like one is quick enough to be run by default, by file
+_SLOW_CASES = {
+    "test_fuzz": ("random_trainings_keep_every_bit_and_their_watch[3]",),
+    "test_kernel_gathers": ("reports_are_those_of_torchs_way[adamw]",),
+    "test_device_cases": ("nothing_grows_in_thousands_of_steps[1024]",),
+    "test_command": ("a_script_that_watches_itself_is_left_alone",),
+    "test_process_steps": ("a_step_that_is_compiled_is_found_and_stays_the_same", "is_found_and_measured[fp32-"),
+    "test_watch_truth": (
+        "adamw-loop-torch.float16-partly]",
+        "foreach-torch.bfloat16-partly]",
+        "fused-torch.float16-partly]",
+    ),
+    "test_averages": ("that_no_counter_sees_are_changes_of_values[2]",),
+    "test_sanctity": (
+        *("training_by_closures_is_bit_identical[muon]", "training_in_fp32_is_bit_identical[muon]"),
+        *("training_is_bit_identical[adamw-amsgrad", "training_is_bit_identical[adamw-loop]", "identical[schedule-sgd"),
+    ),
+    "test_identity": (
+        "plain-torch.bfloat16-rprop",
+        "plain-torch.bfloat16-adamw-loop",
+        "torch.bfloat16-asgd",
+        "closure-torch.f",
+    ),
+    "test_scaled_weights": ("FusedSplit-1e-06", "Split-0.001", "Masters-1e-06", "Kahan-1e-06", "Remainders-1e-06"),
+    "test_ledger": ("overwritten[every 24-adamw]", "adamw-pruned]", "adamw-normalised]"),
+    "test_odd_tensors": tuple(
+        f"[{kind}{'-in-the-step' * is_state}]"
+        for kind in ("negative huge", "infinite", "text", "None", "list", "int8", "uint8", "quint8", "qint8", "int64")
+        for is_state in (False, True)
+    ),
+}
 # tests of the trials themselves, and of what they leave behind: a room and files
 _TRYING = ("replay", "test_sanctity", "test_interrupts", "test_attacks", "test_device_generators")
 
@@ -24,8 +56,14 @@ _TRYING = ("replay", "test_sanctity", "test_interrupts", "test_attacks", "test_d
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if Path(str(item.path)).stem in _SLOW:
+        stem = Path(str(item.path)).stem
+        if stem in _SLOW or any(case in item.name for case in _SLOW_CASES.get(stem, ())):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: many tests wait for processes, servers and browsers that they start."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_collection_finish() -> None:

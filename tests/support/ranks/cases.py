@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import json
+import multiprocessing
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -255,6 +256,8 @@ def _process(rank: int, size: int, names: list[str], folder: str, limit: int) ->
 
 def launch(size: int, names: list[str], folder: Path, limit: int = 300) -> list[dict[str, Any]]:
     """Run the cases in `size` processes, for at most `limit` seconds; what each rank found."""
-    mp.start_processes(_process, (size, names, str(folder), limit), nprocs=size, start_method="spawn")
+    # forked from one process that has loaded torch, and has no threads: each would take seconds to load it anew
+    multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
+    mp.start_processes(_process, (size, names, str(folder), limit), nprocs=size, start_method="forkserver")
     paths = [folder / f"{rank}.json" for rank in range(size)]
     return [json.loads(path.read_text()) for path in paths if path.exists()]  # one that died left nothing
