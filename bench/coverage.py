@@ -364,7 +364,7 @@ class Training:
             if rule.kind is Kind.whole:
                 try:
                     done = self.twin.replay_whole(
-                        group, param, param.grad, state, widen=rule.widens, may_draw=rule.may_draw
+                        group, param, param.grad, state, **rule.formats, may_draw=rule.may_draw
                     )
                 except ReplayError as error:
                     result.reason = result.reason or str(error)
@@ -393,8 +393,8 @@ class Training:
     def _together(self) -> dict[Tensor, dict[str, Tensor]]:
         assert self.twin is not None
         runs = [Run(group, p.detach(), p.grad, self.optimizer.state.get(p) or {}) for p, group in self.groups.items()]
-        widens = all(rule.widens for rule in self.rules.values())
-        results = zip(self.groups, self.twin.replay_together(runs, widen=widens), strict=True)
+        formats = next(rule.formats for rule in self.rules.values() if rule.kind is Kind.together)
+        results = zip(self.groups, self.twin.replay_together(runs, **formats), strict=True)
         return {
             p: {"": r.param} | {k: r.state[k] for k in self.rules[p].exact_states if _is_of(r, k)} for p, r in results
         }

@@ -84,12 +84,14 @@ def measure(case: Case, steps: int) -> Result:
         result.reason = f"cannot be run here: {type(error).__name__}: {str(error)[:100]}"
         return result
     sums = {name: [0.0, 0.0] for name in named}
+    is_complete = True  # every step could be taken on copies
     with uw.watch(list(named.items()), optimizer, window=10**9, budget=None) as watch:
         for _ in range(steps):
             _set_gradients(named)
             before, kept = _values(named), {n: dict(optimizer.state.get(p) or {}) for n, p in named.items()}
             kept = {n: {k: v.detach().clone() if _is_plain(v) else v for k, v in s.items()} for n, s in kept.items()}
             intended = _intended(optimizer, named, kept)
+            is_complete &= bool(intended)
             optimizer.step()
             for name, p in named.items():
                 d = intended.get(name)
@@ -108,7 +110,7 @@ def measure(case: Case, steps: int) -> Result:
         result.known += not is_unknown
         result.reason = result.reason or (t.advice if is_unknown else "")
         dot, want = sums[t.name]
-        if t.efficiency is not None and want > 0:
+        if t.efficiency is not None and want > 0 and is_complete:
             result.compared += 1
             result.difference = max(result.difference, abs(t.efficiency - dot / want))
     if report is None:

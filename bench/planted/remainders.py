@@ -151,6 +151,34 @@ class OwnDice(Dice):
         return self._generator
 
 
+class OutsideMasters:
+    """FP32 weights that the training loop keeps: torch's AdamW steps them, the loop copies gradients there and weights back."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        self.params = list(params)
+        self.masters = [p.detach().float().clone().requires_grad_() for p in self.params]
+        self.optimizer = torch.optim.AdamW(self.masters, lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p, master in zip(self.params, self.masters, strict=True):
+            master.grad = None if p.grad is None else p.grad.float()
+        self.optimizer.step()
+        self.copy_back()
+
+    def copy_back(self) -> None:
+        for p, master in zip(self.params, self.masters, strict=True):
+            p.copy_(master)
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+
+class WrapperMasters(OutsideMasters):
+    """The same inside a wrapper that is handed to the watch: FP16_Optimizer of Apex and DeepSpeed."""
+
+
 # --- what is made for the remainder, and not used -----------------------------------------------
 
 
@@ -180,6 +208,15 @@ class LostMasters(Masters):
         return p.float()
 
 
+class LostOutsideMasters(OutsideMasters):
+    """The loop takes its FP32 weights from the stored ones after every step."""
+
+    def copy_back(self) -> None:
+        super().copy_back()
+        for p, master in zip(self.params, self.masters, strict=True):
+            master.copy_(p)
+
+
 class LostKahan(Kahan):
     """The compensation is cleared after every step."""
 
@@ -201,4 +238,5 @@ def _raw(p: Tensor) -> Tensor:
 
 
 KEEPING: tuple[type[LowAdamW], ...] = (Split, FusedSplit, Remainders, Masters, Kahan, Dice, OwnDice)
+LOOPS: tuple[type[OutsideMasters], ...] = (OutsideMasters, WrapperMasters)
 LOSING: tuple[type[LowAdamW], ...] = (LostRemainders, LostSplit, LostMasters, LostKahan, LostDice)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.support.replay.sketched_rules import Sketch, descend, parameter, probed
 from update_watch.replay.rule import Kind, Rule
 from update_watch.replay.rule_kind import find_rule
+from update_watch.replay.twin import Twin
 
 
 def test_a_projection_every_so_many_steps_is_found_through_its_setting() -> None:
@@ -247,3 +248,28 @@ def test_low_precision_state_of_the_rules_own_choice_is_widened_where_the_rule_a
 
 def _one(param: Tensor) -> float:
     return 1.0
+
+
+def test_states_of_the_rules_own_format_stay_in_it_and_those_of_the_weights_format_are_widened() -> None:
+    def momentum(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            kept = optimizer.state[param].setdefault("momentum", torch.zeros_like(param, dtype=torch.bfloat16))
+            square = optimizer.state[param].setdefault("square", torch.zeros_like(param))
+            square.lerp_(param.grad.square(), 0.1)
+            step = param.grad / (square.sqrt() + 1e-8) / (param.norm() + 1)
+            descend(group, param, kept.lerp_(step.to(torch.bfloat16), 0.1).to(param.dtype))
+
+    params = [torch.nn.Parameter(torch.randn(20).bfloat16()) for _ in range(2)]
+    optimizer = Sketch(params, momentum)
+    rule = find_rule(optimizer, 0, 1, shape=(20,), dtype=torch.bfloat16)
+    assert (rule.kind, rule.widens, rule.low_kept) == (Kind.whole, False, {"momentum"}), rule.reason
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(20).bfloat16()
+        done = Twin(optimizer).replay_whole(0, params[0], params[0].grad, optimizer.state[params[0]], **rule.formats)
+        optimizer.step()
+    assert {name: done.state[name].dtype for name in done.state} == {
+        "momentum": torch.bfloat16,
+        "square": torch.float32,
+    }
+    assert torch.allclose(done.param, params[0].float(), atol=0.02)

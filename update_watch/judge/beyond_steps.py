@@ -25,7 +25,7 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
     health = HEALTHY if net is None else grade(net + 2 * error, before, limits)
     undone = share(e.undone_fraction) or 0.0
     is_uncopied = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
-    is_undone = not e.is_master and undone >= _UNDONE and not _travels(e)
+    is_undone = undone >= _UNDONE and not _travels(e)
     if health is HEALTHY or not (is_uncopied or is_undone):
         history.lossy_windows = 0
         return None
@@ -33,7 +33,7 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
     if is_undone and e.written_steps < 2 and history.lossy_windows < 2:  # a checkpoint may have been loaded
         return None
     history.net_grade = health
-    cause = Cause.not_copied_back if is_uncopied else Cause.overwritten
+    cause = Cause.overwritten if is_undone else Cause.not_copied_back
     return verdict(health, cause, Seen(dtype=e.dtype, net=net, written_step=e.written_step))
 
 

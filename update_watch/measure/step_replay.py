@@ -22,7 +22,7 @@ from update_watch.measure.sampling import local
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import is_plain
 from update_watch.replay.rounding_scheme import Join
-from update_watch.replay.rule import Kind
+from update_watch.replay.rule import Kind, Rule
 from update_watch.replay.twin import GroupSettings, Run, Twin
 
 _WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
@@ -212,7 +212,7 @@ class StepReplay:
         if self._saved >= sum(local(param).numel() for param in members_of(self._optimizer)):
             self._saved = 0
             try:
-                results = _replay_together(self._twin, self._optimizer, widen=self.rows[waiting[0]].rule.widens)
+                results = _replay_together(self._twin, self._optimizer, self.rows[waiting[0]].rule)
             except ReplayError as error:
                 for i in waiting:
                     self.rows[i].reason = str(error)
@@ -330,11 +330,11 @@ def _replay_whole(twin: Twin, row: Row, state: dict[str, Any]) -> Run:
             shards[scheme.carrier] = torch.zeros_like(rest)
     rule = row.rule
     return twin.replay_whole(
-        row.group, weight, local(grad), shards, widen=rule.widens, scaled=rule.scaled, may_draw=rule.may_draw
+        row.group, weight, local(grad), shards, **rule.formats, scaled=rule.scaled, may_draw=rule.may_draw
     )
 
 
-def _replay_together(twin: Twin, optimizer: Optimizer, widen: bool) -> dict[int, Run]:
+def _replay_together(twin: Twin, optimizer: Optimizer, rule: Rule) -> dict[int, Run]:
     """Of all tensors of an optimizer, by their ids."""
     runs: dict[int, Run] = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -343,4 +343,4 @@ def _replay_together(twin: Twin, optimizer: Optimizer, widen: bool) -> dict[int,
             shards = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
             grad = None if param.grad is None else local(param.grad)
             runs[id(param)] = Run(index, local(param.detach()), grad, shards)
-    return dict(zip(runs, twin.replay_together(list(runs.values()), widen=widen), strict=True))
+    return dict(zip(runs, twin.replay_together(list(runs.values()), **rule.formats), strict=True))

@@ -74,12 +74,15 @@ class ReplayTrial:
                 except RuleError:
                     return  # as schedules of fixed length do
 
-    def keeps_low_precision(self) -> bool:
-        """Some state is kept in fewer bits than FP32."""
-        copier = Copier(None, widen=True)
-        for state in self.training.states():
-            copier.copy(list(state.values()), "the state")
-        return copier.has_widened
+    def low_states(self) -> frozenset[str]:
+        """Those that are kept in fewer bits than FP32."""
+        found = set()
+        for name, value in ((name, value) for state in self.training.states() for name, value in state.items()):
+            copier = Copier(None, widen=True)
+            copier.copy([value], "the state")
+            if copier.has_widened:
+                found.add(name)
+        return frozenset(found)
 
     def _step(self) -> None:
         training = self.training

@@ -33,12 +33,20 @@ class Rule:
     exact_states: frozenset[str] = frozenset()  # of `element_states`, those whose replay may be judged as well
     forms: Mapping[str, str] = dataclasses.field(default_factory=dict)  # state -> as of `SyntheticTraining.form`
     widens: bool = True  # False: low-precision state must be replayed in its own format (`Twin.replay_whole`)
+    low_kept: frozenset[str] = (
+        frozenset()
+    )  # if not `widens`: of FP32 weights too, these are kept so, and others are widened
     low_states: frozenset[str] = frozenset()  # made for low-precision weights and not in FP32
     scaled: ScaledWeights | None = None  # replays are made in the weight's own format
     has_failed: bool = False  # the rule did not run: it may do so once its optimizer has set itself up in a first step
     skips_first: bool = False  # the first step sets up what the later ones go by: it cannot be replayed
     may_draw: bool = False  # the rule throws dice, and its update does not depend on them
     apart: bool = False  # scalar state differs by parameter, beyond step counts: replay each parameter on its own
+
+    @property
+    def formats(self) -> dict[str, Any]:
+        """How the replay of a whole tensor is to take states below FP32."""
+        return {"widen": self.widens or bool(self.low_kept), "kept": self.low_kept}
 
     def misfit(self, param: Tensor, state: Mapping[str, Any]) -> str:
         """Why what was found out does not hold for this parameter, judged by its state; "" when it fits.

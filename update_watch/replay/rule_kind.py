@@ -212,7 +212,7 @@ def _first_right(settings: TrainingSettings, shape: tuple[int, ...], ways: tuple
             for training, steps in _trainings(starts, way, shape, size_matters):
                 trials.append(ReplayTrial(training, way))
                 trials[-1].run(steps)
-            return _rule(way, trials, widens=_widens(trials[-1]))
+            return _rule(way, trials, _kept_low(trials[-1]))
         except RuleError:
             raise
         except Exception as error:  # torch's own as well, of states that it cannot compute with
@@ -266,20 +266,21 @@ def _trainings(
             yield start._replace(shapes=mimic(shape)), STEPS
 
 
-def _widens(trial: ReplayTrial) -> bool:
-    """Low-precision state, if there is any, can be replayed in FP32."""
-    if not trial.keeps_low_precision():
-        return True
+def _kept_low(trial: ReplayTrial) -> frozenset[str]:
+    """States of low precision, if there are any that cannot be replayed in FP32."""
+    low = trial.low_states()
+    if not low:
+        return low
     try:
         ReplayTrial(trial.settings, trial.way, widen=True).run(_STEPS_SMALL)
     except ReplayError:
         if trial.way not in _KINDS:
             raise
-        return False
-    return True
+        return low
+    return frozenset()
 
 
-def _rule(way: Way, trials: list[ReplayTrial], widens: bool) -> Rule:
+def _rule(way: Way, trials: list[ReplayTrial], low_kept: frozenset[str]) -> Rule:
     """What holds in all trainings."""
     forms: dict[str, str] = {}
     for trial in trials:
@@ -293,7 +294,8 @@ def _rule(way: Way, trials: list[ReplayTrial], widens: bool) -> Rule:
         error=max(trial.error for trial in trials),
         exact_states=frozenset(exact),
         forms=forms,
-        widens=widens,
+        widens=not low_kept,
+        low_kept=low_kept,
         apart=any(trial.apart for trial in trials),
         may_draw=any(trial.twin.has_drawn for trial in trials),
         skips_first=any(trial.skips_first for trial in trials),

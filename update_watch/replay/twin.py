@@ -12,7 +12,7 @@ attributes are copied at every replay (`copier`), random number generators are p
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -130,29 +130,29 @@ class Twin:
         state: dict[str, Any],
         *,
         widen: bool = True,
+        kept: Collection[str] = (),
         scaled: ScaledWeights | None = None,
         may_draw: bool = False,
     ) -> Run:
         """Run the rule on FP32 copies of a whole parameter, its gradient and all of its state; nothing is overwritten.
 
-        `widen`: state below FP32 is widened as well, also inside lists and objects. Integers and tensor subclasses
-        (quantised state) are copied as they are. Raises `ReplayError` when the rule fails.
+        `widen`: state below FP32 is widened as well, also inside lists and objects, but for those `kept`. Integers and
+        tensor subclasses (quantised state) are copied as they are. Raises `ReplayError` when the rule fails.
         """
-        copier = Copier(None, widen=widen)
-        copies = {name: copier.copy(value, f"state '{name}'") for name, value in state.items()}
+        copies = _copied(state, _copiers(widen), kept)
         run = Run(group, _widened(param.detach()), _widened(grad.detach()), copies, scaled, may_draw)
         return self._run([run], _eps_of(self._optimizer.param_groups[group], param.dtype), is_whole=True)[0]
 
-    def replay_together(self, runs: Sequence[Run], *, widen: bool = True) -> list[Run]:
+    def replay_together(self, runs: Sequence[Run], *, widen: bool = True, kept: Collection[str] = ()) -> list[Run]:
         """The same of all parameters of all groups at once, in the order of the groups, those without a gradient too: for a
         rule with numbers over all tensors. Raises `ReplayError` when it fails.
         """
-        copier = Copier(None, widen=widen)
+        copiers = _copiers(widen)
         copies = [
             run._replace(
                 param=_widened(run.param),
                 grad=None if run.grad is None else _widened(run.grad),
-                state={name: copier.copy(value, f"state '{name}'") for name, value in run.state.items()},
+                state=_copied(run.state, copiers, kept),
             )
             for run in runs
         ]
@@ -319,6 +319,15 @@ def _own(state: dict[str, Any], copier: Copier) -> dict[str, Any]:
         name: value if is_plain(value) or isinstance(value, Tensor) else copier.copy(value, f"state '{name}'")
         for name, value in state.items()
     }
+
+
+def _copiers(widen: bool) -> tuple[Copier, Copier]:
+    """Of states that stay in their format, of others."""
+    return Copier(None), Copier(None, widen=widen)
+
+
+def _copied(state: dict[str, Any], copiers: tuple[Copier, Copier], kept: Collection[str]) -> dict[str, Any]:
+    return {name: copiers[name not in kept].copy(value, f"state '{name}'") for name, value in state.items()}
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -47,6 +47,33 @@ def test_masters_are_reported_under_their_parameters_names_and_nothing_else_is()
     assert all(t.efficiency == pytest.approx(1, abs=0.02) for t in report.tensors)
 
 
+def test_masters_that_are_taken_from_the_stored_weights_after_each_step_lose_what_they_are_for() -> None:
+    model = Net(torch.bfloat16)
+    masters = clones(model)
+    optimizer = torch.optim.AdamW(masters, lr=1e-5)
+    reports: list[Any] = []
+    with uw.watch(model, optimizer, window=16, budget=None, sinks=[reports.append]) as watch:
+        for x in batches(48, torch.bfloat16):
+            model.zero_grad()
+            backward(model, x)
+            for master, p in zip(masters, model.parameters(), strict=True):
+                assert p.grad is not None
+                master.grad = p.grad.float()
+            optimizer.step()
+            with torch.no_grad():
+                for master, p in zip(masters, model.parameters(), strict=True):
+                    p.copy_(master)
+                    master.copy_(p)
+        watch.flush()
+    norm = next(t for t in reports[-1].tensors if "norm" in t.name)
+    assert (str(norm.health), str(norm.cause), norm.efficiency) == (
+        "stalled",
+        "overwritten",
+        pytest.approx(1, abs=0.02),
+    )
+    assert norm.net_efficiency == pytest.approx(0, abs=0.05)
+
+
 def test_a_master_is_known_by_its_values_where_only_one_parameter_has_them() -> None:
     model = Net(torch.bfloat16)
     masters = clones(model)

@@ -165,9 +165,9 @@ class _Entry:
     def travelled(self) -> float | None:
         """How far it got in the span, in what the steps from one write to the next can move it by: all in one direction."""
         s, steps = self.sums, len(self.window.run_steps)
-        run = steps / s["span_writes"]
-        reach = run * math.sqrt(s["span_step_square"] / steps)
-        return math.sqrt(s["span_moved"]) / reach if reach > 0 else None
+        run = steps / s["own_writes"]
+        reach = run * math.sqrt(s["own_step_square"] / steps)
+        return math.sqrt(s["own_moved"]) / reach if reach > 0 else None
 
     def copied(self) -> float | None:
         """Masters: share of what they moved by that arrived in the model's tensor."""
@@ -217,21 +217,21 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
         found["copy_changed_window"] = s["copy_window"] / ELEMENTS
         found["was_rounded"] = not window.has_masters and s["coarse"] >= VARIED
     arrived = t.numbers.displacement_efficiency
-    if window.has_masters:
-        found["net_efficiency"] = entry.copied()
-    elif not s["span_writes"]:
-        found["net_efficiency"] = arrived
+    copied = entry.copied() if window.has_masters else None
+    if not s["own_writes"]:
+        found["net_efficiency"] = copied if window.has_masters else arrived
         found["undone_fraction"] = 0.0
     else:
         # what is written once in a window, or in some, may be a checkpoint: that it comes again shows over the span
         shares = [entry.kept(prefix) for prefix in ("", "span_")]
-        found["written_steps"] = int(s["span_writes"])
+        found["written_steps"] = int(s["own_writes"])
         kept, error = min(shares, key=lambda share: math.inf if share[0] is None else share[0])
         if kept is not None:
             went = any((place, entry.writes) in elsewhere for place in _around(t.name, 3))
             found["travelled"] = entry.travelled()
             found["undone_fraction"] = 0.0 if went else min(max(1 - kept, 0.0), 1.0)
-            found["net_efficiency"] = kept if arrived is None else kept * arrived
+            net = kept if arrived is None else kept * arrived
+            found["net_efficiency"] = net if copied is None else min(net, copied)
             found["net_efficiency_error"] = error
     if t.reason and window.is_stepped and not window.has_masters:  # no replay says it
         found["applied_ratio"] = math.sqrt(s["step_square"] / ELEMENTS / window.steps) / stored if stored else None

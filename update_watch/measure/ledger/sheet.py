@@ -2,11 +2,9 @@
 
 In the step there is one gather before and one after, from cached views; every few steps the gathered values are added up
 on the device. Sums are of the open window, and of a span of some windows with the same elements, for what happens more
-seldom than once a window. Elements that sit at a bound (0, or the smallest or largest of a tensor whose values are not all
-the same) are summed apart: clipping, pruning and projections write those back by design.
+seldom than once a window. Elements at a bound (0, or the smallest or largest) are summed apart: clipping and pruning write them.
 
-Legend: n tensors, E elements of each, T steps that wait to be added up, 2: of the
-open window, of the span.
+Legend: n tensors, E elements of each, T steps that wait to be added up, 2: of the open window, of the span.
 """
 
 from __future__ import annotations
@@ -32,11 +30,12 @@ _SUMS = ("dot", "square", "spread", "free_dot", "free_square", "across_dot", "ac
 _OF_BOTH = (*_SUMS, "moved", "writes", "due", "copied")
 # what leaves the device per tensor, sums over its elements: D what it moved by, A the sum of what steps applied
 COLUMNS = (
-    # <D, A>, <A, A>, spread of <D, A>; the same of elements at no bound, and of the part of A across the weights;
-    # <D, D>; steps it was written before; <R, R>, <D, R> with R what the master moved by, rounded
+    # <D, A>, <A, A>, spread of <D, A>; of elements at no bound; of the part of A across the weights: all of the master where
+    # there is one. <D, D>; steps it was written before; <R, R>, <D, R> with R what the master moved by, rounded
     *_OF_BOTH,
     *(f"span_{name}" for name in _OF_BOTH),
     *("span_step_square", "step_square"),  # sums over the span's and the window's steps of <A, A> of each
+    *("own_writes", "own_moved", "own_step_square"),  # over the span as above, of the master where there is one
     "written",  # sum of squares of what was written between steps
     *("stored", "still"),  # sum of squares at the window's begin; elements that are at its end what they were
     "last",  # the last look of the span before which it was written, from 1; 0: none
@@ -251,8 +250,8 @@ class Sheet:
         wrote_Tn = between_TnE.ne(0).any(-1)
         self._writes_2n.add_(wrote_Tn.sum(0))
         # made on the device: nothing is copied to it
-        first = self._span_steps - T
-        step_T1 = torch.arange(first + 1, first + T + 1, device=self.device, dtype=torch.float32).unsqueeze(1)
+        last = self._span_steps + 1
+        step_T1 = torch.arange(last - T, last, device=self.device, dtype=torch.float32).unsqueeze(1)
         torch.maximum(self._last_write_n, (wrote_Tn * step_T1).amax(0), out=self._last_write_n)
         # as good as different for each step
         self._signature_n.add_((wrote_Tn * step_T1.mul_(12.9898).sin_()).sum(0))
@@ -304,12 +303,13 @@ class Sheet:
         copies = [self._compare_copies(begin_nE) for begin_nE in (self._first_nE, self._begin_2nE[1])]
         rows: list[Tensor] = []
         for i in (0, 1):
-            rows += [*sums_22n[i], spread_2n[i], *free_22n[i], *across_22n[i]]
+            rows += [row[-n:] for row in (*sums_22n[i], spread_2n[i], *free_22n[i], *across_22n[i])]
             rows += [moved_2n[i], self._writes_2n[i], *copies[i]]
-        rows += [self._squares_2n[0], self._squares_2n[0] - self._earlier_n, self._squares_2n[1]]
-        rows += [self._begin_2nE[0].square().sum(-1), moved_2nE[0].eq(0).sum(-1).float()]
-        rows += [self._last_write_n, self._signature_n, *self._gradients_2n, *self._compare_with_bf16()]
-        return torch.cat([row[:n] for row in rows])
+        squares_n, written_n = self._squares_2n
+        own = [row[-n:] for row in (self._writes_2n[1], moved_2n[1], squares_n)]
+        rows += [squares_n, squares_n - self._earlier_n, *own, written_n, self._begin_2nE[0].square().sum(-1)]
+        rows += [moved_2nE[0].eq(0).sum(-1).float(), self._last_write_n, self._signature_n, *self._gradients_2n]
+        return torch.cat([row[:n] for row in (*rows, *self._compare_with_bf16())])
 
     def _compare_copies(self, begin_nE: Tensor) -> list[Tensor]:
         """Have the model's tensors moved as their masters have? Both before the first and before the last step."""
