@@ -177,16 +177,18 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         if self._state and is_same_model:
             session.restore(self._state)
         self._model = weakref.ref(pl_module)
+        any_rank = functools.partial(trainer.strategy.reduce_boolean_decision, all=False)
         self._response = StallResponse(
-            self._options.on_stall,
-            self._options.window,
-            trainer.global_step,
-            trainer.world_size,
-            is_leader,
-            functools.partial(trainer.strategy.reduce_boolean_decision, all=False),
+            *(
+                self._options.on_stall,
+                self._options.window,
+                trainer.global_step,
+                trainer.world_size,
+                is_leader,
+                any_rank,
+            )
         )
-        if is_leader:
-            session.audit(averages, dashboards)
+        session.audit(averages, dashboards, any_rank)
 
     def _is_spare(self, trainer: Any) -> bool:
         """Whether it was added by the environment to a Trainer that has one from its user."""

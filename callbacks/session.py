@@ -92,6 +92,7 @@ class Session:
             TypeError: none of the optimizers can be watched.
         """
         self._inbox = Inbox()  # appended to by the watch's thread
+        self._is_leader = is_leader
         self._options = options
         self.optimizers = list(optimizers)
         watchable = watchable_of(self.optimizers)
@@ -143,12 +144,22 @@ class Session:
         except (ValueError, TypeError, KeyError) as error:
             logger.warning("update-watch: the checkpoint's memory of earlier windows is not used: %s", error)
 
-    def audit(self, averages: Mapping[str, Any], dashboards: Sequence[Any]) -> None:
-        """Print what will stall, or that nothing will, and tell the dashboards.
+    def audit(self, averages: Mapping[str, Any], dashboards: Sequence[Any], any_rank: Callable[[bool], bool]) -> None:
+        """Print on rank 0 what will stall, or that nothing will, and tell the dashboards. Called on every rank.
+
+        Args:
+            any_rank: whether it is true on any rank: what ends the run on rank 0 ends it on all, or they would wait for it.
 
         Raises:
             StallExpected: something will stall, and `on_audit` is "raise"; or the user's function raised an error.
         """
+        error = self._audited(averages, dashboards) if self._is_leader else None
+        if self._options.on_audit != "warn" and any_rank(error is not None) and error is None:
+            error = StallExpected("rank 0's audit ends the run (on_audit): its log says what is expected to stall")
+        if error is not None:
+            raise error
+
+    def _audited(self, averages: Mapping[str, Any], dashboards: Sequence[Any]) -> StallExpected | None:
         try:
             found, text = _audit(self._names, averages, self.watch.trainer, self._options.print_audit == "full")
             if self._options.print_audit:
@@ -159,14 +170,19 @@ class Session:
                 sink.describe(facts)
         except Exception as error:
             logger.warning("update-watch: no audit: %r", error)
-            return
-        if self._options.on_audit == "raise":
-            found.check()
-        elif callable(self._options.on_audit):
-            try:
+            return None
+        try:
+            if self._options.on_audit == "raise":
+                found.check()
+            elif callable(self._options.on_audit):
                 self._options.on_audit(found)
-            except Exception as error:
-                raise StallExpected(str(error)) from error
+        except StallExpected as error:
+            return error
+        except Exception as error:
+            expected = StallExpected(str(error))
+            expected.__cause__ = error
+            return expected
+        return None
 
     def finish(self, timeout: float = FLUSH_SECONDS) -> list[Report]:
         """Report the open window; the reports that were not taken yet."""

@@ -146,19 +146,14 @@ class UpdateWatch(TrainerCallback, ExportableState):
                 self._options.schedule_or(lambda: of_transformers(kwargs.get("lr_scheduler"), state)),
             ),
         )
+        any_rank = functools.partial(_any_rank, device=args.device)
         self._response = StallResponse(
-            self._options.on_stall,
-            self._options.window,
-            state.global_step,
-            args.world_size,
-            is_leader,
-            functools.partial(_any_rank, device=args.device),
+            *(self._options.on_stall, self._options.window, state.global_step, args.world_size, is_leader, any_rank)
         )
         memory = (stored[-1] if isinstance(stored, list) else stored).get("attributes", {}).get("memory")
         if state.global_step > 0 and memory:
             self._session.restore(unpacked(memory))
-        if is_leader:
-            self._session.audit(averages, dashboards)
+        self._session.audit(averages, dashboards, any_rank)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The update that comes is counted by the Trainer when it is done."""

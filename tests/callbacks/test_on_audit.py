@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
+from lightning.pytorch.strategies import Strategy
 
 from tests.support.lightning_fits import LOW, STALLS, Watched, fit
 from tests.support.lightning_models import Module, trainer
@@ -84,3 +86,23 @@ def test_weights_from_a_checkpoint_are_checked_again(tmp_path: Path) -> None:
     with pytest.raises(StallExpected, match=r"weights \(bfloat16\): .*nets\.0\.0\.weight"):
         resumed.fit(module, ckpt_path=path)
     assert module.steps == 0
+
+
+@pytest.mark.parametrize("on_audit", ["raise", "warn"])
+def test_what_ends_rank_0_ends_every_rank(on_audit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank asks the others, where the audit may end the run; else nothing is asked and nobody waits."""
+    asked: list[bool] = []
+
+    def reduce(strategy: Any, decision: bool, all: bool = True) -> bool:
+        asked.append(decision)
+        return True  # some other rank's is
+
+    monkeypatch.setattr(Strategy, "reduce_boolean_decision", reduce)
+    monkeypatch.setattr(lightning.Trainer, "is_global_zero", False)
+    module = Counting()
+    if on_audit == "raise":
+        with pytest.raises(StallExpected, match="rank 0's audit ends the run"):
+            fit(module, Watched(on_audit=on_audit))
+    else:
+        fit(module, Watched(on_audit=on_audit), max_steps=1)
+    assert (module.steps, asked) == ((0, [False]) if on_audit == "raise" else (1, []))
