@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from update_watch.naming import cut_middle
 from update_watch.report import SEVERITY, Health, Report, TensorReport
-from update_watch.wording import printable
+from update_watch.wording import cause_label, printable
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -130,7 +130,7 @@ def _table(tensors: Sequence[TensorReport], width: int, plain: Plain) -> Table:
         if has_ratio:
             cells.append(_number(t.update_ratio, ".1e", plain))
         if has_cause:
-            cells.append(t.cause.value.replace("_", " ") if t.cause else "")
+            cells.append(cause_label(t.cause))
         if is_wide:
             cure = _wording(t.advice)
             cells.append(Text(plain(t.advice if cure not in said else t.advice.split("; ")[0]), style="dim"))

@@ -220,7 +220,7 @@ def _calm(frame: Frame) -> Verdict:
         sentence = (
             (f"All {healthy:,} tensors get their updates." if total > 1 else "The one tensor gets its updates.")
             if healthy == total
-            else (f"{healthy:,} of {total:,} tensors get their updates; {_others_words(others)}.")
+            else (f"{healthy:,} of {total:,} tensors get their updates; {_others_counted(others)}.")
         )
         if frame.health in UNWELL and states:
             return Verdict(
@@ -234,9 +234,26 @@ def _calm(frame: Frame) -> Verdict:
         return Verdict(Health.idle, f"Nothing is being trained{': ' + why if why else ''}.", "", others, idle.cause)
     if counts[Health.unknown]:
         return Verdict(
-            Health.unknown, f"No verdict: {_others_words(others)}.", "", others, chief.cause if chief else None
+            Health.unknown, f"No verdict: {_unmeasured(others, total)}.", "", others, chief.cause if chief else None
         )
     return Verdict(Health.frozen, "Every tensor is frozen.", "", others, None)
+
+
+def _others_counted(groups: Sequence[Group]) -> str:
+    """In words where these are few, else their number by health: the names have a line of their own."""
+    if len(groups) == 1 and "," not in groups[0].words and " and " not in groups[0].words:
+        return _others_words(groups)
+    counts = Counter({group.health: 0 for group in groups})
+    for group in groups:
+        counts[group.health] += len(group.members)
+    return ", ".join(f"{count:,} {'is' if count == 1 else 'are'} {health}" for health, count in counts.items())
+
+
+def _unmeasured(groups: Sequence[Group], total: int) -> str:
+    lacking = sum(len(group.members) for group in groups if group.health is Health.unknown)
+    if lacking < total:
+        return _others_words(groups)
+    return f"none of the {total:,} tensors can be measured" if total > 1 else "the one tensor cannot be measured"
 
 
 def _others_words(groups: Sequence[Group]) -> str:

@@ -12,6 +12,29 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 _SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
+# a `report.Cause` in two or three words, where there is no room for its sentence
+_CAUSES = {
+    "weight_rounding": "rounded away",
+    "state_rounding": "state is rounded",
+    "decay_rounding": "decay rounded away",
+    "average_rounding": "average is rounded",
+    "accumulation_rounding": "gradient sum is rounded",
+    "overwritten": "overwritten",
+    "not_copied_back": "masters not copied back",
+    "average_diverges": "average diverges",
+    "average_not_updated": "average not updated",
+    "negligible_gradient": "gradient is round-off",
+    "requires_grad_off": "frozen",
+    "not_in_optimizer": "in no optimizer",
+    "no_gradient": "no gradient",
+    "zero_gradient": "gradient is 0",
+    "zero_learning_rate": "learning rate is 0",
+    "skipped_steps": "steps are skipped",
+    "not_written": "not written",
+    "non_finite": "NaN or infinity",
+    "replicas_differ": "ranks differ",
+    "not_replayable": "cannot be replayed",
+}
 _NAMES = 8  # of tensors, in a sentence
 _LONGEST = 200  # characters of an error, in a sentence
 
@@ -24,6 +47,11 @@ def size(count: int) -> str:
             break
         amount /= 1000
     return f"{count} B" if unit == "B" else f"{amount:.3g} {unit}"
+
+
+def cause_label(cause: str | None) -> str:
+    """A `report.Cause` in two or three words; "" for none."""
+    return "" if cause is None else _CAUSES.get(str(cause), str(cause).replace("_", " "))
 
 
 def listed(names: Sequence[str], most: int = _NAMES) -> str:

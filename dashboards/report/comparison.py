@@ -64,7 +64,7 @@ def _families(histories: Sequence[History]) -> list[Row]:
 
 def _settings(histories: Sequence[History]) -> list[Row]:
     """What the journals say of the runs, as far as it is a word or a number."""
-    shown = {"name", "optimizer", "trainer"}
+    shown = {"name", "optimizer", "trainer", "is_demo"}
     keys = dict.fromkeys(
         key for h in histories for key, value in h.run.items() if _is_plain(value) and key not in shown
     )

@@ -41,6 +41,18 @@ _PARTS = {
 }
 
 
+_OF_UNKNOWN = {  # what is in the reason -> what can be done about it, as docs/unknown.md says it
+    "random numbers": "Draw outside of the optimizer's step, as noise on the gradients: what a step draws itself cannot be known from"
+    " another draw. Rules that only round at random are measured",
+    "windows are pooled": "Train on: windows are pooled until it is known. samples=1024 makes it sooner",
+    "steps a verdict needs": "Train on, or take a shorter window",
+    "hides its stored values": "Nothing, where these are quantised weights: watch what is trained beside them (adapters)",
+    "other tensors than the model's": "Make the optimizer after the model is wrapped, moved or converted",
+    "longer window would": "Take a longer window: net progress over it decides",
+    "": "docs/unknown.md says for each reason what can be done",
+}
+
+
 class Option(NamedTuple):
     """One cure."""
 
@@ -192,6 +204,8 @@ def _cure(frame: Frame, verdict: Verdict, run: Mapping[str, Any]) -> Cure | None
     if group is None:
         return _cure_of_parts(frame)
     offers = offers_of(frame, verdict)
+    if group.health is Health.unknown:
+        return Cure(next((cure for part, cure in _OF_UNKNOWN.items() if part in group.advice), _OF_UNKNOWN[""]))
     if not offers:
         _, _, cure = group.advice.partition("; ")
         return Cure(_capital(cure or group.advice).rstrip(".")) if group.advice else None
@@ -246,10 +260,10 @@ def _rates(history: History) -> dict[str, float]:
     if not len(known) or not critical_rates(history):
         return {}
     found = {"now": float(history.last.run.lr)}
-    if known.max() > 1.05 * found["now"]:
+    if known.max() > 1.4 * found["now"]:
         found["peak"] = float(known.max())
     end = history.run.get("lr_end")
-    if isinstance(end, (int, float)) and not isinstance(end, bool) and 0 < end < 0.95 * found["now"]:
+    if isinstance(end, (int, float)) and not isinstance(end, bool) and 0 < end < 0.7 * found["now"]:
         found["end of schedule"] = float(end)
     return {name: rate for name, rate in found.items() if rate > 0}
 

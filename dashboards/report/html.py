@@ -207,6 +207,8 @@ def _style() -> str:
         f"@media (prefers-color-scheme: dark){{:root:not([data-theme=light]){{{variables('dark')}}}}}\n"
         f":root[data-theme=dark]{{{variables('dark')}}}"
     )
+    # paper is white, whatever the screen is
+    dark += f"\n@media print{{:root:root:root{{color-scheme:light;{variables('light')}}}}}"
     runs = "".join(f".s{i}{{background:{color}}}" for i, color in enumerate(RUNS["light"]))
     return f":root{{{variables('light')}}}{runs}\n{dark}\n{_resource('page.css')}"
 

@@ -11,6 +11,7 @@ from update_watch.dashboards.report.history import History, margin
 from update_watch.dashboards.report.traces import run_traces
 from update_watch.naming import without_prefix
 from update_watch.report import SEVERITY
+from update_watch.wording import cause_label
 
 MOST_ROWS = 6000  # of all runs together; the worst are kept
 
@@ -40,7 +41,7 @@ FIELDS = (
 
 
 def tensor_list(histories: Sequence[History]) -> dict[str, Any]:
-    """`fields`, `rows` (worst first), `texts` (advice, by index), `causes`, `healths`, `left_out`, and `traces` of each
+    """`fields`, `rows` (worst first), `texts` (advice, by index), `causes`, `codes`, `healths`, `left_out`, and `traces` of each
     run: what was measured of its rows' tensors over the run, in the order of `trace`."""
     texts: dict[str, int] = {"": 0}
     ranked: list[tuple[tuple[int, float, int], list[Any]]] = []
@@ -56,7 +57,8 @@ def tensor_list(histories: Sequence[History]) -> dict[str, Any]:
         "fields": FIELDS,
         "rows": kept,
         "texts": list(texts),
-        "causes": [cause.value for cause in CAUSES],
+        "causes": [cause_label(cause) for cause in CAUSES],
+        "codes": [cause.value for cause in CAUSES],
         "healths": [health.value for health in SEVERITY],
         "left_out": len(ranked) - len(kept),
         "traces": [run_traces(history, index) for history, index in zip(histories, shown, strict=True)],

@@ -56,7 +56,7 @@ def test_the_table_shows_verdict_numbers_cause_and_advice():
     (head,) = (line for line in lines if line.startswith("tensor"))
     assert head == "tensor health efficiency lost update ratio cause advice"
     assert any(
-        line.startswith("h.0.norm.weight stalled 0.03 97% 1.2e-04 weight rounding BF16 weights") for line in lines
+        line.startswith("h.0.norm.weight stalled 0.03 97% 1.2e-04 rounded away BF16 weights") for line in lines
     )
     assert "h.0.attn.weight healthy 1.00 <1% 1.0e-02" in lines
 
@@ -100,7 +100,7 @@ def test_health_and_efficiency_can_be_read_at_every_width(width):
 
 
 def test_the_usual_80_columns_still_show_the_cause():
-    assert "weight rounding" in shown(table(small(STALLED)), width=80)
+    assert "rounded away" in shown(table(small(STALLED)), width=80)
 
 
 def test_a_narrow_terminal_keeps_name_health_and_efficiency_and_says_the_advice_below():

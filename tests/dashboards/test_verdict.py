@@ -91,7 +91,7 @@ def test_a_run_in_which_nothing_is_trained_is_not_called_calm() -> None:
 def test_what_is_not_known_is_never_called_well() -> None:
     unknown = [tensor(f"h.{i}.w", Health.unknown, efficiency=None, advice="Unknown, because.") for i in range(3)]
     verdict = said(*unknown)
-    assert (verdict.health, verdict.sentence) == (Health.unknown, "No verdict: all 3 tensors are unknown.")
+    assert (verdict.health, verdict.sentence) == (Health.unknown, "No verdict: none of the 3 tensors can be measured.")
     assert verdict.groups[0].advice == "Unknown, because."
     assert said(tensor("a.weight"), *unknown).sentence == "1 of 4 tensors get their updates; all 3 w are unknown."
 

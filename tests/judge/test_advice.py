@@ -259,6 +259,7 @@ def test_a_cause_says(cause: Cause, seen: Seen, text: str) -> None:
 
 def test_every_cause_has_a_sentence_tested_here() -> None:
     assert {param.values[0] for param in SENTENCES} == set(Cause)
+    assert all("_" not in wording.cause_label(cause) for cause in Cause)
 
 
 @pytest.mark.parametrize("cause", list(Cause))

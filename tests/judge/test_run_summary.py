@@ -72,7 +72,7 @@ HEADLINES = [
     pytest.param((healthy("a.w"), healthy("b.w")), "All 2 tensors are healthy (efficiency 0.98).", id="all"),
     pytest.param(
         (healthy("a.w"), FROZEN, IDLE),
-        "1 of 3 tensors healthy (efficiency 0.98), 1 idle, 1 frozen (not_in_optimizer).",
+        "1 of 3 tensors healthy (efficiency 0.98), 1 idle, 1 frozen (in no optimizer).",
         id="asleep",
     ),
     pytest.param(
@@ -110,7 +110,7 @@ HEADLINES = [
         ),
         "2 of 6 tensors are stalled since step 1 (b.w, c.w): BF16 weights without an FP32 master round the updates away"
         " (efficiency 0.00, 100% lost); keep FP32 master weights: model.float() and torch.autocast (+115 kB), or use"
-        " stochastic rounding (torchao, +0 B) or Kahan summation (optimi, +49.2 kB); then retune the learning rate; also 1 stalled (not_written), 1 stalling (weight_rounding), exp_avg_sq of 1"
+        " stochastic rounding (torchao, +0 B) or Kahan summation (optimi, +49.2 kB); then retune the learning rate; also 1 stalled (not written), 1 stalling (rounded away), exp_avg_sq of 1"
         " stalled.",
         id="several-causes",
     ),

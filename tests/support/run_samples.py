@@ -281,7 +281,7 @@ def _headline(tensors: list[TensorReport], bad: list[TensorReport]) -> str:
         f"{count}: BF16 weights without an FP32 master round the updates away (efficiency {mean:.2f}, "
         f"{100 * lost:.0f}% lost); {CURE}"
     )
-    return f"{text}; also {also} stalling (weight_rounding)." if also else f"{text}."
+    return f"{text}; also {also} stalling (rounded away)." if also else f"{text}."
 
 
 def _normal_below(x: float) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from update_watch import run_journal
 from update_watch.audit.audit import audit
 from update_watch.demo.screen import Screen, open_screen, verdict
 from update_watch.demo.training import FORMATS, MASTERS, Settings, Training, pieces, trainings
@@ -93,7 +94,7 @@ def _attach(training: Training, settings: Settings, screen: Screen, stack: ExitS
     if training.name != MASTERS:
         screen.line(f"Before the first step the audit {_expectation(expected.warnings)}")
     journal, reports = settings.out / f"{training.name}.jsonl", list[Report]()
-    sinks: list[Callable[[Report], object]] = [reports.append, Journal(journal, run={"name": training.title, **facts})]
+    sinks: list[Callable[[Report], object]] = [reports.append, Journal(journal, run=_told(training, settings))]
     wandb_run = _open_wandb(training, settings, facts, screen) if settings.wandb != "disabled" else None
     if wandb_run is not None:
         from update_watch.dashboards.wandb.sink import WandbSink
@@ -114,6 +115,12 @@ def _attach(training: Training, settings: Settings, screen: Screen, stack: ExitS
         sinks=sinks,
     )
     return _Watched(training, stack.enter_context(watched), reports, journal, wandb_run)
+
+
+def _told(training: Training, settings: Settings) -> dict[str, Any]:
+    """What the journal says of a run: how it was trained, and nothing of this machine."""
+    more = {"name": training.title, "seed": settings.seed, _MARK: True}
+    return run_journal.facts([training.optimizer], "torch", **more)
 
 
 def _expectation(warnings: tuple[str, ...]) -> str:

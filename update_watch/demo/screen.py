@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from update_watch.judge.advice import brief
 from update_watch.report import SEVERITY, Report
-from update_watch.wording import fixed, number, percent
+from update_watch.wording import cause_label, fixed, number, percent
 
 
 class Screen(Protocol):
@@ -113,6 +113,6 @@ class PlainScreen:
         for t in sorted(report.tensors, key=lambda t: SEVERITY.index(t.health)):
             lost = percent(t.lost_fraction) if t.lost_fraction is not None else "-"
             ratio = number(t.update_ratio) if t.update_ratio is not None else "-"
-            why = f"{t.cause}: {brief(t.advice)}" if t.cause else ""
+            why = f"{cause_label(t.cause)}: {brief(t.advice)}" if t.cause else ""
             known = fixed(t.efficiency) if t.efficiency is not None else "-"
             self.line(f"{t.name:{width}}  {t.health!s:8}  {known:>10}  {lost:>9}  {ratio:>8}  {why}".rstrip())

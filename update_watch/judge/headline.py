@@ -24,7 +24,7 @@ from update_watch.judge.run_summary import (
 from update_watch.judge.seen import Seen
 from update_watch.naming import group_words
 from update_watch.report import SEVERITY, AccumulatorReport, Cause, Health, TensorReport, weighted_mean
-from update_watch.wording import fixed, plural
+from update_watch.wording import cause_label, fixed, plural
 
 _PROBABLE = {  # why nothing at all trains: what was seen, what it most often is
     Cause.zero_gradient: (
@@ -63,7 +63,7 @@ def headline(tensors: Sequence[TensorReport], step: int = 0, trainer: str = "tor
     if not groups and not findings:
         return _calm(tensors)
     ordered = sorted(groups.items(), key=lambda item: (RANK[item[0][0]], -len(item[1])))
-    also = [f"{len(members)} {health} ({cause})" for (health, cause), members in ordered[1:]]
+    also = [f"{len(members)} {health} ({cause_label(cause)})" for (health, cause), members in ordered[1:]]
     if ordered:
         (health, cause), members = ordered[0]
         text = _group(health, cause, members, tensors, trainer)
@@ -159,7 +159,7 @@ def _calm(tensors: Sequence[TensorReport]) -> str:
     rest = [f"{counts[health]} {health}" for health in SEVERITY if counts[health]]
     if moving:
         cause = Counter(str(t.cause) for t in moving).most_common(1)[0][0]
-        rest.insert(0, f"{len(moving)} moving without being trained ({cause})")
+        rest.insert(0, f"{len(moving)} moving without being trained ({cause_label(cause)})")
     because = _why_unknown(tensors) if counts[Health.unknown] else _why_idle(tensors)
     return f"{text}, {', '.join(rest)}{because}."
 
@@ -176,4 +176,4 @@ def _why_unknown(tensors: Sequence[TensorReport]) -> str:
 def _why_idle(tensors: Sequence[TensorReport]) -> str:
     """The cause of what is at rest, so that a headline always has one."""
     causes = Counter(t.cause for t in tensors if t.health is Health.idle and t.cause is not None)
-    return f" ({', '.join(str(cause) for cause, _ in causes.most_common(2))})" if causes else ""
+    return f" ({', '.join(cause_label(cause) for cause, _ in causes.most_common(2))})" if causes else ""

@@ -10,7 +10,7 @@ from update_watch.dashboards.report.kind_map import KindMap
 
 _ROW_PX = 19
 _WIDE = 14  # columns from which on the map takes the whole width
-_COLUMN_PX = 46
+_COLUMN_PX, _LETTER_PX = 46, 6.7
 
 
 def kind_map_chart(kinds: KindMap, run_name: str) -> Spec:
@@ -78,6 +78,7 @@ def kind_map_chart(kinds: KindMap, run_name: str) -> Spec:
         map=True,
     )
     if columns < _WIDE:
-        made["width"] = _COLUMN_PX * columns
-        made["autosize"] = {"type": "pad"}
+        # that of the labels with it; the page's script makes it less where there is less room
+        made["width"] = _COLUMN_PX * columns + _LETTER_PX * max(map(len, kinds.rows), default=0) + 20
+        made["autosize"] = {"type": "fit-x", "contains": "padding"}
     return made

@@ -59,7 +59,8 @@ function onAxis(id, spec) {
 
 async function embed(element, id, spec) {
   const old = element.drawn;
-  const shown = onAxis(id, spec);
+  let shown = onAxis(id, spec);
+  if (shown.usermeta.map && shown.width > element.clientWidth) shown = { ...shown, width: element.clientWidth };
   element.drawn = await vegaEmbed(element, shown, {
     actions: false,
     ast: true, // expressions are interpreted: the page's policy forbids eval
@@ -88,6 +89,7 @@ function withRuns(spec) {
 let drawing = Promise.resolve();
 function drawAll(elements) {
   delete root.dataset.height;
+  if (isDark()) root.dataset.drawnDark = ""; else delete root.dataset.drawnDark;
   for (const element of elements) {
     drawing = drawing.then(() => draw(element)).catch((error) => {
       root.dataset.failed = element.dataset.chart;

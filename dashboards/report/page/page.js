@@ -26,6 +26,7 @@ const percent = (v) => (v === null ? "–" : v > 0 && v < 0.005 ? "<1%" : v < 1 
 const whole = (v) => (v === null ? "–" : v.toLocaleString("en-US"));
 const small = (v) => (v === null ? "–" : v === 0 ? "0" : v.toExponential(1));
 const factor = (v) => (v === null ? "–" : v >= 100 ? whole(Math.round(v)) : v >= 0.01 ? String(Number(v.toPrecision(2))) : v.toExponential(0));
+const times = (v) => (v === null ? "–" : v >= 10 ? whole(Math.round(v)) + "x" : v >= 0.5 ? v.toFixed(1) + "x" : "1/" + whole(Math.round(1 / v)));
 function cutMiddle(text, width) {
   if (text.length <= width) return text;
   const head = Math.ceil((width - 1) * 0.4);

@@ -1,10 +1,10 @@
 // --- the table of tensors --------------------------------------------------------------------------------------
-const { fields, texts, causes, healths, traces } = data.tensors;
+const { fields, texts, causes, codes, healths, traces } = data.tensors;
 const rows = data.tensors.rows.map((cells, place) => {
   const row = { place };
   fields.forEach((field, i) => { row[field] = cells[i]; });
-  row.why = causes[row.cause] ? causes[row.cause].replaceAll("_", " ") : "";
-  row.words = [row.name, healths[row.health], row.why, causes[row.cause], texts[row.advice], row.dtype, data.runs[row.run], ...row.also].join("\n").toLowerCase();
+  row.why = causes[row.cause] || "";
+  row.words = [row.name, healths[row.health], row.why, codes[row.cause], texts[row.advice], row.dtype, data.runs[row.run], ...row.also].join("\n").toLowerCase();
   return row;
 });
 const columns = [
@@ -14,13 +14,13 @@ const columns = [
   { field: "efficiency", title: "Arrived", text: (v) => percent(v === null ? null : Math.max(0, v)), numeric: true, hint: "of each update, in the last window" },
   { field: "trace", title: "Over the run", fixed: true },
   { field: "ratio", title: "Update / weight", text: small, numeric: true },
-  { field: "margin", title: "Margin", text: factor, numeric: true, hint: "learning rate over the one at which half of its updates are lost: under 1 more than half is lost" },
+  { field: "margin", title: "Rate margin", text: times, numeric: true, hint: "how far the learning rate may fall before half of its updates are lost: under 1x more than half is lost now, and at 1/50 the learning rate would have to be 50 times as large" },
   { field: "numel", title: "Elements", text: whole, numeric: true, first: -1 },
   { field: "since", title: "Since step", text: whole, numeric: true },
   { field: "why", title: "Cause" },
 ];
 const STEP = 30;
-const NAME_LETTERS = 44;
+const NAME_LETTERS = window.innerWidth < 760 ? 26 : 44;
 let limit = STEP;
 let order = columns.some((c) => c.field === saved.field) ? { field: saved.field, way: saved.way } : { field: "place", way: 1 };
 let only = new Set(saved.only || []);
@@ -36,6 +36,7 @@ for (const column of columns) {
   column.th = th;
   head.append(th);
   if (column.fixed) { th.textContent = column.title; continue; }
+  th.dataset.title = column.title;
   const button = make("button", "", column.title);
   button.type = "button";
   if (column.hint) button.title = column.hint;

@@ -94,7 +94,8 @@ def test_a_run_of_which_nothing_is_known_says_why_and_draws_no_empty_chart():
     report = Report(10, 10, Health.unknown, "Unknown.", (TensorReport("a", Health.unknown, advice=advice),))
     page = render_html([history_of([report])])
     words = visible(page)
-    assert "No verdict: a is unknown." in words
+    assert "No verdict: the one tensor cannot be measured." in words
+    assert "What to do Draw outside of the optimizer's step" in words
     assert advice in words
     assert set(page_data(page)["charts"]) == {"map-0"}
     for title in ("How large the updates are", "How far each update is", "What the optimizer keeps"):
@@ -106,7 +107,8 @@ def test_a_run_in_which_nothing_is_trained_says_so_and_why():
     tensors = [TensorReport(f"h.{i}.w", Health.idle, Cause.zero_learning_rate, text) for i in range(4)]
     words = visible(render_html([history_of([Report(10, 10, Health.idle, "", tuple(tensors))])]))
     assert "Nothing is being trained: the learning rate is zero or has run out." in words
-    assert text in words
+    assert "All 4 tensors : its learning rate was 0 in all 10 steps of this window." in words
+    assert "What to do Check the schedule and its parameter group." in words
 
 
 def test_a_thinned_or_damaged_journal_is_named_as_such(tmp_path):
