@@ -25,7 +25,7 @@ test: $(STAMP)
 	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 test-slow: $(STAMP)
-	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "slow and not gpu" $(ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" $(ARGS)
 
 check: $(STAMP)
 	$(VENV)/bin/ruff format --check .

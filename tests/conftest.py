@@ -18,6 +18,8 @@ from update_watch.watching import attention
 torch.set_num_threads(1)
 
 _SLOW = ("test_wandb_server", "test_packaging")
+# files whose slow tests take minutes: they begin first, so that none of them runs on alone at the end
+_LONG = ("test_thinning", "test_fuzz", "test_gpu_bench", "test_joining", "test_rank_resume", "test_device_cases")
 # cases of which a like one is quick enough to be run by default, by file
 _SLOW_CASES = {
     "test_fuzz": ("random_trainings_keep_every_bit_and_their_watch[3]",),
@@ -59,6 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         stem = Path(str(item.path)).stem
         if stem in _SLOW or any(case in item.name for case in _SLOW_CASES.get(stem, ())):
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: Path(str(item.path)).stem not in _LONG)  # stable
 
 
 def pytest_xdist_auto_num_workers() -> int:
