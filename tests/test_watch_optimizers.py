@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -206,3 +207,37 @@ def test_sparse_gradients_are_unknown_with_the_reason_and_the_other_tensors_are_
     assert (embedding.health, embedding.cause) == (Health.unknown, Cause.not_replayable)
     assert "its gradients are sparse (torch.sparse_coo)" in embedding.advice
     assert [str(t.health) for t in others] == ["healthy", "healthy"]
+
+
+class Wrapping(torch.optim.Optimizer):
+    """An optimizer around another that never called `Optimizer.__init__`: Magma of pytorch_optimizer."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._patch_step_function()
+        self.inner, self.defaults = inner, inner.defaults
+
+    @property
+    def param_groups(self) -> Any:  # type: ignore[override]
+        return self.inner.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.inner.state
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+def test_an_optimizer_that_was_not_made_as_one_is_watched_by_what_it_steps_with() -> None:
+    model = nn.Linear(6, 5)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapping = Wrapping(inner)
+    with uw.watch(model, wrapping, window=16, budget=None) as watch:
+        for _ in range(32):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape)
+            wrapping.step()
+        report = watch.flush()
+    all_exact(report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -102,8 +103,11 @@ class WatchedModel:
             return watched
 
         parts = self._parts[id(optimizer)] = Parts(make(0, self.found), make)
-        hook = optimizer.register_load_state_dict_post_hook(lambda _: parts.read_counters())
-        self._handles[id(optimizer)] = hook
+        with suppress(
+            AttributeError
+        ):  # a wrapper that is an Optimizer without having been made as one has no such hooks
+            hook = optimizer.register_load_state_dict_post_hook(lambda _: parts.read_counters())
+            self._handles[id(optimizer)] = hook
 
     def _share_turns(self) -> None:
         """Let many optimizers take turns, as the tensors of one do."""
@@ -159,7 +163,8 @@ class WatchedModel:
                 part.accumulation.remove()
                 del self.watched[key, part.part]
                 self._belonging.forget_masters(part.ids - stepped)
-            self._handles.pop(key).remove()
+            if key in self._handles:
+                self._handles.pop(key).remove()
             self._belonging.disown(key)
             self._is_ledger_old = True
             # its id may be another one's soon
