@@ -135,6 +135,13 @@ def test_the_headline_says(tensors: tuple[TensorEvidence, ...], text: str) -> No
     assert report(*tensors).headline == text
 
 
+def test_a_headline_of_stalls_counts_what_waits_for_its_verdict() -> None:
+    waiting = [tensor(0.7, name=f"{name}.w", lost=0.3, efficiency_error=0.1) for name in "bcd"]
+    text = report(stalled("a.w"), *waiting, UNKNOWN).headline
+    assert text.startswith("1 of 5 tensors is stalled") and text.endswith("; also 1 not measured, 3 not known yet.")
+    assert "known yet" not in report(stalled("a.w"), healthy("b.w"), UNKNOWN).headline
+
+
 def test_the_headline_tells_since_when() -> None:
     diagnosis = Diagnosis(Thresholds())
     diagnosis.judge(window(healthy("a.w"), healthy("b.w")))

@@ -72,6 +72,9 @@ def headline(tensors: Sequence[TensorReport], step: int = 0, trainer: str = "tor
     also += [short for short, _ in findings]
     if lacking:
         also.append(f"{len(lacking)} not measured")
+    pending = sum(t.health is Health.unknown for t in tensors) - sum(t.health is Health.unknown for t in lacking)
+    if pending:
+        also.append(f"{pending} not known yet")
     return f"{text}; also {', '.join(also)}." if also else f"{text}."
 
 
