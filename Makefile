@@ -34,6 +34,7 @@ check: $(STAMP)
 
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --site-dir build/site
+	$(VENV)/bin/update-watch report --force -o build/site/demo-report.html docs/demo/bf16.jsonl docs/demo/fp32-masters.jsonl
 
 format: $(STAMP)
 	$(VENV)/bin/ruff format .

@@ -55,9 +55,7 @@ def test_the_table_shows_verdict_numbers_cause_and_advice():
     assert lines[1] == "step 100 · 2 tensors: 1 stalled, 1 healthy · efficiency 0.90 · 0.25 ms/step for watching"
     (head,) = (line for line in lines if line.startswith("tensor"))
     assert head == "tensor health efficiency lost update ratio cause advice"
-    assert any(
-        line.startswith("h.0.norm.weight stalled 0.03 97% 1.2e-04 rounded away BF16 weights") for line in lines
-    )
+    assert any(line.startswith("h.0.norm.weight stalled 0.03 97% 1.2e-04 rounded away BF16 weights") for line in lines)
     assert "h.0.attn.weight healthy 1.00 <1% 1.0e-02" in lines
 
 

@@ -71,7 +71,7 @@ def arrived(
         {"field": "lr", "type": "quantitative", "title": "learning rate", "format": ".2e"},
         {"field": "step", "type": "quantitative", "title": "up to step", "format": ","},
     ]
-    layers += [_mark(step, text, i, scales) for i, (step, text) in enumerate(marks[:_MARKS])]
+    layers += [_mark(step, text, i, scales, height) for i, (step, text) in enumerate(marks[:_MARKS])]
     layers.append(nearest(values, tooltip))
     names_ = ", ".join(history.name for history in histories)
     return time_chart(
@@ -122,7 +122,7 @@ def _forecast(coming: Sequence[dict[str, Any]], x: Spec, y: Spec, rate: Spec) ->
     ]
 
 
-def _mark(step: int, text: str, row: int, scales: Scales) -> Spec:
+def _mark(step: int, text: str, row: int, scales: Scales, height: int) -> Spec:
     first, last = scales.steps
     is_late = step - first > 0.7 * (last - first)  # no room for its word on the right
     align, dx = ("right", -4) if is_late else ("left", 4)
@@ -133,8 +133,8 @@ def _mark(step: int, text: str, row: int, scales: Scales) -> Spec:
         "layer": [
             {"mark": {"type": "rule", "style": "onset"}, "encoding": {"x": x}},
             {
-                "mark": {"type": "text", "style": "note", "align": align, "baseline": "top", "dx": dx},
-                "encoding": {"x": x, "y": {"value": 88 + 13 * row}, "text": {"field": "text"}},
+                "mark": {"type": "text", "style": "note", "align": align, "baseline": "bottom", "dx": dx, "dy": -3},
+                "encoding": {"x": x, "y": {"value": height - 13 * row}, "text": {"field": "text"}},
             },
         ],
     }
