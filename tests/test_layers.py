@@ -323,4 +323,5 @@ def test_the_distribution_holds_every_folder_of_the_package() -> None:
         )
     )
     folders = {name for name, path in MODULES.items() if path.name == "__init__.py"}
-    assert listed == folders
+    # what is read, or put on another process's path, and imported by nobody
+    assert listed == folders | {"update_watch.dashboards.report.page", "update_watch.run.startup"}
