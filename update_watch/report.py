@@ -229,7 +229,7 @@ class Alert:
     model: str = ""  # where a process watches several: which
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # thousands of tensors in a notebook's cell say nothing
 class Report:
     """One closed window.
 
@@ -252,6 +252,9 @@ class Report:
 
     def __str__(self) -> str:
         return f"step {self.step:,}: {self.headline}"
+
+    def __repr__(self) -> str:
+        return f"<update_watch.Report, {self}>"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -286,8 +289,7 @@ class Report:
         layers = tuple(_build(LayerReport, layer, health=Health) for layer in data.get("layers", ()))
         alerts = tuple(_build(Alert, a, level=Level, cause=Cause) for a in data.get("alerts", ()))
         built = {"tensors": tensors, "layers": layers, "alerts": alerts, "forecast": _forecast(data.get("forecast"))}
-        report: Report = _build(cls, {**data, **built}, health=Health)
-        return report
+        return _build(cls, {**data, **built}, health=Health)
 
 
 def quick(cls: type[_T], **fields: Any) -> _T:
@@ -322,8 +324,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _build(cls: Any, data: Mapping[str, Any], **enums: Any) -> Any:
-    names = {f.name for f in dataclasses.fields(cls)}
+def _build(cls: type[_T], data: Mapping[str, Any], **enums: Any) -> _T:
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # they all are dataclasses
     kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names}
     for key, enum in enums.items():
         if kwargs.get(key) is not None:
@@ -336,15 +338,11 @@ def _tensor(data: Mapping[str, Any]) -> TensorReport:
         name: _build(AccumulatorReport, a, health=Health, cause=Cause)
         for name, a in (data.get("accumulators") or {}).items()
     }
-    tensor: TensorReport = _build(TensorReport, {**data, "accumulators": accumulators}, health=Health, cause=Cause)
-    return tensor
+    return _build(TensorReport, {**data, "accumulators": accumulators}, health=Health, cause=Cause)
 
 
 def _forecast(data: Mapping[str, Any] | None) -> Forecast | None:
     if data is None:
         return None
     tensors = tuple(_build(TensorForecast, t) for t in data["tensors"])
-    forecast: Forecast = _build(
-        Forecast, {**data, "tensors": tensors, "course": tuple(map(tuple, data.get("course", ())))}
-    )
-    return forecast
+    return _build(Forecast, {**data, "tensors": tensors, "course": tuple(map(tuple, data.get("course", ())))})

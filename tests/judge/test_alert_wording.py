@@ -97,6 +97,20 @@ def test_an_alert_is_one_record_with_our_name_in_front(
     assert caplog.record_tuples == [("update_watch", level, f"update-watch, step 128: {alert.title}\n{alert.text}")]
 
 
+def test_a_record_has_at_most_four_lines_and_leaves_the_list_to_the_report(
+    alerts: Alerts, caplog: pytest.LogCaptureFixture
+) -> None:
+    decay = accumulator("weight_decay", Health.stalled, Cause.decay_rounding)
+    stalled = [tensor(f"h.{i}.w", Health.stalled) for i in range(40)]
+    (alert,) = told(alerts, *stalled, tensor("z.w", Health.healthy, accumulators=decay))
+    (record,) = caplog.messages
+    assert "\n- h.0.w: stalled" in alert.text and alert.text.endswith("and 35 more")
+    assert len(record.splitlines()) == 4 and "- h." not in record
+    assert record.splitlines()[2].startswith("Fix: ")
+    repr_of = repr(report(*stalled, step=512))
+    assert repr_of.startswith("<update_watch.Report, step 512: ") and len(repr_of) < 600
+
+
 def test_two_watches_do_not_share_what_they_told(clock: Clock) -> None:
     first, second = Alerts(Thresholds(), clock), Alerts(Thresholds(), clock)
     assert len(told(first, tensor("a.w", Health.stalled))) == len(told(second, tensor("a.w", Health.stalled))) == 1

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from update_watch.judge.advice import brief
 from update_watch.report import SEVERITY, Report
 from update_watch.wording import cause_label, fixed, number, percent
 
@@ -109,10 +108,11 @@ class PlainScreen:
     def table(self, report: Report) -> None:
         self.line(report.headline)
         width = max((len(t.name) for t in report.tensors), default=6)
-        self.line(f"{'tensor':{width}}  {'health':8}  {'efficiency':>10}  {'lost':>9}  {'update':>8}  cause and advice")
+        self.line(f"{'tensor':{width}}  {'health':8}  {'efficiency':>10}  {'lost':>9}  {'update':>8}  cause")
         for t in sorted(report.tensors, key=lambda t: SEVERITY.index(t.health)):
             lost = percent(t.lost_fraction) if t.lost_fraction is not None else "-"
             ratio = number(t.update_ratio) if t.update_ratio is not None else "-"
-            why = f"{cause_label(t.cause)}: {brief(t.advice)}" if t.cause else ""
             known = fixed(t.efficiency) if t.efficiency is not None else "-"
-            self.line(f"{t.name:{width}}  {t.health!s:8}  {known:>10}  {lost:>9}  {ratio:>8}  {why}".rstrip())
+            self.line(
+                f"{t.name:{width}}  {t.health!s:8}  {known:>10}  {lost:>9}  {ratio:>8}  {cause_label(t.cause)}".rstrip()
+            )

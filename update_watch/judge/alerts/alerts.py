@@ -15,7 +15,7 @@ from typing import Any
 
 from update_watch.judge.alerts.episodes import BEGAN, GREW, OVER, Episode, level_of
 from update_watch.judge.alerts.findings import AHEAD, NOTHING_TRAINS, Finding, find
-from update_watch.judge.alerts.texts import alert_of, with_decay
+from update_watch.judge.alerts.texts import alert_of, head_of, with_decay
 from update_watch.judge.history import check_state
 from update_watch.report import Cause, Health, Level, Report
 from update_watch.thresholds import Thresholds
@@ -97,7 +97,12 @@ class Alerts:
         for alert in alerts if self.is_logging else ():
             with above_progress_bars():
                 logging.getLogger("update_watch").log(
-                    _LOGGING[alert.level], "update-watch, step %d%s: %s\n%s", alert.step, of, alert.title, alert.text
+                    _LOGGING[alert.level],
+                    "update-watch, step %d%s: %s\n%s",
+                    alert.step,
+                    of,
+                    alert.title,
+                    head_of(alert.text),
                 )
         return dataclasses.replace(report, alerts=tuple(alerts))
 

@@ -6,6 +6,7 @@ Everything before the list has room on a phone: under 600 characters.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from update_watch.judge.advice import advise, finding
@@ -19,6 +20,7 @@ from update_watch.report import Alert, Cause, Health, Level, Report, TensorRepor
 from update_watch.thresholds import Thresholds
 from update_watch.wording import fixed, percent, plural
 
+_REST = re.compile(r"and \d+ more")
 _TITLE, _HEAD = 63, 590  # characters
 _HAS_GROUP_ADVICE = frozenset({Cause.weight_rounding, Cause.decay_rounding, Cause.average_rounding})
 
@@ -73,6 +75,12 @@ def with_decay(alert: Alert, decaying: Sequence[Finding]) -> Alert:
     head, *rest = alert.text.split("\n- ", 1)
     words = f"{head}\nWeight decay is lost in {plural(len(decaying), 'other tensor')} as well."
     return dataclasses.replace(alert, text="\n- ".join([words, *rest]))
+
+
+def head_of(text: str) -> str:
+    """The text of an alert without its list of tensors: what a log or a terminal has room for."""
+    lines = text.split("\n")
+    return "\n".join(line for line in lines if not line.startswith("- ") and not _REST.fullmatch(line))
 
 
 def _title(event: str, members: Sequence[Finding], tensors: Sequence[TensorReport], told: int) -> str:
