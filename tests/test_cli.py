@@ -75,7 +75,6 @@ def checkpoints(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "update-watch: error: the following arguments are required: command"),
         ("nonsense", "update-watch: error: argument command: invalid choice: 'nonsense'"),
         ("demo --steps 0", "update-watch demo: error: argument --steps: '0' is not a whole number of 1 or more"),
         ("demo --steps 1.5", "update-watch demo: error: argument --steps: '1.5' is not a whole number of 1 or more"),
@@ -119,6 +118,7 @@ def test_help_and_version_end_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"update-watch {__version__}\n"
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
+    assert main([]) == 0 and capsys.readouterr().out == text
     for command in ("demo", "report", "top", "audit", "diff", "workspace", "automations"):
         assert f"    {command} " in text or f"    {command}\n" in text
         assert main([command, "--help"]) == 0

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command. Returns the exit status."""
     try:
         try:
-            options = _parser().parse_args(arguments)
+            options = _parser().parse_args((sys.argv[1:] if arguments is None else arguments) or ["--help"])
         except SystemExit as end:  # --help, --version and wrong arguments
             return end.code if isinstance(end.code, int) else 2
         try:

@@ -73,6 +73,7 @@ def render_html(histories: Sequence[History], reload_seconds: float | None = Non
         "tensors": tensor_list(histories),
         "cures": [screen.cure.codes if screen.cure else {} for screen in screens],
         "runs": [history.name for history in histories],
+        "runColors": len(RUNS["light"]),
         "reload": reload_seconds,
     }
     safe = jinja2.utils.markupsafe.Markup  # only for what is ours or was made safe by `_script_json`
@@ -88,6 +89,7 @@ def render_html(histories: Sequence[History], reload_seconds: float | None = Non
         style=safe(_style()),
         policy=_policy(library, script),
         classes=CLASSES,
+        run_colors=len(RUNS["light"]),
         is_shallow=all(
             "width" in spec and spec["width"] != "container"
             for name, spec in drawn.charts.items()
@@ -200,7 +202,8 @@ def _style() -> str:
     """The style sheet with the colours of both themes before it."""
 
     def variables(theme: str) -> str:
-        return "".join(f"--{name}:{color};" for name, color in THEMES[theme].items())
+        runs = {f"run-{i}": color for i, color in enumerate(RUNS[theme])}
+        return "".join(f"--{name}:{color};" for name, color in (THEMES[theme] | runs).items())
 
     # the system's choice, unless the reader made one
     dark = (
@@ -209,7 +212,7 @@ def _style() -> str:
     )
     # paper is white, whatever the screen is
     dark += f"\n@media print{{:root:root:root{{color-scheme:light;{variables('light')}}}}}"
-    runs = "".join(f".s{i}{{background:{color}}}" for i, color in enumerate(RUNS["light"]))
+    runs = "".join(f".s{i}{{background:var(--run-{i})}}" for i in range(len(RUNS["light"])))
     return f":root{{{variables('light')}}}{runs}\n{dark}\n{_resource('page.css')}"
 
 

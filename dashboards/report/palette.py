@@ -84,8 +84,14 @@ THEMES: dict[str, dict[str, str]] = {
 
 # Runs side by side; no red and no orange, which mean stalls here. Dashes tell the lines apart as well.
 RUNS = {
-    "light": ("#2f6f9f", "#9467a8", "#3f9c82", "#7d6a4f", "#66707c"),
-    "dark": ("#79b8e6", "#c9a0dc", "#6fcfb0", "#c5ad86", "#a3adb8"),
+    "light": (
+        *("#2f6f9f", "#9467a8", "#3f9c82", "#7d6a4f", "#66707c"),
+        *("#c2588b", "#8a9a2b", "#1f3d6b", "#2aa5c4", "#b08f2e"),
+    ),
+    "dark": (
+        *("#79b8e6", "#c9a0dc", "#6fcfb0", "#c5ad86", "#a3adb8"),
+        *("#f09ac0", "#c3d35a", "#9fb4ff", "#6fd6ee", "#e0c15e"),
+    ),
 }
 
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"

@@ -63,7 +63,7 @@ if (runChips) {
   data.runs.forEach((name, run) => {
     const button = make("button", "");
     button.type = "button";
-    button.append(make("i", `swatch s${run % 6}`), cutMiddle(name, 26));
+    button.append(make("i", `swatch s${run % data.runColors}`), cutMiddle(name, 26));
     button.title = name;
     button.setAttribute("aria-pressed", String(!hiddenRuns.has(run)));
     button.addEventListener("click", () => {

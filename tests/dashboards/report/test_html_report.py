@@ -149,6 +149,15 @@ def test_runs_side_by_side_have_their_names_verdicts_and_rows():
     assert {row[run] for row in data["tensors"]["rows"]} == {0, 1}
 
 
+def test_every_run_of_many_has_a_colour():
+    report = Report(10, 10, Health.unknown, "Unknown.", (TensorReport("a", Health.unknown),))
+    page = render_html([history_of([report], f"run {i}") for i in range(11)])
+    used = re.findall(r'<i class="swatch s(\d+)">', page)
+    colours = [re.findall(rf"--run-{i}:(#\w+);", page) for i in used]
+    assert len(used) == 11 and len({light for light, *_ in colours}) == 10  # the eleventh has that of the first
+    assert all(f".s{i}{{background:var(--run-{i})}}" in page for i in used)
+
+
 def test_runs_of_one_name_are_told_apart_by_their_files(tmp_path):
     for folder in ("a", "b"):
         write_journal(tmp_path / folder / "run.jsonl", list(synthetic_run(gpt(1), windows=1)), name="gpt")
