@@ -1,6 +1,6 @@
 """Schemes that keep what rounding takes from a BF16 weight, against the full comparison of all elements in FP64.
 
-    python bench/bf16/remainders.py [--seeds N] [--only TEXT] [--steps N]
+    python bench/bf16/remainders.py [--seeds N] [--low] [--only TEXT] [--steps N]
 
 Every scheme trains a small net of BF16 weights; `efficiency` of each tensor is compared with <applied, intended> /
 <intended, intended> of all its elements, the intended update by the formula of AdamW in FP64, the applied one of the weight with
@@ -29,6 +29,7 @@ BAR = 0.03
 BF16 = torch.bfloat16
 WIDTH, WINDOW = 48, 32
 RARE = 4e-4  # for stochastic rounding: much less, and too few changes of 64 norm weights are expected in a window
+TOGETHER = 4  # nets in one training: 16 tensors, of which each is seen in every step
 Whole = Callable[[Tensor, dict[str, Any]], Tensor]
 
 
@@ -102,11 +103,11 @@ def adamw(w: Tensor, g: Tensor, state: dict[str, Any], group: dict[str, Any]) ->
 
 
 def train(
-    make: Callable[..., Any], whole: Whole, lr: float, seed: int, steps: int
+    make: Callable[..., Any], whole: Whole, lr: float, seed: int, nets: int, steps: int
 ) -> tuple[list[Report], dict[str, float]]:
-    """The reports, and the true efficiencies of the last window."""
+    """The reports, and the true efficiencies of the last window, of some nets side by side in one training."""
     torch.manual_seed(seed)
-    model = Net()
+    model = nn.ModuleList(Net() for _ in range(nets))
     optimizer = make(model.parameters(), lr)
     named = dict(model.named_parameters())
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -125,9 +126,10 @@ def train(
         for step in range(steps):
             if step % WINDOW == 0:
                 sums = {name: [0.0, 0.0] for name in named}
-            x = torch.randn(16, WIDTH)
             optimizer.zero_grad()
-            (model(x) - x.roll(1, -1)).square().mean().backward()
+            for net in model:
+                x = torch.randn(16, WIDTH)
+                (net(x) - x.roll(1, -1)).square().mean().backward()
             before = {n: whole(p.detach(), inner.state[p]).clone() for n, p in stepped.items()}
             intended = {
                 n: adamw(before[n], p.grad.double(), inner.state[stepped[n]], inner.param_groups[0])
@@ -147,6 +149,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3 * WINDOW)
+    parser.add_argument("--low", action="store_true", help="the lower of the two learning rates alone")
     parser.add_argument("--only", default="", help="schemes whose name holds this")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -157,19 +160,21 @@ def main() -> int:
     for name, (make, whole) in (KEPT | LOST).items():
         if arguments.only.lower() not in name.lower():
             continue
-        for lr in (1e-3, RARE if "ice" in name or "stoch" in name else 1e-5):
+        low = RARE if "ice" in name or "stoch" in name else 1e-5
+        for lr in (low,) if arguments.low else (1e-3, low):
             differences: list[float] = []
             verdicts: dict[str, int] = {}
             norms: set[str] = set()
-            for seed in range(arguments.seeds):
-                reports, truth = train(make, whole, lr, seed, arguments.steps)
+            for seed in range(0, arguments.seeds, TOGETHER):
+                nets = min(TOGETHER, arguments.seeds - seed)
+                reports, truth = train(make, whole, lr, seed, nets, arguments.steps)
                 for t in reports[-1].tensors:
                     # steps of a loop's masters arrive; what the loop makes of them is told by the verdict
                     if t.efficiency is not None and name != "LostOutsideMasters":
                         differences.append(t.efficiency - truth[t.name])
                 for t in (t for report in reports for t in report.tensors):
                     verdicts[str(t.health)] = verdicts.get(str(t.health), 0) + 1
-                norms |= {str(t.health) for t in reports[-1].tensors if t.name == "norm.weight"}
+                norms |= {str(t.health) for t in reports[-1].tensors if t.name.endswith("norm.weight")}
             worst = max(map(abs, differences), default=0.0 if name == "LostOutsideMasters" else float("nan"))
             is_wrong = not worst <= BAR or (verdicts.keys() != {"healthy"} if name in KEPT else norms != {"stalled"})
             is_missed |= is_wrong
