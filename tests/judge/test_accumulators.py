@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from tests.support.evidence_samples import STILL, accumulator, numbers, reports, tensor, verdict, verdicts
+from tests.support.evidence_samples import STILL, accumulator, numbers, reports, tensor, verdict, verdicts, window
 from update_watch.evidence import AccumulatorEvidence, Numbers
 from update_watch.judge.accumulators import alert_level
+from update_watch.judge.diagnosis import Diagnosis
 from update_watch.judge.reasons import unknown
 from update_watch.report import AccumulatorReport, Cause, Health, Level
+from update_watch.thresholds import Thresholds
 
 Accumulators = dict[str, AccumulatorEvidence]
 
@@ -148,6 +151,40 @@ def test_an_average_with_a_finding_of_its_own_is_at_least_stalling() -> None:
     assert (found.health, found.cause) == (Health.stalling, Cause.average_rounding)
     assert found.advice.startswith(
         "The average 'ema' is rounded to BF16 by the validation swap (efficiency 0.97, 3% lost)"
+    )
+
+
+NOT_SEEN = accumulator("average:ema", None, rate=1e-4, reason="it moved in this window, and no update of it was seen")
+
+
+def averages(*found: dict[str, Any]) -> list[AccumulatorReport]:
+    return [t.accumulators["average:ema"] for t in verdicts(*(tensor(accumulators=one) for one in found))]
+
+
+def test_a_lost_average_stays_lost_in_windows_that_see_no_update_of_it() -> None:
+    lost, well = accumulator("average:ema", 0.02, rate=1e-4), accumulator("average:ema", 0.98, rate=1e-4)
+    first, *later = averages(lost, *[NOT_SEEN] * 9)
+    assert [a.health for a in later] == [*[Health.stalled] * 8, Health.unknown]
+    assert {a.cause for a in later[:8]} == {Cause.average_rounding} and later[0].efficiency is None
+    assert later[1].advice == first.advice.rstrip(".") + "; measured 2 windows ago."
+    for before in ([well], [lost, well], [lost, accumulator("average:ema", 9.0, rate=1e-4)]):  # nothing bad to keep
+        assert averages(*before, NOT_SEEN)[-1].health is Health.unknown
+
+
+def test_what_is_remembered_of_a_lost_average_goes_through_a_checkpoint() -> None:
+    diagnosis = Diagnosis(Thresholds())
+    diagnosis.judge(window(tensor(accumulators=accumulator("average:ema", 0.02, rate=1e-4))))
+    resumed = Diagnosis(Thresholds())
+    resumed.load_state_dict(json.loads(json.dumps(diagnosis.state_dict())))
+    found = [d.judge(window(tensor(accumulators=NOT_SEEN), step=256)) for d in (diagnosis, resumed)]
+    assert found[0].tensors == found[1].tensors
+    assert found[1].tensors[0].accumulators["average:ema"].health is Health.stalled
+
+
+def test_a_calm_headline_counts_averages_that_are_not_known() -> None:
+    both = [tensor(0.98, name=name, accumulators=NOT_SEEN) for name in ("a.w", "b.w")]
+    assert Diagnosis(Thresholds()).judge(window(*both)).headline == (
+        "All 2 tensors are healthy (efficiency 0.98); average:ema of 2 not known."
     )
 
 

@@ -29,6 +29,7 @@ from update_watch.judge.reasons import faster_than_said, not_measured, one_windo
 from update_watch.judge.seen import Seen
 from update_watch.report import AccumulatorReport, Cause, Health, Level, quick
 from update_watch.thresholds import Thresholds
+from update_watch.wording import plural
 
 _LOSSES = (
     Cause.average_rounding,
@@ -37,6 +38,7 @@ _LOSSES = (
     Cause.accumulation_rounding,
 )
 _NEVER_UPDATED = 3  # windows in which an average that never was updated is waited for
+_STAYS = 8  # windows in a row that an average's bad verdict outlives without a number of its own
 _AWAY = -0.1  # efficiency of an average from which on it moves away from the weights
 _MOST = 1.5  # and up to which its decay can be what was said
 _ROUNDED_SHARE = 0.5  # of what did not arrive, that lost elements must account for, to call it rounding
@@ -67,14 +69,16 @@ def judge_accumulator(
         history.acquit()
         return _report(evidence, health)
     if evidence.reason:
-        return _report(evidence, UNKNOWN, advice=unknown(evidence.reason))
+        return _or_as_before(
+            _report(evidence, UNKNOWN, advice=unknown(evidence.reason)), evidence, tensor, history, setting
+        )
     steps = tensor.measured_steps or tensor.steps
     if name == "weight_decay":
         return _by_efficiency(evidence, tensor, history, setting, steps, Cause.decay_rounding)
     if name == "grad":
         return _by_efficiency(evidence, tensor, history, setting, steps, Cause.accumulation_rounding)
     if name.startswith("average:"):
-        return _average(evidence, tensor, history, setting, steps)
+        return _or_as_before(_average(evidence, tensor, history, setting, steps), evidence, tensor, history, setting)
     if tensor.scheme == f"carried:{name}":  # it holds what rounding took from the weight: small changes are its nature
         return _report(evidence, HEALTHY)
     if evidence.value is not None:
@@ -145,6 +149,32 @@ def _average(
         if verdict is not HEALTHY:
             return _settle(evidence, tensor, history, setting, steps, verdict, Cause.average_not_updated)
     return _by_efficiency(evidence, tensor, history, setting, steps, Cause.average_rounding)
+
+
+def _or_as_before(
+    found: AccumulatorReport,
+    evidence: AccumulatorEvidence,
+    tensor: TensorEvidence,
+    history: AccumulatorHistory,
+    setting: Setting,
+) -> AccumulatorReport:
+    """The verdict on an average; where this window has none, a bad one of before stays for a while.
+
+    A window of a budget may look at no step after which it is updated: that is no all-clear.
+    """
+    if found.health is not UNKNOWN:
+        history.bad_cause = found.cause if found.health in (STALLED, STALLING) else None
+        history.bad_efficiency, history.bad_lost = known(found.efficiency), known(found.lost_fraction)
+        history.unseen = 0
+        return found
+    cause = history.bad_cause
+    if cause is None or history.unseen >= _STAYS or not evidence.name.startswith("average:"):
+        history.bad_cause = None
+        return found
+    history.unseen += 1
+    seen = _seen(evidence, tensor, setting, cause)._replace(efficiency=history.bad_efficiency, lost=history.bad_lost)
+    text = f"{say(cause, seen).rstrip('.')}; measured {plural(history.unseen, 'window')} ago."
+    return _report(evidence, history.grade, cause, text)
 
 
 def _without_update(

@@ -156,15 +156,23 @@ def _calm(tensors: Sequence[TensorReport]) -> str:
     known = f" (efficiency {fixed(efficiency)})" if efficiency is not None else ""
     moving = [t for t in tensors if is_moving_unasked(t) and t.health is Health.healthy]
     healthy = counts.pop(Health.healthy, 0) - len(moving)
+    averages = Counter(
+        a.name
+        for t in tensors
+        for a in t.accumulators.values()
+        if a.health is Health.unknown and a.name.startswith("average:")
+    )
+    also = f"; {', '.join(f'{name} of {count} not known' for name, count in averages.items())}" if averages else ""
     if not counts and not moving:
-        return f"All {healthy} tensors are healthy{known}." if healthy > 1 else f"The one tensor is healthy{known}."
+        whole = f"All {healthy} tensors are healthy" if healthy > 1 else "The one tensor is healthy"
+        return f"{whole}{known}{also}."
     text = f"{healthy} of {plural(len(tensors), 'tensor')} healthy{known}"
     rest = [f"{counts[health]} {health}" for health in SEVERITY if counts[health]]
     if moving:
         cause = Counter(str(t.cause) for t in moving).most_common(1)[0][0]
         rest.insert(0, f"{len(moving)} moving without being trained ({cause_label(cause)})")
     because = _why_unknown(tensors) if counts[Health.unknown] else _why_idle(tensors)
-    return f"{text}, {', '.join(rest)}{because}."
+    return f"{text}, {', '.join(rest)}{because}{also}."
 
 
 def _why_unknown(tensors: Sequence[TensorReport]) -> str:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from update_watch.report import Health
+from update_watch.report import Cause, Health
 
 # looking a member up on its enum costs more than what is done with it, thousands of times per window
 HEALTHY, STALLING, STALLED, UNKNOWN = Health.healthy, Health.stalling, Health.stalled, Health.unknown
@@ -16,7 +16,10 @@ GRADES = (HEALTHY, STALLING, STALLED)
 class AccumulatorHistory:
     """One accumulator of a tensor."""
 
-    __slots__ = ("bad_steps", "bad_windows", "grade", "quiet_steps", "quiet_windows", "value", "was_updated")
+    __slots__ = (
+        *("bad_steps", "bad_windows", "grade", "quiet_steps", "quiet_windows", "value", "was_updated"),
+        *("bad_cause", "bad_efficiency", "bad_lost", "unseen"),
+    )
 
     def __init__(self) -> None:
         self.grade = HEALTHY
@@ -25,23 +28,38 @@ class AccumulatorHistory:
         self.value: float | None = None  # of a counter, in the window before
         self.quiet_windows = self.quiet_steps = 0  # of an average: in a row, in which it was not written
         self.was_updated = False  # of an average: ever
+        # of an average: why its last verdict was bad (None: it was not), at which efficiency and lost fraction, and how many
+        # windows in a row have not measured it since
+        self.bad_cause: Cause | None = None
+        self.bad_efficiency: float | None = None
+        self.bad_lost: float | None = None
+        self.unseen = 0
 
     def acquit(self) -> None:
         """A window spoke for it."""
         self.bad_steps = self.bad_windows = 0
+        self.bad_cause = None
 
     def to_plain(self) -> list[Any]:
         quiet = [self.quiet_windows, self.quiet_steps, self.was_updated]
-        return [self.grade.value, self.bad_steps, self.bad_windows, self.value, *quiet]
+        bad = [
+            None if self.bad_cause is None else self.bad_cause.value,
+            self.bad_efficiency,
+            self.bad_lost,
+            self.unseen,
+        ]
+        return [self.grade.value, self.bad_steps, self.bad_windows, self.value, *quiet, *bad]
 
     @classmethod
     def from_plain(cls, data: Any) -> AccumulatorHistory:
-        grade, bad_steps, bad_windows, value, quiet_windows, quiet_steps, was_updated = _items(data, 7)
+        grade, bad_steps, bad_windows, value, quiet_windows, quiet_steps, was_updated, *bad = _items(data, 11)
         history = cls()
         history.grade, history.value = _grade(grade), _optional(value)
         history.bad_steps, history.bad_windows = _count(bad_steps), _count(bad_windows)
         history.quiet_windows, history.quiet_steps = _count(quiet_windows), _count(quiet_steps)
         history.was_updated = bool(was_updated)
+        history.bad_cause = None if bad[0] is None else Cause(bad[0])
+        history.bad_efficiency, history.bad_lost, history.unseen = _optional(bad[1]), _optional(bad[2]), _count(bad[3])
         return history
 
 
