@@ -26,16 +26,21 @@ def offers_of(frame: Frame, verdict: Verdict) -> tuple[Offer, ...]:
     if group is None or group.cause is None:
         return ()
     table = frame.table
-    states = _low_states(frame)
-    is_half = [dtype in HALVES for dtype in table.dtype]
-    whole = [i for i, trains in enumerate(table.trainable) if trains and is_half[i]]
-    mine = [i for i in group.members if is_half[i]]
-    if not whole:
+    is_half = np.fromiter((dtype in HALVES for dtype in table.dtype), dtype=bool, count=len(table.dtype))
+    whole = np.flatnonzero(is_half & np.array(table.trainable, dtype=bool))
+    members = np.array(group.members, dtype=np.intp)
+    if not len(whole):
         return ()
+    states, sizes = _low_states(frame), np.array(table.numel, dtype=object)  # whole numbers without a limit
     found = []
-    for cure in cures_for(group.cause.value, [table.options[i] for i in group.members]):
-        places = mine if cure in _OF_FEW else whole
-        found.append(Offer(cure, sum(extra_bytes(cure, table.numel[i], int(states[i])) for i in places)))
+    for cure in cures_for(group.cause.value, set(map(table.options.__getitem__, group.members))):
+        places = members[is_half[members]] if cure in _OF_FEW else whole
+        # of tensors with as many states together
+        cost = sum(
+            extra_bytes(cure, int(sizes[places[states[places] == count]].sum()), int(count))
+            for count in np.unique(states[places]).tolist()
+        )
+        found.append(Offer(cure, cost))
     return tuple(found)
 
 
@@ -45,8 +50,7 @@ def _low_states(frame: Frame) -> Floats:
     seen = np.zeros(len(frame.table.name))
     for name, columns in frame.accumulators.items():
         if name not in _BESIDE and not name.startswith("average:"):
-            seen += [
-                dtype in HALVES and code != NO_CODE for dtype, code in zip(columns.dtype, columns.health, strict=True)
-            ]
+            is_half = np.fromiter((dtype in HALVES for dtype in columns.dtype), dtype=bool, count=len(columns.dtype))
+            seen += is_half & (columns.health != NO_CODE)
     found: Floats = np.where(np.isnan(said), seen, said)
     return found

@@ -23,8 +23,7 @@ from update_watch.dashboards.keyboard import Keyboard
 from update_watch.dashboards.offers import offers_of
 from update_watch.dashboards.terminal import STYLES, Plain, need_rich
 from update_watch.dashboards.verdict import Verdict, lr_words, verdict_of
-from update_watch.kinds import places
-from update_watch.naming import cut_middle, kind_labels, without_prefix
+from update_watch.naming import cut_middle, kind_labels, members_by_kind, shared_prefix
 from update_watch.report import SEVERITY, Alert, Health
 from update_watch.wording import size
 
@@ -36,6 +35,7 @@ WINDOWS = 30  # of a trend
 _ALERTS = 2
 _POLL_SECONDS = 1.0
 _KEY_SECONDS = 0.1  # between two looks at the keyboard
+MOST_ROWS = 1_000  # that are not cut by the height of a terminal
 _BARS, _ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 _UNWELL = SEVERITY.index(Health.stalling)
 HELP = "q end   k kinds or tensors   s order   f what is not well"
@@ -160,18 +160,17 @@ def read_tail(path: Path, windows: int = WINDOWS) -> Tail:
                 last.append(number)
                 if b'"alerts":[{' in raw:
                     alerted.append(number)
-    whole = set(list(last)[-4:])  # a few, in case the last is damaged
     reader = JournalReader(path)
     frames: list[Frame] = []
     alerts: list[Alert] = []
-    for frame in reader.frames({*last, *alerted}.__contains__, whole.__contains__):
+    for frame in reader.frames({*last, *alerted}.__contains__, is_whole=False):
         # resumed from an earlier checkpoint: what was there before is no part of this run
         frames = [f for f in frames if f.step < frame.step]
         alerts = [alert for alert in alerts if alert.step < frame.step] + list(frame.alerts)
         frames.append(frame)
     if not frames:
         raise reader.without_windows()
-    return Tail(frames[-1], tuple(frames[-windows:]), tuple(alerts[: -_ALERTS - 1 : -1]), reader.run)
+    return Tail(reader.newest(frames[-1]), tuple(frames[-windows:]), tuple(alerts[: -_ALERTS - 1 : -1]), reader.run)
 
 
 # --- what is shown -------------------------------------------------------------------------------------------
@@ -194,42 +193,46 @@ def view(tail: Tail, choice: Choice, name: str, is_live: bool = False) -> Render
     return _View(tail, choice, str(tail.run.get("name") or name), is_live)
 
 
-def lines_of(tail: Tail, choice: Choice) -> list[Line]:
-    """The rows: kinds or tensors, worst first or in the order of the model."""
+def lines_of(tail: Tail, choice: Choice, most: int | None = None) -> tuple[list[Line], int]:
+    """The rows, kinds or tensors, worst first or in the order of the model, at most `most` of them; how many there are."""
     frame = tail.last
     names = frame.table.name
-    groups: dict[str, list[int]] = {}
-    found = places(names)
-    for i, name in enumerate(names):
-        groups.setdefault(found[name].kind if choice.by_kind else name, []).append(i)
-    labels = kind_labels(groups) if choice.by_kind else dict(zip(names, without_prefix(names)[0], strict=True))
+    now, health = frame.tensors.numbers["efficiency"], frame.tensors.health
+    rank = np.lexsort((np.where(np.isnan(now), 9.0, now), health)).argsort()  # place of each tensor, the worst first
+    groups: list[Any]
+    if choice.by_kind:
+        by_kind = members_by_kind(names)
+        found, groups = kind_labels(by_kind), [np.array(members) for members in by_kind.values()]
+        labels = [found[kind] for kind in by_kind]
+        worst = np.array([members[rank[members].argmin()] for members in groups], dtype=np.intp)
+        unwell = np.array([(health[members] <= _UNWELL).sum() for members in groups], dtype=np.intp)
+    else:
+        worst, unwell = np.arange(len(names)), (health <= _UNWELL).astype(np.intp)
+        groups = []
+    chosen = np.flatnonzero(unwell) if choice.only_unwell else np.arange(len(worst))
+    if choice.worst_first:
+        chosen = chosen[rank[worst[chosen]].argsort()]
     # a window whose tensors are others says nothing of these
-    efficiency = np.array([f.tensors.numbers["efficiency"] for f in tail.frames if f.table == frame.table])
-    now, health, since = efficiency[-1], frame.tensors.health, frame.tensors.numbers["since_step"]
+    frames = [f for f in tail.frames if f.table is frame.table or f.table == frame.table]
+    efficiency = [np.where(np.isnan(v), np.inf, v) for v in (f.tensors.numbers["efficiency"] for f in frames)]
+    prefix = len(shared_prefix(names))
     lines = []
-    for key, members in groups.items():
-        worst = min(members, key=lambda i: (int(health[i]), now[i] if now[i] == now[i] else 9.0))
-        of_group = np.where(np.isnan(efficiency[:, members]), np.inf, efficiency[:, members]).min(axis=1)
-        trend = tuple(np.where(np.isinf(of_group), np.nan, of_group).tolist())
-        unwell = int((health[members] <= _UNWELL).sum())
+    for k in chosen[:most].tolist():
+        i = int(worst[k])
+        members = groups[k] if choice.by_kind else np.array([i])
+        trend = np.array([values[members].min() for values in efficiency])
         lines.append(
             Line(
-                labels[key],
+                labels[k] if choice.by_kind else names[i][prefix:],
                 len(members),
-                SEVERITY[health[worst]],
-                unwell,
-                float(now[worst]),
-                trend,
-                float(since[worst]),
+                SEVERITY[health[i]],
+                int(unwell[k]),
+                float(now[i]),
+                tuple(np.where(np.isinf(trend), np.nan, trend).tolist()),
+                float(frame.tensors.numbers["since_step"][i]),
             )
         )
-    if choice.only_unwell:
-        lines = [line for line in lines if line.unwell]
-    if choice.worst_first:
-        lines.sort(
-            key=lambda line: (SEVERITY.index(line.health), line.arrived if line.arrived == line.arrived else 9.0)
-        )
-    return lines
+    return lines, len(chosen)
 
 
 def cure_words(verdict: Verdict, frame: Frame, trainer: str, rule: str = "") -> str:
@@ -266,15 +269,15 @@ class _View:
         if not frame.table.name:
             return
         yield Text("")
-        lines = lines_of(tail, self._choice)
-        room = len(lines)
+        room = MOST_ROWS
         if self._is_live:
             height = options.height or console.size.height
             wrapped = -(-(len(verdict.sentence) + 12) // max(20, width)) - 1
             room = max(3, height - head - len(tail.alerts) - 6 - wrapped)
-        yield _rows(lines[:room], width, plain, "kind" if self._choice.by_kind else "tensor")
-        if len(lines) > room:
-            yield Text(plain(f"{len(lines) - room:,} more"), style="dim")
+        lines, count = lines_of(tail, self._choice, room)
+        yield _rows(lines, width, plain, "kind" if self._choice.by_kind else "tensor")
+        if count > len(lines):
+            yield Text(plain(f"{count - len(lines):,} more"), style="dim")
         if self._is_live:
             yield Text(plain.head(HELP, width), style="dim", no_wrap=True)
 

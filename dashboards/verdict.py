@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from update_watch.dashboards.frame import CAUSES, NO_CODE, Frame
 from update_watch.dashboards.run_numbers import weighted
-from update_watch.naming import family, group_words, plural_of
+from update_watch.naming import ModelWords, model_words, plural_of
 from update_watch.report import SEVERITY, Cause, Health
 
 UNWELL = (Health.broken, Health.stalled, Health.stalling)
@@ -94,38 +95,38 @@ def verdict_of(frame: Frame, lr_at: Callable[[int], float] | None = None, first_
 
 def groups_of(frame: Frame, healths: Sequence[Health]) -> tuple[Group, ...]:
     """Tensors by health and cause, worst and most frequent first."""
-    found: dict[tuple[int, int], list[int]] = {}
-    wanted = {SEVERITY.index(health) for health in healths}
-    for i, (health, cause) in enumerate(zip(frame.tensors.health.tolist(), frame.tensors.cause.tolist(), strict=True)):
-        if health in wanted:
-            found.setdefault((health, cause), []).append(i)
-    ordered = sorted(found.items(), key=lambda item: (item[0][0], -len(item[1])))
-    shapes = dict(zip(frame.table.name, frame.table.shape, strict=True))
+    wanted = [SEVERITY.index(health) for health in healths]
+    inside = np.flatnonzero(np.isin(frame.tensors.health, wanted))
+    causes = frame.tensors.cause[inside].astype(np.int64) - NO_CODE  # from 0 on
+    codes = frame.tensors.health[inside].astype(np.int64) * (len(CAUSES) + 1) + causes
+    distinct, first, at, counts = np.unique(codes, return_index=True, return_inverse=True, return_counts=True)
+    health_of = frame.tensors.health[inside][first]
+    ordered = sorted(range(len(distinct)), key=lambda k: (health_of[k], -counts[k], first[k]))
     sizes = np.array(frame.table.numel, dtype=np.float64)
-    return tuple(_group(frame, key, members, shapes, sizes) for key, members in ordered)
+    return tuple(_group(frame, inside[at == k], sizes) for k in ordered)
 
 
-def _group(
-    frame: Frame,
-    key: tuple[int, int],
-    members: list[int],
-    shapes: dict[str, tuple[int, ...]],
-    sizes: np.ndarray[tuple[int], np.dtype[np.float64]],
-) -> Group:
-    efficiency = frame.tensors.numbers["efficiency"]
-    arrived = weighted(efficiency[members], sizes[members])
-    since = frame.tensors.numbers["since_step"][members]
+def _group(frame: Frame, inside: NDArray[np.intp], sizes: NDArray[np.float64]) -> Group:
+    """Of the tensors with these indices, which are of one health and cause."""
+    efficiency = frame.tensors.numbers["efficiency"][inside]
+    arrived = weighted(efficiency, sizes[inside])
+    since = frame.tensors.numbers["since_step"][inside]
     known = since[~np.isnan(since)]
-    worst = min(members, key=lambda i: (np.isnan(efficiency[i]), efficiency[i]))
+    health, cause = frame.tensors.health[inside[0]], frame.tensors.cause[inside[0]]
+    worst = int(inside[np.where(np.isnan(efficiency), np.inf, efficiency).argmin()])
     return Group(
-        health=SEVERITY[key[0]],
-        cause=None if key[1] == NO_CODE else CAUSES[key[1]],
-        members=tuple(members),
-        words=in_a_row(group_words([frame.table.name[i] for i in members], shapes, _NAMED)),
+        health=SEVERITY[health],
+        cause=None if cause == NO_CODE else CAUSES[cause],
+        members=tuple(inside.tolist()),
+        words=in_a_row(_words_of(frame).group(inside, _NAMED)),
         arrived=None if np.isnan(arrived) else arrived,
         since=int(known.min()) if len(known) else None,
         advice=frame.tensors.advice.get(worst, ""),
     )
+
+
+def _words_of(frame: Frame) -> ModelWords:
+    return model_words(frame.table.name, frame.table.shape)
 
 
 def in_a_row(words: Sequence[str]) -> str:
@@ -177,7 +178,7 @@ def _sentence(text: str) -> str:
 
 def _reason(frame: Frame, groups: Sequence[Group], lr_at: Callable[[int], float] | None, first_step: int) -> str:
     chief = groups[0]
-    dtypes = Counter(frame.table.dtype[i] for i in chief.members)
+    dtypes = Counter(map(frame.table.dtype.__getitem__, chief.members))
     is_said = chief.cause is None or chief.cause is Cause.non_finite  # in the sentence itself
     parts = [] if is_said else [_sentence(cause_words(chief.cause, dtypes.most_common(1)[0][0]))]
     whens: dict[str, list[str]] = {}  # when -> families
@@ -196,18 +197,22 @@ def _reason(frame: Frame, groups: Sequence[Group], lr_at: Callable[[int], float]
 
 def _begun(frame: Frame, groups: Sequence[Group]) -> dict[str, int]:
     """Family of tensors ("norms") -> the step at which the first of them began to be as it is, the earliest first."""
-    since = frame.tensors.numbers["since_step"]
-    found: dict[str, int] = {}
-    for i in (member for group in groups for member in group.members):
-        if not np.isnan(since[i]):
-            word = plural_of(family(frame.table.name[i], frame.table.shape[i]))
-            found[word] = min(int(since[i]), found.get(word, int(since[i])))
+    members = np.concatenate([np.array(group.members, dtype=np.intp) for group in groups])
+    since = frame.tensors.numbers["since_step"][members]
+    words = _words_of(frame)
+    family = words.family_P[members]
+    known = ~np.isnan(since)
+    found = {
+        plural_of(words.families[code]): int(since[known & (family == code)].min())
+        for code in np.unique(family[known]).tolist()
+    }
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
 def _calm(frame: Frame) -> Verdict:
     """Nothing is stalled: well, or nothing is known, or nothing is trained."""
-    counts = Counter(SEVERITY[code] for code in frame.tensors.health.tolist())
+    each = np.bincount(frame.tensors.health, minlength=len(SEVERITY)).tolist()
+    counts = dict(zip(SEVERITY, each, strict=True))
     total, healthy = len(frame.tensors.health), counts[Health.healthy]
     states = sum(
         int((columns.health <= SEVERITY.index(Health.stalling))[columns.health != NO_CODE].sum())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -93,15 +93,19 @@ def headroom_lines(headroom: Floats) -> list[list[int] | None]:
 
 
 def headroom_of(rows: Any, count: int, bins: int = HEADROOM_BINS) -> Floats:
-    known = [i for i, row in enumerate(rows) if row is not None]
-    lengths = np.array([len(rows[i]) - 1 for i in known], dtype=np.int64)
-    first = np.array([whole_of(rows[i][0]) for i in known], dtype=np.int64)
-    shares = np.array(list(itertools.chain.from_iterable(rows[i][1:] for i in known)), dtype=np.float64)
-    headroom = np.full((count, bins), np.nan)
-    if len(rows) != count or shares.ndim != 1 or not np.isfinite(shares).all():
+    if len(rows) != count:
         raise ValueError("damaged window (histograms)")
+    known = [i for i, row in enumerate(rows) if row is not None]
+    headroom = np.full((count, bins), np.nan)
     if not known:
         return headroom
+    kept = [rows[i] for i in known]
+    first = wholes_of([row[0] for row in kept])
+    lengths = np.fromiter(map(len, kept), dtype=np.int64, count=len(kept)) - 1
+    flat = np.array(list(itertools.chain.from_iterable(kept)), dtype=np.float64)  # with the first of each row
+    if flat.ndim != 1 or not np.isfinite(flat).all():
+        raise ValueError("damaged window (histograms)")
+    shares = np.delete(flat, np.cumsum(lengths + 1) - lengths - 1)
     if (first < 0).any() or (first + lengths > bins).any():
         raise ValueError("damaged window (bins of a histogram)")
     filled = np.zeros((len(known), bins))
@@ -146,20 +150,39 @@ def advice_lines(advice: Mapping[int, str]) -> list[list[Any]]:
     return lines
 
 
-def advice_of(lines: Any, count: int) -> dict[int, str]:
-    advice = {}
-    for wording, tensors, *slots in lines:
-        indices_of(tensors, count)
-        if not slots:
-            advice.update(dict.fromkeys(tensors, text_of(wording)))
-            continue
-        texts = text_of(wording).split(_SLOT)
-        numbers = [slot.split(" ") for slot in slots]
-        if len(texts) != len(slots) + 1:
-            raise ValueError("damaged window (advice)")
-        for i, *fill in zip(tensors, *numbers, strict=True):
-            advice[i] = texts[0] + "".join(number + text for number, text in zip(fill, texts[1:], strict=True))
-    return advice
+class _Sentences(Mapping[int, str]):
+    """Advice by tensor, put together as it is asked for: of a million sentences some are read."""
+
+    def __init__(self, lines: Any, count: int) -> None:
+        self._wordings: list[tuple[list[str], list[list[str]]]] = []  # texts between slots; the numbers of each slot
+        self._wording = np.full(count, -1, dtype=np.int64)  # of each tensor; -1: nothing is said
+        self._at = np.zeros(count, dtype=np.int64)  # its place among those of its wording
+        for wording, tensors, *slots in lines:
+            members = indices_of(tensors, count)
+            texts = text_of(wording).split(_SLOT) if slots else [text_of(wording)]
+            numbers = [slot.split(" ") for slot in slots]
+            if len(texts) != len(slots) + 1 or any(len(column) != len(members) for column in numbers):
+                raise ValueError("damaged window (advice)")
+            self._wording[members] = len(self._wordings)
+            self._at[members] = np.arange(len(members))
+            self._wordings.append((texts, numbers))
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < len(self._wording) or self._wording[i] < 0:
+            raise KeyError(i)
+        texts, numbers = self._wordings[self._wording[i]]
+        at = int(self._at[i])
+        return texts[0] + "".join(column[at] + text for column, text in zip(numbers, texts[1:], strict=True))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.flatnonzero(self._wording >= 0).tolist())
+
+    def __len__(self) -> int:
+        return int((self._wording >= 0).sum())
+
+
+def advice_of(lines: Any, count: int) -> Mapping[int, str]:
+    return _Sentences(lines, count)
 
 
 def run_line(run: RunNumbers) -> dict[str, Any]:
@@ -221,14 +244,31 @@ def number_of(value: Any) -> float:
 
 
 def text_of(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a text was expected, not {type(value).__name__}")
-    if len(value) > _LONGEST:
-        raise ValueError(f"a text of {len(value)} characters")
-    return value
+    text: str = texts_of([value])[0]
+    return text
+
+
+def texts_of(values: Any) -> Any:
+    """Many texts, looked at together."""
+    found = tuple(values)
+    wrong = set(map(type, found)) - {str}
+    if wrong:
+        raise TypeError(f"a text was expected, not {min(kind.__name__ for kind in wrong)}")
+    longest = max(map(len, found), default=0)
+    if longest > _LONGEST:
+        raise ValueError(f"a text of {longest} characters")
+    return found
 
 
 def whole_of(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) > 2**62:
         raise ValueError("a whole number was expected")
     return value
+
+
+def wholes_of(values: Any) -> Any:
+    """Many of them, as an array."""
+    found = list(values)
+    if set(map(type, found)) - {int} or (found and not -(2**62) <= min(found) <= max(found) <= 2**62):
+        raise ValueError("whole numbers were expected")
+    return np.array(found, dtype=np.int64)

@@ -210,16 +210,15 @@ class JournalReader:
         self.path = Path(path)
         self.run: dict[str, Any] = {}  # what the last header says about the run
         self.damaged: list[tuple[int, str]] = []  # (line number, what is wrong)
+        self._newest: tuple[int, bytes, TensorTable] | None = None  # number, line and table of the last window
 
-    def frames(
-        self, wanted: Callable[[int], bool] | None = None, is_whole: Callable[[int], bool] = lambda number: True
-    ) -> Iterator[Frame]:
+    def frames(self, wanted: Callable[[int], bool] | None = None, is_whole: bool = True) -> Iterator[Frame]:
         """The windows, one after the other; only those on lines whose number is `wanted`.
 
-        Where a line is not asked for as a whole, sentences, headroom and accumulators are left out.
+        Where they are not asked for as a whole, sentences, headroom and accumulators are left out.
         """
         tables: dict[str, TensorTable] = {}
-        self.run, self.damaged = {}, []
+        self.run, self.damaged, self._newest = {}, [], None
         lines = 0
         is_ours = False
         with open(self.path, "rb") as file:
@@ -236,9 +235,13 @@ class JournalReader:
                     if kind == "header":
                         self._header(line)
                     elif kind == "tensors":
-                        tables[str(line.get("table"))] = table_of(line)
+                        table, digest = table_of(line), str(line.get("table"))
+                        if tables.get(digest) != table:  # every process that goes on writes it again
+                            tables[digest] = table
                     elif kind == "window":
-                        yield frame_of_line(line, tables, is_whole(number))
+                        frame = frame_of_line(line, tables, is_whole)
+                        self._newest = (number, raw, frame.table)
+                        yield frame
                     # other kinds carry nothing a window needs
                     is_ours = True
                 except JournalError:
@@ -247,6 +250,18 @@ class JournalReader:
                     self.damaged.append((number, str(error)))
         if lines and not is_ours:
             raise JournalError(f"{self.path} is not an update-watch journal: none of its {lines} lines can be read.")
+
+    def newest(self, frame: Frame) -> Frame:
+        """The last of `frames` as a whole; where what was left out of it is damaged, as it is."""
+        if self._newest is None:
+            return frame
+        number, raw, table = self._newest
+        try:
+            line = decode(raw)
+            return frame_of_line(line, {str(line.get("table")): table})
+        except ValueError as error:
+            self.damaged.append((number, str(error)))
+            return frame
 
     def header(self) -> dict[str, Any]:
         """What the last header says about the run; empty where there is none."""

@@ -7,6 +7,7 @@ Decoding trusts nothing: whatever a line holds, the answer is a value or a `Valu
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,7 +39,9 @@ from update_watch.dashboards.journal.columns import (
     run_of,
     short,
     text_of,
+    texts_of,
     whole_of,
+    wholes_of,
 )
 from update_watch.dashboards.run_numbers import run_numbers
 from update_watch.report import PLACES, SEVERITY, Alert, Cause, Health, Level
@@ -58,7 +61,10 @@ HEALTH_LETTERS = {
 }
 ABSENT = "-"  # in the place of a letter: the tensor has no such accumulator
 _LETTERS = "".join(HEALTH_LETTERS[h] for h in SEVERITY)
-_CODES = {letter: code for code, letter in enumerate(_LETTERS)} | {ABSENT: NO_CODE}
+_LEFT_OUT = frozenset({"headroom", "movement", "places", "what_if", "forecast"})  # of a window not read as a whole
+_NO_LETTER = NO_CODE - 1
+_CODE_OF = np.full(256, _NO_LETTER, dtype=np.int8)  # byte of a letter -> code
+_CODE_OF[[ord(letter) for letter in ABSENT + _LETTERS]] = range(NO_CODE, len(_LETTERS))
 
 
 def encode(line: Mapping[str, Any]) -> bytes:
@@ -112,17 +118,19 @@ def table_of(line: Mapping[str, Any]) -> TensorTable:
     """The table in a "tensors" line; ValueError when it is damaged."""
     try:
         count = len(line["name"])
-        names = line["names"]
+        shapes = list(map(tuple, line["shape"]))
+        wholes_of(itertools.chain.from_iterable(shapes))
+        same = {shape: shape for shape in shapes}  # one of each is kept, not one for each tensor
         table = TensorTable(
-            name=tuple(text_of(x) for x in line["name"]),
-            names=tuple(tuple(text_of(x) for x in names.get(str(i), ())) for i in range(count)),
-            layer=tuple(text_of(x) for x in line["layer"]),
-            optimizer_group=tuple(text_of(x) for x in line["optimizer_group"]),
-            dtype=tuple(text_of(x) for x in line["dtype"]),
-            shape=tuple(tuple(whole_of(n) for n in shape) for shape in line["shape"]),
-            numel=tuple(whole_of(n) for n in line["numel"]),
-            trainable=tuple(bool(x) for x in line["trainable"]),
-            scheme=tuple(text_of(x) for x in line.get("scheme", [""] * count)),  # early journals have none
+            name=texts_of(line["name"]),
+            names=_other_names(line["names"], count),
+            layer=texts_of(line["layer"]),
+            optimizer_group=texts_of(line["optimizer_group"]),
+            dtype=texts_of(line["dtype"]),
+            shape=tuple(map(same.__getitem__, shapes)),
+            numel=tuple(wholes_of(line["numel"]).tolist()),
+            trainable=tuple(map(bool, line["trainable"])),
+            scheme=texts_of(line["scheme"]) if "scheme" in line else ("",) * count,  # early journals have none
             options=_options_of(line, count),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -136,8 +144,15 @@ def _options_of(line: Mapping[str, Any], count: int) -> tuple[tuple[str, ...], .
     """Of each tensor; early journals have none."""
     if "options" not in line:
         return ((),) * count
-    kinds = [tuple(text_of(x) for x in one) for one in line["options"]]
-    return tuple(kinds[i] for i in indices_of(line["options_of"], len(kinds)).tolist())
+    kinds = [texts_of(one) for one in line["options"]]
+    return tuple(map(kinds.__getitem__, indices_of(line["options_of"], len(kinds)).tolist()))
+
+
+def _other_names(line: Any, count: int) -> tuple[tuple[str, ...], ...]:
+    names: list[tuple[str, ...]] = [()] * count
+    for index, found in line.items():
+        names[indices_of([int(index)], count)[0]] = texts_of(found)
+    return tuple(names)
 
 
 # --- windows -----------------------------------------------------------------------------------------
@@ -185,11 +200,7 @@ def frame_of_line(line: Mapping[str, Any], tables: Mapping[str, TensorTable], is
     Not `is_whole`: without sentences, headroom, accumulators and what-ifs, which is many times faster.
     """
     if not is_whole:
-        line = {
-            key: value
-            for key, value in line.items()
-            if key not in ("headroom", "movement", "places", "what_if", "forecast")
-        }
+        line = {key: value for key, value in line.items() if key not in _LEFT_OUT}
         line["accumulators"] = {}
         if isinstance(line.get("tensors"), dict):
             line["tensors"] = {key: value for key, value in line["tensors"].items() if key != "advice"}
@@ -258,26 +269,29 @@ def _columns_line(columns: Columns) -> dict[str, Any]:
 
 
 def _columns(line: Mapping[str, Any], count: int, fields: Sequence[str], has_dtype: bool) -> Columns:
-    health = np.array([_CODES[letter] for letter in line["health"]], dtype=np.int8)
+    health = _CODE_OF[np.frombuffer(line["health"].encode("ascii"), dtype=np.uint8)]
+    if (health == _NO_LETTER).any():
+        raise ValueError("damaged window (letters of healths)")
     present = np.flatnonzero(health != NO_CODE)
     if len(health) != count or (not has_dtype and len(present) != count):
         raise ValueError("damaged window (healths)")
     cause = np.full(count, NO_CODE, dtype=np.int8)
     for name, indices in line.get("cause", {}).items():
         cause[indices_of(indices, count)] = CAUSES.index(Cause(name))
-    dtype = [""] * count
+    dtype: tuple[str, ...] = ()
     if has_dtype:
         kinds = line["dtype"]
-        kinds = [kinds] * len(present) if isinstance(kinds, str) else kinds
-        for i, kind in zip(present.tolist(), kinds, strict=True):
-            dtype[i] = text_of(kind)
+        kinds = texts_of([kinds]) * len(present) if isinstance(kinds, str) else texts_of(kinds)
+        each = np.full(count, "", dtype=object)
+        each[present] = np.array(kinds, dtype=object)
+        dtype = tuple(each.tolist())
     numbers = {}
     for name in fields:
         numbers[name] = np.full(count, np.nan)
         if line.get(name) is not None:
             numbers[name][present] = column_of(line[name], len(present))
     advice = advice_of(line["advice"], count) if "advice" in line else {}
-    return Columns(health, cause, numbers, advice, tuple(dtype) if has_dtype else ())
+    return Columns(health, cause, numbers, advice, dtype)
 
 
 def _alert_lines(alerts: Sequence[Alert], table: TensorTable) -> list[dict[str, Any]]:

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from update_watch.dashboards.report.first_screen import FirstScreen, formats, parameters
 from update_watch.dashboards.report.history import History
 from update_watch.dashboards.verdict import lr_words
-from update_watch.naming import family, plural_of
+from update_watch.naming import model_words, plural_of
 from update_watch.report import SEVERITY, Health
 
 _UNWELL = SEVERITY.index(Health.stalling)
@@ -46,12 +48,13 @@ def _families(histories: Sequence[History]) -> list[Row]:
     """Of each family of tensors, how many do not get their updates."""
     counts: list[dict[str, list[int]]] = []
     for history in histories:
-        table, found = history.last.table, dict[str, list[int]]()
-        for name, shape, health in zip(table.name, table.shape, history.last.tensors.health.tolist(), strict=True):
-            pair = found.setdefault(family(name, shape), [0, 0])
-            pair[0] += health <= _UNWELL
-            pair[1] += 1
-        counts.append(found)
+        table, unwell = history.last.table, history.last.tensors.health <= _UNWELL
+        words_of = model_words(table.name, table.shape)
+        sick, all_of = (
+            np.bincount(f, minlength=len(words_of.families)).tolist()
+            for f in (words_of.family_P[unwell], words_of.family_P)
+        )
+        counts.append({word: [sick[k], all_of[k]] for k, word in enumerate(words_of.families)})
     words = dict.fromkeys(word for found in counts for word in found)
     return [
         _row(

@@ -18,7 +18,7 @@ from update_watch.dashboards.offers import HALVES, Offer, offers_of
 from update_watch.dashboards.report.charts.rates import critical_rates
 from update_watch.dashboards.report.history import History, accumulator_names, is_unwell, margin
 from update_watch.dashboards.verdict import UNWELL, Verdict, lr_words, share_words, verdict_of
-from update_watch.naming import without_prefix
+from update_watch.naming import shared_prefix
 from update_watch.report import Health
 from update_watch.wording import size
 
@@ -247,11 +247,9 @@ def _margin(frame: Frame) -> str:
     factor = float(found[worst])
     if factor <= 1:
         return ""
-    names, _ = without_prefix(frame.table.name)
+    name = frame.table.name[worst][len(shared_prefix(frame.table.name)) :]
     many = f"{factor:,.0f}x" if factor >= 10 else f"{factor:.1f}x"
-    return (
-        f"Room: the learning rate may fall {many} before the first tensor loses half of its updates ({names[worst]})."
-    )
+    return f"Room: the learning rate may fall {many} before the first tensor loses half of its updates ({name})."
 
 
 def _rates(history: History) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from update_watch.dashboards.run_numbers import RunNumbers, mean_of
 from update_watch.report import SEVERITY, Alert, Health, Report
 
 SPANS = 200
+MOST_VALUES = 20_000_000  # tensors x spans: of a model of more than 100,000 tensors a point stands for more windows
 ABSENT = len(SEVERITY)  # in `health_PH`: the tensor was not watched
 # per tensor: what is drawn over the run. "margin" is the learning rate over the critical one
 SERIES = (
@@ -89,13 +90,12 @@ def read_history(path: str | os.PathLike[str], name: str | None = None, spans: i
             earliest, kept[number] = step, step
     reader = JournalReader(path)
     builder = _Builder(min(kept.values(), default=0), max(kept.values(), default=0), spans)
-    # only the state at the end is shown in full; a few lines more, for the case that the last is damaged
-    whole = set(sorted(kept)[-8:])
     behind = {number for number, _, _ in numbered}.difference(kept)  # of a run before it was resumed
-    for frame in reader.frames(lambda number: number not in behind, whole.__contains__):
+    for frame in reader.frames(lambda number: number not in behind, is_whole=False):
         builder.add(frame)
     if builder.last is None:
         raise reader.without_windows()
+    builder.last = reader.newest(builder.last)  # only the state at the end is shown in full
     label = name or str(reader.run.get("name") or path.stem)
     return builder.finish(label, len(reader.damaged), reader.run)
 
@@ -124,7 +124,9 @@ class _Builder:
     """Takes frames in order of step and holds no more than a span of them."""
 
     def __init__(self, first: int, last: int, spans: int) -> None:
-        self._length = max(1.0, (last - first) / max(1, spans - 1))
+        self._steps, self._most = last - first, spans
+        self._length: float | None = None  # steps of a span
+        self._tables: list[TensorTable] = []
         self._spans: list[_Span] = []
         self._held: Frame | None = None
         self._runs: list[tuple[RunNumbers, int]] = []  # of the windows in `_held`
@@ -133,8 +135,12 @@ class _Builder:
         self.last: Frame | None = None
 
     def add(self, frame: Frame) -> None:
+        frame = dataclasses.replace(frame, table=self._one_of_it(frame.table))
+        if self._length is None:
+            spans = min(self._most, max(8, MOST_VALUES // max(1, len(frame.table.name))))
+            self._length = max(1.0, self._steps / max(1, spans - 1))
         held = self._held
-        fits = held is not None and held.table == frame.table and frame.step - held.begin <= self._length
+        fits = held is not None and held.table is frame.table and frame.step - held.begin <= self._length
         if held is not None and fits:
             self._held = join(held, frame)
         else:
@@ -148,12 +154,12 @@ class _Builder:
     def finish(self, name: str, damaged: int = 0, run: Mapping[str, Any] | None = None) -> History:
         self._close()
         assert self.last is not None
-        table, places = _union([span.table for span in self._spans], self.last.table)
+        table, places = _union(self._tables, self.last.table)
         shape = (len(table.name), len(self._spans))
         health = np.full(shape, ABSENT, dtype=np.int8)
         series = {key: np.full(shape, np.nan, dtype=np.float32) for key in SERIES}
         for h, span in enumerate(self._spans):
-            at = places[span.table]
+            at = places[id(span.table)]
             health[at, h] = span.health
             for key, values in span.series.items():
                 series[key][at, h] = values
@@ -171,6 +177,14 @@ class _Builder:
             damaged=damaged,
             run=run or {},
         )
+
+    def _one_of_it(self, table: TensorTable) -> TensorTable:
+        """The same object for the same tensors: comparing and hashing a million names takes its time."""
+        for known in self._tables:
+            if known is table or known == table:
+                return known
+        self._tables.append(table)
+        return table
 
     def _close(self) -> None:
         frame = self._held
@@ -212,9 +226,8 @@ def headroom_weights(frame: Frame) -> Floats:
     return weights
 
 
-def _union(tables: Iterable[TensorTable], last: TensorTable) -> tuple[TensorTable, dict[TensorTable, NDArray[np.intp]]]:
-    """All tensors that ever were, those of the last window first, and where each table's tensors stand in it."""
-    tables = dict.fromkeys(tables)
+def _union(tables: Sequence[TensorTable], last: TensorTable) -> tuple[TensorTable, dict[int, NDArray[np.intp]]]:
+    """All tensors that ever were, those of the last window first, and where those of each table (by `id`) stand in it."""
     places: dict[str, int] = {name: i for i, name in enumerate(last.name)}
     columns: list[list[Any]] = [list(column) for column in last]
     for table in tables:
@@ -224,8 +237,8 @@ def _union(tables: Iterable[TensorTable], last: TensorTable) -> tuple[TensorTabl
                 for column, source in zip(columns, table, strict=True):
                     column.append(source[i])
     merged: list[Any] = [tuple(column) for column in columns]
-    union = TensorTable(*merged)
-    return union, {table: np.array([places[name] for name in table.name], dtype=np.intp) for table in tables}
+    union = last if len(places) == len(last.name) else TensorTable(*merged)
+    return union, {id(table): np.array([places[name] for name in table.name], dtype=np.intp) for table in tables}
 
 
 def accumulator_names(frame: Frame) -> list[str]:

@@ -5,11 +5,14 @@ What a kind and a layer is, `update_watch.kinds` decides; here is only how they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from update_watch.kinds import layer_label, places
-from update_watch.naming import kind_labels
+import numpy as np
+
+from update_watch.kinds import layer_label, tree_of
+from update_watch.naming import kind_labels, members_by_kind
 
 OUTSIDE = ""  # label of the column of what lies in no layer
 MOST_ROWS = 26
@@ -35,43 +38,41 @@ class KindMap(NamedTuple):
 
 def kind_map(names: Sequence[str]) -> KindMap:
     """The map of these tensors."""
-    found = places(names)
-    kinds = list(dict.fromkeys(found[name].kind for name in names))
-    label_of = kind_labels(kinds)
-    row_of = _rows(kinds, [found[name].kind for name in names])
-    layers = sorted({found[name].layer for name in names if found[name].layer})
+    tree = tree_of(tuple(names))
+    groups = members_by_kind(names)
+    kinds, label_of = list(groups), kind_labels(groups)
+    row_of = _rows({kind: len(members) for kind, members in groups.items()})
+    present = [tree.layers[code] for code in np.unique(tree.layer_P).tolist()]
+    layers = sorted(layer for layer in present if layer)
     column_of, columns = _columns(layers)
-    if any(not found[name].layer for name in names):
+    if () in present:
         columns = [OUTSIDE, *columns]
         column_of = {layer: c + 1 for layer, c in column_of.items()}
         column_of[()] = 0
-    cells: dict[tuple[int, int], list[int]] = {}
-    for i, name in enumerate(names):
-        place = found[name]
-        cells.setdefault((row_of[place.kind], column_of[place.layer]), []).append(i)
-    rows = [""] * (max(row_of.values(), default=-1) + 1)
+    row_K = np.array([row_of.get(kind, 0) for kind in tree.kinds], dtype=np.int64)
+    column_L = np.array([column_of.get(layer, 0) for layer in tree.layers], dtype=np.int64)
+    cell_P = row_K[tree.kind_P] * max(1, len(columns)) + column_L[tree.layer_P]
+    order = np.argsort(cell_P, kind="stable")
+    ends = np.flatnonzero(np.diff(cell_P[order])) + 1
+    cells = [part.tolist() for part in np.split(order, ends)] if len(order) else []
+    rows, sharing = [""] * (max(row_of.values(), default=-1) + 1), collections.Counter(row_of.values())
     for kind in kinds:
         row = row_of[kind]
-        rows[row] = label_of[kind] if not rows[row] else f"{_sharing(row_of, row)} other kinds"
+        rows[row] = label_of[kind] if sharing[row] == 1 else f"{sharing[row]} other kinds"
     return KindMap(
-        tuple(rows), tuple(columns), tuple(Cell(r, c, tuple(members)) for (r, c), members in sorted(cells.items()))
+        tuple(rows),
+        tuple(columns),
+        tuple(Cell(*divmod(int(cell_P[members[0]]), len(columns)), tuple(members)) for members in cells),
     )
 
 
-def _rows(kinds: Sequence[str], each: Sequence[str]) -> dict[str, int]:
+def _rows(counts: Mapping[str, int]) -> dict[str, int]:
     """Kind -> row. Beyond MOST_ROWS kinds those with the fewest tensors share the last."""
-    if len(kinds) <= MOST_ROWS:
-        return {kind: row for row, kind in enumerate(kinds)}
-    counts = {kind: 0 for kind in kinds}
-    for kind in each:
-        counts[kind] += 1
-    kept = set(sorted(kinds, key=lambda kind: -counts[kind])[: MOST_ROWS - 1])
-    own = [kind for kind in kinds if kind in kept]
-    return {kind: own.index(kind) if kind in kept else MOST_ROWS - 1 for kind in kinds}
-
-
-def _sharing(row_of: dict[str, int], row: int) -> int:
-    return sum(other == row for other in row_of.values())
+    if len(counts) <= MOST_ROWS:
+        return {kind: row for row, kind in enumerate(counts)}
+    kept = set(sorted(counts, key=lambda kind: -counts[kind])[: MOST_ROWS - 1])
+    own = {kind: row for row, kind in enumerate(kind for kind in counts if kind in kept)}
+    return {kind: own.get(kind, MOST_ROWS - 1) for kind in counts}
 
 
 def _columns(layers: Sequence[tuple[int, ...]]) -> tuple[dict[tuple[int, ...], int], list[str]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from update_watch.kinds import places
-from update_watch.naming import cut_middle, kind_labels, without_prefix
+from update_watch.naming import cut_middle, kind_labels, members_by_kind, without_prefix
 
 _LETTERS = 34  # of a label
 
@@ -30,10 +29,7 @@ def tensor_rows(names: Sequence[str]) -> Rows:
 def kind_rows(names: Sequence[str], limit: int) -> Rows:
     """One row per kind of tensor in the order of the model, the most frequent kept where there are more than `limit`, and
     the others together."""
-    groups: dict[str, list[int]] = {}
-    place_of = places(names)
-    for i, name in enumerate(names):
-        groups.setdefault(place_of[name].kind, []).append(i)
+    groups = members_by_kind(names)
     label_of = kind_labels(groups)
     named = {
         kind: label_of[kind] if len(members) == 1 else f"{label_of[kind]} ×{len(members):,}"

@@ -140,7 +140,8 @@ def test_a_kind_has_one_row_with_its_worst_tensor_and_its_trend(tmp_path):
         return dataclasses.replace(small(*tensors, HEALTHY), step=step)
 
     tail = tail_of(tmp_path, *(window(10 * n, 1 - 0.1 * n) for n in range(1, 10)))
-    norm, attn = lines_of(tail, Choice())
+    (norm, attn), count = lines_of(tail, Choice())
+    assert count == 2
     assert (norm.name, norm.tensors, norm.unwell, norm.health) == ("norm", 3, 3, Health.stalled)
     assert norm.arrived == pytest.approx(0.1)
     assert norm.trend == pytest.approx((0.5, 0.5, 0.5, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1))
@@ -150,13 +151,13 @@ def test_a_kind_has_one_row_with_its_worst_tensor_and_its_trend(tmp_path):
 def test_keys_change_what_is_shown(tmp_path):
     tail = tail_of(tmp_path, small(HEALTHY, STALLED))
     choice = Choice()
-    assert [line.name for line in lines_of(tail, choice)] == ["norm", "attn"]
+    assert [line.name for line in lines_of(tail, choice)[0]] == ["norm", "attn"]
     assert choice.press("s")
-    assert [line.name for line in lines_of(tail, choice)] == ["attn", "norm"]  # the order of the model
+    assert [line.name for line in lines_of(tail, choice)[0]] == ["attn", "norm"]  # the order of the model
     assert choice.press("f")
-    assert [line.name for line in lines_of(tail, choice)] == ["norm"]
+    assert [line.name for line in lines_of(tail, choice)[0]] == ["norm"]
     assert choice.press("k")
-    assert [line.name for line in lines_of(tail, choice)] == ["norm.weight"]  # without what all share
+    assert [line.name for line in lines_of(tail, choice)[0]] == ["norm.weight"]  # without what all share
     assert not choice.press("x")
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from update_watch.dashboards.frame import Frame
 from update_watch.dashboards.report.charts.parts import ROW_AXIS, Scales, Spec, chart
 from update_watch.dashboards.report.history import History, headroom_weights
 from update_watch.dashboards.report.row_groups import Rows
@@ -35,7 +34,8 @@ def _edge() -> list[Spec]:
 def headroom_by_row(history: History, rows: Rows, scales: Scales, step_px: int = 17) -> Spec:
     """Headroom of each row's elements, last window: how dark a cell is says how many lie there."""
     frame = history.last
-    by_row = [_row_headroom(frame, members) for members in rows.members]
+    weights = headroom_weights(frame)
+    by_row = [_row_headroom(frame.headroom, weights, members) for members in rows.members]
     values = [
         {"r": r, "from": HEADROOM_LOW + i, "to": HEADROOM_LOW + i + 1, "share": float(f"{share:.3g}")}
         for r, shares in enumerate(by_row)
@@ -96,13 +96,14 @@ def headroom_by_row(history: History, rows: Rows, scales: Scales, step_px: int =
     return chart(max(60, step_px * len(rows.labels)), body, words, renderer="canvas")
 
 
-def _row_headroom(frame: Frame, members: Sequence[int]) -> Floats | None:
-    if frame.headroom is None:
+def _row_headroom(headroom: Floats | None, weights_P: Floats, members: Sequence[int]) -> Floats | None:
+    if headroom is None:
         return None
-    index = np.array([i for i in members if i < len(frame.headroom)], dtype=np.intp)
-    index = index[~np.isnan(frame.headroom[index, 0])]
-    weights = headroom_weights(frame)[index]
+    index = np.array(members, dtype=np.intp)
+    index = index[index < len(headroom)]
+    index = index[~np.isnan(headroom[index, 0])]
+    weights = weights_P[index]
     if not weights.sum() > 0:
         return None
-    shares: Floats = weights @ frame.headroom[index] / weights.sum()
+    shares: Floats = weights @ headroom[index] / weights.sum()
     return shares

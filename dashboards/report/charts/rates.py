@@ -16,7 +16,8 @@ _POINTS = 120
 def critical_rates(history: History) -> list[float]:
     """Of each tensor that knows it, in order: below it half of its updates are lost."""
     found = history.last.tensors.numbers["critical_lr"]
-    return sorted(found[np.isfinite(found) & (found > 0)].tolist())
+    rates: list[float] = np.sort(found[np.isfinite(found) & (found > 0)]).tolist()
+    return rates
 
 
 def tensors_by_rate(history: History, marks: Mapping[str, float], height: int = 150) -> Spec | None:
@@ -29,7 +30,7 @@ def tensors_by_rate(history: History, marks: Mapping[str, float], height: int = 
     if not rates:
         return None
     shown = [rate for rate in marks.values() if rate > 0 and math.isfinite(rate)]
-    low, high = min([*rates, *shown]) / 2, max([*rates, *shown]) * 2
+    low, high = min([rates[0], *shown]) / 2, max([rates[-1], *shown]) * 2
     size = max(1, -(-len(rates) // _POINTS))
     steps = [(low, 0.0)] + [(rates[k], min(len(rates), k + size) / len(rates)) for k in range(0, len(rates), size)]
     values = [{"lr": number(rate), "share": round(share, 4)} for rate, share in [*steps, (high, 1.0)]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from update_watch.dashboards.frame import NO_CODE
@@ -18,15 +16,22 @@ def states(history: History) -> Spec:
     values = []
     for r, name in enumerate(names):
         columns = frame.accumulators[name]
-        ticks: dict[tuple[float, int, str], list[int]] = {}  # tensors that share a tick
-        for i, value in enumerate(efficiency_of(columns).tolist()):
-            if columns.health[i] != NO_CODE and not math.isnan(value):
-                at = round(min(1.15, max(-0.05, value)) * 200) / 200
-                ticks.setdefault((at, int(columns.health[i]), columns.dtype[i]), []).append(i)
-        for (at, health, dtype), members in sorted(ticks.items(), key=lambda item: -item[0][1]):  # the worst on top
-            more = f" and {len(members) - 1} more" if len(members) > 1 else ""
-            name_of = frame.table.name[members[0]] + more
-            values.append({"r": r, "name": name_of, "health": HEALTHS[health], "dtype": dtype, "at": at})
+        found = efficiency_of(columns)
+        inside = np.flatnonzero((columns.health != NO_CODE) & ~np.isnan(found))
+        dtypes = list(dict.fromkeys(columns.dtype))
+        code_of = {dtype: code for code, dtype in enumerate(dtypes)}
+        at = np.rint(np.clip(found[inside], -0.05, 1.15) * 200).astype(np.int64)
+        dtype = np.fromiter(map(code_of.__getitem__, columns.dtype), dtype=np.int64, count=len(found))[inside]
+        # tensors that share a tick
+        ticks, first, counts = np.unique(
+            [-columns.health[inside].astype(np.int64), at, dtype], axis=1, return_index=True, return_counts=True
+        )
+        for (health, where, kind), i, count in zip(ticks.T.tolist(), first.tolist(), counts.tolist(), strict=True):
+            more = f" and {count - 1} more" if count > 1 else ""
+            name_of = frame.table.name[inside[i]] + more
+            # the worst come last: on top
+            tick = {"health": HEALTHS[-health], "dtype": dtypes[kind], "at": where / 200}
+            values.append({"r": r, "name": name_of, **tick})
     body = {
         "params": [{"name": "labels", "value": names}],
         "data": {"values": values},

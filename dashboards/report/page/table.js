@@ -1,5 +1,5 @@
 // --- the table of tensors --------------------------------------------------------------------------------------
-const { fields, texts, causes, codes, healths, traces } = data.tensors;
+const { fields, texts, causes, codes, healths, counts, traces } = data.tensors;
 const rows = data.tensors.rows.map((cells, place) => {
   const row = { place };
   fields.forEach((field, i) => { row[field] = cells[i]; });
@@ -68,7 +68,7 @@ function chip(label, name, health) {
 }
 const known = new Set();
 healths.forEach((name, i) => {
-  const count = rows.filter((row) => row.health === i).length;
+  const count = counts[i]; // of all tensors, also of those that the table leaves out
   if (count) { known.add("health" + i); chip(`${name} ${whole(count)}`, "health" + i, name); }
 });
 only = new Set([...only].filter((name) => known.has(name)));
@@ -208,6 +208,7 @@ function line(row) {
   return tr;
 }
 
+const total = counts.reduce((sum, count) => sum + count, 0);
 const moreTensors = document.getElementById("moretensors");
 function fill() {
   for (const column of columns) {
@@ -222,7 +223,7 @@ function fill() {
     if (opened.has(row)) { tr.classList.add("open"); lines.push(detail(row)); }
   }
   body.replaceChildren(...lines);
-  document.getElementById("found").textContent = found.length === rows.length ? `${whole(rows.length)} tensors` : `${whole(found.length)} of ${whole(rows.length)} tensors`;
+  document.getElementById("found").textContent = found.length === total ? `${whole(total)} tensors` : `${whole(found.length)} of ${whole(total)} tensors`;
   moreTensors.replaceChildren();
   if (found.length > limit) {
     for (const [label, count] of [[`Show ${Math.min(STEP, found.length - limit)} more`, limit + STEP], [`Show all ${whole(found.length)}`, Infinity]]) {
@@ -233,7 +234,7 @@ function fill() {
     }
   }
   if (!found.length) moreTensors.append(rows.length ? "No tensor matches." : "No tensor is watched.");
-  if (data.tensors.left_out) moreTensors.append(`${whole(data.tensors.left_out)} further tensors, all better off, are left out of this table.`);
+  if (data.tensors.left_out) moreTensors.append(`${whole(data.tensors.left_out)} further tensors, all better off, are counted above and left out of this table; the journal has them: update_watch.dashboards.journal.read_journal.`);
 }
 search.addEventListener("input", () => { save({ search: search.value }); limit = STEP; fill(); });
 
