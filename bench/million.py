@@ -141,7 +141,12 @@ def measure(label: str, arguments: Sequence[str], page: Path | None = None) -> d
         raise RuntimeError(f"{label}: {done.stderr[-500:]}")
     seconds, kilobytes = map(float, done.stderr.split()[-2:])
     size = len(done.stdout) if page is None else page.stat().st_size
-    return {"what": label, "cpu_s": round(seconds, 1), "peak_mb": round(kilobytes / 1e3), "output_mb": round(size / 1e6, 2)}
+    return {
+        "what": label,
+        "cpu_s": round(seconds, 1),
+        "peak_mb": round(kilobytes / 1e3),
+        "output_mb": round(size / 1e6, 2),
+    }
 
 
 def main() -> int:

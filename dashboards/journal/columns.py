@@ -170,7 +170,7 @@ class _Sentences(Mapping[int, str]):
     def __getitem__(self, i: int) -> str:
         if not 0 <= i < len(self._wording) or self._wording[i] < 0:
             raise KeyError(i)
-        texts, numbers = self._wordings[self._wording[i]]
+        texts, numbers = self._wordings[int(self._wording[i])]
         at = int(self._at[i])
         return texts[0] + "".join(column[at] + text for column, text in zip(numbers, texts[1:], strict=True))
 
