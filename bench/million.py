@@ -115,26 +115,31 @@ def write_journal(path: Path, tensors: int, windows: int) -> None:
 
 
 def write_checkpoints(first: Path, second: Path, tensors: int, elements: int = 8) -> None:
-    """Two files of safetensors: a third of the tensors moved, a third holds 1.0 throughout."""
+    """Two folders of safetensors, in four files each: a third of the tensors moved, a third holds 1.0 throughout."""
     size = 2 * elements
-    header = {
-        name: {"dtype": "BF16", "shape": [elements], "data_offsets": [i * size, (i + 1) * size]}
-        for i, name in enumerate(names_of(tensors))
-    }
-    text = json.dumps(header, separators=(",", ":")).encode()
+    names = names_of(tensors)
     values = torch.randn(tensors, elements, generator=torch.Generator().manual_seed(0)).bfloat16()
     values[1::3] = 1.0
     for path, moved in ((first, 0.0), (second, 0.01)):
+        path.mkdir()
         found = values.clone()
         found[::3, ::2] *= 1 + moved
-        path.write_bytes(struct.pack("<Q", len(text)) + text + found.view(torch.uint8).numpy().tobytes())
+        for k, part in enumerate(np.array_split(np.arange(tensors), 4)):
+            header = {
+                names[i]: {"dtype": "BF16", "shape": [elements], "data_offsets": [at * size, (at + 1) * size]}
+                for at, i in enumerate(part.tolist())
+            }
+            text = json.dumps(header, separators=(",", ":")).encode()
+            data = found[torch.from_numpy(part)].view(torch.uint8).numpy().tobytes()
+            (path / f"part-{k}.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 def measure(label: str, arguments: Sequence[str], page: Path | None = None) -> dict[str, Any]:
     """Run the command; processor seconds and memory of its process."""
     script = (
-        "import resource, sys; from update_watch.cli import main; status = main(sys.argv[1:]); used = resource.getrusage("
-        "resource.RUSAGE_SELF); sys.stderr.write(f'{used.ru_utime + used.ru_stime} {used.ru_maxrss}'); sys.exit(status)"
+        "import sys, time; from update_watch.cli import main; status = main(sys.argv[1:]); most = next(line.split()[1] for line"
+        " in open('/proc/self/status') if line.startswith('VmHWM')); sys.stderr.write(f'{time.process_time()} {most}');"
+        " sys.exit(status)"
     )
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -160,7 +165,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         journal, page = folder / "run.jsonl", folder / "report.html"
-        first, second = folder / "a.safetensors", folder / "b.safetensors"
+        first, second = folder / "first", folder / "second"
         if given.only != "diff" and not journal.exists():
             write_journal(journal, given.tensors, given.windows)
         if given.only in (None, "diff") and not first.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from update_watch.checkpoints.comparison import compare
+from update_watch.checkpoints.comparison import compare, compare_all
 from update_watch.checkpoints.diff import diff, diff_tensors
 from update_watch.checkpoints.files import CheckpointError, read_tensors
 from update_watch.cli import main
@@ -203,3 +204,22 @@ def test_no_escape_of_a_name_reaches_the_terminal(tmp_path: Path, capsys: pytest
             assert "new line" in text or not text or "damaged" in text
     main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")])
     assert max(map(len, capsys.readouterr().out.split("\n")[:7])) < 200
+
+
+def test_tensors_compared_together_say_what_each_says_alone() -> None:
+    torch.manual_seed(0)
+    first, second = dict[str, Tensor](), dict[str, Tensor]()
+    for dtype in DTYPES:
+        for n, shape in enumerate([(), (8,), (2, 4), (8,), (0,)]):
+            count = torch.Size(shape).numel() * dtype.itemsize
+            bits = torch.randint(0, 256, (2, count), dtype=torch.uint8)
+            bits[1, : count // 2 * (n % 2)] = bits[0, : count // 2 * (n % 2)]
+            for tensors, row in ((first, bits[0]), (second, bits[1])):
+                tensors[f"{dtype}.{n}"] = row.clone().view(dtype).reshape(shape) if count else torch.empty(shape)
+    names = list(first)
+    for name, row in zip(names, compare_all(first, second, names), strict=True):
+        alone = compare(name, first[name], second[name])
+        for field in ("change", "relative_change"):
+            if (value := getattr(alone, field)) is not None:
+                alone = dataclasses.replace(alone, **{field: pytest.approx(value, rel=1e-12)})
+        assert row == alone

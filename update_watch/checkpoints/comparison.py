@@ -6,16 +6,22 @@ A file of a kilobyte may hold a tensor of 10^12 elements (expanded), or one whos
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from update_watch.checkpoints.stored import Kind, StoredTensors
+from update_watch.report import quick
 from update_watch.wording import first_line
 
 _CHUNK = 2**22  # elements compared at once
+_SMALL = 2**14  # elements of a tensor up to which it is compared together with others of its kind
+_TOGETHER = 2**20  # elements of those
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,6 +42,91 @@ class TensorDiff:
     def has_moved(self) -> bool:
         """Some element differs."""
         return self.identical is not None and self.identical < 1
+
+
+def compare_all(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Sequence[str]) -> list[TensorDiff]:
+    """`compare` for tensors with these names, in this order; small ones of one kind together."""
+    found: list[TensorDiff | None] = [None] * len(names)
+    groups: dict[Kind, list[int]] = {}
+    for i, name in enumerate(names):
+        kind = _kind(first, name)
+        if kind is not None and (kind is (other := _kind(second, name)) or kind == other):
+            groups.setdefault(kind, []).append(i)
+    for kind, members in groups.items():
+        most = max(1, _TOGETHER // kind.numel)
+        for begin in range(0, len(members), most):
+            part = members[begin : begin + most]
+            chosen = [names[i] for i in part]
+            with contextlib.suppress(Exception):  # of formats that torch can hold and not compute with: one by one
+                rows = _rows_of(kind, chosen, _together(first, chosen), _together(second, chosen))
+                for i, row in zip(part, rows, strict=True):
+                    found[i] = row
+    return [
+        compare(name, first[name], second[name]) if row is None else row for name, row in zip(names, found, strict=True)
+    ]
+
+
+def _kind(tensors: Mapping[str, Tensor], name: str) -> Kind | None:
+    """The kind of a tensor that can be compared together with others; None where it is by itself."""
+    if isinstance(tensors, StoredTensors):
+        kind = tensors.stored[name].kind
+    else:
+        tensor = tensors[name]
+        if type(tensor) is not Tensor or tensor.is_nested or tensor.layout is not torch.strided:
+            return None
+        if tensor.is_meta or tensor.is_quantized or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+            return None
+        kind = Kind(tensor.dtype, tuple(tensor.shape), tensor.numel())
+    return kind if 0 < kind.numel <= _SMALL and not kind.dtype.is_complex else None
+
+
+def _together(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Tensors of one kind, a row each."""
+    if isinstance(tensors, StoredTensors):
+        return tensors.rows(names)
+    return torch.stack([tensors[name].reshape(-1) for name in names])
+
+
+def _rows_of(kind: Kind, names: Sequence[str], first: Tensor, second: Tensor) -> Iterator[TensorDiff]:
+    dtype, numel = str(kind.dtype).removeprefix("torch."), kind.numel
+    shares = ((_bits(first) == _bits(second)).sum(1).double() / numel).tolist()
+    rest = dict.fromkeys(("change", "relative_change", "constant"))
+    if not kind.dtype.is_floating_point:
+        for name, same in zip(names, shares, strict=True):
+            yield quick(TensorDiff, name=name, dtype=dtype, numel=numel, identical=same, note="", **rest)
+        return
+    if not _widens(kind.dtype):
+        note = f"torch cannot compute with {dtype}: its bits alone are compared"
+        for name, same in zip(names, shares, strict=True):
+            yield quick(TensorDiff, name=name, dtype=dtype, numel=numel, identical=same, note=note, **rest)
+        return
+    a, b = first.double(), second.double()
+    columns = [
+        (b - a).square_().sum(1),
+        a.square().sum(1),
+        a.isfinite().all(1) & b.isfinite().all(1),
+        torch.minimum(a.amin(1), b.amin(1)),
+        torch.maximum(a.amax(1), b.amax(1)),
+    ]
+    for name, same, *numbers in zip(names, shares, *(column.tolist() for column in columns), strict=True):
+        yield _row(name, dtype, numel, same, *numbers)
+
+
+def _row(
+    name: str, dtype: str, numel: int, same: float, change: float, norm: float, is_finite: bool, low: float, high: float
+) -> TensorDiff:
+    """From sums of squares of the difference and of the first, and the least and largest value of both."""
+    row = dict.fromkeys(("change", "relative_change", "constant"))
+    note = ""
+    if not math.isfinite(change) or not math.isfinite(norm):
+        note = "its numbers are too large to be squared" if is_finite else "it holds NaN or infinity"
+    else:
+        row = {
+            "change": math.sqrt(change),
+            "relative_change": math.sqrt(change / norm) if norm else None,
+            "constant": low if low == high and numel > 1 else None,
+        }
+    return quick(TensorDiff, name=name, dtype=dtype, numel=numel, identical=same, note=note, **row)
 
 
 def compare(name: str, first: Tensor, second: Tensor) -> TensorDiff:
@@ -104,12 +195,8 @@ def _measured(row: TensorDiff, first: Tensor, second: Tensor) -> TensorDiff:
         return row
     if not has_values:
         return dataclasses.replace(row, note=f"torch cannot compute with {row.dtype}: its bits alone are compared")
-    if not math.isfinite(change) or not math.isfinite(norm):
-        note = "its numbers are too large to be squared" if is_finite else "it holds NaN or infinity"
-        return dataclasses.replace(row, note=note)
-    relative = math.sqrt(change / norm) if norm else None
-    constant = low if low == high and row.numel > 1 else None
-    return dataclasses.replace(row, change=math.sqrt(change * repeats), relative_change=relative, constant=constant)
+    same_share = same / first.numel()
+    return _row(row.name, row.dtype, row.numel, same_share, change * repeats, norm * repeats, is_finite, low, high)
 
 
 @functools.lru_cache

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from update_watch import formats
-from update_watch.checkpoints.comparison import TensorDiff, compare
+from update_watch.checkpoints.comparison import TensorDiff, compare_all
 from update_watch.checkpoints.files import CheckpointError, read_tensors
 from update_watch.wording import listed, percent, plural, printable, short
 
@@ -121,7 +122,7 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Diff:
     return diff_tensors(read_tensors(first), read_tensors(second), f"{first} and {second}")
 
 
-def diff_tensors(first: dict[str, Tensor], second: dict[str, Tensor], label: str = "the checkpoints") -> Diff:
+def diff_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor], label: str = "the checkpoints") -> Diff:
     """The same for tensors by name."""
     common = [name for name in first if name in second]
     if not common:
@@ -129,7 +130,7 @@ def diff_tensors(first: dict[str, Tensor], second: dict[str, Tensor], label: str
             f"{label} have no tensor name in common: the first has {listed(list(first), 3)}; the second has"
             f" {listed(list(second), 3)}"
         )
-    rows = [compare(name, first[name], second[name]) for name in common]
+    rows = compare_all(first, second, common)
     rows.sort(key=lambda t: -1.0 if t.identical is None else -t.identical)
     return Diff(
         tuple(rows),

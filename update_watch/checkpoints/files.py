@@ -8,7 +8,6 @@ so a large file costs only what is looked at.
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import os
 import pickle
@@ -16,35 +15,14 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from update_watch.checkpoints.stored import Stored, StoredTensors, stored_tensors
 from update_watch.wording import first_line
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-}
-if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
-    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 _MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
 # where training loops put the weights, beside optimizer, counters and settings
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
@@ -54,11 +32,14 @@ _MOST = 2_000_000  # tensors and containers looked at in a torch file: lists tha
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
+_T = TypeVar("_T")
+
+
 class CheckpointError(ValueError):
     """A file that cannot be read as a checkpoint; the message names it and says why."""
 
 
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_tensors(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU.
 
     Args:
@@ -75,10 +56,12 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     tensors = _read_folder(path) if path.is_dir() else _read_file(path)
     if not tensors:
         raise CheckpointError(f"{path}: there are no tensors in it")
-    return {_clean(name): tensor.detach() for name, tensor in tensors.items()}
+    if isinstance(tensors, StoredTensors):
+        return StoredTensors(_cleaned(tensors.stored))
+    return _cleaned({name: tensor.detach() for name, tensor in tensors.items()})
 
 
-def _read_folder(path: Path) -> dict[str, Tensor]:
+def _read_folder(path: Path) -> Mapping[str, Tensor]:
     if (path / ".metadata").exists():
         raise CheckpointError(
             f"{path}: a folder of torch.distributed.checkpoint, whose index is a pickle and is not read; convert it"
@@ -87,15 +70,15 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path}: a folder without *.safetensors files; name the file itself")
-    return {name: tensor for file in files for name, tensor in _read_safetensors(file).items()}
+    return StoredTensors({name: one for file in files for name, one in _read_safetensors(file).items()})
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> Mapping[str, Tensor]:
     with path.open("rb") as file:
         start = file.read(9)
     # 8 bytes of header length, then JSON: neither a zip archive nor a pickle begins like that
     if path.suffix == ".safetensors" or start[8:] == b"{":
-        return _read_safetensors(path)
+        return StoredTensors(_read_safetensors(path))
     content = _load(path)
     try:
         if isinstance(content, Mapping):
@@ -173,7 +156,7 @@ def _flatten(value: Any) -> Iterator[tuple[str, Tensor]]:
         waiting += reversed(children)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Stored]:
     size = path.stat().st_size
     if size < 8:
         raise CheckpointError(f"{path}: damaged: {size} bytes are too few for a safetensors file")
@@ -185,25 +168,17 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: damaged: a header of {length} bytes in a file of {size}")
     try:
         header = json.loads(memory[8 : 8 + length])
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        return {name: _tensor(memory, 8 + length, entry) for name, entry in entries.items()}
+        return stored_tensors(memory, 8 + length, header)
     except Exception as error:  # whatever a damaged header makes of it: JSON 5,000 deep, numbers without end
         raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
 
 
-def _tensor(memory: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Tensor:
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(f"a format that torch does not have: {entry['dtype']!r}")
-    dtype, shape = _DTYPES[entry["dtype"]], [int(length) for length in entry["shape"]]
-    first, last = entry["data_offsets"]
-    if any(length < 0 for length in shape):
-        raise ValueError(f"a tensor of shape {shape}")
-    if not 0 <= first <= last <= len(memory) - start or last - first != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"bytes {first} to {last} cannot hold a {entry['dtype']} tensor of shape {shape}")
-    if first == last:
-        return torch.empty(shape, dtype=dtype)
-    data = torch.frombuffer(memory, dtype=torch.uint8, count=last - first, offset=start + first)
-    return data.view(dtype).reshape(shape)
+def _cleaned(tensors: dict[str, _T]) -> dict[str, _T]:
+    """The same under their names without wrappers."""
+    together = "\n".join(tensors)
+    if not any(wrapper in together for wrapper in (*_WRAPPERS, "module.")):
+        return tensors
+    return {_clean(name): tensor for name, tensor in tensors.items()}
 
 
 def _clean(name: str) -> str:
