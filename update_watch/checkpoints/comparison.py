@@ -11,7 +11,9 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from update_watch.wording import first_line
 _CHUNK = 2**22  # elements compared at once
 _SMALL = 2**14  # elements of a tensor up to which it is compared together with others of its kind
 _TOGETHER = 2**20  # elements of those
+_TOO_LARGE, _NOT_FINITE = "its numbers are too large to be squared", "it holds NaN or infinity"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -69,7 +72,7 @@ def compare_all(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names
 def _kind(tensors: Mapping[str, Tensor], name: str) -> Kind | None:
     """The kind of a tensor that can be compared together with others; None where it is by itself."""
     if isinstance(tensors, StoredTensors):
-        kind = tensors.stored[name].kind
+        kind = tensors.stored[name][2]
     else:
         tensor = tensors[name]
         if type(tensor) is not Tensor or tensor.is_nested or tensor.layout is not torch.strided:
@@ -90,43 +93,44 @@ def _together(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
 def _rows_of(kind: Kind, names: Sequence[str], first: Tensor, second: Tensor) -> Iterator[TensorDiff]:
     dtype, numel = str(kind.dtype).removeprefix("torch."), kind.numel
     shares = ((_bits(first) == _bits(second)).sum(1).double() / numel).tolist()
-    rest = dict.fromkeys(("change", "relative_change", "constant"))
-    if not kind.dtype.is_floating_point:
-        for name, same in zip(names, shares, strict=True):
-            yield quick(TensorDiff, name=name, dtype=dtype, numel=numel, identical=same, note="", **rest)
-        return
-    if not _widens(kind.dtype):
-        note = f"torch cannot compute with {dtype}: its bits alone are compared"
-        for name, same in zip(names, shares, strict=True):
-            yield quick(TensorDiff, name=name, dtype=dtype, numel=numel, identical=same, note=note, **rest)
-        return
-    a, b = first.double(), second.double()
-    columns = [
-        (b - a).square_().sum(1),
-        a.square().sum(1),
-        a.isfinite().all(1) & b.isfinite().all(1),
-        torch.minimum(a.amin(1), b.amin(1)),
-        torch.maximum(a.amax(1), b.amax(1)),
-    ]
-    for name, same, *numbers in zip(names, shares, *(column.tolist() for column in columns), strict=True):
-        yield _row(name, dtype, numel, same, *numbers)
+    no: list[Any] = [None] * len(names)
+    changes, relatives, constants, notes = no, no, no, [""] * len(names)
+    if kind.dtype.is_floating_point and _widens(kind.dtype):
+        a, b = first.double(), second.double()
+        change, norm = (b - a).square_().sum(1), a.square().sum(1)
+        low, high = torch.minimum(a.amin(1), b.amin(1)), torch.maximum(a.amax(1), b.amax(1))
+        known = change.isfinite() & norm.isfinite()
+        changes = _where(known, change.sqrt())
+        relatives = _where(known & (norm > 0), (change / norm).sqrt())
+        constants = _where(known & (low == high) & (numel > 1), low)
+        if not known.all():
+            is_finite = a.isfinite().all(1) & b.isfinite().all(1)
+            notes = [
+                "" if fine else _TOO_LARGE if finite else _NOT_FINITE
+                for fine, finite in zip(known.tolist(), is_finite.tolist(), strict=True)
+            ]
+    elif kind.dtype.is_floating_point:
+        notes = [f"torch cannot compute with {dtype}: its bits alone are compared"] * len(names)
+    for name, same, moved, relative, constant, note in zip(
+        names, shares, changes, relatives, constants, notes, strict=True
+    ):
+        yield quick(
+            TensorDiff,
+            name=name,
+            dtype=dtype,
+            numel=numel,
+            identical=same,
+            change=moved,
+            relative_change=relative,
+            constant=constant,
+            note=note,
+        )
 
 
-def _row(
-    name: str, dtype: str, numel: int, same: float, change: float, norm: float, is_finite: bool, low: float, high: float
-) -> TensorDiff:
-    """From sums of squares of the difference and of the first, and the least and largest value of both."""
-    row = dict.fromkeys(("change", "relative_change", "constant"))
-    note = ""
-    if not math.isfinite(change) or not math.isfinite(norm):
-        note = "its numbers are too large to be squared" if is_finite else "it holds NaN or infinity"
-    else:
-        row = {
-            "change": math.sqrt(change),
-            "relative_change": math.sqrt(change / norm) if norm else None,
-            "constant": low if low == high and numel > 1 else None,
-        }
-    return quick(TensorDiff, name=name, dtype=dtype, numel=numel, identical=same, note=note, **row)
+def _where(known: Tensor, values: Tensor) -> list[Any]:
+    """The values, None where they are not known."""
+    found: list[Any] = np.where(known.numpy(), values.numpy().astype(object), np.array(None)).tolist()
+    return found
 
 
 def compare(name: str, first: Tensor, second: Tensor) -> TensorDiff:
@@ -195,8 +199,12 @@ def _measured(row: TensorDiff, first: Tensor, second: Tensor) -> TensorDiff:
         return row
     if not has_values:
         return dataclasses.replace(row, note=f"torch cannot compute with {row.dtype}: its bits alone are compared")
-    same_share = same / first.numel()
-    return _row(row.name, row.dtype, row.numel, same_share, change * repeats, norm * repeats, is_finite, low, high)
+    row = dataclasses.replace(row, identical=same / first.numel())
+    if not math.isfinite(change) or not math.isfinite(norm):
+        return dataclasses.replace(row, note=_TOO_LARGE if is_finite else _NOT_FINITE)
+    relative = math.sqrt(change / norm) if norm else None
+    constant = low if low == high and row.numel > 1 else None
+    return dataclasses.replace(row, change=math.sqrt(change * repeats), relative_change=relative, constant=constant)
 
 
 @functools.lru_cache

@@ -70,7 +70,10 @@ def _read_folder(path: Path) -> Mapping[str, Tensor]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path}: a folder without *.safetensors files; name the file itself")
-    return StoredTensors({name: one for file in files for name, one in _read_safetensors(file).items()})
+    found: dict[str, Stored] = {}
+    for file in files:
+        found.update(_read_safetensors(file))
+    return StoredTensors(found)
 
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:

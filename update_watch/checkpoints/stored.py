@@ -45,12 +45,8 @@ class Kind(NamedTuple):
     numel: int
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies."""
-
-    memory: mmap.mmap
-    begin: int  # byte
-    kind: Kind
+# where a tensor lies: the memory of its file, the byte it begins at, its kind (a plain tuple: there may be a million)
+Stored = tuple[mmap.mmap, int, Kind]
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -77,15 +73,15 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def rows(self, names: Sequence[str]) -> Tensor:
         """Tensors of one kind, a row each: (tensors, elements)."""
-        first = self.stored[names[0]].kind
+        first = self.stored[names[0]][2]
         size = first.numel * first.dtype.itemsize
         found = np.empty((len(names), size), dtype=np.uint8)
         by_memory: dict[int, list[int]] = {}
         for row, name in enumerate(names):
-            by_memory.setdefault(id(self.stored[name].memory), []).append(row)
+            by_memory.setdefault(id(self.stored[name][0]), []).append(row)
         for mine in by_memory.values():
-            begins = np.array([self.stored[names[row]].begin for row in mine])
-            data = np.frombuffer(self.stored[names[mine[0]]].memory, dtype=np.uint8)
+            begins = np.array([self.stored[names[row]][1] for row in mine])
+            data = np.frombuffer(self.stored[names[mine[0]]][0], dtype=np.uint8)
             if size < _GATHERED:
                 found[mine] = data[begins[:, None] + np.arange(size)]
             else:
@@ -101,26 +97,26 @@ def stored_tensors(memory: mmap.mmap, start: int, header: Mapping[str, Any]) -> 
         ValueError, TypeError, KeyError, OverflowError: it is damaged.
     """
     room = len(memory) - start
-    found = {}
+    found: dict[str, Stored] = {}
     for name, entry in header.items():
         if name != "__metadata__":
-            kind, size = _kind(entry["dtype"], tuple(entry["shape"]))
+            kind, size = _kind(entry["dtype"], *entry["shape"])
             first, last = entry["data_offsets"]
             if (
-                type(first) is not int
+                last - first != size
+                or type(first) is not int
                 or type(last) is not int
                 or not 0 <= first <= last <= room
-                or last - first != size
             ):
                 raise ValueError(
                     f"bytes {first} to {last} cannot hold a {entry['dtype']} tensor of shape {entry['shape']}"
                 )
-            found[name] = Stored(memory, start + first, kind)
+            found[name] = (memory, start + first, kind)
     return found
 
 
 @functools.lru_cache(4096)
-def _kind(dtype: str, lengths: tuple[Any, ...]) -> tuple[Kind, int]:
+def _kind(dtype: str, *lengths: Any) -> tuple[Kind, int]:
     """The kind, and its bytes."""
     if dtype not in DTYPES:
         raise ValueError(f"a format that torch does not have: {dtype!r}")
