@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.million import laid_over, measure, names_of, write_checkpoints, write_journal
+from bench.dashboards.million import laid_over, measure, names_of, write_checkpoints, write_journal
 from update_watch.checkpoints.diff import diff
 from update_watch.dashboards.frame import Frame, frame_of
 from update_watch.dashboards.journal.lines import encode, header_line, table_line, window_line

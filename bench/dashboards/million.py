@@ -1,6 +1,6 @@
 """A million tensors: how long `report`, `top --once` and `diff` take, and what they hold.
 
-    python bench/million.py [--tensors 1000000] [--windows 4] [--only report|top|diff] [--folder FOLDER]
+    python bench/dashboards/million.py [--tensors 1000000] [--windows 4] [--only report|top|diff] [--folder FOLDER]
 
 The journal's windows are those of a real training in BF16 with all that a window holds (verdicts, sentences, histograms,
 optimizer state), laid over a mixture of experts of as many tensors; the checkpoints hold as many tensors of 8 elements, a
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
