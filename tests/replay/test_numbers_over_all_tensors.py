@@ -13,6 +13,7 @@ from torch import Tensor
 import update_watch as uw
 from tests.support.replay.sketched_rules import Sketch, Update, descend, probed
 from update_watch.measure import parameters, step_replay
+from update_watch.replay.rounding_scheme import Scheme
 from update_watch.replay.rule import Kind
 from update_watch.replay.rule_kind import find_rule
 from update_watch.replay.twin import Twin
@@ -71,7 +72,8 @@ def trained(
     return report, [dot / want for dot, want in sums], params
 
 
-def test_what_a_rule_makes_of_all_tensors_is_measured_as_it_is() -> None:
+def test_what_a_rule_makes_of_all_tensors_is_measured_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameters, "find_scheme", lambda *_: Scheme("plain"))  # as it is; it takes most of the time
     report, truth, params = trained(clip, dtype=torch.bfloat16)
     for tensor, true in zip(report.tensors, truth, strict=True):
         assert tensor.efficiency == pytest.approx(true, abs=1e-3), (tensor.name, tensor.advice)
@@ -88,6 +90,16 @@ def test_tensors_too_many_to_be_replayed_together_are_unknown_with_their_number(
     assert {t.health for t in report.tensors} == {Health.unknown}
     assert (
         "needs all tensors of its optimizer together, and 424 elements are over the limit of 400"
+        in report.tensors[0].advice
+    )
+
+
+def test_weights_in_two_parts_are_not_replayed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameters, "find_scheme", lambda *_: Scheme("carried:rest", "rest"))
+    report, _, _ = trained(clip, steps=4)
+    assert {t.health for t in report.tensors} == {Health.unknown}
+    assert (
+        "needs all tensors of its optimizer together, and a part of each weight is in 'rest'"
         in report.tensors[0].advice
     )
 

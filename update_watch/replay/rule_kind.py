@@ -1,7 +1,8 @@
 """How an optimizer's updates can be replayed, found out by trying it on a small synthetic training.
 
 Three ways are tried, the cheapest first: on samples as one vector, on samples as a matrix, on whole tensors. Where none of
-them is right in FP32, the same three are tried on scaled weights in their own format (`scaled_trial`). Before
+them is right in FP32, the same three are tried on scaled weights in their own format (`scaled_trial`); then those in FP32
+again without the first step, in which a rule may set up what it goes by; then all whole tensors together. Before
 every synthetic step a replay is made, after it the two are compared. The first way that is always right is the rule's
 kind. If none is, nothing may be said about this optimizer's updates, and the reason is kept. Nothing is guessed from
 names, and the real optimizer is not touched.

@@ -3,7 +3,8 @@
 No formula is written here. A twin of the optimizer is made without running `__init__` (same class, same attributes,
 same hyperparameters, no hooks) and given FP32 copies of weights, gradients and state; its `step` is the rule itself.
 Elementwise rules are run on the samples alone, all samples of like parameters joined into one parameter.
-Rules that look at a whole tensor are run on whole tensors. Which of the two an optimizer is, `rule_kind` finds out.
+Rules that look at a whole tensor are run on whole tensors, one or all together. Which of these an optimizer is, `rule_kind`
+finds out.
 
 The twin shares nothing that can be written with the real optimizer: hyperparameters, counters, containers and tensor
 attributes are copied at every replay (`copier`), random number generators are put back, and no hook fires.
