@@ -104,7 +104,9 @@ class Session:
         settings = options.for_watch()
         self._journal = _journal_path(options.journal, folder) if is_leader else None
         if self._journal is not None:
-            self._kept = run_journal.keep(self._journal, watchable, trainer, name=self._journal.parent.name)
+            self._kept = run_journal.keep(
+                self._journal, watchable, trainer, name=self._journal.parent.name, model=names.name
+            )
             sinks = [*sinks, self._kept]
         settings["sinks"] = [self._inbox, *sinks, *options.sinks] if is_leader else [self._inbox]
         settings |= {"step": step, "schedule": schedule}

@@ -46,10 +46,17 @@ def keep(path: str | os.PathLike[str], optimizers: Iterable[Any], trainer: str =
     return Journal(path, run=facts(optimizers, trainer, **more))
 
 
-def after(sinks: Iterable[Any], path: str | os.PathLike[str] | None, optimizers: Iterable[Any], join: Any) -> list[Any]:
+def after(
+    sinks: Iterable[Any], path: str | os.PathLike[str] | None, optimizers: Iterable[Any], join: Any, model: Any
+) -> list[Any]:
     """`sinks`, and the journal at `path` if there is to be one: kept by the first of the processes that join."""
     is_writer = join is False or not _is_distributed() or torch.distributed.get_rank() == 0
-    return [*sinks] if path is None or not is_writer else [*sinks, keep(path, optimizers)]
+    return [*sinks] if path is None or not is_writer else [*sinks, keep(path, optimizers, model=name_of(model))]
+
+
+def name_of(model: Any) -> str:
+    """That of its class; "" for bare tensors that have none."""
+    return type(model).__name__ if isinstance(model, torch.nn.Module) else str(getattr(model, "name", ""))
 
 
 def _is_distributed() -> bool:
@@ -102,7 +109,7 @@ class Shown:
     def kept_in(self: Self, journal: str | os.PathLike[str] | None, name: str, model: Any) -> Self:
         """Itself, knowing of its journal and its name: of the model's class where none is given."""
         self.journal, self._is_named = journal, bool(name)
-        self.name = name or (type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "name", ""))
+        self.name = name or name_of(model)
         return self
 
     @property

@@ -343,7 +343,7 @@ def watch(
     optimizers = arguments.check(
         optimizer, window, samples, budget, sinks, thresholds, averages, seed, step, join, check_replicas
     )
-    sinks = run_journal.after(sinks, journal, optimizers, join)
+    sinks = run_journal.after(sinks, journal, optimizers, join, model)
     return Watch(
         *(model, optimizers, window, samples, budget, sinks, thresholds or Thresholds(), averages or {}),
         *(seed, step, join, check_replicas, Selection(include, exclude), schedule),

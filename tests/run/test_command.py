@@ -95,6 +95,7 @@ def test_every_model_of_a_script_is_watched_and_has_a_journal(tmp_path: Path) ->
     assert {t.name for t in critic.tensors if t.health is Health.stalled} >= {"1.weight"}
     assert (critic.step, last.step) == (48, 48)  # the first step of both is seen
     assert "of Critic: STALLED" in run.stderr
+    assert f"update-watch: Critic: {critic.headline}" in run.stderr
     assert f" of Critic: {critic.headline}" in run.stderr and f" of Sequential: {last.headline}" in run.stderr
 
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -43,11 +43,15 @@ def run(
         sys.stderr.write(f"update-watch run: {command[0]}: permission denied\n")
         return _NOT_RUNNABLE
     journals = [one for one in _journals(path) if one.stat().st_mtime >= began - 1]
-    last = [found for one in journals if (found := _last(one)) is not None]
+    last = {one: found for one in journals if (found := _last(one)) is not None}
     _say(journals, last, report)
     if status < 0:
         _end_as(-status)
-    if status == 0 and fail_on_stall and any(t.health is Health.stalled for one in last for t in one.tensors):
+    if (
+        status == 0
+        and fail_on_stall
+        and any(t.health is Health.stalled for _, one in last.values() for t in one.tensors)
+    ):
         return STALLED
     return status if status >= 0 else 128 - status
 
@@ -84,23 +88,28 @@ def _journals(path: Path) -> list[Path]:
     return [one for one in (path, *others) if one.exists()]
 
 
-def _last(journal: Path) -> Report | None:
-    from update_watch.dashboards.journal.journal import JournalError, read_journal
+def _last(journal: Path) -> tuple[str, Report] | None:
+    """The model's name and the last report."""
+    from update_watch.dashboards.journal.journal import JournalError, JournalReader, read_journal
 
-    last: Report | None = None
+    last = None
     try:
-        last = next(reversed(list(read_journal(journal))), None)
+        for report in read_journal(journal):
+            last = report
+        name = str(JournalReader(journal).header().get("model", ""))
+        return None if last is None else (name, last)
     except (JournalError, OSError) as error:
         sys.stderr.write(f"update-watch run: {journal}: {error}\n")
-    return last
+    return None
 
 
-def _say(journals: Sequence[Path], last: Sequence[Report], report: Path | None) -> None:
+def _say(journals: Sequence[Path], last: Mapping[Path, tuple[str, Report]], report: Path | None) -> None:
     if not journals:
         sys.stderr.write("update-watch: no step of a torch optimizer was seen in the processes of this command\n")
         return
-    for journal, found in zip(journals, last, strict=False):
-        sys.stderr.write(f"update-watch: {found.headline}\n  journal: {_short(journal)}\n")
+    for journal, (name, found) in last.items():
+        of = f" {name}:" if name and len(journals) > 1 else ""
+        sys.stderr.write(f"update-watch:{of} {found.headline}\n  journal: {_short(journal)}\n")
     if report is None:
         return
     try:

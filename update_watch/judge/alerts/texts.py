@@ -160,7 +160,7 @@ def _name(episode: str) -> str:
 
 def _sentence(text: str) -> str:
     """With a capital where it begins with a word, not with the name of a tensor."""
-    return f"{text[:1].upper()}{text[1:]}" if text.startswith("all ") else text
+    return f"{text[:1].upper()}{text[1:]}" if text.startswith(("all ", "both ")) else text
 
 
 def _fit(text: str) -> str:
