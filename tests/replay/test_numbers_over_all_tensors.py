@@ -169,3 +169,23 @@ def test_dice_of_a_generator_of_its_own_are_known_of_all_tensors_and_named_where
     assert reason.startswith(
         "Sketch draws random numbers from a generator of its own, and a replay of less than all tensors"
     )
+
+
+def test_numbers_in_the_weights_format_are_widened_with_it() -> None:
+    def fading(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for p in params:
+            rate = optimizer.state[p].setdefault("rate", torch.ones((), dtype=p.dtype))
+            rate.lerp_(torch.full((), 0.25, dtype=p.dtype), 0.5)
+            descend(group, p, p.grad * rate)
+
+    params = [torch.nn.Parameter(torch.randn(16).bfloat16()) for _ in range(2)]
+    optimizer = Sketch(params, fading, lr=0.5)
+    with uw.watch([("a", params[0]), ("b", params[1])], optimizer, window=10**9, budget=None) as watch:
+        for _ in range(6):
+            for p in params:
+                p.grad = torch.randn(16).bfloat16()
+            optimizer.step()
+        report = watch.flush()
+    assert report is not None
+    for t in report.tensors:
+        assert t.efficiency == pytest.approx(1, abs=0.05), t.advice
