@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import update_watch as uw
-from update_watch.cures import TITLES, TRAINERS, Cure, code, extra_bytes, markdown, switch
+from update_watch.cures import TITLES, TRAINERS, Cure, code, extra_bytes, markdown, options_of, switch
 
 LR, STEPS = 1e-5, 24
 OPTIMIZERS = (Cure.stochastic_rounding, Cure.kahan)
@@ -328,3 +328,13 @@ def test_kahan_costs_one_more_buffer() -> None:
 
 def test_the_page_of_cures_is_the_table() -> None:
     assert (Path(__file__).parents[2] / "docs" / "fix.md").read_text() == markdown()
+
+
+def test_what_an_optimizer_can_be_told_is_read_from_it() -> None:
+    w = [torch.nn.Parameter(torch.zeros(2, 2))]
+    assert options_of(torch.optim.AdamW(w).param_groups[0]) == ("fused", "foreach", "betas")
+    assert options_of(torch.optim.AdamW(w, fused=True).param_groups[0]) == ("fused=True", "foreach", "betas")
+    assert options_of(torch.optim.Adafactor(w).param_groups[0]) == ("foreach",)
+    optimi = pytest.importorskip("optimi")
+    found = options_of(optimi.AdamW(w, lr=1e-3, kahan_sum=True).param_groups[0])
+    assert "fused" not in found and {"kahan_sum=True", "beta1", "beta2"} <= set(found)

@@ -102,6 +102,8 @@ def test_one_rank_alone_gets_back_what_it_gave() -> None:
         gradless_steps=2,
         what_if={"bfloat16": 0.75},
         scheme="plain",
+        low_states=2,
+        options=("fused", "betas"),
         state_factor=1.25,
         state_factor_steps=8,
         accumulators={"exp_avg": state, "step": counter},
@@ -115,6 +117,8 @@ def test_one_rank_alone_gets_back_what_it_gave() -> None:
         "measured_steps",
         "gradless_steps",
         "scheme",
+        "low_states",
+        "options",
         "names",
         "shape",
     ):
