@@ -163,6 +163,14 @@ def test_the_page_follows_the_systems_dark_mode_while_it_is_open(browser, tmp_pa
     assert background == "rgb(255, 255, 255)"
     assert page.js(look)[0] == "rgb(16, 20, 24)"
     assert "#79b8e6" in page.js(look)[1]  # the line in the dark theme's colour
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": features})  # paper is white
+    assert page.js("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.js("return getComputedStyle(document.querySelector('[data-chart=arrived]')).filter").startswith(
+        "invert"
+    )
+    head = "return getComputedStyle(document.querySelector('#table th'), '::before').content"
+    assert page.js(head) == '"Tensor"'  # buttons are missing in the heads of further pages
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": features})
     assert browser.get_log("browser") == []
 
 
