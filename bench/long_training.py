@@ -7,12 +7,14 @@ The watched one has all that a long run meets: an average in BF16, a journal lim
 mode, and every 4,000 steps the watch's state is saved, the watch closed, another made and the state loaded.
 
 Prints one JSON line: the hash of weights, states, average and random states of both; resident memory (MiB) and open
-descriptors at 12,000 steps and their largest value after that; windows reported; errors of the watch.
+descriptors at 12,000 steps and their largest value after that; memory in use, which is without what the C library keeps
+for later; windows reported; errors of the watch.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -40,6 +42,21 @@ def resident() -> float:
     """Memory of this process now (MiB)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+class _MallocInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c mapped d e used free keep".split()]
+
+
+def in_use() -> float | None:
+    """Of that, what is allocated (MiB); the rest glibc keeps for later. None with another C library."""
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):
+        return None
+    ask.restype = _MallocInfo
+    info = ask()
+    return float(info.used + info.mapped) / 2**20
 
 
 def digest(values: Any) -> str:
@@ -99,6 +116,7 @@ def train(steps: int, folder: Path | None) -> dict[str, Any]:
 
     watch = attach(None)
     memory: list[float] = []
+    allocated: list[float | None] = []
     descriptors: list[int] = []
     for step in range(1, steps + 1):
         tokens = torch.randint(0, 64, (16,))
@@ -112,6 +130,7 @@ def train(steps: int, folder: Path | None) -> dict[str, Any]:
                 model(tokens)
             if step >= SETTLED:
                 memory.append(resident())
+                allocated.append(in_use())
                 descriptors.append(len(os.listdir("/proc/self/fd")))
         if watch is not None and step % ANEW_EVERY == 0:
             state = watch.state_dict()
@@ -129,6 +148,8 @@ def train(steps: int, folder: Path | None) -> dict[str, Any]:
         "rss_settled_mib": round(memory[0], 1) if memory else None,
         "rss_largest_mib": round(max(memory), 1) if memory else None,
         "rss_end_mib": round(memory[-1], 1) if memory else None,
+        "in_use_settled_mib": allocated[0] and round(allocated[0], 1) if allocated else None,
+        "in_use_end_mib": allocated[-1] and round(allocated[-1], 1) if allocated else None,
         "descriptors_settled": descriptors[0] if descriptors else None,
         "descriptors_largest": max(descriptors, default=None),
         "windows": reported[0],

@@ -194,7 +194,7 @@ def run_line(run: RunNumbers) -> dict[str, Any]:
 def run_of(line: Any) -> RunNumbers:
     counts = [float(n) for n in line["counts"]]
     values = [_float(line.get(name)) for name in NUMBERS]
-    if len(counts) != len(SEVERITY) or any(math.isinf(v) for v in values) or not all(map(math.isfinite, counts)):
+    if len(counts) != len(SEVERITY) or any(abs(v) >= _HUGE for v in values) or not all(0 <= n < _HUGE for n in counts):
         raise ValueError("damaged window (numbers of the run)")
     return RunNumbers(**dict(zip(NUMBERS, values, strict=True)), counts=tuple(counts))
 

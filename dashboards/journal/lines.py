@@ -223,7 +223,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
     return Frame(
         step=whole_of(line["step"]),
         window=whole_of(line["window"]),
-        windows=whole_of(line["windows"]),
+        windows=_positive(line["windows"]),
         time=number_of(line["time"]),
         health=Health(line["health"]),
         headline=text_of(line["headline"]),
@@ -246,6 +246,12 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
         run=run_numbers(table.numel, tensors.health, tensors.numbers) if run is None else run_of(run),
         outlook=outlook_of(line["forecast"]) if "forecast" in line else None,
     )
+
+
+def _positive(value: Any) -> int:
+    if whole_of(value) < 1:
+        raise ValueError("damaged window (of no window)")
+    return whole_of(value)
 
 
 def _columns_line(columns: Columns) -> dict[str, Any]:

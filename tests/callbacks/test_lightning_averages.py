@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch.callbacks as lightning_callbacks
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    Callback,
-    EMAWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import Callback
 
 from tests.support.lightning_fits import STALLS, Watched, fit
 from tests.support.lightning_models import Module
+
+if not hasattr(lightning_callbacks, "EMAWeightAveraging"):
+    pytest.skip("this Lightning has no EMAWeightAveraging", allow_module_level=True)
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 

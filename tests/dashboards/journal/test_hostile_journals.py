@@ -39,6 +39,14 @@ def _changed(path: Path, **changes: Any) -> None:
     path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
 
 
+@pytest.mark.parametrize("windows", [0, -3])
+def test_a_line_of_no_window_is_damage(tmp_path: Path, windows: int) -> None:
+    path = _journal(tmp_path / "run.jsonl")
+    _changed(path, windows=windows)
+    with pytest.raises(JournalError, match="of no window"):
+        read_history(path)
+
+
 def test_where_all_windows_are_damaged_the_damage_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = _journal(tmp_path / "run.jsonl")
     _changed(path, step="eight")
