@@ -74,6 +74,9 @@ def in_transformers(callback: Any, folder: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=["package", "lightning", "transformers"])
 @pytest.mark.parametrize("train", [in_lightning, in_transformers])
 def test_the_callback_works_in_either_trainer(kind: type, train: Any, tmp_path: Path) -> None:
+    is_old = tuple(map(int, lightning.__version__.split(".")[:2])) < (2, 6)
+    if train is in_lightning and kind is of_transformers.UpdateWatch and is_old:
+        pytest.skip("Lightning before 2.6 takes callbacks of its own base class only")
     seen: list[uw.Report] = []
     callback = kind(window=8, print_audit=False, sinks=[seen.append])
     train(callback, tmp_path)

@@ -125,7 +125,7 @@ def test_audit_can_be_turned_off(capsys: pytest.CaptureFixture[str]) -> None:
 def test_warn_logs_and_trains_on(caplog: pytest.LogCaptureFixture) -> None:
     fitted = fit(Module(lr=LOW, batches=24), Watched(thresholds=FAST), **STALLS)
     assert fitted.global_step == 24
-    assert any(r.name == "update_watch" and r.levelname == "ERROR" and "stalled" in r.message for r in caplog.records)
+    assert any(r.name == "update_watch" and r.levelname == "ERROR" and "STALLED" in r.message for r in caplog.records)
 
 
 def test_stop_ends_the_run_with_a_checkpoint(tmp_path: Path) -> None:
