@@ -1,5 +1,4 @@
-"""Measured steps once more by the optimizer's rule in FP32: rows of one history joined, steps that waited in one call, whole
-tensors in turn.
+"""Measured steps once more by the rule in FP32: rows of one history joined, waiting steps in one call, whole tensors in turn.
 
 Legend: A accumulators (0 the weight, then states), n rows, R rows of all steps side by side, K samples.
 """
