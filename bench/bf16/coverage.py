@@ -75,16 +75,23 @@ def measure(case: Case, steps: int) -> Result:
 
         manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
         manager.register_module_override(model.embedding, "weight", {"optim_bits": 32})
-    try:
-        optimizer = case.make(list(named.values()))
-        _ready(optimizer)
-        _set_gradients(named)
-        optimizer.step()
-        optimizer = case.make(list(named.values()))
-        _ready(optimizer)
-    except Exception as error:
-        result.reason = f"cannot be run here: {type(error).__name__}: {str(error)[:100]}"
+    optimizer: Optimizer | None = None
+    for matrices in (False, True):  # some optimizers are for these alone
+        named = {name: p for name, p in named.items() if p.dim() == 2 or not matrices}
+        try:
+            optimizer = case.make(list(named.values()))
+            _ready(optimizer)
+            _set_gradients(named)
+            optimizer.step()
+            optimizer = case.make(list(named.values()))
+            _ready(optimizer)
+            break
+        except Exception as error:
+            result.reason = result.reason or f"cannot be run here: {type(error).__name__}: {str(error)[:100]}"
+            optimizer = None
+    if optimizer is None:
         return result
+    result.reason = ""
     sums: dict[str, list[tuple[float, float]]] = {name: [] for name in named}  # by step
     is_complete = True  # every step could be taken on copies
     with uw.watch(list(named.items()), optimizer, window=10**9, budget=None) as watch:
