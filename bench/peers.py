@@ -142,7 +142,7 @@ def norm_of_intended(training: Training) -> Any:
             for p in group["params"]:
                 state = training.optimizer.state[p]
                 step = float(state.get("step", group.get("step", 1)))
-                first, second = group["betas"]
+                first, second = group["betas"] if "betas" in group else (group["beta1"], group["beta2"])
                 rate = group["lr"] / (1 - first**step)
                 root = (state["exp_avg_sq"] / (1 - second**step)).sqrt().add_(group["eps"])
                 update = state["exp_avg"] * rate / root
