@@ -210,7 +210,7 @@ class JournalReader:
         self.path = Path(path)
         self.run: dict[str, Any] = {}  # what the last header says about the run
         self.damaged: list[tuple[int, str]] = []  # (line number, what is wrong)
-        self._newest: tuple[int, bytes, TensorTable] | None = None  # number, line and table of the last window
+        self._newest: tuple[int, dict[str, Any], TensorTable] | None = None  # number, line, table of the last window
 
     def frames(self, wanted: Callable[[int], bool] | None = None, is_whole: bool = True) -> Iterator[Frame]:
         """The windows, one after the other; only those on lines whose number is `wanted`.
@@ -240,7 +240,7 @@ class JournalReader:
                             tables[digest] = table
                     elif kind == "window":
                         frame = frame_of_line(line, tables, is_whole)
-                        self._newest = (number, raw, frame.table)
+                        self._newest = (number, line, frame.table)
                         yield frame
                     # other kinds carry nothing a window needs
                     is_ours = True
@@ -255,9 +255,8 @@ class JournalReader:
         """The last of `frames` as a whole; where what was left out of it is damaged, as it is."""
         if self._newest is None:
             return frame
-        number, raw, table = self._newest
+        number, line, table = self._newest
         try:
-            line = decode(raw)
             return frame_of_line(line, {str(line.get("table")): table})
         except ValueError as error:
             self.damaged.append((number, str(error)))

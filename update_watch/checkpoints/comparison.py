@@ -51,9 +51,8 @@ def compare_all(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names
     """`compare` for tensors with these names, in this order; small ones of one kind together."""
     found: list[TensorDiff | None] = [None] * len(names)
     groups: dict[Kind, list[int]] = {}
-    for i, name in enumerate(names):
-        kind = _kind(first, name)
-        if kind is not None and (kind is (other := _kind(second, name)) or kind == other):
+    for i, (kind, other) in enumerate(zip(_kinds(first, names), _kinds(second, names), strict=True)):
+        if kind is not None and (kind is other or kind == other) and _is_small(kind):
             groups.setdefault(kind, []).append(i)
     for kind, members in groups.items():
         most = max(1, _TOGETHER // kind.numel)
@@ -69,18 +68,25 @@ def compare_all(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names
     ]
 
 
-def _kind(tensors: Mapping[str, Tensor], name: str) -> Kind | None:
-    """The kind of a tensor that can be compared together with others; None where it is by itself."""
+def _kinds(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[Kind | None]:
+    """The kind of each tensor; None where it must be compared by itself."""
     if isinstance(tensors, StoredTensors):
-        kind = tensors.stored[name][2]
-    else:
-        tensor = tensors[name]
-        if type(tensor) is not Tensor or tensor.is_nested or tensor.layout is not torch.strided:
-            return None
-        if tensor.is_meta or tensor.is_quantized or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
-            return None
-        kind = Kind(tensor.dtype, tuple(tensor.shape), tensor.numel())
-    return kind if 0 < kind.numel <= _SMALL and not kind.dtype.is_complex else None
+        stored = tensors.stored
+        return (stored[name][2] for name in names)
+    return (_kind(tensors[name]) for name in names)
+
+
+def _kind(tensor: Tensor) -> Kind | None:
+    if type(tensor) is not Tensor or tensor.is_nested or tensor.layout is not torch.strided:
+        return None
+    if tensor.is_meta or tensor.is_quantized or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return None
+    return Kind(tensor.dtype, tuple(tensor.shape), tensor.numel())
+
+
+@functools.lru_cache(4096)
+def _is_small(kind: Kind) -> bool:
+    return 0 < kind.numel <= _SMALL and not kind.dtype.is_complex
 
 
 def _together(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import os
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,7 +131,8 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Diff:
 
 def diff_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor], label: str = "the checkpoints") -> Diff:
     """The same for tensors by name."""
-    common = [name for name in first if name in second]
+    inside = set(second)
+    common = [name for name in first if name in inside]
     if not common:
         raise CheckpointError(
             f"{label} have no tensor name in common: the first has {listed(list(first), 3)}; the second has"
@@ -141,9 +142,16 @@ def diff_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor], labe
     rows.sort(key=lambda t: -1.0 if t.identical is None else -t.identical)
     return Diff(
         tuple(rows),
-        tuple(name for name in first if name not in second),
-        tuple(name for name in second if name not in first),
+        _without(first, common),
+        _without(second, common),
     )
+
+
+def _without(names: Mapping[str, Tensor], common: Sequence[str]) -> tuple[str, ...]:
+    if len(names) == len(common):
+        return ()
+    known = set(common)
+    return tuple(name for name in names if name not in known)
 
 
 def _still_constant(still: list[TensorDiff]) -> list[str]:
