@@ -125,14 +125,14 @@ def test_the_last_window_is_whole_where_what_is_beside_its_verdicts_is_damaged_i
 
 
 @pytest.mark.slow
-def test_a_fifth_of_a_million_tensors_takes_seconds(tmp_path: Path) -> None:
+def test_a_tenth_of_a_million_tensors_takes_seconds(tmp_path: Path) -> None:
     journal, page, first, second = (tmp_path / name for name in ("run.jsonl", "report.html", "first", "second"))
-    write_journal(journal, 200_000, 1)
-    write_checkpoints(first, second, 200_000)
+    write_journal(journal, 100_000, 1)
+    write_checkpoints(first, second, 100_000)
     for name, arguments, output in (
         ("report", ["report", str(journal), "--output", str(page)], page),
         ("top", ["top", str(journal), "--once"], None),
         ("diff", ["diff", str(first), str(second)], None),
     ):
         found = measure(name, arguments, output)
-        assert found["cpu_s"] < 25 and found["output_mb"] < 10, found
+        assert found["cpu_s"] < 15 and found["output_mb"] < 10, found
