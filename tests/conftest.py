@@ -20,6 +20,8 @@ torch.set_num_threads(1)
 _SLOW = ("test_wandb_server", "test_packaging")
 # files whose slow tests take minutes: they begin first, so that none of them runs on alone at the end
 _LONG = ("test_thinning", "test_fuzz", "test_gpu_bench", "test_joining", "test_rank_resume", "test_device_cases")
+# files of which all tests go to one worker: what they have in common (a trained demo, a browser) takes seconds to make
+_TOGETHER = ("test_demo", "test_html_browser", "test_joining", "test_wandb_sink")
 # cases of which a like one is quick enough to be run by default, by file
 _SLOW_CASES = {
     "test_fuzz": ("random_trainings_keep_every_bit_and_their_watch[3]",),
@@ -45,10 +47,28 @@ _SLOW_CASES = {
     ),
     "test_scaled_weights": ("FusedSplit-1e-06", "Split-0.001", "Masters-1e-06", "Kahan-1e-06", "Remainders-1e-06"),
     "test_ledger": ("overwritten[every 24-adamw]", "adamw-pruned]", "adamw-normalised]"),
-    "test_odd_tensors": tuple(
-        f"[{kind}{'-in-the-step' * is_state}]"
-        for kind in ("negative huge", "infinite", "text", "None", "list", "int8", "uint8", "quint8", "qint8", "int64")
-        for is_state in (False, True)
+    "test_odd_tensors": (
+        *(f"[{kind}]" for kind in ("int8", "uint8", "quint8", "qint8", "int64")),
+        *(
+            f"[{kind}-in-the-step]"
+            for kind in (
+                *(
+                    "bool",
+                    "bfloat16",
+                    "complex32",
+                    "float16",
+                    "float32",
+                    "float64",
+                    "int4",
+                    "uint4",
+                    "int8",
+                    "uint8",
+                    "int64",
+                ),
+                *("uint64", "qint8", "quint8", "csr", "conjugate", "empty", "double scalar", "parameter", "imaginary"),
+                *("negative huge", "infinite", "text", "None", "list"),
+            )
+        ),
     ),
 }
 # tests of the trials themselves, and of what they leave behind: a room and files
@@ -61,9 +81,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         stem = Path(str(item.path)).stem
         if stem in _SLOW or any(case in item.name for case in _SLOW_CASES.get(stem, ())):
             item.add_marker(pytest.mark.slow)
+        if stem in _TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(stem))
     items.sort(key=lambda item: Path(str(item.path)).stem not in _LONG)  # stable
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than there are cores: many tests wait for processes, servers and browsers that they start."""
     return (os.cpu_count() or 1) + 1
