@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(VENV)/bin/update-watch demo --out demo-out $(ARGS)
 
 test: $(STAMP)
-	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "slow and not gpu" $(ARGS)

@@ -20,8 +20,6 @@ torch.set_num_threads(1)
 _SLOW = ("test_wandb_server", "test_packaging")
 # files whose slow tests take minutes: they begin first, so that none of them runs on alone at the end
 _LONG = ("test_thinning", "test_fuzz", "test_gpu_bench", "test_joining", "test_rank_resume", "test_device_cases")
-# files of which all tests go to one worker: what they have in common (a trained demo, a browser) takes seconds to make
-_TOGETHER = ("test_demo", "test_html_browser", "test_joining", "test_wandb_sink")
 # cases of which a like one is quick enough to be run by default, by file
 _SLOW_CASES = {
     "test_fuzz": ("random_trainings_keep_every_bit_and_their_watch[3]",),
@@ -81,8 +79,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         stem = Path(str(item.path)).stem
         if stem in _SLOW or any(case in item.name for case in _SLOW_CASES.get(stem, ())):
             item.add_marker(pytest.mark.slow)
-        if stem in _TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(stem))
     items.sort(key=lambda item: Path(str(item.path)).stem not in _LONG)  # stable
 
 
