@@ -1,6 +1,6 @@
 """One thread for every test: the tensors are tiny, and threads that wait for each other are slower than one.
 
-Tests that talk to servers or build packages take minutes together: they count as slow.
+Tests that talk to servers, build packages or look through a browser take minutes together: they count as slow.
 """
 
 import gc
@@ -17,11 +17,25 @@ from update_watch.watching import attention
 
 torch.set_num_threads(1)
 
-_SLOW = ("test_wandb_server", "test_packaging")
+_SLOW = ("test_wandb_server", "test_packaging", "test_html_browser")
 # files whose slow tests take minutes: they begin first, so that none of them runs on alone at the end
 _LONG = ("test_thinning", "test_fuzz", "test_gpu_bench", "test_joining", "test_rank_resume", "test_device_cases")
 # cases of which a like one is quick enough to be run by default, by file
 _SLOW_CASES = {
+    "test_scenarios": ("the_table_counts_planted", "every_verdict_on_a_weight", "a_verdict_that_stays_away"),
+    "test_faults": ("sigterm_reports_the_open_window",),
+    "test_state_factor": ("come_and_go", "a_stalled_state_says_how_little", "decay_inside_the_gradient"),
+    "test_run_journal": ("a_page_is_of_the_whole_run",),
+    "test_attention": ("counts_all_steps_and_says_how_many",),
+    "test_cli": ("a_closed_pipe_is_quiet",),
+    "test_html_report": ("a_live_report_waits", "a_thinned_or_damaged_journal"),
+    "test_attacks": ("any_number_of_parameters",),
+    "test_rule_kind": ("quantised_state_of_large_tensors",),
+    "test_forecast": ("what_is_kept_of_a_long_run",),
+    "test_thinning": ("that_outgrows_its_limit",),
+    "test_on_audit": ("its_healthy_twin_trains[warn]",),
+    "test_wandb_sink": ("a_log_still_being_written",),
+    "test_faults_inside": ("a_slow_disk_keeps_training",),
     "test_fuzz": ("random_trainings_keep_every_bit_and_their_watch[3]",),
     "test_kernel_gathers": ("reports_are_those_of_torchs_way[adamw]",),
     "test_device_cases": ("nothing_grows_in_thousands_of_steps[1024]",),
@@ -46,7 +60,11 @@ _SLOW_CASES = {
     "test_scaled_weights": ("FusedSplit-1e-06", "Split-0.001", "Masters-1e-06", "Kahan-1e-06", "Remainders-1e-06"),
     "test_ledger": ("overwritten[every 24-adamw]", "adamw-pruned]", "adamw-normalised]"),
     "test_odd_tensors": (
-        *(f"[{kind}]" for kind in ("int8", "uint8", "quint8", "qint8", "int64")),
+        *(
+            f"[{kind}]"
+            for kind in ("int8", "uint8", "quint8", "qint8", "int64", "bfloat16", "float16", "float32", "float64")
+        ),
+        *(f"[{kind}]" for kind in ("int4", "uint4", "uint64", "csr", "empty", "double scalar", "parameter")),
         *(
             f"[{kind}-in-the-step]"
             for kind in (

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import update_watch as uw
 from tests.support.watch_nets import Net, all_exact, backward, batches, make_adamw, tensors, train
+from update_watch import endings
 from update_watch.measure.watched_optimizer import Watched
 from update_watch.report import Health, Report, TensorReport
 from update_watch.watching import attention
@@ -347,7 +349,10 @@ class Critic(torch.nn.Sequential):
     """A second model."""
 
 
-def test_alerts_name_the_model_where_the_process_watches_several(caplog: pytest.LogCaptureFixture) -> None:
+def test_alerts_name_the_model_where_the_process_watches_several(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endings, "_OPEN", weakref.WeakKeyDictionary())  # other tests may have left theirs open
     torch.manual_seed(0)
     alone, critic, named = stalled_net(torch.nn.Sequential), stalled_net(Critic), stalled_net(Critic)
     with uw.watch(*alone, window=16, budget=None) as watch:
