@@ -179,14 +179,12 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         self._model = weakref.ref(pl_module)
         any_rank = functools.partial(trainer.strategy.reduce_boolean_decision, all=False)
         self._response = StallResponse(
-            *(
-                self._options.on_stall,
-                self._options.window,
-                trainer.global_step,
-                trainer.world_size,
-                is_leader,
-                any_rank,
-            )
+            self._options.on_stall,
+            self._options.window,
+            trainer.global_step,
+            trainer.world_size,
+            is_leader,
+            any_rank,
         )
         session.audit(averages, dashboards, any_rank)
 

@@ -148,7 +148,12 @@ class UpdateWatch(TrainerCallback, ExportableState):
         )
         any_rank = functools.partial(_any_rank, device=args.device)
         self._response = StallResponse(
-            *(self._options.on_stall, self._options.window, state.global_step, args.world_size, is_leader, any_rank)
+            self._options.on_stall,
+            self._options.window,
+            state.global_step,
+            args.world_size,
+            is_leader,
+            any_rank,
         )
         memory = (stored[-1] if isinstance(stored, list) else stored).get("attributes", {}).get("memory")
         if state.global_step > 0 and memory:

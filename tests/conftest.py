@@ -62,33 +62,6 @@ _SLOW_CASES = {
     ),
     "test_scaled_weights": ("FusedSplit-1e-06", "Split-0.001", "Masters-1e-06", "Kahan-1e-06", "Remainders-1e-06"),
     "test_ledger": ("overwritten[every 24-adamw]", "adamw-pruned]", "adamw-normalised]"),
-    "test_odd_tensors": (
-        *(
-            f"[{kind}]"
-            for kind in ("int8", "uint8", "quint8", "qint8", "int64", "bfloat16", "float16", "float32", "float64")
-        ),
-        *(f"[{kind}]" for kind in ("int4", "uint4", "uint64", "csr", "empty", "double scalar", "parameter")),
-        *(
-            f"[{kind}-in-the-step]"
-            for kind in (
-                *(
-                    "bool",
-                    "bfloat16",
-                    "complex32",
-                    "float16",
-                    "float32",
-                    "float64",
-                    "int4",
-                    "uint4",
-                    "int8",
-                    "uint8",
-                    "int64",
-                ),
-                *("uint64", "qint8", "quint8", "csr", "conjugate", "empty", "double scalar", "parameter", "imaginary"),
-                *("negative huge", "infinite", "text", "None", "list"),
-            )
-        ),
-    ),
 }
 # tests of the trials themselves, and of what they leave behind: a room and files
 _TRYING = ("replay", "test_sanctity", "test_interrupts", "test_attacks", "test_device_generators")

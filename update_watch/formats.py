@@ -24,6 +24,7 @@ import math
 import torch
 from torch import Tensor
 
+HALVES = (torch.bfloat16, torch.float16)  # of 16 bits: what most of what is lost is lost in
 # per dtype: the integers of its width, its mantissa bits, exponent bias and smallest exponent
 _LAYOUTS = {
     torch.float32: (torch.int32, 23, 127, -126),

@@ -92,7 +92,9 @@ def places(names: Iterable[str]) -> Mapping[str, Place]:
 @functools.lru_cache(4)  # a page asks for the same model again and again
 def tree_of(names: tuple[str, ...]) -> NameTree:
     """The same of distinct names as columns, for those who look at all of them."""
-    return name_tree(names)
+    texts, levels, node_P = _levels(names)
+    shape_N, shapes = _shapes(texts, levels)
+    return _walked(texts, levels, node_P, shape_N, shapes)
 
 
 def layer_label(layer: Sequence[int]) -> str:
@@ -115,13 +117,6 @@ class _Level(NamedTuple):
     first: int  # number of the first
     parent: Ints
     part: Ints
-
-
-def name_tree(names: Sequence[str]) -> NameTree:
-    """The tree of these names."""
-    texts, levels, node_P = _levels(names)
-    shape_N, shapes = _shapes(texts, levels)
-    return _walked(texts, levels, node_P, shape_N, shapes)
 
 
 def _levels(names: Sequence[str]) -> tuple[list[str], list[_Level], Ints]:

@@ -82,26 +82,25 @@ def test_what_a_rule_makes_of_all_tensors_is_measured_as_it_is(monkeypatch: pyte
     assert all(map(torch.equal, params, alone))
 
 
+def all_unknown_because() -> str:
+    """The reason why nothing is known of a training that needs all tensors together."""
+    report, _, _ = trained(clip, steps=4)
+    assert {t.health for t in report.tensors} == {Health.unknown}
+    return report.tensors[0].advice
+
+
 def test_tensors_too_many_to_be_replayed_together_are_unknown_with_their_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parameters, "WHOLE_LIMIT", 400)
-    report, _, _ = trained(clip, steps=4)
-    assert {t.health for t in report.tensors} == {Health.unknown}
-    assert (
-        "needs all tensors of its optimizer together, and 424 elements are over the limit of 400"
-        in report.tensors[0].advice
-    )
+    reason = "needs all tensors of its optimizer together, and 424 elements are over the limit of 400"
+    assert reason in all_unknown_because()
 
 
 def test_weights_in_two_parts_are_not_replayed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parameters, "find_scheme", lambda *_: Scheme("carried:rest", "rest"))
-    report, _, _ = trained(clip, steps=4)
-    assert {t.health for t in report.tensors} == {Health.unknown}
-    assert (
-        "needs all tensors of its optimizer together, and a part of each weight is in 'rest'"
-        in report.tensors[0].advice
-    )
+    reason = "needs all tensors of its optimizer together, and a part of each weight is in 'rest'"
+    assert reason in all_unknown_because()
 
 
 def test_what_is_too_much_for_each_step_is_replayed_in_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:

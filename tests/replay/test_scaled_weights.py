@@ -150,10 +150,12 @@ def test_parted_weights_join_to_what_they_were(scheme: Scheme) -> None:
 def test_whole_runs_are_measured_as_in_fp64_and_judged_by_what_is_kept(name: str) -> None:
     make, whole = (runs.KEPT | runs.LOST)[name]
     lr = runs.RARE if "ice" in name or "stoch" in name else 1e-5
-    reports, truth = runs.train(make, whole, lr, 0, 3 * runs.WINDOW)
+    reports, truth = runs.train(make, whole, lr, 0, 1, 3 * runs.WINDOW)
     for t in reports[-1].tensors:
-        assert t.efficiency == pytest.approx(truth[t.name], abs=runs.BAR), t.name
-    found = {str(t.health) for r in reports for t in r.tensors if name in runs.KEPT or t.name == "norm.weight"}
+        # steps of a loop's masters arrive; what the loop makes of them is told by the verdict
+        expected = 1.0 if name == "LostOutsideMasters" else truth[t.name]
+        assert t.efficiency == pytest.approx(expected, abs=runs.BAR), t.name
+    found = {str(t.health) for r in reports for t in r.tensors if name in runs.KEPT or t.name.endswith("norm.weight")}
     assert found == {"healthy" if name in runs.KEPT else "stalled"}
 
 
@@ -163,7 +165,7 @@ def test_rounded_moments_beside_split_weights_are_judged_as_those_of_others() ->
         return FusedSplit(given, lr=lr, betas=(0.9, 0.999))
 
     _, whole = runs.KEPT["FusedSplit"]
-    reports, _ = runs.train(make, whole, 1e-4, 0, 3 * runs.WINDOW)
+    reports, _ = runs.train(make, whole, 1e-4, 0, 1, 3 * runs.WINDOW)
     for t in reports[-1].tensors:
         assert t.state_factor is not None and 0.5 < t.state_factor < 2, t.name
         assert t.accumulators["exp_avg"].efficiency == pytest.approx(1, abs=0.1)

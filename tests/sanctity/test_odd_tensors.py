@@ -5,7 +5,7 @@ others are measured. Nothing raises into training, nothing ends the watch.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
@@ -88,17 +88,33 @@ _LIKE_ANOTHER = {
     *("bits1x8", "bits2x4", "bits4x2", "bits16", "complex128", "qint32", "quint2x4", "quint4x2", "csc", "bsr"),
     *("float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "int16", "int32", "uint16", "uint32"),
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (1, 2, 3, 5, 6, 7)),
+    *(
+        "int4",
+        "int8",
+        "int64",
+        "uint4",
+        "uint8",
+        "uint64",
+        "qint8",
+        "quint8",
+        "bfloat16",
+        "float16",
+        "float32",
+        "float64",
+    ),
+    *("csr", "empty", "double scalar", "parameter", "negative huge", "infinite", "text", "None", "list"),
 }
+_LIKE_ANOTHER_STATE = _LIKE_ANOTHER | {"bool", "complex32", "conjugate", "imaginary"}
 
 
-def made(kinds: dict[str, Callable[[], Any]]) -> Iterator[Any]:
+def made(kinds: dict[str, Callable[[], Any]], like_another: Collection[str] = _LIKE_ANOTHER) -> Iterator[Any]:
     """Those that this torch can make; one of each kind where all of them would be slow."""
     for name, make in kinds.items():
         try:
             make()
         except (RuntimeError, NotImplementedError, TypeError):
             continue
-        yield pytest.param(make, id=name, marks=[pytest.mark.slow] if name in _LIKE_ANOTHER else [])
+        yield pytest.param(make, id=name, marks=[pytest.mark.slow] if name in like_another else [])
 
 
 class Rule(torch.optim.Optimizer):
@@ -142,7 +158,7 @@ def _health(report: Report, name: str) -> Health:
 @pytest.mark.parametrize(
     "at_once", [pytest.param(True, id="from-the-start", marks=pytest.mark.slow), pytest.param(False, id="in-the-step")]
 )
-@pytest.mark.parametrize("keep", made({**TENSORS, **OTHERS}))
+@pytest.mark.parametrize("keep", made({**TENSORS, **OTHERS}, _LIKE_ANOTHER_STATE))
 def test_a_state_of_any_kind_is_measured_or_unknown_with_the_reason(keep: Callable[[], Any], at_once: bool) -> None:
     low, full = nn.Parameter(torch.randn(SHAPE).bfloat16()), nn.Parameter(torch.randn(SHAPE))
     optimizer = Rule([low, full], keep, at_once)

@@ -98,7 +98,7 @@ def text(found: Sequence[AtRate], lr: float, limit: int | None = None) -> str:
 
 
 def _is_low(w: Tensor) -> bool:
-    return w.dtype in (torch.bfloat16, torch.float16) and formats.of(w.dtype) is not None
+    return w.dtype in formats.HALVES and formats.of(w.dtype) is not None
 
 
 def _efficiency(w: Tensor, direction: Tensor, lr: float) -> float:

@@ -72,7 +72,7 @@ def headline(tensors: Sequence[TensorReport], step: int = 0, trainer: str = "tor
     also += [short for short, _ in findings]
     if lacking:
         also.append(f"{len(lacking)} not measured")
-    pending = sum(t.health is Health.unknown for t in tensors) - sum(t.health is Health.unknown for t in lacking)
+    pending = sum(t.health is Health.unknown for t in tensors) - len(lacking)
     if pending:
         also.append(f"{pending} not known yet")
     return f"{text}; also {', '.join(also)}." if also else f"{text}."

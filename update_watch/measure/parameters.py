@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from update_watch import formats
 from update_watch.measure.identity.names import members_of
 from update_watch.measure.identity.partitions import Piece, PieceSampler
 from update_watch.measure.sampling import Sampler, local, unsamplable
@@ -218,7 +219,7 @@ def build_rows(
                 row = Row(param, called, index, rule, scheme, samples, piece, odd)
                 if rule.kind is Kind.together:
                     row.reason = row.reason or apart
-                if row.is_measured and param.dtype in (torch.bfloat16, torch.float16):
+                if row.is_measured and param.dtype in formats.HALVES:
                     _find_properties(row, optimizer, kind, found)
                 rows.append(row)
     rows.sort(key=_likeness)

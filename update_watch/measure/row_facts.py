@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch import formats
 from update_watch.evidence import TensorEvidence, changed, made
 from update_watch.measure.accumulators.counters import short_counters
 from update_watch.measure.cohort import Cohort
@@ -19,8 +19,6 @@ from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.window_evidence import RowFacts
 
-_LOW = (torch.bfloat16, torch.float16)
-
 
 def _low_states(row: Row, state: Mapping[str, Any] | None) -> int | None:
     """How many states of the parameter's shape are in 16 bits, beside what is kept there of the weight itself."""
@@ -28,7 +26,8 @@ def _low_states(row: Row, state: Mapping[str, Any] | None) -> int | None:
         return None
     kept = [value for name, value in state.items() if name != row.scheme.carrier and isinstance(value, Tensor)]
     return sum(
-        value.dtype in _LOW and value.shape == row.param.shape and not unsamplable(local(value)) for value in kept
+        value.dtype in formats.HALVES and value.shape == row.param.shape and not unsamplable(local(value))
+        for value in kept
     )
 
 

@@ -24,7 +24,6 @@ from update_watch.replay.rounding_scheme import Join
 from update_watch.replay.rule import Kind, Rule
 from update_watch.replay.twin import GroupSettings, Run, Twin
 
-_LOW = (torch.bfloat16, torch.float16)
 _WHOLE_PER_STEP = 2**22  # elements replayed as whole tensors in one step, beyond the first tensor
 
 
@@ -167,10 +166,8 @@ class StepReplay:
             for name, value in span.scalars.items()
         }
         param, rule = intended_AnK[0, rows].view(shape), row.rule
-        if (
-            rule.scaled is None and rule.widens
-        ):  # numbers in the weight's format would be there with FP32 weights in FP32
-            state |= {n: v.float() for n, v in state.items() if isinstance(v, Tensor) and v.dtype in _LOW}
+        if rule.scaled is None and rule.widens:  # with FP32 weights, numbers in the weight's format would be FP32
+            state |= {n: v.float() for n, v in state.items() if isinstance(v, Tensor) and v.dtype in formats.HALVES}
         return Run(row.group, param, grad_nK[rows].view(shape), state, rule.scaled, rule.may_draw)
 
     def replay_whole(

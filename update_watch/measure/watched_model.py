@@ -103,9 +103,8 @@ class WatchedModel:
             return watched
 
         parts = self._parts[id(optimizer)] = Parts(make(0, self.found), make)
-        with suppress(
-            AttributeError
-        ):  # a wrapper that is an Optimizer without having been made as one has no such hooks
+        # a wrapper that is an Optimizer without having been made as one has no such hooks
+        with suppress(AttributeError):
             hook = optimizer.register_load_state_dict_post_hook(lambda _: parts.read_counters())
             self._handles[id(optimizer)] = hook
 

@@ -33,9 +33,8 @@ class Rule:
     exact_states: frozenset[str] = frozenset()  # of `element_states`, those whose replay may be judged as well
     forms: Mapping[str, str] = dataclasses.field(default_factory=dict)  # state -> as of `SyntheticTraining.form`
     widens: bool = True  # False: low-precision state must be replayed in its own format (`Twin.replay_whole`)
-    low_kept: frozenset[str] = (
-        frozenset()
-    )  # if not `widens`: of FP32 weights too, these are kept so, and others are widened
+    # if not `widens`: these are kept so for FP32 weights too, and others are widened
+    low_kept: frozenset[str] = frozenset()
     low_states: frozenset[str] = frozenset()  # made for low-precision weights and not in FP32
     scaled: ScaledWeights | None = None  # replays are made in the weight's own format
     has_failed: bool = False  # the rule did not run: it may do so once its optimizer has set itself up in a first step

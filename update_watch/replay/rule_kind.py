@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch.optim import Optimizer
 
+from update_watch import formats
 from update_watch.replay.absent import AbsentError, ReplayError
 from update_watch.replay.premade_state import made_before, premade_state
 from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way
@@ -41,7 +42,6 @@ from update_watch.wording import first_line
 
 _STEPS_SMALL = 6
 _FEW = 256  # elements
-_LOW = (torch.bfloat16, torch.float16)
 _KINDS = {Way.whole: Kind.whole, Way.together: Kind.together}  # of others: elementwise
 _ALONE = (Way.flat, Way.rows, Way.whole)  # a tensor without the others
 _TINY_GRADIENT = 1e-5  # scale at which decay, epsilons and averages over tensors show
@@ -72,7 +72,7 @@ def find_rule(
     has_failed = False
     for device in dict.fromkeys((torch.device("cpu"), _device(optimizer, group))):
         settings = TrainingSettings(optimizer, group, small(shape), device, premade=premade_state(optimizer, group))
-        low = settings._replace(dtype=dtype) if dtype in _LOW else None
+        low = settings._replace(dtype=dtype) if dtype in formats.HALVES else None
         quiet = WithoutEffects(device)
         with quiet, quiet, silence():
             found = _tried(optimizer, settings, low, shape)

@@ -61,9 +61,8 @@ class Twin:
         self._is_native = type(optimizer).__module__.startswith("torch.optim")
         self._copy = copy_of(optimizer, [])
         self.has_drawn = False  # random numbers, in one replay or another
-        self.has_drawn_of_its_own = (
-            False  # from a generator that the optimizer keeps: a copy of all tensors draws the same
-        )
+        # from a generator that the optimizer keeps: a copy of all tensors draws the same
+        self.has_drawn_of_its_own = False
         self._seen = self._attributes()
         for group in optimizer.param_groups:
             settings_of(group, [], Copier(LIMIT, optimizer=optimizer))

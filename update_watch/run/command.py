@@ -90,14 +90,15 @@ def _journals(path: Path) -> list[Path]:
 
 def _last(journal: Path) -> tuple[str, Report] | None:
     """The model's name and the last report."""
-    from update_watch.dashboards.journal.journal import JournalError, JournalReader, read_journal
+    from update_watch.dashboards.frame import report_of
+    from update_watch.dashboards.journal.journal import JournalError, JournalReader
 
-    last = None
+    reader, last = JournalReader(journal), None
     try:
-        for report in read_journal(journal):
-            last = report
-        name = str(JournalReader(journal).header().get("model", ""))
-        return None if last is None else (name, last)
+        for frame in reader.frames(is_whole=False):
+            last = frame
+        reader.warn()
+        return None if last is None else (str(reader.run.get("model", "")), report_of(reader.newest(last)))
     except (JournalError, OSError) as error:
         sys.stderr.write(f"update-watch run: {journal}: {error}\n")
     return None

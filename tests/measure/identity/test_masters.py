@@ -24,6 +24,19 @@ def clones(model: nn.Module) -> list[Tensor]:
     return [p.detach().float().clone().requires_grad_() for p in model.parameters()]
 
 
+def step(model: nn.Module, masters: list[Tensor], optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    """As a loop with masters makes it: the optimizer steps them, the loop writes the model's weights."""
+    model.zero_grad()
+    backward(model, x)
+    for master, p in zip(masters, model.parameters(), strict=True):
+        assert p.grad is not None
+        master.grad = p.grad.float()
+    optimizer.step()
+    with torch.no_grad():
+        for master, p in zip(masters, model.parameters(), strict=True):
+            p.copy_(master)
+
+
 def test_masters_are_reported_under_their_parameters_names_and_nothing_else_is() -> None:
     """A loop with FP32 masters: the BF16 copies are written by the loop, the optimizer steps the masters."""
     model = Net(torch.bfloat16)
@@ -31,15 +44,7 @@ def test_masters_are_reported_under_their_parameters_names_and_nothing_else_is()
     optimizer = torch.optim.AdamW(masters, lr=1e-5)
     with uw.watch(model, optimizer, window=16) as watch:
         for x in batches(16, torch.bfloat16):
-            model.zero_grad()
-            backward(model, x)
-            for master, p in zip(masters, model.parameters(), strict=True):
-                assert p.grad is not None
-                master.grad = p.grad.float()
-            optimizer.step()
-            with torch.no_grad():
-                for master, p in zip(masters, model.parameters(), strict=True):
-                    p.copy_(master)
+            step(model, masters, optimizer, x)
         report = watch.flush()
     assert report is not None
     assert {t.name: t.dtype for t in report.tensors} == {n: "float32" for n, _ in model.named_parameters()}
@@ -54,15 +59,9 @@ def test_masters_that_are_taken_from_the_stored_weights_after_each_step_lose_wha
     reports: list[Any] = []
     with uw.watch(model, optimizer, window=16, budget=None, sinks=[reports.append]) as watch:
         for x in batches(48, torch.bfloat16):
-            model.zero_grad()
-            backward(model, x)
-            for master, p in zip(masters, model.parameters(), strict=True):
-                assert p.grad is not None
-                master.grad = p.grad.float()
-            optimizer.step()
+            step(model, masters, optimizer, x)
             with torch.no_grad():
                 for master, p in zip(masters, model.parameters(), strict=True):
-                    p.copy_(master)
                     master.copy_(p)
         watch.flush()
     norm = next(t for t in reports[-1].tensors if "norm" in t.name)

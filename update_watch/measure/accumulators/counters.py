@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from update_watch import formats
 from update_watch.evidence import AccumulatorEvidence, Numbers
 from update_watch.measure.parameters import Row
 from update_watch.odd_tensors import unreadable
-
-_SHORT = (torch.bfloat16, torch.float16)
 
 
 def short_counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorEvidence]:
@@ -21,7 +19,7 @@ def short_counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorE
     for name, value in state.items():
         if (
             isinstance(value, Tensor)
-            and value.dtype in _SHORT
+            and value.dtype in formats.HALVES
             and not unreadable(value)
             and value.numel() == 1
             and value.device.type == "cpu"

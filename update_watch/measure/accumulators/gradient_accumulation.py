@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from update_watch import formats
 from update_watch.evidence import AccumulatorEvidence, Numbers
 from update_watch.measure.device import streams
 from update_watch.measure.parameters import Row
@@ -33,7 +34,6 @@ _SAMPLES = 64
 _EVERY = 32  # steps from one that is looked at to the next
 _RECOUNT = 256  # steps until backward passes are counted again where there is one per step
 _CHUNK = 64  # contributions held before they are added up
-_LOW = (torch.bfloat16, torch.float16)
 _CANCELLED = 0.5  # |sum|^2 by the sum of |contribution|^2, which is 1 for noise
 _SUMS = 6  # dot, want, wanted, lost; dot and want of whole sums
 
@@ -176,7 +176,7 @@ def _is_eligible(row: Row) -> bool:
     param, grad = row.param, row.param.grad
     return (
         grad is not None
-        and grad.dtype in _LOW
+        and grad.dtype in formats.HALVES
         and param.requires_grad
         and param.is_leaf
         and row.sampler is not None
