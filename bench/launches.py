@@ -16,6 +16,7 @@ import logging
 import math
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import update_watch as uw
 from update_watch.measure import transfer
-from update_watch.measure.device import kernel_gathers, multi_gather
+from update_watch.measure.device import joint_reads, kernel_gathers, multi_gather
 
 BARS = {"ordinary": 4, "mean": 8}
 _AT_ONCE = 128  # contiguous tensors that one launch of torch's `cat` reads
@@ -91,13 +92,15 @@ def as_on_cuda() -> None:
     multi_gather._interpreted = True
     kernel_gathers._verified.add(cpu)
 
-    def gather(
-        self: Any, tensors: Any, shares: Any, fresh: int = 0, out: Tensor | None = None, numbers: int = 0
-    ) -> Tensor:
-        out = torch.empty(len(tensors), self.samples) if out is None else out
-        return out.normal_(std=0.02)  # as one launch
+    def run(reads: Sequence[joint_reads.Read]) -> None:
+        for start in range(0, len(reads), joint_reads.AT_ONCE):
+            together = reads[start : start + joint_reads.AT_ONCE]
+            together[0].out.normal_(std=0.02)  # as one launch
+            with _disable_current_modes():
+                for read in together[1:]:
+                    read.out.normal_(std=0.02)
 
-    multi_gather.MultiGather.__call__ = gather  # type: ignore[method-assign]
+    joint_reads.run = run
     transfer.Batch.add_later = lambda self, _, make: self.add(make())  # type: ignore[method-assign]
 
 

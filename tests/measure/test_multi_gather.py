@@ -11,7 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="the gather kernel needs Triton")
 os.environ["TRITON_INTERPRET"] = "1"
 
-from update_watch.measure.device import multi_gather
+from update_watch.measure.device import gather_kernel, joint_reads, multi_gather
 from update_watch.measure.device.multi_gather import MultiGather
 from update_watch.measure.positions import SHARES, Positions, plan
 
@@ -127,6 +127,50 @@ def test_other_layouts_and_formats_are_read_by_torch_and_carried_along() -> None
         wanted[0] = transposed.contiguous()
         found = gather([transposed, double, *params[2:7], own], shares)
         assert torch.equal(found, expected(wanted, at, shares))
+
+
+def test_several_gathers_asked_for_together_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, at, tensors = made()
+    shares = [(5, 9), (1, SHARES - 1), (SHARES // 3, SHARES // 2), (0, 0), (2**31 - 1, 2**31)]
+    others = params[:5]
+    all_of, few_of = gather_of(params, at), gather_of(others, at[:5])
+    launched: list[int] = []
+    run = joint_reads._run_together
+    monkeypatch.setattr(joint_reads, "_run_together", lambda reads: (launched.append(len(reads)), run(reads)))
+    with joint_reads.joined():
+        found = [(few_of if i % 2 else all_of)(others if i % 2 else tensors, s) for i, s in enumerate(shares)]
+        for one in found:
+            one.fill_(torch.nan)  # nothing has run yet
+    assert launched == [4, 1]
+    for i, (one, s) in enumerate(zip(found, shares, strict=True)):
+        wanted = expected(others, at[:5], s) if i % 2 else expected(tensors, at, s)
+        assert torch.equal(one, wanted), i
+
+    def interrupted() -> None:
+        with joint_reads.joined():
+            all_of(tensors, (5, 9))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert launched == [4, 1]
+    assert torch.equal(all_of(tensors, (5, 9)), found[0]) and launched == [4, 1, 1]  # on its own again
+
+
+def test_where_they_do_not_run_together_each_runs_alone_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params, at, tensors = made()
+    gather = gather_of(params, at)
+    monkeypatch.setattr(joint_reads, "_failed", False)
+    monkeypatch.setattr(gather_kernel, "gather_joined", None)
+    with pytest.warns(UserWarning, match="one by one") as said:
+        for _ in range(2):
+            with joint_reads.joined():
+                found = [gather(tensors, (5, 9)), gather(tensors, (7, 11))]
+            assert torch.equal(found[0], expected(tensors, at, (5, 9)))
+            assert torch.equal(found[1], expected(tensors, at, (7, 11)))
+    assert len(said) == 1
 
 
 def test_values_that_are_no_numbers_arrive_as_they_are() -> None:

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from update_watch import formats
 from update_watch.formats import Format
+from update_watch.measure.device import joint_reads
 from update_watch.measure.device.kernel_gathers import gathers_of
 from update_watch.measure.gathers import Common
 from update_watch.measure.parameters import Row
@@ -182,7 +183,9 @@ class Cohort:
 
     def take_gradients(self, snapshot: Snapshot) -> None:
         """Gather gradients that did not exist at `before`, in a step that can wait; call when the rule has run."""
-        snapshot.held[-len(self.rows) :].copy_(self.gathers.gradients([row.param.grad for row in self.rows]))
+        gradients_nK = self.gathers.gradients([row.param.grad for row in self.rows])
+        joint_reads.launch()
+        snapshot.held[-len(self.rows) :].copy_(gradients_nK)
 
     def after(self, snapshot: Snapshot) -> None:
         """Gather what was stored."""

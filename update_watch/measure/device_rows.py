@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.measure.cohort import Cohort, Snapshot
-from update_watch.measure.device import multi_gather
+from update_watch.measure.device import joint_reads, multi_gather
 from update_watch.measure.gathers import Common, side_by_side, whole_of
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
@@ -104,6 +104,7 @@ class DeviceRows:
         cohort.after(snapshot)
         now, self._now = self._now, None
         if now is not None:
+            joint_reads.launch()
             self._add([measured], *now)
             return
         self._waiting.append(measured)
@@ -121,6 +122,7 @@ class DeviceRows:
 
     def _replayed(self, measured: Sequence[Measured]) -> tuple[Tensor, Tensor, Tensor]:
         """[A, R, K] what was stored before some steps, [A, R, K] what they were meant to make of it, [R, K] gradients."""
+        joint_reads.launch()
         held_ARK = side_by_side([(cohort.gathers, one.held, one.moving_first) for cohort, one in measured])
         before_ARK, grad_RK = held_ARK[:-1], held_ARK[-1]
         steps = []

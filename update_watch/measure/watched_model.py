@@ -16,6 +16,7 @@ from update_watch.measure.accumulators.averages import Averages
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
 from update_watch.measure.accumulators.reference_states import ShadowWindow
 from update_watch.measure.accumulators.replicas import Checksums
+from update_watch.measure.device import joint_reads
 from update_watch.measure.device.streams import StepStreams
 from update_watch.measure.device.turns import turns_of_optimizers
 from update_watch.measure.identity.belonging import Belonging
@@ -227,8 +228,9 @@ class WatchedModel:
         if self._is_ledger_old and (watched.steps or len(self.watched) == 1):  # else others may be met in this step
             self._plan_ledger()
         around = [one for one in self.watched if any(one[0] == id(outer) for outer in outside)]
-        sheets = self._ledger.before(key, around, self.step + 1, key == self._lead)
-        return watched.before(self.is_replaying), sheets
+        with joint_reads.joined():
+            sheets = self._ledger.before(key, around, self.step + 1, key == self._lead)
+            return watched.before(self.is_replaying), sheets
 
     def pass_by(self, watched: Watched) -> bool:
         """Let a step go by unseen. Returns whether something has changed that should be looked at."""
@@ -241,8 +243,9 @@ class WatchedModel:
     def after(self, watched: Watched, seen: Any) -> None:
         """Measure what was stored."""
         measured, sheets = seen
-        watched.after(measured)
-        self._ledger.after(sheets)
+        with joint_reads.joined():
+            self._ledger.after(sheets)
+            watched.after(measured)
         for device in watched.devices:
             self.streams.note(device)
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch.measure.device import joint_reads, kernel_gathers
+from update_watch.measure.device.multi_gather import MultiGather
 from update_watch.measure.parameters import Row
-from update_watch.measure.sampling import local, mask, pack_views
+from update_watch.measure.sampling import Sampler, local, mask, pack_views
 from update_watch.measure.transfer import Batch, Part
 from update_watch.replay.rule import Kind
 from update_watch.replay.twin import GroupSettings, Run, Twin
@@ -95,6 +97,7 @@ class FullStates:
         for sampler in self._samplers:
             sampler.redraw(rng)
         self._device, self._names, carrier, self._left_out, *_ = form(self.rows[0], optimizer.state[self.rows[0].param])
+        self._multi: MultiGather | None = None  # by one launch, where the device can
         self._carrier = carrier if carrier in self._names else ""
         short = {name for row in self.rows for name in short_states(row, optimizer.state[row.param])}
         self._is_split = not short.issubset(self._names)
@@ -137,6 +140,7 @@ class FullStates:
     def _replay(self, compare: bool) -> None:
         """Run the steps that wait; with `compare` the last one from the stored states as well."""
         waiting, self._waiting = self._waiting, []
+        joint_reads.launch()
         compared = waiting.pop() if compare else None
         for _, alike in itertools.groupby(waiting, lambda step: (step.spans, step.settings is None)):
             steps = list(alike)
@@ -184,7 +188,9 @@ class FullStates:
 
     def _take_states(self) -> None:
         """Start the half of the stored states from them."""
-        self._states_Sn2K[:, :, 0].copy_(self._gather([view for name in self._names for view in self._views(name)]))
+        stored_SnK = self._gather([view for name in self._names for view in self._views(name)])
+        joint_reads.launch()
+        self._states_Sn2K[:, :, 0].copy_(stored_SnK)
         if self._carrier:  # an FP32 weight has no remainder that would have to be added to the update
             self._states_Sn2K[self._names.index(self._carrier), :, 0].zero_()
         if self._is_split:
@@ -220,6 +226,8 @@ class FullStates:
     def _lay_out(self, spans: list[tuple[list[Row], tuple[dict[str, Any], ...]]]) -> None:
         """Buffers and parts of `spans`: rows, and scalar state for each part."""
         self._values_2n2K = self._buffer(2)  # gradients, weights
+        if kernel_gathers.reads(self._device, set()) and all(type(sampler) is Sampler for sampler in self._samplers):
+            self._multi = self._one_launch()
         valid_nK = mask(self._samplers, self._device)
         self._mask_n1K = None if valid_nK is None else valid_nK.unsqueeze(1)
         self._spans: list[_Span] = []
@@ -273,8 +281,21 @@ class FullStates:
         stored = self._optimizer.state
         return [s.view(local(stored[row.param][name])) for s, row in zip(self._samplers, self.rows, strict=True)]
 
+    def _one_launch(self) -> MultiGather:
+        """Reads views as they are: positions from the first element on."""
+        numels = [s.size if s.is_whole else _SAMPLES + 1 for s in self._samplers]
+        positions = [None if s.positions is None else s.positions._replace(room=1) for s in self._samplers]
+        views = [s.view(local(row.param)) for s, row in zip(self._samplers, self.rows, strict=True)]
+
+        def read(i: int, view: Tensor) -> Tensor:
+            return pack_views([view], self._samplers[i : i + 1])[0]
+
+        return MultiGather(numels, positions, [view.stride() for view in views], _SAMPLES, self._device, read)
+
     def _gather(self, views: list[Tensor]) -> Tensor:
         n = len(self.rows)
+        if self._multi is not None:
+            return self._multi(views, (0, 0), fresh=len(views)).view(-1, n, _SAMPLES)
         return pack_views(views, self._samplers).view(-1, n, _SAMPLES)
 
     def _versions(self) -> list[Any]:

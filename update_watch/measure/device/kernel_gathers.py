@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.measure.device import multi_gather
+from update_watch.measure.device import joint_reads, multi_gather
 from update_watch.measure.gathers import Common, Gathers
 from update_watch.measure.parameters import Row
 from update_watch.measure.positions import share
@@ -79,7 +79,10 @@ class KernelGathers(Gathers):
             self.move()
             self._shares = min(self._shares), max(self._shares)  # as torch's views are
             views = [self._placed(i).view(local(row.param)) for i, row in enumerate(self.rows)]
-            agrees &= multi_gather.equals(self.after(None), pack_views(views, self.samplers).to(torch.float32))
+            wanted = pack_views(views, self.samplers).to(torch.float32)
+            with joint_reads.joined():
+                found = [self.after(None) for _ in range(2)]
+            agrees &= all(multi_gather.equals(one, wanted) for one in (self.after(None), *found))
         self._turn = turn
         self._place()
         return agrees

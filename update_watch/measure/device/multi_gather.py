@@ -12,13 +12,13 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from update_watch.measure.device import joint_reads
 from update_watch.measure.positions import Positions
 
 logger = logging.getLogger("update_watch")
@@ -84,7 +84,6 @@ class MultiGather:
         there = torch.tensor(facts, dtype=torch.int64)
         # pinned: a plan may be made in a step, which must not wait
         self._facts = (there.pin_memory() if device.type == "cuda" else there).to(device, non_blocking=True)
-        self._width = 1 << max(samples - 1, 0).bit_length()
         self._tables: dict[int, _Table] = {}  # by views: another number of slots has a table of its own
         self.uploads = 0
 
@@ -96,7 +95,9 @@ class MultiGather:
         out: Tensor | None = None,
         numbers: int = 0,
     ) -> Tensor:
-        """[len(tensors), K] FP32, into `out` if that is given. `tensors`: local ones, slot by slot and row by row; None reads zeros.
+        """[len(tensors), K] FP32, into `out` if that is given; within `joint_reads.joined` it is filled later.
+
+        `tensors`: local ones, slot by slot and row by row; None reads zeros.
 
         `shares`: of the two sets of a row, the lower first; see `positions`. `fresh`: so many at the end are made anew in
         every step (gradients), and may have another format at the address of the last ones; any other has its own.
@@ -111,15 +112,11 @@ class MultiGather:
             self.uploads += 1
         if out is None:
             out = torch.empty(views, self.samples, dtype=torch.float32, device=self.device)
-        first, second = shares
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            self._kernel.gather_views[(views,)](
-                *(table.addresses, table.kinds, self._facts, out),
-                *(first >> 16, first & 0xFFFF, second >> 16, second & 0xFFFF, self.n),
-                K=self.samples,
-                WIDTH=self._width,
+        joint_reads.ask(
+            joint_reads.Read(
+                (table.addresses, table.kinds, self._facts), out, shares, self.n, self.samples, (tensors, kept)
             )
-        del kept  # what torch has read for the kernel: it may go once the kernel is in the stream
+        )
         return out
 
     def _fill(self, table: _Table, tensors: Sequence[Tensor | None], settled: int, rows: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from update_watch.measure.device import kernel_gathers
+from update_watch.measure.device import joint_reads, kernel_gathers
 from update_watch.measure.ledger.blocks import ELEMENTS, BlockGather, block_of
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.transfer import Batch, Part
@@ -96,9 +96,8 @@ class Sheet:
         self._layouts = [_layout(tensor) for tensor in self._members]
         self._names = tuple(line.names for line in lines)
         self._sizes = tuple(local(line.tensor).numel() for line in lines)
-        self._gathers = (
-            [BlockGather([local(tensor) for tensor in run], self.device) for run in self._runs] if can else []
-        )
+        runs = self._runs if can else []
+        self._gathers = [BlockGather([local(tensor) for tensor in run], self.device) for run in runs]
         self._most = _WAITING_ON_GPU if can else _WAITING
         self._rings = [
             torch.empty(
@@ -222,6 +221,7 @@ class Sheet:
         T, self._waiting = self._waiting, 0
         if not T:
             return
+        joint_reads.launch()
         rings = [ring[:T].to(torch.float32) for ring in self._rings]
         held_T2nE = rings[0] if len(rings) == 1 else torch.cat(rings, 2)
         before_TnE, after_TnE = held_T2nE[:, 0], held_T2nE[:, 1]
