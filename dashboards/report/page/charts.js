@@ -73,9 +73,13 @@ async function embed(element, id, spec) {
   return element.drawn.view;
 }
 
+// Newer browsers lay out what lies in a closed <details>, older ones do not: `offsetParent` alone does not tell.
+const hasLayout = (element) => element.offsetParent !== null;
+const isShown = (element) => hasLayout(element) && !element.closest("details:not([open])");
+
 async function draw(element) {
   const id = element.dataset.chart, spec = data.charts[id];
-  if (!spec || !element.offsetParent) return; // folded: drawn when it is opened
+  if (!spec || !hasLayout(element)) return; // drawn when it is opened
   performance.mark("draw " + id);
   const view = await embed(element, id, id === "arrived" ? withRuns(spec) : spec);
   if (spec.usermeta.map) mapDrawn(runOf(id), view);
@@ -87,15 +91,16 @@ function withRuns(spec) {
 }
 
 let drawing = Promise.resolve();
+function drawSoon(element) { // one at a time, with the page alive between two
+  drawing = drawing.then(() => draw(element)).catch((error) => {
+    root.dataset.failed = element.dataset.chart;
+    console.error(element.dataset.chart, error);
+  }).then(() => new Promise((next) => setTimeout(next)));
+}
 function drawAll(elements) {
   delete root.dataset.height;
   if (isDark()) root.dataset.drawnDark = ""; else delete root.dataset.drawnDark;
-  for (const element of elements) {
-    drawing = drawing.then(() => draw(element)).catch((error) => {
-      root.dataset.failed = element.dataset.chart;
-      console.error(element.dataset.chart, error);
-    }).then(() => new Promise((next) => setTimeout(next)));
-  }
+  elements.forEach(drawSoon);
   drawing = drawing.then(() => {
     root.dataset.height = Math.ceil(document.body.getBoundingClientRect().height);
     root.dataset.drawn = Math.round(performance.now());
@@ -103,7 +108,14 @@ function drawAll(elements) {
   return drawing;
 }
 const charts = () => [...document.querySelectorAll("[data-chart]")];
-const redraw = () => { drawAll(charts().filter((element) => element.drawn || element.offsetParent)); redrawOpened(); };
+// First what is seen; what is folded, when there is time: it is open at once then, and on paper.
+function drawPage() {
+  drawAll(charts().filter(isShown)).then(() => {
+    const rest = () => charts().filter((element) => !element.drawn).forEach(drawSoon);
+    if (window.requestIdleCallback) requestIdleCallback(rest); else setTimeout(rest, 200);
+  });
+}
+const redraw = () => { drawAll(charts().filter((element) => element.drawn || isShown(element))); redrawOpened(); };
 
 // --- one line at the pointer in every chart over time ---------------------------------------------------------
 let pending = null;
@@ -126,7 +138,7 @@ function cross(place) {
     pending = null;
     for (const [element, view] of views) {
       if (!element.isConnected) views.delete(element);
-      else if (element.offsetParent) view.data("cursor", rows).runAsync();
+      else if (isShown(element)) view.data("cursor", rows).runAsync();
     }
   });
   pending = { place };
@@ -147,7 +159,7 @@ document.getElementById("axis").value = axis;
 document.getElementById("axis").addEventListener("change", (event) => {
   axis = event.target.value;
   save({ axis });
-  drawAll(charts().filter((element) => (data.charts[element.dataset.chart] || { usermeta: {} }).usermeta.time && element.offsetParent));
+  drawAll(charts().filter((element) => (data.charts[element.dataset.chart] || { usermeta: {} }).usermeta.time && isShown(element)));
   redrawOpened();
 });
 if (data.tensors.traces.some((trace) => !(trace.times[0] > 0))) document.querySelector("label.axis").remove();

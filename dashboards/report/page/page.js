@@ -23,7 +23,8 @@ function makeSvg(tag, attributes) {
 
 // --- numbers in words -----------------------------------------------------------------------------------
 const percent = (v) => (v === null ? "–" : v > 0 && v < 0.005 ? "<1%" : v < 1 && v >= 0.995 ? ">99%" : Math.round(100 * v) + "%");
-const whole = (v) => (v === null ? "–" : v.toLocaleString("en-US"));
+const thousands = new Intl.NumberFormat("en-US");
+const whole = (v) => (v === null ? "–" : thousands.format(v));
 const small = (v) => (v === null ? "–" : v === 0 ? "0" : v.toExponential(1));
 const factor = (v) => (v === null ? "–" : v >= 100 ? whole(Math.round(v)) : v >= 0.01 ? String(Number(v.toPrecision(2))) : v.toExponential(0));
 const times = (v) => (v === null ? "–" : v >= 10 ? whole(Math.round(v)) + "x" : v >= 0.5 ? v.toFixed(1) + "x" : "1/" + whole(Math.round(1 / v)));
@@ -35,8 +36,9 @@ function cutMiddle(text, width) {
 
 // --- series in bytes --------------------------------------------------------------------------------------
 function unpack(text) {
-  const raw = atob(text);
-  return Uint8Array.from(raw, (c) => c.charCodeAt(0));
+  const raw = atob(text), bytes = new Uint8Array(raw.length);
+  for (let i = 0; i < raw.length; i += 1) bytes[i] = raw.charCodeAt(i);
+  return bytes;
 }
 function bytesOf(holder, name) {
   if (!holder[name]) return null;

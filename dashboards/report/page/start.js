@@ -3,7 +3,7 @@ showRuns();
 showMoment();
 fill();
 openAddress();
-drawAll(charts());
+drawPage();
 
 // On paper: the whole table, and everything that is folded.
 window.addEventListener("beforeprint", () => {
