@@ -44,7 +44,7 @@ def copy_of_the_repository(to: Path) -> Path:
     for folder in ("tests", "docs", "examples", "bench"):
         shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.iterdir():
-        if path.is_file() and path.suffix in {".toml", ".md", ".in", ".py", ".txt", ""}:
+        if path.is_file() and path.suffix in {".toml", ".md", ".in", ".py", ".txt", ".cff", ".yml", ""}:
             shutil.copy(path, to)
     return to
 
