@@ -14,7 +14,15 @@ from update_watch.measure.positions import share
 from update_watch.measure.sampling import Sampler
 from update_watch.measure.step_order import StepOrder
 from update_watch.measure.sums.device_sums import DeviceSums, Slot
-from update_watch.measure.sums.error_bars import Array, reach, spread_over_steps, standard_error, unseen
+from update_watch.measure.sums.error_bars import (
+    Array,
+    Sizes,
+    reach,
+    sizes_of,
+    spread_over_steps,
+    standard_error,
+    unseen,
+)
 from update_watch.measure.sums.layout import GROUPS, WANT
 from update_watch.measure.sums.packing import packed
 from update_watch.measure.sums.window_sums import Steps, WindowSums, all_pairs
@@ -35,6 +43,11 @@ def window(kind: str, rng: np.random.Generator) -> tuple[Array, Array]:
     return efficiency * want, want
 
 
+def sizes(energies: list[Array], steps: list[Array], rates: list[Array] | None = None) -> list[Sizes]:
+    scales = [np.ones(len(e)) for e in energies] if rates is None else rates
+    return [sizes_of(*each) for each in zip(energies, steps, scales, strict=True)]
+
+
 def read_in_turns(dot: Array, want: Array, rng: random.Random, rates: Array) -> tuple[Array, Array, Array]:
     """[rows]: efficiency as measured in an eighth of the steps, its error, the truth."""
     order: StepOrder[int] = StepOrder(list(range(COHORTS)), T, rng)
@@ -50,7 +63,7 @@ def read_in_turns(dot: Array, want: Array, rng: random.Random, rates: Array) -> 
         jackknives.append(spread[0])
         effective.append(spread[1])
     scales = [rates[turns == c] ** 2 for c in range(COHORTS)]
-    missed, exact = unseen(energies, steps, T, scales), np.ones(ROWS, bool)
+    missed, exact = unseen(energies, steps, T, sizes(energies, steps, scales)), np.ones(ROWS, bool)
     errors = [standard_error(jackknives[c], effective[c], *missed[c][:2], np.ones(ROWS), exact) for c in range(COHORTS)]
     return np.concatenate(found), np.concatenate(errors), dot.sum(0) / want.sum(0)
 
@@ -74,7 +87,8 @@ def test_a_spike_that_was_measured_leaves_little_unseen_and_one_that_was_not_lea
     want[17] = 900.0
     mine = np.arange(T) % 2 == 1  # the second cohort measures step 17
     cohorts = [want[~mine, :ROWS], want[mine, ROWS:]]
-    without, with_it = unseen(cohorts, [np.ones_like(x) for x in cohorts], T)
+    ones = [np.ones_like(x) for x in cohorts]
+    without, with_it = unseen(cohorts, ones, T, sizes(cohorts, ones))
     total = 900.0 + T - 1
     assert without.usual_n == pytest.approx(1 - 64 / total) and with_it.usual_n == pytest.approx(64 / total)
     assert without.energy_n == pytest.approx(1 - 64 / total) and without.largest_n == pytest.approx(900 / total)
@@ -86,7 +100,8 @@ def test_updates_of_all_steps_are_told_from_measured_ones_by_what_others_did_in_
     want[::16] = 20.0  # all of these are measured of the first tensor, none of the second
     mine = np.arange(T) % 4 == 0
     cohorts = [want[mine, :1], want[~mine, 1:]]
-    missed, _ = unseen(cohorts, [np.ones_like(x) for x in cohorts], T)
+    ones = [np.ones_like(x) for x in cohorts]
+    missed, _ = unseen(cohorts, ones, T, sizes(cohorts, ones))
     one, none = np.ones(1), np.zeros(1)
     steps = Steps(mine[mine, None] * 1.0, none[None], np.full((1, 1), float(T)), none, one, one > 0, one > 0)
     told = want[mine, 0].mean() * steps.for_all(missed.usual_n)

@@ -30,8 +30,9 @@ from update_watch.measure.accumulators.replicas import read as read_checksums
 from update_watch.measure.accumulators.state_factor import read as read_shadow
 from update_watch.measure.ledger.ledger import with_ledger
 from update_watch.measure.ledger.sheet import SheetWindow
-from update_watch.measure.sums.error_bars import Array, Unseen, unseen
+from update_watch.measure.sums.error_bars import Array, Unseen, sizes_of, unseen
 from update_watch.measure.sums.layout import WANT, Layout
+from update_watch.measure.sums.missed_steps import Missed, missed_steps
 from update_watch.measure.sums.window_sums import Steps, WindowSums
 from update_watch.measure.transfer import Later, Part, Transfer
 
@@ -109,8 +110,8 @@ def read(window: Window) -> WindowEvidence:
     skipped = max((int(t.wait()[0]) for t in window.skipped), default=0)
     tensors = list(window.others)
     sums = [cohort.sums() for cohort in window.cohorts]
-    for cohort, own, missed in zip(window.cohorts, sums, _unseen(window.cohorts, sums), strict=True):
-        tensors += _tensors(own, cohort, missed, skipped)
+    for cohort, own, of_others in zip(window.cohorts, sums, _unmeasured(window.cohorts, sums), strict=True):
+        tensors += _tensors(own, cohort, of_others, skipped)
         if cohort.suspect is not None:
             cohort.suspect(own.suspects(cohort.steps))
     tensors = with_ledger(_one_each(tensors), window.ledger)
@@ -153,26 +154,29 @@ def _one_each(tensors: list[TensorEvidence]) -> list[TensorEvidence]:
     return [tensor for tensor in tensors if tensor.optimizer_group.partition("/")[0] == owner[tensor.name]]
 
 
-def _unseen(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSums]) -> list[Unseen]:
-    """Per cohort; see `error_bars`. Cohorts of one optimizer share its steps."""
-    found: list[Unseen] = [Unseen(np.zeros(0), np.zeros(0), np.zeros(0))] * len(cohorts)
+def _unmeasured(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSums]) -> list[tuple[Unseen, Missed | None]]:
+    """Per cohort; see `error_bars` and `missed_steps`. Cohorts of one optimizer share its steps."""
+    found: dict[int, tuple[Unseen, Missed | None]] = {}
     for optimizer in dict.fromkeys(cohort.optimizer for cohort in cohorts):
         own = [i for i, cohort in enumerate(cohorts) if cohort.optimizer == optimizer]
         energies = [sums[i].parts_PFn[:, WANT] for i in own]
         steps = [cohorts[i].steps.parts_Pn for i in own]
         rates = [cohorts[i].steps.squared_rates_P for i in own]
-        missed = unseen(energies, steps, cohorts[own[0]].window_steps, rates)
-        for i, of_cohort in zip(own, missed, strict=True):
-            found[i] = of_cohort
-    return found
+        sizes = [sizes_of(*each) for each in zip(energies, steps, rates, strict=True)]
+        window_steps = cohorts[own[0]].window_steps
+        pairs = zip(unseen(energies, steps, window_steps, sizes), missed_steps(sizes, rates, window_steps), strict=True)
+        found |= zip(own, pairs, strict=True)
+    return [found[i] for i in range(len(cohorts))]
 
 
 _OF_NUMBERS = frozenset(field.name for field in dataclasses.fields(Numbers))
 
 
-def _tensors(sums: WindowSums, cohort: CohortWindow, missed: Unseen, skipped: int) -> list[TensorEvidence]:
+def _tensors(
+    sums: WindowSums, cohort: CohortWindow, others: tuple[Unseen, Missed | None], skipped: int
+) -> list[TensorEvidence]:
     """The evidence of all rows of a cohort."""
-    numbers = _columns(sums.numbers(cohort.steps, missed))
+    numbers = _columns(sums.numbers(cohort.steps, *others))
     own_names = [name for name in numbers if name not in _OF_NUMBERS and name != "what_if"]
     own_rows = list(zip(*(numbers[name] for name in own_names), strict=True))
     number_names = [name for name in numbers if name in _OF_NUMBERS]

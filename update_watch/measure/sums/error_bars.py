@@ -65,25 +65,34 @@ def spread_over_steps(above_Pn: Array, below_Pn: Array, steps_Pn: Array) -> tupl
     return np.where(known, jackknife, np.nan), np.where(known, effective, np.nan)
 
 
-def unseen(
-    energies: list[Array], steps: list[Array], window_steps: int, squared_rates: list[Array] | None = None
-) -> list[Unseen]:
+class Sizes(NamedTuple):
+    """How large the steps of a cohort were, by what is usual for its tensors."""
+
+    size_P: Array  # mean |intended|^2 of a step in each part of the window
+    count_P: Array  # steps measured in it
+    usual_n: Array  # of each row, per step and square of the learning rate; NaN where nothing was intended
+
+
+def sizes_of(energy_Pn: Array, steps_Pn: Array, squared_rates_P: Array | None = None) -> Sizes:
+    """`energy`: sum of |intended|^2 in each part; `steps`: measured of each row. A step's size is that of the tensors
+    measured in it, each by its own usual size: the median, which one large step does not change. `squared_rates`: of the
+    learning rate, by which updates grow and fall in a schedule; what is usual is meant beside them.
+    """
+    scale_P = np.ones(len(energy_Pn)) if squared_rates_P is None else squared_rates_P
+    with np.errstate(all="ignore"):
+        per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1) / scale_P[:, None], np.nan)
+        usual_n = _median(np.where(per_step > 0, per_step, np.nan), 0)
+        size_P = np.nan_to_num(_median(per_step / usual_n, 1) * scale_P)
+    return Sizes(size_P, steps_Pn.max(1, initial=0), usual_n)
+
+
+def unseen(energies: list[Array], steps: list[Array], window_steps: int, known: list[Sizes]) -> list[Unseen]:
     """Per cohort: what was not measured of its rows.
 
-    `energies[c]` [P, n]: sum of |intended|^2 in each part; `steps[c]` [P, n]: steps measured of each row. Cohorts are
-    measured in different steps of the same window. A step's size is that of the tensors measured in it, each by its own
-    usual size: the median, which one large step does not change. `squared_rates[c]` [P]: learning rates, squared, by which
-    updates grow and fall in a schedule; what is usual is meant beside them.
+    `energies[c]` [P, n]: sum of |intended|^2 in each part; `steps[c]` [P, n]: steps measured of each row; `known[c]`: the
+    sizes of both. Cohorts are measured in different steps of the same window.
     """
-    sizes, counts, usuals = [], [], []  # by cohort and part: of a step, and of how many steps; by row
-    scales = [np.ones(len(e)) for e in energies] if squared_rates is None else squared_rates
-    for energy_Pn, steps_Pn, scale_P in zip(energies, steps, scales, strict=True):
-        with np.errstate(all="ignore"):
-            per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1) / scale_P[:, None], np.nan)
-            usual = _median(np.where(per_step > 0, per_step, np.nan), 0)
-            usuals.append(usual)
-            sizes.append(np.nan_to_num(_median(per_step / usual, 1) * scale_P))
-        counts.append(steps_Pn.max(1, initial=0))
+    sizes, counts, usuals = (list(kind) for kind in zip(*known, strict=True))
     every_size, every_count = np.concatenate(sizes), np.concatenate(counts)
     seen, total = float(every_count.sum()), float((every_size * every_count).sum())
     if not seen or not total:

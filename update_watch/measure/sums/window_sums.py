@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+from update_watch.measure.sums.arrivals import Curves, tail
 from update_watch.measure.sums.error_bars import Array, Unseen, ratio, reach, spread_over_steps, standard_error
 from update_watch.measure.sums.layout import (
     BEFORE,
@@ -26,6 +27,7 @@ from update_watch.measure.sums.layout import (
     WANTED,
     Layout,
 )
+from update_watch.measure.sums.missed_steps import Missed
 
 _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
 _NEARLY_ALL = 1 - 1e-9  # of the gradients are 0, though all samples were
@@ -115,10 +117,10 @@ class WindowSums:
         found: Array = self.parts_PFn.sum(0)
         return found
 
-    def numbers(self, steps: Steps, unseen: Unseen) -> dict[str, Array]:
+    def numbers(self, steps: Steps, unseen: Unseen, missed: Missed | None = None) -> dict[str, Array]:
         """The numbers of the weights, [n] each, by their names in `TensorEvidence` and `Numbers`.
 
-        `unseen`: what was not measured of the window's energy, see `error_bars`.
+        `unseen`: what was not measured of the window's energy, see `error_bars`; `missed`: what the measured parts stand for.
         """
         t = self.total_Fn
         measured = steps.measured_n
@@ -128,13 +130,11 @@ class WindowSums:
         # of a tensor whose steps were all measured nothing is unseen, whatever others were measured in
         energy_n = np.where(np.isnan(unseen.energy_n), steps.unmeasured_n, unseen.energy_n)
         energy_n = np.where(steps.unmeasured_n > 0, energy_n, 0.0)
-        spread_n, effective_n = spread_over_steps(self.parts_PFn[:, DOT], self.parts_PFn[:, WANT], steps.parts_Pn)
+        stood_P = np.ones(len(self.parts_PFn)) if missed is None else missed.steps_P
+        dot_Pn, want_Pn, reach_n, tail_n = self._of_all_steps(steps, missed)
+        efficiency = ratio(dot_Pn.sum(0), want_Pn.sum(0))
+        spread_n, effective_n = spread_over_steps(dot_Pn, want_Pn, steps.parts_Pn)
         spread_n = spread_n + self._spread_over_elements(t)
-
-        def error(above: int, below: int) -> Array:
-            parts = self.parts_PFn
-            jackknife, effective = spread_over_steps(parts[:, above], parts[:, below], steps.parts_Pn)
-            return standard_error(jackknife, effective, steps.unmeasured_n, unseen.largest_n, cells, is_exact)
 
         with np.errstate(all="ignore"):
             for_all = steps.for_all(unseen.usual_n)
@@ -151,15 +151,20 @@ class WindowSums:
             zeros = np.where(is_seen, 1 - ratio(t[NONZERO], t[COUNT]), np.nan)
             zeros = np.where((zeros == 1) & (self.touched_n > 0), _NEARLY_ALL, zeros)
             is_seen &= self.touched_n == 0
-            efficiency, lost = ratio(t[DOT], t[WANT]), ratio(t[LOST], t[WANTED])
-            doubt = unseen.largest_n * reach(efficiency, steps.is_plain_n)
+            lost_Pn, wanted_Pn = (stood_P[:, None] * self.parts_PFn[:, kind] for kind in (LOST, WANTED))
+            lost = ratio(lost_Pn.sum(0), wanted_Pn.sum(0))
+            lost_spread = spread_over_steps(lost_Pn, wanted_Pn, steps.parts_Pn)
+            lost_error = standard_error(*lost_spread, steps.unmeasured_n, unseen.largest_n, cells, is_exact)
+            reach_n = np.where(np.isnan(reach_n), reach(efficiency, steps.is_plain_n), reach_n)
+            doubt = unseen.largest_n * reach_n
             efficiency_error = standard_error(spread_n, effective_n, energy_n, doubt, cells, is_exact)
+            efficiency_error = np.maximum(efficiency_error, energy_n * tail_n)
             return {
                 "efficiency": efficiency,
                 "efficiency_error": np.where(np.isnan(efficiency), np.nan, efficiency_error),
                 "unseen_error": np.where(energy_n > 0, 0.5 * doubt, 0.0),
                 "lost_fraction": lost,
-                "lost_fraction_error": np.where(np.isnan(lost), np.nan, error(LOST, WANTED)),
+                "lost_fraction_error": np.where(np.isnan(lost), np.nan, lost_error),
                 "wanted_fraction": np.where((t[WANTED] == 0) & ~is_seen, np.nan, ratio(t[WANTED], t[COUNT])),
                 "weight": ratio(t[WANT], t[COUNT]),
                 "displacement_efficiency": displacement,
@@ -176,6 +181,26 @@ class WindowSums:
                 "stored": np.sqrt(ratio(t[BEFORE], t[COUNT])),
                 "what_if": ratio(self.what_if_2n[0], self.what_if_2n[1]),
             }
+
+    def _of_all_steps(self, steps: Steps, missed: Missed | None) -> tuple[Array, Array, Array, Array]:
+        """[P, n] twice: <applied, intended> and |intended|^2 of the steps that each part stands for; [n] twice: how far the
+        efficiency of the largest of them may be off (NaN: not known from the histogram), and what may lie beyond it."""
+        dot_Pn, want_Pn = self.parts_PFn[:, DOT], self.parts_PFn[:, WANT]
+        n = dot_Pn.shape[1]
+        if missed is None:
+            return dot_Pn, want_Pn, np.full(n, np.nan), np.zeros(n)
+        of_all = missed.energy_P[:, None]
+        counted_n, t = self.headroom_2nB[0].sum(1), self.total_Fn
+        curves = Curves(
+            self.movement_nB, self.places_nQ, ratio(self.movement_nB.sum(1), counted_n), ratio(t[WANT], t[WANTED])
+        )
+        curves.move(ratio(t[DOT], t[WANT]), want_Pn, missed.own_P)
+        # where something is carried, or rounding is at random, as much arrives of small updates as of large ones
+        more_Pn = np.where(steps.is_plain_n, curves.more(want_Pn, missed), 0.0)
+        is_known = steps.is_plain_n & curves.is_known_n
+        reach_n = np.where(is_known, curves.reach(missed.top), np.nan)
+        tail_n = np.where(is_known, tail(curves, want_Pn, steps.parts_Pn, missed), 0.0)
+        return of_all * dot_Pn + more_Pn, of_all * want_Pn, reach_n, tail_n
 
     def _gradient_spread(self) -> Array:
         """[n] standard deviation of the gradient's rms over the parts of the window, by their mean."""

@@ -1,0 +1,156 @@
+"""Steps that were sat out are stood for by those that were measured, held against all steps of the same windows."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from update_watch.measure.step_order import StepOrder
+from update_watch.measure.sums.arrivals import Curves, tail
+from update_watch.measure.sums.error_bars import Array, ratio, sizes_of
+from update_watch.measure.sums.missed_steps import Missed, missed_steps
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
+
+T, COHORTS, ROWS, ELEMENTS = 128, 8, 8, 32
+
+
+def rounded(gaps: Array) -> Array:
+    """What is kept of updates of so many gaps."""
+    kept: Array = np.rint(gaps)
+    return kept
+
+
+def histogram(gaps: Array) -> tuple[Array, Array]:
+    """[B] and [Q] of |intended|^2 by headroom: log2(update / half a gap)."""
+    energy = gaps**2
+    place = (
+        np.floor((np.log2(2 * np.abs(gaps)) - HEADROOM_LOW) * PLACES).astype(int).clip(0, HEADROOM_BINS * PLACES - 1)
+    )
+    movement, places = np.zeros(HEADROOM_BINS), np.zeros(PLACES)
+    np.add.at(movement, place // PLACES, energy)
+    np.add.at(places, place % PLACES, energy)
+    return movement, places
+
+
+def window(sizes: Array, rates: Array, rng: np.random.Generator) -> tuple[list[Array], list[Array], list[Array]]:
+    """Per cohort, [ROWS]: efficiency of the measured steps alone, of all as they are told, and the truth."""
+    order: StepOrder[int] = StepOrder(list(range(COHORTS)), T, random.Random(int(rng.integers(1 << 30))))
+    turns = np.array([order.next()[0] for _ in range(T)])
+    known, parts, scales, truths = [], [], [], []
+    for c in range(COHORTS):
+        noise = rng.lognormal(0, 0.3, (T, ROWS, 1))  # of gradients, of each tensor on its own
+        usual = 2.0 ** rng.uniform(-4, 1, (ROWS, 1))
+        gaps = usual * sizes[:, None, None] * noise * rng.standard_normal((T, ROWS, ELEMENTS))
+        dot, want = (rounded(gaps) * gaps).sum(-1), (gaps**2).sum(-1)
+        mine = np.flatnonzero(turns == c)
+        at = mine[::8]  # looked at, all at the rate of the first
+        looks = gaps[at] * (rates[at[0]] / rates[at])[:, None, None]
+        counted = [histogram(looks[:, i]) for i in range(ROWS)]
+        parts.append(
+            (dot[mine], want[mine], np.stack([m for m, _ in counted]), np.stack([q for _, q in counted]), looks)
+        )
+        scales.append(rates[mine] ** 2)
+        known.append(sizes_of(want[mine], np.ones_like(want[mine]), scales[-1]))
+        truths.append(dot.sum(0) / want.sum(0))
+    alone, told = [], []
+    for (dot, want, movement, places, looks), missed in zip(parts, missed_steps(known, scales, T), strict=True):
+        assert missed is not None
+        alone.append(dot.sum(0) / want.sum(0))
+        curves = Curves(movement, places, (looks**2).mean((0, 2)), want.sum(0) / (ELEMENTS * len(want)))
+        curves.move(alone[-1], want, missed.own_P)
+        arrived = missed.energy_P @ dot + curves.more(want, missed).sum(0)
+        told.append(arrived / (missed.energy_P @ want))
+    return alone, told, truths
+
+
+@pytest.mark.parametrize(("kind", "left"), [("falls", 0.8), ("spike", 0.2)])
+def test_efficiency_of_all_steps_is_told(kind: str, left: float) -> None:
+    """Of bias and scatter no more is left than so much of what the measured steps alone have."""
+    rng = np.random.default_rng(0)
+    alone, told = [], []
+    for _ in range(3):
+        rates = np.exp(-7 * np.arange(T) / T) if kind == "falls" else np.ones(T)
+        sizes = 4 * rates if kind == "falls" else np.where(np.arange(T) == rng.integers(T), 30.0, 1.0)
+        measured, of_all, truth = (np.concatenate(x) for x in window(sizes, rates, rng))
+        alone.append(measured - truth)
+        told.append(of_all - truth)
+    assert abs(np.mean(alone)) > 0.02
+    assert abs(np.mean(told)) < left * abs(np.mean(alone))
+    assert np.sqrt(np.mean(np.square(told))) < left * np.sqrt(np.mean(np.square(alone)))
+
+
+def known_of(sizes: list[list[float]]) -> list[Missed | None]:
+    energies = [np.array(size)[:, None].repeat(3, 1) for size in sizes]
+    return missed_steps(
+        [sizes_of(e, np.ones_like(e)) for e in energies], [np.ones(len(e)) for e in energies], sum(map(len, sizes))
+    )
+
+
+def test_steps_that_are_alike_all_weigh_the_same() -> None:
+    first, second = known_of([[1.0, 1.2, 0.8, 1.0], [1.0, 1.1, 0.9, 1.0]])
+    assert first is not None and second is not None
+    assert first.energy_P == pytest.approx(2.0) and first.steps_P == pytest.approx(
+        2.0
+    )  # 8 steps, of which 4 are its own
+    assert (first.own_P == 0).all() and first.top == 0
+
+
+def test_a_spike_is_not_laid_to_one_step_that_was_a_little_larger() -> None:
+    spiked, _ = known_of([[1.0, 1.0, 6.0, 1.0], [1.0, 900.0, 1.0, 1.0]])
+    assert spiked is not None
+    assert 0.5 * np.log2(900) - 1 < spiked.top < 0.5 * np.log2(900)  # above its own mean step
+    of_spike = spiked.stands_PG[:, -1 + np.flatnonzero(spiked.stands_PG.any(0))[-1] + 1]
+    assert (of_spike[[0, 1, 3]] > 0.2 * of_spike[2]).all()
+    total = (spiked.energy_P * [1, 1, 6, 1]).sum()
+    assert total == pytest.approx(900 + 3 + 9, rel=0.05)
+
+
+def test_one_of_two_steps_in_a_part_is_the_spike() -> None:
+    energies = [np.full((4, 3), 2.0), np.array([[2.0], [2.0], [901.0], [2.0]]).repeat(3, 1)]
+    twos = [np.full_like(e, 2.0) for e in energies]
+    of_first, _ = missed_steps([sizes_of(*each) for each in zip(energies, twos, strict=True)], [np.ones(4)] * 2, 16)
+    assert of_first is not None and of_first.top == pytest.approx(0.5 * np.log2(900), abs=0.01)
+    assert of_first.energy_P.sum() * 2 == pytest.approx(915, rel=0.01)
+
+
+def test_nothing_is_made_up_where_nobody_sat_out_or_nobody_tells() -> None:
+    assert known_of([[1.0, 1.0]]) == [None]
+    energy = np.ones((4, 2))
+    alone = missed_steps([sizes_of(energy, energy)], [np.ones(4)], 16)
+    assert alone == [None]
+    still = missed_steps([sizes_of(0 * energy, energy)] * 2, [np.ones(4)] * 2, 8)
+    assert still == [None, None]
+
+
+@pytest.mark.parametrize(("gaps", "is_near"), [(0.2, True), (0.01, False)])
+def test_where_nothing_moved_larger_steps_may_have_moved_it_only_if_they_come_near(gaps: float, is_near: bool) -> None:
+    rng = np.random.default_rng(0)
+    moves = gaps * rng.lognormal(0, 0.4, (16, 1, 1)) * np.ones((16, 1, 8))
+    want = (moves**2).sum(-1)
+    movement, places = histogram(moves[:2].ravel())
+    curves = Curves(movement[None], places[None], (moves[:2] ** 2).mean((0, 2)), (moves**2).mean((0, 2)))
+    missed = known_of([[1.0] * 16, [1.0] * 112])[0]
+    assert missed is not None
+    found = tail(curves, want, np.ones_like(want), missed)
+    assert found[0] > 0.05 if is_near else found[0] == 0
+
+
+def test_a_row_without_a_histogram_gets_nothing_from_it() -> None:
+    nothing = Curves(np.zeros((1, HEADROOM_BINS)), np.zeros((1, PLACES)), ratio(np.zeros(1), np.zeros(1)), np.ones(1))
+    missed = known_of([[1.0, 1.0], [1.0, 900.0]])[0]
+    assert missed is not None and not nothing.is_known_n.any()
+    assert (nothing.more(np.ones((2, 1)), missed) == 0).all()
+    assert (tail(nothing, np.ones((2, 1)), np.ones((2, 1)), missed) == 0).all()
+
+
+def test_a_curve_is_laid_where_it_says_what_was_measured() -> None:
+    gaps = 0.25 * np.random.default_rng(0).standard_normal(4096)
+    movement, places = histogram(gaps)
+    truth = (rounded(gaps) * gaps).sum(keepdims=True) / (gaps**2).sum()
+    looks = (gaps**2).mean(keepdims=True)
+    curves = Curves(movement[None], places[None], looks, 4 * looks)  # as if those looked at were half as large as usual
+    assert abs(curves.at(0.0) - truth)[0] > 0.2
+    curves.move(truth, np.ones((1, 1)), np.zeros(1))
+    assert abs(curves.at(0.0) - truth)[0] < 0.1

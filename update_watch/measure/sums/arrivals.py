@@ -1,0 +1,111 @@
+"""How much arrives of a row's updates in steps that were not measured, from the histogram of those that were.
+
+Rounding to nearest keeps of an update of u gaps rint(u) gaps (`foresight.rounding_curve`). A row's |intended|^2 is counted by
+octave of headroom; in a step whose updates are twice as large, all of it lies an octave higher. Only a few steps are looked at
+so, and the curve may lie off by some octaves: it is moved to where it says what was measured.
+
+Legend: P parts of a window, n rows, B bins of headroom, Q places in an octave, S octaves that updates are larger, G sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from update_watch.foresight.rounding_curve import efficiency_of
+from update_watch.measure.sums.error_bars import Array, ratio
+from update_watch.measure.sums.missed_steps import FINE, HIGHEST, OCTAVES, Missed
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
+
+_FURTHEST = HIGHEST + 8  # octaves up and down that a curve is known for
+_MOVES = np.arange(-3 * FINE, 3 * FINE + 1) / FINE  # that it may lie off
+_RELUCTANCE = 0.1  # of efficiency, for each octave that it is moved
+_BELOW, _ABOVE = (0.75, 1.5), (1.0,)  # octaves that the size of a step may be off
+_LEAST, _PART = 0.1, 0.8  # how far an efficiency told so may be off, at least and of what it changes by within those
+
+
+class Curves:
+    """Of n rows, the efficiency by how much larger than in the mean measured step their updates are."""
+
+    def __init__(self, movement_nB: Array, places_nQ: Array, looked_n: Array, want_n: Array) -> None:
+        """`looked`: mean |intended|^2 of the wanted elements in the histogram; `want`: of all that were measured."""
+        shares_nB = movement_nB / np.maximum(movement_nB.sum(1, keepdims=True), 1e-300)
+        places_nQ = places_nQ / np.maximum(places_nQ.sum(1, keepdims=True), 1e-300)
+        self.is_known_n = np.isfinite(looked_n) & (looked_n > 0) & (movement_nB.sum(1) > 0)
+        shares_nX = (shares_nB[:, :, None] * places_nQ[:, None]).reshape(len(shares_nB), -1)
+        self._curve_nS = shares_nX @ _table()
+        with np.errstate(all="ignore"):
+            first_n = 0.5 * np.log2(want_n / looked_n)
+        self._first_n = np.where(np.isfinite(first_n), np.clip(first_n, -HIGHEST, HIGHEST), 0.0)
+        self._at_n = self._first_n
+
+    def move(self, efficiency_n: Array, want_Pn: Array, own_P: Array) -> None:
+        """Lay the curves where they say the efficiency that was measured in the parts, whose sizes are `own`."""
+        share_Pn = want_Pn / np.maximum(want_Pn.sum(0), 1e-300)
+        least_n = np.full(len(efficiency_n), np.inf)
+        for move in _MOVES:
+            at_n = self._first_n + move
+            said_n = sum(share_Pn[p] * self._value(at_n + octave) for p, octave in enumerate(own_P.tolist()))
+            off_n = np.abs(said_n - efficiency_n) + _RELUCTANCE * abs(move)
+            self._at_n = np.where(off_n < least_n, at_n, self._at_n)
+            least_n = np.fmin(least_n, off_n)
+
+    def at(self, octaves_n: Array | float) -> Array:
+        """[n] efficiency of updates so many octaves larger than those of the mean measured step."""
+        return self._value(self._at_n + octaves_n)
+
+    def more(self, want_Pn: Array, missed: Missed) -> Array:
+        """[P, n] what arrives of the steps that each part stands for beyond as large a part as of its own |intended|^2."""
+        used = np.flatnonzero(missed.stands_PG.any(0))
+        there_Gn = np.stack([self.at(OCTAVES[g]) for g in used])
+        own_Pn = np.stack([self.at(octave) for octave in missed.own_P.tolist()])
+        stands_PG = missed.stands_PG[:, used]
+        more_Pn: Array = want_Pn * (stands_PG @ there_Gn - stands_PG.sum(1, keepdims=True) * own_Pn)
+        return np.where(self.is_known_n, more_Pn, 0.0)
+
+    def reach(self, octave: float) -> Array:
+        """[n] how far the efficiency in a step of that size may be from what the curve says."""
+        there_n = self.at(octave)
+        changes = [np.abs(self.at(octave - by) - there_n) for by in _BELOW]
+        changes += [np.abs(self.at(octave + by) - there_n) for by in _ABOVE]
+        found: Array = np.clip(_LEAST + _PART * np.maximum.reduce(changes), 0.0, 1.0)
+        return found
+
+    def beyond(self, largest_n: Array, by: float) -> Array:
+        """[n] how much more arrives of updates that are `by` octaves larger than those of the largest measured step."""
+        return np.maximum(self.at(largest_n + by) - self.at(largest_n), 0.0)
+
+    def _value(self, octaves_n: Array) -> Array:
+        place_n = np.clip((octaves_n + _FURTHEST) * FINE, 0.0, self._curve_nS.shape[1] - 1.001)
+        low_n = place_n.astype(int)
+        rows_n, part_n = np.arange(len(low_n)), place_n - low_n
+        found: Array = (1 - part_n) * self._curve_nS[rows_n, low_n] + part_n * self._curve_nS[rows_n, low_n + 1]
+        return found
+
+
+def tail(curves: Curves, energy_Pn: Array, steps_Pn: Array, missed: Missed) -> Array:
+    """[n] what steps larger than any that was measured may have made of the efficiency: of n steps alike one more is larger
+    than all with the chance 1 / n, by twice what sizes spread."""
+    with np.errstate(all="ignore"):
+        per_step_Pn = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1), np.nan)
+        octave_Pn = 0.5 * np.log2(per_step_Pn / ratio(energy_Pn.sum(0), steps_Pn.sum(0)))
+    octave_Pn = np.where(np.isfinite(octave_Pn), octave_Pn, np.nan)
+    known_n = np.isfinite(octave_Pn).any(0)
+    largest_n = np.where(known_n, np.nanmax(np.where(known_n, octave_Pn, 0.0), 0), 0.0)
+    rest_Pn = octave_Pn - missed.own_P[:, None]
+    spread = float(np.nanmedian(np.nanstd(np.where(known_n, rest_Pn, np.nan), 0))) if known_n.any() else 0.0
+    by = 2 * spread
+    odds_n = 4.0 ** (largest_n + by) / np.maximum(steps_Pn.sum(0), 1)
+    return np.where(curves.is_known_n, curves.beyond(largest_n, by) * odds_n / (1 + odds_n), 0.0)
+
+
+@functools.cache
+def _table() -> Array:
+    """[B Q, S] efficiency of updates in each place of each bin, where they are so many octaves larger."""
+    assert PLACES % FINE == 0
+    alone = [1.0, *[0.0] * (PLACES - 1)]
+    octaves = np.arange(-_FURTHEST * FINE, _FURTHEST * FINE + 1) / FINE
+    places = (HEADROOM_LOW + np.arange(HEADROOM_BINS * PLACES) / PLACES)[:, None] + octaves
+    values = {at: efficiency_of([1.0], at, alone) or 0.0 for at in np.unique(places).tolist()}
+    return np.array([[values[at] for at in row] for row in places.tolist()])

@@ -1,0 +1,97 @@
+"""What the measured steps of a tensor stand for, where it sat others of the window out.
+
+Tensors take turns, and a step that one of them sat out was measured of others: how large its updates were is known, by what
+is usual. What rounding lets through depends on the size of an update, so each measured step stands for steps of about its
+size: where the learning rate falls by 1,000 in a window, the few large ones that were met for all large ones. A step that is
+far from all that were met (a loss spike) is stood for by all of them, and how much more arrives of it `arrivals` tells.
+
+Legend: P parts of a window, J all steps of the window, as far as they are known, G sizes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from update_watch.measure.sums.error_bars import Array, Sizes
+
+FINE = 4  # sizes in an octave of updates
+HIGHEST = 8  # octaves
+OCTAVES: Array = np.arange(-HIGHEST * FINE, HIGHEST * FINE + 1) / FINE
+_ALIKE = (
+    4.0  # sizes of |intended|^2 within this factor of the usual are: what they differ by is noise of the few that tell
+)
+_NEAR = 0.5  # octaves: steps that differ by so much stand for each other,
+_SPREAD = 2.0  # or by so many times what the nearest differs by
+
+
+class Missed(NamedTuple):
+    """What the measured parts of one cohort stand for. Octaves are those of updates above the mean measured step."""
+
+    energy_P: Array  # |intended|^2 of all steps that a part stands for, its own included, by the part's own
+    steps_P: Array  # how many they are, by the part's own
+    own_P: Array  # octaves of the part
+    stands_PG: Array  # `energy` by the size of the steps that are stood for
+    top: float  # octaves of the largest step of the window
+
+
+def missed_steps(known: list[Sizes], squared_rates: list[Array], window_steps: int) -> list[Missed | None]:
+    """Per cohort of an optimizer, whose steps are different ones of the same window; None where nothing is known of others.
+
+    `squared_rates[c]` [P]: of the learning rate, by which updates grow and fall.
+    """
+    sizes = _smooth([of.size_P for of in known], squared_rates)
+    found: list[Missed | None] = []
+    for c, of in enumerate(known):
+        rest = [k for k in range(len(known)) if k != c]
+        others_J = np.concatenate([sizes[k][0] for k in rest]) if rest else np.zeros(0)
+        count_J = np.concatenate([known[k].count_P for k in rest]) if rest else np.zeros(0)
+        usual_J = np.concatenate([sizes[k][1] for k in rest]) if rest else np.zeros(0)
+        found.append(_missed(sizes[c][0], of.count_P, others_J, usual_J, count_J, window_steps))
+    return found
+
+
+def _smooth(sizes: list[Array], squared_rates: list[Array]) -> list[tuple[Array, Array]]:
+    """Per cohort the sizes without their noise, and what is usual at their rate."""
+    rates = [np.where(rate_P > 0, rate_P, 1.0) for rate_P in squared_rates]
+    every = np.concatenate([size_P / rate_P for size_P, rate_P in zip(sizes, rates, strict=True)])
+    usual = float(np.median(every[every > 0])) if (every > 0).any() else 0.0
+    found = []
+    for size_P, rate_P in zip(sizes, rates, strict=True):
+        usual_P = usual * rate_P
+        is_alike = (size_P < _ALIKE * usual_P) & (size_P > usual_P / _ALIKE)
+        found.append((np.where(is_alike, usual_P, size_P), usual_P))
+    return found
+
+
+def _missed(
+    size_P: Array, count_P: Array, others_J: Array, usual_J: Array, count_J: Array, window_steps: int
+) -> Missed | None:
+    own_P = (size_P > 0) & (count_P > 0)
+    unmeasured, told = window_steps - float(count_P.sum()), float(count_J.sum())
+    if not own_P.any() or unmeasured <= 0 or not told:
+        return None
+    count_J = count_J * (unmeasured / told)
+    # of several steps in one part it was one that was so large
+    is_mixed = (count_J > 1) & (others_J > _ALIKE * usual_J)
+    one_J = np.where(is_mixed, others_J * count_J - usual_J * (count_J - 1), others_J)
+    size_J = np.concatenate([size_P[own_P], one_J, usual_J[is_mixed]])
+    count_J = np.concatenate([count_P[own_P], np.where(is_mixed, 1.0, count_J), count_J[is_mixed] - 1])
+    size_J, count_J = size_J[size_J > 0], count_J[size_J > 0]
+    at_J, at_P = 0.5 * np.log2(size_J), 0.5 * np.log2(np.where(own_P, size_P, 1.0))
+    apart_JP = np.where(own_P, np.abs(at_J[:, None] - at_P), np.inf)
+    nearest_J1 = apart_JP.min(1, keepdims=True)
+    width_J1 = np.maximum(_NEAR, _SPREAD * nearest_J1)
+    near_JP = np.exp(0.5 * ((nearest_J1 / width_J1) ** 2 - (apart_JP / width_J1) ** 2)) * count_P
+    per_step_P = np.maximum(count_P, 1)
+    steps_JP = count_J[:, None] * near_JP / near_JP.sum(1, keepdims=True) / per_step_P
+    # by the ratio of sums: single steps of one tensor are far from what was usual then
+    energy_JP = (count_J * size_J)[:, None] * near_JP / (near_JP * size_P).sum(1, keepdims=True) / per_step_P
+    mean = 0.5 * np.log2((size_P * count_P)[own_P].sum() / count_P[own_P].sum())
+    place_J = np.clip(np.rint((at_J - mean + HIGHEST) * FINE), 0, len(OCTAVES) - 1).astype(int)
+    stands_GP = np.zeros((len(OCTAVES), len(size_P)))
+    np.add.at(stands_GP, place_J, energy_JP)
+    energy_P = np.where(own_P, energy_JP.sum(0), 1.0)
+    steps_P = np.where(own_P, steps_JP.sum(0), 1.0)
+    return Missed(energy_P, steps_P, np.where(own_P, at_P - mean, 0.0), stands_GP.T, float(at_J.max() - mean))
