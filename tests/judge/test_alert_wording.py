@@ -57,6 +57,13 @@ def test_a_title_counts_what_is_as_bad_as_it_says_and_the_rest_apart(alerts: Ale
     assert grown.title == "STALLED: 2 of 6 tensors, 4 more stalling, was 3"
 
 
+def test_those_that_the_title_is_about_come_by_name_before_larger_groups(alerts: Alerts) -> None:
+    mild = [tensor(name, Health.stalling) for name in ("up.weight", "up.bias", "down.weight", "down.bias")]
+    (alert,) = told(alerts, *mild, tensor("norm.weight", Health.stalled), tensor("head.weight", Health.healthy))
+    assert alert.title == "STALLED: 1 of 6 tensors, 4 more stalling"
+    assert alert.text.startswith("norm.weight, 4 more since step 129: ")
+
+
 def test_a_title_stays_under_64_characters_and_what_is_above_the_list_under_600(alerts: Alerts) -> None:
     name = "a_very_long_name_of_a_module_that_nobody_would_choose_" * 5
     state = accumulator(f"{name}_state", Health.stalled, Cause.state_rounding)

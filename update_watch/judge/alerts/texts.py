@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from update_watch.judge.advice import advise, finding
 from update_watch.judge.alerts.episodes import GREW, OVER, WORSE
@@ -108,24 +108,32 @@ def _head(members: Sequence[Finding], tensors: Sequence[TensorReport], trainer: 
     else:
         seen = finding(members[0].advice)
     fix = remedy(cause, mine, tensors, trainer, members[0].advice, members[0].part)
-    text = f"{_who(mine, tensors)}: {seen[:1].lower() if seen[1:2].islower() else seen[:1]}{seen[1:]}"
+    worst = {f.tensor.name for f in members if not f.part and f.health in (Health.broken, Health.stalled)}
+    text = f"{_who(mine, tensors, worst)}: {seen[:1].lower() if seen[1:2].islower() else seen[:1]}{seen[1:]}"
     return f"{text}\nFix: {fix}." if fix else text
 
 
-def _who(mine: Sequence[TensorReport], tensors: Sequence[TensorReport]) -> str:
-    """ "All 5 norms since step 50, head.weight since step 551": by when it began, the oldest first."""
+def _who(mine: Sequence[TensorReport], tensors: Sequence[TensorReport], worst: Collection[str] = ()) -> str:
+    """ "All 5 norms since step 50, head.weight since step 551": by when it began, the oldest first; those of `worst` by name."""
     shapes = {t.name: t.shape for t in tensors}
+
+    def words(names: Sequence[str]) -> str:
+        first = [name for name in names if name in worst]
+        found = group_words(names, shapes, 3)
+        if len(found) > 1 and 0 < len(first) < len(names):
+            found = [*group_words(first, shapes, 3), f"{len(names) - len(first)} more"]
+        return ", ".join(found)
+
     since: dict[int | None, list[str]] = {}
     for tensor in mine:
         since.setdefault(tensor.since_step if tensor.health is not Health.healthy else None, []).append(tensor.name)
     if len(since) > 2:
-        first, last = min(s for s in since if s is not None), max(s for s in since if s is not None)
-        words = group_words([t.name for t in mine], shapes, 3)
-        return _sentence(f"{', '.join(words)} since steps {first} to {last}")
+        begins = [step for step in since if step is not None]
+        return _sentence(f"{words([t.name for t in mine])} since steps {min(begins)} to {max(begins)}")
     parts = []
     for step, names in sorted(since.items(), key=lambda item: item[0] or 0):
         when = f" since step {step}" if step is not None else ""
-        parts.append(", ".join(group_words(names, shapes, 3)) + when)
+        parts.append(words(names) + when)
     return _sentence(", ".join(parts))
 
 
