@@ -14,6 +14,7 @@ import torch
 
 from update_watch.dashboards.journal.journal import read_journal
 from update_watch.report import Health, Report
+from update_watch.run.session import brief
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "tests" / "support" / "run_script.py")
@@ -75,7 +76,8 @@ def test_training_is_the_same_to_the_bit_and_the_model_is_known_by_its_names(
     assert ("1.weight" in stalled) == ("bf16" in how)
     assert last.headline in run.stderr
     lines = run.stderr.splitlines()
-    assert all(lines.count(f"update-watch, step {r.step:,}: {r.headline}") == 1 for r in reports(tmp_path))
+    assert all(lines.count(f"update-watch, step {r.step:,}: {brief(r)}") == 1 for r in reports(tmp_path))
+    assert "  Open: update-watch report --open run.jsonl" in lines
 
 
 @pytest.mark.slow
@@ -96,7 +98,7 @@ def test_every_model_of_a_script_is_watched_and_has_a_journal(tmp_path: Path) ->
     assert (critic.step, last.step) == (48, 48)  # the first step of both is seen
     assert "of Critic: STALLED" in run.stderr
     assert f"update-watch: Critic: {critic.headline}" in run.stderr
-    assert f" of Critic: {critic.headline}" in run.stderr and f" of Sequential: {last.headline}" in run.stderr
+    assert f" of Critic: {brief(critic)}" in run.stderr and f" of Sequential: {brief(last)}" in run.stderr
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def _say(journals: Sequence[Path], last: Mapping[Path, tuple[str, Report]], repo
         return
     for journal, (name, found) in last.items():
         of = f" {name}:" if name and len(journals) > 1 else ""
-        sys.stderr.write(f"update-watch:{of} {found.headline}\n  journal: {_short(journal)}\n")
+        sys.stderr.write(f"update-watch:{of} {found.headline}\n  Open: update-watch report --open {_short(journal)}\n")
     if report is None:
         return
     try:

@@ -20,10 +20,10 @@ from update_watch.measure.device.streams import is_capturing
 from update_watch.measure.hooks.process_steps import leave_place
 from update_watch.measure.identity import masters, owners
 from update_watch.measure.identity.names import members_of, named_tensors, names_of
-from update_watch.report import Report
+from update_watch.report import SEVERITY, Report
 from update_watch.run.settings import Settings
 from update_watch.watch import Watch, watch
-from update_watch.wording import above_progress_bars
+from update_watch.wording import above_progress_bars, percent, plural
 
 _models: list[tuple[str, Callable[[], Any]]] = []  # that are watched, with their names
 _met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -127,10 +127,17 @@ def _size(module: torch.nn.Module) -> int:
     return sum(1 for _ in module.parameters())
 
 
+def brief(report: Report) -> str:
+    """A window in a few words: alerts say the rest when something changes, and the headline ends the run."""
+    counts = ", ".join(f"{n:,} {health}" for health in SEVERITY if (n := report.counts[health.value]))
+    words = f"{counts} of {plural(len(report.tensors), 'tensor')}"
+    return words if report.efficiency is None else f"{words}; {percent(max(0.0, report.efficiency))} of the updates arrived"
+
+
 def show(name: str, report: Report) -> None:
     """A line per window, above the script's progress bar; of several models with the `name` of its own."""
     of = f" of {name}" if len(_models) > 1 else ""
-    line = f"update-watch, step {report.step:,}{of}: {report.headline}"
+    line = f"update-watch, step {report.step:,}{of}: {brief(report)}"
     if sys.stderr.isatty():
         line = line[: max(shutil.get_terminal_size().columns - 1, 40)]
     begin = "\r\x1b[K" if sys.stderr.isatty() and "tqdm" not in sys.modules else ""  # over a bar of the script's own
