@@ -142,7 +142,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
             is_leader,
             *(
                 args.output_dir,
-                "transformers",
+                "trl" if type(args).__module__.startswith("trl.") else "transformers",
                 self._options.schedule_or(lambda: of_transformers(kwargs.get("lr_scheduler"), state)),
             ),
         )

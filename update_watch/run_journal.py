@@ -12,6 +12,7 @@ import torch
 
 from update_watch import endings
 from update_watch.report import Report
+from update_watch.watching.trainers import trainer_at_work
 
 Self = TypeVar("Self", bound="Shown")
 NAME = "update_watch.jsonl"  # beside a trainer's logs
@@ -51,7 +52,9 @@ def after(
 ) -> list[Any]:
     """`sinks`, and the journal at `path` if there is to be one: kept by the first of the processes that join."""
     is_writer = join is False or not _is_distributed() or torch.distributed.get_rank() == 0
-    return [*sinks] if path is None or not is_writer else [*sinks, keep(path, optimizers, model=name_of(model))]
+    if path is None or not is_writer:
+        return [*sinks]
+    return [*sinks, keep(path, optimizers, trainer_at_work(optimizers), model=name_of(model))]
 
 
 def name_of(model: Any) -> str:
@@ -103,12 +106,16 @@ class Shown:
 
     last: Report | None
     journal: str | os.PathLike[str] | None = None  # the one that `watch(journal=...)` keeps
+    trainer = "torch"  # whose words advice takes: a key of `cures.TRAINERS`
     name = ""  # of the model
     _is_named = False
 
-    def kept_in(self: Self, journal: str | os.PathLike[str] | None, name: str, model: Any) -> Self:
-        """Itself, knowing of its journal and its name: of the model's class where none is given."""
+    def kept_in(
+        self: Self, journal: str | os.PathLike[str] | None, name: str, model: Any, optimizers: Iterable[Any]
+    ) -> Self:
+        """Itself, knowing of its journal, its trainer and its name: of the model's class where none is given."""
         self.journal, self._is_named = journal, bool(name)
+        self.trainer = trainer_at_work(optimizers)
         self.name = name or name_of(model)
         return self
 

@@ -70,7 +70,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._selection = selection or Selection()
         self._closed = self._is_closing_window = self._has_failed = False
         self._base_step = self._windows = 0  # windows closed so far
-        self._diagnosis, self._alerts, self.trainer = Diagnosis(thresholds), Alerts(thresholds), "torch"
+        self._diagnosis, self._alerts = Diagnosis(thresholds), Alerts(thresholds)
         self._forecaster = Forecaster(None if schedule is None else schedule_of(schedule), thresholds)
         self._judge = Worker("judging", self._attention.beside(self._judge_window))
         self._post = Worker("sink", self._attention.beside(Sinks(list(sinks), lambda: self._ranks.rank == 0)))
@@ -347,4 +347,4 @@ def watch(
     return Watch(
         *(model, optimizers, window, samples, budget, sinks, thresholds or Thresholds(), averages or {}),
         *(seed, step, join, check_replicas, Selection(include, exclude), schedule),
-    ).kept_in(journal, name, model)
+    ).kept_in(journal, name, model, optimizers)

@@ -131,7 +131,11 @@ def brief(report: Report) -> str:
     """A window in a few words: alerts say the rest when something changes, and the headline ends the run."""
     counts = ", ".join(f"{n:,} {health}" for health in SEVERITY if (n := report.counts[health.value]))
     words = f"{counts} of {plural(len(report.tensors), 'tensor')}"
-    return words if report.efficiency is None else f"{words}; {percent(max(0.0, report.efficiency))} of the updates arrived"
+    return (
+        words
+        if report.efficiency is None
+        else f"{words}; {percent(max(0.0, report.efficiency))} of the updates arrived"
+    )
 
 
 def show(name: str, report: Report) -> None:
