@@ -46,6 +46,7 @@ bench: $(STAMP)
 	$(PY) bench/truth.py --jobs 2
 	$(PY) bench/forecast.py
 	$(PY) bench/what_if.py
+	$(PY) bench/planted/divergence.py
 	$(PY) bench/coverage.py
 	$(PY) bench/bf16/remainders.py
 	$(PY) bench/scale.py

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from update_watch.dashboards.run_numbers import RunNumbers, run_numbers
+from update_watch.foresight.divergence import Divergence
 from update_watch.foresight.forecasts import Forecast
 from update_watch.report import (
     HEADROOM_BINS,
@@ -109,7 +110,8 @@ class Frame:
     accumulators: Mapping[str, Columns]
     has_layers: bool = True
     run: RunNumbers = RunNumbers()  # of the run as a whole; of several windows the mean
-    outlook: Outlook | None = None  # of several windows the last
+    outlook: Outlook | None = None  # of several windows the last; so is the following
+    divergence: Divergence | None = None
     observed_steps: int | None = None  # in which something was measured
     cost_share: float | None = None  # of the time between steps, 0..1
 
@@ -152,6 +154,7 @@ def frame_of(report: Report) -> Frame:
         has_layers=bool(report.layers),
         run=run_numbers(table.numel, columns.health, columns.numbers),
         outlook=_outlook(report),
+        divergence=report.divergence,
         observed_steps=report.observed_steps,
         cost_share=report.cost_share,
     )
@@ -221,6 +224,7 @@ def report_of(frame: Frame) -> Report:
         observed_steps=frame.observed_steps,
         cost_share=frame.cost_share,
         forecast=_forecast(frame.outlook, frame.step),
+        divergence=frame.divergence,
     )
 
 

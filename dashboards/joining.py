@@ -56,6 +56,7 @@ def join(first: Frame, second: Frame) -> Frame:
         has_layers=first.has_layers or second.has_layers,
         run=mean_of((first.run, second.run), (first.windows, second.windows)),
         outlook=second.outlook,
+        divergence=second.divergence,
         observed_steps=sum(seen) if len(seen) == 2 else None,
         cost_share=weighted_mean(shares),
     )

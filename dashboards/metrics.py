@@ -111,18 +111,20 @@ def _count(health: Health, meaning: str, is_shown: bool = False) -> RunMetric:
 
 
 _AHEAD = (
-    ("stalling_share", "fraction", "How much of the model will be stalled at the schedule's end."),
-    ("lost_share", "fraction", "Of the movement that is still intended, what will be lost."),
-    ("from_step", "steps", "When the first tensor that is well now begins to stall."),
-    ("floor", "lr", "The learning rate that would keep all moving that move now."),
-    ("error", "ratio", "How far the efficiencies of now are from what was forecast at half of the run."),
+    ("forecast.stalling_share", "fraction", "How much of the model will be stalled at the schedule's end."),
+    ("forecast.lost_share", "fraction", "Of the movement that is still intended, what will be lost."),
+    ("forecast.from_step", "steps", "When the first tensor that is well now begins to stall."),
+    ("forecast.floor", "lr", "The learning rate that would keep all moving that move now."),
+    ("forecast.error", "ratio", "How far the efficiencies of now are from what was forecast at half of the run."),
+    ("divergence.weight_growth", "power", "The weights grow as the steps to this power: above 2, held by nothing."),
 )
 
 
-def _ahead(field: str, unit: str, meaning: str) -> RunMetric:
-    """A number of the forecast; there is none where no schedule is known."""
-    source = f"report.forecast.{field}"
-    return RunMetric(f"forecast_{field}", unit, meaning, f"`{source}`", lambda r: getattr(r.forecast, field, None))
+def _ahead(source: str, unit: str, meaning: str) -> RunMetric:
+    """A number of the forecast, which there is where a schedule is known, or of `report.divergence`."""
+    owner, _, field = source.partition(".")
+    compute = lambda r: getattr(getattr(r, owner), field, None)  # noqa: E731
+    return RunMetric(f"{owner}_{field}", unit, meaning, f"`report.{source}`", compute)
 
 
 RUN_METRICS: tuple[RunMetric, ...] = (

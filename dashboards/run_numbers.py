@@ -28,6 +28,8 @@ class RunNumbers(NamedTuple):
     ratio: float = _NAN  # the median
     ratio_high: float = _NAN  # 90% are below
     applied: float = _NAN  # applied update over weight, median
+    weight: float = _NAN  # rms of all weights together
+    gradient: float = _NAN  # and of their gradients
     counts: tuple[float, ...] = (0.0,) * len(SEVERITY)  # tensors per health, in the order of SEVERITY
 
 
@@ -48,6 +50,8 @@ def run_numbers(numel: Sequence[int], health: NDArray[np.int8], numbers: Mapping
         middle,
         high,
         float(np.median(got)) if len(got) else _NAN,
+        weighted(numbers["weight_rms"] ** 2, sizes) ** 0.5,
+        weighted(numbers["gradient_rms"] ** 2, sizes) ** 0.5,
         tuple(np.bincount(health, minlength=len(SEVERITY)).astype(float).tolist()),
     )
 

@@ -69,6 +69,7 @@ WITHOUT_TORCH = {"judge", "dashboards"}
 # of the vocabulary, what renderers know
 DASHBOARDS_KNOW = {
     "update_watch.cures",
+    "update_watch.foresight.divergence",
     "update_watch.foresight.forecasts",
     "update_watch.kinds",
     "update_watch.naming",

@@ -16,6 +16,7 @@ from enum import Enum
 from importlib import import_module
 from typing import Any, TypeVar
 
+from update_watch.foresight.divergence import Divergence, divergence_of
 from update_watch.foresight.forecasts import Case, Forecast, Plan, TensorForecast
 from update_watch.foresight.rounding_curve import efficiency_of, octaves_for
 
@@ -138,6 +139,7 @@ class TensorReport:
     update_ratio: float | None = None  # rms(intended) / rms(before)
     update_ratio_error: float | None = None  # standard error of `update_ratio`
     applied_ratio: float | None = None  # rms(applied) / rms(before)
+    weight_rms: float | None = None  # rms(before)
     written_between: float | None = None  # rms of what was written to it between steps / rms(before), per step
     moved: float | None = None  # where the rule cannot be replayed: rms(stored at the end - at the begin) / rms(before)
     unmoved_fraction: float | None = None  # and the share that is at the end as at the begin
@@ -249,6 +251,7 @@ class Report:
     observed_steps: int | None = None  # steps of the window in which something was measured
     cost_share: float | None = None  # of the time between steps, what the watch took, 0..1
     forecast: Forecast | None = None  # where the schedule is known; read from a journal it has no `tensors`
+    divergence: Divergence | None = None  # where the run is heading, from the windows so far
 
     def __str__(self) -> str:
         return f"step {self.step:,}: {self.headline}"
@@ -288,15 +291,14 @@ class Report:
         tensors = tuple(_tensor(t) for t in data["tensors"])
         layers = tuple(_build(LayerReport, layer, health=Health) for layer in data.get("layers", ()))
         alerts = tuple(_build(Alert, a, level=Level, cause=Cause) for a in data.get("alerts", ()))
-        built = {"tensors": tensors, "layers": layers, "alerts": alerts, "forecast": _forecast(data.get("forecast"))}
-        return _build(cls, {**data, **built}, health=Health)
+        ahead = {"forecast": _forecast(data.get("forecast")), "divergence": divergence_of(data.get("divergence"))}
+        return _build(cls, {**data, "tensors": tensors, "layers": layers, "alerts": alerts, **ahead}, health=Health)
 
 
 def quick(cls: type[_T], **fields: Any) -> _T:
     """An instance of one of these types, of which every field must be given: as `cls(**fields)`, in half of the time.
 
-    A frozen dataclass sets its fields one by one past its own lock, which for the thousands of values of a window costs
-    more than judging them does.
+    A frozen dataclass sets fields one by one past its own lock, which costs more than judging them does.
     """
     made = object.__new__(cls)
     made.__dict__.update(fields)

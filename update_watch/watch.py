@@ -19,7 +19,7 @@ from update_watch import endings, run_journal
 from update_watch.foresight.schedules import schedule_of
 from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
-from update_watch.judge.forecast import Forecaster
+from update_watch.judge.forecast.outlook import Outlook
 from update_watch.measure.device.streams import StepStreams, is_capturing
 from update_watch.measure.hooks.tap import StepTap
 from update_watch.measure.identity.partitions import chain
@@ -71,7 +71,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._closed = self._is_closing_window = self._has_failed = False
         self._base_step = self._windows = 0  # windows closed so far
         self._diagnosis, self._alerts = Diagnosis(thresholds), Alerts(thresholds)
-        self._forecaster = Forecaster(None if schedule is None else schedule_of(schedule), thresholds)
+        self._outlook = Outlook(None if schedule is None else schedule_of(schedule), thresholds)
         self._judge = Worker("judging", self._attention.beside(self._judge_window))
         self._post = Worker("sink", self._attention.beside(Sinks(list(sinks), lambda: self._ranks.rank == 0)))
         self._tap = StepTap(self._before, self._after, self._fail, graphs.say_what_was_captured)
@@ -209,7 +209,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         try:
             evidence = self._selection.of(self._ranks.join(read(window)))
             self._alerts.is_logging = self._ranks.rank == 0 or not self._ranks.is_joining
-            report = self._forecaster.add(self._diagnosis.judge(evidence, self.trainer))
+            report = self._outlook.add(self._diagnosis.judge(evidence, self.trainer))
             report = self._alerts.update(report, self.trainer, self.told_as)
         except Exception as error:
             self._fail(error)

@@ -120,3 +120,22 @@ class SparseClassifier(nn.Module):
             x = block(x)
         logits = F.linear(x, self.out.weight.float(), self.out.bias.float())
         return F.cross_entropy(logits, ids * 2654435761 % 2**32 >> 28)
+
+
+class AttentionBlock(nn.Module):
+    """Norm, causal attention of a single head, MLP: 9 tensors. Nothing bounds its logits; in FP16 they may be infinite."""
+
+    def __init__(self, width: int, has_fp16_logits: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width, bias=False) for _ in "qkv")
+        self.mlp = Block(width)
+        self.logits_dtype = torch.float16 if has_fp16_logits else torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.rms_norm(x, x.shape[-1:], self.norm.weight.float())
+        q, k, v = (F.linear(h, linear.weight.float()) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        logits = (q @ k.mT / x.shape[-1] ** 0.5).to(self.logits_dtype).float()
+        is_later = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+        found: Tensor = self.mlp(x + logits.masked_fill(is_later, -torch.inf).softmax(-1) @ v)
+        return found

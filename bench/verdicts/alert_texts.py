@@ -14,7 +14,7 @@ from update_watch.foresight.schedules import Schedule
 from update_watch.judge import reasons
 from update_watch.judge.advice import say
 from update_watch.judge.alerts import Alerts
-from update_watch.judge.forecast import Forecaster
+from update_watch.judge.forecast.outlook import Outlook
 from update_watch.judge.seen import Seen
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport
 from update_watch.thresholds import Thresholds
@@ -30,7 +30,8 @@ stalled), and when it is over. A tensor of which nothing can be said for a while
 ERROR: stalled, broken, nothing trains, an average that does not follow. WARN: stalling, states and decay that are lost, what is
 frozen and yet moved by its optimizer, more than a tenth that cannot be measured. INFO: a layer that goes idle after it trained,
 FP32 weights that a resume left with BF16 values, and the end of a story. What will stall at the run's schedule, also at the latest step of its range, for a tenth of the run
-or more, is one WARN once two forecasts in a row say so; what was foretold is then told as it begins, and when it holds everything. Each is one record of the logger `update_watch` (at most four lines: the list of tensors is left out), one `Alert` in the report,
+or more, is one WARN once two forecasts in a row say so; what was foretold is then told as it begins, and when it holds everything. Weights that run away, as they do before a loss blows up, are
+one WARN ([divergence](divergence.md)). Each is one record of the logger `update_watch` (at most four lines: the list of tensors is left out), one `Alert` in the report,
 and one message of a sink.
 
 The page is made by `python bench/verdicts/alert_texts.py --write`.
@@ -56,6 +57,12 @@ def _moving(name: str) -> TensorReport:
     """Its updates are 8 to 16 half gaps at the rate 3e-4."""
     movement = tuple(float(i == 3 - HEADROOM_LOW) for i in range(HEADROOM_BINS))
     return _tensor(name, Health.healthy, efficiency=1.0, movement_histogram=movement, movement_lr=3e-4, lr=3e-4)
+
+
+def _growing(name: str, window: int) -> TensorReport:
+    """Twice as large in each window."""
+    sizes: dict[str, Any] = {"weight_rms": 0.02 * 2.0**window, "gradient_rms": 1e-3, "update_ratio": 1e-3, "lr": 3e-4}
+    return _tensor(name, Health.healthy, optimizer_group="0/0", efficiency=1.0, **sizes)
 
 
 def stories() -> dict[str, list[list[TensorReport]]]:
@@ -106,6 +113,7 @@ def stories() -> dict[str, list[list[TensorReport]]]:
             ]
         ],
         "What is to come, at the run's schedule": [[_moving(n) for n in matrices]] * 2,
+        "A run that will blow up": [[_growing(n, window) for n in matrices] for window in range(6)],
         "FP32 weights that hold BF16 values, after a resume": [
             [
                 _tensor(n, Health.healthy, dtype="float32", was_rounded=True, advice=reasons.was_rounded(129))
@@ -123,10 +131,10 @@ def page() -> str:
         parts.append(f"## {title}\n")
         alerts = Alerts(Thresholds(), clock=iter(range(10**6, 10**9, 3600)).__next__)
         alerts.is_logging = False
-        forecaster = Forecaster(Schedule(lambda step: 3e-4 * 0.5 ** (step / 5000), steps=60_000), Thresholds())
+        outlook = Outlook(Schedule(lambda step: 3e-4 * 0.5 ** (step / 5000), steps=60_000), Thresholds())
         for i, tensors in enumerate(windows, 1):
             step = 256 * i
-            report = forecaster.add(Report(step, 128, Health.healthy, "", tuple(tensors)))
+            report = outlook.add(Report(step, 128, Health.healthy, "", tuple(tensors)))
             for alert in alerts.update(report).alerts:
                 parts.append(f"```text\n{alert.level} update-watch, step {step}: {alert.title}\n{alert.text}\n```\n")
     return "\n".join(parts)

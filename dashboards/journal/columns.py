@@ -6,6 +6,7 @@ TypeError, KeyError, IndexError, AttributeError, OverflowError, which `lines` tu
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -16,6 +17,7 @@ import numpy as np
 
 from update_watch.dashboards.frame import Floats, Outlook
 from update_watch.dashboards.run_numbers import NUMBERS, RunNumbers
+from update_watch.foresight.divergence import Divergence, Sign
 from update_watch.report import HEADROOM_BINS, SEVERITY
 
 _SHARE = 10_000  # headroom shares are stored as whole ten-thousandths
@@ -24,7 +26,9 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 _HUGE = 1e60  # of a number; sums and squares of those below stay finite
 _LONGEST = 200_000  # characters of a text
 _OF_RUN = ("made_at", "stalling_share", "lost_share", "from_step", "floor")  # of a forecast
+_HEADING = tuple(field.name for field in dataclasses.fields(Divergence) if field.name not in ("step", "signs"))
 _POINTS = 1_000  # of a forecast
+_SIGNS = 100  # of a divergence, and tensors of one
 _SLOT = "\x1f"  # where a number stood in a sentence
 
 
@@ -230,6 +234,30 @@ def outlook_of(line: Any) -> Outlook:
         said("lost_share"),
         step("from_step"),
         said("floor"),
+    )
+
+
+def divergence_line(found: Divergence) -> dict[str, Any]:
+    """What is known of where the run is heading, to four digits."""
+    line: dict[str, Any] = {name: short(getattr(found, name)) for name in _HEADING}
+    line = {"step": found.step} | {name: value for name, value in line.items() if value is not None}
+    if found.signs:
+        line["signs"] = [[sign.name, sign.is_warning, sign.text, list(sign.tensors)] for sign in found.signs]
+    return line
+
+
+def divergence_of(line: Any) -> Divergence:
+    known = {name: number_of(line[name]) for name in _HEADING if name in line}
+    signs = line.get("signs", [])
+    if len(signs) > _SIGNS or any(len(tensors) > _SIGNS for *_, tensors in signs):
+        raise ValueError("damaged window (where the run is heading)")
+    return Divergence(
+        step=whole_of(line["step"]),
+        **known,
+        signs=tuple(
+            Sign(text_of(name), bool(is_warning), text_of(text), tuple(texts_of(tensors)))
+            for name, is_warning, text, tensors in signs
+        ),
     )
 
 

@@ -29,6 +29,8 @@ from update_watch.dashboards.journal.columns import (
     advice_of,
     column_line,
     column_of,
+    divergence_line,
+    divergence_of,
     headroom_lines,
     headroom_of,
     indices_of,
@@ -183,6 +185,8 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
         line["cost_share"] = share
     if frame.outlook is not None:
         line["forecast"] = outlook_line(frame.outlook)
+    if frame.divergence is not None:
+        line["divergence"] = divergence_line(frame.divergence)
     if frame.headroom is not None:
         line["headroom"] = headroom_lines(frame.headroom)
     if frame.movement is not None:
@@ -245,6 +249,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
         has_layers=bool(line["layers"]),
         run=run_numbers(table.numel, tensors.health, tensors.numbers) if run is None else run_of(run),
         outlook=outlook_of(line["forecast"]) if "forecast" in line else None,
+        divergence=divergence_of(line["divergence"]) if "divergence" in line else None,
     )
 
 

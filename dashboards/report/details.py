@@ -56,6 +56,8 @@ class Details:
     notes: tuple[str, ...]
     has_headroom: bool
     has_ratios: bool
+    has_sizes: bool
+    signs: tuple[str, ...]  # of what leaves its range
     band_note: str  # where the band of BF16 is not that of the weights
     cost: str
 
@@ -72,6 +74,8 @@ def details(history: History) -> Details:
         notes=_notes(history),
         has_headroom=frame.headroom is not None,
         has_ratios=not np.isnan(history.series_PH["update_ratio"]).all(),
+        has_sizes=bool((history.of_run("weight") > 0).any()),
+        signs=() if frame.divergence is None else tuple(sign.text for sign in frame.divergence.signs),
         band_note=_band_note(frame),
         cost="" if frame.cost_ms is None else f"Watching costs {frame.cost_ms:.2g} ms a step.",
     )

@@ -14,6 +14,7 @@ from update_watch.dashboards.report.charts.over_time import arrived
 from update_watch.dashboards.report.charts.parts import Spec, scales_of
 from update_watch.dashboards.report.charts.rates import tensors_by_rate
 from update_watch.dashboards.report.charts.ratios import ratios
+from update_watch.dashboards.report.charts.sizes import sizes
 from update_watch.dashboards.report.charts.states import states
 from update_watch.dashboards.report.charts.tensor import tensor_charts
 from update_watch.dashboards.report.first_screen import FirstScreen
@@ -61,6 +62,10 @@ def every_chart(histories: Sequence[History], screens: Sequence[FirstScreen]) ->
             found[f"heatmap-{run}"] = heatmap(history, rows, scales)
         if any(not math.isnan(numbers.ratio) for numbers in history.run_H):
             found[f"ratios-{run}"] = ratios(history, scales)
+        warned = [alert.step for alert in history.alerts if alert.title.startswith("DIVERGES")]
+        by_size = sizes(history, scales, warned)
+        if by_size is not None:
+            found[f"sizes-{run}"] = by_size
         if history.last.headroom is not None:
             found[f"headroom-{run}"] = headroom_by_row(history, kind_rows(history.last.table.name, MOST_ROWS), scales)
         if history.last.accumulators:

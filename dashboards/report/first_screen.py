@@ -82,7 +82,7 @@ class FirstScreen:
     arrived: str  # "6%"
     was: str  # "94%" at its best, where that says more
     margin: str  # of a healthy run: how far the learning rate may fall
-    outlook: str  # what is to come at the run's schedule
+    outlook: str  # what is to come
     also: tuple[str, ...]  # what is not well beside the weights
     marks: tuple[tuple[int, str], ...]  # (step, what began there), for the chart over time
     rates: Mapping[str, float]  # learning rates by name: now, peak, end
@@ -116,11 +116,18 @@ def first_screen(history: History) -> FirstScreen:
         arrived="" if math.isnan(now) else share_words(max(0.0, now)),
         was=share_words(best) if best - now > 0.05 else "",
         margin=_margin(frame) if verdict.health is Health.healthy else "",
-        outlook=frame.outlook.headline if frame.outlook and frame.outlook.until > history.last_step else "",
+        outlook=_outlook(history),
         also=_also(frame),
         marks=tuple((step, mark) for mark, step in begun.items() if step > history.first_step + 1),
         rates={} if verdict.health is Health.broken else _rates(history),
     )
+
+
+def _outlook(history: History) -> str:
+    """Whether it is about to blow up, and what the rest of its schedule will do."""
+    outlook, divergence = history.last.outlook, history.last.divergence
+    coming = [outlook.headline] if outlook is not None and outlook.until > history.last_step else []
+    return " ".join([divergence.headline, *coming] if divergence is not None and divergence.is_warning else coming)
 
 
 # --- the run in a line -----------------------------------------------------------------------------------

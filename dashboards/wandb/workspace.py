@@ -188,6 +188,9 @@ def _sections(entity: str, step_key: str) -> list[Section]:
                 lines("Share of updates lost, of the model stalled", "lost_fraction", "stalled_share", range_y=(0, 1)),
                 lines("Alerts", "alert", range_y=(0, 1)),
                 wr.WeavePanelSummaryTable(table_name=metrics.TENSORS),
+                lines(
+                    "Weights grow as steps to the power of: above 2 for long, it blows up", "divergence_weight_growth"
+                ),
             ],
         ),
         ws.Section(

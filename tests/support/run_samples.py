@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from update_watch.foresight.divergence import Divergence, Sign
 from update_watch.foresight.forecasts import Forecast
 from update_watch.report import (
     HEADROOM_BINS,
@@ -323,6 +324,7 @@ def fully_filled_report() -> Report:
         update_ratio=0.001234,
         update_ratio_error=0.0001234,
         applied_ratio=0.0009876,
+        weight_rms=0.02345,
         written_between=0.0001234,
         moved=0.01234,
         unmoved_fraction=0.125,
@@ -382,5 +384,9 @@ def fully_filled_report() -> Report:
         forecast=Forecast(
             *(256, 1280, (), 0.25, 0.125, 700, 2.5e-05, "One tensor will stall.", 0.05),
             course=((256, 0.58, 1.0), (1280, 0.03, 0.1)),
+        ),
+        divergence=Divergence(
+            *(256, 0.0234, 0.0012, 3.25, 1.5, 0.25, 2.75),
+            signs=(Sign("weights", True, "the weights have grown by 40%", ("emb.weight",)),),
         ),
     )

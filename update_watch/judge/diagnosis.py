@@ -181,6 +181,7 @@ class Diagnosis:
             update_ratio=e.update_ratio,
             update_ratio_error=e.update_ratio_error,
             applied_ratio=e.applied_ratio,
+            weight_rms=e.stored,
             written_between=e.written_between,
             moved=e.moved if e.reason else None,
             unmoved_fraction=e.unmoved_fraction,

@@ -21,6 +21,7 @@ from update_watch.report import Cause, Health, Level, Report, TensorReport
 
 NOTHING_TRAINS, NOT_MEASURED = "nothing_trains", "not_measured"  # episodes of the run
 WAS_ROUNDED = "was_rounded"  # FP32 tensors that held nothing but BF16 values
+DIVERGES = "diverges"  # an episode of the run: it is about to blow up
 AHEAD = "ahead"  # what moves now and will stall at this schedule
 _NOT_MEASURED_SHARE = 0.1  # of what is trained, by tensors or by elements, from which on it is told
 _AHEAD_SHARE = 0.1  # of what is trained, that will stall for at least this share of the run, to be told
@@ -91,6 +92,7 @@ def find(report: Report) -> Findings:
         ]
     _find_unmeasured(report.tensors, bad)
     _find_ahead(report, bad, well)
+    _find_divergence(report, bad, well)
     return Findings(bad, well)
 
 
@@ -122,6 +124,19 @@ def _find_ahead(report: Report, bad: dict[str, list[Finding]], well: set[str]) -
     trained = sum(t.numel for t in report.tensors if t.trainable) or 1
     if sum(f.tensor.numel for f in found) >= _AHEAD_SHARE * trained:
         bad[AHEAD] = found
+
+
+def _find_divergence(report: Report, bad: dict[str, list[Finding]], well: set[str]) -> None:
+    """It is of the run as a whole; the largest tensor stands for it."""
+    largest = max((t for t in report.tensors if t.trainable), key=lambda t: t.numel, default=None)
+    if report.divergence is None or largest is None:
+        return
+    key = f"[{DIVERGES}]"
+    if report.divergence.is_warning:
+        said = report.divergence.headline
+        bad[DIVERGES] = [Finding(key, largest, "", Level.warn, Health.healthy, None, said)]
+    elif not report.divergence.signs:
+        well.add(key)
 
 
 def _add(bad: dict[str, list[Finding]], finding: Finding) -> None:

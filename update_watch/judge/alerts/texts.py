@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 from update_watch.judge.advice import advise, finding
 from update_watch.judge.alerts.episodes import GREW, OVER, WORSE
-from update_watch.judge.alerts.findings import AHEAD, NOT_MEASURED, NOTHING_TRAINS, WAS_ROUNDED, Finding
+from update_watch.judge.alerts.findings import AHEAD, DIVERGES, NOT_MEASURED, NOTHING_TRAINS, WAS_ROUNDED, Finding
 from update_watch.judge.headline import mean_seen, nothing_trains, unmeasured_sentence
 from update_watch.judge.remedies import ahead, remedy
 from update_watch.judge.run_summary import is_measurable
@@ -22,6 +22,11 @@ from update_watch.wording import fixed, percent, plural
 
 _REST = re.compile(r"and \d+ more")
 _TITLE, _HEAD = 63, 590  # characters
+_OVER = {
+    AHEAD: "What moves now will go on moving at this schedule.",
+    DIVERGES: "The weights have stopped growing faster than the steps.",
+}
+_HOLD = "lower the learning rate, or end its climb, now or from a checkpoint of before; weight decay and clipped gradients hold too"
 _HAS_GROUP_ADVICE = frozenset({Cause.weight_rounding, Cause.decay_rounding, Cause.average_rounding})
 
 
@@ -43,7 +48,7 @@ def alert_of(
             step=report.step,
             level=Level.info,
             title=_fit(f"Over: {_name(episode)}"),
-            text="What moves now will go on moving at this schedule." if episode == AHEAD else well,
+            text=_OVER.get(episode, well),
             tensors=(),
             cause=_cause(episode),
         )
@@ -60,6 +65,8 @@ def alert_of(
     elif episode == AHEAD and report.forecast is not None:
         title = f"AHEAD: {len(chosen)} of {plural(len(tensors), 'tensor')} will stall"
         head = f"{members[0].advice}\nFix: {ahead(report.forecast, [f.tensor for f in members], tensors, trainer)}."
+    elif episode == DIVERGES:
+        title, head, chosen = "DIVERGES: the weights run away", f"{members[0].advice}\nFix: {_HOLD}.", []
     else:
         title, head = _title(event, members, tensors, told), _head(members, tensors, trainer)
     lines = [head if len(head) <= _HEAD else head[: _HEAD - 1] + "…"]
