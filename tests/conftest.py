@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # before anything imports Triton, as torch's compiler does: its own functions would not run in the interpreter then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.support.replay import known_trials
 from update_watch.watching import attention
 

@@ -24,6 +24,7 @@ from update_watch.measure.gathers import Common, side_by_side, whole_of
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.step_replay import Step, replay_samples
+from update_watch.measure.sums import kernel_sums
 from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.replay.twin import Twin
@@ -66,7 +67,6 @@ class DeviceRows:
         # whether single elements are added up: where steps are not independent, and for the displacement; of plain rows in
         # turns that could not be told from a few steps
         has_clusters = any(row.is_whole and row.scheme.name != "plain" for row in rows)
-        self._kinds = has_clusters, turns == 1 or not is_plain
         self.device = self.cohorts[0].device
         self._enough, self._most = _ENOUGH_ON_GPU, _AT_MOST
         if not multi_gather.is_available(self.device):
@@ -75,13 +75,16 @@ class DeviceRows:
             step = arrays * len(self.cohorts[0].rows) * samples * local(rows[0].param).element_size()
             self._enough, self._most = _ENOUGH, min(max(int(weights * _HELD / step), _AT_LEAST), _AT_MOST)
         gathers = [cohort.gathers for cohort in self.cohorts]
-        self._whole = gathers[0].are_whole, whole_of(gathers)
+        self._whole_n1 = whole_of(gathers)
+        cells = 0 if gathers[0].are_whole else samples // 2 // common.cell
+        kinds = self._whole_n1 is not None, has_clusters, turns == 1 or not is_plain
+        self._kind = kernel_sums.Kind(len(gathers[0].states), samples, cells, gathers[0].dtype, *kinds)
+        self._way = kernel_sums.KernelSums if kernel_sums.is_right(self.device, self._kind) else DeviceSums
         self.sums = self._no_sums()
         self._now: tuple[Tensor, Tensor, Tensor] | None = None  # the step that is running, where it cannot wait
 
     def _no_sums(self) -> DeviceSums:
-        states = len(self.cohorts[0].states)
-        return DeviceSums(states, self._rows, self._samples, self.device, *self._whole, *self._kinds)
+        return self._kind.sums(self._way, self._rows, self._whole_n1, self.device)
 
     # --- in the step -----------------------------------------------------------------------------
 
@@ -209,7 +212,7 @@ class DeviceRows:
         """Makes the window's sums one vector on the device, now or when the next window has begun; see `WindowSums`."""
         stored_nK = None
         rows = [row for cohort in self.cohorts for row in cohort.rows]
-        if self._kinds[1] and not any(row.has_changed for row in rows):
+        if self._kind.has_way and not any(row.has_changed for row in rows):
             stored_nK = _together([cohort.stored(self.sums.kept) for cohort in self.cohorts])
         weights = [cohort.gathers.kept_weights for cohort in self.cohorts]
         known = [weights_nJ for weights_nJ in weights if weights_nJ is not None]

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from update_watch.measure.device import multi_gather
 from update_watch.measure.positions import GOLDEN, SHARES, Positions
 from update_watch.measure.sampling import Sampler
 
-_AHEAD = 8  # turns worked out at once: a dozen operators for all of them
+# turns worked out at once, by a dozen operators for all of them; where operators are launches, more of so many weights
+_AHEAD, _AHEAD_AT_MOST, _WEIGHTS = 8, 64, 2**19
 
 
 class PositionWeights:
@@ -37,19 +39,22 @@ class PositionWeights:
         blocks_n1 = column([p.blocks for p in plans], device)
         self._left_nJ = cell_J.div(per_block_n1, rounding_mode="floor").clamp(max=blocks_n1 - 1)  # blocks to the left
         self._right_nJ = blocks_n1 - 1 - self._left_nJ
+        self._turns = _AHEAD
+        if multi_gather.is_available(device):
+            self._turns = min(max(_WEIGHTS // self._left_nJ.numel(), _AHEAD), _AHEAD_AT_MOST)
         self._first = 0
         self._ahead_TnJ: Tensor | None = None
 
     def at(self, turn: int) -> Tensor:
         """[n, J] FP32: weights of a set at the positions of a turn."""
-        if self._ahead_TnJ is None or not 0 <= turn - self._first < _AHEAD:
+        if self._ahead_TnJ is None or not 0 <= turn - self._first < self._turns:
             self._first = turn
             self._ahead_TnJ = self._of(turn)
         return self._ahead_TnJ[turn - self._first]
 
     def _of(self, first: int) -> Tensor:
         # no number of the host's becomes a tensor: the shares of `positions` are made on the device
-        turn_T11 = torch.arange(first, first + _AHEAD, device=self._device).view(-1, 1, 1)
+        turn_T11 = torch.arange(first, first + self._turns, device=self._device).view(-1, 1, 1)
         share_T11 = turn_T11.mul_(GOLDEN).add_(self._phase).bitwise_and_(SHARES - 1)
         offset_Tn1 = (self._room_n1 * share_T11).bitwise_right_shift_(32)
         behind_Tn1 = (self._room_n1 - 1 - offset_Tn1).div_(self._step_n1, rounding_mode="floor")
