@@ -1,12 +1,14 @@
 """What other ways to watch a training cost, and what each says of a stall: the table in the README.
 
-    python bench/peers.py [--quick] [--steps N] [--markdown]
+    python bench/peers.py [--quick] [--steps N] [--no-cost]
 
 Four trainings of one small language model with fused AdamW: weights in BF16 at a learning rate at which all tensors stall,
 one at which the norms alone do, and two in which nothing is lost although few bits change (Kahan summation; FP32 masters that
 are copied into the BF16 model). Which tensors are stalled is measured beside them in FP64 (`shared.full_comparison`).
 Each way watches each training and says which tensors do not train; ways that only log numbers say nothing, and a reader
-would have to know. Packages that are not installed are left out and named. Cost: the time of a step with, over one without.
+would have to know. Packages that are not installed are left out and named. Cost: what each adds to an optimizer step, all of
+them in every step (update-watch without its budget), in steps of two equal trainings that take turns to go first: the median,
+and the middle half.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from bench.shared.full_comparison import FullComparison
 from bench.shared.text_models import Block, LanguageModel, batch, letters
 
 STALLED = 0.1
+WARM_UP = 6  # pairs of steps
 
 
 @dataclasses.dataclass
@@ -105,8 +108,8 @@ def _nothing() -> None:
     return None
 
 
-def update_watch(training: Training) -> Any:
-    watch = uw.watch(training.model, training.optimizer, window=32)
+def update_watch(training: Training, **options: Any) -> Any:
+    watch = uw.watch(training.model, training.optimizer, window=32, **options)
 
     def says() -> set[str]:
         report = watch.flush()
@@ -258,6 +261,7 @@ WAYS: dict[str, tuple[Way, str]] = {  # with the package it needs; "": own code
 }
 
 
+EACH_STEP: dict[str, Way] = {"**update-watch**": lambda training: update_watch(training, budget=None)}  # for its cost
 HOOKS = {"wandb.watch (all, every step)", "torchmortem", "gradtracer", "trainsight"}  # in forward and backward passes
 
 
@@ -312,10 +316,12 @@ def watched(way: Way, make: Callable[[], Training], steps: int) -> set[str] | No
     return says()
 
 
-def cost(way: Way, hooks: bool, steps: int, blocks: int) -> float:
-    """Median time that watching adds, as a share of the fused step, 2.1M parameters a block; steps in pairs.
+def cost(way: Way, hooks: bool, pairs: int, blocks: int) -> list[float]:
+    """Quartiles of the time that watching adds to a fused step, as shares of its median; 2.1M parameters a block.
 
-    What hooks add to the backward pass counts where a way has hooks there; elsewhere it would be noise.
+    Two equal trainings take turns to go first, and each pair of steps is subtracted, so that what else the machine does falls
+    on both. The first pairs warm up and do not count. What hooks add to the backward pass counts where a way has hooks
+    there; elsewhere it would be noise.
     """
 
     def make() -> Training:
@@ -325,26 +331,29 @@ def cost(way: Way, hooks: bool, steps: int, blocks: int) -> float:
     alone, with_it = make(), make()
     before, after, says = way(with_it)
     added, plain = [], []
-    for _ in range(steps):
-        moments = [time.perf_counter()]
-        alone.backward()
-        moments.append(time.perf_counter())
-        alone.step()
-        moments.append(time.perf_counter())
-        with_it.backward()
-        moments.append(time.perf_counter())
-        before()
-        with_it.step()
-        after()
-        moments.append(time.perf_counter())
-        back, step, watched_back, watched_step = (b - a for a, b in zip(moments, moments[1:], strict=False))
-        plain.append(step)
-        added.append(watched_step - step + (watched_back - back if hooks else 0.0))
+    for pair in range(WARM_UP + pairs):
+        took: dict[bool, tuple[float, float]] = {}
+        for watched in (False, True) if pair % 2 else (True, False):
+            training = with_it if watched else alone
+            began = time.perf_counter()
+            training.backward()
+            middle = time.perf_counter()
+            if watched:
+                before()
+            training.step()
+            if watched:
+                after()
+            took[watched] = middle - began, time.perf_counter() - middle
+        if pair >= WARM_UP:
+            (back, step), (watched_back, watched_step) = took[False], took[True]
+            plain.append(step)
+            added.append(watched_step - step + (watched_back - back if hooks else 0.0))
     says()
-    return statistics.median(added) / statistics.median(plain)
+    return [quartile / statistics.median(plain) for quartile in statistics.quantiles(added, n=4)]
 
 
-def table(steps: int, cost_steps: int, blocks: int) -> tuple[list[list[str]], list[str]]:
+def table(steps: int, pairs: int, blocks: int) -> tuple[list[list[str]], list[str]]:
+    """Rows of the table, and packages that are missing; without costs where there are no `pairs` of steps to time."""
     truth = {name: stalled_tensors(make, steps) for name, make in TRAININGS.items()}
     rows, missing = [], []
     for name, (way, package) in WAYS.items():
@@ -359,11 +368,13 @@ def table(steps: int, cost_steps: int, blocks: int) -> tuple[list[list[str]], li
             except Exception as error:  # noqa: BLE001  it is the answer
                 said = Said(None, truth[training], f"fails: {type(error).__name__}")
             cells.append(said.words)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                cells.append(f"{cost(way, name in HOOKS, cost_steps, blocks):.2f}")
-        except Exception as error:  # noqa: BLE001
-            cells.append(type(error).__name__)
+        if pairs:
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    low, middle, high = cost(EACH_STEP.get(name, way), name in HOOKS, pairs, blocks)
+                cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+            except Exception as error:  # noqa: BLE001
+                cells.append(type(error).__name__)
         rows.append(cells)
         print(" | ".join(cells), file=sys.stderr, flush=True)
     return rows, missing
@@ -373,13 +384,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
     parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--no-cost", action="store_true", help="what each says, without timings: the README's table")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("update_watch").setLevel(logging.CRITICAL)
     torch.set_num_threads(2)
-    sizes = (32, 4, 1) if arguments.quick else (arguments.steps, 24, 9)
-    rows, missing = table(*sizes)
-    head = ["", *TRAININGS, "cost, in optimizer steps"]
+    steps, pairs, blocks = (32, 6, 1) if arguments.quick else (arguments.steps, 40, 9)
+    rows, missing = table(steps, 0 if arguments.no_cost else pairs, blocks)
+    head = ["", *TRAININGS, *([] if arguments.no_cost else ["cost, in optimizer steps"])]
     for row in (head, ["---"] * len(head), *rows):
         print("| " + " | ".join(row) + " |")
     if missing:
