@@ -33,6 +33,15 @@ function cutMiddle(text, width) {
   const head = Math.ceil((width - 1) * 0.4);
   return text.slice(0, head) + "…" + text.slice(text.length - (width - 1 - head));
 }
+// A tensor's name keeps its first number, which tells the layer, and its end: "…17…o_proj.weight".
+function cutName(name, width) {
+  const cut = cutMiddle(name, width), number = /(?:^|\.)(\d+)\./.exec(name);
+  if (cut === name || !number || cut.split("…")[0].includes(number[0])) return cut;
+  const from = "…" + name.slice(number.index).replace(/^\./, "");
+  if (from.length <= width) return from;
+  const head = "…" + number[1] + "…";
+  return head + name.slice(name.length - (width - head.length));
+}
 
 // --- series in bytes --------------------------------------------------------------------------------------
 function unpack(text) {

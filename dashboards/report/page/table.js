@@ -20,7 +20,7 @@ const columns = [
   { field: "why", title: "Cause" },
 ];
 const STEP = 30;
-const NAME_LETTERS = window.innerWidth < 760 ? 26 : 44;
+const NAME_LETTERS = window.innerWidth < 760 ? 28 : 44;
 let limit = STEP;
 let order = columns.some((c) => c.field === saved.field) ? { field: saved.field, way: saved.way } : { field: "place", way: 1 };
 let only = new Set(saved.only || []);
@@ -135,8 +135,9 @@ function redrawOpened() {
 
 function detail(row) {
   const tr = make("tr", "detail");
-  const td = make("td");
-  td.colSpan = columns.length;
+  const cell = make("td"), td = make("div", "inside"); // no wider than the window, however wide the table is
+  cell.colSpan = columns.length;
+  cell.append(td);
   td.append(make("p", "full", row.name));
   td.append(make("p", "say", texts[row.advice] || "Nothing to say: its updates arrive."));
   const facts = [
@@ -164,7 +165,7 @@ function detail(row) {
     }
     td.append(table);
   }
-  tr.append(td);
+  tr.append(cell);
   setTimeout(() => drawTensor(row, holder));
   return tr;
 }
@@ -186,7 +187,7 @@ function line(row) {
     if (column.field === "name") {
       td.className = "name";
       td.title = value;
-      const button = make("button", "", cutMiddle(row.short, NAME_LETTERS));
+      const button = make("button", "", cutName(row.short, NAME_LETTERS));
       button.type = "button";
       button.setAttribute("aria-expanded", String(opened.has(row)));
       td.append(button);

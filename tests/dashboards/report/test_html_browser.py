@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -412,6 +413,12 @@ def test_nothing_makes_the_page_wider_than_the_window(browser, tmp_path, mixed, 
     try:
         page = Page(browser, to_file(tmp_path, mixed))
         assert page.js("return document.documentElement.scrollWidth") <= width
+        page.js("document.querySelector('#table .row').click()")
+        opened = "document.querySelector('#table .detail .inside').getBoundingClientRect()"
+        assert page.js(f"return {opened}.right") <= width
+        names = page.js("return [...document.querySelectorAll('#table td.name')].map(e => [e.title, e.textContent])")
+        layers = [(re.search(r"[.](\d+)[.]", whole), shown) for whole, shown in names]
+        assert [shown for number, shown in layers if number and number[1] not in shown] == []  # a layer stays told
         several = [history_of(list(synthetic_run(gpt(1), windows=4, seed=i)), f"run {i}") for i in range(5)]
         page = Page(browser, to_file(tmp_path, render_html(several)))
         assert page.js("return document.documentElement.scrollWidth") <= width
