@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 import update_watch as uw
 from update_watch.measure import transfer
 from update_watch.measure.device import joint_reads, kernel_gathers, multi_gather
+from update_watch.measure.ledger import kernel_sheet_sums
 from update_watch.measure.sums import kernel_sums
 
 BARS = {"ordinary": 4, "mean": 8}
@@ -104,7 +105,12 @@ def as_on_cuda() -> None:
     def launch(grid: Any, given: Sequence[Any], compiled_for: Any) -> None:
         given[10].fill_(1.0)  # as one launch; gradients of which all samples are 0 would be looked at as a whole
 
+    def launch_ledger(name: str, grid: Any, given: Sequence[Any], compiled_for: Any) -> None:
+        given[0].add_(0.0)  # as one launch
+
     joint_reads.run = run
+    kernel_sheet_sums._works[cpu] = True
+    kernel_sheet_sums.launch = launch_ledger
     kernel_sums._works[cpu] = True
     kernel_sums.launch = launch
     transfer.Batch.add_later = lambda self, _, make: self.add(make())  # type: ignore[method-assign]

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from update_watch.measure.cohort import Cohort, Snapshot
 from update_watch.measure.device import joint_reads, multi_gather
 from update_watch.measure.gathers import Common, side_by_side, whole_of
+from update_watch.measure.ledger import kernel_sheet_sums
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.step_replay import Step, replay_samples
@@ -79,7 +80,10 @@ class DeviceRows:
         cells = 0 if gathers[0].are_whole else samples // 2 // common.cell
         kinds = self._whole_n1 is not None, has_clusters, turns == 1 or not is_plain
         self._kind = kernel_sums.Kind(len(gathers[0].states), samples, cells, gathers[0].dtype, *kinds)
-        self._way = kernel_sums.KernelSums if kernel_sums.is_right(self.device, self._kind) else DeviceSums
+        self._way = DeviceSums
+        if kernel_sums.is_right(self.device, self._kind):
+            self._way = kernel_sums.KernelSums
+            kernel_sheet_sums.check(self.device)
         self.sums = self._no_sums()
         self._now: tuple[Tensor, Tensor, Tensor] | None = None  # the step that is running, where it cannot wait
 

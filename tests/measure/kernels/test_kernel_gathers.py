@@ -18,6 +18,7 @@ import update_watch as uw
 from update_watch.measure import device_rows
 from update_watch.measure.device import kernel_gathers, multi_gather
 from update_watch.measure.device.kernel_gathers import KernelGathers
+from update_watch.measure.ledger import kernel_sheet_sums
 from update_watch.measure.sums import kernel_sums
 
 CPU = torch.device("cpu")
@@ -30,6 +31,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_gather, "_failed", {})
     monkeypatch.setattr(kernel_gathers, "_verified", set())
     monkeypatch.setattr(kernel_sums, "_works", {})
+    monkeypatch.setattr(kernel_sheet_sums, "_works", {})
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_reports_are_those_of_torchs_way(
     request.getfixturevalue("poisoned")
     by_kernel = reports(make)
     assert by_kernel[0] == (True, 1)
-    assert kernel_sums._works == {CPU: True}
+    assert kernel_sums._works == kernel_sheet_sums._works == {CPU: True}
     for one, other in zip(by_kernel[1:], plain[1:], strict=True):
         assert one[:2] == other[:2]
         for found, wanted in zip(one[2:], other[2:], strict=True):

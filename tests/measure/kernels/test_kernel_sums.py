@@ -50,7 +50,7 @@ def added(
             rows = slots[-1].stop
         shape = 1 + kind.states, rows, kind.samples
         before_ARK = noise(*shape, seed=turn).to(kind.dtype)
-        before_ARK[0] = before_ARK[0].bfloat16()
+        before_ARK[0, [0, *range(2, rows)]] = before_ARK[0, [0, *range(2, rows)]].bfloat16().to(kind.dtype)
         before_ARK[:, :, 3] = 0.0
         before_ARK[:, :, 4] = 2.0  # the gap towards 0 is smaller
         intended_ARK = before_ARK + 3e-3 * noise(*shape, seed=10 + turn).to(kind.dtype)

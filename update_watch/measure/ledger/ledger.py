@@ -17,7 +17,8 @@ from typing import Any
 
 from update_watch.evidence import TensorEvidence, changed
 from update_watch.measure.ledger.blocks import ELEMENTS
-from update_watch.measure.ledger.sheet import COLUMNS, Line, Sheet, SheetWindow, can_be_read
+from update_watch.measure.ledger.sheet import Line, Sheet, SheetWindow, can_be_read
+from update_watch.measure.ledger.sheet_sums import COLUMNS
 from update_watch.measure.sampling import VARIED, local
 from update_watch.measure.transfer import Batch
 

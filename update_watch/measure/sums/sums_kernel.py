@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from update_watch.measure.device.bf16_rounding import rounded_to_bf16
+
 
 @triton.jit
 def log2_half_gap(w, d, mantissa_bits, lowest):  # type: ignore[no-untyped-def]
@@ -29,7 +31,7 @@ def log2_half_gap(w, d, mantissa_bits, lowest):  # type: ignore[no-untyped-def]
 @triton.jit
 def is_absorbed_by_bf16(w, d):  # type: ignore[no-untyped-def]
     """`BF16.absorbs` of FP32 `w` rounded to BF16."""
-    w = w.to(tl.bfloat16).to(tl.float32)
+    w = rounded_to_bf16(w)
     bits = w.to(tl.int32, bitcast=True)
     gap = log2_half_gap(w, d, 7, -126)
     subnormal = 1 << tl.minimum(gap + 149, 30)

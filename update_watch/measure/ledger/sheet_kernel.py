@@ -1,0 +1,219 @@
+"""The sums of `sheet_sums` by two launches, on CUDA: one every few steps, one at a window's end. Needs Triton.
+
+One program per tensor: rows below n are the model's, those behind them their masters. E elements of each; see `SheetSums` for
+what the arrays hold. `gaps` has a bit for each of the steps before which others passed unseen.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from update_watch.measure.device.bf16_rounding import rounded_to_bf16
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def rounded(values, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """To the tensors' format and back. `KIND`: 0 BF16, 1 FP16, 2 FP32."""
+    if KIND == 0:
+        values = rounded_to_bf16(values)
+    elif KIND == 1:
+        values = values.to(tl.float16).to(tl.float32)
+    return values
+
+
+@triton.jit(do_not_specialize=["n", "members", "steps", "waiting", "gaps", "is_new_window", "first_full", "last_full"])  # type: ignore[untyped-decorator]
+def add_steps(  # type: ignore[no-untyped-def]
+    read,  # [T, 2, n, E]
+    read_masters,  # the same of the masters, if there are any
+    begin,
+    last,
+    first,
+    applied,
+    writes,
+    squares,
+    signature,
+    last_write,
+    copy_steps,
+    n,
+    members,
+    steps,  # of the span, before these
+    waiting,  # T
+    gaps,
+    is_new_window,
+    first_full,  # rows in FP32 whose copies in BF16 are compared
+    last_full,
+    E: tl.constexpr,
+    TURN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, E)
+    here, next_side = row * E + e, members * E
+    of_run = row % n
+    held = tl.load(last + next_side + here)
+    sums = tl.zeros((E,), tl.float32)
+    step_squares, written, count = (
+        tl.full((), 0.0, tl.float32),
+        tl.full((), 0.0, tl.float32),
+        tl.full((), 0.0, tl.float32),
+    )
+    sines, latest, copies = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    before, after = held, held
+    for t in range(waiting):
+        at = (t * 2 * n + of_run) * E + e
+        before = tl.load(read + at, mask=(row + e * 0) < n, other=0.0)
+        before += tl.load(read_masters + at, mask=(row + e * 0) >= n, other=0.0)
+        after = tl.load(read + n * E + at, mask=(row + e * 0) < n, other=0.0)
+        after += tl.load(read_masters + n * E + at, mask=(row + e * 0) >= n, other=0.0)
+        if (t == 0) & (steps == 0):  # what was before the first look is not known
+            held = before
+            tl.store(begin + here, before)
+            tl.store(begin + next_side + here, before)
+        if (t == 0) & (is_new_window > 0):
+            tl.store(first + here, before)
+        step, between = after - before, before - held
+        if ((gaps >> t) & 1) > 0:
+            sums += between
+            between = tl.zeros((E,), tl.float32)
+        sums += step
+        step_squares += tl.sum(step * step, 0)
+        written += tl.sum(between * between, 0)
+        wrote = tl.max((between != 0).to(tl.int32), 0).to(tl.float32)
+        number = (steps + 1 + t).to(tl.float32)
+        count += wrote
+        latest = tl.maximum(latest, wrote * number)
+        sines += wrote * tl.sin(number * TURN)
+        if (row >= first_full) & (row < last_full):
+            copies += tl.sum((rounded(before, 0) != rounded(after, 0)).to(tl.float32), 0)
+        held = after
+    tl.store(last + here, before)
+    tl.store(last + next_side + here, after)
+    tl.store(applied + here, tl.load(applied + here) + sums)
+    tl.store(applied + next_side + here, tl.load(applied + next_side + here) + sums)
+    tl.store(squares + row, tl.load(squares + row) + step_squares)
+    tl.store(squares + members + row, tl.load(squares + members + row) + written)
+    tl.store(writes + row, tl.load(writes + row) + count)
+    tl.store(writes + members + row, tl.load(writes + members + row) + count)
+    tl.store(signature + row, tl.load(signature + row) + sines)
+    tl.store(last_write + row, tl.maximum(tl.load(last_write + row), latest))
+    if (row >= first_full) & (row < last_full):
+        tl.store(copy_steps + row - first_full, tl.load(copy_steps + row - first_full) + copies)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def put_products(out, n, applied, begin, held, now):  # type: ignore[no-untyped-def]
+    """The first seven columns, and <D, D>, of one tensor."""
+    low, high = tl.min(held, 0), tl.max(held, 0)
+    is_free = (held != 0) & (held != low) & (held != high)
+    is_free = tl.where(low == high, held == held, is_free).to(tl.float32)
+    moved = now - begin
+    product, square = moved * applied, applied * applied
+    dot, want = tl.sum(product, 0), tl.sum(square, 0)
+    share = tl.where(want > 0, dot / want, 0.0)
+    spread = product - share * square
+    length = tl.sum(held * held, 0)
+    along = tl.where(length > 0, tl.sum(applied * held, 0) / length, 0.0)
+    across = applied - along * held
+    tl.store(out, dot)
+    tl.store(out + n, want)
+    tl.store(out + 2 * n, tl.sum(spread * spread, 0))
+    tl.store(out + 3 * n, tl.sum(product * is_free, 0))
+    tl.store(out + 4 * n, tl.sum(square * is_free, 0))
+    tl.store(out + 5 * n, tl.sum(moved * across, 0))
+    tl.store(out + 6 * n, tl.sum(across * across, 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def put_copies(out, n, begin, end, begin_master, end_master, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Has the model's tensor moved as its master has, rounded?"""
+    due = rounded(end_master, KIND) - rounded(begin_master, KIND)
+    tl.store(out, tl.sum(due * due, 0))
+    tl.store(out + n, tl.sum(due * (end - begin), 0))
+
+
+@triton.jit(do_not_specialize=["n", "members", "first_full", "last_full"])  # type: ignore[untyped-decorator]
+def end_window(  # type: ignore[no-untyped-def]
+    out,  # [COLUMNS, n]
+    begin,
+    last,
+    first,
+    applied,
+    writes,
+    squares,
+    earlier,
+    signature,
+    last_write,
+    gradients,
+    copy_steps,
+    n,
+    members,
+    first_full,
+    last_full,
+    E: tl.constexpr,
+    KIND: tl.constexpr,
+    HAS_MASTERS: tl.constexpr,
+):
+    """Puts all columns of a tensor, and begins its next window."""
+    row = tl.program_id(0).to(tl.int64)
+    own = row  # the master, where there is one
+    if HAS_MASTERS:
+        own = row + n
+    e = tl.arange(0, E)
+    here, of_own, next_side = row * E + e, own * E + e, members * E
+    held, now = tl.load(last + here), tl.load(last + next_side + here)
+    held_own, now_own = tl.load(last + of_own), tl.load(last + next_side + of_own)
+    out += row
+    # the window's eleven, the span's eleven
+    for i in tl.static_range(2):
+        side, columns = i * next_side, out + i * 11 * n
+        begun, begun_own = tl.load(begin + side + here), tl.load(begin + side + of_own)
+        put_products(columns, n, tl.load(applied + side + of_own), begun_own, held_own, now_own)
+        moved = now - begun
+        tl.store(columns + 7 * n, tl.sum(moved * moved, 0))
+        tl.store(columns + 8 * n, tl.load(writes + i * members + row))
+        if HAS_MASTERS:
+            if i == 0:  # from before the first step
+                put_copies(columns + 9 * n, n, tl.load(first + here), held, tl.load(first + of_own), held_own, KIND)
+            else:
+                put_copies(columns + 9 * n, n, begun, held, begun_own, held_own, KIND)
+        else:
+            tl.store(columns + 9 * n, 0.0)
+            tl.store(columns + 10 * n, 0.0)
+    out += 22 * n
+    step_square = tl.load(squares + row)
+    tl.store(out, step_square)
+    tl.store(out + n, step_square - tl.load(earlier + row))
+    moved_own = now_own - tl.load(begin + next_side + of_own)
+    tl.store(out + 2 * n, tl.load(writes + members + own))
+    tl.store(out + 3 * n, tl.sum(moved_own * moved_own, 0))
+    tl.store(out + 4 * n, tl.load(squares + own))
+    tl.store(out + 5 * n, tl.load(squares + members + row))
+    stored = tl.load(begin + here)
+    tl.store(out + 6 * n, tl.sum(stored * stored, 0))
+    tl.store(out + 7 * n, tl.sum((now - stored == 0).to(tl.float32), 0))
+    tl.store(out + 8 * n, tl.load(last_write + row))
+    tl.store(out + 9 * n, tl.load(signature + row))
+    tl.store(out + 10 * n, tl.load(gradients + row))
+    tl.store(out + 11 * n, tl.load(gradients + n + row))
+    out += 12 * n
+    is_full = first_full < last_full  # the masters', or the model's
+    value = tl.load(begin + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
+    ended = tl.load(last + next_side + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
+    low = rounded(value, 0)
+    is_coarse = tl.min((low == value).to(tl.int32), 0) > 0
+    # a value counts where none before it is the same
+    is_same = (value[:, None] == value[None, :]) & (e[None, :] < e[:, None])
+    different = tl.sum((tl.max(is_same.to(tl.int32), 1) == 0).to(tl.float32), 0)
+    tl.store(out, tl.where(is_full, tl.load(copy_steps + row), 0.0))
+    tl.store(out + n, tl.where(is_full, tl.sum((low != rounded(ended, 0)).to(tl.float32), 0), 0.0))
+    tl.store(out + 2 * n, tl.where(is_full, tl.where(is_coarse, different, 0.0), 0.0))
+    tl.debug_barrier()  # all that is overwritten now has been read
+    for k in tl.static_range(1 + HAS_MASTERS):
+        at = row + k * n
+        tl.store(earlier + at, tl.load(squares + at))
+        tl.store(begin + at * E + e, tl.load(last + next_side + at * E + e))
+        tl.store(applied + at * E + e, tl.zeros((E,), tl.float32))
+        tl.store(writes + at, 0.0)
+        tl.store(squares + members + at, 0.0)
+    if is_full:
+        tl.store(copy_steps + row, 0.0)

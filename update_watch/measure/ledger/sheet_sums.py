@@ -1,0 +1,198 @@
+"""What a sheet of the ledger adds up: sums of the open window, and of a span of some windows with the same elements.
+
+Elements at a bound (0, or the smallest or largest) are summed apart: clipping and pruning write them.
+
+Legend: n tensors, N of them and their masters, E elements of each, T steps that wait to be added up, 2: of the open window,
+of the span.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from update_watch.measure.ledger.blocks import ELEMENTS
+
+_SUMS = ("dot", "square", "spread", "free_dot", "free_square", "across_dot", "across_square")
+_OF_BOTH = (*_SUMS, "moved", "writes", "due", "copied")
+# what leaves the device per tensor, sums over its elements: D what it moved by, A the sum of what steps applied
+COLUMNS = (
+    # <D, A>, <A, A>, spread of <D, A>; of elements at no bound; of the part of A across the weights: all of the master where
+    # there is one. <D, D>; steps it was written before; <R, R>, <D, R> with R what the master moved by, rounded
+    *_OF_BOTH,
+    *(f"span_{name}" for name in _OF_BOTH),
+    *("span_step_square", "step_square"),  # sums over the span's and the window's steps of <A, A> of each
+    *("own_writes", "own_moved", "own_step_square"),  # over the span as above, of the master where there is one
+    "written",  # sum of squares of what was written between steps
+    *("stored", "still"),  # sum of squares at the window's begin; elements that are at its end what they were
+    "last",  # the last look of the span before which it was written, from 1; 0: none
+    "signature",  # of the set of steps before which it was written
+    "gradient",  # sum of squares of its gradients
+    "largest",  # of them
+    # FP32 weights, or FP32 masters: values in BF16 that a step changes, summed over steps; that the window changes; and at its
+    # begin, values that differ from each other if all of them are values of BF16
+    *("copy_steps", "copy_window", "coarse"),
+)
+TURN = 12.9898  # sines of multiples of it are as good as different for each step
+
+
+class SheetSums:
+    """Sums over n tensors, or over n and their n masters behind them. `dtype`: of the tensors.
+
+    `full`: those of the N rows that are FP32 weights, or else FP32 masters; None where neither are.
+    """
+
+    def __init__(
+        self, rows: int, has_masters: bool, dtype: torch.dtype, full: slice | None, device: torch.device
+    ) -> None:
+        self.rows, self.has_masters, self.dtype, self.full, self.device = rows, has_masters, dtype, full, device
+        n, members = rows, rows * (1 + has_masters)
+        shapes = {
+            # what the sums begin with: what is written before the window's first step is part of the window
+            "begin_2NE": (2, members, ELEMENTS),
+            "last_2NE": (2, members, ELEMENTS),  # before and after the latest step that was added up
+            "first_NE": (members, ELEMENTS),  # before the window's first step
+            "applied_2NE": (2, members, ELEMENTS),
+            "writes_2N": (2, members),
+            # sums of squares: of what steps applied, over the span; of what was written, in the window
+            "squares_2N": (2, members),
+            "earlier_N": (members,),  # of the span, before the window
+            "signature_N": (members,),
+            "last_write_N": (members,),
+            "gradients_2n": (2, n),
+            "copy_steps_n": (n,),
+        }
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        self._all = torch.zeros(sum(sizes), device=device)
+        parts = zip(shapes.items(), torch.split(self._all, sizes), strict=True)
+        self.views = {name: part.view(shape) for (name, shape), part in parts}
+        self.steps = 0  # of the span
+        self._is_new_window = True
+
+    def open_span(self) -> None:
+        """Start all sums anew, of other elements."""
+        self._all.zero_()
+        self.steps, self._is_new_window = 0, True
+
+    def open_window(self) -> None:
+        """Start those of the window anew."""
+        v = self.views
+        self._is_new_window = True
+        v["earlier_N"].copy_(v["squares_2N"][0])
+        v["begin_2NE"][0].copy_(v["last_2NE"][1])
+        for sums in (v["applied_2NE"][0], v["writes_2N"][0], v["squares_2N"][1]):
+            sums.zero_()
+        if self.full is not None:
+            v["copy_steps_n"].zero_()
+
+    def add_gradients(self, grad_nE: Tensor) -> None:
+        """Look at gradients."""
+        squares_n, largest_n = self.views["gradients_2n"]
+        squares_n.add_(grad_nE.square().sum(-1))
+        torch.maximum(largest_n, grad_nE.abs().amax(-1), out=largest_n)
+
+    def forget_gradients(self) -> None:
+        """At the end of a window."""
+        self.views["gradients_2n"].zero_()
+
+    def add(self, read: Sequence[Tensor], gaps: Sequence[int]) -> None:
+        """Add up some steps. `read` [T, 2, n, E]: before and after each, of the tensors, and of their masters.
+
+        `gaps`: those of the steps before which others passed unseen.
+        """
+        held = [values.to(torch.float32) for values in read]
+        held_T2NE = held[0] if len(held) == 1 else torch.cat(held, 2)
+        T, v = len(held_T2NE), self.views
+        before_TNE, after_TNE = held_T2NE[:, 0], held_T2NE[:, 1]
+        last_NE = v["last_2NE"][1]
+        if not self.steps:  # what was before the first look is not known
+            v["begin_2NE"].copy_(before_TNE[0])
+            last_NE = before_TNE[0]
+        if self._is_new_window:
+            self._is_new_window = False
+            v["first_NE"].copy_(before_TNE[0])
+        moved_2TNE = torch.empty(2, *before_TNE.shape, device=self.device)
+        applied_TNE, between_TNE = moved_2TNE
+        torch.sub(after_TNE, before_TNE, out=applied_TNE)
+        torch.sub(before_TNE[0], last_NE, out=between_TNE[0])
+        torch.sub(before_TNE[1:], after_TNE[:-1], out=between_TNE[1:])
+        if self.full is not None:
+            copies_T2nE = held_T2NE[:, :, self.full].to(torch.bfloat16)
+            v["copy_steps_n"].add_(torch.ne(*copies_T2nE.unbind(1)).sum((0, 2)))
+        applied_NE = applied_TNE.sum(0)
+        for t in gaps:
+            applied_NE.add_(between_TNE[t])
+            between_TNE[t].zero_()
+        v["applied_2NE"].add_(applied_NE)
+        v["squares_2N"].add_(moved_2TNE.square().sum((1, 3)))
+        wrote_TN = between_TNE.ne(0).any(-1)
+        v["writes_2N"].add_(wrote_TN.sum(0))
+        # made on the device: nothing is copied to it
+        first = self.steps + 1
+        step_T1 = torch.arange(first, first + T, device=self.device, dtype=torch.float32).unsqueeze(1)
+        last_write_N = v["last_write_N"]
+        torch.maximum(last_write_N, (wrote_TN * step_T1).amax(0), out=last_write_N)
+        v["signature_N"].add_((wrote_TN * step_T1.mul_(TURN).sin_()).sum(0))
+        v["last_2NE"].copy_(held_T2NE[-1])
+        self.steps += T
+
+    def packed(self) -> Tensor:
+        """[COLUMNS, n] of the window, which ends."""
+        v, n = self.views, self.rows
+        applied_2NE, begin_2NE = v["applied_2NE"], v["begin_2NE"]
+        held_NE, now_NE = v["last_2NE"]  # the former: after whatever is written between steps
+        low_N1, high_N1 = held_NE.amin(-1, keepdim=True), held_NE.amax(-1, keepdim=True)
+        free_NE = (held_NE.ne(0) & held_NE.ne(low_N1) & held_NE.ne(high_N1)) | low_N1.eq(high_N1)
+        length_N1 = held_NE.square().sum(-1, keepdim=True)
+        moved_2NE = now_NE - begin_2NE
+        products_22NE = torch.stack([moved_2NE * applied_2NE, applied_2NE.square()], 1)  # <D, A>, <A, A>
+        sums_22N, free_22N = products_22NE.sum(-1), (products_22NE * free_NE).sum(-1)
+        share_2N = torch.where(sums_22N[:, 1] > 0, sums_22N[:, 0] / sums_22N[:, 1], 0.0)
+        spread_2N = (products_22NE[:, 0] - share_2N.unsqueeze(-1) * products_22NE[:, 1]).square().sum(-1)
+        along_2N1 = (applied_2NE * held_NE).sum(-1, keepdim=True) / length_N1
+        across_2NE = applied_2NE - torch.where(length_N1 > 0, along_2N1, 0.0) * held_NE
+        across_22N = torch.stack([moved_2NE * across_2NE, across_2NE.square()], 1).sum(-1)
+        moved_2N = moved_2NE.square().sum(-1)
+        copies = [self._compare_copies(begin_NE) for begin_NE in (v["first_NE"], begin_2NE[1])]
+        rows: list[Tensor] = []
+        for i in (0, 1):
+            rows += [row[-n:] for row in (*sums_22N[i], spread_2N[i], *free_22N[i], *across_22N[i])]
+            rows += [moved_2N[i], v["writes_2N"][i], *copies[i]]
+        squares_N, written_N = v["squares_2N"]
+        own = [row[-n:] for row in (v["writes_2N"][1], moved_2N[1], squares_N)]
+        rows += [squares_N, squares_N - v["earlier_N"], *own, written_N, begin_2NE[0].square().sum(-1)]
+        rows += [moved_2NE[0].eq(0).sum(-1).float(), v["last_write_N"], v["signature_N"], *v["gradients_2n"]]
+        return torch.cat([row[:n] for row in (*rows, *self._compare_with_bf16())])
+
+    def _compare_copies(self, begin_NE: Tensor) -> list[Tensor]:
+        """Have the model's tensors moved as their masters have? Both before the first and before the last step."""
+        n = self.rows
+        if not self.has_masters:
+            return [self._nothing_n] * 2
+        end_NE = self.views["last_2NE"][0]
+        due_nE = end_NE[n:].to(self.dtype).float() - begin_NE[n:].to(self.dtype).float()
+        moved_nE = end_NE[:n] - begin_NE[:n]
+        return [due_nE.square().sum(-1), (due_nE * moved_nE).sum(-1)]
+
+    def _compare_with_bf16(self) -> list[Tensor]:
+        """What a copy in BF16 would show of FP32 weights or masters; zeros of others."""
+        rows, v = self.full, self.views
+        if rows is None:
+            return [self._nothing_n] * 3
+        begin_nE, end_nE = v["begin_2NE"][0, rows], v["last_2NE"][1, rows]
+        begun_nE = begin_nE.to(torch.bfloat16)
+        is_coarse = begun_nE.float().eq(begin_nE).all(-1)
+        different = begin_nE.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
+        return [
+            v["copy_steps_n"],
+            begun_nE.ne(end_nE.to(torch.bfloat16)).sum(-1).float(),
+            (different * is_coarse).float(),
+        ]
+
+    @property
+    def _nothing_n(self) -> Tensor:
+        """Zeros: no steps of copies are counted where they are asked for."""
+        return self.views["copy_steps_n"] if self.full is None else torch.zeros(self.rows, device=self.device)
