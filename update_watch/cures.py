@@ -119,7 +119,7 @@ _SWITCHES = {
     "lightning": "Trainer(precision='{mixed}')",
     "fabric": "Fabric(precision='{mixed}')",
     "transformers": "load the model with dtype=torch.float32 and keep TrainingArguments({short}=True)",
-    "trl": "model_init_kwargs={{'dtype': 'float32'}} and {short}=True",
+    "trl": "SFTConfig(model_init_kwargs={{'dtype': 'float32'}}, {short}=True), or load the model with dtype=torch.float32",
     "accelerate": "model.float() and Accelerator(mixed_precision='{short}')",
     "deepspeed": "'{short}': {{'enabled': True}} in its config",
     "torchtune": "dtype: fp32",

@@ -41,7 +41,9 @@ def journals_of(paths: Sequence[Path]) -> list[Path]:
             continue
         inside = journals_in(path)
         if not inside:
-            raise FileNotFoundError(f"{path}: no journal in this folder or below; give the file, or train with one")
+            raise FileNotFoundError(
+                f"{path}: no journal in this folder or below; give the file, or train with one: `update-watch run` and the callbacks keep it, in a loop of your own watch(..., journal='run.jsonl')"
+            )
         found.append(inside[0])
     return found
 

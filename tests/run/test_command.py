@@ -117,6 +117,9 @@ def test_two_ranks_have_one_journal(tmp_path: Path) -> None:
 def test_status_and_signals_of_the_command_are_passed_on(tmp_path: Path) -> None:
     assert watched(tmp_path, sys.executable, SCRIPT, "out.pt", "fails").returncode == 7
     assert watched(tmp_path, "no-such-command").returncode == 127
+    (tmp_path / "train.py").write_text("")
+    script = watched(tmp_path, "train.py", "--lr", "1e-5")  # on nobody's PATH
+    assert script.returncode == 127 and "update-watch run python train.py --lr 1e-5" in script.stderr
     start = [sys.executable, "-m", "update_watch", "run", "--window", "8", "--journal", "ended.jsonl"]
     with subprocess.Popen(
         [*start, sys.executable, SCRIPT, "out.pt", "waits"],

@@ -37,10 +37,10 @@ def run(
     try:
         status = _start(command, settings)
     except FileNotFoundError:
-        sys.stderr.write(f"update-watch run: {command[0]}: command not found\n")
+        sys.stderr.write(f"update-watch run: {command[0]}: command not found{_by_python(command)}\n")
         return _NOT_FOUND
     except PermissionError:
-        sys.stderr.write(f"update-watch run: {command[0]}: permission denied\n")
+        sys.stderr.write(f"update-watch run: {command[0]}: permission denied{_by_python(command)}\n")
         return _NOT_RUNNABLE
     journals = [one for one in _journals(path) if one.stat().st_mtime >= began - 1]
     last = {one: found for one in journals if (found := _last(one)) is not None}
@@ -73,6 +73,14 @@ def _start(command: Sequence[str], settings: Settings) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _by_python(command: Sequence[str]) -> str:
+    return (
+        f"; a script is run by Python: update-watch run python {' '.join(command)}"
+        if command[0].endswith(".py")
+        else ""
+    )
 
 
 def _end_as(number: int) -> None:
