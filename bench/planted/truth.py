@@ -33,6 +33,7 @@ class Sums:
     meant: Tensor | float = 0.0  # sum of intended
     moved: Tensor | float = 0.0  # sum of applied, with what is carried elsewhere
     gaps: float = 0.0  # largest |intended| in half gaps of the format
+    before: float = 0.0  # <before, before>
 
     def add(self, applied: Tensor, intended: Tensor, moved: Tensor | None = None) -> None:
         self.dot += float((applied * intended).sum())
@@ -49,6 +50,7 @@ class Sums:
             self.meant + other.meant,
             self.moved + other.moved,
             max(self.gaps, other.gaps),
+            self.before + other.before,
         )
 
     @property
@@ -121,6 +123,7 @@ class Truth:
             sums = self._at(name)
             sums.add(after[name] - before[name], intended, (wholes_after[name] - wholes[name]).double())
             sums.gaps = max(sums.gaps, _half_gaps(before[name], intended, p.dtype))
+            sums.before += float(before[name].square().sum())
             self._states(name, states[name], _cloned(self.run.optimizer.state[self._held[name]]), grad, group)
             if decay := group.get("weight_decay", 0.0) * group["lr"]:
                 kept = before[name].to(p.dtype).mul(1 - decay).double()

@@ -77,6 +77,19 @@ def test_an_error_that_is_not_known_is_no_error_of_nought() -> None:
     assert [str(t.health) for t in verdicts(*[alone] * 10)][:8] == ["unknown"] * 8
 
 
+def test_of_single_steps_those_weigh_most_that_met_what_moves() -> None:
+    """Few elements carry a tensor of which most arrives; most windows have met none of them."""
+
+    def met(share: float, weight: float) -> TensorEvidence:
+        e = tensor(share, measured_steps=1, efficiency_error=None, lost=1 - share)
+        return dataclasses.replace(e, numbers=dataclasses.replace(e.numbers, weight=weight))
+
+    windows = [met(0.97, 100.0) if i % 4 == 0 else met(0.3, 1.0) for i in range(24)]
+    assert {str(t.health) for t in verdicts(*windows)} <= {"unknown", "healthy"}
+    alike = [met(0.97 if i % 4 == 0 else 0.3, 1.0) for i in range(24)]
+    assert verdicts(*alike)[-1].health is Health.stalling
+
+
 def test_under_stochastic_rounding_the_error_counts_more() -> None:
     rare = {"scheme": "stochastic", "lost": 0.8, "headroom_histogram": histogram(-3), "displacement_evidence": 0.0}
     assert verdicts(tensor(0.75, efficiency_error=0.02, **rare))[0].health is Health.unknown

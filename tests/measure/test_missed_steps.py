@@ -142,7 +142,8 @@ def test_a_row_without_a_histogram_gets_nothing_from_it() -> None:
     missed = known_of([[1.0, 1.0], [1.0, 900.0]])[0]
     assert missed is not None and not nothing.is_known_n.any()
     assert (nothing.more(np.ones((2, 1)), missed) == 0).all()
-    assert (tail(nothing, np.ones((2, 1)), np.ones((2, 1)), missed) == 0).all()
+    for want in (np.ones((2, 1)), np.zeros((2, 1))):
+        assert (tail(nothing, want, np.ones((2, 1)), missed) == 0).all()
 
 
 def test_a_curve_is_laid_where_it_says_what_was_measured() -> None:

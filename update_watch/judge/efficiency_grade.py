@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from update_watch.evidence import TensorEvidence
 from update_watch.judge import reasons
-from update_watch.judge.history import HEALTHY, STALLED, STALLING, UNKNOWN, TensorHistory
+from update_watch.judge.history import HEALTHY, STALLED, STALLING, UNKNOWN, PooledWindow, TensorHistory
 from update_watch.report import HEADROOM_LOW, Health
 from update_watch.thresholds import Thresholds
 
@@ -35,7 +35,7 @@ _SURER = 3.0  # where few rare changes make the spread itself uncertain
 _EXPECTED_CHANGES = 100.0  # under stochastic rounding: half of them has a chance of 1e-8
 _ALWAYS = 1e9
 _WINDOW_NOISE = 0.1  # least standard deviation of a displacement efficiency between windows
-_UNDEFINED = 0.3  # standard error of what one step alone has shown
+_UNDEFINED = 0.3  # least standard error of what one step alone has shown
 _UNLOST = 0.01  # so small a lost fraction cannot explain an efficiency below _ROUNDED_LEAST
 _ROUNDED_LEAST = 0.6  # what survives rounding is at least 2/3 of what was intended
 _ROUNDED_MOST = 2.5  # and at most twice
@@ -197,47 +197,89 @@ def _by_displacement(
 
 def _remember(e: TensorEvidence, efficiency: float, history: TensorHistory, exact: bool) -> None:
     history.age = 0
-    error = _UNDEFINED if (stated := known(e.numbers.efficiency_error)) is None else abs(stated)
+    stated = known(e.numbers.efficiency_error)
+    error = math.inf if stated is None else abs(stated)
     history.pool.append(
-        (
+        PooledWindow(
             e.measured_steps,
             efficiency,
-            error,
+            None if stated is None else error,
             share(e.numbers.lost_fraction) or 0.0,
             _ALWAYS if exact else _expected_changes(e),
             min(abs(known(e.numbers.unseen_error) or 0.0), error),
+            _movement(e),
         )
     )
 
 
-def _pool(history: TensorHistory, limits: Thresholds, margin: float | None) -> Pooled:
-    """As few of the latest windows as give enough evidence, weighted by measured steps; older ones are forgotten.
+def _movement(e: TensorEvidence) -> float:
+    """|intended|^2 of a step by the square of its learning rate, which a schedule does not change; 0: not known."""
+    size, lr = known(e.numbers.weight), known(e.lr_max if e.lr_max is not None else e.lr)
+    found = size / lr**2 if size and lr else 0.0
+    return found if 0 < found < _ALWAYS**2 else 0.0
 
-    `margin`: standard errors that decide; None where the efficiency does not. Errors of windows are independent but for
-    what large steps that are never measured make of all of them: that does not average out.
+
+def _pool(history: TensorHistory, limits: Thresholds, margin: float | None) -> Pooled:
+    """As few of the latest windows as give enough evidence; older ones are forgotten.
+
+    A window weighs by its measured steps and their movement: where a few elements carry it, and a step of one window has met
+    none of them, what it says of all others is of little weight. `margin`: standard errors that decide; None where the
+    efficiency does not. Errors of windows are independent but for what large steps that are never measured make of all of
+    them: that does not average out.
     """
     pool = history.pool
-    steps, dot, square, lost, expected, used = 0, 0.0, 0.0, 0.0, 0.0, 0
-    in_common = 0.0
-    efficiency = error = 0.0
-    for n, window_efficiency, window_error, window_lost, window_expected, window_common in reversed(pool):
-        if used == limits.pool_windows:
-            break
-        steps += n
-        used += 1
-        dot += n * window_efficiency
-        square += n * n * (window_error**2 - window_common**2)
-        in_common += n * window_common
-        lost += n * window_lost
-        expected += window_expected
-        efficiency, error = dot / steps, math.sqrt(square + in_common**2) / steps
-        if steps < limits.minimum_steps or error > limits.maximum_error or expected < _EXPECTED_CHANGES:
+    found = Pooled(0, 0.0, 0.0, 0.0, 0.0, 0)
+    for used in range(1, min(len(pool), limits.pool_windows) + 1):
+        found = _joined(pool[-used:])
+        if (
+            found.steps < limits.minimum_steps
+            or found.error > limits.maximum_error
+            or found.expected < _EXPECTED_CHANGES
+        ):
             continue
-        if margin is None or _is_decided(efficiency, error, margin * error, margin == _SURE, history, limits):
+        decides = margin is None or _is_decided(
+            found.efficiency, found.error, margin * found.error, margin == _SURE, history, limits
+        )
+        if decides:
             break
-    if used < len(pool):
-        del pool[:-used]
-    return Pooled(steps, efficiency, error, lost / steps, expected, used)
+    if found.windows < len(pool):
+        del pool[: len(pool) - found.windows]
+    return found
+
+
+def _joined(windows: list[PooledWindow]) -> Pooled:
+    """Some windows as one."""
+    are_weighed = all([one.movement > 0 for one in windows])
+    weights = [one.steps * (one.movement if are_weighed else 1.0) for one in windows]
+    total = sum(weights)
+    efficiency = sum([weight * one.efficiency for weight, one in zip(weights, windows, strict=True)]) / total
+    square = in_common = 0.0
+    lone: list[tuple[float, float]] = []
+    for weight, one in zip(weights, windows, strict=True):
+        in_common += weight * one.in_common
+        if one.error is None:
+            lone.append((weight, one.efficiency))
+        else:
+            square += weight**2 * (one.error**2 - one.in_common**2)
+    square += _square_of_lone(lone, efficiency)
+    return Pooled(
+        sum([one.steps for one in windows]),
+        efficiency,
+        math.sqrt(max(square, 0.0) + in_common**2) / total,
+        sum([weight * one.lost for weight, one in zip(weights, windows, strict=True)]) / total,
+        sum([one.expected for one in windows]),
+        len(windows),
+    )
+
+
+def _square_of_lone(lone: list[tuple[float, float]], mean: float) -> float:
+    """The squared error that (weight, efficiency) of windows of one step each add: from how much they differ, and no less than
+    if each were off by _UNDEFINED."""
+    if not lone:
+        return 0.0
+    least = (_UNDEFINED * sum([weight for weight, _ in lone])) ** 2 / len(lone)
+    spread = sum([(efficiency - mean) ** 2 for _, efficiency in lone]) / max(len(lone) - 1, 1)
+    return max(least, spread * sum([weight**2 for weight, _ in lone]))
 
 
 def _lost_drift(history: TensorHistory, limits: Thresholds) -> float | None:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from update_watch.report import Cause, Health
 
 # looking a member up on its enum costs more than what is done with it, thousands of times per window
 HEALTHY, STALLING, STALLED, UNKNOWN = Health.healthy, Health.stalling, Health.stalled, Health.unknown
 GRADES = (HEALTHY, STALLING, STALLED)
+
+
+class PooledWindow(NamedTuple):
+    """What one window has shown of a tensor's efficiency."""
+
+    steps: int  # measured
+    efficiency: float
+    error: float | None  # standard error; None: one step alone has shown it
+    lost: float
+    expected: float  # changes under stochastic rounding
+    in_common: float  # of the error, what all windows may have in common
+    movement: float  # what it weighs beside others: |intended|^2 of a step, at a learning rate of 1; 0: not known
 
 
 class AccumulatorHistory:
@@ -94,9 +106,7 @@ class TensorHistory:
         self.grade = HEALTHY  # last of healthy, stalling, stalled: what hysteresis starts from
         self.graded: Health | None = None  # last reported of healthy, stalling, stalled, and since when;
         self.graded_since = 0  # None after a time without signal
-        # latest windows, oldest first: measured steps, efficiency, standard error, lost fraction, expected changes, and of
-        # the error what all windows may have in common
-        self.pool: list[tuple[int, float, float, float, float, float]] = []
+        self.pool: list[PooledWindow] = []  # latest windows, oldest first
         self.age = 0  # windows since it was last measured
         self.drift: list[float] = []  # displacement efficiencies of the latest windows with evidence
         self.proven = False  # a displacement has shown that its updates arrive
@@ -157,9 +167,10 @@ class TensorHistory:
         history.graded = None if data["graded"] is None else _grade(data["graded"])
         history.graded_since = _count(data["graded_since"])
         for entry in _items(data["pool"]):
-            steps, *numbers = _items(entry, 6)
-            efficiency, error, lost, expected, common = map(_number, numbers)
-            history.pool.append((_count(steps, 1), efficiency, error, lost, expected, common))
+            steps, efficiency, error, *rest = _items(entry, 7)
+            history.pool.append(
+                PooledWindow(_count(steps, 1), _number(efficiency), _optional(error), *map(_number, rest))
+            )
         history.age = _count(data["age"])
         history.drift = [_number(value) for value in _items(data["drift"])]
         history.proven = bool(data["proven"])

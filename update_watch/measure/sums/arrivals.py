@@ -90,12 +90,10 @@ def tail(curves: Curves, energy_Pn: Array, steps_Pn: Array, missed: Missed) -> A
     with np.errstate(all="ignore"):
         per_step_Pn = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1), np.nan)
         octave_Pn = 0.5 * np.log2(per_step_Pn / ratio(energy_Pn.sum(0), steps_Pn.sum(0)))
-    octave_Pn = np.where(np.isfinite(octave_Pn), octave_Pn, np.nan)
     known_n = np.isfinite(octave_Pn).any(0)
-    largest_n = np.where(known_n, np.nanmax(np.where(known_n, octave_Pn, 0.0), 0), 0.0)
-    rest_Pn = octave_Pn - missed.own_P[:, None]
-    spread = float(np.nanmedian(np.nanstd(np.where(known_n, rest_Pn, np.nan), 0))) if known_n.any() else 0.0
-    by = 2 * spread
+    octave_Pn = np.where(np.isfinite(octave_Pn), octave_Pn, np.nan)
+    largest_n = np.nanmax(np.where(known_n, octave_Pn, 0.0), 0)
+    by = 2 * float(np.median(np.nanstd((octave_Pn - missed.own_P[:, None])[:, known_n], 0))) if known_n.any() else 0.0
     odds_n = 4.0 ** (largest_n + by) / np.maximum(steps_Pn.sum(0), 1)
     return np.where(curves.is_known_n, curves.beyond(largest_n, by) * odds_n / (1 + odds_n), 0.0)
 

@@ -31,6 +31,7 @@ from update_watch.measure.sums.missed_steps import Missed
 
 _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
 _NEARLY_ALL = 1 - 1e-9  # of the gradients are 0, though all samples were
+_GROWN, _GROWN_SAMPLES = 1.5, 4.0  # |intended|^2 from step to step, of tensors read whole and at other positions
 _WAY_STEPS = 16  # a displacement of fewer measured steps is noise,
 _WAY_ERROR = 0.1  # and one of such an error says nothing: where updates swing, their sum is not known from some of them
 
@@ -149,8 +150,9 @@ class WindowSums:
             # rows of an embedding that no token used tell nothing of the others: only a whole gradient does
             is_seen = steps.is_whole_n | (t[NONZERO] > 0) | (steps.checks_n > 0)
             zeros = np.where(is_seen, 1 - ratio(t[NONZERO], t[COUNT]), np.nan)
-            zeros = np.where((zeros == 1) & (self.touched_n > 0), _NEARLY_ALL, zeros)
-            is_seen &= self.touched_n == 0
+            is_touched = (self.touched_n > 0) | self._has_risen(steps)
+            zeros = np.where((zeros == 1) & is_touched, _NEARLY_ALL, zeros)
+            is_seen &= ~is_touched
             lost_Pn, wanted_Pn = (stood_P[:, None] * self.parts_PFn[:, kind] for kind in (LOST, WANTED))
             lost = ratio(lost_Pn.sum(0), wanted_Pn.sum(0))
             lost_spread = spread_over_steps(lost_Pn, wanted_Pn, steps.parts_Pn)
@@ -201,6 +203,18 @@ class WindowSums:
         reach_n = np.where(is_known, curves.reach(missed.top), np.nan)
         tail_n = np.where(is_known, tail(curves, want_Pn, steps.parts_Pn, missed), 0.0)
         return of_all * dot_Pn + more_Pn, of_all * want_Pn, reach_n, tail_n
+
+    def _has_risen(self, steps: Steps) -> npt.NDArray[np.bool_]:
+        """[n] whether updates grew from one measured step to the next: without gradients momentum makes them but smaller, so
+        some came in between."""
+        want_Pn = ratio(self.parts_PFn[:, WANT], steps.parts_Pn * np.maximum(steps.squared_rates_P, 1e-300)[:, None])
+        most_n = np.where(steps.is_whole_n, _GROWN, _GROWN_SAMPLES)
+        risen_n = np.zeros(len(most_n), bool)
+        last_n = np.full(len(most_n), np.inf)
+        for want_n in want_Pn:
+            risen_n |= want_n > most_n * last_n
+            last_n = np.where(np.isnan(want_n), last_n, want_n)
+        return risen_n
 
     def _gradient_spread(self) -> Array:
         """[n] standard deviation of the gradient's rms over the parts of the window, by their mean."""
