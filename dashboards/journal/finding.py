@@ -42,7 +42,8 @@ def journals_of(paths: Sequence[Path]) -> list[Path]:
         inside = journals_in(path)
         if not inside:
             raise FileNotFoundError(
-                f"{path}: no journal in this folder or below; give the file, or train with one: `update-watch run` and the callbacks keep it, in a loop of your own watch(..., journal='run.jsonl')"
+                f"{path}: no journal in this folder or below; give the file, or train with one: `update-watch run` and the "
+                "callbacks keep it, a loop of your own by watch(..., journal='run.jsonl')"
             )
         found.append(inside[0])
     return found
