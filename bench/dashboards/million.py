@@ -174,9 +174,10 @@ def main() -> int:
             "report": (["report", str(journal), "--output", str(page), "--force"], page),
             "top": (["top", str(journal), "--once"], None),
             "diff": (["diff", str(first), str(second)], None),
+            "diff --at": (["diff", str(first), str(second), "--at", "3e-5"], None),
         }
         for name, (arguments, output) in commands.items():
-            if given.only in (None, name):
+            if given.only in (None, name.partition(" ")[0]):
                 print(json.dumps(measure(name, arguments, output)), flush=True)
     return 0
 

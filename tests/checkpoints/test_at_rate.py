@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from update_watch.checkpoints.at_rate import at_rate, of_files, text
 from update_watch.checkpoints.files import CheckpointError
 from update_watch.cli import main
+
+LOW = (torch.bfloat16, torch.float16)
 
 
 def model() -> nn.Sequential:
@@ -96,3 +99,13 @@ def test_the_command_reads_the_state_beside_the_weights(tmp_path: Path, capsys: 
     assert {t["name"] for t in found} == set(net.state_dict()) and {t["basis"] for t in found} == {"optimizer state"}
     main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), "--at", "1e-6"])
     assert "would lose updates" in capsys.readouterr().out
+
+
+def test_many_tensors_are_looked_at_together_and_each_as_if_it_were_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shapes = [(6, 8), (48,), (8, 6), (3,), (2**14 + 5,), (1,)]
+    weights = {f"w{i}": (torch.randn(shapes[i % 6]) * 4.0 ** (i % 5)).to(LOW[i % 2]) for i in range(30)}
+    alone = [at_rate({name: w}, 1e-3)[0] for name, w in weights.items()]
+    assert at_rate(weights, 1e-3) == tuple(sorted(alone, key=lambda t: t.efficiency))
+    save_file(weights, tmp_path / "w.safetensors")
+    assert sorted(of_files(tmp_path / "w.safetensors", 1e-3), key=repr) == sorted(alone, key=repr)

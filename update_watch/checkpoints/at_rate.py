@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from update_watch import formats
 from update_watch.checkpoints.files import CheckpointError, read_optimizer, read_tensors
+from update_watch.checkpoints.stored import Kind, StoredTensors
 from update_watch.wording import fixed, listed, number, plural
 
 _SAMPLES = 2**14
+_TOGETHER = 2**20  # elements that are rounded at once
 _LIMIT = 0.8  # efficiency under which a tensor stalls
 _OCTAVES = 40  # the rates that are tried lie within so many of the one that is asked for
 _FROM_STATE, _AS_LARGE = "optimizer state", "update = rate"
@@ -44,19 +46,64 @@ def at_rate(weights: Mapping[str, Tensor], lr: float, optimizer: Mapping[str, An
     """
     if not 0 < lr < math.inf:
         raise ValueError(f"--at {lr!r} must be a learning rate above 0")
-    low = {name: w for name, w in weights.items() if w.layout is torch.strided and w.numel() and _is_low(w)}
     directions = _directions(weights, optimizer or {})
-    found = []
-    for name, w in low.items():
-        stride = -(-w.numel() // _SAMPLES)
-        sample = w.reshape(-1)[::stride]
-        given = directions.get(name)
-        direction = torch.ones(len(sample), dtype=torch.float64) if given is None else given.reshape(-1)[::stride]
-        if float(direction.abs().sum()) > 0:
-            kind, basis = str(w.dtype).removeprefix("torch."), _AS_LARGE if given is None else _FROM_STATE
-            arrives, least = _efficiency(sample, direction, lr), _least(sample, direction, lr)
-            found.append(AtRate(name, kind, arrives, least, basis))
-    return tuple(sorted(found, key=lambda t: t.efficiency))
+    groups: dict[tuple[torch.dtype, int], list[str]] = {}
+    for name, kind in _low(weights):
+        groups.setdefault(kind, []).append(name)
+    found: list[AtRate] = []
+    for (dtype, numel), names in groups.items():
+        most = max(1, _TOGETHER // min(numel, _SAMPLES))
+        for begin in range(0, len(names), most):
+            found += _of_batch(names[begin : begin + most], dtype, weights, directions, lr)
+    places = {name: i for i, name in enumerate(weights)}
+    return tuple(sorted(found, key=lambda t: (t.efficiency, places[t.name])))
+
+
+def _low(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[torch.dtype, int]]]:
+    """Names of those in a low format, with format and number of elements."""
+    if isinstance(weights, StoredTensors):
+        kinds = ((name, kind) for name, (_, _, kind) in weights.stored.items())
+        yield from ((name, (kind.dtype, kind.numel)) for name, kind in kinds if kind.numel and _is_low(kind.dtype))
+        return
+    for name, w in weights.items():
+        if w.layout is torch.strided and w.numel() and _is_low(w.dtype):
+            yield name, (w.dtype, w.numel())
+
+
+def _of_batch(
+    names: Sequence[str], dtype: torch.dtype, weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], lr: float
+) -> Iterator[AtRate]:
+    """Tensors of one format and size: n of them, K elements of each."""
+    w_nK = _samples(weights, names)
+    direction_nK = torch.ones(w_nK.shape, dtype=torch.float64)
+    for i, name in enumerate(names):
+        if name in directions:
+            direction_nK[i] = _sample(directions[name])
+    lr_n = torch.full((len(names),), lr, dtype=torch.float64)
+    arrives, least = _efficiency(w_nK, direction_nK, lr_n).tolist(), _least(w_nK, direction_nK, lr_n)
+    moves, kind = (direction_nK != 0).any(1).tolist(), str(dtype).removeprefix("torch.")
+    for i, name in enumerate(names):
+        if moves[i]:
+            yield AtRate(name, kind, arrives[i], least[i], _FROM_STATE if name in directions else _AS_LARGE)
+
+
+def _samples(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """[n, K]"""
+    if isinstance(weights, StoredTensors) and weights.stored[names[0]][2].numel <= _SAMPLES:
+        groups: dict[Kind, list[int]] = {}  # of one size, and maybe of several shapes
+        for i, name in enumerate(names):
+            groups.setdefault(weights.stored[name][2], []).append(i)
+        parts = [(at, weights.rows([names[i] for i in at])) for at in groups.values()]
+        found = torch.empty(len(names), parts[0][1].shape[1], dtype=parts[0][1].dtype)
+        for at, rows in parts:
+            found[at] = rows
+        return found
+    return torch.stack([_sample(weights[name]) for name in names])
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """[K] elements, evenly spaced."""
+    return tensor.reshape(-1)[:: -(-tensor.numel() // _SAMPLES)]
 
 
 def of_files(
@@ -97,25 +144,27 @@ def text(found: Sequence[AtRate], lr: float, limit: int | None = None) -> str:
     return "\n".join(lines)
 
 
-def _is_low(w: Tensor) -> bool:
-    return w.dtype in formats.HALVES and formats.of(w.dtype) is not None
+def _is_low(dtype: torch.dtype) -> bool:
+    return dtype in formats.HALVES and formats.of(dtype) is not None
 
 
-def _efficiency(w: Tensor, direction: Tensor, lr: float) -> float:
-    wide, update = w.double(), -lr * direction
-    applied = (wide + update).to(w.dtype).double() - wide
-    return float((applied * update).sum() / (update * update).sum())
+def _efficiency(w_nK: Tensor, direction_nK: Tensor, lr_n: Tensor) -> Tensor:
+    """[n]"""
+    wide_nK, update_nK = w_nK.double(), -lr_n[:, None] * direction_nK
+    applied_nK = (wide_nK + update_nK).to(w_nK.dtype).double() - wide_nK
+    return (applied_nK * update_nK).sum(1) / (update_nK * update_nK).sum(1)
 
 
-def _least(w: Tensor, direction: Tensor, lr: float) -> float | None:
+def _least(w_nK: Tensor, direction_nK: Tensor, lr_n: Tensor) -> list[float | None]:
     """To a sixteenth of an octave; where efficiency does not rise with the rate throughout, one of the rates it passes at."""
-    low, high = -float(_OCTAVES), float(_OCTAVES)
-    if not _efficiency(w, direction, lr * 2**high) >= _LIMIT:
-        return None
-    while high - low > 1 / 16:
-        middle = (low + high) / 2
-        low, high = (low, middle) if _efficiency(w, direction, lr * 2**middle) >= _LIMIT else (middle, high)
-    return float(lr * 2.0**high)
+    low_n, high_n = torch.full_like(lr_n, -float(_OCTAVES)), torch.full_like(lr_n, float(_OCTAVES))
+    arrives_n = _efficiency(w_nK, direction_nK, lr_n * 2**high_n) >= _LIMIT
+    while float((high_n - low_n).max()) > 1 / 16:
+        middle_n = (low_n + high_n) / 2
+        is_enough_n = _efficiency(w_nK, direction_nK, lr_n * 2**middle_n) >= _LIMIT
+        low_n, high_n = torch.where(is_enough_n, low_n, middle_n), torch.where(is_enough_n, middle_n, high_n)
+    least = (lr_n * 2**high_n).tolist()
+    return [rate if arrives else None for rate, arrives in zip(least, arrives_n.tolist(), strict=True)]
 
 
 def _directions(weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
