@@ -1,8 +1,7 @@
 """The result types: what one window of optimizer steps showed.
 
-A `Report` is plain, immutable data: floats, strings, tuples. Everything that shows, stores or
-sends results (`update_watch.dashboards`, alerts, journals) reads these types and nothing else.
-`None` always means "not known in this window", never zero.
+A `Report` is plain, immutable data: floats, strings, tuples. Everything that shows, stores or sends results (dashboards, alerts,
+journals) reads these types and nothing else. `None` always means "not known in this window", never zero.
 
 Ratios are without unit. "Step" is the optimizer's counted by the watch, or the trainer's global step where one tells it.
 """
@@ -18,10 +17,9 @@ from typing import Any, TypeVar
 
 from update_watch.foresight.divergence import Divergence, divergence_of
 from update_watch.foresight.forecasts import Case, Forecast, Plan, TensorForecast
-from update_watch.foresight.rounding_curve import efficiency_of, octaves_for
+from update_watch.foresight.rounding_curve import Places, efficiency_of, octaves_for, place_of
 
 _T = TypeVar("_T")
-
 SCHEMA_VERSION = 1
 
 
@@ -40,8 +38,7 @@ class Health(str, Enum):
         return self.value
 
 
-# worst first; used to roll tensors up to layers and to the run
-SEVERITY: tuple[Health, ...] = (
+SEVERITY: tuple[Health, ...] = (  # worst first
     Health.broken,
     Health.stalled,
     Health.stalling,
@@ -91,8 +88,7 @@ class Level(str, Enum):
         return self.value
 
 
-# headroom_histogram: one-octave bins of log2(|intended| / h). Bin i counts headroom in
-# [HEADROOM_LOW + i, HEADROOM_LOW + i + 1); the first and the last bin also hold everything beyond.
+# headroom: bins of log2(|intended| / h), bin i from HEADROOM_LOW + i to one more; the first and the last hold what is beyond, too
 HEADROOM_LOW, HEADROOM_BINS, PLACES = -16, 32, 4  # places within an octave
 
 
@@ -170,8 +166,7 @@ class TensorReport:
     def efficiency_at(self, lr: float) -> float | None:
         """The efficiency these updates would have at another learning rate; None where it is not known.
 
-        Updates scale with the rate; each keeps what rounding to the nearest stored value leaves of it. Where the rest is
-        carried, or rounding is at random, all of it arrives in the end: 1.
+        Updates scale with the rate; each keeps what rounding leaves of it: 1 where the rest is carried, or rounding is at random.
 
         Raises:
             ValueError: `lr` is no number above 0.
@@ -183,7 +178,7 @@ class TensorReport:
         if self.keeps_all:
             return 1.0
         first = HEADROOM_LOW + math.log2(lr / self.movement_lr)
-        return efficiency_of(self.movement_histogram, first, self.movement_places)
+        return efficiency_of(self.movement_histogram, first, self.places)
 
     def learning_rate_for(self, efficiency: float) -> float | None:
         """The smallest learning rate from which on these updates arrive with at least this efficiency; None if unknown.
@@ -197,10 +192,15 @@ class TensorReport:
             raise ValueError(f"learning_rate_for(efficiency={efficiency!r}) must be between 0 and 1")
         if self.movement_histogram is None or not self.movement_lr:
             return None
-        if self.keeps_all:
-            return 0.0
-        octaves = octaves_for(self.movement_histogram, HEADROOM_LOW, efficiency, self.movement_places)
+        octaves = octaves_for(self.movement_histogram, HEADROOM_LOW, efficiency, self.places)
+        octaves = -math.inf if self.keeps_all else octaves
         return None if octaves is None else self.movement_lr * 2**octaves
+
+    @property
+    def places(self) -> Places:
+        """Where in an octave of headroom its updates lie, at `movement_lr`: exactly, where they are all of one size."""
+        sizes = self.update_ratio, self.weight_rms, self.wanted_fraction, self.lr, self.movement_lr
+        return place_of(self.movement_places, *sizes)
 
     @property
     def keeps_all(self) -> bool:
@@ -313,10 +313,10 @@ def weighted_mean(pairs: Any) -> float | None:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
         return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):

@@ -1,6 +1,6 @@
 """Runs that blow up, and their healthy twins: how many steps ahead of the loss is it told, and is anything told of the twins?
 
-    python bench/planted/divergence.py [--only WORDS ...] [--seeds N] [--window 16] [--twins] [--keep FOLDER]
+    python bench/planted/divergence.py [--only WORDS ...] [--seeds N] [--first-seed N] [--window 16] [--keep FOLDER]
 
 Small language models with attention, really trained, by AdamW, SGD with momentum and Lion. Planted: a learning rate that climbs without
 end, quickly and slowly; one that is far too high from a good start on; the rates of attention's queries and keys alone climb; FP16
@@ -9,11 +9,11 @@ more often; AdamW with BF16 moments that can only grow, under a climbing rate. T
 holds, spikes of the loss, rates that jump and restart, a fine-tuning start on other text, a batch that shrinks, FP16 and a scaler
 without trouble, BF16 moments.
 
-The loss blows up where the mean of 8 steps is the last time below its best so far plus half a nat, if it ends above that by a nat or is
-no number. One line a run: the step of that, the first warning that the run diverges, and how many steps ahead it was; with what sign.
-`late`: fewer than 20 steps ahead, `missed`: not at all.
+The loss blows up where the mean of 8 steps stays a nat above its best so far, or is no number. One line a run: the step of that, the first
+warning that the run diverges, how many steps ahead it was, and the signs in the report. `late`: fewer than 20 steps ahead, `missed`: not at
+all, `at once`: lost within a window, which nothing can tell. Of twins, `silent` or `false`.
 
-Exit status 1 where a twin is warned of, or a warning comes fewer than 20 steps before the loss blows up.
+Exit status 1 where a twin is warned of, or fewer than three quarters of what blows up are told 20 steps ahead.
 """
 
 from __future__ import annotations
@@ -211,6 +211,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help="runs whose name contains one of these")
     parser.add_argument("--kinds", nargs="+", default=list(RATES), choices=list(RATES))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0, help="others than those it was made with begin at 2")
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep trained runs here, and take them from here")
     given = parser.parse_args()
@@ -221,7 +222,8 @@ def main() -> int:
         parser.error(f"--only {' '.join(given.only)}: no run has this in its name")
     print(f"{'run':34} {'seed':>4} {'blow-up':>7} {'warned':>7} {'ahead':>6}  signs, and how far ahead")
     counts: Counter[str] = Counter()
-    every = [(run, kind, seed) for run in runs for kind in run.kinds for seed in range(given.seeds)]
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
+    every = [(run, kind, seed) for run in runs for kind in run.kinds for seed in seeds]
     for run, kind, seed in every:
         if kind not in given.kinds:
             continue

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from update_watch.dashboards.frame import NO_CODE, Codes, Columns, Frame
+from update_watch.dashboards.report.cases import CaseRow, case_rows
 from update_watch.dashboards.report.first_screen import part_words
 from update_watch.dashboards.report.history import History, accumulator_names, efficiency_of
 from update_watch.dashboards.verdict import UNWELL, cause_words, groups_of
@@ -58,6 +59,7 @@ class Details:
     has_ratios: bool
     has_sizes: bool
     signs: tuple[str, ...]  # of what leaves its range
+    cases: tuple[CaseRow, ...]  # what each cure would give
     band_note: str  # where the band of BF16 is not that of the weights
     cost: str
 
@@ -76,6 +78,7 @@ def details(history: History) -> Details:
         has_ratios=not np.isnan(history.series_PH["update_ratio"]).all(),
         has_sizes=bool((history.of_run("weight") > 0).any()),
         signs=() if frame.divergence is None else tuple(sign.text for sign in frame.divergence.signs),
+        cases=case_rows(frame),
         band_note=_band_note(frame),
         cost="" if frame.cost_ms is None else f"Watching costs {frame.cost_ms:.2g} ms a step.",
     )

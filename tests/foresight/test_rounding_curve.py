@@ -11,7 +11,7 @@ from torch import nn
 
 import update_watch as uw
 from bench.shared.full_comparison import FullComparison
-from update_watch.foresight.rounding_curve import arriving_share, efficiency_of, octaves_for
+from update_watch.foresight.rounding_curve import arriving_share, efficiency_of, octaves_for, place_of
 from update_watch.formats import BF16
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, Health, TensorReport
 
@@ -125,3 +125,22 @@ def test_updates_of_one_size_are_kept_or_lost_all_at_once_as_their_place_in_the_
             scheme="plain",
         )
         assert tensor.efficiency_at(0.08) == pytest.approx(0.0, abs=0.15) and (tensor.efficiency_at(0.2) or 0) > 1.0
+
+
+def test_updates_of_one_size_lie_at_one_place_which_their_rms_tells() -> None:
+    lr, shares = 2**-12.2, (0.0, 0.0, 0.02, 0.98)
+    place = place_of(shares, lr / 0.02 * math.sqrt(0.25), 0.02, 0.25, lr, lr)
+    assert place == pytest.approx(math.log2(lr) % 1)
+    # exactly what rounding leaves of so many gaps, where parts of an octave give a mean over a quarter of it
+    movement, gaps = (1.0,), 0.5 * 2 ** (1 + math.log2(lr) % 1)
+    assert efficiency_of(movement, 1, place) == pytest.approx(round(gaps) / gaps)
+    assert efficiency_of(movement, 1, shares) != pytest.approx(round(gaps) / gaps, abs=0.02)
+    # of another size than the shares tell, of several sizes, or not known: the shares
+    for sizes in ((lr * 1.4, 1.0, 1.0, lr, lr), (None, 1.0, 1.0, lr, lr), (math.inf, 1.0, 1.0, lr, lr)):
+        assert place_of(shares, *sizes) == shares
+    assert place_of((0.25,) * 4, lr, 1.0, 1.0, lr, lr) == (0.25,) * 4
+
+
+def test_a_place_beside_the_octave_stays_in_the_octave_of_its_part() -> None:
+    size = 2**-12.01  # a hair below the octave whose first part has been counted
+    assert place_of((0.9, 0.0, 0.0, 0.1), size, 1.0, 1.0, 1.0, 1.0) == pytest.approx(-0.01)

@@ -98,6 +98,35 @@ def test_fp32_states_make_updates_larger_by_the_state_factor_and_norms_alone_cos
     assert (norms.bytes, norms.efficiency) == (4 * SIZE, pytest.approx((1 + (matrix.efficiency or 0)) / 2, abs=0.01))
 
 
+def test_what_one_window_cannot_tell_has_ranges() -> None:
+    weights, updates = drawn(3e-4)
+    state = AccumulatorReport("exp_avg_sq", "bfloat16", Health.stalling, Cause.state_rounding, efficiency=0.1)
+    fields = {"state_factor": 0.5, "accumulators": {"exp_avg_sq": state}, "options": ("betas",)}
+    found = by_name(report(measured("w", weights, updates, **fields)).what_if(floor=4 * LR))
+    assert {name for name, case in found.items() if case.ranges} == {"float16", "floor", "beta2"}
+    for name in ("float16", "floor", "beta2"):
+        case = found[name]
+        low, high = case.ranges["w"]
+        assert low <= min(case.tensors["w"], 1.0) <= high
+        assert (case.low, case.high) == pytest.approx((low, high))
+    # updates of half the size and more, since a raised rate may make them smaller beside it
+    assert found["floor"].ranges["w"][0] < efficiency(weights, 3 * updates, torch.bfloat16)
+    low, high = found["beta2"].ranges["w"]
+    assert low < efficiency(weights, updates, torch.bfloat16) < efficiency(weights, 2 * updates, torch.bfloat16) < high
+    assert found["beta2"].title == "a beta2 of at most 0.9961"
+
+
+def test_a_beta_is_only_told_of_a_state_that_does_not_follow() -> None:
+    weights, updates = drawn(3e-4)
+    well = AccumulatorReport("exp_avg_sq", "bfloat16", Health.healthy)
+    for fields in (
+        {"options": ("betas",), "accumulators": {"exp_avg_sq": well}, "state_factor": 1.02},
+        {"options": ("momentum",), "accumulators": {"exp_avg_sq": well}, "state_factor": 0.5},
+        {"options": ("betas",), "state_factor": 0.5},
+    ):
+        assert "beta2" not in by_name(report(measured("w", weights, updates, **fields)).what_if())
+
+
 def test_what_is_not_known_or_cannot_be_lost_is_not_told() -> None:
     weights, updates = drawn(3e-4)
     full = measured("w", weights, updates, dtype="float32", efficiency=1.0)

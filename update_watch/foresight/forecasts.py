@@ -45,11 +45,15 @@ class Forecast:
 class Case:
     """One way of training this run otherwise, at its present learning rates."""
 
-    name: str  # "as it is", a `Cure`, "fp32_norms", "float16", "floor"
+    name: str  # "as it is", a `Cure`, "fp32_norms", "float16", "floor", "beta2"
     title: str  # "keep FP32 master weights"
     efficiency: float | None  # of the run: mean over tensors, by number of elements
     tensors: Mapping[str, float]  # of each tensor of which it is known
     bytes: int  # of memory, more than now
+    # where gradients and states would change with it, and by how much is not known: nine of ten tensors lie between these
+    ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    low: float | None = None  # the same of the run
+    high: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

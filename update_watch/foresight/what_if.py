@@ -3,23 +3,34 @@
 Everything is worked out from the numbers of one window, so it costs nothing. A tensor's movement histogram (shares of sum of
 intended^2 by octave of headroom) moves up by the bits that another way of keeping the weight has more: BF16 holds 8 bits, FP16 11,
 FP32 24, and a BF16 weight with a BF16 remainder at least 17. Rounding at random arrives in expectation. FP32 states leave the format
-as it is and change the size of the updates: by the state factor, as another learning rate would. What would need another replay of
-the rule, such as another beta, is not told.
+as it is and change the size of the updates: by the state factor, as another learning rate would.
+
+What also changes the gradients or the states from then on (another rate, another format, another beta2) cannot be had from one
+window: there the result has ranges, as wide as nine of ten tensors need that were really trained so (bench/what_if.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from update_watch.cures import TITLES, Cure, extra_bytes
 from update_watch.foresight.forecasts import Case
 from update_watch.foresight.rounding_curve import efficiency_of
-from update_watch.report import HEADROOM_LOW, Report, TensorReport, weighted_mean
+from update_watch.report import HEADROOM_LOW, Health, Report, TensorReport, weighted_mean
 from update_watch.wording import number
 
 BITS = {"bfloat16": 8, "float16": 11}  # significant ones; formats that hold all there is to hold are left as they are
+# octaves by which updates may be smaller or larger than foretold; of a rate, for each octave that it is raised by
+_OF_FP16, _OF_RATE, _OF_BETA2 = (-0.5, 0.5), (-0.4, 0.15), (-0.25, 0.5)
+_CURVE = 0.03  # error of the curves themselves, in efficiency
+_TRIED = 12  # sizes between the smallest and the largest
+_FOLLOWS = 0.1  # off 1, up to which a state factor is that of a state that follows
+_OPTIONS = frozenset({"betas", "beta2"})
 _FP32, _PAIR = 24, 9  # bits of FP32; what a remainder in the same format adds at least
+
+_Range = tuple[float, float]
 
 
 def cases(report: Report, floor: float | None = None) -> tuple[Case, ...]:
@@ -52,12 +63,16 @@ def cases(report: Report, floor: float | None = None) -> tuple[Case, ...]:
         cost = cost_of(Cure.fp32_states, low)
         found.append(_case(Cure.fp32_states, TITLES[Cure.fp32_states], known, _with_fp32_states, cost))
     if any(t.dtype == "bfloat16" for t in low):
-        found.append(_case("float16", "keep the weights in FP16", known, _in_fp16, 0))
+        found.append(_with_ranges(_case("float16", "keep the weights in FP16", known, _in_fp16, 0), known, _fp16_range))
+    if any(_has_beta2(t) for t in low):
+        title = f"a beta2 of at most {1 - 2.0 ** -min(BITS[t.dtype] for t in low if _has_beta2(t)):.4g}"
+        found.append(_with_ranges(_case("beta2", title, known, _with_beta2, 0), known, _beta2_range))
     floor = floor if floor is not None else report.forecast.floor if report.forecast is not None else None
     if floor is not None:
         least = floor
         title = f"a learning rate of at least {number(least)}"
-        found.append(_case("floor", title, known, lambda t: _at_least(t, least), 0))
+        case = _case("floor", title, known, lambda t: _at_least(t, least), 0)
+        found.append(_with_ranges(case, known, lambda t: _floor_range(t, least)))
     return tuple(found)
 
 
@@ -74,13 +89,71 @@ def _case(
     return Case(str(name), title, weighted_mean(found.values()), values, cost)
 
 
+def _with_ranges(case: Case, tensors: Sequence[TensorReport], rule: Callable[[TensorReport], _Range | None]) -> Case:
+    """The case with what it may be as well, of tensors for which that is not certain."""
+    ranges = {t.name: found for t in tensors if t.name in case.tensors and (found := rule(t)) is not None}
+    if not ranges:
+        return case
+    low, high = (
+        weighted_mean(
+            (ranges[t.name][side] if t.name in ranges else case.tensors.get(t.name), t.numel) for t in tensors
+        )
+        for side in (0, 1)
+    )
+    return dataclasses.replace(case, ranges=ranges, low=low, high=high)
+
+
+def _between(t: TensorReport, octaves: float, smaller: float, larger: float) -> _Range | None:
+    """The least and the most that arrives where updates are moved by so many octaves, and by some more or less."""
+    if t.movement_histogram is None or not t.movement_lr:
+        return None
+    first, steps = HEADROOM_LOW + octaves + _octaves(t), range(_TRIED + 1)
+    tried = (first + smaller + (larger - smaller) * i / _TRIED for i in steps)
+    known = [found for one in tried if (found := efficiency_of(t.movement_histogram, one, t.places)) is not None]
+    return (max(min(known) - _CURVE, 0.0), min(max(known) + _CURVE, 1.0)) if known else None
+
+
+def _fp16_range(t: TensorReport) -> _Range | None:
+    if t.dtype != "bfloat16" or t.keeps_all:
+        return None
+    return _between(t, BITS["float16"] - BITS["bfloat16"], *_OF_FP16)
+
+
+def _floor_range(t: TensorReport, floor: float) -> _Range | None:
+    if t.dtype not in BITS or t.keeps_all or not t.lr or t.lr >= floor:
+        return None
+    raised = math.log2(floor / t.lr)
+    return _between(t, raised, *(raised * part for part in _OF_RATE))
+
+
+def _has_beta2(t: TensorReport) -> bool:
+    """Whether it has a second moment in a low format that does not follow, and its optimizer a beta2 to change."""
+    square = t.accumulators.get("exp_avg_sq")
+    if square is None or square.dtype not in BITS or t.dtype not in BITS or _OPTIONS.isdisjoint(t.options):
+        return False
+    is_off = t.state_factor is not None and abs(t.state_factor - 1) > _FOLLOWS
+    return is_off or square.health in (Health.stalled, Health.stalling)
+
+
+def _with_beta2(t: TensorReport) -> float | None:
+    return _with_fp32_states(t) if _has_beta2(t) else t.efficiency
+
+
+def _beta2_range(t: TensorReport) -> _Range | None:
+    """From what it is now, since what the state has gathered leaves it slowly, to beyond what FP32 states give."""
+    if not _has_beta2(t) or t.keeps_all or not t.state_factor or t.state_factor <= 0:
+        return None
+    octaves = -math.log2(t.state_factor)
+    return _between(t, 0.0, min(octaves, 0.0) + _OF_BETA2[0], max(octaves, 0.0) + _OF_BETA2[1])
+
+
 def _with_bits(t: TensorReport, more: float) -> float | None:
     """With so many significant bits more."""
     if t.dtype not in BITS or t.keeps_all or not more:
         return t.efficiency
     if t.movement_histogram is None or not t.movement_lr or not t.lr:
         return None
-    return efficiency_of(t.movement_histogram, HEADROOM_LOW + more + _octaves(t), t.movement_places)
+    return efficiency_of(t.movement_histogram, HEADROOM_LOW + more + _octaves(t), t.places)
 
 
 def _octaves(t: TensorReport) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import html
 import re
@@ -14,10 +15,13 @@ import pytest
 
 from tests.support.report_pages import HOSTILE, MIXED, hostile_run, page_data, until, visible, write_journal
 from tests.support.run_samples import CURE, gpt, synthetic_run
+from update_watch.dashboards.frame import TensorTable, frame_of
 from update_watch.dashboards.journal.journal import Journal, JournalError
+from update_watch.dashboards.report.cases import MOST, case_rows
 from update_watch.dashboards.report.history import history_of, read_history
 from update_watch.dashboards.report.html import read_runs, render_html, write_report
-from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
+from update_watch.foresight.forecasts import Forecast
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, Alert, Cause, Health, Level, Report, TensorReport
 
 pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
@@ -249,3 +253,26 @@ def test_a_live_report_of_a_file_that_is_no_journal_fails_at_once(tmp_path):
     (tmp_path / "j.jsonl").write_text("no journal\n")
     with pytest.raises(JournalError, match="not an update-watch journal"):
         write_report([tmp_path / "j.jsonl"], tmp_path / "r.html", live=True)
+
+
+def test_the_page_says_what_each_change_would_give() -> None:
+    movement = tuple(float(i == -HEADROOM_LOW) for i in range(HEADROOM_BINS))  # from half a gap to a whole one
+    given = {"dtype": "bfloat16", "shape": (8, 8), "numel": 64, "efficiency": 0.5, "movement_histogram": movement}
+    tensors = [
+        TensorReport(name, Health.stalling, movement_lr=1e-3, lr=1e-3, **given)  # type: ignore[arg-type]
+        for name in ("a.weight", "b.weight")
+    ]
+    forecast = Forecast(128, 1000, (), 1.0, 0.5, 200, 4e-3, "It will stall.")
+    report = Report(128, 128, Health.stalling, "", tuple(tensors), forecast=forecast)
+    rows = {row.title: row for row in case_rows(frame_of(report))}
+    assert rows["As it is"][1:] == ("50%", "", "2 of 2", "+0 B")
+    assert rows["Keep FP32 master weights"].losing == "0 of 2"
+    floor = rows["A learning rate of at least 0.004"]
+    assert floor.between.endswith("to 100%") and floor.losing == "0 of 2"
+    page = render_html([history_of([report], "run")])
+    assert "What each change would give" in page and "A learning rate of at least 0.004" in page
+    assert case_rows(dataclasses.replace(frame_of(report), table=_many())) == ()
+
+
+def _many() -> TensorTable:
+    return TensorTable(*((("w",) * (MOST + 1),) * len(TensorTable._fields)))

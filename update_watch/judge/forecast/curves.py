@@ -33,9 +33,19 @@ def _table() -> Array:
     return np.array(found)
 
 
-def curves(movement_nB: Array, places_nQ: Array) -> Array:
-    """[n, G] efficiency where all updates are 2^octaves as large as when the histograms were taken."""
+def curves(movement_nB: Array, places_nQ: Array, place_n: Array) -> Array:
+    """[n, G] efficiency where all updates are 2^octaves as large as when the histograms were taken.
+
+    `place`: where in an octave all updates lie, where that is known exactly; NaN: `places` are its shares by part.
+    """
     found: Array = (movement_nB[:, :, None] * places_nQ[:, None, :]).reshape(len(movement_nB), -1) @ _table()
+    exact_n = np.flatnonzero(np.isfinite(place_n))
+    if len(exact_n):
+        lowest_B = HEADROOM_LOW + np.arange(HEADROOM_BINS)
+        for place in np.unique(place_n[exact_n]):  # those of one group share it, nearly
+            gaps_BG = 0.5 * 2.0 ** np.clip(lowest_B[:, None] + place + _OCTAVES, -60.0, 60.0)
+            same_n = exact_n[place_n[exact_n] == place]
+            found[same_n] = movement_nB[same_n] @ (np.rint(gaps_BG) / gaps_BG)
     return found
 
 

@@ -33,6 +33,7 @@ class _Window:
     octaves_n: Array  # log2 of the histograms' rate over the schedule's unit
     movement_nB: Array
     places_nQ: Array
+    place_n: Array  # where they all lie in an octave, where that is known exactly
     drift: Drift | None = None
 
 
@@ -73,6 +74,7 @@ class Sizes:
             window.size_n = np.where(is_new, np.nan, window.size_n[index])
             window.octaves_n = np.where(is_new, 0.0, window.octaves_n[index])
             window.movement_nB = np.where(is_new[:, None], 0.0, window.movement_nB[index])
+            window.place_n = np.where(is_new, np.nan, window.place_n[index])
             window.places_nQ = np.where(is_new[:, None], 0.0, window.places_nQ[index])
             window.drift = None
         self._names = names
@@ -99,7 +101,9 @@ class Sizes:
         found = np.zeros(1)
         for window, weight in zip(pooled, weights, strict=True):
             late = np.nan_to_num(drift.level_n - window.size_n)
-            curve = moved(curves(window.movement_nB, window.places_nQ), last.rate - window.octaves_n, late, alike)
+            curve = moved(
+                curves(window.movement_nB, window.places_nQ, window.place_n), last.rate - window.octaves_n, late, alike
+            )
             found = found + np.where(weight > 0, weight * curve, 0.0)
         earlier = [window.drift for window in windows[:-1] if window.drift is not None]
         return Position(found / np.where(total > 0, total, np.nan), drift, alike, wander(earlier, drift))
@@ -126,4 +130,6 @@ def _window(report: Report, tensors: Sequence[TensorReport], schedule: Schedule)
         np.array(octaves),
         np.array([t.movement_histogram or empty for t in tensors]),
         np.array([t.movement_places or _EVEN for t in tensors]),
+        # to a thousandth of an octave, so that tensors of one rate have one curve
+        np.array([round(place, 3) if isinstance(place := t.places, float) else math.nan for t in tensors]),
     )
