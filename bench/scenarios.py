@@ -1,6 +1,6 @@
 """Every cause planted in real training, and the healthy twins that must stay silent: the confusion table.
 
-    python bench/scenarios.py [--quick] [--seeds N] [--samples K ...] [--only WORDS] [--jobs N]
+    python bench/scenarios.py [--quick] [--seeds N] [--samples K ...] [--only WORDS] [--jobs N] [--numbers] [--alone]
 
 Small models, real optimizer steps, `uw.watch` at its defaults but for a window of 32 steps. Beside the training runs a full
 comparison in FP64 (`bench/planted/truth.py`), which has to confirm what was planted and that the twins are healthy. A planted fault
@@ -31,8 +31,10 @@ import bench.planted.elsewhere  # noqa: F401  # fills SCENARIOS
 import bench.planted.faults  # noqa: F401
 import bench.planted.twins  # noqa: F401
 import update_watch as uw
+from bench.planted.differences import Difference, differences, table
 from bench.planted.run import SCENARIOS, WINDOW, Run
 from bench.planted.truth import Truth
+from update_watch.measure.device.turns import samples_for
 from update_watch.report import Cause, Health, Level, Report
 
 # what is idle, frozen or unknown wakes nobody, even where it was planted
@@ -55,10 +57,11 @@ class Outcome:
     verdicts: int = 0  # given, over all windows
     wrong: list[str] = dataclasses.field(default_factory=list)
     confusion: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)  # (planted, verdict)
+    numbers: list[Difference] = dataclasses.field(default_factory=list)  # of weights, from the full comparison
 
 
-def play(build: Callable[[], Run], samples: int, seed: int) -> tuple[Run, list[Report], Truth]:
-    """Train and watch; the full comparison runs beside it."""
+def play(build: Callable[[], Run], samples: int, seed: int, crowd: int = 17) -> tuple[Run, list[Report], Truth]:
+    """Train and watch, with so many tensors beside the model; the full comparison runs along."""
     torch.manual_seed(seed)
     run = build()
     reports: list[Report] = []
@@ -68,9 +71,9 @@ def play(build: Callable[[], Run], samples: int, seed: int) -> tuple[Run, list[R
         reports.append(dataclasses.replace(report, tensors=tensors))
 
     # of models of few tensors more than `samples` elements would be looked at
-    crowd = [(f"{CROWD}{i}", torch.zeros(1)) for i in range(17)]
+    others = [(f"{CROWD}{i}", torch.zeros(1)) for i in range(crowd)]
     with uw.watch(
-        [*run.named, *crowd],
+        [*run.named, *others],
         run.optimizer,
         budget=None,
         window=WINDOW,
@@ -194,12 +197,13 @@ def confusion(run: Run, reports: list[Report], truth: Truth) -> Counter[tuple[st
     return table
 
 
-def judge(name: str, samples: int, seed: int) -> Outcome:
-    """Play a scenario and compare."""
+def judge(name: str, samples: int, seed: int, is_alone: bool = False) -> Outcome:
+    """Play a scenario and compare. `is_alone`: no tensors beside the model, so that more samples are taken of a small one."""
     torch.set_num_threads(1)
     logging.getLogger("update_watch").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")  # torchao's, on import
-    run, reports, truth = play(SCENARIOS[name], samples, seed)
+    run, reports, truth = play(SCENARIOS[name], samples, seed, 0 if is_alone else 17)
+    taken = samples_for(samples, len(run.named) if is_alone else 17)
     return Outcome(
         name,
         samples,
@@ -207,6 +211,7 @@ def judge(name: str, samples: int, seed: int) -> Outcome:
         sum(len(verdicts(report)) for report in reports),
         mistakes(run, reports, truth),
         confusion(run, reports, truth),
+        differences(run, reports, truth, taken),
     )
 
 
@@ -255,6 +260,10 @@ def main() -> int:
     parser.add_argument("--samples", type=int, nargs="+", default=[256], help="elements per tensor, as in uw.watch")
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--numbers", action="store_true", help="how far efficiencies and ratios are from all elements'")
+    parser.add_argument(
+        "--alone", action="store_true", help="no tensors beside the model: 8 times the samples, if it is small"
+    )
     given = parser.parse_args()
     if given.seeds < 1 or given.jobs < 1:
         parser.error("--seeds and --jobs must be 1 or more")
@@ -262,7 +271,7 @@ def main() -> int:
     if not names:
         parser.error(f"--only {given.only!r}: no scenario has this in its name")
     started = time.monotonic()
-    work = [(name, k, seed) for seed in range(given.seeds) for k in given.samples for name in names]
+    work = [(name, k, seed, given.alone) for seed in range(given.seeds) for k in given.samples for name in names]
     outcomes = []
     with multiprocessing.get_context("spawn").Pool(given.jobs) if given.jobs > 1 else _Here() as pool:
         try:
@@ -273,6 +282,8 @@ def main() -> int:
         except KeyboardInterrupt:
             print(f"interrupted after {len(outcomes)} of {len(work)} runs")
     print_tables(outcomes)
+    if given.numbers:
+        print("", *table(d for outcome in outcomes for d in outcome.numbers), sep="\n")
     seconds = time.monotonic() - started
     subjects = sum(sum(outcome.confusion.values()) for outcome in outcomes)
     wrong = sum(len(outcome.wrong) for outcome in outcomes)
@@ -284,7 +295,7 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def _judge(work: tuple[str, int, int]) -> Outcome:
+def _judge(work: tuple[str, int, int, bool]) -> Outcome:
     return judge(*work)
 
 
@@ -298,7 +309,7 @@ class _Here:
         pass
 
     def imap(
-        self, function: Callable[..., Outcome], work: list[tuple[str, int, int]], chunksize: int
+        self, function: Callable[..., Outcome], work: list[tuple[str, int, int, bool]], chunksize: int
     ) -> Iterator[Outcome]:
         return map(function, work)
 

@@ -114,7 +114,10 @@ class Truth:
             group = groups.get(id(self._held[name]))
             grad = None if p.grad is None else p.grad.detach().double()
             self._note(name, p, grad, group, not torch.equal(before[name], after[name]))
-            if grad is None or group is None or not self.run.rule or self.run.skips(t):
+            if grad is None or group is None or not self.run.rule:
+                continue
+            self._at(name).before += float(before[name].square().sum())
+            if self.run.skips(t):
                 continue
             self._steps[name] += 1
             if name in given:
@@ -123,7 +126,6 @@ class Truth:
             sums = self._at(name)
             sums.add(after[name] - before[name], intended, (wholes_after[name] - wholes[name]).double())
             sums.gaps = max(sums.gaps, _half_gaps(before[name], intended, p.dtype))
-            sums.before += float(before[name].square().sum())
             self._states(name, states[name], _cloned(self.run.optimizer.state[self._held[name]]), grad, group)
             if decay := group.get("weight_decay", 0.0) * group["lr"]:
                 kept = before[name].to(p.dtype).mul(1 - decay).double()

@@ -90,6 +90,11 @@ def test_of_single_steps_those_weigh_most_that_met_what_moves() -> None:
     assert verdicts(*alike)[-1].health is Health.stalling
 
 
+def test_next_to_nothing_is_a_stall_only_where_no_more_may_have_arrived() -> None:
+    said = {error: verdicts(tensor(0.02, lost=0.98, efficiency_error=error))[0].health for error in (0.03, 0.05, 0.07)}
+    assert said == {0.03: Health.stalled, 0.05: Health.stalled, 0.07: Health.stalling}
+
+
 def test_under_stochastic_rounding_the_error_counts_more() -> None:
     rare = {"scheme": "stochastic", "lost": 0.8, "headroom_histogram": histogram(-3), "displacement_evidence": 0.0}
     assert verdicts(tensor(0.75, efficiency_error=0.02, **rare))[0].health is Health.unknown

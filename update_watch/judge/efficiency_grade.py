@@ -36,6 +36,7 @@ _EXPECTED_CHANGES = 100.0  # under stochastic rounding: half of them has a chanc
 _ALWAYS = 1e9
 _WINDOW_NOISE = 0.1  # least standard deviation of a displacement efficiency between windows
 _UNDEFINED = 0.3  # least standard error of what one step alone has shown
+_WIDE = 0.2  # an interval up to here is that of several steps: of one step alone no error is known
 _UNLOST = 0.01  # so small a lost fraction cannot explain an efficiency below _ROUNDED_LEAST
 _ROUNDED_LEAST = 0.6  # what survives rounding is at least 2/3 of what was intended
 _ROUNDED_MOST = 2.5  # and at most twice
@@ -145,7 +146,7 @@ def _by_steps(
             if history.graded is None:
                 return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
             health = history.grade  # till more is known, the earlier verdict stands
-        elif efficiency > limits.stalled / 2:
+        elif efficiency > limits.stalled / 2 or limits.stalled_exit < efficiency + margin < _WIDE:
             health = mildest  # only how bad it is is not certain; where next to nothing arrived, it is
     if exact and efficiency - margin > most:
         return Score(UNKNOWN, reasons.unexplained(efficiency, None))
@@ -222,8 +223,8 @@ def _movement(e: TensorEvidence) -> float:
 def _pool(history: TensorHistory, limits: Thresholds, margin: float | None) -> Pooled:
     """As few of the latest windows as give enough evidence; older ones are forgotten.
 
-    A window weighs by its measured steps and their movement: where a few elements carry it, and a step of one window has met
-    none of them, what it says of all others is of little weight. `margin`: standard errors that decide; None where the
+    A window weighs by its measured steps; windows of one step by what moved in it, too: where a few elements carry that, and a
+    step has met none of them, what it says of all others is of little weight. `margin`: standard errors that decide; None where the
     efficiency does not. Errors of windows are independent but for what large steps that are never measured make of all of
     them: that does not average out.
     """
@@ -249,7 +250,7 @@ def _pool(history: TensorHistory, limits: Thresholds, margin: float | None) -> P
 
 def _joined(windows: list[PooledWindow]) -> Pooled:
     """Some windows as one."""
-    are_weighed = all([one.movement > 0 for one in windows])
+    are_weighed = all([one.error is None and one.movement > 0 for one in windows])
     weights = [one.steps * (one.movement if are_weighed else 1.0) for one in windows]
     total = sum(weights)
     efficiency = sum([weight * one.efficiency for weight, one in zip(weights, windows, strict=True)]) / total
