@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from update_watch.checkpoints.stored import Kind, StoredTensors
+from update_watch.checkpoints.stored import IntArray, Kind, StoredTensors
 from update_watch.report import quick
 from update_watch.wording import first_line
 
@@ -50,30 +50,51 @@ class TensorDiff:
 def compare_all(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Sequence[str]) -> list[TensorDiff]:
     """`compare` for tensors with these names, in this order; small ones of one kind together."""
     found: list[TensorDiff | None] = [None] * len(names)
-    groups: dict[Kind, list[int]] = {}
-    for i, (kind, other) in enumerate(zip(_kinds(first, names), _kinds(second, names), strict=True)):
-        if kind is not None and (kind is other or kind == other) and _is_small(kind):
-            groups.setdefault(kind, []).append(i)
-    for kind, members in groups.items():
+    kinds: dict[Kind, int] = {}
+    sides = _Side(first, names, kinds), _Side(second, names, kinds)
+    codes = sides[0].codes
+    (alike,) = np.nonzero((codes == sides[1].codes) & (codes >= 0))
+    alike = alike[np.argsort(codes[alike], kind="stable")]
+    by_kind = np.split(alike, np.nonzero(np.diff(codes[alike]))[0] + 1) if len(alike) else []
+    kind_of = list(kinds)
+    for members in by_kind:
+        kind = kind_of[codes[members[0]]]
+        if not _is_small(kind):
+            continue
         most = max(1, _TOGETHER // kind.numel)
-        for begin in range(0, len(members), most):
-            part = members[begin : begin + most]
-            chosen = [names[i] for i in part]
+        for part in (members[begin : begin + most] for begin in range(0, len(members), most)):
             with contextlib.suppress(Exception):  # of formats that torch can hold and not compute with: one by one
-                rows = _rows_of(kind, chosen, _together(first, chosen), _together(second, chosen))
-                for i, row in zip(part, rows, strict=True):
+                a, b = (side.rows(part) for side in sides)
+                places = part.tolist()
+                for i, row in zip(places, _rows_of(kind, [names[i] for i in places], a, b), strict=True):
                     found[i] = row
     return [
         compare(name, first[name], second[name]) if row is None else row for name, row in zip(names, found, strict=True)
     ]
 
 
-def _kinds(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[Kind | None]:
-    """The kind of each tensor; None where it must be compared by itself."""
-    if isinstance(tensors, StoredTensors):
-        stored = tensors.stored
-        return (stored[name][2] for name in names)
-    return (_kind(tensors[name]) for name in names)
+class _Side:
+    """The tensors of one checkpoint in the order of the names."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Sequence[str], kinds: dict[Kind, int]) -> None:
+        self._tensors, self._names = tensors, names
+        # the kind of each as its number in `kinds`, which grows; -1 where it must be compared by itself
+        self.codes: IntArray
+        if isinstance(tensors, StoredTensors):
+            known = np.array([kinds.setdefault(kind, len(kinds)) for kind in tensors.kinds], np.int64)
+            self._places = tensors.places(names)
+            self.codes = known[tensors.codes(self._places)]
+        else:
+            each = (_kind(tensors[name]) for name in names)
+            self.codes = np.array(
+                [-1 if kind is None else kinds.setdefault(kind, len(kinds)) for kind in each], np.int64
+            )
+
+    def rows(self, which: IntArray) -> Tensor:
+        """Tensors of one kind, a row each."""
+        if isinstance(self._tensors, StoredTensors):
+            return self._tensors.rows(self._places[which])
+        return torch.stack([self._tensors[self._names[i]].reshape(-1) for i in which.tolist()])
 
 
 def _kind(tensor: Tensor) -> Kind | None:
@@ -87,13 +108,6 @@ def _kind(tensor: Tensor) -> Kind | None:
 @functools.lru_cache(4096)
 def _is_small(kind: Kind) -> bool:
     return 0 < kind.numel <= _SMALL and not kind.dtype.is_complex
-
-
-def _together(tensors: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Tensors of one kind, a row each."""
-    if isinstance(tensors, StoredTensors):
-        return tensors.rows(names)
-    return torch.stack([tensors[name].reshape(-1) for name in names])
 
 
 def _rows_of(kind: Kind, names: Sequence[str], first: Tensor, second: Tensor) -> Iterator[TensorDiff]:

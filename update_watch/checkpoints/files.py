@@ -13,14 +13,14 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from update_watch.checkpoints.stored import Stored, StoredTensors, stored_tensors
+from update_watch.checkpoints.stored import StoredFile, StoredTensors, stored_file
 from update_watch.wording import first_line
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
@@ -30,9 +30,6 @@ _OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states")  # and a
 _DEEPEST = 100  # containers within containers
 _MOST = 2_000_000  # tensors and containers looked at in a torch file: lists that hold one another twice have no end
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-
-
-_T = TypeVar("_T")
 
 
 class CheckpointError(ValueError):
@@ -56,9 +53,10 @@ def read_tensors(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
     tensors = _read_folder(path) if path.is_dir() else _read_file(path)
     if not tensors:
         raise CheckpointError(f"{path}: there are no tensors in it")
+    has_wrappers = _has_wrappers(tensors)
     if isinstance(tensors, StoredTensors):
-        return StoredTensors(_cleaned(tensors.stored))
-    return _cleaned({name: tensor.detach() for name, tensor in tensors.items()})
+        return tensors.renamed(_clean) if has_wrappers else tensors
+    return {_clean(name) if has_wrappers else name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _read_folder(path: Path) -> Mapping[str, Tensor]:
@@ -70,10 +68,7 @@ def _read_folder(path: Path) -> Mapping[str, Tensor]:
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path}: a folder without *.safetensors files; name the file itself")
-    found: dict[str, Stored] = {}
-    for file in files:
-        found.update(_read_safetensors(file))
-    return StoredTensors(found)
+    return StoredTensors([_read_safetensors(file) for file in files])
 
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
@@ -81,7 +76,7 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
         start = file.read(9)
     # 8 bytes of header length, then JSON: neither a zip archive nor a pickle begins like that
     if path.suffix == ".safetensors" or start[8:] == b"{":
-        return StoredTensors(_read_safetensors(path))
+        return StoredTensors([_read_safetensors(path)])
     content = _load(path)
     try:
         if isinstance(content, Mapping):
@@ -159,7 +154,7 @@ def _flatten(value: Any) -> Iterator[tuple[str, Tensor]]:
         waiting += reversed(children)
 
 
-def _read_safetensors(path: Path) -> dict[str, Stored]:
+def _read_safetensors(path: Path) -> StoredFile:
     size = path.stat().st_size
     if size < 8:
         raise CheckpointError(f"{path}: damaged: {size} bytes are too few for a safetensors file")
@@ -171,17 +166,14 @@ def _read_safetensors(path: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{path}: damaged: a header of {length} bytes in a file of {size}")
     try:
         header = json.loads(memory[8 : 8 + length])
-        return stored_tensors(memory, 8 + length, header)
+        return stored_file(memory, 8 + length, header)
     except Exception as error:  # whatever a damaged header makes of it: JSON 5,000 deep, numbers without end
         raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
 
 
-def _cleaned(tensors: dict[str, _T]) -> dict[str, _T]:
-    """The same under their names without wrappers."""
-    together = "\n".join(tensors)
-    if not any(wrapper in together for wrapper in (*_WRAPPERS, "module.")):
-        return tensors
-    return {_clean(name): tensor for name, tensor in tensors.items()}
+def _has_wrappers(names: Iterable[str]) -> bool:
+    together = "\n".join(names)
+    return any(wrapper in together for wrapper in (*_WRAPPERS, "module."))
 
 
 def _clean(name: str) -> str:

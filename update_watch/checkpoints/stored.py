@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,6 +37,7 @@ DTYPES = {
 }
 if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+IntArray = npt.NDArray[np.int64]
 _GATHERED = 256  # bytes of a tensor, from which on it is copied by itself
 
 
@@ -45,86 +49,120 @@ class Kind(NamedTuple):
     numel: int
 
 
-# where a tensor lies: the memory of its file, the byte it begins at, its kind (a plain tuple: there may be a million)
-Stored = tuple[mmap.mmap, int, Kind]
+class StoredFile(NamedTuple):
+    """What is in one file."""
+
+    memory: mmap.mmap
+    names: list[str]
+    begins: IntArray  # the byte of the file at which each begins
+    codes: IntArray  # the kind of each: its place in `kinds`
+    kinds: list[Kind]
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """Tensors by name; `stored` says where they lie."""
+    """Tensors by name, and where they lie: in columns, as there may be a million."""
 
-    def __init__(self, stored: dict[str, Stored]) -> None:
-        self.stored = stored
+    def __init__(self, files: Sequence[StoredFile], names: Iterable[str] | None = None) -> None:
+        """Of two tensors of one name the later one counts. `names`: other ones than the files have, in their order."""
+        kinds: dict[Kind, int] = {}
+        codes = [np.array([kinds.setdefault(kind, len(kinds)) for kind in file.kinds], np.int64) for file in files]
+        self.kinds = list(kinds)
+        self._memories = [file.memory for file in files]
+        self._file = np.repeat(np.arange(len(files)), [len(file.names) for file in files])
+        self._begin = np.concatenate([np.zeros(0, np.int64), *(file.begins for file in files)])
+        self._code = np.concatenate(
+            [np.zeros(0, np.int64), *(code[file.codes] for code, file in zip(codes, files, strict=True))]
+        )
+        found = itertools.chain.from_iterable(file.names for file in files) if names is None else names
+        self._place = dict(zip(found, range(len(self._begin)), strict=True))
+        self._files = files
+
+    def renamed(self, rename: Callable[[str], str]) -> StoredTensors:
+        """The same under other names."""
+        names = itertools.chain.from_iterable(file.names for file in self._files)
+        return StoredTensors(self._files, map(rename, names))
 
     def __getitem__(self, name: str) -> Tensor:
-        memory, begin, (dtype, shape, numel) = self.stored[name]
+        place = self._place[name]
+        memory, begin = self._memories[self._file[place]], int(self._begin[place])
+        dtype, shape, numel = self.kinds[self._code[place]]
         size = numel * dtype.itemsize
         if not size:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=begin).view(dtype).reshape(shape)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.stored  # without making it
+        return name in self._place  # without making it
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
+        return iter(self._place)
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return len(self._place)
 
-    def rows(self, names: Sequence[str]) -> Tensor:
+    def places(self, names: Sequence[str]) -> IntArray:
+        """Where each is in the columns."""
+        place = self._place
+        if len(names) == len(place) and all(map(operator.eq, names, place)):  # a million look-ups take seconds
+            return np.fromiter(place.values(), np.int64, len(place))
+        return np.array([place[name] for name in names], np.int64)
+
+    def codes(self, places: IntArray) -> IntArray:
+        """The kind of each: its place in `kinds`."""
+        found: IntArray = self._code[places]
+        return found
+
+    def rows(self, places: IntArray) -> Tensor:
         """Tensors of one kind, a row each: (tensors, elements)."""
-        first = self.stored[names[0]][2]
-        size = first.numel * first.dtype.itemsize
-        found = np.empty((len(names), size), dtype=np.uint8)
-        by_memory: dict[int, list[int]] = {}
-        for row, name in enumerate(names):
-            by_memory.setdefault(id(self.stored[name][0]), []).append(row)
-        for mine in by_memory.values():
-            begins = np.array([self.stored[names[row]][1] for row in mine])
-            data = np.frombuffer(self.stored[names[mine[0]]][0], dtype=np.uint8)
+        kind = self.kinds[self._code[places[0]]]
+        size = kind.numel * kind.dtype.itemsize
+        found = np.empty((len(places), size), dtype=np.uint8)
+        files = self._file[places]
+        for file in np.unique(files).tolist():
+            (mine,) = np.nonzero(files == file)
+            begins = self._begin[places[mine]]
+            data = np.frombuffer(self._memories[file], dtype=np.uint8)
             if size < _GATHERED:
                 found[mine] = data[begins[:, None] + np.arange(size)]
             else:
-                for row, begin in zip(mine, begins.tolist(), strict=True):
+                for row, begin in zip(mine.tolist(), begins.tolist(), strict=True):
                     found[row] = data[begin : begin + size]
-        return torch.from_numpy(found).view(first.dtype)
+        return torch.from_numpy(found).view(kind.dtype)
 
 
-def stored_tensors(memory: mmap.mmap, start: int, header: Mapping[str, Any]) -> dict[str, Stored]:
+def stored_file(memory: mmap.mmap, start: int, header: dict[str, Any]) -> StoredFile:
     """The tensors that the header of a file describes, whose bytes begin at `start`.
 
     Raises:
         ValueError, TypeError, KeyError, OverflowError: it is damaged.
     """
-    room = len(memory) - start
-    found: dict[str, Stored] = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            kind, size = _kind(entry["dtype"], *entry["shape"])
-            first, last = entry["data_offsets"]
-            if (
-                last - first != size
-                or type(first) is not int
-                or type(last) is not int
-                or not 0 <= first <= last <= room
-            ):
-                raise ValueError(
-                    f"bytes {first} to {last} cannot hold a {entry['dtype']} tensor of shape {entry['shape']}"
-                )
-            found[name] = (memory, start + first, kind)
-    return found
+    header.pop("__metadata__", None)
+    entries = list(header.values())
+    said = [(entry["dtype"], *entry["shape"]) for entry in entries]
+    code = {one: i for i, one in enumerate(dict.fromkeys(said))}
+    kinds = [_kind(*one) for one in code]
+    codes = np.array([code[one] for one in said], np.int64)
+    if entries and not {type(at) for entry in entries for at in entry["data_offsets"]} <= {int}:
+        raise ValueError("the place of a tensor is not a whole number")
+    offsets = np.array([entry["data_offsets"] for entry in entries], np.int64).reshape(len(entries), 2)
+    sizes = np.array([kind.numel * kind.dtype.itemsize for kind in kinds], np.int64)[codes]
+    first, last = offsets.T
+    damaged = (first < 0) | (last > len(memory) - start) | (last - first != sizes)
+    if damaged.any():
+        entry = entries[int(damaged.argmax())]
+        begin, end = entry["data_offsets"]
+        raise ValueError(f"bytes {begin} to {end} cannot hold a {entry['dtype']} tensor of shape {entry['shape']}")
+    return StoredFile(memory, list(header), start + first, codes, kinds)
 
 
 @functools.lru_cache(4096)
-def _kind(dtype: str, *lengths: Any) -> tuple[Kind, int]:
-    """The kind, and its bytes."""
+def _kind(dtype: str, *lengths: Any) -> Kind:
     if dtype not in DTYPES:
         raise ValueError(f"a format that torch does not have: {dtype!r}")
     shape = tuple(map(int, lengths))
     if any(length < 0 for length in shape):
         raise ValueError(f"a tensor of shape {list(shape)}")
     kind = Kind(DTYPES[dtype], shape, math.prod(shape))
-    size = kind.numel * kind.dtype.itemsize
-    if not size:
+    if not kind.numel:
         torch.empty(shape, dtype=kind.dtype, device="meta")  # a shape that torch has no room for
-    return kind, size
+    return kind
