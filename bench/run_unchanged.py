@@ -65,7 +65,7 @@ def verdicts(journal: Path) -> Verdicts:
     last = list(read_journal(journal))[-1]
     if last.step not in (STEPS, STEPS - 1):  # loggers of Lightning count from 0
         raise RuntimeError(f"{journal}: the last window ends at step {last.step}, not at {STEPS}")
-    return {t.name.replace("_forward_module.", ""): (str(t.health), str(t.cause)) for t in last.tensors}
+    return {t.name: (str(t.health), str(t.cause)) for t in last.tensors}
 
 
 def compare(script: Path, form: str) -> list[str]:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from update_watch import run_journal
 from update_watch.audit.table import StallExpected
 from update_watch.callbacks.options import AUTO, Options
+from update_watch.kinds import without_wrappers
 from update_watch.report import Health, Report, weighted_mean
 from update_watch.watch import Watch, watch
 from update_watch.wording import above_progress_bars
@@ -28,8 +29,6 @@ logger = logging.getLogger("update_watch")
 Sink = Callable[[Report], Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
 FLUSH_SECONDS = 10.0  # waited for the last window at the end of training
-# modules that only wrap another: their names in front of a parameter's say nothing
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 class Names:
@@ -55,9 +54,7 @@ class Names:
 
 def _clean(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
     pairs: list[tuple[str, Tensor]] = list(model.named_parameters(remove_duplicate=False))
-    short = [name for name, _ in pairs]
-    for wrapper in _WRAPPERS:
-        short = [name.replace(wrapper, "") for name in short]
+    short = [without_wrappers(name) for name, _ in pairs]
     return pairs if len(set(short)) < len(short) else list(zip(short, (t for _, t in pairs), strict=True))
 
 

@@ -17,10 +17,10 @@ from update_watch.dashboards.frame import CAUSES, NO_CODE, Frame
 from update_watch.dashboards.run_numbers import weighted
 from update_watch.naming import ModelWords, model_words, plural_of
 from update_watch.report import SEVERITY, Cause, Health
+from update_watch.wording import short
 
 UNWELL = (Health.broken, Health.stalled, Health.stalling)
 _NAMED = 3  # phrases in a sentence
-_SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 
 # why, in a clause that follows "because"; {format} is that of the weights
 CAUSE_WORDS = {
@@ -52,7 +52,7 @@ def cause_words(cause: Cause | None, dtype: str = "") -> str:
     if cause is None:
         return ""
     words = CAUSE_WORDS.get(cause.value, cause.value.replace("_", " "))
-    return words.format(format=_SHORT.get(dtype, dtype or "their format"))
+    return words.format(format=short(dtype) if dtype else "their format")
 
 
 @dataclasses.dataclass(frozen=True)

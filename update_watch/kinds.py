@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 STAR = "*"
 # parts of a path that stand for a wrapper and not for a module of the model
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _LAYER_WORDS = frozenset({"h", "layers", "blocks", "stages", "cells"})
 _LEAVES_MANY = 4  # from more numbered leaves than this on ("features.0.weight" to "features.28.weight") they are layers
 _ALIKE = 0.4  # of what two numbered modules hold together, the share both hold: two of one kind
@@ -36,6 +36,13 @@ _DEEPEST = 64  # parts of a name that are told apart
 _NONE = -1
 
 Ints = NDArray[np.int64]
+
+
+def without_wrappers(name: str) -> str:
+    """ "_orig_mod.layers.0.weight" -> "layers.0.weight": the name that the tensor has in the model that was wrapped."""
+    for part in WRAPPERS:
+        name = name.replace(f"{part}.", "")
+    return name.removeprefix("module.")
 
 
 class Place(NamedTuple):
@@ -147,7 +154,7 @@ def _levels(names: Sequence[str]) -> tuple[list[str], list[_Level], Ints]:
 
 
 def _parts(name: str) -> list[str]:
-    parts = [part for part in name.split(".", _DEEPEST) if part not in _WRAPPERS]
+    parts = [part for part in name.split(".", _DEEPEST) if part not in WRAPPERS]
     return parts or [name]
 
 

@@ -20,9 +20,8 @@ from update_watch.dashboards.report.history import History, accumulator_names, i
 from update_watch.dashboards.verdict import UNWELL, Verdict, lr_words, share_words, verdict_of
 from update_watch.naming import shared_prefix
 from update_watch.report import Health
-from update_watch.wording import size
+from update_watch.wording import short, size
 
-_SHORT = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32", "float64": "FP64"}
 _SHORT_TITLES = {
     Change.masters: "FP32 masters",
     Change.stochastic_rounding: "stochastic rounding",
@@ -170,7 +169,7 @@ def formats(frame: Frame) -> str:
     kinds = sorted((k for k in numel if k), key=lambda dtype: -numel[dtype])
     if not kinds:
         return "format not known"
-    text = " and ".join(_SHORT.get(kind, kind) for kind in kinds[:3]) + " weights"
+    text = " and ".join(short(kind) for kind in kinds[:3]) + " weights"
     schemes = {s for s, d in zip(frame.table.scheme, frame.table.dtype, strict=True) if d in HALVES}
     if schemes == {"plain"}:
         return f"{text}, no FP32 copy"

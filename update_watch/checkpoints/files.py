@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from update_watch.checkpoints.stored import StoredFile, StoredTensors, stored_file
+from update_watch.kinds import WRAPPERS, without_wrappers
 from update_watch.wording import first_line
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
@@ -29,7 +30,6 @@ _WEIGHTS = ("state_dict", "model_state_dict", "model", "module")
 _OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_states")  # and an optimizer's state
 _DEEPEST = 100  # containers within containers
 _MOST = 2_000_000  # tensors and containers looked at in a torch file: lists that hold one another twice have no end
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 class CheckpointError(ValueError):
@@ -55,8 +55,8 @@ def read_tensors(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
         raise CheckpointError(f"{path}: there are no tensors in it")
     has_wrappers = _has_wrappers(tensors)
     if isinstance(tensors, StoredTensors):
-        return tensors.renamed(_clean) if has_wrappers else tensors
-    return {_clean(name) if has_wrappers else name: tensor.detach() for name, tensor in tensors.items()}
+        return tensors.renamed(without_wrappers) if has_wrappers else tensors
+    return {without_wrappers(name) if has_wrappers else name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _read_folder(path: Path) -> Mapping[str, Tensor]:
@@ -173,10 +173,4 @@ def _read_safetensors(path: Path) -> StoredFile:
 
 def _has_wrappers(names: Iterable[str]) -> bool:
     together = "\n".join(names)
-    return any(wrapper in together for wrapper in (*_WRAPPERS, "module."))
-
-
-def _clean(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
+    return any(f"{wrapper}." in together for wrapper in (*WRAPPERS, "module"))

@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from update_watch.kinds import without_wrappers
 from update_watch.odd_tensors import shape_of, unreadable
-
-_WRAPPED_IN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 class Source(NamedTuple):
@@ -119,14 +118,14 @@ def _named(holder: Any) -> dict[str, Callable[[], Any]] | None:
     """Name -> how to get the tensor now."""
     if isinstance(holder, torch.nn.Module):
         tensors = [*holder.named_parameters(remove_duplicate=False), *holder.named_buffers(remove_duplicate=False)]
-        return {_stripped(name): lambda t=tensor: t for name, tensor in tensors}  # type: ignore[misc]
+        return {without_wrappers(name): lambda t=tensor: t for name, tensor in tensors}  # type: ignore[misc]
     if isinstance(holder, Mapping):
         keys = [key for key in holder if isinstance(key, str) and isinstance(holder[key], Tensor)]
-        return {_stripped(key): lambda k=key: holder.get(k) for key in keys} or None  # type: ignore[misc]
+        return {without_wrappers(key): lambda k=key: holder.get(k) for key in keys} or None  # type: ignore[misc]
     try:
         pairs = list(holder)
         if pairs and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in pairs):
-            return {_stripped(name): lambda t=tensor: t for name, tensor in pairs}  # type: ignore[misc]
+            return {without_wrappers(name): lambda t=tensor: t for name, tensor in pairs}  # type: ignore[misc]
     except (TypeError, ValueError):
         pass
     return None
@@ -155,7 +154,7 @@ def _by_name(holder: Any, pairs: dict[str, Callable[[], Any]], named: Sequence[t
             found = [
                 Source(name, weight, get)
                 for name, weight in named
-                if (get := by_key.get(prefix + key(_stripped(name)))) is not None and _fits(get(), weight)
+                if (get := by_key.get(prefix + key(without_wrappers(name)))) is not None and _fits(get(), weight)
             ]
             if found:
                 return found
@@ -179,12 +178,6 @@ def _fits(average: Any, weight: Tensor) -> bool:
         return False
     # one that has no shape is told by its name alone: why it cannot be read is said in its row
     return shape_of(average) == shape_of(weight) or (average.is_nested and bool(unreadable(average)))
-
-
-def _stripped(name: str) -> str:
-    for part in _WRAPPED_IN:
-        name = name.replace(part, "")
-    return name.removeprefix("module.")
 
 
 def _without_dots(name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch.kinds import without_wrappers
 from update_watch.measure.sampling import local
 from update_watch.odd_tensors import shape_of
 
@@ -93,15 +94,8 @@ def names_of(model: Any) -> dict[int, tuple[str, ...]]:
         pairs = model
     names: dict[int, tuple[str, ...]] = {}
     for name, tensor in pairs:
-        names[id(tensor)] = (*names.get(id(tensor), ()), _clean(name))
+        names[id(tensor)] = (*names.get(id(tensor), ()), without_wrappers(name))
     return names
-
-
-def _clean(name: str) -> str:
-    # prefixes of wrappers say nothing about the model
-    for part in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
-        name = name.replace(part, "")
-    return name.removeprefix("module.")
 
 
 def describe(param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
