@@ -212,7 +212,7 @@ SENTENCES = [
         Seen(net=0.02, written_step=127),
         "What its steps apply is overwritten before the next step, last after step 127: 2% of the intended update is left"
         " at the end; find what writes to it between steps: averaged weights that stay in the model after a validation, a"
-        " checkpoint or a copy that is loaded again and again.",
+        " checkpoint or a copy that is loaded again and again, a rounding to a coarser grid.",
         id="overwritten",
     ),
     pytest.param(

@@ -132,7 +132,7 @@ def overwritten(seen: Seen) -> Advice:
     return Advice(
         f"what its steps apply is overwritten before the next step{last}: {kept} the intended update is left at the end",
         "find what writes to it between steps: averaged weights that stay in the model after a validation, a checkpoint"
-        " or a copy that is loaded again and again",
+        " or a copy that is loaded again and again, a rounding to a coarser grid",
     )
 
 

@@ -87,6 +87,16 @@ def average_left(every: int, decay: float = 0.999) -> Callable[[Net], Between]:
     return make
 
 
+def on_a_grid(model: Net) -> Between:
+    """Weights are rounded after every step: the first time moves them further than steps can, then nothing does."""
+
+    def between(i: int, model: nn.Module) -> None:
+        for p in model.parameters():
+            p.copy_((p * 32).round() / 32)
+
+    return between
+
+
 OVERWRITTEN: dict[str, tuple[Callable[[Net], Between], int]] = {
     "each step": (restored(1), 2),
     "every 5": (restored(5), 2),
@@ -95,9 +105,10 @@ OVERWRITTEN: dict[str, tuple[Callable[[Net], Between], int]] = {
     "every window": (restored(WINDOW), 7),
     "every 24": (restored(24), 7),
     "average, every window": (average_left(WINDOW), 7),
+    "grid": (on_a_grid, 3),
 }
 # the ledger knows nothing of rules: by default each way of throwing away is met with one of them, the first two with both
-SELDOM = ("average, 4-sgd", "average, 7-adamw", "every window-adamw", "every 24-sgd", "average, every window-sgd")
+SELDOM = ("average, 4-sgd", "average, 7-adamw", "every window-adamw", "every 24-sgd", "average, every window-sgd", "grid-adamw")
 
 
 @pytest.mark.parametrize(

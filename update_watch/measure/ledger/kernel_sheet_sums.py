@@ -19,7 +19,7 @@ logger = logging.getLogger("update_watch")
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _works: dict[torch.device, bool] = {}
 _STEPS = ("begin_2NE", "last_2NE", "first_NE", "applied_2NE", "writes_2N", "squares_2N", "signature_N", "last_write_N")
-_END = (*_STEPS[:6], "earlier_N", *_STEPS[6:], "gradients_2n")
+_END = (*_STEPS[:3], "set_out_NE", *_STEPS[3:6], "earlier_N", *_STEPS[6:], "gradients_2n")
 
 
 def check(device: torch.device) -> None:
@@ -73,7 +73,7 @@ class KernelSheetSums(SheetSums):
     def open_window(self) -> None:
         """See `SheetSums.open_window`."""
         if self._is_ended:
-            self._is_new_window, self._is_ended = True, False
+            self._is_new_window, self._has_set_out, self._is_ended = True, True, False
         else:
             super().open_window()
 
@@ -109,6 +109,7 @@ class KernelSheetSums(SheetSums):
                 self.views["copy_steps_n"],
                 self.rows,
                 self._members,
+                int(self._has_set_out),
                 *self._full,
             ),
             {"E": ELEMENTS, "KIND": _KINDS[self.dtype], "HAS_MASTERS": self.has_masters},

@@ -164,11 +164,15 @@ class _Entry:
         return max(shares), math.sqrt(max(s[f"{prefix}spread"], 0.0)) / square
 
     def travelled(self) -> float | None:
-        """How far it got in the span, in what the steps from one write to the next can move it by: all in one direction."""
+        """How far it got in the span, in what the steps from one write to the next can move it by: all in one direction.
+
+        A grid that weights are rounded to moves them once, and may stretch with them: neither is a way.
+        """
         s, steps = self.sums, len(self.window.run_steps)
         run = steps / s["own_writes"]
         reach = run * math.sqrt(s["own_step_square"] / steps)
-        return math.sqrt(s["own_moved"]) / reach if reach > 0 else None
+        way = s["own_travelled"] if self.size > _FEW else s["own_moved"]
+        return math.sqrt(way) / reach if reach > 0 else None
 
     def copied(self) -> float | None:
         """Masters: share of what they moved by that arrived in the model's tensor."""

@@ -131,12 +131,13 @@ def put_copies(out, n, begin, end, begin_master, end_master, KIND: tl.constexpr)
     tl.store(out + n, tl.sum(due * (end - begin), 0))
 
 
-@triton.jit(do_not_specialize=["n", "members", "first_full", "last_full"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["n", "members", "has_set_out", "first_full", "last_full"])  # type: ignore[untyped-decorator]
 def end_window(  # type: ignore[no-untyped-def]
     out,  # [COLUMNS, n]
     begin,
     last,
     first,
+    set_out,
     applied,
     writes,
     squares,
@@ -147,6 +148,7 @@ def end_window(  # type: ignore[no-untyped-def]
     copy_steps,
     n,
     members,
+    has_set_out,
     first_full,
     last_full,
     E: tl.constexpr,
@@ -186,16 +188,20 @@ def end_window(  # type: ignore[no-untyped-def]
     moved_own = now_own - tl.load(begin + next_side + of_own)
     tl.store(out + 2 * n, tl.load(writes + members + own))
     tl.store(out + 3 * n, tl.sum(moved_own * moved_own, 0))
-    tl.store(out + 4 * n, tl.load(squares + own))
-    tl.store(out + 5 * n, tl.load(squares + members + row))
+    way = tl.where(has_set_out > 0, held_own - tl.load(set_out + of_own), moved_own)
+    length = tl.sum(held_own * held_own, 0)
+    way -= tl.where(length > 0, tl.sum(way * held_own, 0) / length, 0.0) * held_own
+    tl.store(out + 4 * n, tl.sum(way * way, 0))
+    tl.store(out + 5 * n, tl.load(squares + own))
+    tl.store(out + 6 * n, tl.load(squares + members + row))
     stored = tl.load(begin + here)
-    tl.store(out + 6 * n, tl.sum(stored * stored, 0))
-    tl.store(out + 7 * n, tl.sum((now - stored == 0).to(tl.float32), 0))
-    tl.store(out + 8 * n, tl.load(last_write + row))
-    tl.store(out + 9 * n, tl.load(signature + row))
-    tl.store(out + 10 * n, tl.load(gradients + row))
-    tl.store(out + 11 * n, tl.load(gradients + n + row))
-    out += 12 * n
+    tl.store(out + 7 * n, tl.sum(stored * stored, 0))
+    tl.store(out + 8 * n, tl.sum((now - stored == 0).to(tl.float32), 0))
+    tl.store(out + 9 * n, tl.load(last_write + row))
+    tl.store(out + 10 * n, tl.load(signature + row))
+    tl.store(out + 11 * n, tl.load(gradients + row))
+    tl.store(out + 12 * n, tl.load(gradients + n + row))
+    out += 13 * n
     is_full = first_full < last_full  # the masters', or the model's
     value = tl.load(begin + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
     ended = tl.load(last + next_side + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
@@ -212,6 +218,8 @@ def end_window(  # type: ignore[no-untyped-def]
         at = row + k * n
         tl.store(earlier + at, tl.load(squares + at))
         tl.store(begin + at * E + e, tl.load(last + next_side + at * E + e))
+        if has_set_out == 0:
+            tl.store(set_out + at * E + e, tl.load(last + at * E + e))
         tl.store(applied + at * E + e, tl.zeros((E,), tl.float32))
         tl.store(writes + at, 0.0)
         tl.store(squares + members + at, 0.0)

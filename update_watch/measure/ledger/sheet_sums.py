@@ -25,7 +25,9 @@ COLUMNS = (
     *_OF_BOTH,
     *(f"span_{name}" for name in _OF_BOTH),
     *("span_step_square", "step_square"),  # sums over the span's and the window's steps of <A, A> of each
-    *("own_writes", "own_moved", "own_step_square"),  # over the span as above, of the master where there is one
+    # of the master where there is one: over the span as above; travelled: across the weights, from the end of its first
+    # window on
+    *("own_writes", "own_moved", "own_travelled", "own_step_square"),
     "written",  # sum of squares of what was written between steps
     *("stored", "still"),  # sum of squares at the window's begin; elements that are at its end what they were
     "last",  # the last look of the span before which it was written, from 1; 0: none
@@ -55,6 +57,7 @@ class SheetSums:
             "begin_2NE": (2, members, ELEMENTS),
             "last_2NE": (2, members, ELEMENTS),  # before and after the latest step that was added up
             "first_NE": (members, ELEMENTS),  # before the window's first step
+            "set_out_NE": (members, ELEMENTS),  # before the last step of the span's first window
             "applied_2NE": (2, members, ELEMENTS),
             "writes_2N": (2, members),
             # sums of squares: of what steps applied, over the span; of what was written, in the window
@@ -70,12 +73,12 @@ class SheetSums:
         parts = zip(shapes.items(), torch.split(self._all, sizes), strict=True)
         self.views = {name: part.view(shape) for (name, shape), part in parts}
         self.steps = 0  # of the span
-        self._is_new_window = True
+        self._is_new_window, self._has_set_out = True, False
 
     def open_span(self) -> None:
         """Start all sums anew, of other elements."""
         self._all.zero_()
-        self.steps, self._is_new_window = 0, True
+        self.steps, self._is_new_window, self._has_set_out = 0, True, False
 
     def open_window(self) -> None:
         """Start those of the window anew."""
@@ -83,6 +86,9 @@ class SheetSums:
         self._is_new_window = True
         v["earlier_N"].copy_(v["squares_2N"][0])
         v["begin_2NE"][0].copy_(v["last_2NE"][1])
+        if not self._has_set_out:
+            v["set_out_NE"].copy_(v["last_2NE"][0])
+            self._has_set_out = True
         for sums in (v["applied_2NE"][0], v["writes_2N"][0], v["squares_2N"][1]):
             sums.zero_()
         if self.full is not None:
@@ -156,13 +162,16 @@ class SheetSums:
         across_2NE = applied_2NE - torch.where(length_N1 > 0, along_2N1, 0.0) * held_NE
         across_22N = torch.stack([moved_2NE * across_2NE, across_2NE.square()], 1).sum(-1)
         moved_2N = moved_2NE.square().sum(-1)
+        way_NE = held_NE - v["set_out_NE"] if self._has_set_out else moved_2NE[1]
+        stretch_N1 = (way_NE * held_NE).sum(-1, keepdim=True) / length_N1
+        way_NE = way_NE - torch.where(length_N1 > 0, stretch_N1, 0.0) * held_NE
         copies = [self._compare_copies(begin_NE) for begin_NE in (v["first_NE"], begin_2NE[1])]
         rows: list[Tensor] = []
         for i in (0, 1):
             rows += [row[-n:] for row in (*sums_22N[i], spread_2N[i], *free_22N[i], *across_22N[i])]
             rows += [moved_2N[i], v["writes_2N"][i], *copies[i]]
         squares_N, written_N = v["squares_2N"]
-        own = [row[-n:] for row in (v["writes_2N"][1], moved_2N[1], squares_N)]
+        own = [row[-n:] for row in (v["writes_2N"][1], moved_2N[1], way_NE.square().sum(-1), squares_N)]
         rows += [squares_N, squares_N - v["earlier_N"], *own, written_N, begin_2NE[0].square().sum(-1)]
         rows += [moved_2NE[0].eq(0).sum(-1).float(), v["last_write_N"], v["signature_N"], *v["gradients_2n"]]
         return torch.cat([row[:n] for row in (*rows, *self._compare_with_bf16())])
