@@ -198,9 +198,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._windows += 1
         self._judge.put(self._model.close_window(self.step, *self._attention.close_window()))
         self._silence.listen()
-        for optimizer in self._model.release():
-            self._tap.detach(optimizer)
-            self._discovery.forget(optimizer)
+        self._discovery.let_go(self._model.release())
 
     def _judge_window(self, window: Window | Callable[[], None]) -> None:
         if not isinstance(window, Window):

@@ -261,3 +261,43 @@ def test_an_optimizer_that_is_asked_about_is_not_kept_alive() -> None:
         steps.stop()
     torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1).step()
     assert met == [1, 1]
+
+
+def test_an_optimizer_made_anew_for_every_step_is_said_once_and_neither_heaped_up_nor_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nothing may grow: of those that step the same tensors the latest eight are kept, and one trial serves all."""
+    reports: list[uw.Report] = []
+    model = Net()
+    made: list[weakref.ref[Optimizer]] = []
+    with uw.watch(model, window=16, budget=None, sinks=[reports.append]) as watch:
+        for x in batches(128):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            made.append(weakref.ref(optimizer))
+            optimizer.zero_grad()
+            backward(model, x)
+            optimizer.step()
+            assert len(watch._model.watched) <= 8
+        trials = [key for key in watch._model.found if key[0] == "rule"]
+        del optimizer
+        gc.collect()
+        assert sum(one() is not None for one in made) <= 8
+    assert len(trials) == 3  # of two shapes of matrices, of vectors
+    assert reports[-1].step == 128
+    assert {t.health for t in reports[-1].tensors} == {uw.Health.healthy}
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(told) == 1 and "a new SGD is made for the same tensors again and again" in told[0]
+
+
+def test_two_optimizers_that_step_the_same_tensors_in_turn_stay_watched(caplog: pytest.LogCaptureFixture) -> None:
+    model = Net()
+    pair = [torch.optim.SGD(model.parameters(), lr=0.05), adamw(model.parameters())]
+    with uw.watch(model, window=16, budget=None) as watch:
+        for i, x in enumerate(batches(64)):
+            backward(model, x)
+            pair[i % 2].step()
+            pair[i % 2].zero_grad()
+        report = watch.flush()
+        assert len(watch._model.watched) == 2
+    assert report is not None and {t.health for t in report.tensors} == {uw.Health.healthy}
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]

@@ -272,9 +272,10 @@ _BOOKKEEPING = ("state", "param_groups", "step", "defaults", "_optimizer_", "_ze
 def _kind_of(optimizer: Optimizer) -> Any:
     """Optimizers that are equal in this behave alike, and one trial is enough for all of them.
 
-    One optimizer per parameter (stepped in the backward pass) makes hundreds. What cannot be compared stays apart.
+    One optimizer per parameter (stepped in the backward pass) makes hundreds, one that is made anew for every step as
+    many. What cannot be compared stays apart.
     """
-    if sum(len(group["params"]) for group in optimizer.param_groups) > 1:
+    if optimizer.state and sum(len(group["params"]) for group in optimizer.param_groups) > 1:
         return id(optimizer)
     settings = {k: v for k, v in vars(optimizer).items() if not k.startswith(_BOOKKEEPING)}
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from update_watch.measure.device import joint_reads
 from update_watch.measure.device.streams import StepStreams
 from update_watch.measure.device.turns import turns_of_optimizers
 from update_watch.measure.identity.belonging import Belonging
-from update_watch.measure.identity.names import describe, members_of
+from update_watch.measure.identity.names import members_of
 from update_watch.measure.identity.optimizer_parts import Parts
 from update_watch.measure.ledger.ledger import Ledger
 from update_watch.measure.ledger.sheet import Line, SheetWindow
@@ -30,6 +30,9 @@ from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.window_evidence import Window
 
 _QUIET = 2  # windows without a step, after which an optimizer whose tensors others step is let go of
+REMADE = (
+    8  # optimizers of the same tensors in a row, the older of which are let go of at once: one is made for every step
+)
 Key = tuple[int, int]  # id of an optimizer, part of it
 
 
@@ -112,7 +115,8 @@ class WatchedModel:
     def _share_turns(self) -> None:
         """Let many optimizers take turns, as the tensors of one do."""
         every = self.watched.values()
-        turns, shadowed = turns_of_optimizers(len(every), sum(len(watched.rows) for watched in every))
+        distinct = {watched.ids: len(watched.rows) for watched in every}  # those of the same tensors step one by one
+        turns, shadowed = turns_of_optimizers(len(distinct), sum(distinct.values()))
         for i, watched in enumerate(every):
             watched.turns, watched.is_shadowed = turns, i % shadowed == 0
 
@@ -154,10 +158,23 @@ class WatchedModel:
     def release(self) -> list[Optimizer]:
         """Let go of the optimizers that have not stepped for some windows while others stepped all their tensors."""
         stepped = {key for watched in self.watched.values() if not watched.quiet_windows for key in watched.ids}
-        gone: dict[int, Optimizer] = {}
-        for key, parts in self._parts.items():
-            if all(part.quiet_windows >= _QUIET and part.ids <= stepped for part in parts.all):
-                gone[key] = parts.all[0].optimizer
+        gone = {
+            key: parts.all[0].optimizer
+            for key, parts in self._parts.items()
+            if all(part.quiet_windows >= _QUIET and part.ids <= stepped for part in parts.all)
+        }
+        self._let_go(gone, stepped)
+        return list(gone.values())
+
+    def release_remade(self, optimizer: Optimizer) -> list[Optimizer]:
+        """Let go of all but the latest of many optimizers that step exactly the tensors of this one."""
+        ids = self._parts[id(optimizer)].all[0].ids
+        alike = [parts for parts in self._parts.values() if parts.all[0].ids == ids]
+        gone = [parts.all[0].optimizer for parts in alike[:-_REMADE]]
+        self._let_go(map(id, gone), ids)
+        return gone
+
+    def _let_go(self, gone: Iterable[int], stepped: Set[int]) -> None:
         for key in gone:
             for part in self._parts.pop(key).all:
                 part.accumulation.remove()
@@ -170,7 +187,8 @@ class WatchedModel:
             # its id may be another one's soon
             for known in [k for k in self.found if key in k]:
                 del self.found[known]
-        return list(gone.values())
+        if self._lead not in self.watched:
+            self._lead = next(reversed(self.watched), None)
 
     def stepping(self, optimizer: Optimizer, outside: Sequence[Optimizer] = ()) -> Watched | None:
         """The part of an optimizer that is about to be stepped; None for one that is not watched.
@@ -307,7 +325,7 @@ class WatchedModel:
             ledger = self._ledger.close_window(batch)
             batch.send()
         self._plan_ledger()
-        others += self._unheld({id(row.param) for row in rows}, steps)
+        others += self._belonging.unheld({id(row.param) for row in rows}, steps)
         order = self._belonging.named.order()
         return Window(
             step,
@@ -328,21 +346,6 @@ class WatchedModel:
 
     def silent_window(self, reason: str, ledger: tuple[SheetWindow, ...]) -> Window:
         """A window without a step. `reason`: what is said of its tensors."""
-        tensors = tuple(
-            TensorEvidence(**describe(line.tensor, line.names), reason=reason, optimizer_group="0/0")
-            for line in self.lines()
+        return Window(
+            self.step, 0, (), self._belonging.unstepped(reason), self._belonging.named.order(), None, ledger=ledger
         )
-        return Window(self.step, 0, (), tensors, self._belonging.named.order(), None, ledger=ledger)
-
-    def _unheld(self, held: set[int], steps: int) -> list[TensorEvidence]:
-        """The model's tensors that no optimizer holds, and whose masters are not known."""
-        return [
-            TensorEvidence(
-                **describe(tensor, self._belonging.names[id(tensor)]),
-                steps=steps,
-                reason=reason,
-                optimizer_group="0/0" if reason else "",
-                note=note,
-            )
-            for tensor, reason, note in self._belonging.unheld(held)
-        ]

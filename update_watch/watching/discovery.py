@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from torch.optim import Optimizer
 
@@ -24,6 +24,7 @@ class Discovery:
     def __init__(self, model: WatchedModel, tap: StepTap, attach: Attach) -> None:
         self._model, self._tap, self._attach = model, tap, attach
         self._steps = ProcessSteps(self._meet)
+        self._has_told_remade = False
         self._strangers: dict[
             str, int
         ] = {}  # class of an optimizer that does not step the model -> how many tensors it does
@@ -41,13 +42,33 @@ class Discovery:
                     self._attach(optimizer, outside)
                     count = sum(len(group["params"]) for group in optimizer.param_groups)
                     text = "update-watch: %s with %d tensors is watched from step %d on"
-                    logger.info(text, type(optimizer).__name__, count, self._model.step + 1)
+                    level = logging.DEBUG if self._is_crowded(optimizer) else logging.INFO
+                    logger.log(level, text, type(optimizer).__name__, count, self._model.step + 1)
         except Exception as error:  # it costs this optimizer, not the watch
             logger.warning("update-watch: %s cannot be watched: %r", type(optimizer).__name__, error, exc_info=error)
             return False
         if is_ours is False:
             self._strangers[type(optimizer).__name__] = sum(len(group["params"]) for group in optimizer.param_groups)
         return is_ours
+
+    def _is_crowded(self, optimizer: Optimizer) -> bool:
+        """Whether optimizers of the same tensors come one after the other; only the latest of them are kept."""
+        remade = self._model.release_remade(optimizer)
+        self.let_go(remade)
+        if remade and not self._has_told_remade:
+            self._has_told_remade = True
+            logger.warning(
+                "update-watch: a new %s is made for the same tensors again and again: its momentum and moments begin anew"
+                " each time; make it once, before the loop",
+                type(optimizer).__name__,
+            )
+        return bool(remade)
+
+    def let_go(self, optimizers: Iterable[Optimizer]) -> None:
+        """Take the hooks from those that are no longer watched, and ask about them again when they step."""
+        for optimizer in optimizers:
+            self._tap.detach(optimizer)
+            self.forget(optimizer)
 
     def strangers(self) -> str:
         """What is said of the optimizers that were met and step other tensors than the model's."""

@@ -108,7 +108,14 @@ OVERWRITTEN: dict[str, tuple[Callable[[Net], Between], int]] = {
     "grid": (on_a_grid, 3),
 }
 # the ledger knows nothing of rules: by default each way of throwing away is met with one of them, the first two with both
-SELDOM = ("average, 4-sgd", "average, 7-adamw", "every window-adamw", "every 24-sgd", "average, every window-sgd", "grid-adamw")
+SELDOM = (
+    "average, 4-sgd",
+    "average, 7-adamw",
+    "every window-adamw",
+    "every 24-sgd",
+    "average, every window-sgd",
+    "grid-adamw",
+)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch.evidence import TensorEvidence
 from update_watch.measure.identity import masters, owners
-from update_watch.measure.identity.names import NamedModel, members_of
+from update_watch.measure.identity.names import NamedModel, describe, members_of
 from update_watch.measure.identity.partitions import Piece, wrappers
 
 _LEAST_STEPS = 6  # of an optimizer whose tensors got no gradient, before that means something
@@ -130,10 +131,22 @@ class Belonging:
         """The model's tensors that no optimizer steps itself."""
         return [(name, tensor) for name, tensor in self.named.pairs if id(tensor) not in stepped]
 
-    def unheld(self, held: set[int]) -> list[tuple[Tensor, str, str]]:
-        """The model's tensors of which nothing that is held stands: with why that is unknown, and how it came about."""
-        return [
-            (tensor, self._instead.get(id(tensor), ""), self._notes.get(id(tensor), ""))
-            for tensor in self.named.tensors()
-            if id(tensor) not in held and self._instead.get(id(tensor)) != ""
-        ]
+    def unheld(self, held: set[int], steps: int) -> list[TensorEvidence]:
+        """The model's tensors that no optimizer holds, and whose masters are not known: with why, and how it came about."""
+        found = []
+        for tensor in self.named.tensors():
+            reason = self._instead.get(id(tensor))
+            if id(tensor) not in held and reason != "":
+                facts = describe(tensor, self.names[id(tensor)])
+                group, note = "0/0" if reason else "", self._notes.get(id(tensor), "")
+                evidence = TensorEvidence(**facts, steps=steps, reason=reason or "", optimizer_group=group, note=note)
+                found.append(evidence)
+        return found
+
+    def unstepped(self, reason: str) -> tuple[TensorEvidence, ...]:
+        """All of the model's tensors, of which the same is said."""
+        found = []
+        for tensor in self.named.tensors():
+            facts = describe(tensor, self.names[id(tensor)])
+            found.append(TensorEvidence(**facts, reason=reason, optimizer_group="0/0"))
+        return tuple(found)
