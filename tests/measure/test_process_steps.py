@@ -272,7 +272,7 @@ def test_an_optimizer_made_anew_for_every_step_is_said_once_and_neither_heaped_u
     made: list[weakref.ref[Optimizer]] = []
     with uw.watch(model, window=16, budget=None, sinks=[reports.append]) as watch:
         for x in batches(128):
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            optimizer = adamw(model.parameters())
             made.append(weakref.ref(optimizer))
             optimizer.zero_grad()
             backward(model, x)
@@ -284,9 +284,11 @@ def test_an_optimizer_made_anew_for_every_step_is_said_once_and_neither_heaped_u
         assert sum(one() is not None for one in made) <= 8
     assert len(trials) == 3  # of two shapes of matrices, of vectors
     assert reports[-1].step == 128
-    assert {t.health for t in reports[-1].tensors} == {uw.Health.healthy}
+    # one step of a window is known
+    doubtful = [t for t in reports[-1].tensors if t.health is not uw.Health.healthy]
+    assert len(doubtful) < len(reports[-1].tensors) and all("a standard error of" in t.advice for t in doubtful)
     told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(told) == 1 and "a new SGD is made for the same tensors again and again" in told[0]
+    assert len(told) == 1 and "a new AdamW is made for the same tensors again and again" in told[0]
 
 
 def test_two_optimizers_that_step_the_same_tensors_in_turn_stay_watched(caplog: pytest.LogCaptureFixture) -> None:

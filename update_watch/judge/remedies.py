@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from update_watch.cures import BETAS, Cure, cures_for, switch
@@ -55,7 +56,8 @@ def remedy(
         beta = f", or use a beta of at most {1 - floor:.4g} (+0 B)" if floor is not None and has_beta else ""
         return f"keep the optimizer state in FP32 (+{size(cost_of(Cure.fp32_states, mine))}){beta}"
     if cause is Cause.average_rounding:
-        return f"keep the averaged model in FP32 (+{size(cost_of(Cure.fp32_average, mine))})"
+        copies = [dataclasses.replace(t, dtype=t.accumulators[part].dtype) for t in mine if part in t.accumulators]
+        return f"keep the averaged model in FP32 (+{size(cost_of(Cure.fp32_average, copies or mine))})"
     return _cure_of(advice)
 
 

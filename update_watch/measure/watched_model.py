@@ -30,9 +30,7 @@ from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.window_evidence import Window
 
 _QUIET = 2  # windows without a step, after which an optimizer whose tensors others step is let go of
-REMADE = (
-    8  # optimizers of the same tensors in a row, the older of which are let go of at once: one is made for every step
-)
+_REMADE = 8  # optimizers of the same tensors, one after the other, of which older ones are let go of at once
 Key = tuple[int, int]  # id of an optimizer, part of it
 
 

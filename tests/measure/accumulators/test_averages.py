@@ -56,6 +56,25 @@ def test_its_fp32_twin_is_healthy_and_arrives_whole() -> None:
     assert all(a.efficiency == pytest.approx(1.0, abs=0.002) for a in _of(report))
 
 
+@pytest.mark.parametrize(("dtype", "rate", "is_lost"), [(torch.bfloat16, 1e-6, True), (torch.float32, 1e-6, False)])
+def test_an_average_that_is_written_and_of_which_no_bit_moves_is_stalled_whatever_its_decay(
+    dtype: torch.dtype, rate: float, is_lost: bool
+) -> None:
+    def copied(model: Any) -> Any:
+        average = copy.deepcopy(model).to(dtype)
+        return average, average  # without its decay
+
+    def seldom(average: Any, model: Any, step: int) -> None:
+        if step % 7 == 0:
+            for a, w in zip(average.parameters(), model.parameters(), strict=True):
+                a.lerp_(w.to(a.dtype), rate)
+
+    found = _of(_train(torch.float32, copied, seldom))
+    assert {(a.health, a.cause) for a in found} == (
+        {(uw.Health.stalled, uw.Cause.average_rounding)} if is_lost else {(uw.Health.healthy, None)}
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_copy_that_the_first_update_makes_does_not_count(dtype: torch.dtype) -> None:
     """The first window holds it: 1 / (1 - decay) times what an average would have moved by."""
@@ -79,7 +98,9 @@ def test_a_plain_copy_without_a_decay_is_unknown_and_says_what_to_give() -> None
         average = copy.deepcopy(model)
         return average, average
 
-    for accumulator in _of(_train(torch.bfloat16, given, _lerp)):
+    found = [a for a in _of(_train(torch.bfloat16, given, _lerp)) if a.cause is None]  # some bits of these have moved
+    assert found
+    for accumulator in found:
         assert accumulator.health is uw.Health.unknown
         assert "averages={'ema': (model, decay)}" in accumulator.advice
 

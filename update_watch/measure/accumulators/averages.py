@@ -36,6 +36,8 @@ _CHUNK = 12  # tensors looked at together
 _SUMS = 9  # dot, want, wanted, lost, looks, rounded looks, moved, gap^2 of all looks, moved over the window
 _RESOLVED = 8.0  # half gaps from which on a movement tells its own rate
 _ENOUGH = 8  # resolved elements for that
+_WRITES = 2  # in a window, that moved nothing, from which on they are taken for updates that are lost
+_HALVES = frozenset(str(dtype).removeprefix("torch.") for dtype in formats.HALVES)
 _LONGEST_PAUSE = 3  # looks between a chunk that was measured and the next
 
 
@@ -340,6 +342,10 @@ def read(window: AverageWindow | UnreadWindow) -> dict[str, AccumulatorEvidence]
             numbers = Numbers(
                 efficiency=dot / want, wanted_fraction=wanted / (size * looks), lost_fraction=lost / wanted
             )
+        elif window.updates >= _WRITES and gaps > 0 and not (moved or has_moved) and dtype in _HALVES:
+            numbers = Numbers(
+                efficiency=0.0, lost_fraction=1.0
+            )  # whatever its decay: it was written, and no bit of it moved
         elif is_updated and gaps > 0 and window.rate is None:
             reason = f"its decay is not known; give it: averages={{{window.label!r}: (model, decay)}}"
         elif is_updated and not (window.updates or moved):
