@@ -29,10 +29,18 @@ def requires_grad_off(seen: Seen) -> Advice:
     )
 
 
+_LEFT_BEHIND = "no optimizer holds it: "
+
+
+def is_left_behind(advice: str) -> bool:
+    """Whether what was said of a tensor is that an optimizer was to hold it and holds what it once was."""
+    return advice.lower().startswith(_LEFT_BEHIND)
+
+
 def not_in_optimizer(seen: Seen) -> Advice:
     if seen.reason:
         return Advice(
-            f"no optimizer holds it: {seen.reason}",
+            f"{_LEFT_BEHIND}{seen.reason}",
             "make the optimizer after the model is wrapped or changed, or give it the new tensor (add_param_group)",
         )
     if seen.moved:

@@ -212,10 +212,10 @@ class WatchedModel:
         """At the end of a window: what has left the model since a step, and which copies are no masters."""
         for key in self._belonging.supposed():
             parts = self._parts[key].all
-            steps, count = max(part.window_steps for part in parts), sum(len(part.ids) for part in parts)
-            if self._belonging.doubt(key, steps, any(part.is_fed() for part in parts), count):
-                for part in parts:
-                    part.exclude(part.ids)
+            ids, fed = (set().union(*found) for found in ((p.ids for p in parts), (p.fed() for p in parts)))
+            doubtful = self._belonging.doubt(key, max(part.window_steps for part in parts), ids, fed)
+            for part in parts if doubtful else ():
+                part.exclude(part.ids & doubtful)
         gone = self._belonging.refresh(step, self._stepped())
         if gone:
             for watched in self.watched.values():

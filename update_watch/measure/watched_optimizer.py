@@ -145,10 +145,14 @@ class Watched:
             self.shadow = Shadow(self.optimizer, self._twin, self._rng, self.found)
         return True
 
-    def is_fed(self) -> bool:
-        """Whether any of its tensors had a gradient in this window."""
-        looks = [gradless < cohort.steps for cohort in self.cohorts for gradless in cohort.gradless_steps]
-        return any(looks) or any(row.param.grad is not None for row in self.rows)
+    def fed(self) -> set[int]:
+        """Ids of its tensors that had a gradient in this window."""
+        found = {id(row.param) for row in self.rows if row.param.grad is not None}
+        for cohort in self.cohorts:
+            for row, gradless in zip(cohort.rows, cohort.gradless_steps, strict=True):
+                if gradless < cohort.steps:
+                    found.add(id(row.param))
+        return found
 
     def read_counters(self) -> None:
         """Learn which parameters are at the same step. Reads device values: not for use inside a step."""

@@ -148,3 +148,39 @@ def test_ones_alone_do_not_make_an_optimizer_that_of_the_model() -> None:
     found = find_in(model, list(other.parameters()))
     assert found.names == {}
     assert found.instead and all(found.instead.values())
+
+
+def _beside_the_models_own(is_fed: bool, caplog: pytest.LogCaptureFixture) -> tuple[uw.Report, list[str]]:
+    """Of a matrix the optimizer steps another tensor of the same values, of all others the model's own."""
+    model = Net()
+    old = model.leave.weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model.leave.weight = nn.Parameter(old.detach().clone())  # as parametrisations and wrappers do
+    with uw.watch(model, optimizer, window=16) as watch:
+        for x in batches(32):
+            optimizer.zero_grad()
+            model.zero_grad()
+            backward(model, x)
+            if is_fed:
+                old.grad = model.leave.weight.grad
+            optimizer.step()
+            if is_fed:
+                model.leave.weight.data.copy_(old.detach())
+        report = watch.flush()
+    assert report is not None
+    return report, [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
+
+
+def test_what_a_parameter_once_was_is_no_master_of_it_though_the_optimizer_steps_others_of_the_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    report, told = _beside_the_models_own(False, caplog)
+    found = {t.name: (t.health, t.cause) for t in report.tensors}
+    assert found.pop("leave.weight") == (uw.Health.idle, uw.Cause.not_in_optimizer)
+    assert set(found.values()) == {(uw.Health.healthy, None)}
+    assert len(told) == 1 and "leave.weight" in told[0] and "another tensor of the same values" in told[0]
+
+
+def test_a_master_beside_tensors_of_the_model_stays_one_where_it_is_fed(caplog: pytest.LogCaptureFixture) -> None:
+    report, told = _beside_the_models_own(True, caplog)
+    assert {t.health for t in report.tensors} == {uw.Health.healthy} and not told

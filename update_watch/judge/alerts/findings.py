@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from update_watch.judge.accumulators import alert_level
+from update_watch.judge.rest_sentences import is_left_behind
 from update_watch.judge.run_summary import (
     is_measurable,
     is_moving_unasked,
@@ -63,6 +64,8 @@ def find(report: Report) -> Findings:
                 _add(bad, Finding(tensor.name, tensor, "", level, tensor.health, tensor.cause, tensor.advice))
         elif tensor.health is Health.idle and tensor.cause in _IDLE_CAUSES:
             _add(bad, Finding(tensor.name, tensor, "", Level.info, tensor.health, tensor.cause, tensor.advice))
+        elif tensor.cause is Cause.not_in_optimizer and is_left_behind(tensor.advice):  # others are left out on purpose
+            _add(bad, Finding(tensor.name, tensor, "", Level.warn, tensor.health, tensor.cause, tensor.advice))
         elif tensor.health is Health.healthy:
             well.add(tensor.name)
         # at the start of a run that is how weights are loaded; later it is told once, and never over
@@ -87,6 +90,7 @@ def find(report: Report) -> Findings:
                     ),
                 )
     if is_training_nothing(report.tensors):
+        bad.pop(f"{Cause.not_in_optimizer}", None)  # the same, said of the run
         bad[NOTHING_TRAINS] = [
             Finding(t.name, t, "", Level.error, t.health, t.cause, t.advice) for t in report.tensors if t.trainable
         ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Sequence, Set
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,6 +17,14 @@ _LEAST_STEPS = 6  # of an optimizer whose tensors got no gradient, before that m
 _ASKED = 3  # steps of an optimizer in which the gradients of copies may still tell whose they are
 
 
+class _Supposed(NamedTuple):
+    """What an optimizer steps that looks like masters."""
+
+    pairs: list[tuple[Tensor, Tensor]]  # copy, and what it is a copy of
+    maybe: list[Tensor]  # others of the model's that they may hold
+    is_foreign: bool  # nothing it steps is the model's own
+
+
 class Belonging:
     """What is known of the model's tensors and of those that stand for them."""
 
@@ -28,8 +36,7 @@ class Belonging:
         self.masters: dict[int, Tensor] = {}  # id of a parameter -> the tensor of its shape that is stepped instead
         self._instead: dict[int, str] = {}  # id of a parameter that no optimizer holds -> what is said of it
         self._notes: dict[int, str] = {}  # id of a parameter that no optimizer holds -> how that came about
-        # id of an optimizer that steps none of the model's tensors -> supposed masters, parameters they may be of
-        self._supposed: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self._supposed: dict[int, _Supposed] = {}  # by id of an optimizer
         self._unsure: dict[int, int] = {}  # id of an optimizer -> how often it could not be told whether it is ours
 
     # --- optimizers ------------------------------------------------------------------------------
@@ -71,9 +78,13 @@ class Belonging:
             if reason == "" or self._instead.get(param_id) != "":
                 self._instead[param_id] = reason
         self.masters.update({id(param): master for master, param in found.pairs})
-        if not found.pieces and known.isdisjoint(map(id, members)):
-            supposed = [tensor for tensor in self.named.tensors() if id(tensor) in found.instead]
-            self._supposed[id(optimizer)] = [master for master, _ in found.pairs], supposed
+        if found.pieces:
+            return
+        if known.isdisjoint(map(id, members)):
+            maybe = [tensor for tensor in self.named.tensors() if id(tensor) in found.instead]
+            self._supposed[id(optimizer)] = _Supposed(found.pairs, maybe, is_foreign=True)
+        elif found.pairs:
+            self._supposed[id(optimizer)] = _Supposed(found.pairs, [], is_foreign=False)
 
     def disown(self, optimizer_id: int) -> None:
         """An optimizer is watched no more: its masters' parameters are free."""
@@ -89,26 +100,32 @@ class Belonging:
                 self._instead.pop(param_id, None)
 
     def supposed(self) -> list[int]:
-        """Ids of the optimizers that step copies of the model's tensors, or what may be such, and nothing else of it."""
+        """Ids of the optimizers that step copies of the model's tensors, or what may be such."""
         return list(self._supposed)
 
-    def doubt(self, optimizer_id: int, steps: int, is_fed: bool, count: int) -> bool:
-        """Copies that had no gradient in a whole window are no masters. Whether that is so of this optimizer's."""
+    def doubt(self, optimizer_id: int, steps: int, ids: Set[int], fed: Set[int]) -> Set[int]:
+        """Copies that had no gradient in a whole window are no masters. Ids of those among the tensors of this optimizer.
+
+        `ids`: of its tensors; `fed`: of those that had one. Where it steps nothing else of the model, one that is fed
+        speaks for all: the others may be of parameters that are not used.
+        """
         if steps < _LEAST_STEPS:
-            return False
-        copies, params = self._supposed.pop(optimizer_id)
-        if is_fed:
-            return False
-        for master in copies:
+            return frozenset()
+        pairs, maybe, is_foreign = self._supposed.pop(optimizer_id)
+        if is_foreign:
+            if fed:
+                return frozenset()
+            note = f"its optimizer steps {len(ids)} tensors that are not the model's and that get no gradient, as when it was"
+        else:
+            pairs = [(master, param) for master, param in pairs if id(master) not in fed and param.grad is not None]
+            note = "its optimizer steps another tensor of the same values, which gets no gradient, as when it was"
+        for master, _ in pairs:
             self.names.pop(id(master), None)
-        for param in params:
+        for param in {id(param): param for param in (*maybe, *(param for _, param in pairs))}.values():
             self._instead.pop(id(param), None)
             self.masters.pop(id(param), None)
-            self._notes[id(param)] = (
-                f"its optimizer steps {count} tensors that are not the model's and that get no gradient, as when it was"
-                " made before the model was wrapped or moved"
-            )
-        return True
+            self._notes[id(param)] = f"{note} made before the model was wrapped or moved"
+        return ids if is_foreign else {id(master) for master, _ in pairs}
 
     def covered_by(self, ids: frozenset[int]) -> frozenset[int]:
         """What an optimizer that steps these tensors answers for: them, and the parameters they are masters of."""
