@@ -280,16 +280,10 @@ class _Chunk:
         if self._first is not None:
             self._sums[8].add_(self._gather(self._averages()).ne(self._first).any(-1).float())
         rate = self._rate_now() if self._counter is not None else self.rate
-        window = AverageWindow(
-            self.label,
-            tuple(p.source.name for p in self.pairs),
-            tuple(str(p.dtype).removeprefix("torch.") for p in self.pairs),
-            tuple(s.size for s in self._samplers),
-            rate,
-            batch.add(self._sums.reshape(-1).clone()),
-            self._updates,
-            self._counts,
-        )
+        names = tuple(p.source.name for p in self.pairs)
+        dtypes = tuple(str(p.dtype).removeprefix("torch.") for p in self.pairs)
+        sizes, sums = tuple(s.size for s in self._samplers), batch.add(self._sums.reshape(-1).clone())
+        window = AverageWindow(self.label, names, dtypes, sizes, rate, sums, self._updates, self._counts)
         self._sums.zero_()
         self._updates = 0
         if not is_open:
@@ -343,9 +337,7 @@ def read(window: AverageWindow | UnreadWindow) -> dict[str, AccumulatorEvidence]
                 efficiency=dot / want, wanted_fraction=wanted / (size * looks), lost_fraction=lost / wanted
             )
         elif window.updates >= _WRITES and gaps > 0 and not (moved or has_moved) and dtype in _HALVES:
-            numbers = Numbers(
-                efficiency=0.0, lost_fraction=1.0
-            )  # whatever its decay: it was written, and no bit of it moved
+            numbers = Numbers(efficiency=0.0, lost_fraction=1.0)  # whatever its decay
         elif is_updated and gaps > 0 and window.rate is None:
             reason = f"its decay is not known; give it: averages={{{window.label!r}: (model, decay)}}"
         elif is_updated and not (window.updates or moved):
