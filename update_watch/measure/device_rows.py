@@ -32,8 +32,9 @@ from update_watch.replay.twin import Twin
 
 _AT_MOST, _AT_LEAST = 8, 4  # steps that are added together,
 _HELD = 1 / 300  # or as many as take so much of the weights' bytes,
-# or so many samples: on a CPU more at once are no faster; on a GPU they would take memory, 0.2 KB each in the step
-_ENOUGH, _ENOUGH_ON_GPU = 2**16, 2**19
+# or so many samples: on a CPU more at once are no faster; on a GPU they would take memory in the step, 0.2 KB each by torch's
+# operators, 0.07 by the kernel
+_ENOUGH, _ENOUGH_ON_GPU, _ENOUGH_FOR_KERNEL = 2**16, 2**19, 2**20
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 
 Measured = tuple[Cohort, Snapshot]
@@ -82,7 +83,7 @@ class DeviceRows:
         self._kind = kernel_sums.Kind(len(gathers[0].states), samples, cells, gathers[0].dtype, *kinds)
         self._way = DeviceSums
         if kernel_sums.is_right(self.device, self._kind):
-            self._way = kernel_sums.KernelSums
+            self._way, self._enough = kernel_sums.KernelSums, _ENOUGH_FOR_KERNEL
             kernel_sheet_sums.check(self.device)
         self.sums = self._no_sums()
         self._now: tuple[Tensor, Tensor, Tensor] | None = None  # the step that is running, where it cannot wait
@@ -229,7 +230,10 @@ class DeviceRows:
             if cohort.steps
         ]
         kept_weights_nJ = _together(known) if known else None
-        return functools.partial(packed, self.sums, self.parts, stored_nK, kept_weights_nJ, _joined_runs(scaled))
+        given = self.parts, stored_nK, kept_weights_nJ, _joined_runs(scaled)
+        if isinstance(self.sums, kernel_sums.KernelSums):
+            return functools.partial(self.sums.packed, *given)
+        return functools.partial(packed, self.sums, *given)
 
     def open_window(self) -> None:
         """Start new sums."""

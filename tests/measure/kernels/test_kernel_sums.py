@@ -19,6 +19,7 @@ from update_watch.measure.sums import kernel_sums
 from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
 from update_watch.measure.sums.kernel_sums import KernelSums, Kind
 from update_watch.measure.sums.layout import GROUPS, PARTS
+from update_watch.measure.sums.packing import Reach, packed
 
 CPU = torch.device("cpu")
 STATES, N, K = 2, 3, 18
@@ -75,7 +76,12 @@ def added(
             whole_R1 = torch.cat([whole_n1[slot.rows] for slot in slots])
         given = before_ARK, intended_ARK, after_RK, states_SRK, gradient_RK, mask_RK, weights_R2J
         sums.add(*given, slots, looks, slots[:2], whole_R1)
-    found = [sums.vector, sums.way_G2nK, sums.state_way_2SnK]
+    stored_nK = noise(N, sums.kept, seed=40).bfloat16().float()
+    kept_weights_nJ = 1 / (1 + noise(N, kind.cells, seed=41).abs()) if kind.cells else None
+    reaches = [Reach(slice(0, 1), BF16, 2.0), Reach(slice(1, 2), ALL[1], 1.5)]  # the third one was not measured
+    window = PARTS, stored_nK if masked else None, kept_weights_nJ, reaches
+    vector = sums.packed(*window) if isinstance(sums, KernelSums) else packed(sums, *window)
+    found = [vector, sums.way_G2nK, sums.state_way_2SnK]
     return found if sums.elements_2nK is None else [*found, sums.elements_2nK]
 
 
@@ -115,15 +121,21 @@ def test_counts_and_places_of_the_histogram_are_the_same_to_the_last() -> None:
     assert torch.equal(found[0].ne(0), wanted[0].ne(0))
 
 
-def test_a_kernel_that_adds_otherwise_is_not_used_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = KINDS["no-states-no-way"]
+@pytest.mark.parametrize(
+    ("kernel", "at"), [("add_steps", 10), pytest.param("pack_window", 8, marks=pytest.mark.slow)]
+)  # its parts, its cells
+def test_a_kernel_that_adds_otherwise_is_not_used_and_that_is_said_once(
+    kernel: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = KINDS["both-in-fp64"]
     monkeypatch.setattr(kernel_sums, "_works", {})
     assert kernel_sums.is_right(CPU, kind) and kernel_sums._works == {CPU: True}
     run = kernel_sums.launch
 
-    def wrong(grid: Any, given: Any, compiled_for: Any) -> None:
-        run(grid, given, compiled_for)
-        given[10].mul_(1.0001)  # the parts
+    def wrong(name: str, grid: Any, given: Any, compiled_for: Any) -> None:
+        run(name, grid, given, compiled_for)
+        if name == kernel:
+            given[at].mul_(1.0001)
 
     monkeypatch.setattr(kernel_sums, "launch", wrong)
     monkeypatch.setattr(kernel_sums, "_works", {})

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from update_watch.measure.transfer import Batch, Part
 from update_watch.replay.rule import Kind
 from update_watch.replay.twin import GroupSettings, Run, Twin
 
+_T = TypeVar("_T")
 _SAMPLES = 64
 _COMPARE_EVERY = 16  # steps
 
@@ -63,8 +65,11 @@ def is_element(row: Row, name: str) -> bool:
 class _Part:
     """What is replayed as one parameter, in views of the copy's buffers. `state` holds scalars as well."""
 
-    def __init__(self, group: int, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+    def __init__(
+        self, group: int, param: Tensor, grad: Tensor, state: dict[str, Any], of: Callable[[Tensor], Tensor]
+    ) -> None:
         self.group, self.param, self.grad, self.state = group, param, grad, state
+        self.of = of  # its part of a buffer [n, 2, K]
 
 
 class _Span(NamedTuple):
@@ -78,7 +83,7 @@ class _Span(NamedTuple):
 class _Step(NamedTuple):
     """A step that is still to be replayed: many in a row cost less than each on its own."""
 
-    held_AnK: Tensor  # gradients and, where they are needed, weights
+    held_AnhK: Tensor  # gradients and, where they are needed, weights: once, or for both halves
     spans: list[_Span]  # with gradients
     settings: GroupSettings | None  # of the groups; None: as they are when it is replayed, at once
 
@@ -130,10 +135,10 @@ class FullStates:
         compare = self.steps % _COMPARE_EVERY == 0
         grads = [row.param if row.param.grad is None else row.param.grad for row in self.rows]  # of idle ones: anything
         weights = [row.param for row in self.rows] if compare or self._needs_weight else []
-        held_AnK = self._gather([s.view(local(t)) for s, t in zip(self._samplers * 2, grads + weights, strict=False)])
+        held_AnhK = self._gather([s.view(local(t)) for s, t in zip(self._samplers * 2, grads + weights, strict=False)])
         spans = [span for span in self._spans if live[span.start]]
         can_wait = self._twin.can_wait and not self._is_scaled()
-        self._waiting.append(_Step(held_AnK, spans, self._twin.settings(self._groups) if can_wait else None))
+        self._waiting.append(_Step(held_AnhK, spans, self._twin.settings(self._groups) if can_wait else None))
         if compare or not can_wait:
             self._replay(compare)
 
@@ -148,7 +153,7 @@ class FullStates:
         if compared is not None:
             self._take_states()
             self._run([part for span in compared.spans for part in span.parts], [compared])
-            self._add(compared.held_AnK[1])
+            self._add(compared.held_AnhK[1, :, :1])
 
     def _run(self, parts: list[_Part], steps: list[_Step]) -> None:
         if not parts:
@@ -172,15 +177,23 @@ class FullStates:
 
     def _fill(self, step: _Step) -> GroupSettings:
         """Gradients and weights of a step into the buffers."""
-        self._values_2n2K[: len(step.held_AnK)].copy_(step.held_AnK.unsqueeze(2))
+        if self._multi is None:
+            self._values_2n2K[: len(step.held_AnhK)].copy_(step.held_AnhK)
+            return step.settings or {}
+        # read for both halves: where a gradient lies is changed, which is no launch
+        for span in self._spans:
+            for part in span.parts:
+                part.grad.data = part.of(step.held_AnhK[0])
+        if len(step.held_AnhK) > 1:
+            self._values_2n2K[1].copy_(step.held_AnhK[1])
         return step.settings or {}
 
     def _is_scaled(self) -> bool:
         # in a GradScaler's fused step the optimizer has attributes that the rule reads
         return hasattr(self._optimizer, "found_inf")
 
-    def _add(self, before_nK: Tensor) -> None:
-        moved_n2K = self._values_2n2K[1] - before_nK.unsqueeze(1)
+    def _add(self, before_n1K: Tensor) -> None:
+        moved_n2K = self._values_2n2K[1] - before_n1K
         products_n2K = moved_n2K * moved_n2K[:, 1:]
         if self._mask_n1K is not None:
             products_n2K.mul_(self._mask_n1K)
@@ -188,9 +201,9 @@ class FullStates:
 
     def _take_states(self) -> None:
         """Start the half of the stored states from them."""
-        stored_SnK = self._gather([view for name in self._names for view in self._views(name)])
+        stored_SnhK = self._gather([view for name in self._names for view in self._views(name)])
         joint_reads.launch()
-        self._states_Sn2K[:, :, 0].copy_(stored_SnK)
+        self._states_Sn2K[:, :, 0].copy_(stored_SnhK[:, :, 0])
         if self._carrier:  # an FP32 weight has no remainder that would have to be added to the update
             self._states_Sn2K[self._names.index(self._carrier), :, 0].zero_()
         if self._is_split:
@@ -251,7 +264,7 @@ class FullStates:
 
         state = {name: view(self._states_Sn2K[k]) for k, name in enumerate(self._names)}
         grads_n2K, weights_n2K = self._values_2n2K
-        return _Part(row.group, view(weights_n2K), view(grads_n2K), {**state, **scalars})
+        return _Part(row.group, view(weights_n2K), view(grads_n2K), {**state, **scalars}, view)
 
     def _drop_idle(self, live: list[bool]) -> None:
         """Let go of rows whose gradient is None where that of like rows is not: they have histories of their own now."""
@@ -282,21 +295,28 @@ class FullStates:
         return [s.view(local(stored[row.param][name])) for s, row in zip(self._samplers, self.rows, strict=True)]
 
     def _one_launch(self) -> MultiGather:
-        """Reads views as they are: positions from the first element on."""
-        numels = [s.size if s.is_whole else _SAMPLES + 1 for s in self._samplers]
-        positions = [None if s.positions is None else s.positions._replace(room=1) for s in self._samplers]
-        views = [s.view(local(row.param)) for s, row in zip(self._samplers, self.rows, strict=True)]
+        """Reads views as they are, positions from the first element on; each for both halves, as in `_buffer`."""
+        samplers = self._twice(self._samplers)
+        numels = [s.size if s.is_whole else _SAMPLES + 1 for s in samplers]
+        positions = [None if s.positions is None else s.positions._replace(room=1) for s in samplers]
+        views = self._twice([s.view(local(row.param)) for s, row in zip(self._samplers, self.rows, strict=True)])
 
         def read(i: int, view: Tensor) -> Tensor:
-            return pack_views([view], self._samplers[i : i + 1])[0]
+            return pack_views([view], samplers[i : i + 1])[0]
 
         return MultiGather(numels, positions, [view.stride() for view in views], _SAMPLES, self._device, read)
 
+    def _twice(self, items: list[_T]) -> list[_T]:
+        return items * 2 if self._is_split else [item for item in items for _ in (0, 1)]
+
     def _gather(self, views: list[Tensor]) -> Tensor:
+        """[arrays, n, h, K]: of each array a view of every row; h is 1, or 2 of the same."""
         n = len(self.rows)
-        if self._multi is not None:
-            return self._multi(views, (0, 0), fresh=len(views)).view(-1, n, _SAMPLES)
-        return pack_views(views, self._samplers).view(-1, n, _SAMPLES)
+        if self._multi is None:
+            return pack_views(views, self._samplers).view(-1, n, 1, _SAMPLES)
+        each = [view for first in range(0, len(views), n) for view in self._twice(views[first : first + n])]
+        read = self._multi(each, (0, 0), fresh=len(each))
+        return read.view(-1, 2, n, _SAMPLES).transpose(1, 2) if self._is_split else read.view(-1, n, 2, _SAMPLES)
 
     def _versions(self) -> list[Any]:
         """Identity and number of writes of every state tensor looked at."""

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from update_watch.formats import BF16, FP32
+from update_watch.formats import BF16, FP32, Format
 from update_watch.measure.device import multi_gather
 from update_watch.measure.device.pinned_ring import PinnedRing
 from update_watch.measure.sums.device_sums import THIN, DeviceSums, Look, Slot
 from update_watch.measure.sums.layout import GROUPS, PARTS
+from update_watch.measure.sums.packing import Reach, packed
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 
 logger = logging.getLogger("update_watch")
@@ -150,14 +151,56 @@ class KernelSums(DeviceSums):
         sizes = self.rows, R, full_rows, len(slots), K, cells, cell, self.kept, int(added.mask_RK is not None)
         given = *(tensor.contiguous() for tensor in read), numbers, numbers[steps.size :], *found, *sizes, first, last
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            launch((self.rows, 1 + self.states), given, compiled_for)
+            launch("add_steps", (self.rows, 1 + self.states), given, compiled_for)
+
+    def packed(
+        self, parts: int, stored_nK: Tensor | None, kept_weights_nJ: Tensor | None, reaches: Sequence[Reach]
+    ) -> Tensor:
+        """As `packing.packed`."""
+        if _works.get(self.device, True):
+            try:
+                self._pack(stored_nK, kept_weights_nJ, reaches)
+                return self.vector[: self.layout(parts).spans()["parts_PFn"].stop]
+            except Exception as error:
+                give_up(self.device, error)
+        return packed(self, parts, stored_nK, kept_weights_nJ, reaches)
+
+    def _pack(self, stored_nK: Tensor | None, kept_weights_nJ: Tensor | None, reaches: Sequence[Reach]) -> None:
+        weighted = self.kept if kept_weights_nJ is None else kept_weights_nJ.shape[1]
+        cells = weighted * (1 if kept_weights_nJ is None or self.whole_n1 is None else 2)
+        cell, views, nothing = max(self.kept, 1) // max(cells, 1), self.views, self.vector
+        read = (
+            self.way_G2nK,
+            self.state_way_2SnK,
+            nothing if self.elements_2nK is None else self.elements_2nK,
+            self.way_G2nK if stored_nK is None else stored_nK.contiguous(),
+            self.way_G2nK if kept_weights_nJ is None else kept_weights_nJ.contiguous(),
+            nothing if self.whole_n1 is None else self.whole_n1,
+            _uploaded(_numbers_of_reaches(reaches, self.rows), self.device),
+        )
+        found = (
+            *(self.products_2GGn, views["cells_3n"], views["evidence_n"], views["state_way_2Sn"]),
+            views.get("elements_3n", nothing),
+        )
+        compiled_for = {
+            **{"GROUPS": GROUPS, "STATES": self.states, "THIN": THIN},
+            **{"CELLS": _power(cells), "CELL": _power(cell), "WIDTH": _power(self.samples)},
+            "HAS_WEIGHTS": kept_weights_nJ is not None,
+            "HAS_WHOLE": self.whole_n1 is not None and kept_weights_nJ is not None,
+            "HAS_CLUSTERS": self.elements_2nK is not None,
+            "HAS_WAY": self.kept > 0,
+        }
+        sizes = self.rows, self.samples, self.kept, cells, cell, max(weighted, 1), int(stored_nK is not None)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            launch("pack_window", (self.rows,), (*read, *found, *sizes), compiled_for)
 
 
-def launch(grid: tuple[int, int], given: Sequence[Any], compiled_for: dict[str, Any]) -> None:
-    """Run the kernel."""
-    from update_watch.measure.sums import sums_kernel
+def launch(name: str, grid: tuple[int, ...], given: Sequence[Any], compiled_for: dict[str, Any]) -> None:
+    """Run a kernel."""
+    from update_watch.measure.sums import packing_kernel, sums_kernel
 
-    sums_kernel.add_steps[grid](*given, **compiled_for)
+    kernel = sums_kernel.add_steps if name == "add_steps" else packing_kernel.pack_window
+    kernel[grid](*given, **compiled_for)
 
 
 def _power(count: int) -> int:
@@ -177,10 +220,21 @@ def _numbers_of(slots: Sequence[Slot], full_rows: int) -> Any:
 def _numbers_of_looks(looks: Sequence[Look], first: int, last: int) -> Any:
     found = np.full((_LOOK, last - first), np.nan)
     for rows, fmt, octaves in looks:
-        lowest = max(fmt.min_exponent, -149 + fmt.mantissa_bits + 1, -126)  # as `Format.half_gap` holds it
-        told = octaves, fmt.mantissa_bits, lowest, fmt.mantissa_bits > BF16.mantissa_bits, 4.0**-octaves
+        told = octaves, fmt.mantissa_bits, _lowest(fmt), fmt.mantissa_bits > BF16.mantissa_bits, 4.0**-octaves
         found[:, rows.start - first : rows.stop - first] = np.array(told, dtype=float)[:, None]
     return found.reshape(-1)
+
+
+def _numbers_of_reaches(reaches: Sequence[Reach], rows: int) -> Any:
+    found = np.full((3, rows), np.nan)
+    for of_rows, fmt, scale in reaches:
+        found[:, of_rows] = np.array((fmt.mantissa_bits, _lowest(fmt), scale), dtype=float)[:, None]
+    return found.reshape(-1)
+
+
+def _lowest(fmt: Format) -> int:
+    """The exponent below which gaps stay what they are, as `Format.half_gap` holds it."""
+    return max(fmt.min_exponent, -149 + fmt.mantissa_bits + 1, -126)
 
 
 def _uploaded(values: Any, device: torch.device) -> Tensor:
@@ -222,8 +276,12 @@ def _made_up(way: type[DeviceSums], device: torch.device, kind: Kind, steps: int
     sums = kind.sums(way, n, whole_n1, device)
     given = before_ARK, intended_ARK, after_RK, states_RK, gradient_RK, mask_RK, weights_R2J
     sums.add(*given, slots, looks, slots[:1], None if whole_n1 is None else whole_n1.repeat(2, 1))
+    reaches = [Reach(slice(0, 2), BF16, 1.5), Reach(slice(2, n), FP32, 2.0)][: len(looks)]
+    kept_weights_nJ = None if weights_R2J is None else weights_R2J[:n, 0]
+    window = PARTS, before_ARK[0, :n, : sums.kept].float(), kept_weights_nJ, reaches
+    vector = sums.packed(*window) if isinstance(sums, KernelSums) else packed(sums, *window)
     more = [] if sums.elements_2nK is None else [sums.elements_2nK]
-    return [sums.vector, sums.way_G2nK, sums.state_way_2SnK, *more]
+    return [vector, sums.way_G2nK, sums.state_way_2SnK, *more]
 
 
 def are_close(a: Tensor, b: Tensor) -> bool:
