@@ -17,7 +17,7 @@ from torch import Tensor
 
 from update_watch import formats
 from update_watch.checkpoints.files import CheckpointError, read_optimizer, read_tensors
-from update_watch.checkpoints.stored import Kind, StoredTensors
+from update_watch.checkpoints.stored import StoredTensors
 from update_watch.wording import fixed, listed, number, plural
 
 _SAMPLES = 2**14
@@ -62,8 +62,11 @@ def at_rate(weights: Mapping[str, Tensor], lr: float, optimizer: Mapping[str, An
 def _low(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[torch.dtype, int]]]:
     """Names of those in a low format, with format and number of elements."""
     if isinstance(weights, StoredTensors):
-        kinds = ((name, kind) for name, (_, _, kind) in weights.stored.items())
-        yield from ((name, (kind.dtype, kind.numel)) for name, kind in kinds if kind.numel and _is_low(kind.dtype))
+        names = list(weights)
+        wanted = [(kind.dtype, kind.numel) if kind.numel and _is_low(kind.dtype) else None for kind in weights.kinds]
+        for name, code in zip(names, weights.codes(weights.places(names)).tolist(), strict=True):
+            if (kind := wanted[code]) is not None:
+                yield name, kind
         return
     for name, w in weights.items():
         if w.layout is torch.strided and w.numel() and _is_low(w.dtype):
@@ -89,15 +92,8 @@ def _of_batch(
 
 def _samples(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     """[n, K]"""
-    if isinstance(weights, StoredTensors) and weights.stored[names[0]][2].numel <= _SAMPLES:
-        groups: dict[Kind, list[int]] = {}  # of one size, and maybe of several shapes
-        for i, name in enumerate(names):
-            groups.setdefault(weights.stored[name][2], []).append(i)
-        parts = [(at, weights.rows([names[i] for i in at])) for at in groups.values()]
-        found = torch.empty(len(names), parts[0][1].shape[1], dtype=parts[0][1].dtype)
-        for at, rows in parts:
-            found[at] = rows
-        return found
+    if isinstance(weights, StoredTensors) and weights.kind_of(names[0]).numel <= _SAMPLES:
+        return weights.rows(weights.places(names))  # of one size, and maybe of several shapes
     return torch.stack([_sample(weights[name]) for name in names])
 
 

@@ -107,13 +107,17 @@ class StoredTensors(Mapping[str, Tensor]):
             return np.fromiter(place.values(), np.int64, len(place))
         return np.array([place[name] for name in names], np.int64)
 
+    def kind_of(self, name: str) -> Kind:
+        """Of one tensor."""
+        return self.kinds[self._code[self._place[name]]]
+
     def codes(self, places: IntArray) -> IntArray:
         """The kind of each: its place in `kinds`."""
         found: IntArray = self._code[places]
         return found
 
     def rows(self, places: IntArray) -> Tensor:
-        """Tensors of one kind, a row each: (tensors, elements)."""
+        """Tensors of one format and size, a row each: (tensors, elements)."""
         kind = self.kinds[self._code[places[0]]]
         size = kind.numel * kind.dtype.itemsize
         found = np.empty((len(places), size), dtype=np.uint8)
