@@ -109,7 +109,7 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def kind_of(self, name: str) -> Kind:
         """Of one tensor."""
-        return self.kinds[self._code[self._place[name]]]
+        return self.kinds[int(self._code[self._place[name]])]
 
     def codes(self, places: IntArray) -> IntArray:
         """The kind of each: its place in `kinds`."""
