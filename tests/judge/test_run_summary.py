@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -180,6 +181,13 @@ def test_tensors_that_did_not_begin_together_are_given_the_range_of_their_steps(
     tensors = [stalled_since("a.w", 551), stalled_since("b.w", 1), TensorReport("c.w", Health.healthy)]
     assert headline(tensors).startswith("2 of 3 tensors are stalled since steps 1 to 551 (a.w, b.w): ")
     assert headline(tensors[:1] * 2).startswith("2 of 2 tensors are stalled since step 551: ")
+
+
+@pytest.mark.parametrize(("looks", "said"), [(7, "; looked at 7 of 128 steps."), (8, "."), (None, ".")])
+def test_all_is_well_says_of_how_few_steps_that_is_known(looks: int | None, said: str) -> None:
+    seen = dataclasses.replace(window(healthy("a.w"), healthy("b.w")), observed_steps=looks)
+    found = Diagnosis(Thresholds()).judge(seen)
+    assert found.headline == f"All 2 tensors are healthy (efficiency 0.98){said}"
 
 
 def test_a_printed_report_is_its_step_and_its_headline() -> None:

@@ -85,12 +85,13 @@ class Diagnosis:
         self._last_step = evidence.step
         self._moving = {_owner(tensor) for tensor in evidence.tensors if tensor.moved}
         usual = usual_gradient(evidence)
+        looked = None if evidence.observed_steps is None else (evidence.observed_steps, evidence.window)
         tensors = tuple(self._tensor(tensor, evidence, first_step, usual) for tensor in evidence.tensors)
         return Report(
             step=evidence.step,
             window=evidence.window,
             health=run_health(tensors),
-            headline=headline(tensors, evidence.step, self.trainer),
+            headline=headline(tensors, evidence.step, self.trainer, looked),
             tensors=tensors,
             layers=by_layer(tensors),
             time=evidence.time,

@@ -26,6 +26,7 @@ from update_watch.naming import group_words
 from update_watch.report import SEVERITY, AccumulatorReport, Cause, Health, TensorReport, weighted_mean
 from update_watch.wording import cause_label, fixed, plural
 
+_FEW_LOOKS = 16  # of so many steps less than one was looked at: that all is well says the less
 _PROBABLE = {  # why nothing at all trains: what was seen, what it most often is
     Cause.zero_gradient: (
         "every gradient is exactly 0",
@@ -48,8 +49,10 @@ _PROBABLE = {  # why nothing at all trains: what was seen, what it most often is
 }
 
 
-def headline(tensors: Sequence[TensorReport], step: int = 0, trainer: str = "torch") -> str:
-    """One sentence on the run. `trainer`: in whose words cures are told."""
+def headline(
+    tensors: Sequence[TensorReport], step: int = 0, trainer: str = "torch", looked: tuple[int, int] | None = None
+) -> str:
+    """One sentence on the run. `trainer`: in whose words cures are told; `looked`: at how many of how many steps."""
     if not tensors:
         return "No tensors are watched."
     if is_training_nothing(tensors):
@@ -61,7 +64,7 @@ def headline(tensors: Sequence[TensorReport], step: int = 0, trainer: str = "tor
     findings = _accumulator_findings(tensors)
     lacking = unmeasured(tensors)
     if not groups and not findings:
-        return _calm(tensors)
+        return _calm(tensors, looked)
     ordered = sorted(groups.items(), key=lambda item: (RANK[item[0][0]], -len(item[1])))
     also = [f"{len(members)} {health} ({cause_label(cause)})" for (health, cause), members in ordered[1:]]
     if ordered:
@@ -150,7 +153,7 @@ def _accumulator_findings(tensors: Sequence[TensorReport]) -> list[tuple[str, st
     return found
 
 
-def _calm(tensors: Sequence[TensorReport]) -> str:
+def _calm(tensors: Sequence[TensorReport], looked: tuple[int, int] | None) -> str:
     counts = Counter(t.health for t in tensors)
     efficiency = weighted_mean((t.efficiency, t.numel) for t in tensors if t.health is Health.healthy)
     known = f" (efficiency {fixed(efficiency)})" if efficiency is not None else ""
@@ -162,7 +165,10 @@ def _calm(tensors: Sequence[TensorReport]) -> str:
         for a in t.accumulators.values()
         if a.health is Health.unknown and a.name.startswith("average:")
     )
-    also = f"; {', '.join(f'{name} of {count} not known' for name, count in averages.items())}" if averages else ""
+    more = [", ".join(f"{name} of {count} not known" for name, count in averages.items())] if averages else []
+    if looked is not None and looked[0] * _FEW_LOOKS < looked[1]:  # a budget: what else happened is not known
+        more.append(f"looked at {looked[0]} of {plural(looked[1], 'step')}")
+    also = "".join(f"; {one}" for one in more)
     if not counts and not moving:
         whole = f"All {healthy} tensors are healthy" if healthy > 1 else "The one tensor is healthy"
         return f"{whole}{known}{also}."
