@@ -28,7 +28,7 @@ stalled), and when it is over. A tensor of which nothing can be said for a while
 15 minutes waits for them to pass; at most 12 alerts an hour, a quarter of them kept for errors (fields of `uw.Thresholds`).
 
 ERROR: stalled, broken, nothing trains, an average that does not follow. WARN: stalling, states and decay that are lost, what is
-frozen and yet moved by its optimizer, more than a tenth that cannot be measured. INFO: a layer that goes idle after it trained,
+frozen and yet moved by its optimizer, tensors whose optimizer still steps what they were before they were replaced, more than a tenth that cannot be measured. INFO: a layer that goes idle after it trained,
 FP32 weights that a resume left with BF16 values, and the end of a story. What will stall at the run's schedule, also at the latest step of its range, for a tenth of the run
 or more, is one WARN once two forecasts in a row say so; what was foretold is then told as it begins, and when it holds everything. Weights that run away, as they do before a loss blows up, are
 one WARN ([divergence](divergence.md)). Each is one record of the logger `update_watch` (at most four lines: the list of tensors is left out), one `Alert` in the report,
