@@ -116,6 +116,16 @@ def test_a_forecast_goes_through_plain_data() -> None:
     assert Report.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
+@pytest.mark.parametrize("place", [0.52, 0.73])
+def test_updates_of_one_size_stall_where_that_size_falls_under_half_a_gap(place: float) -> None:
+    size: dict[str, object] = {"update_ratio": 2.0 ** (place - 10), "weight_rms": 1.0, "wanted_fraction": 1.0}
+    alike = tensor("alike", 5, movement_places=(0.0, 0.0, 1.0, 0.0), **size)
+    made = forecast(report(alike), HALVING, LIMITS)
+    assert made is not None
+    (one,) = made.tensors
+    assert one.stalling_step == pytest.approx(100 * (5 + place), abs=8)
+
+
 # --- what drifts beside the rate ---------------------------------------------------------------------------
 
 

@@ -29,8 +29,11 @@ _NINE_OF_TEN = 1.645  # standard errors
 _BEYOND = 0.5  # of the scatter of single windows, by which the last of them above a limit lies beyond the mean
 _END = 0.05  # of the run, its last part
 _CURVE = 0.03  # error of the curves themselves, in efficiency
-# of the steps that are left: a stall's step whose range is wider is not known; of updates that are alike
-_SURE, _SURE_ALIKE = 0.4, 0.2
+_SURE = 0.4  # of the steps that are left: a stall's step whose range is wider is not known
+# where updates are alike, efficiency falls in jumps, and the step is one of several: standard errors in the middle of each tenth of what
+# may come, how near (of the steps left) two steps are the same, and the share of the tenths that must come to it
+_TENTHS = (-1.645, -1.036, -0.674, -0.385, -0.126, 0.126, 0.385, 0.674, 1.036, 1.645)
+_NEAR, _MOST_OF = 0.1, 0.8
 _NEVER = np.iinfo(np.int64).max
 
 Array = npt.NDArray[np.float64]
@@ -95,9 +98,7 @@ class _Course:
     end_3n: Array  # low, most likely and high, over the last part of the run
     stalling_3n: Steps  # from which on it is below the limit, to the end: earliest, most likely, latest; _NEVER
     stalled_n: Steps
-    alike_n: npt.NDArray[
-        np.bool_
-    ]  # whose efficiency falls in jumps: the step is near one end of its range or the other
+    is_sure_n: npt.NDArray[np.bool_]  # of the most likely step
     floors_n: Array  # rate, over that of now, that keeps a tensor moving at the end
 
     def off(self, report: Report) -> list[float]:
@@ -145,7 +146,18 @@ def _course(report: Report, position: Position, schedule: Schedule, limits: Thre
     early_nS, late_nS = (at(change_nS + noise_nS + part * _NINE_OF_TEN * error_nS) for part in (-1.0, 1.0))
     early_nS[~keeps_n] -= _CURVE
     late_nS[~keeps_n] += _CURVE
-    passing = [_passing(steps, course_nS, limits.stalling) for course_nS in (early_nS, later_nS, late_nS)]
+    early_n, likely_n, late_n = (_passing(steps, course, limits.stalling) for course in (early_nS, later_nS, late_nS))
+    end, left = schedule.steps, schedule.steps - report.step
+    is_sure_n = np.minimum(late_n, end) - np.minimum(early_n, end) <= _SURE * left
+    alike_n = position.alike_n[is_known] & ~keeps_n
+    if alike_n.any():
+        tenths = (
+            read_drifted(curves_nG[alike_n], octaves_nS[alike_n], drift_nS[alike_n], alike_n[alike_n])
+            for drift_nS in (change_nS + noise_nS + part * error_nS for part in _TENTHS)
+        )
+        steps_Zn = np.stack([_passing(steps, course_nS, limits.stalling) for course_nS in tenths])
+        likely_n[alike_n], is_sure_n[alike_n] = _most_likely(steps_Zn, likely_n[alike_n], end, _NEAR * left)
+        likely_n = np.clip(likely_n, early_n, late_n)
     both_nS = _NINE_OF_TEN * np.sqrt(error_nS**2 + noise_nS**2)
     ends = np.stack([at(change_nS + part * both_nS, lasts) @ weights_S for part in (-1.0, -0.5, 0.0, 0.5, 1.0)])
     curve_n = np.where(keeps_n, 0.0, _CURVE)
@@ -157,11 +169,23 @@ def _course(report: Report, position: Position, schedule: Schedule, limits: Thre
         rates,
         middle_nS,
         np.stack([np.maximum(ends.min(0) - curve_n, 0.0), ends[2], ends.max(0) + curve_n]),
-        np.stack(passing),
+        np.stack([early_n, likely_n, late_n]),
         _passing(steps, later_nS, limits.stalled),
-        position.alike_n[is_known],
+        is_sure_n,
         np.where(keeps_n, 0.0, 2.0 ** (floor - change_nS[:, -1])),
     )
+
+
+def _most_likely(steps_Zn: Steps, middle_n: Steps, end: int, near: float) -> tuple[Steps, npt.NDArray[np.bool_]]:
+    """[n] of these steps the one that most are near to, the nearest to the middle among equals; and whether nearly all are."""
+    tried_Cn = np.concatenate([middle_n[None], steps_Zn])
+    known_Zn, known_Cn = np.minimum(steps_Zn, end), np.minimum(tried_Cn, end)
+    share_Cn = (np.abs(known_Zn[None] - known_Cn[:, None]) <= near).mean(1)
+    aside_Cn = np.abs(known_Cn - known_Cn[0]) / (end + 1.0)
+    best_n = (share_Cn - aside_Cn / 10 / len(_TENTHS)).argmax(0)
+    rows_n = np.arange(len(best_n))
+    found: Steps = tried_Cn[best_n, rows_n]
+    return found, share_Cn[best_n, rows_n] >= _MOST_OF - 1e-9
 
 
 def _passing(steps_S: Steps, course_nS: Array, limit: float) -> Steps:
@@ -186,17 +210,15 @@ def _told(course: _Course, report: Report, schedule: Schedule, limits: Threshold
     lost_n = (1 - middle_nS) @ course.rates_S / course.rates_S.sum()
     sizes_n = np.array([float(t.numel) for t in course.tensors])
     total = max(float(sizes_n.sum()), 1.0)
-    left = schedule.steps - report.step
     tensors, starts, first = [], [], None
     for i, t in enumerate(course.tensors):
         early, likely, late = (None if step == _NEVER else int(step) for step in course.stalling_3n[:, i])
         stalled = None if course.stalled_n[i] == _NEVER else int(course.stalled_n[i])
-        width = ((schedule.steps if late is None else late) - early) / left if early is not None else 0.0
         tensors.append(
             TensorForecast(
                 *(t.name, likely, stalled, float(course.end_3n[1, i]), float(1 - lost_n[i])),
                 *(early, late, float(course.end_3n[0, i]), float(course.end_3n[2, i])),
-                _doubt(early, late, schedule.steps) if width > (_SURE_ALIKE if course.alike_n[i] else _SURE) else "",
+                "" if course.is_sure_n[i] else _doubt(early, late, schedule.steps),
             )
         )
         if likely is not None and likely > report.step:
