@@ -148,8 +148,9 @@ def _course(report: Report, position: Position, schedule: Schedule, limits: Thre
     late_nS[~keeps_n] += _CURVE
     early_n, likely_n, late_n = (_passing(steps, course, limits.stalling) for course in (early_nS, later_nS, late_nS))
     end, left = schedule.steps, schedule.steps - report.step
-    is_sure_n = np.minimum(late_n, end) - np.minimum(early_n, end) <= _SURE * left
-    alike_n = position.alike_n[is_known] & ~keeps_n
+    width_n = np.minimum(late_n, end) - np.minimum(early_n, end)
+    is_sure_n = width_n <= _SURE * left
+    alike_n = position.alike_n[is_known] & (width_n > _NEAR * left)
     if alike_n.any():
         tenths = (
             read_drifted(curves_nG[alike_n], octaves_nS[alike_n], drift_nS[alike_n], alike_n[alike_n])
