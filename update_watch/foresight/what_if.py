@@ -23,7 +23,8 @@ from update_watch.wording import number
 
 BITS = {"bfloat16": 8, "float16": 11}  # significant ones; formats that hold all there is to hold are left as they are
 # octaves by which updates may be smaller or larger than foretold; of a rate, for each octave that it is raised by
-_OF_FP16, _OF_RATE, _OF_BETA2 = (-0.5, 0.5), (-0.4, 0.15), (-0.25, 0.5)
+_OF_FP16, _OF_RATE, _OF_BETA2 = (-0.5, 0.5), (-0.4, 0.15), (-0.25, 1.25)
+_USUAL_BETA2 = 0.5
 _CURVE = 0.03  # error of the curves themselves, in efficiency
 _TRIED = 12  # sizes between the smallest and the largest
 _FOLLOWS = 0.1  # off 1, up to which a state factor is that of a state that follows
@@ -136,15 +137,24 @@ def _has_beta2(t: TensorReport) -> bool:
 
 
 def _with_beta2(t: TensorReport) -> float | None:
-    return _with_fp32_states(t) if _has_beta2(t) else t.efficiency
+    """Second moments that could only grow fall again, so updates grow: by what is known of the state, or by half an octave."""
+    if not _has_beta2(t) or t.keeps_all or t.movement_histogram is None:
+        return t.efficiency
+    octaves = max(_too_small(t), _USUAL_BETA2)
+    return efficiency_of(t.movement_histogram, HEADROOM_LOW + octaves + _octaves(t), t.places)
 
 
 def _beta2_range(t: TensorReport) -> _Range | None:
     """From what it is now, since what the state has gathered leaves it slowly, to beyond what FP32 states give."""
-    if not _has_beta2(t) or t.keeps_all or not t.state_factor or t.state_factor <= 0:
+    if not _has_beta2(t) or t.keeps_all:
         return None
-    octaves = -math.log2(t.state_factor)
+    octaves = _too_small(t)
     return _between(t, 0.0, min(octaves, 0.0) + _OF_BETA2[0], max(octaves, 0.0) + _OF_BETA2[1])
+
+
+def _too_small(t: TensorReport) -> float:
+    """Octaves by which its state makes updates smaller than FP32 states would."""
+    return -math.log2(t.state_factor) if t.state_factor is not None and t.state_factor > 0 else 0.0
 
 
 def _with_bits(t: TensorReport, more: float) -> float | None:
