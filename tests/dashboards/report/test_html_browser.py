@@ -389,7 +389,7 @@ def test_runs_side_by_side_are_drawn_next_to_each_other(browser, tmp_path):
     runs = [history_of(list(synthetic_run(gpt(2), windows=8, precision=p)), p) for p in ("bf16", "fp32")]
     page = Page(browser, to_file(tmp_path, render_html(runs)))
     assert page.console == []
-    assert empty_charts(page) == []
+    assert until(lambda: empty_charts(page) == []), empty_charts(page)
     boxes = [
         page.js(
             f"const b = document.querySelector('[data-chart=heatmap-{i}]').getBoundingClientRect(); return [b.x, b.y]"
