@@ -42,11 +42,14 @@ class Curves:
 
     def move(self, efficiency_n: Array, want_Pn: Array, own_P: Array) -> None:
         """Lay the curves where they say the efficiency that was measured in the parts, whose sizes are `own`."""
-        share_Pn = want_Pn / np.maximum(want_Pn.sum(0), 1e-300)
+        # parts of about one size together: there are few sizes
+        octaves, group_P = np.unique(np.rint(own_P * FINE), return_inverse=True)
+        is_of = (group_P == np.arange(len(octaves))[:, None]).astype(float)
+        share_Gn = is_of @ np.nan_to_num(want_Pn / np.maximum(want_Pn.sum(0), 1e-300))
         least_n = np.full(len(efficiency_n), np.inf)
         for move in _MOVES:
             at_n = self._first_n + move
-            said_n = sum(share_Pn[p] * self._value(at_n + octave) for p, octave in enumerate(own_P.tolist()))
+            said_n = sum(share_Gn[g] * self._value(at_n + at / FINE) for g, at in enumerate(octaves.tolist()))
             off_n = np.abs(said_n - efficiency_n) + _RELUCTANCE * abs(move)
             self._at_n = np.where(off_n < least_n, at_n, self._at_n)
             least_n = np.fmin(least_n, off_n)
