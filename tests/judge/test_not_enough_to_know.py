@@ -93,6 +93,7 @@ def test_of_single_steps_those_weigh_most_that_met_what_moves() -> None:
 def test_next_to_nothing_is_a_stall_only_where_no_more_may_have_arrived() -> None:
     said = {error: verdicts(tensor(0.02, lost=0.98, efficiency_error=error))[0].health for error in (0.03, 0.05, 0.07)}
     assert said == {0.03: Health.stalled, 0.05: Health.stalled, 0.07: Health.stalling}
+    assert verdicts(tensor(0.0, lost=1.0, efficiency_error=0.08))[0].health is Health.stalled
 
 
 def test_under_stochastic_rounding_the_error_counts_more() -> None:

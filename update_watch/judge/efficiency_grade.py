@@ -36,7 +36,7 @@ _EXPECTED_CHANGES = 100.0  # under stochastic rounding: half of them has a chanc
 _ALWAYS = 1e9
 _WINDOW_NOISE = 0.1  # least standard deviation of a displacement efficiency between windows
 _UNDEFINED = 0.3  # least standard error of what one step alone has shown
-_WIDE = 0.2  # an interval up to here is that of several steps: of one step alone no error is known
+_NOTHING = 0.01  # of an update
 _UNLOST = 0.01  # so small a lost fraction cannot explain an efficiency below _ROUNDED_LEAST
 _ROUNDED_LEAST = 0.6  # what survives rounding is at least 2/3 of what was intended
 _ROUNDED_MOST = 2.5  # and at most twice
@@ -146,8 +146,8 @@ def _by_steps(
             if history.graded is None:
                 return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
             health = history.grade  # till more is known, the earlier verdict stands
-        elif efficiency > limits.stalled / 2 or limits.stalled_exit < efficiency + margin < _WIDE:
-            health = mildest  # only how bad it is is not certain; where next to nothing arrived, it is
+        elif efficiency > (_NOTHING if efficiency + margin > limits.stalled_exit else limits.stalled / 2):
+            health = mildest  # only how bad it is is not certain; where nothing arrived, it is
     if exact and efficiency - margin > most:
         return Score(UNKNOWN, reasons.unexplained(efficiency, None))
     if health is not HEALTHY and displacement is not None and displacement > efficiency:
