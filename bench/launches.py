@@ -113,7 +113,7 @@ def as_on_cuda() -> None:
     kernel_sheet_sums.launch = launch_ledger
     kernel_sums._works[cpu] = True
     kernel_sums.launch = launch
-    transfer.Batch.add_later = lambda self, _, make: self.add(make())  # type: ignore[method-assign]
+    transfer.Batch.is_later = lambda _, device: False  # type: ignore[method-assign, assignment]
 
 
 def main() -> int:

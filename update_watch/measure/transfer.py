@@ -161,7 +161,12 @@ class Batch:
 
     def add_later(self, device: torch.device, make: Callable[[], Tensor]) -> Part | Later:
         """Take along what `make` gives; from the CPU it is not even made before it is asked for."""
-        return Later(make) if device.type == "cpu" else self.add(make())
+        return Later(make) if self.is_later(device) else self.add(make())
+
+    @staticmethod
+    def is_later(device: torch.device) -> bool:
+        """Whether what is added there for later is not made yet."""
+        return device.type == "cpu"
 
     def send(self) -> None:
         """Send all that was added, without waiting."""

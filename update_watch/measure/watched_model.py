@@ -15,7 +15,7 @@ from update_watch.measure import ledger_plan
 from update_watch.measure.accumulators.averages import Averages
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
 from update_watch.measure.accumulators.reference_states import ShadowWindow
-from update_watch.measure.accumulators.replicas import Checksums
+from update_watch.measure.accumulators.replicas import Checksums, ChecksumWindow
 from update_watch.measure.device import joint_reads
 from update_watch.measure.device.streams import StepStreams
 from update_watch.measure.device.turns import turns_of_optimizers
@@ -74,7 +74,7 @@ class WatchedModel:
     def _stepped(self, but: Sequence[Optimizer] = ()) -> frozenset[int]:
         """Ids of all tensors that optimizers step, but for those of some."""
         outer = set(map(id, but))
-        return frozenset(i for key, watched in self.watched.items() if key[0] not in outer for i in watched.ids)
+        return frozenset().union(*(watched.ids for key, watched in self.watched.items() if key[0] not in outer))
 
     def has(self, optimizer: Optimizer) -> bool:
         """Whether it is watched."""
@@ -317,13 +317,14 @@ class WatchedModel:
                 accumulation = watched.accumulation.close_window(batch)
                 accumulations += [] if accumulation is None else [accumulation]
             averages = tuple(self._averages.close_window(batch))
-            rows = [row for watched in self.watched.values() for row in watched.rows]
-            whole = [row for row in rows if row.piece is None]
-            checksums = () if self._checksums is None else tuple(self._checksums.take(whole, batch))
+            checksums: tuple[ChecksumWindow, ...] = ()
+            if self._checksums is not None:
+                rows = [row for watched in self.watched.values() for row in watched.rows]
+                checksums = tuple(self._checksums.take([row for row in rows if row.piece is None], batch))
             ledger = self._ledger.close_window(batch)
             batch.send()
         self._plan_ledger()
-        others += self._belonging.unheld({id(row.param) for row in rows}, steps)
+        others += self._belonging.unheld(frozenset().union(*(one.row_ids for one in self.watched.values())), steps)
         order = self._belonging.named.order()
         return Window(
             step,

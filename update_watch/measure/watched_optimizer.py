@@ -112,6 +112,8 @@ class Watched:
         self._skipped: dict[torch.device, Tensor] = {}
         self._is_checked = False  # whether its tensors are what was planned for, in this window
         self.devices: tuple[torch.device, ...] = ()
+        self._outside = self.rows  # of all cohorts
+        self.row_ids = frozenset(id(row.param) for row in self.rows)
         if self._twin is None:
             return
         for device in dict.fromkeys(local(row.param).device for row in self.rows):
@@ -123,6 +125,8 @@ class Watched:
             self.of_device.append(own)
             self._home |= dict.fromkeys(own.cohorts, own)
             self.cohorts += own.cohorts
+        inside = {id(row) for cohort in self.cohorts for row in cohort.rows}
+        self._outside = [row for row in self.rows if id(row) not in inside]
         self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))
 
     @property
@@ -270,27 +274,25 @@ class Watched:
         """Hand the sums to `batch` and start a new window."""
         cohorts: list[CohortWindow] = []
         others: list[TensorEvidence] = []
-        in_cohort: set[int] = set()
         window = WindowFacts(self.optimizer, self._group_facts(), self._twin_error)
         self._measured = None
         for own in self.of_device:
             own.add()
             if not any(cohort.steps for cohort in own.cohorts):
+                others += [window.identity(row) for cohort in own.cohorts for row in cohort.rows]
                 continue
             transfer = batch.add_later(own.device, own.packing(self.window_steps))
             sums = SumsWindow(transfer, own.sums.layout(own.parts))
             for cohort in own.cohorts:
                 if not cohort.steps:
+                    others += map(window.identity, cohort.rows)
                     continue
                 facts = window.facts_of(cohort)
-                in_cohort.update(id(row) for row in cohort.rows)
                 states, steps = tuple(cohort.states), cohort.counted_steps(self._order.group_steps)
                 where = self.window_steps, (self.index, self.part), cohort.place, cohort.suspect
                 cohorts.append(CohortWindow(sums, facts, states, steps, *where))
             own.open_window()
-        for row in self.rows:
-            if id(row) not in in_cohort:
-                others.append(window.identity(row))
+        others += map(window.identity, self._outside)
         skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]
         self.quiet_windows = 0 if self.window_steps else self.quiet_windows + 1
         self._skipped, self.window_steps, self.earlier_in_window = {}, 0, 0

@@ -148,9 +148,11 @@ class Belonging:
         """The model's tensors that no optimizer steps itself."""
         return [(name, tensor) for name, tensor in self.named.pairs if id(tensor) not in stepped]
 
-    def unheld(self, held: set[int], steps: int) -> list[TensorEvidence]:
+    def unheld(self, held: Set[int], steps: int) -> list[TensorEvidence]:
         """The model's tensors that no optimizer holds, and whose masters are not known: with why, and how it came about."""
-        found = []
+        found: list[TensorEvidence] = []
+        if self.named.ids() <= held:
+            return found
         for tensor in self.named.tensors():
             reason = self._instead.get(id(tensor))
             if id(tensor) not in held and reason != "":

@@ -21,7 +21,7 @@ from update_watch.measure.device import joint_reads, kernel_gathers
 from update_watch.measure.ledger.blocks import ELEMENTS, BlockGather, block_of
 from update_watch.measure.ledger.kernel_sheet_sums import sums_of
 from update_watch.measure.sampling import local, unsamplable
-from update_watch.measure.transfer import Batch, Part
+from update_watch.measure.transfer import Batch, Later, Part
 
 SPAN = 8  # windows in which the same elements are read
 _WAITING, _WAITING_ON_GPU = 8, 16  # steps
@@ -39,7 +39,7 @@ class Line(NamedTuple):
 class SheetWindow(NamedTuple):
     """A closed window of one sheet, on its way to the host."""
 
-    transfer: Part
+    transfer: Part | Later
     names: tuple[tuple[str, ...], ...]
     sizes: tuple[int, ...]  # elements of the tensors
     has_masters: bool
@@ -86,19 +86,24 @@ class Sheet:
         ]
         self._slots = [[[ring[t, side].view(-1) for ring in self._rings] for side in (0, 1)] for t in range(self._most)]
         self._no_gradient = torch.zeros(ELEMENTS, device=self.device)
+        self._has_moved = True  # since its tensors were looked at
         self._open_span()
 
     @property
     def has_changed(self) -> bool:
-        """A tensor has another shape, format or device than it was planned for."""
+        """A tensor has another shape, format or device than it was planned for. Looked at where one lies elsewhere since."""
+        if not self._has_moved:
+            return False
         members = [local(tensor) for tensor in self._members] if self._is_sharded else self._members
         # of thousands: each look at an attribute counts. What could be read was not lazy, and does not become so
-        return any(
+        has_changed = any(
             [
                 shard.dtype is not dtype or shard.shape != shape or shard.device != device
                 for shard, (shape, dtype, device) in zip(members, self._layouts, strict=True)
             ]
         )
+        self._has_moved = has_changed
+        return has_changed
 
     def _open_span(self) -> None:
         """Choose other elements and start all sums anew."""
@@ -109,6 +114,7 @@ class Sheet:
         self._steps: list[int] = []  # of the run, that were looked at
         self._gaps: list[int] = []  # those of the waiting steps before which others passed unseen
         self._has_missed = False
+        self._has_moved = True
         self._sums.open_span()
         self._open_window()
 
@@ -150,7 +156,7 @@ class Sheet:
             # what was put in a tensor's place is compared by its values like anything else
             blocks = [[block_of(local(tensor.detach()), self._place) for tensor in run] for run in self._runs]
             self._views = [[view for block in run for view in block] for run in blocks]
-            self._pointers = pointers
+            self._pointers, self._has_moved = pointers, True
             for gather, run in zip(self._gathers, blocks, strict=False):
                 gather.go_to(run)
         if self._gathers:
@@ -191,7 +197,7 @@ class Sheet:
         self._add()
         self._span_windows += 1
         window = SheetWindow(
-            batch.add(self._sums.packed()),
+            batch.add_later(self.device, (self._sums.copy() if batch.is_later(self.device) else self._sums).packed),
             self._names,
             self._sizes,
             len(self._runs) > 1,

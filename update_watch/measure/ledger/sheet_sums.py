@@ -94,6 +94,13 @@ class SheetSums:
         if self.full is not None:
             v["copy_steps_n"].zero_()
 
+    def copy(self) -> SheetSums:
+        """A copy of the sums as they are, which another thread may pack."""
+        copy = type(self)(self.rows, self.has_masters, self.dtype, self.full, self.device)
+        copy._all.copy_(self._all)
+        copy._has_set_out = self._has_set_out
+        return copy
+
     def add_gradients(self, grad_nE: Tensor) -> None:
         """Look at gradients."""
         squares_n, largest_n = self.views["gradients_2n"]
