@@ -29,6 +29,7 @@ _NINE_OF_TEN = 1.645  # standard errors
 _BEYOND = 0.5  # of the scatter of single windows, by which the last of them above a limit lies beyond the mean
 _END = 0.05  # of the run, its last part
 _CURVE = 0.03  # error of the curves themselves, in efficiency
+_CURVE_ALIKE = 0.05  # of updates alike: between the points of a curve that falls in jumps
 _SURE = 0.4  # of the steps that are left: a stall's step whose range is wider is not known
 # where updates are alike, efficiency falls in jumps, and the step is one of several: standard errors in the middle of each tenth of what
 # may come, how near (of the steps left) two steps are the same, and the share of the tenths that must come to it
@@ -161,7 +162,7 @@ def _course(report: Report, position: Position, schedule: Schedule, limits: Thre
         likely_n = np.clip(likely_n, early_n, late_n)
     both_nS = _NINE_OF_TEN * np.sqrt(error_nS**2 + noise_nS**2)
     ends = np.stack([at(change_nS + part * both_nS, lasts) @ weights_S for part in (-1.0, -0.5, 0.0, 0.5, 1.0)])
-    curve_n = np.where(keeps_n, 0.0, _CURVE)
+    curve_n = np.where(keeps_n, 0.0, np.where(position.alike_n[is_known], _CURVE_ALIKE, _CURVE))
     floor = first_octave(curves_nG, limits.stalling)
     return _Course(
         report.step,
