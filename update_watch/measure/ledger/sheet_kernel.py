@@ -11,6 +11,10 @@ import triton.language as tl
 
 from update_watch.measure.device.bf16_rounding import rounded_to_bf16
 
+# one compiled kernel for all sheets: neither sizes nor where the arrays happen to begin are looked at
+_ARRAYS = "begin last first applied writes squares signature last_write copy_steps"
+_SIZES = "n members first_full last_full"
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def rounded(values, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -22,7 +26,7 @@ def rounded(values, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     return values
 
 
-@triton.jit(do_not_specialize=["n", "members", "steps", "waiting", "gaps", "is_new_window", "first_full", "last_full"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=f"read read_masters {_ARRAYS} {_SIZES} steps waiting gaps is_new_window".split())  # type: ignore[untyped-decorator]
 def add_steps(  # type: ignore[no-untyped-def]
     read,  # [T, 2, n, E]
     read_masters,  # the same of the masters, if there are any
@@ -131,7 +135,7 @@ def put_copies(out, n, begin, end, begin_master, end_master, KIND: tl.constexpr)
     tl.store(out + n, tl.sum(due * (end - begin), 0))
 
 
-@triton.jit(do_not_specialize=["n", "members", "has_set_out", "first_full", "last_full"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=f"out set_out earlier gradients {_ARRAYS} {_SIZES} has_set_out".split())  # type: ignore[untyped-decorator]
 def end_window(  # type: ignore[no-untyped-def]
     out,  # [COLUMNS, n]
     begin,

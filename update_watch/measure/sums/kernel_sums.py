@@ -128,7 +128,7 @@ class KernelSums(DeviceSums):
         optional = (
             added.before_ARK if states_SRK is None else states_SRK,
             added.gradient_RK,
-            nothing if added.mask_RK is None else added.mask_RK,
+            self.way_G2nK if added.mask_RK is None else added.mask_RK,  # in FP32 as a mask is
             nothing if weights_R2J is None else weights_R2J,
             nothing if self.whole_n1 is None else self.whole_n1,
         )

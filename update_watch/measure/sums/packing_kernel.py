@@ -12,8 +12,11 @@ import triton.language as tl
 
 from update_watch.measure.sums.sums_kernel import log2_half_gap
 
+_POINTERS = "way state_way elements stored cell_weights whole_rows reaches products cells_sums evidence state_way_sums element_sums"
+_SIZES = "rows samples kept cells cell weighted has_stored"
 
-@triton.jit(do_not_specialize=["rows", "samples", "kept", "cells", "cell", "weighted", "has_stored"])  # type: ignore[untyped-decorator]
+
+@triton.jit(do_not_specialize=f"{_POINTERS} {_SIZES}".split())  # type: ignore[untyped-decorator]  # as in `sums_kernel`
 def pack_window(  # type: ignore[no-untyped-def]
     way,  # [G, 2, n, kept]
     state_way,  # [2, S, n, kept / THIN]

@@ -61,21 +61,15 @@ def add_row(values, weights, is_first, is_second, whole, HAS_WEIGHTS: tl.constex
     return add_cells(tl.sum(values, 1) * weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
 
 
-@triton.jit(  # type: ignore[untyped-decorator]
-    do_not_specialize=[
-        "rows",
-        "all_rows",
-        "full_rows",
-        "steps",
-        "samples",
-        "cells",
-        "cell",
-        "kept",
-        "has_mask",
-        "first_look",
-        "last_look",
-    ]
+_POINTERS = (
+    "before intended after stored gradient mask cell_weights whole_rows slots looks parts states_sums full gradient_max"
 )
+_MORE = "histograms places what_if single both elements way state_way"
+_SIZES = "rows all_rows full_rows steps samples cells cell kept has_mask first_look last_look"
+
+
+# neither sizes nor where the arrays happen to begin: what is compiled when a watch is attached serves all steps
+@triton.jit(do_not_specialize=f"{_POINTERS} {_MORE} {_SIZES}".split())  # type: ignore[untyped-decorator]
 def add_steps(  # type: ignore[no-untyped-def]
     before,  # [A, R, K]
     intended,  # [A, R, K]
@@ -160,12 +154,12 @@ def add_steps(  # type: ignore[no-untyped-def]
                 sums = parts + part * 11 * rows + row  # F of `layout`
                 counted_dot, kept_dot = add_row(dot, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
                 counted_want, kept_want = add_row(want, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                tl.atomic_add(sums, counted_dot)
-                tl.atomic_add(sums + rows, counted_want)
+                tl.atomic_add(sums, counted_dot, sem="relaxed")
+                tl.atomic_add(sums + rows, counted_want, sem="relaxed")
                 found, _ = add_row(moved * moved, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                tl.atomic_add(sums + 2 * rows, found)
+                tl.atomic_add(sums + 2 * rows, found, sem="relaxed")
                 found, _ = add_row(slope * slope, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                tl.atomic_add(sums + 3 * rows, found)
+                tl.atomic_add(sums + 3 * rows, found, sem="relaxed")
                 found, _ = add_row(
                     held.to(tl.float64) * held.to(tl.float64),
                     weights,
@@ -175,19 +169,19 @@ def add_steps(  # type: ignore[no-untyped-def]
                     HAS_WEIGHTS,
                     HAS_WHOLE,
                 )
-                tl.atomic_add(sums + 4 * rows, found)
+                tl.atomic_add(sums + 4 * rows, found, sem="relaxed")
                 found, _ = add_row(
                     tl.where(is_wanted, one, zero), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE
                 )
-                tl.atomic_add(sums + 5 * rows, found)
+                tl.atomic_add(sums + 5 * rows, found, sem="relaxed")
                 found, _ = add_row(
                     tl.where(is_changed, one, zero), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE
                 )
-                tl.atomic_add(sums + 6 * rows, found)
+                tl.atomic_add(sums + 6 * rows, found, sem="relaxed")
                 found, _ = add_row(
                     tl.where(slope != 0, one, zero), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE
                 )
-                tl.atomic_add(sums + 7 * rows, found)
+                tl.atomic_add(sums + 7 * rows, found, sem="relaxed")
                 found, _ = add_row(
                     tl.where(is_wanted & (is_changed == 0), one, zero),
                     weights,
@@ -197,25 +191,25 @@ def add_steps(  # type: ignore[no-untyped-def]
                     HAS_WEIGHTS,
                     HAS_WHOLE,
                 )
-                tl.atomic_add(sums + 8 * rows, found)
+                tl.atomic_add(sums + 8 * rows, found, sem="relaxed")
                 count, _ = add_row(
                     tl.where(valid, one, zero), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE
                 )
-                tl.atomic_add(sums + 9 * rows, count)
+                tl.atomic_add(sums + 9 * rows, count, sem="relaxed")
                 carried = tl.sum(want, 1) * weights  # of cells; where there are none, a cell is a sample
                 found, _ = add_cells(carried * carried, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                tl.atomic_add(sums + 10 * rows, found)
+                tl.atomic_add(sums + 10 * rows, found, sem="relaxed")
                 if compares:
-                    tl.atomic_add(full + row, count)
+                    tl.atomic_add(full + row, count, sem="relaxed")
                 squares = slope * slope
                 largest = tl.maximum(largest, tl.max(tl.max(squares, 1), 0))
                 spoiled += tl.sum(tl.sum(tl.where(squares == squares, zero, one), 1), 0)
                 if HAS_WAY:
                     along = way + (group * 2 * rows + row) * kept + k
-                    tl.atomic_add(along, wide_want.to(tl.float32), mask=is_there & (k < kept))
-                    tl.atomic_add(along + rows * kept, moved.to(tl.float32), mask=is_there & (k < kept))
-                    tl.atomic_add(single + group * 2 * rows + row, kept_dot)
-                    tl.atomic_add(single + (group * 2 + 1) * rows + row, kept_want)
+                    tl.atomic_add(along, wide_want.to(tl.float32), mask=is_there & (k < kept), sem="relaxed")
+                    tl.atomic_add(along + rows * kept, moved.to(tl.float32), mask=is_there & (k < kept), sem="relaxed")
+                    tl.atomic_add(single + group * 2 * rows + row, kept_dot, sem="relaxed")
+                    tl.atomic_add(single + (group * 2 + 1) * rows + row, kept_want, sem="relaxed")
                 if HAS_CLUSTERS:
                     dots += dot
                     wants += want
@@ -242,14 +236,14 @@ def add_steps(  # type: ignore[no-untyped-def]
                         counted = tl.where(is_wanted & is_there, one, zero)
                         energy = wide_want * wide_want * tl.load(look + 4 * length) * weights[:, None]
                         bins, next_bins = histograms + row * BINS, rows * BINS
-                        tl.atomic_add(bins + place // PLACES, counted, mask=is_there)
-                        tl.atomic_add(bins + next_bins + shifted // PLACES, counted, mask=is_there)
-                        tl.atomic_add(bins + 2 * next_bins + shifted // PLACES, energy, mask=is_there)
-                        tl.atomic_add(places + row * PLACES + shifted % PLACES, energy, mask=is_there)
+                        tl.atomic_add(bins + place // PLACES, counted, mask=is_there, sem="relaxed")
+                        tl.atomic_add(bins + next_bins + shifted // PLACES, counted, mask=is_there, sem="relaxed")
+                        tl.atomic_add(bins + 2 * next_bins + shifted // PLACES, energy, mask=is_there, sem="relaxed")
+                        tl.atomic_add(places + row * PLACES + shifted % PLACES, energy, mask=is_there, sem="relaxed")
                         if tl.load(look + 3 * length) > 0:
                             lost = tl.where(is_wanted & is_there & is_absorbed_by_bf16(w, d), one, zero)
-                            tl.atomic_add(what_if + row, tl.sum(tl.sum(lost, 1), 0))
-                            tl.atomic_add(what_if + rows + row, tl.sum(tl.sum(counted, 1), 0))
+                            tl.atomic_add(what_if + row, tl.sum(tl.sum(lost, 1), 0), sem="relaxed")
+                            tl.atomic_add(what_if + rows + row, tl.sum(tl.sum(counted, 1), 0), sem="relaxed")
             elif compares:
                 state = accumulator - 1
                 was = tl.load(before + accumulator * all_rows * samples + at, mask=valid, other=0.0)
@@ -259,8 +253,8 @@ def add_steps(  # type: ignore[no-untyped-def]
                     thin = (kept + THIN - 1) // THIN
                     thinned = state_way + (state * rows + row) * thin + k // THIN
                     in_way = is_there & (k < kept) & (k % THIN == 0)
-                    tl.atomic_add(thinned, went.to(tl.float32), mask=in_way)
-                    tl.atomic_add(thinned + STATES * rows * thin, meant.to(tl.float32), mask=in_way)
+                    tl.atomic_add(thinned, went.to(tl.float32), mask=in_way, sem="relaxed")
+                    tl.atomic_add(thinned + STATES * rows * thin, meant.to(tl.float32), mask=in_way, sem="relaxed")
                 wide_meant, wide_went = meant.to(tl.float64), went.to(tl.float64)
                 is_meant, is_lost = meant != 0, (meant != 0) & (went == 0)
                 is_falling = (wide_meant * was.to(tl.float64)) < 0
@@ -274,13 +268,13 @@ def add_steps(  # type: ignore[no-untyped-def]
                         lost, wanted = tl.where(is_falling, lost, zero), tl.where(is_falling, wanted, zero)
                     here = of_state + half * 4 * STATES * rows
                     found, _ = add_row(product, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                    tl.atomic_add(here, found)
+                    tl.atomic_add(here, found, sem="relaxed")
                     found, _ = add_row(square, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                    tl.atomic_add(here + STATES * rows, found)
+                    tl.atomic_add(here + STATES * rows, found, sem="relaxed")
                     found, _ = add_row(lost, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                    tl.atomic_add(here + 2 * STATES * rows, found)
+                    tl.atomic_add(here + 2 * STATES * rows, found, sem="relaxed")
                     found, _ = add_row(wanted, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                    tl.atomic_add(here + 3 * STATES * rows, found)
+                    tl.atomic_add(here + 3 * STATES * rows, found, sem="relaxed")
     if accumulator == 0:
         known = tl.load(gradient_max + row)
         peak = tl.maximum(known, largest)
@@ -288,8 +282,8 @@ def add_steps(  # type: ignore[no-untyped-def]
         tl.store(gradient_max + row, peak)
         if HAS_CLUSTERS:
             single_ones = elements + row * samples + k
-            tl.atomic_add(single_ones, dots, mask=is_there)
-            tl.atomic_add(single_ones + rows * samples, wants, mask=is_there)
-            tl.atomic_add(both + row, dot2)
-            tl.atomic_add(both + rows + row, dot_want)
-            tl.atomic_add(both + 2 * rows + row, want2)
+            tl.atomic_add(single_ones, dots, mask=is_there, sem="relaxed")
+            tl.atomic_add(single_ones + rows * samples, wants, mask=is_there, sem="relaxed")
+            tl.atomic_add(both + row, dot2, sem="relaxed")
+            tl.atomic_add(both + rows + row, dot_want, sem="relaxed")
+            tl.atomic_add(both + 2 * rows + row, want2, sem="relaxed")
