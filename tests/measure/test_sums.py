@@ -375,7 +375,11 @@ def test_the_spread_of_gradients_is_that_of_their_rms_over_the_steps() -> None:
         assert t.gradient_spread == pytest.approx(np.std(rms, ddof=1) / np.mean(rms), rel=1e-3)
 
 
-@pytest.mark.parametrize(("sizes", "came"), [([8.0, 4.0, 2.0, 1.0], False), ([8.0, 4.0, 16.0, 8.0], True)])
+@pytest.mark.parametrize(
+    ("sizes", "came"),
+    # the last: a learning rate that begins at 0
+    [([8.0, 4.0, 2.0, 1.0], False), ([8.0, 4.0, 16.0, 8.0], True), ([0.0, 4.0, 4.0, 4.0], False)],
+)
 def test_momentum_that_grows_had_a_gradient_where_nobody_looked(sizes: list[float], came: bool) -> None:
     made = [
         s._replace(grad_nK=torch.zeros_like(s.grad_nK), intended_AnK=torch.full_like(s.intended_AnK, 1e-3 * size))

@@ -207,7 +207,9 @@ class WindowSums:
     def _has_risen(self, steps: Steps) -> npt.NDArray[np.bool_]:
         """[n] whether updates grew from one measured step to the next: without gradients momentum makes them but smaller, so
         some came in between."""
-        want_Pn = ratio(self.parts_PFn[:, WANT], steps.parts_Pn * np.maximum(steps.squared_rates_P, 1e-300)[:, None])
+        want_Pn = ratio(self.parts_PFn[:, WANT], steps.parts_Pn * steps.squared_rates_P[:, None])
+        # a rate of 0 is counted as 1: nothing is wanted then, whatever the gradient
+        want_Pn = np.where((want_Pn == 0) & (steps.squared_rates_P == 1)[:, None], np.nan, want_Pn)
         most_n = np.where(steps.is_whole_n, _GROWN, _GROWN_SAMPLES)
         risen_n = np.zeros(len(most_n), bool)
         last_n = np.full(len(most_n), np.inf)
