@@ -116,7 +116,7 @@ _AHEAD = (
     ("forecast.from_step", "steps", "When the first tensor that is well now begins to stall."),
     ("forecast.floor", "lr", "The learning rate that would keep all moving that move now."),
     ("forecast.error", "ratio", "How far the efficiencies of now are from what was forecast at half of the run."),
-    ("divergence.weight_growth", "power", "The weights grow as the steps to this power: above 2, held by nothing."),
+    ("divergence.weight_growth", "power", "The weights grow as the steps to this power: above 2.5, held by nothing."),
 )
 
 

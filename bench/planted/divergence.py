@@ -11,7 +11,8 @@ without trouble, BF16 moments.
 
 The loss blows up where the mean of 8 steps stays a nat above its best so far, or is no number. One line a run: the step of that, the first
 warning that the run diverges, how many steps ahead it was, and the signs in the report. `late`: fewer than 20 steps ahead, `missed`: not at
-all, `at once`: lost within a window, which nothing can tell. Of twins, `silent` or `false`.
+all, `at once`: lost within a window or before the fourth, which nothing can tell. Of twins, `silent`, `false`, or `ill`: warned of a loss that
+ends 0.4 nats above its best and does not come back.
 
 Exit status 1 where a twin is warned of, or fewer than three quarters of what blows up are told 20 steps ahead.
 """
@@ -42,6 +43,8 @@ from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 
 AHEAD, NAT = 20, 1.0  # steps; of the loss, above its best
+ILL = 0.4  # nats, of the mean of 50 steps
+FEWEST = 4  # windows, before which nothing can be told
 ENOUGH = 0.75  # of those that blow up, told in time
 WIDTH = 32
 RATES = {"adamw": 3e-3, "sgd": 0.05, "lion": 3e-4}
@@ -192,6 +195,12 @@ def blown_up(losses: Sequence[float]) -> int | None:
     return None if last_well == len(losses) - 1 else last_well + 1
 
 
+def _is_ill(losses: Sequence[float]) -> bool:
+    """Whether the loss ends well above its best, though not by a nat."""
+    means = [statistics.fmean(losses[max(t - 49, 0) : t + 1]) for t in range(49, len(losses))]
+    return means[-1] > min(means) + ILL
+
+
 def told(recording: Recording) -> tuple[list[int], dict[str, int]]:
     """The steps at which it was warned that the run diverges; and of each sign in the report, the first step."""
     watcher, alerts = Divergences(), Alerts(Thresholds())
@@ -232,8 +241,8 @@ def main() -> int:
         first = min(warnings, default=None)
         ahead = None if lost_at is None or first is None else lost_at - first
         if lost_at is None:
-            outcome = "false" if warnings else "silent"
-        elif not run.can_be_told:
+            outcome = "silent" if not warnings else "ill" if _is_ill(recording.losses) else "false"
+        elif not run.can_be_told or lost_at < FEWEST * given.window:
             outcome = "at once"
         else:
             outcome = "missed" if ahead is None or ahead <= 0 else "ahead" if ahead >= AHEAD else "late"
@@ -246,7 +255,9 @@ def main() -> int:
     print(
         f"\ntold at least {AHEAD} steps ahead: {told_in_time} of {blown}; late: {counts['late']}; not told: {counts['missed']}"
     )
-    print(f"healthy runs: {counts['silent'] + counts['false']}, of which {counts['false']} were warned of")
+    print(
+        f"healthy runs: {counts['silent'] + counts['false']}, of which {counts['false']} were warned of; ill and told: {counts['ill']}"
+    )
     return int(counts["false"] > 0 or told_in_time < ENOUGH * blown)
 
 

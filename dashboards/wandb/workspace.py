@@ -189,7 +189,7 @@ def _sections(entity: str, step_key: str) -> list[Section]:
                 lines("Alerts", "alert", range_y=(0, 1)),
                 wr.WeavePanelSummaryTable(table_name=metrics.TENSORS),
                 lines(
-                    "Weights grow as steps to the power of: above 2 for long, it blows up", "divergence_weight_growth"
+                    "Weights grow as steps to the power of: above 2.5 for long, it blows up", "divergence_weight_growth"
                 ),
             ],
         ),

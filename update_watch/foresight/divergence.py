@@ -25,7 +25,7 @@ class Divergence:
     weight_rms: float | None = None  # of all weights that are trained
     gradient_rms: float | None = None  # as the optimizer got them
     weight_growth: float | None = (
-        None  # the weights grow as the number of steps to this power: above 2 nothing holds them
+        None  # the weights grow as the number of steps to this power: above 2.5 for long nothing holds them
     )
     gradient_growth: float | None = None  # doublings over the latest windows, above the usual of the run
     update_excess: float | None = None  # doublings of update / weight / learning rate beyond the range of the run

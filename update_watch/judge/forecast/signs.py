@@ -18,7 +18,7 @@ from update_watch.judge.forecast.course import Point
 from update_watch.wording import plural
 
 _SPANS = (1, 2, 4, 8)  # windows in a third of what is looked at
-_RUNS_AWAY = 2.0  # power of the steps
+_RUNS_AWAY = 2.5  # power of the steps: half of one above what a warm-up makes, for noise
 _WITH_RATE = 0.8  # where the rate goes on climbing as the steps to more than
 _CLIMBS = 1.5
 _GROWN = 0.2  # doublings over what is looked at; and
