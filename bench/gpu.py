@@ -3,7 +3,7 @@
 
     python bench/gpu.py [--seconds N] [--only SECTION ...] [--out FOLDER] [--device cpu --quick]
 
-Runs from a plain checkout with the torch that is there (2.6 or later; the gather kernel needs Triton) and without network.
+Runs from a plain checkout with the torch that is there (2.6 or later; the kernels need Triton) and without network.
 Every section stands alone: one that fails or finds no time leaves the others' results. A table goes to stdout, all figures
 to gpu.json in the folder (default: $OUT, else the current one). Exit status 1 if a bar is missed (see `bench/on_gpu/bars.py`).
 """
@@ -27,12 +27,13 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mat
 
 import torch
 
-from bench.on_gpu import bars, children, gathers, launches, long_runs, sanctity, times
+from bench.on_gpu import bars, children, gathers, kernels, launches, long_runs, sanctity, times
 from bench.on_gpu.given import free, given, is_cuda
 
 SECTIONS: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {  # with the seconds it should have
     "environment": (times.environment, 2),
     "gather": (gathers.gather, 20),
+    "kernels": (kernels.kernels, 30),
     "identity": (sanctity.identity, 20),
     "syncs": (sanctity.syncs, 10),
     "launches": (launches.launches, 25),

@@ -104,6 +104,25 @@ def bars(results: dict[str, Any]) -> list[tuple[str, bool | None, str]]:
     add("thousands of steps", "soak", lasts)
     add("efficiency is that of all elements", "truth", near)
     add("one gather by one launch, the same to the bit", "gather", lambda r: (all(x["same"] for x in r.values()), ""))
+    add(
+        "all kernels in use, numbers as torch's",
+        "kernels",
+        lambda r: (
+            all(r["in_use"].values()) and r["largest_difference"] < 1e-4,
+            f"{[name for name, used in r['in_use'].items() if not used] or 'all'}; {r['numbers']} numbers, largest difference "
+            f"{r['largest_difference']:.2g}; attached in {r['attach_seconds']} s",
+        ),
+    )
+
+    def few(found: dict[str, Any]) -> tuple[bool | None, str]:
+        worst = {name: r for name, r in found.items() if "alone" in r}
+        fine = all(r["ordinary"]["launches_median"] <= 4 and r["mean_launches"] <= 8 for r in worst.values())
+        said = ", ".join(
+            f"{n}: {r['ordinary']['launches_median']:.0f}, {r['mean_launches']:.1f}" for n, r in worst.items()
+        )
+        return (fine if is_cuda() else None), said
+
+    add("4 launches a step, 8 in the mean", "launches", few)
     add("124M GPT: within a budget of 1%", "training_time", cheap)
     add(
         "side stream: same report",

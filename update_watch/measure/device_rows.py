@@ -213,8 +213,11 @@ class DeviceRows:
         """Parts of the window that are in use."""
         return max(cohort.parts for cohort in self.cohorts)
 
-    def packing(self, window_steps: int) -> Callable[[], Tensor]:
-        """Makes the window's sums one vector on the device, now or when the next window has begun; see `WindowSums`."""
+    def packing(self, window_steps: int, is_later: bool) -> Callable[[], Tensor]:
+        """Makes the window's sums one vector on the device; see `WindowSums`.
+
+        `is_later`: when the next window has begun, by another thread.
+        """
         stored_nK = None
         rows = [row for cohort in self.cohorts for row in cohort.rows]
         if self._kind.has_way and not any(row.has_changed for row in rows):
@@ -231,7 +234,7 @@ class DeviceRows:
         ]
         kept_weights_nJ = _together(known) if known else None
         given = self.parts, stored_nK, kept_weights_nJ, _joined_runs(scaled)
-        if isinstance(self.sums, kernel_sums.KernelSums):
+        if isinstance(self.sums, kernel_sums.KernelSums) and not is_later:
             return functools.partial(self.sums.packed, *given)
         return functools.partial(packed, self.sums, *given)
 

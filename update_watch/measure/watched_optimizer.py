@@ -281,7 +281,8 @@ class Watched:
             if not any(cohort.steps for cohort in own.cohorts):
                 others += [window.identity(row) for cohort in own.cohorts for row in cohort.rows]
                 continue
-            transfer = batch.add_later(own.device, own.packing(self.window_steps))
+            packing = own.packing(self.window_steps, batch.is_later(own.device))
+            transfer = batch.add_later(own.device, packing)
             sums = SumsWindow(transfer, own.sums.layout(own.parts))
             for cohort in own.cohorts:
                 if not cohort.steps:

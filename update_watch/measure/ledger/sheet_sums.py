@@ -95,8 +95,8 @@ class SheetSums:
             v["copy_steps_n"].zero_()
 
     def copy(self) -> SheetSums:
-        """A copy of the sums as they are, which another thread may pack."""
-        copy = type(self)(self.rows, self.has_masters, self.dtype, self.full, self.device)
+        """A copy of the sums as they are, which another thread may pack: by torch's operators, that is on the CPU."""
+        copy = SheetSums(self.rows, self.has_masters, self.dtype, self.full, self.device)
         copy._all.copy_(self._all)
         copy._has_set_out = self._has_set_out
         return copy
