@@ -43,7 +43,13 @@ def modules_of(folder: Path, package: str) -> list[str]:
 
 
 # what is loaded where it can be used, and nowhere else
-ON_USE = {"update_watch.measure.device.gather_kernel"}
+ON_USE = {
+    "update_watch.measure.device.bf16_rounding",
+    "update_watch.measure.device.gather_kernel",
+    "update_watch.measure.ledger.sheet_kernel",
+    "update_watch.measure.sums.packing_kernel",
+    "update_watch.measure.sums.sums_kernel",
+}
 CORE = [name for name in modules_of(ROOT / "update_watch", "update_watch") if name not in ON_USE]
 DASHBOARDS = modules_of(ROOT / "dashboards", "update_watch.dashboards")
 
