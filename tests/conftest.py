@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import backend_registration
 
 if not torch.cuda.is_available():
     # before anything imports Triton, as torch's compiler does: its own functions would not run in the interpreter then
@@ -67,6 +68,38 @@ _SLOW_CASES = {
     "test_scaled_weights": ("FusedSplit-1e-06", "Split-0.001", "Masters-1e-06", "Kahan-1e-06", "Remainders-1e-06"),
     "test_ledger": ("overwritten[every 24-adamw]", "adamw-pruned]", "adamw-normalised]"),
 }
+_TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+# what an older torch does not have, and the cases that need it, by file
+_NEEDED = (
+    (
+        "torch.optim.Muon",
+        hasattr(torch.optim, "Muon"),
+        {
+            "test_rule_properties": ("Muon-",),
+            "test_truth": ("counts_its_tensors[muon",),
+            "test_exact_rules": ("[muon]", "another_rule_is_refused"),
+            "test_sanctity": ("[muon]",),
+        },
+    ),
+    (
+        "devices whose memory is NumPy's",
+        hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+        {"test_device": ("",), "test_device_only": ("",), "test_device_cases": ("on_a_device", "of_a_graph")},
+    ),
+    ("reading elements of uint16", _TORCH >= (2, 7), {"test_scaled_weights": ("Split",)}),
+    ("casts to float8 that end at its largest value", _TORCH >= (2, 7), {"test_formats": ("float8_e4m3fn]",)}),
+    (
+        "gradients of another format than their tensor",
+        _TORCH >= (2, 7),
+        {"test_odd_tensors": ("turns_odd_in_mid_run",)},
+    ),
+    (
+        "schedulers in sequence that do not warn of themselves",
+        _TORCH >= (2, 7),
+        {"test_forecast": ("a_torch_scheduler_is_run_ahead", "with_a_formula_are_asked")},
+    ),
+    ("FSDP2 on a CPU beside CUDA's libraries", _TORCH >= (2, 7), {"test_joining": ("",)}),
+)
 # tests of the trials themselves, and of what they leave behind: a room and files
 _TRYING = ("replay", "test_sanctity", "test_interrupts", "test_attacks", "test_device_generators")
 
@@ -77,6 +110,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         stem = Path(str(item.path)).stem
         if stem in _SLOW or any(case in item.name for case in _SLOW_CASES.get(stem, ())):
             item.add_marker(pytest.mark.slow)
+        for what, is_there, cases in _NEEDED:
+            if not is_there and any(case in item.name for case in cases.get(stem, ())):
+                item.add_marker(pytest.mark.skip(reason=f"torch {torch.__version__} lacks {what}"))
     items.sort(key=lambda item: Path(str(item.path)).stem not in _LONG)  # stable
 
 

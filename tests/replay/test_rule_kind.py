@@ -30,7 +30,7 @@ from update_watch.replay.twin import Run, Twin
         (torch.optim.AdamW, (1,), Kind.elementwise),
         (torch.optim.Adafactor, (300, 40), Kind.whole),
         (torch.optim.Adafactor, (7,), Kind.whole),
-        (torch.optim.Muon, (300, 40), Kind.whole),
+        *([(torch.optim.Muon, (300, 40), Kind.whole)] if hasattr(torch.optim, "Muon") else []),  # since torch 2.9
         (torch.optim.LBFGS, (300, 40), Kind.unknown),
         (torch.optim.SparseAdam, (300, 40), Kind.unknown),
     ],
