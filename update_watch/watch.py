@@ -106,6 +106,8 @@ class Watch(run_journal.Shown, memory.Remembering):
         inner = unwrap(optimizer)
         if not self._model.has(inner):
             endings.warn_if_watched(inner)
+            if self._model.step:  # its rate may be another one
+                self._attention.wake()
         self._model.add(inner, optimizer, outside)
         self._tap.attach(inner)
 

@@ -208,6 +208,9 @@ def test_a_jump_of_the_learning_rate_and_a_new_group_wake(
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
         steps(model, optimizer, 1)
         assert len(woken) == 2
+        # one that is made anew for the same tensors, as stages of a training do; its rate may be any
+        steps(model, torch.optim.SGD(model.parameters(), lr=0.1), 1)
+        assert len(woken) == 3
         assert watch._tap.error is None
 
 
