@@ -12,6 +12,7 @@ from update_watch.measure.hooks.process_steps import ProcessSteps
 from update_watch.measure.hooks.tap import StepTap
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.watched_model import WatchedModel
+from update_watch.wrappers import unwrap
 
 logger = logging.getLogger("update_watch")
 
@@ -53,7 +54,7 @@ class Discovery:
 
     def _is_crowded(self, optimizer: Optimizer) -> bool:
         """Whether optimizers of the same tensors come one after the other; only the latest of them are kept."""
-        remade = self._model.release_remade(optimizer)
+        remade = self._model.release_remade(unwrap(optimizer))  # that of ZeRO holds the one that is watched
         self.let_go(remade)
         if remade and not self._has_told_remade:
             self._has_told_remade = True
