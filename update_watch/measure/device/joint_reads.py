@@ -7,9 +7,7 @@ because he goes on with what was read. Outside of it each runs at once.
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -17,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-logger = logging.getLogger("update_watch")
+from update_watch.measure.device import falling_back
 
 AT_ONCE = 4  # by one launch, see `gather_kernel`
 
@@ -105,10 +103,7 @@ def _run_together(reads: Sequence[Read]) -> None:
             return
         except Exception as error:
             _failed = True
-            message = f"update-watch: its gathers are launched one by one, as they do not run together: {error!r}"
-            logger.warning(message, exc_info=error)
-            with contextlib.suppress(Warning):  # where filters turn warnings into errors
-                warnings.warn(message, stacklevel=2)
+            falling_back.say("its gathers are launched one by one, as they do not run together", error)
     for read in reads:
         given = read.arguments()[:-1]
         gather_kernel.gather_views[(len(read.out),)](*given, K=read.samples, WIDTH=read.width)

@@ -6,10 +6,7 @@ that is said once.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import random
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.measure.device import joint_reads, multi_gather
+from update_watch.measure.device import falling_back, joint_reads, multi_gather
 from update_watch.measure.gathers import Common, Gathers
 from update_watch.measure.parameters import Row
 from update_watch.measure.positions import share
 from update_watch.measure.sampling import Sampler, local, pack_views
-
-logger = logging.getLogger("update_watch")
 
 _verified: set[torch.device] = set()
 
@@ -43,10 +38,7 @@ def gathers_of(optimizer: Optimizer, rows: list[Row], samples: int, rng: random.
         return gathers
     except Exception as error:
         if multi_gather.give_up(device, repr(error)):
-            message = f"update-watch: its gather kernel is not used on {device}, torch's operators are: {error!r}"
-            logger.warning(message, exc_info=error)
-            with contextlib.suppress(Warning):  # where filters turn warnings into errors
-                warnings.warn(message, stacklevel=2)
+            falling_back.say(f"its gather kernel is not used on {device}, torch's operators are", error)
         rng.setstate(state)
         return Gathers(optimizer, rows, samples, rng, common)
 

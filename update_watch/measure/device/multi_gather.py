@@ -10,7 +10,6 @@ Tensors in formats or layouts that the kernel does not read are read by torch, a
 from __future__ import annotations
 
 import importlib.util
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,9 +18,8 @@ import torch
 from torch import Tensor
 
 from update_watch.measure.device import joint_reads
+from update_watch.measure.device.pinned_ring import PinnedRing
 from update_watch.measure.positions import Positions
-
-logger = logging.getLogger("update_watch")
 
 _RECHECK = 64  # calls until formats are looked at again where no address has changed
 
@@ -162,7 +160,6 @@ class _Table:
     """Addresses and kinds of so many views, on the device and in a ring of pinned buffers."""
 
     def __init__(self, views: int, device: torch.device) -> None:
-        self._device = device
         # both rows begin where Triton takes pointers for aligned: else odd numbers of views had a kernel of their own
         padded = -(-views // 16) * 16
         self._there = torch.zeros(2, padded, dtype=torch.int64, device=device)
@@ -173,7 +170,7 @@ class _Table:
         self.packed: set[int] = set()  # views that torch reads, anew each time
         self.calls = 0
         self._has_changed = True
-        self._ring: list[_Buffer] = []
+        self._ring = PinnedRing(self._here.shape, torch.int64, device)
 
     def set(self, view: int, address: int, kind: int) -> None:
         """What the next `send` uploads."""
@@ -185,33 +182,8 @@ class _Table:
         if not self._has_changed:
             return False
         self._has_changed = False
-        buffer = next((buffer for buffer in self._ring if buffer.is_free()), None)
-        if buffer is None:
-            buffer = _Buffer(self._here.shape[1], self._device)
-            self._ring.append(buffer)
-        buffer.values[:] = self._here
-        self._there.copy_(buffer.pinned, non_blocking=True)
-        buffer.mark(self._device)
+        self._ring.send(self._here, self._there)
         return True
-
-
-class _Buffer:
-    """Pinned memory, and the event behind its last upload."""
-
-    def __init__(self, views: int, device: torch.device) -> None:
-        self.pinned = torch.zeros(2, views, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.values: Any = self.pinned.numpy()
-        self._event: Any = None
-
-    def mark(self, device: torch.device) -> None:
-        if device.type == "cuda":
-            if self._event is None:
-                with torch.cuda.device(device):
-                    self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's
-            self._event.record(torch.cuda.current_stream(device))
-
-    def is_free(self) -> bool:
-        return self._event is None or bool(self._event.query())
 
 
 def equals(a: Tensor, b: Tensor) -> bool:

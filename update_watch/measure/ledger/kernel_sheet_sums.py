@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from update_watch.measure.device import falling_back
 from update_watch.measure.ledger.blocks import ELEMENTS
 from update_watch.measure.ledger.sheet_sums import COLUMNS, TURN, SheetSums
-
-logger = logging.getLogger("update_watch")
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _works: dict[torch.device, bool] = {}
@@ -45,10 +42,7 @@ def sums_of(
 def _give_up(device: torch.device, error: Exception) -> None:
     """Use torch's way on `device` from now on."""
     _works[device] = False
-    message = f"update-watch: its kernel of the ledger is not used on {device}, torch's operators are: {error!r}"
-    logger.warning(message, exc_info=error)
-    with contextlib.suppress(Warning):  # where filters turn warnings into errors
-        warnings.warn(message, stacklevel=2)
+    falling_back.say(f"its kernel of the ledger is not used on {device}, torch's operators are", error)
 
 
 class KernelSheetSums(SheetSums):

@@ -8,8 +8,6 @@ once per step and not once per call: 1e-6.
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,14 +16,12 @@ import torch
 from torch import Tensor
 
 from update_watch.formats import BF16, FP32, Format
-from update_watch.measure.device import multi_gather
+from update_watch.measure.device import falling_back, multi_gather
 from update_watch.measure.device.pinned_ring import PinnedRing
 from update_watch.measure.sums.device_sums import THIN, DeviceSums, Look, Slot
 from update_watch.measure.sums.layout import GROUPS, PARTS
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
-
-logger = logging.getLogger("update_watch")
 
 _SLOT = 6  # numbers of a step, see `sums_kernel`
 _LOOK = 5  # of a row whose headroom is counted
@@ -71,10 +67,7 @@ def is_right(device: torch.device, kind: Kind) -> bool:
 def give_up(device: torch.device, error: Exception) -> None:
     """Use torch's way on `device` from now on."""
     _works[device] = False
-    message = f"update-watch: its kernel of sums is not used on {device}, torch's operators are: {error!r}"
-    logger.warning(message, exc_info=error)
-    with contextlib.suppress(Warning):  # where filters turn warnings into errors
-        warnings.warn(message, stacklevel=2)
+    falling_back.say(f"its kernel of sums is not used on {device}, torch's operators are", error)
 
 
 class Added(NamedTuple):

@@ -61,6 +61,13 @@ def add_row(values, weights, is_first, is_second, whole, HAS_WEIGHTS: tl.constex
     return add_cells(tl.sum(values, 1) * weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def put_row(at, values, weights, is_first, is_second, whole, HAS_WEIGHTS: tl.constexpr, HAS_WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Adds what is counted of samples to what is there."""
+    counted, _ = add_row(values, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
+    tl.atomic_add(at, counted, sem="relaxed")
+
+
 _POINTERS = (
     "before intended after stored gradient mask cell_weights whole_rows slots looks parts states_sums full gradient_max"
 )
@@ -156,12 +163,13 @@ def add_steps(  # type: ignore[no-untyped-def]
                 counted_want, kept_want = add_row(want, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
                 tl.atomic_add(sums, counted_dot, sem="relaxed")
                 tl.atomic_add(sums + rows, counted_want, sem="relaxed")
-                found, _ = add_row(moved * moved, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                tl.atomic_add(sums + 2 * rows, found, sem="relaxed")
-                found, _ = add_row(slope * slope, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                tl.atomic_add(sums + 3 * rows, found, sem="relaxed")
-                found, _ = add_row(
-                    held.to(tl.float64) * held.to(tl.float64),
+                put_row(sums + 2 * rows, moved * moved, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
+                put_row(sums + 3 * rows, slope * slope, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
+                stored_square = held.to(tl.float64) * held.to(tl.float64)
+                put_row(sums + 4 * rows, stored_square, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
+                put_row(
+                    sums + 5 * rows,
+                    tl.where(is_wanted, one, zero),
                     weights,
                     is_first,
                     is_second,
@@ -169,20 +177,28 @@ def add_steps(  # type: ignore[no-untyped-def]
                     HAS_WEIGHTS,
                     HAS_WHOLE,
                 )
-                tl.atomic_add(sums + 4 * rows, found, sem="relaxed")
-                found, _ = add_row(
-                    tl.where(is_wanted, one, zero), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE
+                put_row(
+                    sums + 6 * rows,
+                    tl.where(is_changed, one, zero),
+                    weights,
+                    is_first,
+                    is_second,
+                    whole,
+                    HAS_WEIGHTS,
+                    HAS_WHOLE,
                 )
-                tl.atomic_add(sums + 5 * rows, found, sem="relaxed")
-                found, _ = add_row(
-                    tl.where(is_changed, one, zero), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE
+                put_row(
+                    sums + 7 * rows,
+                    tl.where(slope != 0, one, zero),
+                    weights,
+                    is_first,
+                    is_second,
+                    whole,
+                    HAS_WEIGHTS,
+                    HAS_WHOLE,
                 )
-                tl.atomic_add(sums + 6 * rows, found, sem="relaxed")
-                found, _ = add_row(
-                    tl.where(slope != 0, one, zero), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE
-                )
-                tl.atomic_add(sums + 7 * rows, found, sem="relaxed")
-                found, _ = add_row(
+                put_row(
+                    sums + 8 * rows,
                     tl.where(is_wanted & (is_changed == 0), one, zero),
                     weights,
                     is_first,
@@ -191,7 +207,6 @@ def add_steps(  # type: ignore[no-untyped-def]
                     HAS_WEIGHTS,
                     HAS_WHOLE,
                 )
-                tl.atomic_add(sums + 8 * rows, found, sem="relaxed")
                 count, _ = add_row(
                     tl.where(valid, one, zero), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE
                 )
