@@ -29,7 +29,7 @@ stalled), and when it is over. A tensor of which nothing can be said for a while
 
 ERROR: stalled, broken, nothing trains, an average that does not follow. WARN: stalling, states and decay that are lost, what is
 frozen and yet moved by its optimizer, tensors whose optimizer still steps what they were before they were replaced, more than a tenth that cannot be measured. INFO: a layer that goes idle after it trained,
-FP32 weights that a resume left with BF16 values, and the end of a story. What will stall at the run's schedule, also at the latest step of its range, for a tenth of the run
+what leaves the range it had (updates, gradients, optimizer state, the top of FP16, skipped steps), each once in a run, FP32 weights that a resume left with BF16 values, and the end of a story. What will stall at the run's schedule, also at the latest step of its range, for a tenth of the run
 or more, is one WARN once two forecasts in a row say so; what was foretold is then told as it begins, and when it holds everything. Weights that run away, as they do before a loss blows up, are
 one WARN ([divergence](divergence.md)). Each is one record of the logger `update_watch` (at most four lines: the list of tensors is left out), one `Alert` in the report,
 and one message of a sink.
@@ -63,6 +63,20 @@ def _growing(name: str, window: int) -> TensorReport:
     """Twice as large in each window."""
     sizes: dict[str, Any] = {"weight_rms": 0.02 * 2.0**window, "gradient_rms": 1e-3, "update_ratio": 1e-3, "lr": 3e-4}
     return _tensor(name, Health.healthy, optimizer_group="0/0", efficiency=1.0, **sizes)
+
+
+def _scaled(name: str, window: int) -> TensorReport:
+    """FP16, of which the largest gradient is twice as large in each window."""
+    sizes: dict[str, Any] = {"weight_rms": 0.02, "gradient_rms": 1e-3, "update_ratio": 1e-3, "lr": 3e-4}
+    largest = 128.0 * 2.0**window
+    return _tensor(
+        name,
+        Health.healthy,
+        optimizer_group="0/0",
+        efficiency=1.0,
+        gradient_max=largest,
+        **{**sizes, "dtype": "float16"},
+    )
 
 
 def stories() -> dict[str, list[list[TensorReport]]]:
@@ -114,6 +128,7 @@ def stories() -> dict[str, list[list[TensorReport]]]:
         ],
         "What is to come, at the run's schedule": [[_moving(n) for n in matrices]] * 2,
         "A run that will blow up": [[_growing(n, window) for n in matrices] for window in range(6)],
+        "What leaves its range": [[_scaled(n, window) for n in matrices] for window in range(8)],
         "FP32 weights that hold BF16 values, after a resume": [
             [
                 _tensor(n, Health.healthy, dtype="float32", was_rounded=True, advice=reasons.was_rounded(129))

@@ -12,6 +12,7 @@ from update_watch.dashboards.report.charts.heatmap import heatmap
 from update_watch.dashboards.report.charts.map import kind_map_chart
 from update_watch.dashboards.report.charts.over_time import arrived
 from update_watch.dashboards.report.charts.parts import Spec, scales_of
+from update_watch.dashboards.report.charts.ranges import drifts, fp16_room, skipped
 from update_watch.dashboards.report.charts.rates import tensors_by_rate
 from update_watch.dashboards.report.charts.ratios import ratios
 from update_watch.dashboards.report.charts.sizes import sizes
@@ -66,6 +67,12 @@ def every_chart(histories: Sequence[History], screens: Sequence[FirstScreen]) ->
         by_size = sizes(history, scales, warned)
         if by_size is not None:
             found[f"sizes-{run}"] = by_size
+            beside = {
+                "drifts": drifts(history, scales),
+                "room": fp16_room(history, scales),
+                "skips": skipped(history, scales),
+            }
+            found |= {f"{name}-{run}": one for name, one in beside.items() if one is not None}
         if history.last.headroom is not None:
             found[f"headroom-{run}"] = headroom_by_row(history, kind_rows(history.last.table.name, MOST_ROWS), scales)
         if history.last.accumulators:

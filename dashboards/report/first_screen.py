@@ -82,6 +82,7 @@ class FirstScreen:
     was: str  # "94%" at its best, where that says more
     margin: str  # of a healthy run: how far the learning rate may fall
     outlook: str  # what is to come
+    held: str  # of a schedule that has ended: what had been forecast of it, and what came
     also: tuple[str, ...]  # what is not well beside the weights
     marks: tuple[tuple[int, str], ...]  # (step, what began there), for the chart over time
     rates: Mapping[str, float]  # learning rates by name: now, peak, end
@@ -116,6 +117,7 @@ def first_screen(history: History) -> FirstScreen:
         was=share_words(best) if best - now > 0.05 else "",
         margin=_margin(frame) if verdict.health is Health.healthy else "",
         outlook=_outlook(history),
+        held=_held(history),
         also=_also(frame),
         marks=tuple((step, mark) for mark, step in begun.items() if step > history.first_step + 1),
         rates={} if verdict.health is Health.broken else _rates(history),
@@ -127,6 +129,24 @@ def _outlook(history: History) -> str:
     outlook, divergence = history.last.outlook, history.last.divergence
     coming = [outlook.headline] if outlook is not None and outlook.until > history.last_step else []
     return " ".join([divergence.headline, *coming] if divergence is not None and divergence.is_warning else coming)
+
+
+def _held(history: History) -> str:
+    """What was forecast early in the run, and what came, where its schedule has ended."""
+    early, now = history.foretold, history.last.run.efficiency
+    if (
+        early is None
+        or not early.course
+        or math.isnan(now)
+        or not (early.made_at or math.inf) < early.until <= history.last_step
+    ):
+        return ""
+    said = early.headline.rstrip(".").partition("; ")[0]
+    forecast = share_words(early.course[-1][1])
+    return (
+        f"Forecast at step {early.made_at:,}: {said[:1].lower()}{said[1:]}. At the end {share_words(now)} of each update arrived;"
+        f" {forecast} was forecast."
+    )
 
 
 # --- the run in a line -----------------------------------------------------------------------------------

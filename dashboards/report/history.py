@@ -11,12 +11,12 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from update_watch.dashboards.frame import Columns, Floats, Frame, TensorTable, frame_of
+from update_watch.dashboards.frame import Columns, Floats, Frame, Outlook, TensorTable, frame_of
 from update_watch.dashboards.joining import join
 from update_watch.dashboards.journal.journal import JournalReader
 from update_watch.dashboards.journal.thinning import window_steps
@@ -25,6 +25,7 @@ from update_watch.report import SEVERITY, Alert, Health, Report
 
 SPANS = 200
 MOST_VALUES = 20_000_000  # tensors x spans: of a model of more than 100,000 tensors a point stands for more windows
+_FORETOLD = 0.2  # of the schedule
 ABSENT = len(SEVERITY)  # in `health_PH`: the tensor was not watched
 # per tensor: what is drawn over the run. "margin" is the learning rate over the critical one
 SERIES = (
@@ -37,6 +38,14 @@ SERIES = (
     "gradient_spread",
     "copy_changed",
 )
+
+
+class Ranges(NamedTuple):
+    """What may leave its range, of a span. NaN stands for "not known"."""
+
+    state: float  # state factor, the median of the tensors
+    room: float  # doublings of the largest FP16 gradient up to infinity, in the last window
+    skipped: float  # share of the steps, 0..1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +61,11 @@ class History:
     health_PH: NDArray[np.int8]  # index in SEVERITY, or ABSENT
     series_PH: Mapping[str, NDArray[np.float32]]  # by name, those of SERIES
     run_H: tuple[RunNumbers, ...]  # means over a span
+    ranges_H: tuple[Ranges, ...]
     alerts: tuple[Alert, ...]
     damaged: int = 0  # journal lines that could not be read
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    foretold: Outlook | None = None  # the first forecast from a fifth of the schedule on
 
     @property
     def first_step(self) -> int:
@@ -132,6 +143,7 @@ class _Builder:
         self._runs: list[tuple[RunNumbers, int]] = []  # of the windows in `_held`
         self._alerts: list[Alert] = []
         self._windows = 0
+        self._foretold: Outlook | None = None
         self.last: Frame | None = None
 
     def add(self, frame: Frame) -> None:
@@ -149,6 +161,8 @@ class _Builder:
         self._runs.append((frame.run, frame.windows))
         self._alerts += frame.alerts
         self._windows += frame.windows
+        if self._foretold is None and frame.outlook is not None and frame.step >= _FORETOLD * frame.outlook.until:
+            self._foretold = frame.outlook
         self.last = frame
 
     def finish(self, name: str, damaged: int = 0, run: Mapping[str, Any] | None = None) -> History:
@@ -173,9 +187,11 @@ class _Builder:
             health_PH=health,
             series_PH=series,
             run_H=tuple(span.run for span in self._spans),
+            ranges_H=tuple(span.ranges for span in self._spans),
             alerts=tuple(self._alerts),
             damaged=damaged,
             run=run or {},
+            foretold=self._foretold,
         )
 
     def _one_of_it(self, table: TensorTable) -> TensorTable:
@@ -191,7 +207,9 @@ class _Builder:
         if frame is not None:
             run = mean_of([numbers for numbers, _ in self._runs], [windows for _, windows in self._runs])
             steps = (frame.begin, frame.step)
-            self._spans.append(_Span(steps, frame.time, frame.table, frame.tensors.health, _series(frame), run))
+            self._spans.append(
+                _Span(steps, frame.time, frame.table, frame.tensors.health, _series(frame), run, _ranges(frame))
+            )
             self._held, self._runs = None, []
 
 
@@ -203,6 +221,18 @@ class _Span:
     health: NDArray[np.int8]
     series: Mapping[str, NDArray[np.float32]]
     run: RunNumbers
+    ranges: Ranges
+
+
+def _ranges(frame: Frame) -> Ranges:
+    factors = frame.tensors.numbers["state_factor"]
+    factors = factors[factors > 0]
+    room = None if frame.divergence is None else frame.divergence.overflow_doublings
+    return Ranges(
+        float(np.median(factors)) if len(factors) else np.nan,
+        np.nan if room is None else room,
+        frame.skipped_steps / frame.window,
+    )
 
 
 def _series(frame: Frame) -> dict[str, NDArray[np.float32]]:

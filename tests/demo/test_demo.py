@@ -100,9 +100,11 @@ def test_losses_cost_and_alert_are_told(short: tuple[Settings, Lines, dict[str, 
     alerts = [alert for report in reports["bf16"] for alert in report.alerts]
     assert alerts, [report.headline for report in reports["bf16"]]
     for alert in alerts:
-        told = f"step {alert.step}: BF16 weights: {alert.level}: {alert.title}"
-        ahead = f"{told}. {alert.text.splitlines()[0]}"  # of what is to come, the sentence too
-        assert (ahead if alert.title.startswith("AHEAD") else told) in screen.lines
+        assert f"step {alert.step}: BF16 weights: {alert.level}: {alert.title}" in screen.lines
+    early = [next((r for r in found if r.forecast is not None and r.step >= 10), None) for found in reports.values()]
+    for name, report in zip(screen.names, early, strict=True):
+        assert report is not None and report.forecast is not None
+        assert screen.lines.count(f"step {report.step}: {name}: {report.forecast.headline}") == 1
     (losses,) = [line for line in screen.lines if line.startswith("Loss (nats per byte) on text held back: ")]
     assert " with BF16 weights, " in losses
     assert " with FP32 masters; " in losses

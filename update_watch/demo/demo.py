@@ -166,9 +166,11 @@ def _train(runs: list[_Watched], settings: Settings, screen: Screen) -> None:
 def _announce(one: _Watched, screen: Screen) -> None:
     """Show alerts that are new; the list of reports is filled by the watch's thread."""
     while one.announced < len(one.reports):
-        for alert in one.reports[one.announced].alerts:
-            ahead = "" if alert.title.partition(":")[0] != "AHEAD" else f". {alert.text.splitlines()[0]}"
-            screen.line(f"step {alert.step}: {one.training.title}: {alert.level}: {alert.title}{ahead}")
+        report = one.reports[one.announced]
+        if report is _early(one.reports, one.training.settings.steps) and report.forecast is not None:
+            screen.line(f"step {report.step}: {one.training.title}: {report.forecast.headline}")
+        for alert in report.alerts:
+            screen.line(f"step {alert.step}: {one.training.title}: {alert.level}: {alert.title}")
         one.announced += 1
 
 
@@ -190,9 +192,14 @@ def _show(runs: list[_Watched], screen: Screen) -> None:
     screen.line(_cost(watched))
 
 
+def _early(reports: list[Report], steps: int) -> Report | None:
+    """The first report with a forecast from a fifth of the run on."""
+    return next((r for r in reports if r.forecast is not None and r.step >= steps / 5), None)
+
+
 def _how_the_forecast_held(reports: list[Report], steps: int) -> str:
     """The forecast at a fifth of the run against what then happened; "" where there is none."""
-    early = next((r for r in reports if r.forecast is not None and r.step >= steps / 5), None)
+    early = _early(reports, steps)
     if early is None or early is reports[-1] or early.forecast is None:
         return ""
     ends = {t.name: t.efficiency for t in reports[-1].tensors}

@@ -32,7 +32,7 @@ def sizes(history: History, scales: Scales, marks: Sequence[int] = ()) -> Spec |
     y = {
         "type": "quantitative",
         "scale": {"type": "log", "base": 2, "domain": domain, "nice": False},
-        "axis": {"title": "times its median", "format": "~g", "tickCount": 5, "grid": False},
+        "axis": {"title": "times its median", "format": "~g", "tickCount": 5, "grid": False, "minExtent": 30},
     }
 
     def line(field: str, style: str) -> Spec:

@@ -28,6 +28,7 @@ from update_watch.dashboards.report.kind_map import MOST_COLUMNS, MOST_ROWS, kin
 from update_watch.dashboards.report.palette import RUNS, THEMES, chart_config
 from update_watch.dashboards.report.row_groups import Rows, kind_rows, tensor_rows
 from update_watch.dashboards.report.traces import MOST_POINTS, map_traces, run_traces
+from update_watch.foresight.divergence import Divergence
 from update_watch.foresight.forecasts import Forecast
 from update_watch.report import Health, Report, TensorReport
 
@@ -220,6 +221,36 @@ def test_a_forecast_goes_on_to_the_end_of_the_schedule_with_its_band(tmp_path: P
 def test_a_forecast_that_has_come_to_pass_is_not_drawn() -> None:
     over = history_of([report(50, tensor(lr=1e-3), forecast=FORECAST)], "run")
     assert "until" not in arrived([over], scales_of([over]))["usermeta"] and first_screen(over).outlook == ""
+    early = history_of(
+        [report(20, tensor(lr=1e-3), forecast=FORECAST), report(40, tensor(lr=1e-3, efficiency=0.2))], "run"
+    )
+    assert first_screen(early).held == (
+        "Forecast at step 20: at this schedule 100% of the parameters stall. At the end 20% of each update arrived; 10% was"
+        " forecast."
+    )
+    assert first_screen(history_of([report(20, tensor(lr=1e-3), forecast=FORECAST)], "run")).held == ""
+
+
+def test_what_leaves_its_range_is_drawn_where_it_is_known() -> None:
+    def window(i: int, **fields: Any) -> Report:
+        usual = {"weight_rms": 0.02, "update_ratio": 1e-3 * (i + 1), "lr": 1e-3, "trainable": True}
+        return report(
+            10 * (i + 1),
+            tensor(**usual, **fields),
+            skipped_steps=i,
+            divergence=Divergence(10, overflow_doublings=9.0 - i),
+        )
+
+    found = drawing.every_chart(
+        [run := history_of([window(i, state_factor=1 - 0.1 * i) for i in range(3)], "run")], [first_screen(run)]
+    )
+    values = {name: found.charts[f"{name}-0"]["data"]["values"] for name in ("drifts", "room", "skips")}
+    assert [row["update"] for row in values["drifts"]] == pytest.approx([0.5, 1.0, 1.5])
+    assert [row["state"] for row in values["drifts"]] == pytest.approx([1.0, 0.9, 0.8])
+    assert [row["room"] for row in values["room"]] == [9.0, 8.0, 7.0]
+    assert [row["skipped"] for row in values["skips"]] == pytest.approx([0.0, 0.1, 0.2])
+    plain = history_of([report(10 * (i + 1), tensor(weight_rms=0.02, trainable=True)) for i in range(3)], "plain")
+    assert not {"drifts-0", "room-0", "skips-0"} & set(every_chart(plain))
 
 
 def test_ratios_over_the_run_are_quantiles_of_the_tensors():

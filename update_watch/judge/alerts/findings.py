@@ -23,10 +23,14 @@ from update_watch.report import Cause, Health, Level, Report, TensorReport
 NOTHING_TRAINS, NOT_MEASURED = "nothing_trains", "not_measured"  # episodes of the run
 WAS_ROUNDED = "was_rounded"  # FP32 tensors that held nothing but BF16 values
 DIVERGES = "diverges"  # an episode of the run: it is about to blow up
+OUT_OF_RANGE = "out_of_range:"  # and the name of a sign: something has left the range it had
 AHEAD = "ahead"  # what moves now and will stall at this schedule
 _NOT_MEASURED_SHARE = 0.1  # of what is trained, by tensors or by elements, from which on it is told
 _AHEAD_SHARE = 0.1  # of what is trained, that will stall for at least this share of the run, to be told
 _UNSURE = 0.25  # error of the forecasts of this run, from which on nothing is made of them
+ALONE = frozenset(
+    {"updates", "gradients", "state", "fp16_range", "skipped"}
+)  # signs that are told though nothing runs away
 _LEVELS = {Health.broken: Level.error, Health.stalled: Level.error, Health.stalling: Level.warn}
 _IDLE_CAUSES = frozenset({Cause.no_gradient, Cause.zero_gradient, Cause.negligible_gradient})
 
@@ -139,8 +143,15 @@ def _find_divergence(report: Report, bad: dict[str, list[Finding]], well: set[st
     if report.divergence.is_warning:
         said = report.divergence.headline
         bad[DIVERGES] = [Finding(key, largest, "", Level.warn, Health.healthy, None, said)]
-    elif not report.divergence.signs:
+        return  # it tells of the other signs too
+    if not report.divergence.signs:
         well.add(key)
+    for sign in report.divergence.signs:
+        if sign.name in ALONE:
+            # never well again, so it is told once in a run: a range that is left is left again
+            one = next((t for t in report.tensors if t.name in sign.tensors), largest)
+            found = Finding(f"[{sign.name}]", one, "", Level.info, Health.healthy, None, sign.text)
+            bad[f"{OUT_OF_RANGE}{sign.name}"] = [found]
 
 
 def _add(bad: dict[str, list[Finding]], finding: Finding) -> None:

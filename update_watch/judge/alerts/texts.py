@@ -11,7 +11,15 @@ from collections.abc import Collection, Sequence
 
 from update_watch.judge.advice import advise, finding
 from update_watch.judge.alerts.episodes import GREW, OVER, WORSE
-from update_watch.judge.alerts.findings import AHEAD, DIVERGES, NOT_MEASURED, NOTHING_TRAINS, WAS_ROUNDED, Finding
+from update_watch.judge.alerts.findings import (
+    AHEAD,
+    DIVERGES,
+    NOT_MEASURED,
+    NOTHING_TRAINS,
+    OUT_OF_RANGE,
+    WAS_ROUNDED,
+    Finding,
+)
 from update_watch.judge.headline import mean_seen, nothing_trains, unmeasured_sentence
 from update_watch.judge.remedies import ahead, remedy
 from update_watch.judge.run_summary import is_measurable
@@ -27,6 +35,23 @@ _OVER = {
     DIVERGES: "The weights have stopped growing faster than the steps.",
 }
 _HOLD = "lower the learning rate, or end its climb, now or from a checkpoint of before; weight decay and clipped gradients hold too"
+# of a sign: the title, and where to look
+_RANGES = {
+    "updates": (
+        "updates outgrow their learning rate",
+        "look for gradients that grow, weights that shrink, a batch or a clipping that changed",
+    ),
+    "gradients": ("gradients grow", "clip them by their norm, and look at what the latest batches hold"),
+    "state": ("optimizer state drifts", "keep the optimizer's states in FP32, or take a smaller beta2"),
+    "fp16_range": (
+        "near the top of FP16",
+        "lower the scale of the loss, as a GradScaler does by itself, clip gradients, or train in BF16",
+    ),
+    "skipped": (
+        "more and more steps are skipped",
+        "look for what overflows in FP16 (logits, scores of attention, the loss) and compute it in FP32, or train in BF16",
+    ),
+}
 _HAS_GROUP_ADVICE = frozenset({Cause.weight_rounding, Cause.decay_rounding, Cause.average_rounding})
 
 
@@ -67,6 +92,10 @@ def alert_of(
         head = f"{members[0].advice}\nFix: {ahead(report.forecast, [f.tensor for f in members], tensors, trainer)}."
     elif episode == DIVERGES:
         title, head, chosen = "DIVERGES: the weights run away", f"{members[0].advice}\nFix: {_HOLD}.", []
+    elif episode.startswith(OUT_OF_RANGE):
+        words, look = _RANGES[episode.removeprefix(OUT_OF_RANGE)]
+        said = members[0].advice
+        title, head, chosen = f"OUT OF RANGE: {words}", f"{said[:1].upper()}{said[1:]}.\nFix: {look}.", []
     else:
         title, head = _title(event, members, tensors, told), _head(members, tensors, trainer)
     lines = [head if len(head) <= _HEAD else head[: _HEAD - 1] + "…"]
