@@ -39,6 +39,7 @@ from bench.shared.text_models import Block, LanguageModel, batch, letters
 
 STALLED = 0.1
 WARM_UP = 6  # pairs of steps
+COST = "cost, in optimizer steps"
 
 
 @dataclasses.dataclass
@@ -387,14 +388,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few steps: does it run?")
     parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--no-cost", action="store_true", help="what each says, without timings: the README's table")
+    parser.add_argument("--no-cost", action="store_true", help="what each says, without timings")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("update_watch").setLevel(logging.CRITICAL)
     torch.set_num_threads(2)
     steps, pairs, blocks = (32, 6, 1) if arguments.quick else (arguments.steps, 24, 6)
     rows, missing = table(steps, 0 if arguments.no_cost else pairs, blocks)
-    head = ["", *TRAININGS, *([] if arguments.no_cost else ["cost, in optimizer steps"])]
+    head = ["", *TRAININGS, *([] if arguments.no_cost else [COST])]
     for row in (head, ["---"] * len(head), *rows):
         print("| " + " | ".join(row) + " |")
     if missing:
