@@ -11,6 +11,7 @@ elements in FP64, in windows of a twentieth of the run. One line for each run an
     within 10%   tensors whose step was foretold within 10% of the steps that were left, of those that pass 0.8 by forecast or truth and
                  of which the forecast was sure of the step; where one of both says "not before the end", the end is its step
     unsure       of those that pass, the ones whose step it said it does not know
+    right        of all tensors, sure or not, and whether they pass or go on moving, those whose most likely step was right so
     between      of all tensors, those whose step lies between the earliest and the latest that were said, to half a window
     end          mean difference, largest difference of the efficiency at the end; tensors of which it lies within what was said
     false        tensors said to stall for certain that were above 0.8 at the end; of healthy runs, warnings
@@ -245,6 +246,7 @@ def line(held: list[Held], warnings: int = 0) -> dict[str, Any]:
         "passing": sum(h.is_sure for h in passing),
         "within": sum(h.is_near for h in passing if h.is_sure),
         "unsure": sum(not h.is_sure for h in passing),
+        "right": sum(h.is_near for h in held),
         "between": sum(h.is_between for h in held),
         "end_mean": statistics.fmean(h.end_off for h in held) if held else 0.0,
         "end_max": max((h.end_off for h in held), default=0.0),
@@ -255,7 +257,7 @@ def line(held: list[Held], warnings: int = 0) -> dict[str, Any]:
 
 def show(name: str, found: dict[str, Any]) -> None:
     print(
-        f"{name:50} {found['tensors']:7} {found['within']:4}/{found['passing']:<4} {found['unsure']:6} {found['between']:7}"
+        f"{name:50} {found['tensors']:7} {found['within']:4}/{found['passing']:<4} {found['unsure']:6} {found['right']:6} {found['between']:7}"
         f" {found['end_mean']:7.3f} {found['end_max']:5.2f} {found['covered']:7} {found['false']:5}",
         flush=True,
     )
@@ -278,7 +280,7 @@ def main() -> int:
     if given.steps % WINDOWS:
         parser.error(f"--steps must be a multiple of {WINDOWS}")
     print(
-        f"{'run, share of it that had passed':50} {'tensors':>7} within 10% unsure between     end  most covered false"
+        f"{'run, share of it that had passed':50} {'tensors':>7} within 10% unsure  right between     end  most covered false"
     )
     everything: list[Held] = []
     lines: dict[str, Any] = {}

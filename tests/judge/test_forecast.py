@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ import update_watch as uw
 from update_watch.foresight.schedules import schedule_of
 from update_watch.judge.alerts.alerts import Alerts
 from update_watch.judge.forecast import Forecaster, forecast
+from update_watch.judge.forecast.clock import Clock
+from update_watch.judge.forecast.drift import fit
 from update_watch.judge.forecast.history import Sizes
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, Health, Report, TensorReport
 from update_watch.thresholds import Thresholds
@@ -153,14 +156,23 @@ def passing(made: Report) -> tuple[int, int, int]:
     return one.earliest, one.stalling_step, one.latest
 
 
-def test_updates_that_shrink_beside_the_rate_are_foretold_to_go_on_shrinking() -> None:
-    steady = passing(run_of(lambda step: 0.0, 400)[-1])
-    # a quarter octave per octave of steps: from 400 to the stall about 0.7 octaves of them, so 0.15 octaves, 15 steps
-    shrinking = passing(run_of(lambda step: -0.25 * math.log2(step / 400), 400)[-1])
-    assert steady[0] < steady[1] < steady[2]
-    assert 8 <= steady[1] - shrinking[1] <= 20
+def test_a_trend_tells_the_level_of_now_and_dies_away() -> None:
+    times = np.arange(5.0, 400.0, 10.0)
+    shrinking = fit(times, 3.0 - 0.25 * np.log2(times / 400.0)[:, None], 400.0)
+    assert (shrinking.level_n[0], shrinking.slope_n[0]) == pytest.approx((3.0, -0.25), abs=0.02)
+    soon, late, end = shrinking.change(np.array([440.0, 800.0, 1e9]))[0]
+    assert soon == pytest.approx(-0.25 * math.log2(1.1), rel=0.2)
+    assert end < late < soon and end == pytest.approx(-0.25 * 0.35 / math.log(2), abs=0.02)
     strayed = passing(run_of(lambda step: 3.0 if 200 < step < 250 else 0.0, 400)[-1])
-    assert abs(strayed[1] - steady[1]) <= 15  # a single window
+    assert abs(strayed[1] - passing(run_of(lambda step: 0.0, 400)[-1])[1]) <= 15  # a single window
+
+
+def test_time_is_the_sum_of_the_rates() -> None:
+    octave = 100 / math.log(2)  # all that HALVING has to come at any step, over its rate
+    assert Clock(HALVING)([200, 1000, 2000]) == pytest.approx([0.75 * octave, octave, octave], rel=2e-3)
+    warm = Clock(uw.Schedule(lambda step: 4.0 * min(step / 100, 1.0), steps=300))
+    assert warm(100) == pytest.approx(50, rel=0.02) and warm(300) == pytest.approx(250, rel=0.02) and warm(0) > 0
+    assert Clock(uw.Schedule(lambda step: math.nan if step < 5 else 1.0, steps=10))(10) == pytest.approx(5, abs=1)
 
 
 def test_the_range_is_as_wide_as_the_run_has_wandered_and_a_step_that_is_not_known_is_said_to_be_so() -> None:
@@ -198,7 +210,7 @@ def test_a_run_that_goes_back_or_has_other_tensors_begins_anew() -> None:
 
 
 def test_what_is_kept_of_a_long_run_does_not_grow() -> None:
-    sizes = Sizes()
+    sizes = Sizes(Clock(HALVING))
     for step in range(1, 400):
         sizes.add(report(tensor("w", 3), step=step), [tensor("w", 3)], HALVING)
     assert len(sizes._windows) <= 32
@@ -283,7 +295,7 @@ def course(schedule: uw.Schedule, octave: int = 6, until: int = 1000) -> list[uw
 
 def test_a_stall_to_come_is_one_warning_with_its_step_and_its_cure() -> None:
     (told,) = course(HALVING, until=400)
-    assert (told.level, told.step, told.title) == (uw.Level.warn, 100, "AHEAD: 1 of 1 tensor will stall")
+    assert (told.level, told.step, told.title) == (uw.Level.warn, 50, "AHEAD: 1 of 1 tensor will stall")
     assert (
         told.text.startswith("At this schedule 100% of the parameters stall, from step ") and "of 1,000 on" in told.text
     )

@@ -1,10 +1,14 @@
 """What changes beside the learning rate: the size of updates over that of weights, for one unit of the rate, over the run.
 
-Gradients shrink, moments settle, weights grow: quickly at first, then ever more slowly. So the trend is taken over the logarithm
-of the step, from the last three quarters of the run so far, and shrunk towards none (a ridge on its slope); single windows that
-stray weigh less. How far it may be off is learnt from the run itself: what the same fit, made at earlier windows, foretold of now.
+Time is the sum of the learning rates (`clock`): what moves the weights, and late in a decay little of it is left.
 
-Legend: n tensors, w windows, S points of a schedule; sizes are log2.
+Gradients shrink, moments settle, weights grow: quickly at first, then ever more slowly. So the trend is taken over the logarithm
+of time, from the last three quarters of the run so far, and shrunk towards none (a ridge on its slope); single windows that
+stray weigh less. It tells what the level of now is, and little of what is to come: it dies away (a damped trend, Gardner and McKenzie
+1985), since one that goes on is off by half as much again over the really trained runs of bench/forecast.py. How far a level may be
+off is learnt from the run itself: what the same fit, made at earlier windows, foretold of now.
+
+Legend: n tensors, w windows, S points of a schedule; sizes are log2, octaves those of time.
 """
 
 from __future__ import annotations
@@ -18,45 +22,54 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 _SINCE = 0.25  # of the run so far, from which on windows count
-_SLOPE = 0.25  # octaves per octave of steps: as large as slopes usually are
+_SLOPE = 0.25  # octaves an octave: as large as slopes usually are
+_DIES = 0.35  # octaves of time over which what is left of a trend halves
 _LEAST_NOISE = 0.05  # octaves
-_HALF_LIFE = 0.3  # octaves of steps, over which a window's weight in the present level halves
+_HALF_LIFE = 0.3  # octaves, over which a window's weight in the present level halves
 _STRAY = 3.0  # usual deviations from which on a window weighs less
 _RECENT = 8  # windows that tell how much single ones scatter
-_USUAL_WANDER = 0.15  # octaves, over one octave of steps: before the run has told its own
+_USUAL_WANDER = 0.15  # octaves, over one octave of time: before the run has told its own
 _USUAL_WEIGHS = 2.0  # windows
 
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """Of n tensors, as of one step. Sizes to come are `level + slope * log2(step / now)`."""
+    """Of n tensors, as of one time. Sizes to come are `level + slope * _trend(log2(time / now))`."""
 
-    step: float
+    time: float
     level_n: Array
     slope_n: Array
     noise_n: Array  # of single windows
     level_error_n: Array
     slope_error_n: Array
 
-    def change(self, steps_S: Array) -> Array:
+    def change(self, times_S: Array) -> Array:
         """[n, S] from now to then."""
-        return self.slope_n[:, None] * _octaves(steps_S, self.step)
+        return self.slope_n[:, None] * _trend(_octaves(times_S, self.time))
 
-    def error(self, steps_S: Array, wander: float) -> Array:
-        """[n, S] standard error of the size then; `wander`: octaves over an octave of steps that no trend explains."""
-        ahead = _octaves(steps_S, self.step)
-        squares = self.level_error_n[:, None] ** 2 + (self.slope_error_n[:, None] * ahead) ** 2 + wander**2 * ahead
+    def error(self, times_S: Array, wander: float) -> Array:
+        """[n, S] standard error of the size then; `wander`: octaves over an octave of time that no trend explains."""
+        ahead = _octaves(times_S, self.time)
+        squares = (
+            self.level_error_n[:, None] ** 2 + (self.slope_error_n[:, None] * _trend(ahead)) ** 2 + wander**2 * ahead
+        )
         found: Array = np.sqrt(squares)
         return found
 
 
-def _octaves(steps_S: Array, now: float) -> Array:
-    found: Array = np.log2(np.maximum(steps_S, now) / now)
+def _octaves(times_S: Array, now: float) -> Array:
+    found: Array = np.log2(np.maximum(times_S, now) / now)
+    return found
+
+
+def _trend(ahead_S: Array) -> Array:
+    """[S] octaves by which a slope of one octave an octave has moved what is so far ahead."""
+    found: Array = _DIES / np.log(2.0) * (1.0 - 2.0 ** (-ahead_S / _DIES))
     return found
 
 
 def fit(middles_w: Array, sizes_wn: Array, now: float) -> Drift:
-    """The drift as of step `now`. `middles`: steps in the middle of windows, above 0; `sizes`: NaN where not known."""
+    """The drift as of the time `now`. `middles`: times in the middle of windows, above 0; `sizes`: NaN where not known."""
     is_late_w = middles_w >= _SINCE * now
     middles_w, sizes_wn = middles_w[is_late_w], sizes_wn[is_late_w]
     ago_wn = np.broadcast_to(np.log2(middles_w / now)[:, None], sizes_wn.shape)
@@ -102,13 +115,13 @@ def _median(values_wn: Array, known_wn: npt.NDArray[np.bool_]) -> Array:
 
 
 def wander(earlier: list[Drift], now: Drift) -> float:
-    """Octaves over an octave of steps by which levels have strayed from earlier trends in this run."""
+    """Octaves over an octave of time by which levels have strayed from earlier trends in this run."""
     squares, weight = _USUAL_WEIGHS * _USUAL_WANDER**2, _USUAL_WEIGHS
     for one in earlier:
-        ahead = float(_octaves(np.array([now.step]), one.step)[0])
+        ahead = float(_octaves(np.array([now.time]), one.time)[0])
         if ahead < 0.25:  # hardly ahead: the same windows
             continue
-        off_n = now.level_n - (one.level_n + one.slope_n * ahead)
+        off_n = now.level_n - (one.level_n + one.slope_n * float(_trend(np.array([ahead]))[0]))
         known_n = off_n[np.isfinite(off_n)]
         if known_n.size:
             # tensors stray together, so each window counts once; a tensor or two that is elsewhere does not widen all

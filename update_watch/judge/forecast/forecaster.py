@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from update_watch.foresight.forecasts import Forecast, TensorForecast
 from update_watch.foresight.schedules import Schedule
+from update_watch.judge.forecast.clock import Clock
 from update_watch.judge.forecast.curves import first_octave, read_drifted
 from update_watch.judge.forecast.history import Position, Sizes
 from update_watch.report import Report, TensorReport
@@ -26,10 +27,10 @@ logger = logging.getLogger("update_watch")
 _POINTS = 96  # of the schedule that is left
 _COURSE = 3  # every so many of them are kept for a chart
 _NINE_OF_TEN = 1.645  # standard errors
-_BEYOND = 0.5  # of the scatter of single windows, by which the last of them above a limit lies beyond the mean
+_BEYOND = 0.9  # of the scatter of single windows, by which the last of them above a limit lies beyond the mean
 _END = 0.05  # of the run, its last part
 _CURVE = 0.03  # error of the curves themselves, in efficiency
-_CURVE_ALIKE = 0.05  # of updates alike: between the points of a curve that falls in jumps
+_CURVE_ALIKE = 0.08  # of updates alike: between the points of a curve that falls in jumps
 _SURE = 0.4  # of the steps that are left: a stall's step whose range is wider is not known
 # where updates are alike, efficiency falls in jumps, and the step is one of several: standard errors in the middle of each tenth of what
 # may come, how near (of the steps left) two steps are the same, and the share of the tenths that must come to it
@@ -46,7 +47,8 @@ class Forecaster:
 
     def __init__(self, schedule: Schedule | None, thresholds: Thresholds) -> None:
         self._schedule, self._limits = schedule, thresholds
-        self._sizes = Sizes()
+        self._clock: Clock | None = None
+        self._sizes: Sizes | None = None
         self._windows = 0
         self._said: list[_Course] = []  # as of windows 1, 2, 4, 8, ...
 
@@ -69,8 +71,11 @@ class Forecaster:
         now = _rate(schedule, max(report.step - 1, 0))
         if not now or report.step >= schedule.steps:
             return None
+        if self._clock is None or self._sizes is None:
+            self._clock = Clock(schedule)
+            self._sizes = Sizes(self._clock)
         position = self._sizes.add(report, report.tensors, schedule)
-        course = _course(report, position, schedule, self._limits, now)
+        course = _course(report, position, schedule, self._clock, self._limits, now)
         if course is None:
             return None
         earlier = [one for one in self._said if one.step <= report.step / 2] or self._said[:1]
@@ -118,7 +123,9 @@ def _rate(schedule: Schedule, step: int) -> float:
     return rate if math.isfinite(rate) and rate > 0 else 0.0
 
 
-def _course(report: Report, position: Position, schedule: Schedule, limits: Thresholds, now: float) -> _Course | None:
+def _course(
+    report: Report, position: Position, schedule: Schedule, clock: Clock, limits: Thresholds, now: float
+) -> _Course | None:
     is_known = np.isfinite(position.curves_nG[:, 0]) & np.array([bool(t.lr) for t in report.tensors])
     steps = np.unique(np.linspace(report.step, schedule.steps - 1, _POINTS).round().astype(np.int64))
     rates = np.array([_rate(schedule, int(step)) for step in steps]) / now
@@ -130,8 +137,9 @@ def _course(report: Report, position: Position, schedule: Schedule, limits: Thre
     tensors = tuple(t for t, known in zip(report.tensors, is_known.tolist(), strict=True) if known)
     keeps_n = np.array([t.scheme == "stochastic" or t.scheme.startswith("carried") for t in tensors])
     curves_nG, drift = position.curves_nG[is_known], position.drift
-    change_nS = drift.change(steps)[is_known]
-    error_nS, noise_nS = drift.error(steps, position.wander)[is_known], _BEYOND * drift.noise_n[is_known][:, None]
+    times = clock(steps)
+    change_nS = drift.change(times)[is_known]
+    error_nS, noise_nS = drift.error(times, position.wander)[is_known], _BEYOND * drift.noise_n[is_known][:, None]
     octaves_nS = np.broadcast_to(np.log2(rates), change_nS.shape)
 
     lasts = slice(min(int(np.searchsorted(steps, (1 - _END) * schedule.steps)), len(steps) - 1), None)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from update_watch.foresight.schedules import Schedule
+from update_watch.judge.forecast.clock import Clock
 from update_watch.judge.forecast.curves import are_alike, curves, moved
 from update_watch.judge.forecast.drift import Drift, fit, wander
 from update_watch.report import HEADROOM_BINS, PLACES, Report, TensorReport
@@ -18,8 +19,8 @@ Array = npt.NDArray[np.float64]
 
 _MOST = 32  # windows
 _POOLED = 5  # latest windows whose histograms are put together
-_HALF_LIFE = 0.3  # octaves of steps, over which a window's weight among them halves
-_SINCE = 0.25  # of the run so far
+_HALF_LIFE = 0.3  # octaves of time, over which a window's weight among them halves
+_SINCE = 0.25  # of the time so far
 _POINTS = 8  # of a window at which the schedule is asked
 _EVEN = (1.0 / PLACES,) * PLACES
 
@@ -27,7 +28,7 @@ _EVEN = (1.0 / PLACES,) * PLACES
 @dataclasses.dataclass
 class _Window:
     step: int
-    middle: float
+    middle: float  # in time
     size_n: Array  # log2 of update over weight, for one unit of the schedule's rate; NaN where not known
     rate: float  # log2 of the schedule's at its end
     octaves_n: Array  # log2 of the histograms' rate over the schedule's unit
@@ -50,7 +51,8 @@ class Position:
 class Sizes:
     """The windows of a run, in the order they came. Tensors are told apart by their names."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._names: tuple[str, ...] = ()
         self._windows: list[_Window] = []
 
@@ -60,7 +62,7 @@ class Sizes:
             self._windows = []  # gone back to an earlier checkpoint
         self._follow(tuple(t.name for t in tensors))
         self._thin()
-        self._windows.append(_window(report, tensors, schedule))
+        self._windows.append(_window(report, tensors, schedule, self._clock))
         return self._position()
 
     def _follow(self, names: tuple[str, ...]) -> None:
@@ -87,7 +89,7 @@ class Sizes:
 
     def _position(self) -> Position:
         windows, last = self._windows, self._windows[-1]
-        now = float(max(last.step, 1))
+        now = float(self._clock(last.step))
         middles = np.array([window.middle for window in windows])
         drift = fit(middles, np.stack([window.size_n for window in windows]), now)
         last.drift = drift
@@ -109,7 +111,7 @@ class Sizes:
         return Position(found / np.where(total > 0, total, np.nan), drift, alike, wander(earlier, drift))
 
 
-def _window(report: Report, tensors: Sequence[TensorReport], schedule: Schedule) -> _Window:
+def _window(report: Report, tensors: Sequence[TensorReport], schedule: Schedule, clock: Clock) -> _Window:
     last = max(report.step - 1, 0)  # the last step's number
     steps = np.unique(np.linspace(max(report.step - report.window, 0), last, _POINTS).round().astype(int))
     rates = [float(schedule.rate(int(step))) for step in steps]
@@ -124,7 +126,7 @@ def _window(report: Report, tensors: Sequence[TensorReport], schedule: Schedule)
     empty = (0.0,) * HEADROOM_BINS
     return _Window(
         report.step,
-        max(report.step - report.window / 2, 0.5),
+        float(clock(report.step - report.window / 2)),
         np.array(sizes),
         math.log2(now) if now > 0 else 0.0,
         np.array(octaves),
