@@ -1,6 +1,6 @@
 """Sampled numbers and verdicts against the full comparison of all elements in FP64, window by window, in many regimes.
 
-    python bench/truth.py [--quick] [--only WORDS ...] [--seeds N] [--jobs N] [--json FILE] [--list]
+    python bench/truth.py [--quick] [--only WORDS ...] [--seeds N] [--jobs N] [--json FILE] [--keep FOLDER [--no-training]] [--list]
 
 Small language models, really trained, weights in BF16 (FP16 where it says so), watched at the defaults. A regime is an optimizer, a
 size, a schedule, a vocabulary (`bench/shared/regimes.py`); seeds differ in data and learning rate. One line for each:
@@ -11,12 +11,14 @@ size, a schedule, a vocabulary (`bench/shared/regimes.py`); seeds differ in data
     cover      share of readings within 2 standard errors of the truth, +-0.001 for FP32's own rounding
     zero       readings with an error of 0 that are not exact
     lost, net, ratio   95% of the absolute difference of lost fraction, displacement efficiency, update ratio (relative)
+    l cov, r cov   of lost fraction and update ratio, the share within 2 of their standard errors, as above
     false h    called healthy, and the truth is below the limit by more than 0.05, over the window and all that may be pooled
     false s    accused (stalling, stalled, broken), and the truth is above the limit by as much; or idle, and it has a gradient
     unknown    share of readings; after: steps until a tensor has its first verdict, median and largest
 
 Exit status 1 if a bar is missed: cover under 0.93 or bias over 0.01 where there are 200 readings, an error of 0 that is not
-exact, more than one wrong verdict in 1,000.
+exact, more than one wrong verdict in 1,000. With `--keep` the readings of each training are kept and read again the next
+time: all regimes and seeds take many hours, and can so be run in parts. Empty the folder when the code has changed.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
@@ -64,6 +67,8 @@ class Reading:
     net_off: float | None
     ratio_off: float | None  # relative
     wrong: str  # "healthy", "accused", "idle", or ""
+    lost_error: float | None = None  # as stated
+    ratio_error: float | None = None  # as stated, relative
 
 
 def measure(regime: Regime, seed: int) -> list[Reading]:
@@ -138,6 +143,8 @@ def _reading(t: TensorReport, window: int, exact: Exact, wrong: str) -> Reading:
         _off(t.displacement_efficiency, exact.displacement_efficiency),
         None if ratio_off is None or not ratio else ratio_off / ratio,
         wrong,
+        t.lost_fraction_error,
+        None if t.update_ratio_error is None or not ratio else t.update_ratio_error / ratio,
     )
 
 
@@ -152,7 +159,6 @@ def summary(readings: list[Reading], steps_per_window: int) -> dict[str, Any]:
     """The numbers of a line, of the readings of all seeds (each seed's after another's)."""
     known = [r for r in readings if r.off is not None]
     stated = [r for r in known if r.error is not None]
-    covered = [abs(r.off or 0.0) <= 2 * (r.error or 0.0) + EXACT for r in stated]
     first: list[int] = []
     waiting: dict[str, int] = {}
     for r in readings:
@@ -167,7 +173,9 @@ def summary(readings: list[Reading], steps_per_window: int) -> dict[str, Any]:
         "bias": statistics.fmean(r.off or 0.0 for r in known) if known else 0.0,
         "off_95": share_below(0.95, (r.off for r in known)),
         "off_max": share_below(1.0, (r.off for r in known)),
-        "cover": sum(covered) / len(covered) if covered else None,
+        "cover": covered((r.off, r.error) for r in readings),
+        "lost_cover": covered((r.lost_off, r.lost_error) for r in readings),
+        "ratio_cover": covered((r.ratio_off, r.ratio_error) for r in readings),
         "false_zero": sum(r.error == 0 and abs(r.off or 0.0) > EXACT for r in stated),
         "lost_95": share_below(0.95, (r.lost_off for r in readings)),
         "net_95": share_below(0.95, (r.net_off for r in readings)),
@@ -179,6 +187,12 @@ def summary(readings: list[Reading], steps_per_window: int) -> dict[str, Any]:
         "first_max": max(first) if first else None,
         "never": sum(r.window == 0 for r in readings) - len(first),
     }
+
+
+def covered(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """The share of (difference, standard error) that are within two; of those that are known."""
+    found = [abs(off) <= 2 * error + EXACT for off, error in pairs if off is not None and error is not None]
+    return sum(found) / len(found) if found else None
 
 
 def share_below(share: float, values: Iterable[float | None]) -> float:
@@ -202,18 +216,20 @@ def missed(name: str, line: dict[str, Any]) -> list[str]:
 
 HEAD = (
     f"{'regime':48} {'readings':>8} {'bias':>8} {'95%':>6} {'max':>6} {'cover':>6} {'zero':>4} {'lost':>6} {'net':>6}"
-    f" {'ratio':>6} {'false h':>7} {'false s':>7} {'unknown':>7} {'after':>10}"
+    f" {'ratio':>6} {'l cov':>5} {'r cov':>5} {'false h':>7} {'false s':>7} {'unknown':>7} {'after':>10}"
 )
 
 
 def text(name: str, line: dict[str, Any]) -> str:
-    cover = "-" if line["cover"] is None else f"{line['cover']:.3f}"
+    cover, lost, ratio = (
+        "-" if line[kind] is None else f"{line[kind]:.3f}" for kind in ("cover", "lost_cover", "ratio_cover")
+    )
     after = "never" if line["first_median"] is None else f"{line['first_median']:.0f}/{line['first_max']}"
     never = f" ({line['never']} never)" if line["never"] and line["first_median"] is not None else ""
     return (
         f"{name:48} {line['compared']:8} {line['bias']:+8.4f} {line['off_95']:6.3f} {line['off_max']:6.3f} {cover:>6}"
         f" {line['false_zero']:4} {line['lost_95']:6.3f} {line['net_95']:6.3f} {line['ratio_95']:6.3f}"
-        f" {line['false_healthy']:7} {line['false_accused']:7} {line['unknown']:7.3f} {after:>10}{never}"
+        f" {lost:>5} {ratio:>5} {line['false_healthy']:7} {line['false_accused']:7} {line['unknown']:7.3f} {after:>10}{never}"
     )
 
 
@@ -222,9 +238,22 @@ def chosen(only: list[str], quick: bool) -> list[str]:
     return [name for name in names if not only or any(words in name for words in only)]
 
 
-def _measure(work: tuple[str, int]) -> tuple[str, int, list[Reading]]:
-    name, seed = work
-    return name, seed, measure(REGIMES[name], seed)
+def _kept(folder: Path | None, name: str, seed: int) -> Path | None:
+    """Where the readings of a training are kept."""
+    return None if folder is None else folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.{seed}.json"
+
+
+def _measure(work: tuple[str, int, Path | None]) -> tuple[str, int, list[Reading]]:
+    name, seed, kept = work
+    if kept is not None and kept.exists():
+        return name, seed, [Reading(**fields) for fields in json.loads(kept.read_text())]
+    readings = measure(REGIMES[name], seed)
+    if kept is not None:
+        # named when it is whole: what was cut off is trained again
+        unfinished = kept.with_suffix(".part")
+        unfinished.write_text(json.dumps([dataclasses.asdict(r) for r in readings]))
+        unfinished.replace(kept)
+    return name, seed, readings
 
 
 def main() -> int:
@@ -236,6 +265,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, help="how many (default: 5; with --quick 1)")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", metavar="FILE", help="write the lines here too")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the readings of each training here")
+    parser.add_argument("--no-training", action="store_true", help="only of what is kept")
     parser.add_argument("--wrong", action="store_true", help="list the wrong verdicts")
     parser.add_argument("--list", action="store_true", help="names of the regimes, nothing else")
     given = parser.parse_args()
@@ -246,7 +277,15 @@ def main() -> int:
         print("\n".join(names))
         return 0
     seeds = given.seeds or (1 if given.quick else 5)
-    work = [(name, seed) for name in names for seed in range(seeds)]
+    if given.no_training and given.keep is None:
+        parser.error("--no-training reads what --keep FOLDER has kept, and no folder is given")
+    if given.keep is not None:
+        given.keep.mkdir(parents=True, exist_ok=True)
+    work = [(name, seed, _kept(given.keep, name, seed)) for name in names for seed in range(seeds)]
+    if given.no_training:
+        work = [one for one in work if one[2] is not None and one[2].exists()]
+        names = list(dict.fromkeys(name for name, _, _ in work))
+    last = {name: seed for name, seed, _ in work}
     lines: dict[str, dict[str, Any]] = {}
     collected: dict[str, list[Reading]] = {name: [] for name in names}
     started = time.monotonic()
@@ -260,7 +299,7 @@ def main() -> int:
                         print(
                             f"  seed {seed}, window {r.window}: {r.tensor} is called {r.health}, efficiency {r.truth}"
                         )
-            if seed == seeds - 1:
+            if seed == last[name]:
                 lines[name] = summary(collected[name], REGIMES[name].window)
                 print(text(name, lines[name]), flush=True)
     bars = [line for name in names for line in missed(name, lines[name])]
@@ -268,7 +307,9 @@ def main() -> int:
     wrong = sum(line["false_healthy"] + line["false_accused"] for line in lines.values())
     if wrong > WRONG * total:
         bars.append(f"{wrong} of {total} verdicts are wrong, the bar is one in {1 / WRONG:.0f}")
-    print(f"{len(names)} regimes, {seeds} seeds, {total} verdicts, {wrong} wrong; {time.monotonic() - started:.0f} s")
+    print(
+        f"{len(names)} regimes, {len(work)} trainings, {total} verdicts, {wrong} wrong; {time.monotonic() - started:.0f} s"
+    )
     print("\n".join(f"missed: {line}" for line in bars))
     if given.json:
         Path(given.json).write_text(json.dumps(lines, indent=1))

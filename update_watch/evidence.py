@@ -86,6 +86,7 @@ class TensorEvidence:
     is_master: bool = False  # its optimizer steps a copy of it, from which it must be written
     # the gradients that were looked at, after unscaling and clipping
     gradient_looks: int = 0  # steps in which they were
+    gradient_blind: int = 0  # steps in which they were not, though all of them could have been: the next window shows
     gradient_rms: float | None = None
     gradient_max: float | None = None
     gradient_spread: float | None = None  # standard deviation of the rms over the parts of the window, by their mean

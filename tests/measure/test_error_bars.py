@@ -103,7 +103,7 @@ def test_updates_of_all_steps_are_told_from_measured_ones_by_what_others_did_in_
     ones = [np.ones_like(x) for x in cohorts]
     missed, _ = unseen(cohorts, ones, T, sizes(cohorts, ones))
     one, none = np.ones(1), np.zeros(1)
-    steps = Steps(mine[mine, None] * 1.0, none[None], np.full((1, 1), float(T)), none, one, one > 0, one > 0)
+    steps = Steps(mine[mine, None] * 1.0, none[None], np.full((1, 1), float(T)), none, one, one > 0, one > 0, none)
     told = want[mine, 0].mean() * steps.for_all(missed.usual_n)
     assert told == pytest.approx(want[:, 0].mean(), rel=1e-6) and want[mine, 0].mean() != pytest.approx(told, rel=0.1)
     assert steps.for_all(np.array([np.nan])) == 1.0

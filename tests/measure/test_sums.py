@@ -15,7 +15,7 @@ from update_watch.evidence import Numbers, TensorEvidence, median_headroom
 from update_watch.formats import BF16, FP32, Format
 from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
 from update_watch.measure.sums.error_bars import Unseen
-from update_watch.measure.sums.layout import GROUPS, PARTS, Layout
+from update_watch.measure.sums.layout import BEFORE, COUNT, CROSS, DOT, GROUPS, PARTS, SQUARE, WANT, Layout
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.measure.sums.window_sums import Steps, WindowSums
 from update_watch.measure.transfer import Batch
@@ -105,7 +105,9 @@ def counted(made: list[Step], window: int | None = None, plain: bool = True) -> 
     parts = live
     while len(parts) > PARTS:
         parts = np.concatenate([parts, np.zeros((len(parts) % 2, N))]).reshape(-1, 2, N).sum(1)
-    return Steps(parts, groups, window_Gn, np.zeros(N), np.ones(len(parts)), np.ones(N, bool), np.full(N, plain))
+    return Steps(
+        parts, groups, window_Gn, np.zeros(N), np.ones(len(parts)), np.ones(N, bool), np.full(N, plain), np.zeros(N)
+    )
 
 
 def summed(made: list[Step], fmt: Format = BF16, has_clusters: bool = False, together: int = 1) -> WindowSums:
@@ -446,3 +448,25 @@ def test_where_nothing_is_wanted_nothing_is_known() -> None:
 def test_a_vector_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the vector of sums has 10 values, \d+ expected"):
         WindowSums.unpack(np.zeros(10), Layout(1, 0, 1, False))
+
+
+def test_the_ratio_of_a_few_cells_is_right_in_the_mean() -> None:
+    """Heavy tails: of the cells that carry most, most arrives, and samples that met none of them count as much."""
+    rows, cells = 4000, 64
+    rng = np.random.default_rng(0)
+    layout = Layout(1, 0, rows, False)
+    want = rng.lognormal(0.0, 1.0, (rows, cells))
+    dot = want * np.clip(0.3 * want, 0.0, 1.0)
+    every = rng.lognormal(0.0, 1.0, 2_000_000)
+    truth = (every * np.clip(0.3 * every, 0.0, 1.0)).sum() / every.sum()
+    sums = WindowSums.unpack(np.zeros(layout.spans()["parts_PFn"].stop), layout)
+    for kind, values in ((DOT, dot), (WANT, want), (CROSS, dot * want), (SQUARE, want * want)):
+        sums.parts_PFn[0, kind] = values.sum(1)
+    sums.parts_PFn[0, [COUNT, BEFORE]] = cells
+    none, one = np.zeros(rows), np.ones((1, rows))
+    groups_Gn = np.full((GROUPS, rows), 1 / GROUPS)
+    steps = Steps(one, groups_Gn, 8 * groups_Gn, none, np.ones(1), none > 0, none == 0, none)
+    found = sums.numbers(steps, Unseen(none + np.nan, none, none + np.nan))["efficiency"]
+    biased = dot.sum(1) / want.sum(1)
+    assert abs(found.mean() - truth) < 0.2 * abs(biased.mean() - truth)
+    assert np.abs(found - truth).mean() < 1.05 * np.abs(biased - truth).mean()

@@ -58,6 +58,7 @@ LEDGER: dict[str, Any] = {
     "is_master": True,
     "requires_grad": False,
     "gradient_looks": 6,
+    "gradient_blind": 3,
     "note": "head.weight was replaced",
 }
 

@@ -12,7 +12,7 @@ one that moves is judged by its numbers and keeps the cause, and what moves it i
 | 4  | nearly all steps skipped, several windows in a row; till then unknown | at rest | skipped_steps |
 | 5  | its optimizer took no step | unknown | |
 | 6  | its gradient was None in every step | at rest | no_gradient |
-| 7  | every sampled gradient was 0, looked at six times or more; till then unknown | at rest | zero_gradient |
+| 7  | its gradient was 0 in every step, seen in six or more; till that is known of all steps unknown | at rest | zero_gradient |
 | 8  | learning rate 0 in every step | at rest | zero_learning_rate |
 |    | and rounding had stalled it at a tenth of its peak or more | stalled | weight_rounding |
 | 9  | the update cannot be replayed | unknown | not_replayable |

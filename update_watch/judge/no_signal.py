@@ -91,10 +91,12 @@ def _without_gradient(e: TensorEvidence, history: TensorHistory, limits: Thresho
         seen = Seen(steps=e.steps, looks=looks)
         if not e.requires_grad and not e.is_master:
             return Rest(Cause.requires_grad_off, seen)
-        if history.zero_looks >= limits.minimum_steps:
+        # an expert that starves has a gradient now and then
+        is_seen = not e.gradient_blind or history.health is Health.idle
+        if history.zero_looks >= limits.minimum_steps and is_seen:
             return Rest(Cause.zero_gradient, seen)
         if not movement(e)[0]:
-            return UNKNOWN, None, reasons.unknown(reasons.too_few_looks(history.zero_looks, limits.minimum_steps))
+            return UNKNOWN, None, reasons.unknown(_why_not_idle(e, history, looks, limits))
         return None  # till more is known of its gradients, its movement is judged
     if not e.requires_grad and not e.is_master and looks and known(e.gradient_max) == 0:
         return Rest(Cause.requires_grad_off, Seen(steps=e.steps, looks=looks))  # it had gradients before it was frozen
@@ -107,6 +109,12 @@ def _without_gradient(e: TensorEvidence, history: TensorHistory, limits: Thresho
             return UNKNOWN, None, reasons.unknown(reasons.finer_than_fp32())
         return Health.idle, None, nothing_intended(e.measured_steps)
     return None
+
+
+def _why_not_idle(e: TensorEvidence, history: TensorHistory, looks: int, limits: Thresholds) -> str:
+    if history.zero_looks < limits.minimum_steps:
+        return reasons.too_few_looks(history.zero_looks, limits.minimum_steps)
+    return reasons.not_always_looked_at(looks, e.gradient_blind)
 
 
 def usual_gradient(window: WindowEvidence) -> float | None:

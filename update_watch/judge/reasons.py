@@ -43,6 +43,13 @@ def too_few_looks(looks: int, needed: int) -> str:
     )
 
 
+def not_always_looked_at(looks: int, blind: int) -> str:
+    return (
+        f"its gradient was 0 in {'the one step' if looks == 1 else f'all {looks} steps'} in which it was looked at; of the other"
+        f" {blind} of the window nothing is known, and from now on all are looked at"
+    )
+
+
 def rate_ran_out(lr: float, peak: float) -> str:
     return (
         f"its learning rate of {number(lr)} has all but run out (peak {number(peak)}): what is lost at the end of a"

@@ -27,8 +27,9 @@ from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.step_order import OneOf
 from update_watch.measure.step_replay import Span, StepReplay
-from update_watch.measure.sums.device_sums import DeviceSums, Look
+from update_watch.measure.sums.device_sums import Look
 from update_watch.measure.sums.layout import GROUPS, PARTS
+from update_watch.measure.sums.whole_gradients import WholeGradients
 from update_watch.measure.sums.window_sums import Steps
 from update_watch.replay.twin import GroupSettings, Twin
 
@@ -103,9 +104,6 @@ class Cohort:
         self._look = OneOf(max(min(_HEADROOM_EVERY, window // 2), 1), rng)
         self._is_plain_n = np.array([row.scheme.name == "plain" for row in rows])
         self._is_whole_n = np.array([row.is_whole for row in rows])
-        # rows whose whole gradients are looked at: those of which all samples were 0; at first all, once
-        self._suspects = frozenset(i for i, row in enumerate(rows) if not row.is_whole)
-        self._is_first_look = True
         self.open_window()
 
     def open_window(self) -> None:
@@ -114,7 +112,7 @@ class Cohort:
         self.gathers.open_window()
         self.steps = 0  # measured in this window, those that are still to be added included
         self._added, self._per_part = 0, 1  # steps; the latter doubles when the parts are full
-        self._gradless_n, self._checks_n = np.zeros(n), np.zeros(n)
+        self._gradless_n = np.zeros(n)
         self._live_Pn, self._live_Gn = np.zeros((PARTS, n)), np.zeros((GROUPS, n))
         self._rates_2P = np.zeros((2, PARTS))  # steps, and squared learning rates added up
         self.first_rates: dict[int, float] = {}  # group -> learning rate at the first look
@@ -130,11 +128,8 @@ class Cohort:
 
     # --- in the step -----------------------------------------------------------------------------
 
-    def before(self, group: int, sums: DeviceSums) -> Snapshot:
-        """Gather; call when gradients are final and the rule has not run. `group`: of neighbouring steps of the window.
-
-        `sums` are told of gradients that are looked at as a whole.
-        """
+    def before(self, group: int) -> Snapshot:
+        """Gather; call when gradients are final and the rule has not run. `group`: of neighbouring steps of the window."""
         turn, moving_first = self.gathers.move()
         states = self.gathers.stored_states()
         grads = [row.param.grad for row in self.rows]
@@ -161,25 +156,11 @@ class Cohort:
         snapshot.rate = _rate(self.optimizer.param_groups[0].get("lr")) or 1.0
         if snapshot.look:
             snapshot.rates = [_rate(self.optimizer.param_groups[run.group].get("lr")) for run in self.runs]
-            self._look_at_gradients(dense, sums)
         if not all(live):
             self._gradless_n += [g is None for g in grads]
         if not can_wait:
             snapshot.states = states
         return snapshot
-
-    def suspect(self, rows: frozenset[int]) -> None:
-        """Look at the whole gradients of some rows from now on. May be called from another thread."""
-        self._suspects = rows
-
-    def _look_at_gradients(self, grads: list[Tensor | None], sums: DeviceSums) -> None:
-        for i in self._suspects:
-            grad = grads[i]
-            if grad is not None:
-                sums.add_gradient(self.place.start + i, local(grad))
-                self._checks_n[i] += 1
-        if self._is_first_look:
-            self._is_first_look, self._suspects = False, frozenset()
 
     def take_gradients(self, snapshot: Snapshot) -> None:
         """Gather gradients that did not exist at `before`, in a step that can wait; call when the rule has run."""
@@ -242,7 +223,7 @@ class Cohort:
         self.gathers.settle()
         return self.gathers.widened(self.gathers.after(None), False)[0, :, :kept].float()
 
-    def counted_steps(self, group_steps: list[int]) -> Steps:
+    def counted_steps(self, group_steps: list[int], gradients: WholeGradients) -> Steps:
         """The steps behind the sums. `group_steps`: of the window, by group."""
         with_gradient_n = 1 - self._gradless_n / max(self.steps, 1)
         parts = self.parts
@@ -250,7 +231,8 @@ class Cohort:
         count_P, squares_P = self._rates_2P[:, :parts]
         kinds = self._is_whole_n, self._is_plain_n
         rates_P = squares_P / np.maximum(count_P, 1)
-        return Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, self._checks_n, rates_P, *kinds)
+        looks = gradients.looks_n[self.place], gradients.blind(self.place, np.full(len(self.rows), float(self.steps)))
+        return Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, looks[0], rates_P, *kinds, looks[1])
 
     @property
     def parts(self) -> int:

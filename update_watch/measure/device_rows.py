@@ -28,6 +28,7 @@ from update_watch.measure.step_replay import Step, replay_samples
 from update_watch.measure.sums import kernel_sums
 from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
 from update_watch.measure.sums.packing import Reach, packed
+from update_watch.measure.sums.whole_gradients import WholeGradients
 from update_watch.replay.twin import Twin
 
 _AT_MOST, _AT_LEAST = 8, 4  # steps that are added together,
@@ -86,6 +87,8 @@ class DeviceRows:
             self._way, self._enough = kernel_sums.KernelSums, _ENOUGH_FOR_KERNEL
             kernel_sheet_sums.check(self.device)
         self.sums = self._no_sums()
+        ordered = [row for cohort in self.cohorts for row in cohort.rows]
+        self.gradients = WholeGradients([row.param for row in ordered], [not row.is_whole for row in ordered])
         self._now: tuple[Tensor, Tensor, Tensor] | None = None  # the step that is running, where it cannot wait
 
     def _no_sums(self) -> DeviceSums:
@@ -100,7 +103,9 @@ class DeviceRows:
 
     def before(self, cohort: Cohort, group: int) -> Measured:
         """Gather, see `Cohort.before`."""
-        snapshot = cohort.before(group, self.sums)
+        snapshot = cohort.before(group)
+        if snapshot.look:
+            self.gradients.look_at(cohort.place, self.sums)
         if snapshot.settings is None:
             self.add()
             self._now = self._replayed([(cohort, snapshot)])
@@ -243,6 +248,7 @@ class DeviceRows:
         old, self.sums = self.sums, self._no_sums()
         # a decay far below one step of the format shows only over many windows: they are pooled, the old ones less
         torch.mul(old.decay_5n, _DECAY_MEMORY, out=self.sums.decay_5n)
+        self.gradients.open_window()
         for cohort in self.cohorts:
             cohort.open_window()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import random
 from collections.abc import Mapping, Sequence
@@ -203,6 +204,8 @@ class Watched:
             if self.is_shadowed and not self.shadow.rest(self.is_resting):
                 self.shadow.before()
             self.accumulation.before(self.rows)
+        for own in self.of_device:
+            own.gradients.look(own.sums)
         if not self.cohorts or (is_replayed and not self._can_be_replayed):
             return None
         cohort, group = self._order.next(self.turns - len(self.cohorts))
@@ -289,8 +292,10 @@ class Watched:
                     others += map(window.identity, cohort.rows)
                     continue
                 facts = window.facts_of(cohort)
-                states, steps = tuple(cohort.states), cohort.counted_steps(self._order.group_steps)
-                where = self.window_steps, (self.index, self.part), cohort.place, cohort.suspect
+                steps = cohort.counted_steps(self._order.group_steps, own.gradients)
+                states = tuple(cohort.states)
+                suspect = functools.partial(own.gradients.suspect, cohort.place.start)
+                where = self.window_steps, (self.index, self.part), cohort.place, suspect
                 cohorts.append(CohortWindow(sums, facts, states, steps, *where))
             own.open_window()
         others += map(window.identity, self._outside)

@@ -187,6 +187,8 @@ def _tensors(
     ]
     decays = _numbers(sums.decay_numbers())
     finite, measured = sums.is_finite().tolist(), cohort.steps.measured_n.tolist()
+    looks, blind = cohort.steps.checks_n.tolist(), cohort.steps.blind_n.tolist()
+    untouched = (sums.is_untouched() & cohort.steps.is_whole_n).tolist()
     evidence, movements, places = sums.evidence_n.tolist(), sums.movement_nB.tolist(), sums.places_nQ.tolist()
     histograms, at_rate = (histogram_nB.tolist() for histogram_nB in sums.headroom_2nB)
     tensors = []
@@ -222,7 +224,8 @@ def _tensors(
                 base,
                 **dict(zip(own_names, own_rows[i], strict=True)),
                 measured_steps=round(measured[i]),
-                gradient_looks=round(measured[i]),
+                gradient_looks=round(max(measured[i], looks[i])),
+                gradient_blind=0 if untouched[i] and any(facts.state_dtypes) else round(blind[i]),
                 skipped_steps=skipped,
                 finite=finite[i],
                 numbers=made(Numbers, **dict(zip(number_names, number_rows[i], strict=True))),

@@ -38,7 +38,7 @@ TENSOR_NUMBERS = (
         "is_master",
         "requires_grad",
     ),
-    *("gradient_looks", "gradient", "gradient_spread", "copy_changed", "copy_changed_window"),
+    *("gradient_looks", "gradient_blind", "gradient", "gradient_spread", "copy_changed", "copy_changed_window"),
 )
 ACCUMULATOR_NUMBERS = (
     *("present", "efficiency", "displacement", "wanted", "lost", "value", "updated"),
@@ -138,6 +138,7 @@ def _put_ledger(t: TensorEvidence, means: Means, held: float) -> None:
     means.put("is_master", float(t.is_master), 1.0)
     means.put("requires_grad", float(t.requires_grad), 1.0)
     means.put("gradient_looks", float(t.gradient_looks), held)
+    means.put("gradient_blind", float(t.gradient_blind), held)
     means.put("gradient_spread", t.gradient_spread, held)
     means.put("copy_changed", t.copy_changed, held)
     means.put("copy_changed_window", t.copy_changed_window, held)
@@ -266,6 +267,7 @@ def read_tensor(
         unmoved_fraction=means.get("unmoved"),
         is_master=bool(means.get("is_master")),
         gradient_looks=round(means.get("gradient_looks") or 0.0),
+        gradient_blind=round(means.get("gradient_blind") or 0.0),
         gradient_rms=_root(means.get("gradient")),
         gradient_spread=means.get("gradient_spread"),
         copy_changed=means.get("copy_changed"),

@@ -26,6 +26,7 @@ from update_watch.measure.sums.layout import (
     BEFORE,
     CHANGED,
     COUNT,
+    CROSS,
     DOT,
     GRADIENT,
     GROUPS,
@@ -200,17 +201,20 @@ class DeviceSums:
     ) -> tuple[Tensor, Tensor]:
         """[F, R] sums over what is counted, and over what is kept.
 
-        Of the weight, SQUARE is taken here: its place among the products holds anything.
+        Of the weight, CROSS and SQUARE are taken here, of cells: their places among the products hold anything.
         """
-        has_square = len(products_FRK) == F
+        has_cells = len(products_FRK) == F
         if weights_R2J is None:
-            if has_square:
-                torch.mul(products_FRK[WANT], products_FRK[WANT], out=products_FRK[SQUARE])
+            if has_cells:
+                _multiply_cells(products_FRK)
             sums_FR = products_FRK.sum(-1)
             return sums_FR, sums_FR
-        cells_FR2J = products_FRK.view(len(products_FRK), *weights_R2J.shape, -1).sum(-1).mul_(weights_R2J)
-        if has_square:
-            torch.mul(cells_FR2J[WANT], cells_FR2J[WANT], out=cells_FR2J[SQUARE])
+        cells_FR2J = torch.empty(len(products_FRK), *weights_R2J.shape, dtype=self.dtype, device=self.device)
+        of_samples = products_FRK[:CROSS] if has_cells else products_FRK
+        split = of_samples.view(len(of_samples), *weights_R2J.shape, -1)
+        torch.sum(split, -1, out=cells_FR2J[: len(of_samples)]).mul_(weights_R2J)
+        if has_cells:
+            _multiply_cells(cells_FR2J)
         kept_FR, moving_FR = cells_FR2J.sum(-1).unbind(-1)
         if whole_R1 is None:
             return moving_FR, kept_FR
@@ -254,10 +258,6 @@ class DeviceSums:
         sums_FSR = sums_FR.view(STATE_SUMS, self.states, -1)
         for slot in slots:
             self._states_FSn[..., slot.rows].add_(_total(sums_FSR, slot))
-
-    def add_gradient(self, row: int, grad: Tensor) -> None:
-        """Look at the whole gradient of a row of which all samples were 0."""
-        self.views["touched_n"][row].add_(grad.any())
 
     def _add_headroom(
         self,
@@ -306,6 +306,10 @@ class DeviceSums:
             self.views["places_nQ"][slot.rows].add_(_total(found_RQ, slot, 0))
             if what_if_2R is not None:
                 self.views["what_if_2n"][:, slot.rows].add_(_total(what_if_2R, slot))
+
+
+def _multiply_cells(sums_F: Tensor) -> None:
+    torch.mul(sums_F[DOT : WANT + 1], sums_F[WANT], out=sums_F[CROSS : SQUARE + 1])
 
 
 def _part(headroom: Tensor, octaves: float) -> Tensor:

@@ -21,8 +21,9 @@ CHANGED = 6  # something applied
 NONZERO = 7  # gradients that are not 0
 LOST = 8  # wanted, and nothing applied
 COUNT = 9  # samples
-SQUARE = 10  # squares of the cells' |intended|^2: how few of them carry it
-F = 11
+CROSS = 10  # products of the cells' <applied, intended> and |intended|^2: whether those that carry it arrive better
+SQUARE = 11  # squares of the cells' |intended|^2: how few of them carry it
+F = 12
 # of a state, and the same of its changes towards zero
 STATE_DOT, STATE_WANT, STATE_LOST, STATE_WANTED = range(4)
 STATE_SUMS = 8

@@ -158,7 +158,7 @@ def add_steps(  # type: ignore[no-untyped-def]
                 dot, want = wide_want * moved, wide_want * wide_want
                 is_wanted, is_changed = wide_want != 0, moved != 0
                 one, zero = nothing + 1.0, nothing
-                sums = parts + part * 11 * rows + row  # F of `layout`
+                sums = parts + part * 12 * rows + row  # F of `layout`
                 counted_dot, kept_dot = add_row(dot, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
                 counted_want, kept_want = add_row(want, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
                 tl.atomic_add(sums, counted_dot, sem="relaxed")
@@ -211,9 +211,12 @@ def add_steps(  # type: ignore[no-untyped-def]
                     tl.where(valid, one, zero), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE
                 )
                 tl.atomic_add(sums + 9 * rows, count, sem="relaxed")
-                carried = tl.sum(want, 1) * weights  # of cells; where there are none, a cell is a sample
-                found, _ = add_cells(carried * carried, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
+                # of cells; where there are none, a cell is a sample
+                arrived, carried = tl.sum(dot, 1) * weights, tl.sum(want, 1) * weights
+                found, _ = add_cells(arrived * carried, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
                 tl.atomic_add(sums + 10 * rows, found, sem="relaxed")
+                found, _ = add_cells(carried * carried, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
+                tl.atomic_add(sums + 11 * rows, found, sem="relaxed")
                 if compares:
                     tl.atomic_add(full + row, count, sem="relaxed")
                 squares = slope * slope

@@ -16,6 +16,7 @@ from update_watch.measure.sums.layout import (
     BEFORE,
     CHANGED,
     COUNT,
+    CROSS,
     DOT,
     GRADIENT,
     LOST,
@@ -23,6 +24,7 @@ from update_watch.measure.sums.layout import (
     NONZERO,
     SQUARE,
     STATE_SUMS,
+    STATE_WANTED,
     WANT,
     WANTED,
     Layout,
@@ -47,6 +49,7 @@ class Steps:
     squared_rates_P: Array  # mean square of the learning rate, by part
     is_whole_n: npt.NDArray[np.bool_]  # all its elements are read
     is_plain_n: npt.NDArray[np.bool_]  # its steps are independent of each other: nothing is carried between them
+    blind_n: Array  # steps that were looked at in which nobody saw the row's gradient, though it could have been
 
     @property
     def measured_n(self) -> Array:
@@ -133,7 +136,7 @@ class WindowSums:
         energy_n = np.where(steps.unmeasured_n > 0, energy_n, 0.0)
         stood_P = np.ones(len(self.parts_PFn)) if missed is None else missed.steps_P
         dot_Pn, want_Pn, reach_n, tail_n = self._of_all_steps(steps, missed)
-        efficiency = ratio(dot_Pn.sum(0), want_Pn.sum(0))
+        efficiency = ratio(dot_Pn.sum(0), want_Pn.sum(0)) + np.where(steps.is_whole_n, 0.0, self._of_few_cells(t))
         spread_n, effective_n = spread_over_steps(dot_Pn, want_Pn, steps.parts_Pn)
         spread_n = spread_n + self._spread_over_elements(t)
 
@@ -150,7 +153,7 @@ class WindowSums:
             # rows of an embedding that no token used tell nothing of the others: only a whole gradient does
             is_seen = steps.is_whole_n | (t[NONZERO] > 0) | (steps.checks_n > 0)
             zeros = np.where(is_seen, 1 - ratio(t[NONZERO], t[COUNT]), np.nan)
-            is_touched = (self.touched_n > 0) | self._has_risen(steps)
+            is_touched = (self.touched_n != 0) | self._has_risen(steps)
             zeros = np.where((zeros == 1) & is_touched, _NEARLY_ALL, zeros)
             is_seen &= ~is_touched
             lost_Pn, wanted_Pn = (stood_P[:, None] * self.parts_PFn[:, kind] for kind in (LOST, WANTED))
@@ -203,6 +206,13 @@ class WindowSums:
         reach_n = np.where(is_known, curves.reach(missed.top), np.nan)
         tail_n = np.where(is_known, tail(curves, want_Pn, steps.parts_Pn, missed), 0.0)
         return of_all * dot_Pn + more_Pn, of_all * want_Pn, reach_n, tail_n
+
+    def _of_few_cells(self, t: Array) -> Array:
+        """[n] what the ratio of a few sampled cells is too low by, in the mean: where those that carry most arrive better,
+        samples that met fewer of them count as much. To first order in 1 / n_eff (Cochran, Sampling Techniques, 1977, 6.8).
+        """
+        found: Array = ratio(t[CROSS] - ratio(t[DOT], t[WANT]) * t[SQUARE], t[WANT] ** 2)
+        return np.nan_to_num(found)
 
     def _has_risen(self, steps: Steps) -> npt.NDArray[np.bool_]:
         """[n] whether updates grew from one measured step to the next: without gradients momentum makes them but smaller, so
@@ -308,10 +318,16 @@ class WindowSums:
         return {name: np.where(enough, values, np.nan) for name, values in found.items()}
 
     def suspects(self, steps: Steps) -> frozenset[int]:
-        """Rows of which all sampled gradients were 0, and nobody knows of the others."""
+        """Rows of which all sampled gradients were 0, and nobody knows of other elements, or of other steps."""
         nonzero_n = self.parts_PFn[:, NONZERO].sum(0)
-        found = (nonzero_n == 0) & ~steps.is_whole_n & (steps.measured_n > 0)
+        is_partly_seen = ~steps.is_whole_n | (steps.unmeasured_n > 0)
+        found = (nonzero_n == 0) & is_partly_seen & (steps.measured_n > 0)
         return frozenset(np.flatnonzero(found).tolist())
+
+    def is_untouched(self) -> npt.NDArray[np.bool_]:
+        """[n]: every state was 0 and stayed it, so far as it was looked at: no gradient has come yet."""
+        found: npt.NDArray[np.bool_] = (self.states_FSn[STATE_WANTED] == 0).all(0) & (self.full_n > 0)
+        return found
 
     def is_finite(self) -> npt.NDArray[np.bool_]:
         """[n]: no NaN or infinity among weights and updates. Gradients may overflow where a scaler skips the step."""
