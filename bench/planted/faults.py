@@ -218,12 +218,12 @@ def step_counter_that_stops_at_256() -> Run:
     optimizer = adamw(model.parameters())
 
     def shorten(t: int) -> None:
-        if t == 1:  # as a checkpoint cast to BF16 would
+        if t == 0:  # as a checkpoint cast to BF16 would
             for state in optimizer.state.values():
                 state["step"] = torch.tensor(246.0, dtype=BF16)
 
     planted = {f"{name}/step": Cause.state_rounding for name, _ in model.named_parameters()}
-    return Run(model, optimizer, trainer(model, optimizer, shorten), planted=planted, onset=2)
+    return Run(model, optimizer, trainer(model, optimizer, after=shorten), planted=planted, onset=2)
 
 
 @scenario

@@ -91,9 +91,13 @@ def loss_of(model: nn.Module, rows: int = 16) -> Any:
 
 
 def trainer(
-    model: nn.Module, optimizer: Any, before: Callable[[int], None] | None = None, scale: float = 1.0
+    model: nn.Module,
+    optimizer: Any,
+    before: Callable[[int], None] | None = None,
+    scale: float = 1.0,
+    after: Callable[[int], None] | None = None,
 ) -> Callable[[int], None]:
-    """One backward pass and one optimizer step; `before(t)` first; the loss times `scale`."""
+    """One backward pass and one optimizer step; `before(t)` first, `after(t)` last; the loss times `scale`."""
 
     def step(t: int) -> None:
         if before is not None:
@@ -101,6 +105,8 @@ def trainer(
         model.zero_grad()
         (loss_of(model) * scale).backward()
         optimizer.step()
+        if after is not None:
+            after(t)
 
     return step
 

@@ -268,11 +268,11 @@ def healthy_step_counter_past_256() -> Run:
     optimizer = adamw(model.parameters())
 
     def move(t: int) -> None:
-        if t == 1:
+        if t == 0:
             for state in optimizer.state.values():
                 state["step"] = torch.tensor(246.0)
 
-    return Run(model, optimizer, trainer(model, optimizer, move))
+    return Run(model, optimizer, trainer(model, optimizer, after=move))
 
 
 @scenario
