@@ -92,8 +92,7 @@ def _without_gradient(e: TensorEvidence, history: TensorHistory, limits: Thresho
         if not e.requires_grad and not e.is_master:
             return Rest(Cause.requires_grad_off, seen)
         # an expert that starves has a gradient now and then
-        is_seen = not e.gradient_blind or history.health is Health.idle
-        if history.zero_looks >= limits.minimum_steps and is_seen:
+        if history.zero_looks >= limits.minimum_steps and not e.gradient_blind:
             return Rest(Cause.zero_gradient, seen)
         if not movement(e)[0]:
             return UNKNOWN, None, reasons.unknown(_why_not_idle(e, history, looks, limits))

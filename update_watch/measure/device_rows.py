@@ -59,17 +59,18 @@ class DeviceRows:
         self._twin, self._samples = twin, samples
         self._waiting: list[Measured] = []
         self.cohorts: list[Cohort] = []
-        start, common = 0, Common.of(rows)
+        is_plain = all(row.scheme.name == "plain" for row in rows)
+        # whether single elements are added up: where steps are not independent, and for the displacement; of plain rows in
+        # turns that could not be told from a few steps
+        has_clusters = any(row.is_whole and row.scheme.name != "plain" for row in rows)
+        has_way = turns == 1 or not is_plain
+        start, common = 0, Common.of(rows, has_way)
         for k in range(turns):
             own = rows[k::turns]
             place = slice(start, start + len(own))
             self.cohorts.append(Cohort(optimizer, twin, own, samples, rng, window // turns, common, place))
             start = place.stop
         self._rows = start
-        is_plain = all(row.scheme.name == "plain" for row in rows)
-        # whether single elements are added up: where steps are not independent, and for the displacement; of plain rows in
-        # turns that could not be told from a few steps
-        has_clusters = any(row.is_whole and row.scheme.name != "plain" for row in rows)
         self.device = self.cohorts[0].device
         self._enough, self._most = _ENOUGH_ON_GPU, _AT_MOST
         if not multi_gather.is_available(self.device):
@@ -80,7 +81,7 @@ class DeviceRows:
         gathers = [cohort.gathers for cohort in self.cohorts]
         self._whole_n1 = whole_of(gathers)
         cells = 0 if gathers[0].are_whole else samples // 2 // common.cell
-        kinds = self._whole_n1 is not None, has_clusters, turns == 1 or not is_plain
+        kinds = self._whole_n1 is not None, has_clusters, has_way
         self._kind = kernel_sums.Kind(len(gathers[0].states), samples, cells, gathers[0].dtype, *kinds)
         self._way = DeviceSums
         if kernel_sums.is_right(self.device, self._kind):

@@ -1,7 +1,8 @@
 """What is read of an optimizer's parameters in a step: weights, gradients and states at the same positions, side by side.
 
 One strided view per tensor and array, packed into one block; see `sampling`. The samples of a row are those of the kept set
-and then those of the moving set (`positions`), or all of a small tensor. States that hold what rounding took from a weight
+and then those of the moving set (`positions`), or all of a small tensor. Where nothing is made of the kept set, as of tensors
+in turns whose steps are independent, it goes on as the moving set does, and both are counted. States that hold what rounding took from a weight
 are joined with it here.
 
 Legend: A accumulators (0 the weight, then states), n rows, K samples.
@@ -35,14 +36,15 @@ class Common(NamedTuple):
     is_fine: bool  # what FP32 itself loses is to be seen
     cell: int  # see `cell_of`
     has_whole: bool  # some are read whole
+    keeps: bool  # a set of samples stays where it is for a window; else both go on
 
     @classmethod
-    def of(cls, rows: Sequence[Row]) -> Common:
+    def of(cls, rows: Sequence[Row], keeps: bool) -> Common:
         carriers = {row.scheme.carrier for row in rows if row.scheme.carrier}
         states = carriers.union(*{row.rule.element_states for row in rows})
         is_fine = any([local(row.param).dtype in _FINE for row in rows])
         cell = cell_of([row.sampler for row in rows if row.sampler is not None])
-        return cls(sorted(states), is_fine, cell, any([row.is_whole for row in rows]))
+        return cls(sorted(states), is_fine, cell, any([row.is_whole for row in rows]), keeps)
 
 
 class Gathers:
@@ -66,7 +68,7 @@ class Gathers:
         self.whole_n1: Tensor | None = None
         if cell and common.has_whole:
             self.whole_n1 = column([sampler.is_whole for sampler in self.samplers], self.device).bool()
-        phase = rng.randrange(SHARES)
+        phase, self._keeps = rng.randrange(SHARES), common.keeps
         self._phase, self._turn, self._kept_turn = phase, 0, 0
         self._weights = PositionWeights(self.samplers, phase, self.device, cell) if cell else None
         self._kept_weights_nJ: Tensor | None = None
@@ -91,6 +93,8 @@ class Gathers:
 
     def move(self) -> tuple[int, bool]:
         """Go on with the moving set. Returns the turn, and whether the moving set comes first in what is read."""
+        if not self._keeps:
+            self.open_window()
         self._turn += 1
         return self._turn, self._place()
 
@@ -110,6 +114,8 @@ class Gathers:
         rows are read whole."""
         if self._weights is None:
             return None
+        if not self._keeps:
+            return self._weights.at(turn - 1), self._weights.at(turn)
         if self._kept_weights_nJ is None:
             # cloned: what is worked out ahead goes on
             self._kept_weights_nJ = self._weights.at(self._kept_turn).clone()
@@ -117,7 +123,9 @@ class Gathers:
 
     @property
     def kept_weights(self) -> Tensor | None:
-        """[n, J]: weights of the kept set; None where all rows are read whole."""
+        """[n, J]: weights of the kept set; None where there is none, or all rows are read whole."""
+        if not self._keeps:
+            return None
         known = self._kept_weights_nJ
         return known if known is not None or self._weights is None else self._weights.at(self._kept_turn)
 

@@ -96,7 +96,7 @@ KINDS = {
     "all-whole": Kind(STATES, K, 0, torch.float32, False, True, True),
     "sampled": Kind(STATES, K, 3, torch.float32, False, False, True),  # cells of 3 neighbours
     "both-in-fp64": Kind(1, 16, 2, torch.float64, True, True, True),
-    "no-states-no-way": Kind(0, 16, 8, torch.float32, False, False, False),
+    "no-states-no-way": Kind(0, 16, 8, torch.float32, True, False, False),
 }
 
 

@@ -10,7 +10,8 @@ or those of a tensor read whole.
 
 Sums are FP64, so squares of gradients near 1e-20 beside others near 1 need no scale (FP32 where the device has no FP64).
 Of sampled rows the moving set is summed: the kept set's elements are the same in all steps of the window, and would outweigh
-all others. What they were meant to move by is added up element by element: that is the way which the displacement is of.
+all others. What they were meant to move by is added up element by element: that is the way which the displacement is of. Where
+there is none both sets move, and both are summed.
 """
 
 from __future__ import annotations
@@ -215,6 +216,9 @@ class DeviceSums:
         torch.sum(split, -1, out=cells_FR2J[: len(of_samples)]).mul_(weights_R2J)
         if has_cells:
             _multiply_cells(cells_FR2J)
+        if not self.kept:
+            sums_FR = cells_FR2J.flatten(2).sum(-1)
+            return sums_FR, sums_FR
         kept_FR, moving_FR = cells_FR2J.sum(-1).unbind(-1)
         if whole_R1 is None:
             return moving_FR, kept_FR

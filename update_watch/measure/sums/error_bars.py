@@ -46,6 +46,17 @@ def ratio(above: Array, below: Array) -> Array:
     return np.where(np.isfinite(found), found, np.nan)
 
 
+def too_low(dot_n: Array, want_n: Array, cross_n: Array, square_n: Array) -> Array:
+    """[n] what the ratio dot / want of a few sampled cells is too low by, in the mean: where those that carry most arrive better,
+    samples that met fewer of them count as much.
+
+    `cross`, `square`: sums of dot * want and want^2 of single cells. To first order in 1 / n_eff (Cochran, Sampling Techniques,
+    1977, 6.8), and as much more as it would be of cells that are alike.
+    """
+    alone = ratio(square_n, want_n**2)
+    return np.nan_to_num(ratio(cross_n - ratio(dot_n, want_n) * square_n, want_n**2 * (1 - np.minimum(alone, 0.5))))
+
+
 def spread_over_steps(above_Pn: Array, below_Pn: Array, steps_Pn: Array) -> tuple[Array, Array]:
     """[n] variance of sum above / sum below from its spread over parts of the window, and n_eff of the steps.
 

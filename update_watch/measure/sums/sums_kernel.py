@@ -133,7 +133,7 @@ def add_steps(  # type: ignore[no-untyped-def]
     if HAS_WHOLE:
         whole = tl.load(whole_rows + row).to(tl.float64)
     weights = tl.full((CELLS,), 1.0, tl.float64)
-    if not HAS_WEIGHTS:
+    if not HAS_WEIGHTS or not HAS_WAY:  # all are counted
         is_first, is_second = j < 0, j < cells
     nothing = tl.full((CELLS, CELL), 0.0, tl.float64)
     largest, spoiled = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from update_watch.measure.sums.arrivals import Curves, tail
-from update_watch.measure.sums.error_bars import Array, Unseen, ratio, reach, spread_over_steps, standard_error
+from update_watch.measure.sums.error_bars import Array, Unseen, ratio, reach, spread_over_steps, standard_error, too_low
 from update_watch.measure.sums.layout import (
     BEFORE,
     CHANGED,
@@ -136,7 +136,9 @@ class WindowSums:
         energy_n = np.where(steps.unmeasured_n > 0, energy_n, 0.0)
         stood_P = np.ones(len(self.parts_PFn)) if missed is None else missed.steps_P
         dot_Pn, want_Pn, reach_n, tail_n = self._of_all_steps(steps, missed)
-        efficiency = ratio(dot_Pn.sum(0), want_Pn.sum(0)) + np.where(steps.is_whole_n, 0.0, self._of_few_cells(t))
+        efficiency = ratio(dot_Pn.sum(0), want_Pn.sum(0)) + np.where(
+            steps.is_whole_n, 0.0, too_low(t[DOT], t[WANT], t[CROSS], t[SQUARE])
+        )
         spread_n, effective_n = spread_over_steps(dot_Pn, want_Pn, steps.parts_Pn)
         spread_n = spread_n + self._spread_over_elements(t)
 
@@ -206,13 +208,6 @@ class WindowSums:
         reach_n = np.where(is_known, curves.reach(missed.top), np.nan)
         tail_n = np.where(is_known, tail(curves, want_Pn, steps.parts_Pn, missed), 0.0)
         return of_all * dot_Pn + more_Pn, of_all * want_Pn, reach_n, tail_n
-
-    def _of_few_cells(self, t: Array) -> Array:
-        """[n] what the ratio of a few sampled cells is too low by, in the mean: where those that carry most arrive better,
-        samples that met fewer of them count as much. To first order in 1 / n_eff (Cochran, Sampling Techniques, 1977, 6.8).
-        """
-        found: Array = ratio(t[CROSS] - ratio(t[DOT], t[WANT]) * t[SQUARE], t[WANT] ** 2)
-        return np.nan_to_num(found)
 
     def _has_risen(self, steps: Steps) -> npt.NDArray[np.bool_]:
         """[n] whether updates grew from one measured step to the next: without gradients momentum makes them but smaller, so
