@@ -470,3 +470,20 @@ def test_the_ratio_of_a_few_cells_is_right_in_the_mean() -> None:
     biased = dot.sum(1) / want.sum(1)
     assert abs(found.mean() - truth) < 0.2 * abs(biased.mean() - truth)
     assert np.abs(found - truth).mean() < 1.05 * np.abs(biased - truth).mean()
+
+
+@pytest.mark.parametrize("spread", [1.0, 1.5])
+def test_two_standard_errors_of_an_update_ratio_cover_it_where_tails_are_heavy(spread: float) -> None:
+    rows, cells = 2000, 16
+    rng = np.random.default_rng(0)
+    layout = Layout(PARTS, 0, rows, False)
+    sums = WindowSums.unpack(np.zeros(layout.spans()["parts_PFn"].stop), layout)
+    want = rng.lognormal(-(spread**2) / 2, spread, (PARTS, cells, rows))  # 1 in the mean
+    want *= rng.lognormal(-0.125, 0.5, (PARTS, 1, rows))  # steps differ as well
+    sums.parts_PFn[:, WANT], sums.parts_PFn[:, SQUARE] = want.sum(1), (want**2).sum(1)
+    sums.parts_PFn[:, [COUNT, BEFORE]] = cells
+    none, one, groups_Gn = np.zeros(rows), np.ones((PARTS, rows)), np.full((GROUPS, rows), PARTS / GROUPS)
+    steps = Steps(one, groups_Gn, 8 * groups_Gn, none, np.ones(PARTS), none > 0, none == 0, none)
+    found = sums.numbers(steps, Unseen(none + np.nan, none, none + np.nan))
+    covered = np.abs(found["update_ratio"] - 1) <= 2 * found["update_ratio_error"]
+    assert 0.93 <= covered.mean() <= 0.98
