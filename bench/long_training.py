@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import update_watch as uw
-from update_watch.dashboards.journal.journal import Journal, read_journal
+from update_watch.dashboards.journal import Journal, read_journal
 
 LOOK_EVERY = 500  # steps
 ANEW_EVERY = 4_000

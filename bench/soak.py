@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import update_watch as uw
-from update_watch.dashboards.journal.journal import Journal, read_journal
+from update_watch.dashboards.journal import Journal, read_journal
 from update_watch.measure.window_evidence import Window
 from update_watch.report import Health, Report
 

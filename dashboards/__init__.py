@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from update_watch.dashboards.journal.journal import Journal, read_journal
+    from update_watch.dashboards.journal.journal import Journal
+    from update_watch.dashboards.journal.reader import read_journal
     from update_watch.dashboards.loggers.messages import AppriseAlerts, WebhookAlerts
     from update_watch.dashboards.loggers.numbers import LogSink, MlflowSink, TensorBoardSink, TrackioSink
     from update_watch.dashboards.wandb.sink import WandbSink
@@ -31,7 +32,7 @@ _HOMES = {
     "TrackioSink": "update_watch.dashboards.loggers.numbers",
     "WandbSink": "update_watch.dashboards.wandb.sink",
     "WebhookAlerts": "update_watch.dashboards.loggers.messages",
-    "read_journal": "update_watch.dashboards.journal.journal",
+    "read_journal": "update_watch.dashboards.journal.reader",
 }
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from update_watch.dashboards.frame import NO_CODE, Codes, Columns, Floats, Frame
 from update_watch.dashboards.run_numbers import mean_of
-from update_watch.report import HEADROOM_BINS, SEVERITY, Health, weighted_mean
+from update_watch.report import SEVERITY, Health, weighted_mean
 
 # Where several windows are joined, each tensor keeps its worst one: a stall is never hidden. "unknown" does not
 # hide what was measured before or after it.
@@ -97,7 +97,7 @@ def _pick_each(takes_first: NDArray[np.bool_], a: Mapping[str, Floats], b: Mappi
 def _pick_optional(takes_first: NDArray[np.bool_], a: Floats | None, b: Floats | None) -> Floats | None:
     if a is None and b is None:
         return None
-    nothing = np.full((len(takes_first), HEADROOM_BINS), np.nan)
+    nothing = np.full_like(b if a is None else a, np.nan)
     return np.where(takes_first[:, None], nothing if a is None else a, nothing if b is None else b)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from update_watch.cures import Cure, cures_for, extra_bytes
 from update_watch.dashboards.frame import NO_CODE, Floats, Frame
@@ -26,7 +28,7 @@ def offers_of(frame: Frame, verdict: Verdict) -> tuple[Offer, ...]:
     if group is None or group.cause is None:
         return ()
     table = frame.table
-    is_half = np.fromiter((dtype in HALVES for dtype in table.dtype), dtype=bool, count=len(table.dtype))
+    is_half = _is_half(table.dtype)
     whole = np.flatnonzero(is_half & np.array(table.trainable, dtype=bool))
     members = np.array(group.members, dtype=np.intp)
     if not len(whole):
@@ -44,13 +46,16 @@ def offers_of(frame: Frame, verdict: Verdict) -> tuple[Offer, ...]:
     return tuple(found)
 
 
+def _is_half(dtypes: Sequence[str]) -> NDArray[np.bool_]:
+    return np.fromiter(map(frozenset(HALVES).__contains__, dtypes), dtype=bool, count=len(dtypes))
+
+
 def _low_states(frame: Frame) -> Floats:
     """States in 16 bits of each tensor, (P,); early journals do not say it: what was measured of them counts."""
     said = frame.tensors.numbers["low_states"]
     seen = np.zeros(len(frame.table.name))
     for name, columns in frame.accumulators.items():
         if name not in _BESIDE and not name.startswith("average:"):
-            is_half = np.fromiter((dtype in HALVES for dtype in columns.dtype), dtype=bool, count=len(columns.dtype))
-            seen += is_half & (columns.health != NO_CODE)
+            seen += _is_half(columns.dtype) & (columns.health != NO_CODE)
     found: Floats = np.where(np.isnan(said), seen, said)
     return found

@@ -18,7 +18,9 @@ import numpy as np
 
 from update_watch.cures import TITLES, TRAINERS, code
 from update_watch.dashboards.frame import Frame
-from update_watch.dashboards.journal.journal import EmptyJournalError, JournalReader
+from update_watch.dashboards.journal.lines import WINDOW_START
+from update_watch.dashboards.journal.reader import EmptyJournalError, JournalReader
+from update_watch.dashboards.journal.scanning import scan
 from update_watch.dashboards.keyboard import Keyboard
 from update_watch.dashboards.offers import offers_of
 from update_watch.dashboards.terminal import STYLES, Plain, need_rich
@@ -155,22 +157,23 @@ def read_tail(path: Path, windows: int = WINDOWS) -> Tail:
     last: collections.deque[int] = collections.deque(maxlen=windows)
     alerted: collections.deque[int] = collections.deque(maxlen=_ALERTS + 1)
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.startswith(b'{"kind":"window"') and raw.endswith(b"\n"):
+        for number, _, raw, is_ended in scan(file, lambda _, head: head.startswith(WINDOW_START)):
+            if is_ended and raw.startswith(WINDOW_START):
                 last.append(number)
                 if b'"alerts":[{' in raw:
                     alerted.append(number)
     reader = JournalReader(path)
     frames: list[Frame] = []
     alerts: list[Alert] = []
-    for frame in reader.frames({*last, *alerted}.__contains__, is_whole=False):
+    for frame in reader.frames({*last, *alerted}.__contains__, numbers=("efficiency",)):
         # resumed from an earlier checkpoint: what was there before is no part of this run
         frames = [f for f in frames if f.step < frame.step]
         alerts = [alert for alert in alerts if alert.step < frame.step] + list(frame.alerts)
         frames.append(frame)
     if not frames:
         raise reader.without_windows()
-    return Tail(reader.newest(frames[-1]), tuple(frames[-windows:]), tuple(alerts[: -_ALERTS - 1 : -1]), reader.run)
+    last = reader.newest(frames[-1], has_histograms=False)
+    return Tail(last, tuple(frames[-windows:]), tuple(alerts[: -_ALERTS - 1 : -1]), reader.run)
 
 
 # --- what is shown -------------------------------------------------------------------------------------------

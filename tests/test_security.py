@@ -17,7 +17,7 @@ import torch
 import update_watch as uw
 from tests.support.watch_nets import Net, train
 from update_watch.checkpoints.files import CheckpointError, read_tensors
-from update_watch.dashboards.journal.journal import Journal, JournalError, read_journal
+from update_watch.dashboards.journal import Journal, JournalError, read_journal
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("update_watch", "callbacks", "dashboards")

@@ -102,7 +102,7 @@ def _demo(options: argparse.Namespace) -> None:
         settings = Settings(options.steps, options.lr, options.precision, options.out, options.seed, options.wandb)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    from update_watch.dashboards.journal.journal import JournalError
+    from update_watch.dashboards.journal import JournalError
     from update_watch.dashboards.outputs import OutputError
 
     try:
@@ -112,8 +112,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from update_watch.dashboards.journal import JournalError
     from update_watch.dashboards.journal.finding import journals_of
-    from update_watch.dashboards.journal.journal import JournalError
     from update_watch.dashboards.outputs import OutputError
     from update_watch.dashboards.report.html import write_report
 
@@ -137,8 +137,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _top(options: argparse.Namespace) -> None:
+    from update_watch.dashboards.journal import JournalError
     from update_watch.dashboards.journal.finding import journals_of
-    from update_watch.dashboards.journal.journal import JournalError
     from update_watch.dashboards.top import top
 
     (journal,) = journals_of([options.journal])

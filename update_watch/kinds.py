@@ -129,15 +129,16 @@ class _Level(NamedTuple):
 def _levels(names: Sequence[str]) -> tuple[list[str], list[_Level], Ints]:
     """The texts of parts, the nodes by depth, and the node of each name."""
     # where no name has a wrapper or is too deep, which is nearly always, parts are what lies between dots
+    text = ".".join(names)
     lengths = [name.count(".") + 1 for name in names]
-    if max(lengths, default=0) <= _DEEPEST and "_mod" not in "\n".join(names):
-        flat = ".".join(names).split(".")
+    if max(lengths, default=0) <= _DEEPEST and "_mod" not in text:
+        flat = text.split(".")
     else:
         split = [_parts(name) for name in names]
         flat, lengths = list(itertools.chain.from_iterable(split)), [len(parts) for parts in split]
-    texts = list(dict.fromkeys(flat))
-    number_of = {text: number for number, text in enumerate(texts)}
+    number_of = _Numbers()
     codes = np.fromiter(map(number_of.__getitem__, flat), dtype=np.int64, count=len(flat))
+    texts = list(number_of)
     length_P = np.array(lengths, dtype=np.int64)
     begin_P = np.cumsum(length_P) - length_P
     node_P = np.zeros(len(names), dtype=np.int64)
@@ -151,6 +152,14 @@ def _levels(names: Sequence[str]) -> tuple[list[str], list[_Level], Ints]:
         node_P[alive] = count + at
         count += len(distinct)
     return texts, levels, node_P
+
+
+class _Numbers(dict[str, int]):
+    """Texts numbered as they are asked for."""
+
+    def __missing__(self, text: str) -> int:
+        number = self[text] = len(self)
+        return number
 
 
 def _parts(name: str) -> list[str]:

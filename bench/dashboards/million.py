@@ -5,7 +5,7 @@
 The journal's windows are those of a real training in BF16 with all that a window holds (verdicts, sentences, histograms,
 optimizer state), laid over a mixture of experts of as many tensors; the checkpoints hold as many tensors of 8 elements, a
 third of which moved. Each command runs in a process of its own. Prints a line for each: processor seconds (user and
-system), the most memory it held, and how large the page or the text is.
+system), the most memory it held, and how large the page or the text is; and how long the last window takes to be written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from torch import nn
 
 import update_watch as uw
 from update_watch.dashboards.frame import Columns, Frame, TensorTable, frame_of
-from update_watch.dashboards.journal.lines import encode, header_line, table_line, window_line
+from update_watch.dashboards.journal.lines import encode, header_line, window_line
+from update_watch.dashboards.journal.table import table_line
 from update_watch.dashboards.run_numbers import run_numbers
 
 _STEPS = 16  # per window
@@ -99,8 +101,8 @@ def laid_over(frame: Frame, names: Sequence[str]) -> Frame:
     )
 
 
-def write_journal(path: Path, tensors: int, windows: int) -> None:
-    """A journal of so many windows of so many tensors."""
+def write_journal(path: Path, tensors: int, windows: int) -> dict[str, Any]:
+    """A journal of so many windows of so many tensors; processor seconds and size of the last."""
     names = names_of(tensors)
     with path.open("wb") as file:
         file.write(encode(header_line({"name": "million"}, 0.0)))
@@ -111,7 +113,10 @@ def write_journal(path: Path, tensors: int, windows: int) -> None:
                 line = table_line(many.table)
                 table = line["table"]
                 file.write(encode(line))
-            file.write(encode(window_line(many, table)))
+            started = time.process_time()
+            size = file.write(encode(window_line(many, table)))
+            took = time.process_time() - started
+    return {"what": "a window is written", "cpu_s": round(took, 1), "output_mb": round(size / 1e6, 2)}
 
 
 def write_checkpoints(first: Path, second: Path, tensors: int, elements: int = 8) -> None:
@@ -167,7 +172,7 @@ def main() -> int:
         journal, page = folder / "run.jsonl", folder / "report.html"
         first, second = folder / "first", folder / "second"
         if given.only != "diff" and not journal.exists():
-            write_journal(journal, given.tensors, given.windows)
+            print(json.dumps(write_journal(journal, given.tensors, given.windows)), flush=True)
         if given.only in (None, "diff") and not first.exists():
             write_checkpoints(first, second, given.tensors)
         commands = {

@@ -11,24 +11,15 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from update_watch.dashboards.frame import Frame, TensorTable, frame_of, report_of
-from update_watch.dashboards.journal.lines import (
-    FORMAT,
-    SCHEMA,
-    START,
-    decode,
-    encode,
-    frame_of_line,
-    header_line,
-    table_line,
-    table_of,
-    window_line,
-)
+from update_watch.dashboards.frame import TensorTable, frame_of
+from update_watch.dashboards.journal.lines import SCHEMA, START, decode, encode, header_line, window_line
+from update_watch.dashboards.journal.reader import JournalError, newer
+from update_watch.dashboards.journal.table import table_line
 from update_watch.dashboards.journal.thinning import thin
 from update_watch.dashboards.journal.writers import is_alone
 from update_watch.report import Report
@@ -38,16 +29,7 @@ _SHARED = (
     "Journal {}: another watch or process writes to this file too, so every window will be in it twice; give each a path of"
     " its own, or close the other"
 )
-_LINES_NAMED = 5  # in a warning
 _TABLES = 64  # remembered: a model whose tensors keep changing must not fill the memory
-
-
-class JournalError(ValueError):
-    """A file that is not a journal this version can use."""
-
-
-class EmptyJournalError(JournalError):
-    """A journal without a window so far."""
 
 
 class Journal:
@@ -184,134 +166,6 @@ class Journal:
         self._limit = max(self.max_bytes, size + size // 2)
 
 
-def read_journal(path: str | os.PathLike[str]) -> Iterator[Report]:
-    """The reports of a journal in the order of the file. A line that is still being written is left out.
-
-    Where the journal was thinned, a report covers several windows: `window` is the number of all their steps, and each
-    tensor is as in its worst one.
-
-    Raises:
-        JournalError: not a journal, or one of a newer version.
-        OSError: it cannot be read.
-
-    Warns:
-        UserWarning: lines were damaged; they are skipped and their numbers are named.
-    """
-    reader = JournalReader(path)
-    for frame in reader.frames():
-        yield report_of(frame)
-    reader.warn()
-
-
-class JournalReader:
-    """Reads a journal's windows as frames and counts what could not be read."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.run: dict[str, Any] = {}  # what the last header says about the run
-        self.damaged: list[tuple[int, str]] = []  # (line number, what is wrong)
-        self._newest: tuple[int, dict[str, Any], TensorTable] | None = None  # number, line, table of the last window
-
-    def frames(self, wanted: Callable[[int], bool] | None = None, is_whole: bool = True) -> Iterator[Frame]:
-        """The windows, one after the other; only those on lines whose number is `wanted`.
-
-        Where they are not asked for as a whole, sentences, headroom and accumulators are left out.
-        """
-        tables: dict[str, TensorTable] = {}
-        self.run, self.damaged, self._newest = {}, [], None
-        lines = 0
-        is_ours = False
-        with open(self.path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if not raw.strip() or not raw.endswith(b"\n"):
-                    continue  # an unfinished last line is no damage
-                lines += 1
-                if wanted is not None and raw.startswith(b'{"kind":"window"') and not wanted(number):
-                    is_ours = True
-                    continue
-                try:
-                    line = decode(raw)
-                    kind = line.get("kind")
-                    if kind == "header":
-                        self._header(line)
-                    elif kind == "tensors":
-                        table, digest = table_of(line), str(line.get("table"))
-                        if tables.get(digest) != table:  # every process that goes on writes it again
-                            tables[digest] = table
-                    elif kind == "window":
-                        frame = frame_of_line(line, tables, is_whole)
-                        self._newest = (number, line, frame.table)
-                        yield frame
-                    # other kinds carry nothing a window needs
-                    is_ours = True
-                except JournalError:
-                    raise
-                except ValueError as error:
-                    self.damaged.append((number, str(error)))
-        if lines and not is_ours:
-            raise JournalError(f"{self.path} is not an update-watch journal: none of its {lines} lines can be read.")
-
-    def newest(self, frame: Frame) -> Frame:
-        """The last of `frames` as a whole; where what was left out of it is damaged, as it is."""
-        if self._newest is None:
-            return frame
-        number, line, table = self._newest
-        try:
-            return frame_of_line(line, {str(line.get("table")): table})
-        except ValueError as error:
-            self.damaged.append((number, str(error)))
-            return frame
-
-    def header(self) -> dict[str, Any]:
-        """What the last header says about the run; empty where there is none."""
-        for _ in self.frames(lambda number: False):
-            pass
-        return self.run
-
-    def without_windows(self) -> JournalError:
-        """What to raise where no window was found: they are still to come, or all of them are damaged."""
-        if not self.damaged:
-            return EmptyJournalError(
-                f"{self.path} holds no window yet: the first is written when the first window of steps closes."
-            )
-        lines = ", ".join(str(number) for number, _ in self.damaged[:_LINES_NAMED])
-        more = ", ..." if len(self.damaged) > _LINES_NAMED else ""
-        return JournalError(
-            f"{self.path}: no window of it can be read: {len(self.damaged)} lines are damaged (line {lines}{more}; the"
-            f" first: {self.damaged[0][1]})"
-        )
-
-    def warn(self) -> None:
-        """Warn of what was skipped, if anything was."""
-        if self.damaged:
-            named = ", ".join(str(number) for number, _ in self.damaged[:_LINES_NAMED])
-            more = ", ..." if len(self.damaged) > _LINES_NAMED else ""
-            what = "1 damaged line was" if len(self.damaged) == 1 else f"{len(self.damaged)} damaged lines were"
-            warnings.warn(
-                f"{self.path}: {what} skipped (line {named}{more}; the first: {self.damaged[0][1]}). "
-                "The other windows are complete.",
-                stacklevel=3,
-            )
-
-    def _header(self, line: Mapping[str, Any]) -> None:
-        if line.get("format") != FORMAT:
-            raise ValueError("header of another format")
-        schema = line.get("schema")
-        if not isinstance(schema, int):
-            raise ValueError("header without a version")  # noqa: TRY004  # damage is one kind of error
-        if schema > SCHEMA:
-            raise JournalError(_newer(self.path, schema))
-        run = line.get("run")
-        self.run = dict(run) if isinstance(run, dict) else {}
-
-
-def _newer(path: Path, schema: int) -> str:
-    return (
-        f"{path} was written by a newer update-watch: its schema is version {schema}, this one knows versions up to "
-        f"{SCHEMA}. Upgrade: pip install -U update-watch"
-    )
-
-
 def _check_start(path: Path, file: BinaryIO) -> None:
     """Refuse to append to a file that is not ours, or is of a newer version."""
     file.seek(0)
@@ -326,7 +180,7 @@ def _check_start(path: Path, file: BinaryIO) -> None:
     except ValueError:  # a header cut short: it is written again
         return
     if isinstance(schema, int) and schema > SCHEMA:
-        raise JournalError(_newer(path, schema) + ", or give another path.")
+        raise JournalError(newer(path, schema) + ", or give another path.")
 
 
 def _heal(file: BinaryIO) -> bytes:

@@ -6,10 +6,9 @@ Decoding trusts nothing: whatever a line holds, the answer is a value or a `Valu
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,33 +23,27 @@ from update_watch.dashboards.frame import (
     Frame,
     TensorTable,
 )
-from update_watch.dashboards.journal.columns import (
-    advice_lines,
-    advice_of,
-    column_line,
-    column_of,
+from update_watch.dashboards.journal.checks import number_of, text_of, texts_of, whole_of
+from update_watch.dashboards.journal.columns import column_line, column_of
+from update_watch.dashboards.journal.histograms import histogram_lines, histograms_of
+from update_watch.dashboards.journal.of_run import (
     divergence_line,
     divergence_of,
-    headroom_lines,
-    headroom_of,
-    indices_of,
-    number_of,
     outlook_line,
     outlook_of,
     run_line,
     run_of,
     short,
-    text_of,
-    texts_of,
-    whole_of,
-    wholes_of,
 )
+from update_watch.dashboards.journal.packing import indices_line, indices_of, kinds_line, kinds_of
+from update_watch.dashboards.journal.sentences import advice_lines, advice_of
 from update_watch.dashboards.run_numbers import run_numbers
 from update_watch.report import PLACES, SEVERITY, Alert, Cause, Health, Level
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no packed columns; it is still read
 FORMAT = "update-watch journal"
 START = b'{"kind":"header","format":"update-watch journal",'  # how every journal begins
+WINDOW_START = b'{"kind":"window",'  # how the line of a window begins
 
 HEALTH_LETTERS = {
     Health.broken: "b",
@@ -63,7 +56,10 @@ HEALTH_LETTERS = {
 }
 ABSENT = "-"  # in the place of a letter: the tensor has no such accumulator
 _LETTERS = "".join(HEALTH_LETTERS[h] for h in SEVERITY)
-_LEFT_OUT = frozenset({"headroom", "movement", "places", "what_if", "forecast"})  # of a window not read as a whole
+_LETTER_BYTES = np.frombuffer((_LETTERS + ABSENT).encode("ascii"), dtype=np.uint8)  # by code; NO_CODE is the last
+_LEFT_OUT = frozenset({"headroom", "movement", "places", "what_if"})  # of a window not read as a whole
+AT_ACCUMULATORS, AT_HISTOGRAMS = b',"accumulators":{', b',"headroom":{"first":'  # where a long line may be cut
+_LONG = 2**20  # bytes of a line
 _NO_LETTER = NO_CODE - 1
 _CODE_OF = np.full(256, _NO_LETTER, dtype=np.int8)  # byte of a letter -> code
 _CODE_OF[[ord(letter) for letter in ABSENT + _LETTERS]] = range(NO_CODE, len(_LETTERS))
@@ -89,72 +85,11 @@ def decode(raw: bytes) -> dict[str, Any]:
     return line
 
 
-# --- header and table of tensors -------------------------------------------------------------------
+# --- header --------------------------------------------------------------------------------------------
 
 
 def header_line(run: Mapping[str, Any], time: float) -> dict[str, Any]:
     return {"kind": "header", "format": FORMAT, "schema": SCHEMA, "time": round(time, 3), "run": dict(run)}
-
-
-def table_line(table: TensorTable) -> dict[str, Any]:
-    text = json.dumps(table)
-    kinds = list(dict.fromkeys(table.options))  # few: of an optimizer's group
-    return {
-        "kind": "tensors",
-        "table": hashlib.sha256(text.encode("ascii")).hexdigest()[:12],
-        "name": table.name,
-        "names": {str(i): names for i, names in enumerate(table.names) if names},
-        "layer": table.layer,
-        "optimizer_group": table.optimizer_group,
-        "dtype": table.dtype,
-        "shape": table.shape,
-        "numel": table.numel,
-        "trainable": table.trainable,
-        "scheme": table.scheme,
-        "options": [list(one) for one in kinds],
-        "options_of": [kinds.index(one) for one in table.options],
-    }
-
-
-def table_of(line: Mapping[str, Any]) -> TensorTable:
-    """The table in a "tensors" line; ValueError when it is damaged."""
-    try:
-        count = len(line["name"])
-        shapes = list(map(tuple, line["shape"]))
-        wholes_of(itertools.chain.from_iterable(shapes))
-        same = {shape: shape for shape in shapes}  # one of each is kept, not one for each tensor
-        table = TensorTable(
-            name=texts_of(line["name"]),
-            names=_other_names(line["names"], count),
-            layer=texts_of(line["layer"]),
-            optimizer_group=texts_of(line["optimizer_group"]),
-            dtype=texts_of(line["dtype"]),
-            shape=tuple(map(same.__getitem__, shapes)),
-            numel=tuple(wholes_of(line["numel"]).tolist()),
-            trainable=tuple(map(bool, line["trainable"])),
-            scheme=texts_of(line["scheme"]) if "scheme" in line else ("",) * count,  # early journals have none
-            options=_options_of(line, count),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"damaged table of tensors ({error!r})") from None
-    if any(len(column) != count for column in table):
-        raise ValueError("damaged table of tensors (columns of different length)")
-    return table
-
-
-def _options_of(line: Mapping[str, Any], count: int) -> tuple[tuple[str, ...], ...]:
-    """Of each tensor; early journals have none."""
-    if "options" not in line:
-        return ((),) * count
-    kinds = [texts_of(one) for one in line["options"]]
-    return tuple(map(kinds.__getitem__, indices_of(line["options_of"], len(kinds)).tolist()))
-
-
-def _other_names(line: Any, count: int) -> tuple[tuple[str, ...], ...]:
-    names: list[tuple[str, ...]] = [()] * count
-    for index, found in line.items():
-        names[indices_of([int(index)], count)[0]] = texts_of(found)
-    return tuple(names)
 
 
 # --- windows -----------------------------------------------------------------------------------------
@@ -176,8 +111,6 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
         "layers": frame.has_layers,
         "run": run_line(frame.run),
         "alerts": _alert_lines(frame.alerts, frame.table),
-        "tensors": _columns_line(frame.tensors),
-        "accumulators": {name: _columns_line(columns) for name, columns in frame.accumulators.items()},
     }
     if frame.observed_steps is not None:
         line["observed_steps"] = frame.observed_steps
@@ -187,34 +120,46 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
         line["forecast"] = outlook_line(frame.outlook)
     if frame.divergence is not None:
         line["divergence"] = divergence_line(frame.divergence)
+    # what grows with the model comes last, and what `cut` leaves out behind the rest
+    line["tensors"] = _columns_line(frame.tensors)
+    line["accumulators"] = {name: _columns_line(columns) for name, columns in frame.accumulators.items()}
     if frame.headroom is not None:
-        line["headroom"] = headroom_lines(frame.headroom)
+        line["headroom"] = histogram_lines(frame.headroom)
     if frame.movement is not None:
-        line["movement"] = headroom_lines(frame.movement)
+        line["movement"] = histogram_lines(frame.movement)
     if frame.places is not None:
-        line["places"] = headroom_lines(frame.places)
+        line["places"] = histogram_lines(frame.places)
     if frame.what_if:
         line["what_if"] = {name: column_line(values) for name, values in frame.what_if.items()}
     return line
 
 
-def frame_of_line(line: Mapping[str, Any], tables: Mapping[str, TensorTable], is_whole: bool = True) -> Frame:
+def cut(raw: bytes, before: bytes) -> bytes:
+    """A long line of a window without what follows the columns of its tensors, or its accumulators."""
+    end = raw.find(before) if len(raw) > _LONG and raw.endswith(b"}\n") else -1
+    return raw if end < 0 else raw[:end] + b"}"
+
+
+def frame_of_line(
+    line: Mapping[str, Any], tables: Mapping[str, TensorTable], numbers: Collection[str] | None = None
+) -> Frame:
     """The frame in a "window" line; ValueError when it is damaged or its table is missing.
 
-    Not `is_whole`: without sentences, headroom, accumulators and what-ifs, which is many times faster.
+    `numbers`: of the tensors these alone (`TENSOR_NUMBERS`), without sentences, headroom, accumulators and what-ifs, which is
+    many times faster.
     """
-    if not is_whole:
+    if numbers is not None:
         line = {key: value for key, value in line.items() if key not in _LEFT_OUT}
         line["accumulators"] = {}
         if isinstance(line.get("tensors"), dict):
             line["tensors"] = {key: value for key, value in line["tensors"].items() if key != "advice"}
     try:
-        return _frame(line, tables)
+        return _frame(line, tables, TENSOR_NUMBERS if numbers is None or line.get("run") is None else numbers)
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"damaged window ({error!r})") from None
 
 
-def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
+def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable], numbers: Collection[str]) -> Frame:
     digest = line["table"]
     if digest not in tables:
         raise ValueError(f"its table of tensors, {digest!r}, is missing")
@@ -222,8 +167,8 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
     count = len(table.name)
     headroom, movement, places = (line.get(name) for name in ("headroom", "movement", "places"))
     cost, share, seen = (line.get(name) for name in ("cost_ms", "cost_share", "observed_steps"))
-    tensors = _columns(line["tensors"], count, TENSOR_NUMBERS, has_dtype=False)
-    run = line.get("run")  # early journals have none
+    tensors = _columns(line["tensors"], count, numbers, has_dtype=False)
+    run = line.get("run")  # early journals have none: it is worked out from the tensors
     return Frame(
         step=whole_of(line["step"]),
         window=whole_of(line["window"]),
@@ -238,9 +183,9 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable]) -> Frame:
         alerts=tuple(_alert(alert, table) for alert in line["alerts"]),
         table=table,
         tensors=tensors,
-        headroom=None if headroom is None else headroom_of(headroom, count),
-        movement=None if movement is None else headroom_of(movement, count),
-        places=None if places is None else headroom_of(places, count, PLACES),
+        headroom=None if headroom is None else histograms_of(headroom, count),
+        movement=None if movement is None else histograms_of(movement, count),
+        places=None if places is None else histograms_of(places, count, PLACES),
         what_if={text_of(k): column_of(v, count) for k, v in line.get("what_if", {}).items()},
         accumulators={
             text_of(name): _columns(columns, count, ACCUMULATOR_NUMBERS, has_dtype=True)
@@ -260,17 +205,14 @@ def _positive(value: Any) -> int:
 
 
 def _columns_line(columns: Columns) -> dict[str, Any]:
-    codes = columns.health.tolist()
-    line: dict[str, Any] = {"health": "".join(_LETTERS[code] if code != NO_CODE else ABSENT for code in codes)}
+    line: dict[str, Any] = {"health": _LETTER_BYTES[columns.health].tobytes().decode("ascii")}
     present = columns.health != NO_CODE
-    causes: dict[str, list[int]] = {}
-    for i in np.flatnonzero(columns.cause != NO_CODE).tolist():
-        causes.setdefault(CAUSES[columns.cause[i]].value, []).append(i)
+    causes = [code for code in np.unique(columns.cause).tolist() if code != NO_CODE]
     if causes:
-        line["cause"] = causes
+        line["cause"] = {CAUSES[code].value: indices_line(np.flatnonzero(columns.cause == code)) for code in causes}
     if columns.dtype:
-        dtypes = [dtype for dtype, code in zip(columns.dtype, codes, strict=True) if code != NO_CODE]
-        line["dtype"] = dtypes if len(set(dtypes)) > 1 else "".join(dtypes[:1])
+        dtypes = list(itertools.compress(columns.dtype, present.tolist()))
+        line["dtype"] = kinds_line(dtypes) if len(set(dtypes)) > 1 else "".join(dtypes[:1])
     for name, values in columns.numbers.items():
         if not np.isnan(values).all():
             line[name] = column_line(values[present], name in WHOLE_NUMBERS)
@@ -279,7 +221,7 @@ def _columns_line(columns: Columns) -> dict[str, Any]:
     return line
 
 
-def _columns(line: Mapping[str, Any], count: int, fields: Sequence[str], has_dtype: bool) -> Columns:
+def _columns(line: Mapping[str, Any], count: int, fields: Collection[str], has_dtype: bool) -> Columns:
     health = _CODE_OF[np.frombuffer(line["health"].encode("ascii"), dtype=np.uint8)]
     if (health == _NO_LETTER).any():
         raise ValueError("damaged window (letters of healths)")
@@ -292,22 +234,26 @@ def _columns(line: Mapping[str, Any], count: int, fields: Sequence[str], has_dty
     dtype: tuple[str, ...] = ()
     if has_dtype:
         kinds = line["dtype"]
-        kinds = texts_of([kinds]) * len(present) if isinstance(kinds, str) else texts_of(kinds)
+        kinds = texts_of([kinds]) * len(present) if isinstance(kinds, str) else kinds_of(kinds, texts_of)
         each = np.full(count, "", dtype=object)
         each[present] = np.array(kinds, dtype=object)
         dtype = tuple(each.tolist())
     numbers = {}
     for name in fields:
-        numbers[name] = np.full(count, np.nan)
-        if line.get(name) is not None:
-            numbers[name][present] = column_of(line[name], len(present))
+        values = column_of(line.get(name), len(present))
+        if len(present) < count:
+            numbers[name] = np.full(count, np.nan)
+            numbers[name][present] = values
+        else:
+            numbers[name] = values
     advice = advice_of(line["advice"], count) if "advice" in line else {}
     return Columns(health, cause, numbers, advice, dtype)
 
 
 def _alert_lines(alerts: Sequence[Alert], table: TensorTable) -> list[dict[str, Any]]:
     """Tensors of the table are named by their index."""
-    places = {name: i for i, name in enumerate(table.name)} if alerts else {}
+    named = {name for alert in alerts for name in alert.tensors}
+    places = {name: i for i, name in enumerate(table.name) if name in named} if named else {}
     lines = []
     for alert in alerts:
         line: dict[str, Any] = {

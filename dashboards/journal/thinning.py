@@ -16,7 +16,9 @@ from typing import BinaryIO
 
 from update_watch.dashboards.frame import Frame, TensorTable
 from update_watch.dashboards.joining import join
-from update_watch.dashboards.journal.lines import decode, encode, frame_of_line, table_of, window_line
+from update_watch.dashboards.journal.lines import decode, encode, frame_of_line, window_line
+from update_watch.dashboards.journal.scanning import scan
+from update_watch.dashboards.journal.table import table_of
 
 KEPT = 16  # last windows that are never joined
 _PREFIX = re.compile(rb'\{"kind":"window","step":(\d+),"windows":(\d+),')
@@ -62,10 +64,10 @@ def window_steps(path: Path) -> list[tuple[int, int, int]]:
     """(line number, step, joined windows) of every window line, without parsing them."""
     found = []
     with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            match = _PREFIX.match(raw)
-            if match and raw.endswith(b"\n"):
-                found.append((number, int(match[1]), int(match[2])))
+        for line in scan(file):
+            match = _PREFIX.match(line.text)
+            if match and line.is_ended:
+                found.append((line.number, int(match[1]), int(match[2])))
     return found
 
 
@@ -78,12 +80,12 @@ def _width(path: Path, goal: int) -> int:
     sizes: list[tuple[int, int]] = []  # (joined windows, bytes)
     others = 0
     with open(path, "rb") as file:
-        for raw in file:
-            match = _PREFIX.match(raw)
+        for line in scan(file):
+            match = _PREFIX.match(line.text)
             if match:
-                sizes.append((int(match[2]), len(raw)))
+                sizes.append((int(match[2]), line.size))
             else:
-                others += len(raw)
+                others += line.size
     tail = sum(size for _, size in sizes[-KEPT:])
     width = 2
     while width < _COARSEST:

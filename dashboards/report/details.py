@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -101,15 +102,15 @@ def _counts(health: Codes) -> tuple[tuple[str, str], ...]:
 
 
 def _part(name: str, columns: Columns) -> PartRow:
-    present = np.flatnonzero(columns.health != NO_CODE)
-    values = efficiency_of(columns)[present]
+    is_there = columns.health != NO_CODE
+    values = efficiency_of(columns)[is_there]
     known = values[~np.isnan(values)]
     return PartRow(
         name=name,
         label=part_words(name),
-        dtype=", ".join(sorted({columns.dtype[i] for i in present})),
-        tensors=f"{len(present):,}",
-        counts=_counts(columns.health[present]),
+        dtype=", ".join(sorted(set(itertools.compress(columns.dtype, is_there.tolist())))),
+        tensors=f"{int(is_there.sum()):,}",
+        counts=_counts(columns.health[is_there]),
         middle=_percent(float(np.median(known))) if len(known) else "–",
         worst=_percent(float(known.min())) if len(known) else "–",
     )

@@ -183,14 +183,15 @@ def parameters(count: int) -> str:
 
 def formats(frame: Frame) -> str:
     """ "BF16 weights, no FP32 copy": what the weights are kept in, and whether something keeps what rounding takes."""
-    numel: dict[str, int] = {}
-    for dtype, count in zip(frame.table.dtype, frame.table.numel, strict=True):
-        numel[dtype] = numel.get(dtype, 0) + count
-    kinds = sorted((k for k in numel if k), key=lambda dtype: -numel[dtype])
+    dtypes, sizes = frame.table.dtype, np.array(frame.table.numel, dtype=np.float64)
+    found = list(dict.fromkeys(dtypes))
+    place = {dtype: i for i, dtype in enumerate(found)}
+    numel = np.bincount(np.fromiter(map(place.__getitem__, dtypes), dtype=np.intp, count=len(dtypes)), weights=sizes)
+    kinds = sorted(filter(None, found), key=lambda dtype: -numel[place[dtype]])
     if not kinds:
         return "format not known"
     text = " and ".join(short(kind) for kind in kinds[:3]) + " weights"
-    schemes = {s for s, d in zip(frame.table.scheme, frame.table.dtype, strict=True) if d in HALVES}
+    schemes = {scheme for scheme, dtype in set(zip(frame.table.scheme, dtypes, strict=True)) if dtype in HALVES}
     if schemes == {"plain"}:
         return f"{text}, no FP32 copy"
     if any(s.startswith("carried") for s in schemes):

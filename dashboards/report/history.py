@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from update_watch.dashboards.frame import Columns, Floats, Frame, Outlook, TensorTable, frame_of
+from update_watch.dashboards.frame import TENSOR_NUMBERS, Columns, Floats, Frame, Outlook, TensorTable, frame_of
 from update_watch.dashboards.joining import join
-from update_watch.dashboards.journal.journal import JournalReader
+from update_watch.dashboards.journal.reader import JournalReader
 from update_watch.dashboards.journal.thinning import window_steps
 from update_watch.dashboards.run_numbers import RunNumbers, mean_of
 from update_watch.report import SEVERITY, Alert, Health, Report
@@ -38,6 +38,10 @@ SERIES = (
     "gradient_spread",
     "copy_changed",
 )
+_READ = frozenset(SERIES) & {*TENSOR_NUMBERS} | {
+    "critical_lr",
+    "state_factor",
+}  # of every window; the last is read as a whole
 
 
 class Ranges(NamedTuple):
@@ -102,7 +106,7 @@ def read_history(path: str | os.PathLike[str], name: str | None = None, spans: i
     reader = JournalReader(path)
     builder = _Builder(min(kept.values(), default=0), max(kept.values(), default=0), spans)
     behind = {number for number, _, _ in numbered}.difference(kept)  # of a run before it was resumed
-    for frame in reader.frames(lambda number: number not in behind, is_whole=False):
+    for frame in reader.frames(lambda number: number not in behind, _READ):
         builder.add(frame)
     if builder.last is None:
         raise reader.without_windows()
@@ -258,6 +262,8 @@ def headroom_weights(frame: Frame) -> Floats:
 
 def _union(tables: Sequence[TensorTable], last: TensorTable) -> tuple[TensorTable, dict[int, NDArray[np.intp]]]:
     """All tensors that ever were, those of the last window first, and where those of each table (by `id`) stand in it."""
+    if all(table is last for table in tables):  # nearly always
+        return last, {id(last): np.arange(len(last.name))}
     places: dict[str, int] = {name: i for i, name in enumerate(last.name)}
     columns: list[list[Any]] = [list(column) for column in last]
     for table in tables:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from update_watch.dashboards.journal.journal import EmptyJournalError
+from update_watch.dashboards.journal.reader import EmptyJournalError
 from update_watch.dashboards.outputs import check_output
 from update_watch.dashboards.report.charts.classes import CLASSES
 from update_watch.dashboards.report.comparison import compare

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import soak
-from update_watch.dashboards.journal.journal import Journal, read_journal
+from update_watch.dashboards.journal import Journal, read_journal
 from update_watch.report import Cause, Health, Report, TensorReport
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import update_watch as uw
 from tests.support.wandb.samples import OfflineRun
 from update_watch.dashboards import WandbSink
-from update_watch.dashboards.journal.journal import Journal, read_journal
+from update_watch.dashboards.journal import Journal, read_journal
 from update_watch.dashboards.report.html import write_report
 from update_watch.report import Report
 

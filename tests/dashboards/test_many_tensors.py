@@ -12,7 +12,8 @@ import pytest
 from bench.dashboards.million import laid_over, measure, names_of, write_checkpoints, write_journal
 from update_watch.checkpoints.diff import diff
 from update_watch.dashboards.frame import Frame, frame_of
-from update_watch.dashboards.journal.lines import encode, header_line, table_line, window_line
+from update_watch.dashboards.journal.lines import encode, header_line, window_line
+from update_watch.dashboards.journal.table import table_line
 from update_watch.dashboards.report import history, tensor_list
 from update_watch.dashboards.report.drawing import every_chart
 from update_watch.dashboards.report.first_screen import first_screen

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.run_samples import synthetic_run
 from update_watch.dashboards.frame import report_of
-from update_watch.dashboards.journal.journal import EmptyJournalError, Journal
+from update_watch.dashboards.journal import EmptyJournalError, Journal
 from update_watch.dashboards.keyboard import Keyboard
 from update_watch.dashboards.top import Choice, lines_of, read_tail, sparkline, top, view
 from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
@@ -66,7 +66,7 @@ def test_top_once_shows_the_last_window_and_the_last_alerts(tmp_path):
 
 
 def test_the_last_window_read_alone_is_the_last_of_all(tmp_path):
-    from update_watch.dashboards.journal.journal import read_journal
+    from update_watch.dashboards.journal import read_journal
 
     journal(tmp_path / "j.jsonl", windows=12)
     assert report_of(read_tail(tmp_path / "j.jsonl").last) == list(read_journal(tmp_path / "j.jsonl"))[-1]

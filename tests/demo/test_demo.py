@@ -116,7 +116,7 @@ def test_losses_cost_and_alert_are_told(short: tuple[Settings, Lines, dict[str, 
 def test_journals_and_report_are_written_and_their_paths_come_last(
     short: tuple[Settings, Lines, dict[str, list[Report]]],
 ) -> None:
-    from update_watch.dashboards.journal.journal import read_journal
+    from update_watch.dashboards.journal import read_journal
 
     settings, screen, reports = short
     paths = [settings.out / "bf16.jsonl", settings.out / f"{MASTERS}.jsonl"]
@@ -282,7 +282,7 @@ def test_without_extras_one_line_each_says_what_is_left_out(
 
 @pytest.mark.slow
 def test_an_earlier_demo_in_the_folder_is_replaced(tmp_path: Path) -> None:
-    from update_watch.dashboards.journal.journal import read_journal
+    from update_watch.dashboards.journal import read_journal
 
     for _ in range(2):
         demo.run(Settings(steps=17, precision="fp32", out=tmp_path, wandb="disabled"), Lines())
@@ -292,7 +292,7 @@ def test_an_earlier_demo_in_the_folder_is_replaced(tmp_path: Path) -> None:
 def test_an_interrupt_leaves_whole_journals_and_the_process_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from update_watch.dashboards.journal.journal import read_journal
+    from update_watch.dashboards.journal import read_journal
 
     class Interrupted(Lines):
         def advance(self, row: int, done: int, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from update_watch.dashboards.journal.journal import read_journal
+from update_watch.dashboards.journal import read_journal
 from update_watch.report import Health, Report
 from update_watch.run.session import brief
 

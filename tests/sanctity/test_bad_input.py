@@ -17,7 +17,7 @@ from torch import nn
 import update_watch as uw
 from tests.support.watch_nets import Net, train
 from update_watch.callbacks.options import Options
-from update_watch.dashboards.journal.journal import Journal, JournalError, read_journal
+from update_watch.dashboards.journal import Journal, JournalError, read_journal
 from update_watch.report import Cause, Health
 
 # --- arguments -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from update_watch.dashboards.journal.journal import read_journal
+from update_watch.dashboards.journal import read_journal
 from update_watch.report import Report
 
 HERE = Path(__file__).resolve().parents[1]
@@ -184,7 +184,7 @@ def test_data_loader_workers_begun_in_mid_window_disturb_nothing(tmp_path: Path,
     assert status == 0 and all(re.match(r"update-watch, step (8|16): STALLED: ", line) for line in said), err
     assert [r.step for r in windows(tmp_path)] == [8, 16, 24]
     headers = [line for line in (tmp_path / "journal.jsonl").read_text().splitlines() if "header" in line[:20]]
-    assert len(headers) == 1 and json.loads(headers[0])["schema"] == 1
+    assert len(headers) == 1 and json.loads(headers[0])["schema"] == 2
 
 
 def test_every_row_of_the_table_names_tests_that_exist() -> None:

@@ -24,7 +24,7 @@ import torch
 import update_watch as uw
 from tests.support.watch_nets import Net, train
 from update_watch import endings
-from update_watch.dashboards.journal.journal import Journal, read_journal
+from update_watch.dashboards.journal import Journal, read_journal
 from update_watch.judge.alerts import Alerts
 from update_watch.report import Health, Report, TensorReport
 from update_watch.worker import Worker

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from update_watch.dashboards.journal.journal import Journal, read_journal
+from update_watch.dashboards.journal import Journal, read_journal
 from update_watch.report import Health, Report, TensorReport
 
 
@@ -33,3 +33,15 @@ def steps(path: Path) -> list[int]:
 def environment() -> dict[str, str]:
     """For another process that imports this checkout."""
     return {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+
+
+def is_close(a: Any, b: Any, path: str = "") -> bool:
+    """Of plain data: to four digits, of headroom to four decimals."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(is_close(a[k], b[k], f"{path}.{k}") for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(is_close(x, y, path) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float):
+        tolerance = 2e-4 if "headroom" in path else 6e-4 * abs(a)
+        return b is not None and abs(a - b) <= tolerance
+    return bool(a == b)

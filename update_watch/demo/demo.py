@@ -72,7 +72,7 @@ def run(settings: Settings, screen: Screen | None = None, overwrite: bool = Fals
 
 def _clear(out: Path, overwrite: bool) -> None:
     """Remove an earlier demo: a journal that is there would be continued."""
-    from update_watch.dashboards.journal.journal import JournalReader
+    from update_watch.dashboards.journal import JournalReader
     from update_watch.dashboards.outputs import OutputError, check_output
 
     journals = [out / f"{name}.jsonl" for name in (*FORMATS, MASTERS)]

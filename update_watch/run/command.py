@@ -99,11 +99,11 @@ def _journals(path: Path) -> list[Path]:
 def _last(journal: Path) -> tuple[str, Report] | None:
     """The model's name and the last report."""
     from update_watch.dashboards.frame import report_of
-    from update_watch.dashboards.journal.journal import JournalError, JournalReader
+    from update_watch.dashboards.journal import JournalError, JournalReader
 
     reader, last = JournalReader(journal), None
     try:
-        for frame in reader.frames(is_whole=False):
+        for frame in reader.frames(numbers=()):
             last = frame
         reader.warn()
         return None if last is None else (str(reader.run.get("model", "")), report_of(reader.newest(last)))

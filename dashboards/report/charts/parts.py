@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from update_watch.dashboards.report.history import History
-from update_watch.dashboards.run_numbers import Floats
 from update_watch.report import HEADROOM_LOW, SEVERITY
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
@@ -55,7 +54,7 @@ def scales_of(histories: Sequence[History]) -> Scales:
     octaves = (-4, 4)
     if rows:
         # what hardly any tensor has is not worth the width; it is in the outermost bar drawn
-        filled = np.flatnonzero(np.nanmax(np.concatenate([_known(r) for r in rows]), axis=0, initial=0.0) > 0.002)
+        filled = np.flatnonzero(np.any([np.fmax.reduce(r, axis=0, initial=0.0) > 0.002 for r in rows], axis=0))
         if len(filled):
             octaves = (int(filled[0]) + HEADROOM_LOW, int(filled[-1]) + HEADROOM_LOW + 1)
     rates = np.concatenate([h.of_run("lr") for h in histories])
@@ -66,10 +65,6 @@ def scales_of(histories: Sequence[History]) -> Scales:
         octaves=(min(octaves[0], -2), max(octaves[1], 2)),
         lr=(float(rates.min()), float(rates.max())) if len(rates) else None,
     )
-
-
-def _known(rows: Floats) -> Floats:
-    return rows[~np.isnan(rows[:, 0])]
 
 
 def chart(height: int, body: Mapping[str, Any], description: str, renderer: str = "svg", **usermeta: Any) -> Spec:

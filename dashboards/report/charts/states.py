@@ -7,6 +7,9 @@ import numpy as np
 from update_watch.dashboards.frame import NO_CODE
 from update_watch.dashboards.report.charts.parts import HEALTH_COLOR, HEALTHS, ROW_AXIS, Spec, chart
 from update_watch.dashboards.report.history import History, accumulator_names, efficiency_of
+from update_watch.report import SEVERITY
+
+_BELOW, _PLACES = 10, 300  # places of ticks below zero, and more than there are
 
 
 def states(history: History) -> Spec:
@@ -22,15 +25,16 @@ def states(history: History) -> Spec:
         code_of = {dtype: code for code, dtype in enumerate(dtypes)}
         at = np.rint(np.clip(found[inside], -0.05, 1.15) * 200).astype(np.int64)
         dtype = np.fromiter(map(code_of.__getitem__, columns.dtype), dtype=np.int64, count=len(found))[inside]
-        # tensors that share a tick
+        # tensors that share a tick; the worst come last: on top
+        order = len(SEVERITY) - columns.health[inside].astype(np.int64)
         ticks, first, counts = np.unique(
-            [-columns.health[inside].astype(np.int64), at, dtype], axis=1, return_index=True, return_counts=True
+            (order * _PLACES + at + _BELOW) * len(dtypes) + dtype, return_index=True, return_counts=True
         )
-        for (health, where, kind), i, count in zip(ticks.T.tolist(), first.tolist(), counts.tolist(), strict=True):
+        for code, i, count in zip(ticks.tolist(), first.tolist(), counts.tolist(), strict=True):
             more = f" and {count - 1} more" if count > 1 else ""
             name_of = frame.table.name[inside[i]] + more
-            # the worst come last: on top
-            tick = {"health": HEALTHS[-health], "dtype": dtypes[kind], "at": where / 200}
+            (health, where), kind = divmod(code // len(dtypes), _PLACES), code % len(dtypes)
+            tick = {"health": HEALTHS[len(SEVERITY) - health], "dtype": dtypes[kind], "at": (where - _BELOW) / 200}
             values.append({"r": r, "name": name_of, **tick})
     body = {
         "params": [{"name": "labels", "value": names}],

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from update_watch.cli import main
-from update_watch.dashboards.journal.journal import Journal, JournalError, read_journal
+from update_watch.dashboards.journal import Journal, JournalError, read_journal
 from update_watch.dashboards.report.history import read_history
 from update_watch.report import Health, Report, TensorReport
 

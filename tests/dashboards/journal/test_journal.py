@@ -11,14 +11,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.journals import environment, steps, tiny, write
+from tests.support.journals import environment, is_close, steps, tiny, write
 from tests.support.run_samples import fully_filled_report, gpt, large, synthetic_run
-from update_watch.dashboards.journal.journal import SCHEMA, Journal, JournalReader, read_journal
-from update_watch.dashboards.journal.lines import HEALTH_LETTERS
+from update_watch.dashboards.journal import Journal, JournalReader, read_journal
+from update_watch.dashboards.journal.lines import HEALTH_LETTERS, SCHEMA
 from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
 
 ROOT = Path(__file__).parents[3]
@@ -41,19 +40,8 @@ def test_a_run_comes_back_to_four_digits(tmp_path):
     back = list(read_journal(write(tmp_path / "j.jsonl", *run)))
     assert len(back) == len(run)
     for before, after in zip(run, back, strict=True):
-        assert _close(before.to_dict(), after.to_dict())
+        assert is_close(before.to_dict(), after.to_dict())
         assert [t.advice for t in after.tensors] == [t.advice for t in before.tensors]
-
-
-def _close(a: Any, b: Any, path: str = "") -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_close(a[k], b[k], f"{path}.{k}") for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(_close(x, y, path) for x, y in zip(a, b, strict=True))
-    if isinstance(a, float):
-        tolerance = 2e-4 if "headroom" in path else 6e-4 * abs(a)
-        return b is not None and abs(a - b) <= tolerance
-    return bool(a == b)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)

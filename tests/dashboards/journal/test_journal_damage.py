@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from tests.support.journals import environment, steps, tiny, write
 from tests.support.run_samples import fully_filled_report
-from update_watch.dashboards.journal.journal import Journal, JournalError, read_journal
+from update_watch.dashboards.journal import Journal, JournalError, packing, read_journal
+from update_watch.dashboards.journal.packing import PACKED_FROM
 from update_watch.report import Report
 from update_watch.worker import Sinks
 
@@ -63,10 +64,10 @@ def test_a_file_that_is_no_journal_is_not_written_to(tmp_path):
 
 def test_a_journal_of_a_newer_version_is_neither_read_nor_continued(tmp_path):
     path = write(tmp_path / "j.jsonl", tiny(10))
-    text = path.read_text().replace('"schema":1', '"schema":7')
+    text = path.read_text().replace('"schema":2', '"schema":7')
     path.write_text(text)
     message = (
-        r"j\.jsonl was written by a newer update-watch: its schema is version 7, .* up to 1\. Upgrade: pip install -U"
+        r"j\.jsonl was written by a newer update-watch: its schema is version 7, .* up to 2\. Upgrade: pip install -U"
     )
     with pytest.raises(JournalError, match=message):
         steps(path)
@@ -94,10 +95,11 @@ def _mutations() -> Any:
     )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("packed_from", [1, PACKED_FROM], ids=["packed", "lists"])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(mutations=_mutations(), cut=st.integers(0, 4000), noise=st.binary(max_size=6))
-def test_no_content_of_a_file_raises_anything_but_a_journal_error(tmp_path, mutations, cut, noise):
-    lines = [json.loads(line) for line in _full_journal(tmp_path).splitlines()]
+def test_no_content_of_a_file_raises_anything_but_a_journal_error(tmp_path, packed_from, mutations, cut, noise):
+    lines = [json.loads(line) for line in _full_journal(tmp_path, packed_from).splitlines()]
     for which, route, value in mutations:
         _replace(lines, which, route, value)
     data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
@@ -112,10 +114,12 @@ def test_no_content_of_a_file_raises_anything_but_a_journal_error(tmp_path, muta
             pass
 
 
-def _full_journal(tmp_path: Path) -> bytes:
+def _full_journal(tmp_path: Path, packed_from: int) -> bytes:
     path = tmp_path / "full.jsonl"
     if not path.exists():
-        write(path, fully_filled_report())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(packing, "PACKED_FROM", packed_from)
+            write(path, fully_filled_report())
     return path.read_bytes()
 
 
@@ -140,7 +144,7 @@ def test_a_full_disk_raises_once_and_leaves_a_readable_file(tmp_path):
         from pathlib import Path
         sys.path.insert(0, ".")
         from tests.support.run_samples import synthetic_run
-        from update_watch.dashboards.journal.journal import Journal, read_journal
+        from update_watch.dashboards.journal import Journal, read_journal
         from update_watch.worker import Sinks
         path = Path(sys.argv[1])
         journal, calls = Journal(path), []

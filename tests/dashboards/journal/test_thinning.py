@@ -11,7 +11,7 @@ from tests.support.journals import steps, tiny, write
 from tests.support.run_samples import synthetic_run
 from update_watch.dashboards.frame import frame_of, report_of
 from update_watch.dashboards.joining import join
-from update_watch.dashboards.journal.journal import Journal, read_journal
+from update_watch.dashboards.journal import Journal, read_journal
 from update_watch.dashboards.journal.thinning import KEPT, thin
 from update_watch.report import Alert, Health, Level, Report
 

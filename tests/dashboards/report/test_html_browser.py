@@ -16,7 +16,8 @@ import pytest
 from tests.support.report_pages import HOSTILE, MIXED, hostile_run, page_data, until
 from tests.support.run_samples import CURE, Spec, gpt, large, synthetic_run
 from update_watch.dashboards.frame import frame_of
-from update_watch.dashboards.journal.lines import encode, header_line, table_line, window_line
+from update_watch.dashboards.journal.lines import encode, header_line, window_line
+from update_watch.dashboards.journal.table import table_line
 from update_watch.dashboards.report.history import history_of, read_history
 from update_watch.dashboards.report.html import render_html
 from update_watch.report import Cause, Health

@@ -16,7 +16,7 @@ import pytest
 from tests.support.report_pages import HOSTILE, MIXED, hostile_run, page_data, until, visible, write_journal
 from tests.support.run_samples import CURE, gpt, synthetic_run
 from update_watch.dashboards.frame import TensorTable, frame_of
-from update_watch.dashboards.journal.journal import Journal, JournalError
+from update_watch.dashboards.journal import Journal, JournalError
 from update_watch.dashboards.report.cases import MOST, case_rows
 from update_watch.dashboards.report.history import history_of, read_history
 from update_watch.dashboards.report.html import read_runs, render_html, write_report

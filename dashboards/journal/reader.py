@@ -1,0 +1,180 @@
+"""Reading a journal: its windows one after the other, whole or some numbers of them, and what of it is damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from update_watch.dashboards.frame import TENSOR_NUMBERS, Frame, TensorTable, report_of
+from update_watch.dashboards.journal.lines import (
+    AT_ACCUMULATORS,
+    AT_HISTOGRAMS,
+    FORMAT,
+    SCHEMA,
+    WINDOW_START,
+    cut,
+    decode,
+    frame_of_line,
+)
+from update_watch.dashboards.journal.scanning import scan
+from update_watch.dashboards.journal.table import table_of
+from update_watch.report import Report
+
+_LINES_NAMED = 5  # in a warning
+
+
+class JournalError(ValueError):
+    """A file that is not a journal this version can use."""
+
+
+class EmptyJournalError(JournalError):
+    """A journal without a window so far."""
+
+
+def read_journal(path: str | os.PathLike[str]) -> Iterator[Report]:
+    """The reports of a journal in the order of the file. A line that is still being written is left out.
+
+    Where the journal was thinned, a report covers several windows: `window` is the number of all their steps, and each
+    tensor is as in its worst one.
+
+    Raises:
+        JournalError: not a journal, or one of a newer version.
+        OSError: it cannot be read.
+
+    Warns:
+        UserWarning: lines were damaged; they are skipped and their numbers are named.
+    """
+    reader = JournalReader(path)
+    for frame in reader.frames():
+        yield report_of(frame)
+    reader.warn()
+
+
+class JournalReader:
+    """Reads a journal's windows as frames and counts what could not be read."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.run: dict[str, Any] = {}  # what the last header says about the run
+        self.damaged: list[tuple[int, str]] = []  # (line number, what is wrong)
+        self._newest: tuple[int, bytes, TensorTable] | None = None  # number, line, table of the last window
+
+    def frames(
+        self, wanted: Callable[[int], bool] | None = None, numbers: Collection[str] | None = None
+    ) -> Iterator[Frame]:
+        """The windows, one after the other; only those on lines whose number is `wanted`.
+
+        With `numbers`, those of the tensors that are named and nothing else of them: `newest` has the last window whole.
+        """
+        tables: dict[str, TensorTable] = {}
+        self.run, self.damaged, self._newest = {}, [], None
+        lines = 0
+        is_ours = False
+
+        def is_asked(number: int, head: bytes) -> bool:
+            return wanted is None or not head.startswith(WINDOW_START) or wanted(number)
+
+        with open(self.path, "rb") as file:
+            for number, _, raw, is_ended in scan(file, is_asked):
+                if not is_ended or raw.isspace():
+                    continue  # an unfinished last line is no damage
+                lines += 1
+                if not is_asked(number, raw):
+                    is_ours = True
+                    continue
+                try:
+                    is_cut = numbers is not None and raw.startswith(WINDOW_START)
+                    line = decode(cut(raw, AT_ACCUMULATORS) if is_cut else raw)
+                    kind = line.get("kind")
+                    if kind == "header":
+                        self._header(line)
+                    elif kind == "tensors":
+                        table, digest = table_of(line), str(line.get("table"))
+                        if tables.get(digest) != table:  # every process that goes on writes it again
+                            tables[digest] = table
+                    elif kind == "window":
+                        frame = frame_of_line(line, tables, numbers)
+                        if numbers is not None:
+                            self._newest = (number, raw, frame.table)
+                        del line  # of many tensors hundreds of megabytes
+                        yield frame
+                    # other kinds carry nothing a window needs
+                    is_ours = True
+                except JournalError:
+                    raise
+                except ValueError as error:
+                    self.damaged.append((number, str(error)))
+        if lines and not is_ours:
+            raise JournalError(f"{self.path} is not an update-watch journal: none of its {lines} lines can be read.")
+
+    def newest(self, frame: Frame, has_histograms: bool = True) -> Frame:
+        """The last of `frames` as a whole, or without its histograms where it is large; of a damaged one what can be read."""
+        if self._newest is None:
+            return frame
+        number, raw, table = self._newest
+        whole = raw if has_histograms else cut(raw, AT_HISTOGRAMS)
+        for text, numbers in ((whole, None), (cut(raw, AT_ACCUMULATORS), TENSOR_NUMBERS)):
+            try:
+                line = decode(text)
+                return frame_of_line(line, {str(line.get("table")): table}, numbers)
+            except ValueError as error:
+                if numbers is None:
+                    self.damaged.append((number, str(error)))
+        nothing = np.full(len(table.name), np.nan)
+        known = dict.fromkeys(TENSOR_NUMBERS, nothing) | dict(frame.tensors.numbers)
+        return dataclasses.replace(frame, tensors=dataclasses.replace(frame.tensors, numbers=known))
+
+    def header(self) -> dict[str, Any]:
+        """What the last header says about the run; empty where there is none."""
+        for _ in self.frames(lambda number: False):
+            pass
+        return self.run
+
+    def without_windows(self) -> JournalError:
+        """What to raise where no window was found: they are still to come, or all of them are damaged."""
+        if not self.damaged:
+            return EmptyJournalError(
+                f"{self.path} holds no window yet: the first is written when the first window of steps closes."
+            )
+        lines = ", ".join(str(number) for number, _ in self.damaged[:_LINES_NAMED])
+        more = ", ..." if len(self.damaged) > _LINES_NAMED else ""
+        return JournalError(
+            f"{self.path}: no window of it can be read: {len(self.damaged)} lines are damaged (line {lines}{more}; the"
+            f" first: {self.damaged[0][1]})"
+        )
+
+    def warn(self) -> None:
+        """Warn of what was skipped, if anything was."""
+        if self.damaged:
+            named = ", ".join(str(number) for number, _ in self.damaged[:_LINES_NAMED])
+            more = ", ..." if len(self.damaged) > _LINES_NAMED else ""
+            what = "1 damaged line was" if len(self.damaged) == 1 else f"{len(self.damaged)} damaged lines were"
+            warnings.warn(
+                f"{self.path}: {what} skipped (line {named}{more}; the first: {self.damaged[0][1]}). "
+                "The other windows are complete.",
+                stacklevel=3,
+            )
+
+    def _header(self, line: Mapping[str, Any]) -> None:
+        if line.get("format") != FORMAT:
+            raise ValueError("header of another format")
+        schema = line.get("schema")
+        if not isinstance(schema, int):
+            raise ValueError("header without a version")  # noqa: TRY004  # damage is one kind of error
+        if schema > SCHEMA:
+            raise JournalError(newer(self.path, schema))
+        run = line.get("run")
+        self.run = dict(run) if isinstance(run, dict) else {}
+
+
+def newer(path: Path, schema: int) -> str:
+    return (
+        f"{path} was written by a newer update-watch: its schema is version {schema}, this one knows versions up to "
+        f"{SCHEMA}. Upgrade: pip install -U update-watch"
+    )

@@ -1,0 +1,93 @@
+"""What is said of tensors, in a journal's line: one entry per wording, with the numbers in which its sentences differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from update_watch.dashboards.journal.checks import text_of
+from update_watch.dashboards.journal.packing import indices_line, indices_of
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+_SLOT = "\x1f"  # where a number stood in a sentence
+
+
+def advice_lines(advice: Mapping[int, str]) -> list[list[Any]]:
+    """`[wording, tensors, numbers of slot 1, ...]` per wording: what many tensors say differs only in its numbers.
+
+    Numbers that are the same for all of them stay in the wording; those of a slot stand in one text, with spaces.
+    """
+    groups: dict[str, list[tuple[int, list[str]]]] = {}
+    parsed: dict[str, tuple[str, list[str]]] = {}
+    for i, text in advice.items():
+        if text not in parsed:
+            numbers = [] if _SLOT in text else _NUMBER.findall(text)
+            parsed[text] = (_NUMBER.sub(_SLOT, text) if numbers else text, numbers)
+        wording, numbers = parsed[text]
+        groups.setdefault(wording, []).append((i, numbers))
+    lines: list[list[Any]] = []
+    for wording, members in groups.items():
+        slots = list(zip(*(numbers for _, numbers in members), strict=True))
+        if not slots:
+            lines.append([wording, indices_line([i for i, _ in members])])
+            continue
+        texts = wording.split(_SLOT)
+        folded = texts[0]
+        varying = []
+        for slot, text in zip(slots, texts[1:], strict=True):
+            is_same = len(set(slot)) == 1
+            folded += (slot[0] if is_same else _SLOT) + text
+            if not is_same:
+                varying.append(" ".join(slot))
+        lines.append([folded, indices_line([i for i, _ in members]), *varying])
+    return lines
+
+
+class _Wording:
+    """A sentence with slots, and the numbers in them: taken apart when one of them is asked for."""
+
+    def __init__(self, texts: list[str], slots: list[str], members: int) -> None:
+        if len(texts) != len(slots) + 1 or any(slot.count(" ") + 1 != members for slot in slots):
+            raise ValueError("damaged window (advice)")
+        self._texts, self._slots = texts, slots
+        self._numbers: list[list[str]] | None = None
+
+    def sentence(self, at: int) -> str:
+        """Of the member at this place."""
+        if self._numbers is None:
+            self._numbers = [slot.split(" ") for slot in self._slots]
+        texts = self._texts
+        return texts[0] + "".join(column[at] + text for column, text in zip(self._numbers, texts[1:], strict=True))
+
+
+class _Sentences(Mapping[int, str]):
+    """Advice by tensor, put together as it is asked for: of a million sentences some are read."""
+
+    def __init__(self, lines: Any, count: int) -> None:
+        self._wordings: list[_Wording] = []
+        self._wording = np.full(count, -1, dtype=np.int64)  # of each tensor; -1: nothing is said
+        self._at = np.zeros(count, dtype=np.int64)  # its place among those of its wording
+        for wording, tensors, *slots in lines:
+            members = indices_of(tensors, count)
+            texts = text_of(wording).split(_SLOT) if slots else [text_of(wording)]
+            self._wording[members] = len(self._wordings)
+            self._at[members] = np.arange(len(members))
+            self._wordings.append(_Wording(texts, slots, len(members)))
+
+    def __getitem__(self, i: int) -> str:
+        if not 0 <= i < len(self._wording) or self._wording[i] < 0:
+            raise KeyError(i)
+        return self._wordings[int(self._wording[i])].sentence(int(self._at[i]))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.flatnonzero(self._wording >= 0).tolist())
+
+    def __len__(self) -> int:
+        return int((self._wording >= 0).sum())
+
+
+def advice_of(lines: Any, count: int) -> Mapping[int, str]:
+    return _Sentences(lines, count)
