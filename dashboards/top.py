@@ -172,8 +172,8 @@ def read_tail(path: Path, windows: int = WINDOWS) -> Tail:
         frames.append(frame)
     if not frames:
         raise reader.without_windows()
-    last = reader.newest(frames[-1], has_histograms=False)
-    return Tail(last, tuple(frames[-windows:]), tuple(alerts[: -_ALERTS - 1 : -1]), reader.run)
+    newest = reader.newest(frames[-1], has_histograms=False)
+    return Tail(newest, tuple(frames[-windows:]), tuple(alerts[: -_ALERTS - 1 : -1]), reader.run)
 
 
 # --- what is shown -------------------------------------------------------------------------------------------

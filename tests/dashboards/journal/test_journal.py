@@ -12,12 +12,14 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.support.journals import environment, is_close, steps, tiny, write
 from tests.support.run_samples import fully_filled_report, gpt, large, synthetic_run
 from update_watch.dashboards.journal import Journal, JournalReader, read_journal
 from update_watch.dashboards.journal.lines import HEALTH_LETTERS, SCHEMA
+from update_watch.dashboards.report.history import history_of, read_history
 from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
 
 ROOT = Path(__file__).parents[3]
@@ -218,3 +220,19 @@ def test_two_thousand_tensors_take_under_half_a_second_per_window(tmp_path):
         journal(report)
     assert (time.perf_counter() - started) / 2 < 0.5
     assert math.isclose(sum(r.window for r in read_journal(tmp_path / "j.jsonl")), 384)
+
+
+def test_the_page_of_a_journal_knows_what_the_page_of_its_reports_knows(tmp_path):
+    forecast = fully_filled_report().forecast
+    run = [
+        dataclasses.replace(
+            r, forecast=dataclasses.replace(forecast, step=r.step, until=1_000, headline=f"at {r.step}")
+        )
+        for r in synthetic_run(windows=6)
+    ]
+    read, told = read_history(write(tmp_path / "j.jsonl", *run)), history_of(run)
+    assert read.foretold is not None and told.foretold is not None
+    assert read.foretold.headline == told.foretold.headline == "at 256"
+    for name, values in told.series_PH.items():
+        np.testing.assert_allclose(read.series_PH[name], values, rtol=2e-3)
+    np.testing.assert_allclose(read.ranges_H, told.ranges_H, rtol=2e-3)
