@@ -6,7 +6,10 @@ import queue
 import threading
 from typing import Any
 
-from update_watch.worker import Sinks, Worker
+import pytest
+
+from update_watch import worker as worker_file
+from update_watch.worker import Sinks, Worker, rest, unhurried
 
 
 class Torn(queue.SimpleQueue):  # type: ignore[type-arg]
@@ -95,3 +98,71 @@ def test_of_the_ranks_that_join_only_the_first_calls_what_it_was_given() -> None
     is_first = True
     sinks("of the first")  # type: ignore[arg-type]
     assert plain == ["of the first"] and on_all == ["of another rank", "of the first"]
+
+
+# --- rests
+
+ITEMS = 100
+
+
+class Clock:
+    """A millisecond passes with each look at it."""
+
+    def __init__(self) -> None:
+        self.now, self.rests = 0.0, 0
+
+    def perf_counter(self) -> float:
+        self.now += 0.001
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.rests += 1
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(worker_file, "time", found)
+    return found
+
+
+def worked(clock: Clock, is_awaited: bool) -> list[Any]:
+    """What a worker's thread has gone through, while somebody waits for it or nobody does."""
+    begin, seen, done = threading.Event(), [], threading.Event()
+
+    def handle(items: range) -> None:
+        begin.wait(10)
+        seen.extend(unhurried(items))
+        done.set()
+
+    thread = Worker("test", handle)
+    thread.put(range(ITEMS))
+    waiting = threading.Thread(target=thread.wait)
+    if is_awaited:
+        waiting.start()
+        while thread._line.jobs.empty():  # till it waits
+            pass
+    begin.set()
+    assert done.wait(10)
+    if is_awaited:
+        waiting.join(10)
+    thread.stop()
+    return seen
+
+
+def test_a_background_thread_rests_between_pieces_of_its_work(clock: Clock) -> None:
+    assert worked(clock, is_awaited=False) == list(range(ITEMS))
+    # 2 ms of work are two or three looks at the clock
+    assert ITEMS / 4 <= clock.rests <= ITEMS / 2
+
+
+def test_it_does_not_rest_while_somebody_waits_for_it(clock: Clock) -> None:
+    assert worked(clock, is_awaited=True) == list(range(ITEMS))
+    assert clock.rests == 0
+
+
+def test_other_threads_never_rest(clock: Clock) -> None:
+    assert list(unhurried(range(ITEMS))) == list(range(ITEMS))
+    rest()
+    assert clock.rests == 0 and clock.now == 0

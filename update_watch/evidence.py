@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from update_watch.report import HEADROOM_LOW
 
 
-@dataclasses.dataclass(frozen=True)
-class Numbers:
+class Numbers(NamedTuple):
     """The numbers every accumulator has over a window; None where nothing was wanted or measured."""
 
     efficiency: float | None = None  # sum <applied, intended> / sum <intended, intended>
@@ -31,8 +30,7 @@ class Numbers:
     unseen_error: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class AccumulatorEvidence:
+class AccumulatorEvidence(NamedTuple):
     """One accumulator beside the weight: an optimizer state, an average, `.grad`, the decay."""
 
     name: str
@@ -139,30 +137,28 @@ class WindowEvidence:
     cost_share: float | None = None  # of the window's time, what the watch took
 
 
-_E = TypeVar("_E", Numbers, AccumulatorEvidence, TensorEvidence)
-_DEFAULTS: dict[type, dict[str, Any]] = {
-    cls: {field.name: field.default for field in dataclasses.fields(cls) if field.default is not dataclasses.MISSING}
-    for cls in (Numbers, AccumulatorEvidence, TensorEvidence)
+_DEFAULTS: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(TensorEvidence)
+    if field.default is not dataclasses.MISSING
 }
 
 
-def made(cls: type[_E], **fields: Any) -> _E:
-    """As `cls(**fields)`, in a third of the time: a frozen dataclass sets its fields one by one, past its own lock.
+def made(**fields: Any) -> TensorEvidence:
+    """As `TensorEvidence(**fields)`, in a third of the time: a frozen dataclass sets its fields one by one, past its own lock.
 
-    There are tens of thousands of them in a window. Fields without a default must be given.
+    Fields without a default must be given.
     """
-    new = object.__new__(cls)
-    values = new.__dict__
-    values.update(_DEFAULTS[cls])
-    if cls is TensorEvidence:
-        values["accumulators"] = {}
-    values.update(fields)
+    new = object.__new__(TensorEvidence)
+    new.__dict__.update(_DEFAULTS)
+    new.__dict__["accumulators"] = {}
+    new.__dict__.update(fields)
     return new
 
 
-def changed(old: _E, **fields: Any) -> _E:
+def changed(old: TensorEvidence, **fields: Any) -> TensorEvidence:
     """As `dataclasses.replace(old, **fields)`, in a tenth of the time."""
-    new = object.__new__(type(old))
+    new = object.__new__(TensorEvidence)
     new.__dict__.update(old.__dict__)
     new.__dict__.update(fields)
     return new

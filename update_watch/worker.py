@@ -1,22 +1,40 @@
-"""Background threads: windows are judged and reports handed to sinks away from the training thread."""
+"""Background threads: windows are judged and reports handed to sinks away from the training thread.
+
+A thread that computes in Python keeps the interpreter's lock for its switch interval (5 ms). Training lets go of the lock with every
+operator, so while a window of thousands of tensors is judged, each of a step's hundreds of operators would wait that long, and a GPU would
+run out of work. With rests between pieces of 2 ms a step loses some of what the host is ahead of the device, and nothing of its
+time (`bench/verdicts/held_lock.py`). Nobody rests while somebody waits for the thread, or more work does.
+"""
 
 from __future__ import annotations
 
 import logging
 import queue
 import threading
+import time
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from update_watch.report import Report
 
 logger = logging.getLogger("update_watch")
 
+_T = TypeVar("_T")
 Sink = Callable[[Report], Any]
 # an item and what handles it; what is set when everything before it was handled; None: end when nothing is left to do
 _Job = tuple[Callable[[Any], None], Any] | threading.Event | None
+
+
+_WORK, _REST = 0.002, 0.008  # s: at work (by the cheapest clock there is), and asleep after it
+
+
+class _Pace(threading.local):
+    """Of one thread."""
+
+    may_rest: Callable[[], bool] | None = None  # None: it is nobody's background thread
+    since = 0.0  # when its last rest ended
 
 
 class Worker:
@@ -98,6 +116,8 @@ class _Line:
 
 def _serve(line: _Line) -> None:
     is_ending = False
+    if threading.current_thread() is line.thread:
+        _set_pace(line.jobs.empty)  # whoever waits has put something into it
     while True:
         job = line.jobs.get()
         is_ending |= job is None
@@ -164,3 +184,32 @@ def warn(message: str) -> None:
 
 def describe(sink: Any) -> str:
     return getattr(sink, "__qualname__", None) or type(sink).__qualname__
+
+
+_PACE = _Pace()
+
+
+def _set_pace(may_rest: Callable[[], bool]) -> None:
+    """This thread works in the background, and may rest while that says so."""
+    _PACE.may_rest, _PACE.since = may_rest, time.perf_counter()
+
+
+def rest() -> None:
+    """Sleep for a moment if this thread has worked long enough since it last did, in the background."""
+    pace = _PACE
+    if pace.may_rest is None or time.perf_counter() - pace.since < _WORK:
+        return
+    if pace.may_rest():
+        time.sleep(_REST)
+    pace.since = time.perf_counter()
+
+
+def unhurried(items: Iterable[_T]) -> Iterator[_T]:
+    """The same items, with rests in between where a background thread goes through them."""
+    return iter(items) if _PACE.may_rest is None else _with_rests(items)
+
+
+def _with_rests(items: Iterable[_T]) -> Iterator[_T]:
+    for item in items:
+        yield item
+        rest()

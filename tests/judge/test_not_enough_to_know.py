@@ -61,7 +61,7 @@ def test_windows_are_pooled_till_the_interval_is_on_one_side_of_the_limit() -> N
 def test_what_is_never_measured_does_not_average_out() -> None:
     """A loss spike in each window that this tensor's turns missed: each window errs to the same side."""
     noisy = [tensor(0.07, lost=0.9, efficiency_error=0.4, displacement_evidence=0.0)] * 8
-    missed = [dataclasses.replace(e, numbers=dataclasses.replace(e.numbers, unseen_error=0.4)) for e in noisy]
+    missed = [dataclasses.replace(e, numbers=e.numbers._replace(unseen_error=0.4)) for e in noisy]
     assert verdicts(*noisy)[-1].health is Health.stalling
     assert all(found.health is Health.unknown for found in verdicts(*missed))
 
@@ -82,7 +82,7 @@ def test_of_single_steps_those_weigh_most_that_met_what_moves() -> None:
 
     def met(share: float, weight: float) -> TensorEvidence:
         e = tensor(share, measured_steps=1, efficiency_error=None, lost=1 - share)
-        return dataclasses.replace(e, numbers=dataclasses.replace(e.numbers, weight=weight))
+        return dataclasses.replace(e, numbers=e.numbers._replace(weight=weight))
 
     windows = [met(0.97, 100.0) if i % 4 == 0 else met(0.3, 1.0) for i in range(24)]
     assert {str(t.health) for t in verdicts(*windows)} <= {"unknown", "healthy"}

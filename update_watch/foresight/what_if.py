@@ -20,6 +20,7 @@ from update_watch.foresight.forecasts import Case
 from update_watch.foresight.rounding_curve import efficiency_of
 from update_watch.report import HEADROOM_LOW, Health, Report, TensorReport, weighted_mean
 from update_watch.wording import number
+from update_watch.worker import unhurried
 
 BITS = {"bfloat16": 8, "float16": 11}  # significant ones; formats that hold all there is to hold are left as they are
 # octaves by which updates may be smaller or larger than foretold; of a rate, for each octave that it is raised by
@@ -79,7 +80,7 @@ def cases(report: Report, floor: float | None = None) -> tuple[Case, ...]:
 
 def cost_of(cure: Cure, tensors: Iterable[TensorReport]) -> int:
     """Bytes of memory that the cure takes for these tensors; those in full precision cost nothing."""
-    return sum(extra_bytes(cure, t.numel, _low_states(t)) for t in tensors if t.dtype in BITS)
+    return sum(extra_bytes(cure, t.numel, _low_states(t)) for t in unhurried(tensors) if t.dtype in BITS)
 
 
 def _case(

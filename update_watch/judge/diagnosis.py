@@ -53,6 +53,7 @@ from update_watch.judge.seen import Seen
 from update_watch.naming import family
 from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport, quick
 from update_watch.thresholds import Thresholds
+from update_watch.worker import unhurried
 
 _VERSION = 2
 _STILL = 48  # steps in which no tensor of an optimizer moved by one bit, though it has gradients and a learning rate
@@ -86,7 +87,7 @@ class Diagnosis:
         self._moving = {_owner(tensor) for tensor in evidence.tensors if tensor.moved}
         usual = usual_gradient(evidence)
         looked = None if evidence.observed_steps is None else (evidence.observed_steps, evidence.window)
-        tensors = tuple(self._tensor(tensor, evidence, first_step, usual) for tensor in evidence.tensors)
+        tensors = tuple(self._tensor(tensor, evidence, first_step, usual) for tensor in unhurried(evidence.tensors))
         return Report(
             step=evidence.step,
             window=evidence.window,

@@ -25,6 +25,7 @@ from update_watch.judge.seen import Seen
 from update_watch.naming import group_words
 from update_watch.report import SEVERITY, AccumulatorReport, Cause, Health, TensorReport, weighted_mean
 from update_watch.wording import cause_label, fixed, plural
+from update_watch.worker import unhurried
 
 _FEW_LOOKS = 16  # of so many steps less than one was looked at: that all is well says the less
 _PROBABLE = {  # why nothing at all trains: what was seen, what it most often is
@@ -109,8 +110,8 @@ def mean_seen(members: Sequence[TensorReport]) -> Seen:
     dtypes = {t.dtype for t in members}
     return Seen(
         dtype=dtypes.pop() if len(dtypes) == 1 else "",
-        efficiency=weighted_mean((t.efficiency, t.numel) for t in members),
-        lost=weighted_mean((t.lost_fraction, t.numel) for t in members),
+        efficiency=weighted_mean((t.efficiency, t.numel) for t in unhurried(members)),
+        lost=weighted_mean((t.lost_fraction, t.numel) for t in unhurried(members)),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from update_watch.judge.accumulators import alert_level
 from update_watch.judge.efficiency_grade import known
 from update_watch.report import SEVERITY, Cause, Health, LayerReport, TensorReport, weighted_mean
+from update_watch.worker import unhurried
 
 BAD = (Health.broken, Health.stalled, Health.stalling)
 _REST = frozenset(
@@ -26,9 +27,9 @@ RANK = {health: i for i, health in enumerate(SEVERITY)}
 def by_layer(tensors: Sequence[TensorReport]) -> tuple[LayerReport, ...]:
     """One `LayerReport` per module path, in order of appearance."""
     layers: dict[str, list[TensorReport]] = {}
-    for tensor in tensors:
+    for tensor in unhurried(tensors):
         layers.setdefault(tensor.layer, []).append(tensor)
-    return tuple(_layer(name, members) for name, members in layers.items())
+    return tuple(_layer(name, members) for name, members in unhurried(layers.items()))
 
 
 def run_health(tensors: Sequence[TensorReport]) -> Health:

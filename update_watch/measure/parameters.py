@@ -33,6 +33,7 @@ class Row:
         "decouples_decay",
         "form",
         "group",
+        "identity",
         "layout",
         "left_out",
         "lived",
@@ -62,6 +63,7 @@ class Row:
         self.param, self.names, self.group, self.rule, self.scheme = param, names, group, rule, scheme
         self.piece = piece  # the part of `param` that is looked at; None: all of it
         self.layout = _layout(param)  # as it was planned for
+        self.identity: dict[str, Any] | None = None  # what it is, once somebody has asked
         self.decouples_decay = False  # weight decay acts on the weight, and its rounding may be looked at
         self.rates: dict[str, float] = {}  # state -> 1 - beta of `x <- beta x + ...`
         # counters when they were last read, and steps with a gradient since: parameters equal here have equal counters

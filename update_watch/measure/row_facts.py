@@ -18,6 +18,7 @@ from update_watch.measure.identity.names import describe
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.window_evidence import RowFacts
+from update_watch.worker import unhurried
 
 
 def _low_states(row: Row, state: Mapping[str, Any] | None) -> int | None:
@@ -39,13 +40,21 @@ class WindowFacts:
 
     def identity(self, row: Row) -> TensorEvidence:
         """What is known without measuring."""
+        if row.identity is None:
+            row.identity = self._described(row)
+        identity = row.identity | {"reason": row.reason or self._twin_error, "trainable": row.param.requires_grad}
+        if row.piece is not None:
+            identity["trainable"] = True  # a flat tensor need not say so
+        state = self._optimizer.state.get(row.param)
+        return made(**identity, **self._groups[row.group], low_states=_low_states(row, state))
+
+    def _described(self, row: Row) -> dict[str, Any]:
+        """What stays, for as long as the row is what was planned for."""
         identity = describe(row.param, row.names) | {"dtype": str(row.layout[1]).removeprefix("torch.")}
         if row.piece is not None:
             shape = row.piece.shape
-            identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held, "trainable": True}
-        identity |= {"reason": row.reason or self._twin_error, "scheme": row.scheme.name}
-        state = self._optimizer.state.get(row.param)
-        return made(TensorEvidence, **identity, **self._groups[row.group], low_states=_low_states(row, state))
+            identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held}
+        return identity | {"scheme": row.scheme.name}
 
     def facts_of(self, cohort: Cohort) -> Callable[[], tuple[RowFacts, ...]]:
         """Note what changes when the cohort's next window begins; the facts are made when they are asked for."""
@@ -56,7 +65,7 @@ class WindowFacts:
         self, cohort: Cohort, steps: int, gradless: Sequence[int], first_rates: Mapping[int, float]
     ) -> tuple[RowFacts, ...]:
         found = []
-        for i, row in enumerate(cohort.rows):
+        for i, row in enumerate(unhurried(cohort.rows)):
             state = self._optimizer.state.get(row.param) or {}
             dtypes = tuple(
                 str(state[name].dtype).removeprefix("torch.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,6 @@ from update_watch.evidence import (
     TensorEvidence,
     WindowEvidence,
     changed,
-    made,
     median_headroom,
 )
 from update_watch.measure.accumulators.averages import AverageWindow, UnreadWindow
@@ -35,6 +35,7 @@ from update_watch.measure.sums.layout import WANT, Layout
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
 from update_watch.measure.sums.window_sums import Steps, WindowSums
 from update_watch.measure.transfer import Later, Part, Transfer
+from update_watch.worker import unhurried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _unmeasured(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSums]) -> 
     return [found[i] for i in range(len(cohorts))]
 
 
-_OF_NUMBERS = frozenset(field.name for field in dataclasses.fields(Numbers))
+_NOTHING = Numbers()
 
 
 def _tensors(
@@ -177,12 +178,12 @@ def _tensors(
 ) -> list[TensorEvidence]:
     """The evidence of all rows of a cohort."""
     numbers = _columns(sums.numbers(cohort.steps, *others))
-    own_names = [name for name in numbers if name not in _OF_NUMBERS and name != "what_if"]
+    own_names = [name for name in numbers if name not in Numbers._fields and name != "what_if"]
     own_rows = list(zip(*(numbers[name] for name in own_names), strict=True))
-    number_names = [name for name in numbers if name in _OF_NUMBERS]
-    number_rows = list(zip(*(numbers[name] for name in number_names), strict=True))
+    weights = _rows({name: values for name, values in numbers.items() if name in Numbers._fields})
+    parts = sums.state_numbers()
     states = [
-        [_numbers({name: values_Sn[k] for name, values_Sn in part.items()}) for part in sums.state_numbers()]
+        [_numbers({name: values_Sn[k] for name, values_Sn in part.items()}) for part in parts]
         for k in range(len(cohort.states))
     ]
     decays = _numbers(sums.decay_numbers())
@@ -192,7 +193,7 @@ def _tensors(
     evidence, movements, places = sums.evidence_n.tolist(), sums.movement_nB.tolist(), sums.places_nQ.tolist()
     histograms, at_rate = (histogram_nB.tolist() for histogram_nB in sums.headroom_2nB)
     tensors = []
-    for i, facts in enumerate(cohort.rows):
+    for i, facts in enumerate(unhurried(cohort.rows)):
         base = facts.evidence
         if not measured[i] or base.reason:
             tensors.append(changed(base, skipped_steps=skipped))
@@ -204,8 +205,7 @@ def _tensors(
         headroom = median_headroom(by_rate) if facts.first_rate else None
         what_if = numbers["what_if"][i]
         accumulators = {
-            name: made(
-                AccumulatorEvidence,
+            name: AccumulatorEvidence(
                 name=name,
                 dtype=facts.state_dtypes[k],
                 numbers=states[k][0][i],
@@ -228,7 +228,7 @@ def _tensors(
                 gradient_blind=0 if untouched[i] and any(facts.state_dtypes) else round(blind[i]),
                 skipped_steps=skipped,
                 finite=finite[i],
-                numbers=made(Numbers, **dict(zip(number_names, number_rows[i], strict=True))),
+                numbers=weights[i],
                 headroom_histogram=tuple([count / total for count in histogram]) if total else None,
                 movement_histogram=tuple([part / moved for part in movement]) if 0 < moved < math.inf else None,
                 movement_lr=facts.first_rate if 0 < moved < math.inf else None,
@@ -254,5 +254,11 @@ def _columns(arrays: Mapping[str, Array]) -> dict[str, list[Any]]:
 
 def _numbers(arrays: Mapping[str, Array]) -> list[Numbers]:
     """Of each row."""
-    columns = _columns(arrays)
-    return [made(Numbers, **dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    return _rows(_columns(arrays))
+
+
+def _rows(columns: Mapping[str, list[Any]]) -> list[Numbers]:
+    """Tens of thousands in a window; those that know nothing are one."""
+    n = len(next(iter(columns.values())))
+    rows = zip(*(columns.get(name) or itertools.repeat(None, n) for name in Numbers._fields), strict=True)
+    return [_NOTHING if row == _NOTHING else Numbers._make(row) for row in unhurried(rows)]

@@ -8,7 +8,6 @@ alike, do not change a mean: each one's other sample positions only sharpen it.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -280,7 +279,7 @@ def read_accumulator(name: str, entry: Mapping[str, Any], means: Means) -> Accum
         get: Callable[[str], float | None] = lambda field: means.get(prefix + field)  # noqa: E731
         return Numbers(get("efficiency"), wanted_fraction=get("wanted"), lost_fraction=get("lost"))
 
-    numbers = dataclasses.replace(part(""), displacement_efficiency=means.get("displacement"))
+    numbers = part("")._replace(displacement_efficiency=means.get("displacement"))
     reason = "" if numbers.efficiency is not None else entry["reason"]
     value, note = means.get("value"), entry["note"]
     updated = means.get("updated")

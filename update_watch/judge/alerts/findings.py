@@ -19,6 +19,7 @@ from update_watch.judge.run_summary import (
     worst_first,
 )
 from update_watch.report import Cause, Health, Level, Report, TensorReport
+from update_watch.worker import unhurried
 
 NOTHING_TRAINS, NOT_MEASURED = "nothing_trains", "not_measured"  # episodes of the run
 WAS_ROUNDED = "was_rounded"  # FP32 tensors that held nothing but BF16 values
@@ -58,7 +59,7 @@ def find(report: Report) -> Findings:
     """Everything in a report that is something to tell, or to compare with."""
     bad: dict[str, list[Finding]] = {}
     well: set[str] = set()
-    for tensor in worst_first(report.tensors):
+    for tensor in unhurried(worst_first(report.tensors)):
         level = _LEVELS.get(tensor.health)
         if level is not None:
             _add(bad, Finding(tensor.name, tensor, "", level, tensor.health, tensor.cause, tensor.advice))

@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Iterable
 
 from update_watch.report import Health, Report, TensorReport
+from update_watch.worker import unhurried
 
 _MOST = 64  # windows
 _MADE_OF_UPDATES = 1.5  # update / weight times steps, in its first window: of what began at zero, 1.7 or more
@@ -51,7 +52,7 @@ class Course:
         """Take a window in; the points so far, this one last."""
         trained = [t for t in report.tensors if t.trainable and t.optimizer_group]
         before = len(self._seen)
-        for t in trained:
+        for t in unhurried(trained):
             if t.name in self._from_zero or not _is_number(t.weight_rms) or not _is_number(t.gradient_rms):
                 continue
             if t.name not in self._seen and (t.update_ratio or 0.0) * report.window > _MADE_OF_UPDATES:

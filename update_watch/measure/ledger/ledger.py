@@ -21,6 +21,7 @@ from update_watch.measure.ledger.sheet import Line, Sheet, SheetWindow, can_be_r
 from update_watch.measure.ledger.sheet_sums import COLUMNS
 from update_watch.measure.sampling import VARIED, local
 from update_watch.measure.transfer import Batch
+from update_watch.worker import unhurried
 
 logger = logging.getLogger("update_watch")
 
@@ -187,7 +188,7 @@ def with_ledger(tensors: list[TensorEvidence], windows: Iterable[SheetWindow]) -
     entries: dict[str, _Entry] = {}
     for window in windows:
         rows = window.transfer.wait().reshape(len(COLUMNS), len(window.names)).T.tolist()
-        for i, names in enumerate(window.names):
+        for i, names in enumerate(unhurried(window.names)):
             sums = dict(zip(COLUMNS, rows[i], strict=True))
             entries[names[0]] = _Entry(sums, window, window.sizes[i], window.looks[i])
     elsewhere = {
@@ -196,7 +197,7 @@ def with_ledger(tensors: list[TensorEvidence], windows: Iterable[SheetWindow]) -
         if not entry.window.is_stepped and entry.sums["span_writes"] and entry.sums["span_moved"] > 0
         for place in _around(name, 2)
     }
-    return [_with(t, entries[t.name], elsewhere) if t.name in entries else t for t in tensors]
+    return [_with(t, entries[t.name], elsewhere) if t.name in entries else t for t in unhurried(tensors)]
 
 
 def _around(name: str, levels: int) -> set[str]:
