@@ -30,6 +30,7 @@ from update_watch.report import (
     TensorReport,
     weighted_mean,
 )
+from update_watch.worker import unhurried
 
 Floats = NDArray[np.float64]
 Codes = NDArray[np.int8]
@@ -127,7 +128,7 @@ class Frame:
 def frame_of(report: Report) -> Frame:
     """A report as columns."""
     tensors = report.tensors
-    table = TensorTable(*(tuple(getattr(t, field) for t in tensors) for field in TensorTable._fields))
+    table = TensorTable(*(tuple(getattr(t, field) for t in tensors) for field in unhurried(TensorTable._fields)))
     names = dict.fromkeys(name for t in tensors for name in t.accumulators)
     formats = dict.fromkeys(name for t in tensors if t.what_if for name in t.what_if)
     columns = _columns(tensors, TENSOR_NUMBERS)
@@ -234,7 +235,9 @@ def _columns(items: Sequence[Any], numbers: Sequence[str], has_dtype: bool = Fal
         cause=np.array(
             [NO_CODE if x is None or x.cause is None else CAUSES.index(x.cause) for x in items], dtype=np.int8
         ),
-        numbers={name: _floats([None if x is None else getattr(x, name) for x in items]) for name in numbers},
+        numbers={
+            name: _floats([None if x is None else getattr(x, name) for x in items]) for name in unhurried(numbers)
+        },
         advice={i: x.advice for i, x in enumerate(items) if x is not None and x.advice},
         dtype=tuple("" if x is None else x.dtype for x in items) if has_dtype else (),
     )
@@ -250,7 +253,7 @@ def _histograms(found: Sequence[tuple[float, ...] | None], bins: int = HEADROOM_
     if all(histogram is None for histogram in found):
         return None
     rows = np.full((len(found), bins), np.nan)
-    for i, histogram in enumerate(found):
+    for i, histogram in enumerate(unhurried(found)):
         if histogram is not None:
             rows[i] = histogram
     return rows

@@ -75,6 +75,7 @@ DASHBOARDS_KNOW = {
     "update_watch.naming",
     "update_watch.report",
     "update_watch.wording",
+    "update_watch.worker",
 }
 
 
