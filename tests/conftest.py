@@ -4,6 +4,7 @@ Tests that talk to servers, build packages or look through a browser take minute
 """
 
 import gc
+import importlib.util
 import logging
 import os
 from collections.abc import Iterator
@@ -69,7 +70,7 @@ _SLOW_CASES = {
     "test_ledger": ("overwritten[every 24-adamw]", "adamw-pruned]", "adamw-normalised]"),
 }
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-# what an older torch does not have, and the cases that need it, by file
+# what an older torch does not have, or has not beside it, and the cases that need it, by file
 _NEEDED = (
     (
         "torch.optim.Muon",
@@ -98,6 +99,12 @@ _NEEDED = (
         _TORCH >= (2, 7),
         {"test_forecast": ("a_torch_scheduler_is_run_ahead", "with_a_formula_are_asked")},
     ),
+    ("torchao", importlib.util.find_spec("torchao") is not None, {"test_scenarios": ("of_torchao",)}),
+    (
+        "steps of AdamW where another device is the default",
+        _TORCH >= (2, 7),
+        {"test_rule_kind": ("default_dtype_and_device_of_the_user",)},
+    ),
     ("FSDP2 on a CPU beside CUDA's libraries", _TORCH >= (2, 7), {"test_joining": ("",)}),
 )
 # tests of the trials themselves, and of what they leave behind: a room and files
@@ -112,7 +119,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         for what, is_there, cases in _NEEDED:
             if not is_there and any(case in item.name for case in cases.get(stem, ())):
-                item.add_marker(pytest.mark.skip(reason=f"torch {torch.__version__} lacks {what}"))
+                item.add_marker(pytest.mark.skip(reason=f"torch {torch.__version__} without {what}"))
     items.sort(key=lambda item: Path(str(item.path)).stem not in _LONG)  # stable
 
 
