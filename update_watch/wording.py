@@ -37,6 +37,7 @@ _CAUSES = {
 }
 _NAMES = 8  # of tensors, in a sentence
 _LONGEST = 200  # characters of an error, in a sentence
+_LONGEST_NAME = 100  # characters, in a table
 
 
 def size(count: int) -> str:
@@ -98,6 +99,12 @@ def printable(text: str, longest: int | None = None) -> str:
     """
     plain = "".join(c if c.isprintable() else "\ufffd" for c in text)
     return plain if longest is None or len(plain) <= longest else f"{plain[:longest]}..."
+
+
+def end_of(name: str) -> str:
+    """A name as it stands in a table: where it is long its end, which says more than its beginning."""
+    name = printable(name)
+    return name if len(name) <= _LONGEST_NAME else f"...{name[-_LONGEST_NAME + 3 :]}"
 
 
 def first_line(error: BaseException) -> str:

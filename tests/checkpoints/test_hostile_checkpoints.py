@@ -196,7 +196,13 @@ def test_no_escape_of_a_name_reaches_the_terminal(tmp_path: Path, capsys: pytest
     torch.save(second, tmp_path / "b.pt")
     torch.save({"other" + HOSTILE: ones}, tmp_path / "c.pt")
     evil = _safetensors(tmp_path / "d.safetensors", json.dumps({"w": {"dtype": HOSTILE}}).encode())
-    for arguments in (["a.pt", "b.pt"], ["a.pt", "c.pt"], ["a.pt", evil.name], ["a.pt", "b.pt", "--json"]):
+    for arguments in (
+        ["a.pt", "b.pt"],
+        ["a.pt", "c.pt"],
+        ["a.pt", evil.name],
+        ["a.pt", "b.pt", "--json"],
+        ["a.pt", "b.pt", "--at=1e-4"],
+    ):
         main(["diff", *(str(tmp_path / a) if a[0] != "-" else a for a in arguments)])
         printed = capsys.readouterr()
         for text in (printed.out, printed.err):

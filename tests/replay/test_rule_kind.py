@@ -43,6 +43,12 @@ def test_torchs_optimizers_are_known_for_what_they_are(
     assert find_rule(optimizer, 0, len(shape), shape=shape).kind is kind
 
 
+def test_a_rule_for_sparse_gradients_is_no_fault() -> None:
+    assert find_rule(torch.optim.SparseAdam([parameter(30, 40)]), 0, 2).reason == (
+        "SparseAdam takes sparse gradients, of which no step is replayed"
+    )
+
+
 def test_a_step_counter_shaped_like_the_parameter_is_no_state_per_element() -> None:
     rule = find_rule(torch.optim.AdamW([parameter()]), 0, 0, shape=())
     assert rule.element_states == rule.exact_states == {"exp_avg", "exp_avg_sq"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from update_watch.cures import switch
 from update_watch.report import SEVERITY, Health
-from update_watch.wording import listed, short, size
+from update_watch.wording import listed, printable, short, size
 
 _FAILS = (Health.broken, Health.stalled, Health.stalling)
 _WIDTH = 116  # of the table (characters)
@@ -139,7 +139,7 @@ class Audit:
         lines = _render(table)
         lines.append(f"{size(self.bytes)} in all; every cure together costs {size(self.cure_bytes)}.")
         for sentence in (*self.warnings, *self.notes, *self.seen):
-            lines += ["", *textwrap.wrap(sentence, _WIDTH, initial_indent="- ", subsequent_indent="  ")]
+            lines += ["", *textwrap.wrap(printable(sentence), _WIDTH, initial_indent="- ", subsequent_indent="  ")]
         return "\n".join(lines)
 
 

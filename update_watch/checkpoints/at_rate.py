@@ -18,7 +18,7 @@ from torch import Tensor
 from update_watch import formats
 from update_watch.checkpoints.files import CheckpointError, read_optimizer, read_tensors
 from update_watch.checkpoints.stored import StoredTensors
-from update_watch.wording import fixed, listed, number, plural
+from update_watch.wording import end_of, fixed, listed, number, plural, printable
 
 _SAMPLES = 2**14
 _TOGETHER = 2**20  # elements that are rounded at once
@@ -121,13 +121,14 @@ def text(found: Sequence[AtRate], lr: float, limit: int | None = None) -> str:
     """A table, worst first, and one sentence."""
     if not found:
         return f"At a learning rate of {number(lr)}: no low-precision weights, so none is lost to their format."
-    width = max(len(t.name) for t in found[:limit])
+    names = [end_of(t.name) for t in found[:limit]]
+    width = max(map(len, names))
     lines = [f"{'tensor':{width}}  {'format':8}  arrives  least rate for {_LIMIT}  from"]
     lines += [
-        f"{t.name:{width}}  {t.dtype:8}  {fixed(t.efficiency):>7}  {'-' if t.least_lr is None else number(t.least_lr):>18}  {t.basis}"
-        for t in found[:limit]
+        f"{name:{width}}  {t.dtype:8}  {fixed(t.efficiency):>7}  {'-' if t.least_lr is None else number(t.least_lr):>18}  {t.basis}"
+        for name, t in zip(names, found[:limit], strict=True)
     ]
-    stalled = [t.name for t in found if t.efficiency < _LIMIT]
+    stalled = [printable(t.name) for t in found if t.efficiency < _LIMIT]
     known = [t.least_lr for t in found if t.least_lr is not None]
     said = f"At a learning rate of {number(lr)} {plural(len(stalled), 'tensor')} of {len(found)} would lose updates"
     lines.append(

@@ -19,9 +19,8 @@ from torch import Tensor
 from update_watch import formats
 from update_watch.checkpoints.comparison import TensorDiff, compare_all
 from update_watch.checkpoints.files import CheckpointError, read_tensors
-from update_watch.wording import listed, percent, plural, printable, short
+from update_watch.wording import end_of, listed, percent, plural, printable, short
 
-_LONGEST = 100  # characters of a name in the table
 _NOTES = 20  # tensors with a note of their own
 
 NOT_ALWAYS_A_FAULT = (
@@ -93,7 +92,7 @@ class Diff:
     def text(self, limit: int | None = None) -> str:
         """The tensors as a table, at most `limit` of them, and the findings."""
         shown = self.tensors[:limit]
-        names = [_in_table(t.name) for t in shown]
+        names = [end_of(t.name) for t in shown]
         width = max((len(name) for name in names), default=6)
         kind = max((len(t.dtype) for t in shown), default=6)
         lines = [f"{'tensor':{width}}  {'format':{kind}}  {'elements':>12}  {'identical':>9}  {'change':>8}  relative"]
@@ -177,12 +176,6 @@ def _names(tensors: list[TensorDiff]) -> str:
 
 def _is_full(dtype: str) -> bool:
     return "float32" in dtype or "float64" in dtype
-
-
-def _in_table(name: str) -> str:
-    """The end of a name says more than its beginning."""
-    name = printable(name)
-    return name if len(name) <= _LONGEST else f"...{name[-_LONGEST + 3 :]}"
 
 
 def _share(value: float) -> str:

@@ -164,6 +164,8 @@ class SyntheticTraining:
         try:
             self._rule(self.optimizer)
         except Exception as error:
+            if "dense gradients" in str(error):  # no fault of it, and none of the trial
+                raise RuleError(f"{self.name} takes sparse gradients, of which no step is replayed") from error
             raise RuleError(f"{self.name} fails on a plain {self._format} parameter: {error!r}") from error
         self.steps += 1
         if not all(bool(param.isfinite().all()) for param in self.params):

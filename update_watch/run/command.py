@@ -16,6 +16,7 @@ from types import FrameType
 
 from update_watch.report import Health, Report
 from update_watch.run.settings import VARIABLE, Settings
+from update_watch.wording import printable
 
 STALLED = 3  # exit status with `fail_on_stall`
 _NOT_FOUND, _NOT_RUNNABLE = 127, 126  # as shells have them
@@ -118,7 +119,9 @@ def _say(journals: Sequence[Path], last: Mapping[Path, tuple[str, Report]], repo
         return
     for journal, (name, found) in last.items():
         of = f" {name}:" if name and len(journals) > 1 else ""
-        sys.stderr.write(f"update-watch:{of} {found.headline}\n  Open: update-watch report --open {_short(journal)}\n")
+        sys.stderr.write(
+            f"update-watch:{of} {printable(found.headline)}\n  Open: update-watch report --open {_short(journal)}\n"
+        )
     if report is None:
         return
     try:
