@@ -1,11 +1,12 @@
 """What each cure would give, foretold from one window, held against the same window really trained that way.
 
-    python bench/what_if.py [--only WORDS ...] [--before 128] [--window 64]
+    python bench/what_if.py [--only WORDS ...] [--before 128] [--window 64] [--seed N]
 
 Small language models in BF16: AdamW (moments in BF16 and in FP32), SGD with momentum, Lion, at the learning rate at which tensors lie
 on the edge, and at a third and three times of it. After `--before` steps a window is watched, and `report.what_if()` asked; then
 the same window is trained anew from the same weights, states and data in another way: weights in FP32, in FP16, only norms and biases
-in FP32, four times the learning rate (a floor), states in FP32, and where moments in BF16 can only grow (beta2 of 0.999) a beta2 of 0.996. The truth is the efficiency of all elements in FP64. (What keeps
+in FP32, four times the learning rate (at once), states in FP32, and where moments in BF16 can only grow (beta2 of 0.999) a beta2 of 0.996. A
+floor is asked of a run whose rate fell to a quarter, and held against one that kept its rate from its begin. The truth is the efficiency of all elements in FP64. (What keeps
 the rest of an update, or rounds at random, is said to lose nothing: bench/bf16/remainders.py measures that.) One line for each way:
 
     tensors      how many were compared, over all runs
@@ -13,7 +14,8 @@ the rest of an update, or rounds at random, is said to lose nothing: bench/bf16/
     within       tensors whose difference is at most 0.05
     range        tensors whose truth lies within the range that was said; where none is said, within 0.05
 
-A floor raises the rate at once: what gradients then do is in its truth, and not in what is foretold.
+A rate that is raised or kept changes what gradients and weights do: that is in the truth, and the what-if knows of it by the usual. With
+`--window 8 --only "at once"` little of it has happened yet.
 
 Exit status 1 if the mean difference of a way is above 0.05, or fewer than nine of ten lie within their ranges.
 """
@@ -37,6 +39,7 @@ from torch import Tensor
 import update_watch as uw
 from bench.shared.full_comparison import FullComparison
 from bench.shared.regimes import FullMoments, Training, text_training
+from update_watch.foresight.forecasts import Case
 from update_watch.report import Report
 
 NEAR, FLOOR, ENOUGH = 0.05, 4.0, 0.9
@@ -44,7 +47,7 @@ OFTEN_KEPT = "adamw, beta2 of 0.999"  # its second moments can only grow in BF16
 KINDS = ("adamw", "adamw, FP32 moments", "momentum", "lion", OFTEN_KEPT)
 BETA2 = 1 - 2**-8
 RATES = (1 / 3, 1.0, 3.0)
-WAYS = ("masters", "float16", "fp32_norms", "floor", "fp32_states", "beta2")
+WAYS = ("masters", "float16", "fp32_norms", "floor", "at once", "fp32_states", "beta2")
 
 
 @dataclasses.dataclass
@@ -55,17 +58,34 @@ class Start:
     states: list[list[dict[str, Any]]]  # by optimizer and parameter
 
 
-def begun(kind: str, rate: float, before: int) -> tuple[Callable[[], Training], Start]:
-    plain = text_training("adamw" if kind == OFTEN_KEPT else kind, blocks=2, base=rate)
+def _make(kind: str, base: float, seed: int, rate: Callable[[int], float] = lambda t: 1.0) -> Training:
+    """A training of which `rate(t)` scales the learning rate."""
+    plain = text_training("adamw" if kind == OFTEN_KEPT else kind, blocks=2, base=base, rate=lambda t, steps: rate(t))
+    torch.manual_seed(seed)
+    training = plain(seed, 0)
+    if kind == OFTEN_KEPT:
+        _set_beta2(training, 0.999)
+    return training
 
-    def make(seed: int, steps: int) -> Training:
-        training = plain(seed, steps)
-        if kind == OFTEN_KEPT:
-            _set_beta2(training, 0.999)
-        return training
 
-    torch.manual_seed(0)
-    training = make(0, before)
+def floors(kind: str, rate: float, before: int, window: int, seed: int) -> tuple[Report, dict[str, float]]:
+    """The window of a run whose rate fell to a quarter before it, and its truth where the rate was kept."""
+
+    def falls(t: int) -> float:
+        return 1.0 if t >= before else min(FLOOR, FLOOR - (FLOOR - 1) * (2 * t / before - 1))
+
+    runs = []
+    for shape in (falls, lambda t: FLOOR):
+        training = _make(kind, rate, seed, shape)
+        for t in range(before):
+            training.gradients(t)
+            training.step()
+        runs.append(training)
+    return _watched(runs[0], before, window), _exact(runs[1], before, window)
+
+
+def begun(kind: str, rate: float, before: int, seed: int) -> tuple[Callable[[], Training], Start]:
+    training = _make(kind, rate, seed)
     for t in range(before):
         training.gradients(t)
         training.step()
@@ -78,7 +98,7 @@ def begun(kind: str, rate: float, before: int) -> tuple[Callable[[], Training], 
     )
 
     def again() -> Training:
-        training = make(0, before)
+        training = _make(kind, rate, seed)
         with torch.no_grad():
             for p, kept in zip(training.model.parameters(), start.weights, strict=True):
                 p.copy_(kept)
@@ -102,28 +122,31 @@ def _cloned(state: dict[str, Any]) -> dict[str, Any]:
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
-def foretold(again: Callable[[], Training], window: int) -> Report:
-    training = again()
+def _watched(training: Training, begin: int, window: int) -> Report:
     reports: list[Report] = []
     with uw.watch(training.model, training.optimizers, window=window, sinks=[reports.append], budget=None) as watch:
-        for t in range(window):
+        for t in range(begin, begin + window):
             training.gradients(t)
             training.step()
         watch.flush()
     return reports[0]
 
 
-def really(again: Callable[[], Training], way: str, window: int) -> dict[str, float]:
-    """Efficiency of each tensor over the window, trained that way."""
-    training = again()
-    _change(training, way)
+def _exact(training: Training, begin: int, window: int) -> dict[str, float]:
     named = list(training.model.named_parameters())
     comparison = FullComparison(named, training.optimizers, training.rules)
-    for t in range(window):
+    for t in range(begin, begin + window):
         training.gradients(t)
         with comparison.step():
             training.step()
     return {name: exact.efficiency for name, exact in comparison.close_window().items() if exact.efficiency is not None}
+
+
+def really(again: Callable[[], Training], way: str, window: int) -> dict[str, float]:
+    """Efficiency of each tensor over the window, trained that way."""
+    training = again()
+    _change(training, way)
+    return _exact(training, 0, window)
 
 
 def _change(training: Training, way: str) -> None:
@@ -139,13 +162,13 @@ def _change(training: Training, way: str) -> None:
         training.optimizers = [new]
     for optimizer in training.optimizers:
         for group in optimizer.param_groups:
-            if way == "floor":  # what the schedule scales
+            if way == "at once":  # what the schedule scales
                 group["lr"] *= FLOOR
                 group["initial_lr"] = group["lr"]
             for p in group["params"]:
                 if way in ("masters", "float16") or (way == "fp32_norms" and p.dim() == 1):
                     p.data = p.data.to(torch.float16 if way == "float16" else torch.float32)
-                if way != "floor":
+                if way != "at once":
                     keep = torch.float32 if way == "fp32_states" else p.dtype
                     _cast(optimizer.state[p], keep)
 
@@ -157,11 +180,17 @@ def _cast(state: dict[str, Any], dtype: torch.dtype) -> None:
             state[name] = value.to(dtype)
 
 
+def _cases(report: Report) -> dict[str, Case]:
+    lr = next(t.lr for t in report.tensors if t.lr)
+    return {case.name: case for case in report.what_if(floor=FLOOR * lr)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help="ways whose name contains one of these")
     parser.add_argument("--before", type=int, default=128)
     parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and rate; the ranges were made with 0")
     given = parser.parse_args()
     logging.getLogger("update_watch").setLevel(logging.CRITICAL)
     torch.set_num_threads(1)
@@ -173,21 +202,23 @@ def main() -> int:
         parser.error(f"--only {' '.join(given.only)}: no way has this in its name")
     for kind in KINDS:
         for rate in RATES:
-            again, _ = begun(kind, rate, given.before)
-            report = foretold(again, given.window)
-            lr = next(t.lr for t in report.tensors if t.lr)
-            cases = {case.name: case for case in report.what_if(floor=FLOOR * lr)}
+            again, _ = begun(kind, rate, given.before, given.seed)
+            cases = _cases(_watched(again(), 0, given.window))
             for way, found in differences.items():
-                if str(way) not in cases or (
-                    way == "float16" and kind in ("adamw", OFTEN_KEPT)
-                ):  # Adam's second moment is 0 in FP16
-                    continue
-                truth = really(again, way, given.window)
-                for name, said in cases[way].tensors.items():
+                if way == "floor":
+                    report, truth = floors(kind, rate, given.before, given.window, given.seed)
+                    case = _cases(report)["floor"]
+                else:
+                    name = "floor" if way == "at once" else way
+                    # Adam's second moment is 0 in FP16
+                    if name not in cases or (way == "float16" and kind in ("adamw", OFTEN_KEPT)):
+                        continue
+                    case, truth = cases[name], really(again, way, given.window)
+                for name, said in case.tensors.items():
                     if name in truth:
                         now = min(truth[name], 1.0)
                         off = abs(min(said, 1.0) - now)
-                        low, high = cases[way].ranges.get(name, (now, now if off <= NEAR else -1.0))
+                        low, high = case.ranges.get(name, (now, now if off <= NEAR else -1.0))
                         found.append(off)
                         covered[way] += low <= now <= high
     print(f"{'way':24} {'tensors':>7} {'mean':>7} {'95%':>7} {'most':>7} {'within':>7} {'range':>7}")

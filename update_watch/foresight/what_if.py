@@ -26,6 +26,8 @@ BITS = {"bfloat16": 8, "float16": 11}  # significant ones; formats that hold all
 # octaves by which updates may be smaller or larger than foretold; of a rate, for each octave that it is raised by
 _OF_FP16, _OF_RATE, _OF_BETA2 = (-0.5, 0.5), (-0.4, 0.15), (-0.25, 1.25)
 _USUAL_BETA2 = 0.5
+# octaves by which updates are smaller than the rate alone makes them, for each octave that it is higher: gradients in a row agree less
+_LESS_ALIKE = 0.125
 _CURVE = 0.03  # error of the curves themselves, in efficiency
 _TRIED = 12  # sizes between the smallest and the largest
 _FOLLOWS = 0.1  # off 1, up to which a state factor is that of a state that follows
@@ -186,7 +188,13 @@ def _at_random(t: TensorReport) -> float | None:
 
 
 def _at_least(t: TensorReport, floor: float) -> float | None:
-    return t.efficiency if t.lr is None or t.lr >= floor else t.efficiency_at(floor)
+    """Raised by so many octaves, less what gradients in a row then agree less; the sign of a gradient is of one size whatever they do."""
+    if t.lr is None or t.lr >= floor:
+        return t.efficiency
+    if t.movement_histogram is None or not t.movement_lr or not t.lr or t.keeps_all or isinstance(t.places, float):
+        return t.efficiency_at(floor)
+    octaves = (1 - _LESS_ALIKE) * math.log2(floor / t.lr)
+    return efficiency_of(t.movement_histogram, HEADROOM_LOW + octaves + _octaves(t), t.places)
 
 
 def _low_states(t: TensorReport) -> int:
