@@ -7,14 +7,14 @@ end, quickly and slowly; one that is far too high from a good start on; the rate
 weights whose gradients, times a fixed scale of the loss, come to the top of the format; a gradient scaler whose steps overflow ever
 more often; AdamW with BF16 moments that can only grow, under a climbing rate. Twins: warm-up, a long warm-up to a very high rate that
 holds, spikes of the loss, rates that jump and restart, a fine-tuning start on other text, a batch that shrinks, FP16 and a scaler
-without trouble, BF16 moments.
+without trouble, BF16 moments; and of those for one sign: a scale that holds, moments that follow, steps that overflow now and then.
 
 The loss blows up where the mean of 8 steps stays a nat above its best so far, or is no number. One line a run: the step of that, the first
 warning that the run diverges, how many steps ahead it was, and the signs in the report. `late`: fewer than 20 steps ahead, `missed`: not at
 all, `at once`: lost within a window or before the fourth, which nothing can tell. Of twins, `silent`, `false`, or `ill`: warned of a loss that
-ends 0.4 nats above its best and does not come back.
+ends 0.4 nats above its best and does not come back. Of runs planted for one sign `told` is that INFO, 20 steps before the loss where that is lost, else `untold`.
 
-Exit status 1 where a twin is warned of, or fewer than three quarters of what blows up are told 20 steps ahead.
+Exit status 1 where a twin is warned of, more than one in twenty is told of by INFO, a planted sign is not told, or fewer than three quarters of what blows up are told 20 steps ahead.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ class Run:
     beta2: float = 0.95
     steps: int = 600
     can_be_told: bool = True  # False: it is lost within a window
+    scale: Callable[[int], float] = lambda t: 1.0  # times `loss_scale`
+    sign: str = ""  # what is planted is this alone
     has_fp16_logits: bool = False
 
 
@@ -80,7 +82,17 @@ def climb(start: int, doubling: int, warm_up: int = 25) -> Rate:
     return lambda t: warm(t, warm_up) * 2.0 ** (max(t - start, 0) / doubling)
 
 
-FP16 = torch.float16
+def _shrinks(t: int) -> float:
+    """A loss whose gradients shrink, by a thousand over 600 steps; Adam's updates know nothing of it."""
+    return float(2.0 ** (-max(t - 100, 0) / 50))
+
+
+def _no_number(t: int, every: int) -> float:
+    """A loss that is no number in every so many steps, of the second half alone if these are few."""
+    return math.inf if t % every == every - 1 and (every > 10 or t >= 300) else 1.0
+
+
+FP16, BF16 = torch.float16, torch.bfloat16
 RUNS = (
     Run("rate climbs slowly", climb(100, 40)),
     Run("rate climbs quickly", climb(300, 15), steps=500),
@@ -89,7 +101,22 @@ RUNS = (
     Run("queries and keys climb", warm, attention_rate=climb(100, 25), has_fp16_logits=True),
     Run("FP16 and a fixed scale", climb(100, 40), ("sgd",), dtype=FP16, loss_scale=2.0**10),
     Run("a scaler", climb(100, 40), ("adamw",), loss_scale="scaler"),
-    Run("moments that only grow", climb(100, 40), ("adamw",), dtype=torch.bfloat16, beta2=0.999),
+    Run("moments that only grow", climb(100, 40), ("adamw",), dtype=BF16, beta2=0.999),
+    Run(
+        "FP16, its scale rises",
+        *(warm, ("sgd",)),
+        dtype=FP16,
+        loss_scale=2.0**6,
+        scale=lambda t: 2.0 ** (max(t - 100, 0) / 40),
+        sign="fp16_range",
+    ),
+    Run("moments that stay behind", warm, ("adamw",), dtype=BF16, beta2=0.999, spikes=_shrinks, sign="state"),
+    Run(
+        "a scaler, ever more", warm, ("adamw",), loss_scale="scaler", spikes=lambda t: _no_number(t, 5), sign="skipped"
+    ),
+    Run("FP16, its scale rises and holds", warm, ("sgd",), dtype=FP16, scale=lambda t: 2.0 ** min(t / 40, 6)),
+    Run("moments that follow", warm, ("adamw",), dtype=BF16, spikes=_shrinks),
+    Run("a scaler, now and then", warm, ("adamw",), loss_scale="scaler", spikes=lambda t: _no_number(t, 90)),
     Run("warm-up", lambda t: warm(t, 200)),
     Run("long warm-up to a high rate", lambda t: 10 * warm(t, 300)),
     Run("quick warm-up to a high rate", lambda t: 3 * warm(t, 200) ** 2),
@@ -102,7 +129,7 @@ RUNS = (
     Run("batch shrinks", warm, rows=lambda t: 8 if t < 250 else 2),
     Run("FP16", warm, ("sgd",), dtype=FP16, loss_scale=2.0**6),
     Run("a scaler, well", warm, ("adamw",), loss_scale="scaler"),
-    Run("BF16 moments", warm, ("adamw",), dtype=torch.bfloat16, beta2=0.999),
+    Run("BF16 moments", warm, ("adamw",), dtype=BF16, beta2=0.999),
 )
 
 
@@ -153,13 +180,13 @@ def record(run: Run, kind: str, seed: int, window: int) -> Recording:
     def step(t: int) -> None:
         # FP16 weights meet scaled gradients, which SGD does not undo: its rate does
         for group, rate in zip(optimizer.param_groups, (run.rate, run.attention_rate or run.rate), strict=True):
-            group["lr"] = base * rate(max(t, 0)) / (scale if kind == "sgd" else 1.0)
+            group["lr"] = base * rate(max(t, 0)) / (scale * run.scale(t) if kind == "sgd" else 1.0)
         is_other = run.other_text_from is not None and t >= run.other_text_from
         tokens, following = batch(other if is_other else text)
         rows = run.rows(t)
         loss = model.loss(tokens[:rows], following[:rows])
         optimizer.zero_grad()
-        scaled = loss * run.spikes(t) * scale
+        scaled = loss * run.spikes(t) * scale * run.scale(t)
         if scaler is None:
             scaled.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -201,18 +228,24 @@ def _is_ill(losses: Sequence[float]) -> bool:
     return means[-1] > min(means) + ILL
 
 
-def told(recording: Recording) -> tuple[list[int], dict[str, int]]:
-    """The steps at which it was warned that the run diverges; and of each sign in the report, the first step."""
+def told(recording: Recording) -> tuple[list[int], dict[str, int], dict[str, int]]:
+    """The steps at which it was warned that the run diverges; of each sign in the report, and of each that was told as INFO, the first step."""
     watcher, alerts = Divergences(), Alerts(Thresholds())
     alerts.is_logging = False
     warnings: list[int] = []
     signs: dict[str, int] = {}
+    infos: dict[str, int] = {}
     for report in recording.reports:
         shown = alerts.update(watcher.add(report))
         warnings += [shown.step for alert in shown.alerts if alert.title.startswith("DIVERGES")]
-        for sign in shown.divergence.signs if shown.divergence is not None else ():
+        seen = shown.divergence.signs if shown.divergence is not None else ()
+        for sign in seen:
             signs.setdefault(sign.name, shown.step)
-    return warnings, signs
+        said = "\n".join(alert.text for alert in shown.alerts if alert.title.startswith("OUT OF RANGE")).lower()
+        for sign in seen:
+            if sign.text.lower() in said:
+                infos.setdefault(sign.name, shown.step)
+    return warnings, signs, infos
 
 
 def main() -> int:
@@ -237,10 +270,14 @@ def main() -> int:
         if kind not in given.kinds:
             continue
         recording = _recording(run, kind, seed, given)
-        lost_at, (warnings, signs) = blown_up(recording.losses), told(recording)
+        lost_at, (warnings, signs, infos) = blown_up(recording.losses), told(recording)
         first = min(warnings, default=None)
         ahead = None if lost_at is None or first is None else lost_at - first
-        if lost_at is None:
+        if run.sign:
+            in_time = run.sign in infos and (lost_at is None or lost_at - infos[run.sign] >= AHEAD)
+            outcome = "false" if warnings and lost_at is None else "told" if in_time else "untold"
+        elif lost_at is None:
+            counts["info"] += bool(infos)
             outcome = "silent" if not warnings else "ill" if _is_ill(recording.losses) else "false"
         elif not run.can_be_told or lost_at < FEWEST * given.window:
             outcome = "at once"
@@ -250,15 +287,18 @@ def main() -> int:
         others = ", ".join(f"{name} {step if lost_at is None else lost_at - step}" for name, step in signs.items())
         words_ = (run.name + ", " + kind, seed, lost_at or "", first or "", "" if ahead is None else ahead)
         print("{:34} {:4} {:>7} {:>7} {:>6}".format(*words_), f" {outcome:8} {others}", flush=True)
-    told_in_time = counts["ahead"]
+    told_in_time, well = counts["ahead"], counts["silent"] + counts["false"]
     blown = told_in_time + counts["late"] + counts["missed"]
     print(
         f"\ntold at least {AHEAD} steps ahead: {told_in_time} of {blown}; late: {counts['late']}; not told: {counts['missed']}"
     )
+    print(f"planted for one sign: told as INFO {counts['told']} of {counts['told'] + counts['untold']}")
     print(
-        f"healthy runs: {counts['silent'] + counts['false']}, of which {counts['false']} were warned of; ill and told: {counts['ill']}"
+        f"healthy runs: {well}, of which {counts['false']} were warned of, {counts['info']} told of by INFO; ill and told: {counts['ill']}"
     )
-    return int(counts["false"] > 0 or told_in_time < ENOUGH * blown)
+    return int(
+        counts["false"] > 0 or counts["untold"] > 0 or counts["info"] > well / 20 or told_in_time < ENOUGH * blown
+    )
 
 
 def _recording(run: Run, kind: str, seed: int, given: argparse.Namespace) -> Recording:

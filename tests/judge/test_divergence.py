@@ -141,6 +141,16 @@ def test_what_leaves_its_range_is_told_once_and_no_warning(clock: Clock) -> None
         assert len(alert.title) <= 63
 
 
+def test_gradients_of_a_scale_that_rises_while_the_rate_makes_up_for_it_are_no_sign() -> None:
+    scale = {
+        "gradient_rms": lambda i: 0.01 * 4.0**i,
+        "lr": lambda i: 1e-3 * 4.0**-i,
+        "update_ratio": lambda i: 1e-3 * 4.0**-i,
+    }
+    assert signs(run(lambda t: 1.0, **scale)) == {}
+    assert "gradients" in signs(run(lambda t: 1.0, gradient_rms=scale["gradient_rms"]))
+
+
 def test_steps_that_are_skipped_more_often_are_a_sign_and_those_of_the_start_are_none() -> None:
     def skips(counts: dict[int, int]) -> dict[str, int]:
         return signs([window(i, tensor(), skipped=counts.get(i, 0)) for i in range(WINDOWS)])

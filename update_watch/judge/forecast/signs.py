@@ -110,6 +110,9 @@ def gradients(points: Sequence[Point]) -> Sign | None:
     highest = max((p.gradient for p in points[:-3] if math.isfinite(p.gradient)), default=math.inf)
     if not latest[0] < latest[1] < latest[2] or latest[2] < highest + _OUTSIDE:
         return None
+    risen, lowered = latest[2] - latest[0], points[-3].rate - points[-1].rate
+    if lowered > risen / 2:  # a scale of the loss that rises, and a rate that makes up for it
+        return None
     return Sign(
         "gradients",
         False,
