@@ -25,7 +25,8 @@ from update_watch.measure.sums.error_bars import (
 )
 from update_watch.measure.sums.layout import GROUPS, WANT
 from update_watch.measure.sums.packing import packed
-from update_watch.measure.sums.window_sums import Steps, WindowSums, all_pairs
+from update_watch.measure.sums.steps import Steps
+from update_watch.measure.sums.window_sums import WindowSums, all_pairs
 
 T, COHORTS, ROWS = 128, 8, 4
 

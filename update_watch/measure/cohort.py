@@ -29,8 +29,8 @@ from update_watch.measure.step_order import OneOf
 from update_watch.measure.step_replay import Span, StepReplay
 from update_watch.measure.sums.device_sums import Look
 from update_watch.measure.sums.layout import GROUPS, PARTS
+from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.whole_gradients import WholeGradients
-from update_watch.measure.sums.window_sums import Steps
 from update_watch.replay.twin import GroupSettings, Twin
 
 _HEADROOM_EVERY = 8  # measured steps of which one looks at headroom and decay: they change slowly
@@ -102,6 +102,8 @@ class Cohort:
         # at least twice in a window
         self._full = OneOf(max(min(_FULL_EVERY, window // 2), 1) if self.states else 1, rng)
         self._look = OneOf(max(min(_HEADROOM_EVERY, window // 2), 1), rng)
+        # of each tensor its first row: it may be read in several
+        self.firsts = [i for i, row in enumerate(rows) if row.is_first]
         self._is_plain_n = np.array([row.scheme.name == "plain" for row in rows])
         self._is_whole_n = np.array([row.is_whole for row in rows])
         self.open_window()
@@ -232,7 +234,8 @@ class Cohort:
         kinds = self._is_whole_n, self._is_plain_n
         rates_P = squares_P / np.maximum(count_P, 1)
         looks = gradients.looks_n[self.place], gradients.blind(self.place, np.full(len(self.rows), float(self.steps)))
-        return Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, looks[0], rates_P, *kinds, looks[1])
+        steps = Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, looks[0], rates_P, *kinds, looks[1])
+        return steps if len(self.firsts) == len(self.rows) else steps.of(self.firsts)
 
     @property
     def parts(self) -> int:

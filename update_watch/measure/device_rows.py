@@ -36,6 +36,8 @@ _HELD = 1 / 300  # or as many as take so much of the weights' bytes,
 # or so many samples: on a CPU more at once are no faster; on a GPU they would take memory in the step, 0.2 KB each by torch's
 # operators, 0.07 by the kernel
 _ENOUGH, _ENOUGH_ON_GPU, _ENOUGH_FOR_KERNEL = 2**16, 2**19, 2**20
+# rows, and samples, of a step up to which small tensors measured in every step are read whole
+_MOST_ROWS, _MOST_READ = 32, 2**16
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 
 Measured = tuple[Cohort, Snapshot]
@@ -60,10 +62,13 @@ class DeviceRows:
         self._waiting: list[Measured] = []
         self.cohorts: list[Cohort] = []
         is_plain = all(row.scheme.name == "plain" for row in rows)
-        # whether single elements are added up: where steps are not independent, and for the displacement; of plain rows in
-        # turns that could not be told from a few steps
+        has_way = (
+            turns == 1 or not is_plain
+        )  # of plain rows in turns the displacement could not be told from a few steps
+        if turns == 1:
+            rows = _stretched(rows, samples)
+        # whether single elements are added up: where steps are not independent
         has_clusters = any(row.is_whole and row.scheme.name != "plain" for row in rows)
-        has_way = turns == 1 or not is_plain
         start, common = 0, Common.of(rows, has_way)
         for k in range(turns):
             own = rows[k::turns]
@@ -252,6 +257,21 @@ class DeviceRows:
         self.gradients.open_window()
         for cohort in self.cohorts:
             cohort.open_window()
+
+
+def _stretched(rows: list[Row], samples: int) -> list[Row]:
+    """The rows, those of more elements than are sampled as several that are read whole: the small ones first, as long as all
+    rows together stay few. Where one launch reads all, sampled ones stay so: it reads a tensor from its beginning.
+    """
+    most, count = min(_MOST_ROWS, _MOST_READ // samples), len(rows)
+    chosen = set()
+    for row in sorted(rows, key=lambda row: local(row.param).numel()):
+        if row.can_be_stretched and local(row.param).device.type == "cpu":
+            count += -(-local(row.param).numel() // samples) - 1
+            if count > most:
+                break
+            chosen.add(id(row))
+    return [part for row in rows for part in (row.stretches(samples) if id(row) in chosen else [row])]
 
 
 def _together(arrays: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,10 +35,12 @@ class Row:
         "form",
         "group",
         "identity",
+        "is_first",
         "layout",
         "left_out",
         "lived",
         "names",
+        "of",
         "param",
         "piece",
         "rates",
@@ -62,6 +65,9 @@ class Row:
         """`odd`: why its elements cannot be sampled; "" when they can."""
         self.param, self.names, self.group, self.rule, self.scheme = param, names, group, rule, scheme
         self.piece = piece  # the part of `param` that is looked at; None: all of it
+        # the row whose elements are read in several, of which this is the first or another one; None: it is read as one
+        self.of: Row | None = None
+        self.is_first = True
         self.layout = _layout(param)  # as it was planned for
         self.identity: dict[str, Any] | None = None  # what it is, once somebody has asked
         self.decouples_decay = False  # weight decay acts on the weight, and its rounding may be looked at
@@ -81,6 +87,24 @@ class Row:
         if self.piece is not None:
             return PieceSampler(self.param, self.piece, samples, sets)
         return Sampler(local(self.param), samples, sets)
+
+    def stretches(self, samples: int) -> list[Row]:
+        """Rows that together read all its elements, so many each."""
+        numel = local(self.param).numel()
+        found = []
+        for start in range(0, numel, samples):
+            row = copy.copy(self)
+            row.of, row.is_first = self, start == 0
+            row.sampler = Sampler(local(self.param), samples, stretch=slice(start, min(start + samples, numel)))
+            found.append(row)
+        return found
+
+    @property
+    def can_be_stretched(self) -> bool:
+        """Its rule does not mind how many of its elements it is given at once, and there are more than are sampled."""
+        rule, is_plain = self.rule, type(self.sampler) is Sampler and self.piece is None
+        is_single = rule.kind is Kind.elementwise and not rule.rows and not rule.apart and rule.scaled is None
+        return is_plain and is_single and self.is_measured and not self.is_whole
 
     @property
     def is_measured(self) -> bool:

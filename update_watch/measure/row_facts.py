@@ -65,7 +65,9 @@ class WindowFacts:
         self, cohort: Cohort, steps: int, gradless: Sequence[int], first_rates: Mapping[int, float]
     ) -> tuple[RowFacts, ...]:
         found = []
-        for i, row in enumerate(unhurried(cohort.rows)):
+        stops = [*cohort.firsts[1:], len(cohort.rows)]
+        for i, stop in unhurried(list(zip(cohort.firsts, stops, strict=True))):
+            row = cohort.rows[i]
             state = self._optimizer.state.get(row.param) or {}
             dtypes = tuple(
                 str(state[name].dtype).removeprefix("torch.")
@@ -83,5 +85,6 @@ class WindowFacts:
                 requires_grad=row.param.requires_grad,
                 accumulators=short_counters(row, state),
             )
-            found.append(RowFacts(evidence, cohort.samplers[i].size, dtypes, rates, first_rates.get(row.group)))
+            size = sum([sampler.size for sampler in cohort.samplers[i:stop]])
+            found.append(RowFacts(evidence, size, dtypes, rates, first_rates.get(row.group)))
         return tuple(found)

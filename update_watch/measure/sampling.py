@@ -82,7 +82,8 @@ class Sampler:
     """The samples of one parameter: views of tensors laid out like it, at its `positions`.
 
     `size` is the number of samples that are real (K, or the parameter's size if that is smaller); `is_whole`: there are too
-    few elements to choose from, all are read. Else there are one or two `sets` of blocks; see `positions`.
+    few elements to choose from, all are read. Else there are one or two `sets` of blocks; see `positions`. Of a `stretch` all
+    elements are read: those from one place in memory order to another, at most K.
     """
 
     __slots__ = (
@@ -100,7 +101,7 @@ class Sampler:
         "view_shape",
     )
 
-    def __init__(self, param: Tensor, samples: int, sets: int = 1) -> None:
+    def __init__(self, param: Tensor, samples: int, sets: int = 1, stretch: slice | None = None) -> None:
         if samples % sets:
             raise ValueError(f"Sampler(samples={samples}, sets={sets}): the sets must be of one size")
         self.samples, self.sets = samples, sets
@@ -113,7 +114,10 @@ class Sampler:
         self.positions: Positions | None = None
         self.view_shape: tuple[int, ...] = (self._numel,)
         self._view_strides: tuple[int, ...] = (1,)
-        if not self.is_whole:
+        if stretch is not None:
+            self.is_whole, self._low, self.size = True, stretch.start, stretch.stop - stretch.start
+            self.view_shape = (self.size,)
+        elif not self.is_whole:
             self.positions = plan(self._numel, self._row_length(), samples // sets)
             self.view_shape = (sets, self.positions.blocks, self.positions.block)
             self._view_strides = (0, self.positions.step * self.positions.block, 1)

@@ -126,7 +126,7 @@ class Watched:
             self.of_device.append(own)
             self._home |= dict.fromkeys(own.cohorts, own)
             self.cohorts += own.cohorts
-        inside = {id(row) for cohort in self.cohorts for row in cohort.rows}
+        inside = {id(row.of or row) for cohort in self.cohorts for row in cohort.rows}
         self._outside = [row for row in self.rows if id(row) not in inside]
         self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))
 
@@ -282,20 +282,20 @@ class Watched:
         for own in self.of_device:
             own.add()
             if not any(cohort.steps for cohort in own.cohorts):
-                others += [window.identity(row) for cohort in own.cohorts for row in cohort.rows]
+                others += [window.identity(cohort.rows[i]) for cohort in own.cohorts for i in cohort.firsts]
                 continue
             packing = own.packing(self.window_steps, batch.is_later(own.device))
             transfer = batch.add_later(own.device, packing)
             sums = SumsWindow(transfer, own.sums.layout(own.parts))
             for cohort in own.cohorts:
                 if not cohort.steps:
-                    others += map(window.identity, cohort.rows)
+                    others += [window.identity(cohort.rows[i]) for i in cohort.firsts]
                     continue
                 facts = window.facts_of(cohort)
                 steps = cohort.counted_steps(self._order.group_steps, own.gradients)
                 states = tuple(cohort.states)
                 suspect = functools.partial(own.gradients.suspect, cohort.place.start)
-                where = self.window_steps, (self.index, self.part), cohort.place, suspect
+                where = self.window_steps, (self.index, self.part), cohort.place, suspect, tuple(cohort.firsts)
                 cohorts.append(CohortWindow(sums, facts, states, steps, *where))
             own.open_window()
         others += map(window.identity, self._outside)

@@ -33,7 +33,8 @@ from update_watch.measure.ledger.sheet import SheetWindow
 from update_watch.measure.sums.error_bars import Array, Unseen, sizes_of, unseen
 from update_watch.measure.sums.layout import WANT, Layout
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
-from update_watch.measure.sums.window_sums import Steps, WindowSums
+from update_watch.measure.sums.steps import Steps
+from update_watch.measure.sums.window_sums import WindowSums
 from update_watch.measure.transfer import Later, Part, Transfer
 from update_watch.worker import unhurried
 
@@ -74,10 +75,17 @@ class CohortWindow:
     optimizer: tuple[int, int]  # cohorts of one optimizer are measured in steps of one window
     place: slice  # of its rows among those of the sums
     suspect: Callable[[frozenset[int]], None] | None = None  # told the rows whose whole gradients are to be looked at
+    firsts: tuple[int, ...] = ()  # rows of `place` at which tensors begin; (): each is one
 
     def sums(self) -> WindowSums:
-        """Its own. Waits for the device."""
-        return self.of_all.sums.of(self.place, len(self.steps.parts_Pn))
+        """Its own, by tensor. Waits for the device."""
+        own = self.of_all.sums.of(self.place, len(self.steps.parts_Pn))
+        return own if len(self.firsts) in (0, self.place.stop - self.place.start) else own.joined(self.firsts)
+
+    def tell_suspects(self, tensors: frozenset[int]) -> None:
+        """Have whole gradients looked at."""
+        if self.suspect is not None:
+            self.suspect(frozenset(self.firsts[i] for i in tensors) if self.firsts else tensors)
 
     @functools.cached_property
     def rows(self) -> tuple[RowFacts, ...]:
@@ -113,8 +121,7 @@ def read(window: Window) -> WindowEvidence:
     sums = [cohort.sums() for cohort in window.cohorts]
     for cohort, own, of_others in zip(window.cohorts, sums, _unmeasured(window.cohorts, sums), strict=True):
         tensors += _tensors(own, cohort, of_others, skipped)
-        if cohort.suspect is not None:
-            cohort.suspect(own.suspects(cohort.steps))
+        cohort.tell_suspects(own.suspects(cohort.steps))
     tensors = with_ledger(_one_each(tensors), window.ledger)
     others = [read_average(average) for average in window.averages]
     others += [read_accumulation(accumulation) for accumulation in window.accumulations]

@@ -6,6 +6,7 @@ Legend as in `layout`: P parts of a window, F sums, S states, n rows, G groups o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from update_watch.measure.sums.layout import (
     Layout,
 )
 from update_watch.measure.sums.missed_steps import Missed
+from update_watch.measure.sums.steps import Steps
 
 _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
 _NEARLY_ALL = 1 - 1e-9  # of the gradients are 0, though all samples were
@@ -37,41 +39,6 @@ _GROWN, _GROWN_SAMPLES = 1.5, 4.0  # |intended|^2 from step to step, of tensors 
 _TAILS = 2.0  # of sums of log-normal numbers two standard errors cover 0.94 to 0.96 so, and 0.88 to 0.92 without
 _WAY_STEPS = 16  # a displacement of fewer measured steps is noise,
 _WAY_ERROR = 0.1  # and one of such an error says nothing: where updates swing, their sum is not known from some of them
-
-
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """What the host knows of the steps behind a window's sums."""
-
-    parts_Pn: Array  # steps measured of each row, by part
-    groups_Gn: Array  # the same, by group
-    window_Gn: Array  # steps of the window in which the row had a gradient, as far as that was seen, by group
-    checks_n: Array  # looks at the row's whole gradient
-    squared_rates_P: Array  # mean square of the learning rate, by part
-    is_whole_n: npt.NDArray[np.bool_]  # all its elements are read
-    is_plain_n: npt.NDArray[np.bool_]  # its steps are independent of each other: nothing is carried between them
-    blind_n: Array  # steps that were looked at in which nobody saw the row's gradient, though it could have been
-
-    @property
-    def measured_n(self) -> Array:
-        """Steps measured of each row."""
-        found: Array = self.parts_Pn.sum(0)
-        return found
-
-    def for_all(self, usual_n: Array) -> Array:
-        """What to multiply a mean square of updates over measured steps by, to have that over all steps of the window.
-
-        `usual`: share of the window's energy in the steps that were not measured, as the tensors measured then tell.
-        """
-        with np.errstate(all="ignore"):
-            found = (1 - self.unmeasured_n) / (1 - usual_n)
-        return np.where((self.unmeasured_n > 0) & np.isfinite(found), found, 1.0)
-
-    @property
-    def unmeasured_n(self) -> Array:
-        """Share of the steps that were not measured."""
-        found: Array = np.clip(1 - self.measured_n / np.maximum(self.window_Gn.sum(0), 1), 0.0, 1.0)
-        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +74,21 @@ class WindowSums:
 
     def of(self, rows: slice, parts: int) -> WindowSums:
         """Those of some rows, of which so many parts are in use."""
-        found = {}
+        found = {name: values[(slice(None),) * axis + (rows,)] for name, values, axis in self._by_rows()}
+        return WindowSums(**{**found, "parts_PFn": found["parts_PFn"][:parts]})
+
+    def joined(self, firsts: Sequence[int]) -> WindowSums:
+        """Rows that are read whole, from each of `firsts` to the next, as one."""
+        found = {name: np.add.reduceat(values, firsts, axis) for name, values, axis in self._by_rows()}
+        return WindowSums(**{**found, "gradient_max_n": np.maximum.reduceat(self.gradient_max_n, firsts)})
+
+    def _by_rows(self) -> Iterator[tuple[str, Array, int]]:
+        """All arrays, and where their rows are."""
         for field in dataclasses.fields(self):
             values = getattr(self, field.name)
             if values is not None:
                 # every axis has a letter: "what_if_2n"
-                axis = field.name.rpartition("_")[2].index("n")
-                found[field.name] = values[(slice(None),) * axis + (rows,)]
-        return WindowSums(**{**found, "parts_PFn": found["parts_PFn"][:parts]})
+                yield field.name, values, field.name.rpartition("_")[2].index("n")
 
     @property
     def total_Fn(self) -> Array:
