@@ -90,13 +90,12 @@ class Row:
 
     def stretches(self, samples: int) -> list[Row]:
         """Rows that together read all its elements, so many each."""
-        numel = local(self.param).numel()
-        found = []
-        for start in range(0, numel, samples):
-            row = copy.copy(self)
-            row.of, row.is_first = self, start == 0
-            row.sampler = Sampler(local(self.param), samples, stretch=slice(start, min(start + samples, numel)))
-            found.append(row)
+        shard = local(self.param)
+        found = [copy.copy(self) for _ in range(0, shard.numel(), samples)]
+        for i, row in enumerate(found):
+            row.of, row.is_first = self, i == 0
+            stretch = slice(i * samples, min((i + 1) * samples, shard.numel()))
+            row.sampler = Sampler(shard, samples, stretch=stretch)
         return found
 
     @property

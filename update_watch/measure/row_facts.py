@@ -40,9 +40,12 @@ class WindowFacts:
 
     def identity(self, row: Row) -> TensorEvidence:
         """What is known without measuring."""
-        if row.identity is None:
+        if row.identity is None and not row.has_changed:  # what was put into it for now is not what it is
             row.identity = self._described(row)
-        identity = row.identity | {"reason": row.reason or self._twin_error, "trainable": row.param.requires_grad}
+        identity = (row.identity or self._described(row)) | {
+            "reason": row.reason or self._twin_error,
+            "trainable": row.param.requires_grad,
+        }
         if row.piece is not None:
             identity["trainable"] = True  # a flat tensor need not say so
         state = self._optimizer.state.get(row.param)
