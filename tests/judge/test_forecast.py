@@ -163,6 +163,9 @@ def test_a_trend_tells_the_level_of_now_and_dies_away() -> None:
     soon, late, end = shrinking.change(np.array([440.0, 800.0, 1e9]))[0]
     assert soon == pytest.approx(-0.25 * math.log2(1.1), rel=0.2)
     assert end < late < soon and end == pytest.approx(-0.25 * 0.35 / math.log(2), abs=0.02)
+    # what is of the weights, by which sizes are divided, goes on for longer
+    growing = dataclasses.replace(shrinking, weight_slope_n=np.array([0.25]))
+    assert growing.change(np.array([400.0, 1e9]))[0] == pytest.approx([0.0, -0.25 / math.log(2)], abs=0.03)
     strayed = passing(run_of(lambda step: 3.0 if 200 < step < 250 else 0.0, 400)[-1])
     assert abs(strayed[1] - passing(run_of(lambda step: 0.0, 400)[-1])[1]) <= 15  # a single window
 
@@ -207,6 +210,19 @@ def test_a_run_that_goes_back_or_has_other_tensors_begins_anew() -> None:
     assert first is not None and back is not None
     assert back.tensors[1].stalling_step == first.tensors[0].stalling_step
     assert [t.name for t in back.tensors] == ["b", "a"]
+
+
+def test_weights_that_grow_are_foretold_to_grow_for_longer_than_gradients_shrink() -> None:
+    def ends(weight: Callable[[float], float]) -> float:
+        forecaster = Forecaster(uw.Schedule(lambda step: 1.0, steps=10_000), LIMITS)
+        for step in range(50, 1001, 50):
+            size = -0.25 * math.log2((step - 25) / 975)
+            now = tensor("w", 0, movement_lr=2.0**-size, update_ratio=0.01 * 2.0**size, weight_rms=weight(step - 25.0))
+            made = forecaster.add(dataclasses.replace(report(now, step=step), window=50)).forecast
+        assert made is not None
+        return made.tensors[0].final_efficiency
+
+    assert ends(lambda step: step**0.25) < ends(lambda step: 1.0) - 0.1
 
 
 def test_what_is_kept_of_a_long_run_does_not_grow() -> None:

@@ -24,6 +24,7 @@ Array = npt.NDArray[np.float64]
 _SINCE = 0.25  # of the run so far, from which on windows count
 _SLOPE = 0.25  # octaves an octave: as large as slopes usually are
 _DIES = 0.35  # octaves of time over which what is left of a trend halves
+_WEIGHTS_DIE = 1.0  # of the weights' trend: they keep their direction for longer
 _LEAST_NOISE = 0.05  # octaves
 _HALF_LIFE = 0.3  # octaves, over which a window's weight in the present level halves
 _STRAY = 3.0  # usual deviations from which on a window weighs less
@@ -42,10 +43,15 @@ class Drift:
     noise_n: Array  # of single windows
     level_error_n: Array
     slope_error_n: Array
+    weight_slope_n: Array | None = None  # of the weights alone, by which sizes are divided
 
     def change(self, times_S: Array) -> Array:
         """[n, S] from now to then."""
-        return self.slope_n[:, None] * _trend(_octaves(times_S, self.time))
+        ahead = _octaves(times_S, self.time)
+        found = self.slope_n[:, None] * _trend(ahead)
+        if self.weight_slope_n is not None:
+            found -= self.weight_slope_n[:, None] * (_trend(ahead, _WEIGHTS_DIE) - _trend(ahead))
+        return found
 
     def error(self, times_S: Array, wander: float) -> Array:
         """[n, S] standard error of the size then; `wander`: octaves over an octave of time that no trend explains."""
@@ -62,9 +68,9 @@ def _octaves(times_S: Array, now: float) -> Array:
     return found
 
 
-def _trend(ahead_S: Array) -> Array:
+def _trend(ahead_S: Array, dies: float = _DIES) -> Array:
     """[S] octaves by which a slope of one octave an octave has moved what is so far ahead."""
-    found: Array = _DIES / np.log(2.0) * (1.0 - 2.0 ** (-ahead_S / _DIES))
+    found: Array = dies / np.log(2.0) * (1.0 - 2.0 ** (-ahead_S / dies))
     return found
 
 
@@ -98,6 +104,18 @@ def fit(middles_w: Array, sizes_wn: Array, now: float) -> Drift:
     return Drift(now, np.where(count_n > 0, level_n, np.nan), slope_n, noise_n, level_error_n, slope_error_n)
 
 
+def slope_of(middles_w: Array, sizes_wn: Array, now: float) -> Array:
+    """[n] the slope alone of sizes that do not stray, as those of weights: at a tenth of the price."""
+    is_late_w = middles_w >= _SINCE * now
+    ago_w1, sizes_wn = np.log2(middles_w[is_late_w] / now)[:, None], sizes_wn[is_late_w]
+    known_wn = np.isfinite(sizes_wn)
+    count_n = np.maximum(known_wn.sum(0), 1)
+    off_wn = np.where(known_wn, sizes_wn - np.where(known_wn, sizes_wn, 0.0).sum(0) / count_n, 0.0)
+    apart_wn = known_wn * (ago_w1 - (known_wn * ago_w1).sum(0) / count_n)
+    found: Array = (apart_wn * off_wn).sum(0) / ((apart_wn**2).sum(0) + (_LEAST_NOISE / _SLOPE) ** 2)
+    return np.where(count_n >= 3, found, 0.0)
+
+
 def _scatter(residual_wn: Array, known_wn: npt.NDArray[np.bool_]) -> Array:
     """[n] standard deviation, of few values drawn towards a tenth of an octave; what strays far counts as if it did less."""
     usual_n = _median(np.abs(residual_wn), known_wn)
@@ -121,7 +139,7 @@ def wander(earlier: list[Drift], now: Drift) -> float:
         ahead = float(_octaves(np.array([now.time]), one.time)[0])
         if ahead < 0.25:  # hardly ahead: the same windows
             continue
-        off_n = now.level_n - (one.level_n + one.slope_n * float(_trend(np.array([ahead]))[0]))
+        off_n = now.level_n - one.level_n - one.change(np.array([now.time]))[:, 0]
         known_n = off_n[np.isfinite(off_n)]
         if known_n.size:
             # tensors stray together, so each window counts once; a tensor or two that is elsewhere does not widen all

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from update_watch.foresight.schedules import Schedule
 from update_watch.judge.forecast.clock import Clock
 from update_watch.judge.forecast.curves import are_alike, curves, moved
-from update_watch.judge.forecast.drift import Drift, fit, wander
+from update_watch.judge.forecast.drift import Drift, fit, slope_of, wander
 from update_watch.report import HEADROOM_BINS, PLACES, Report, TensorReport
 
 Array = npt.NDArray[np.float64]
@@ -30,6 +30,7 @@ class _Window:
     step: int
     middle: float  # in time
     size_n: Array  # log2 of update over weight, for one unit of the schedule's rate; NaN where not known
+    weight_n: Array  # log2 of the weights; NaN where not known
     rate: float  # log2 of the schedule's at its end
     octaves_n: Array  # log2 of the histograms' rate over the schedule's unit
     movement_nB: Array
@@ -74,6 +75,7 @@ class Sizes:
         is_new = index < 0
         for window in self._windows:
             window.size_n = np.where(is_new, np.nan, window.size_n[index])
+            window.weight_n = np.where(is_new, np.nan, window.weight_n[index])
             window.octaves_n = np.where(is_new, 0.0, window.octaves_n[index])
             window.movement_nB = np.where(is_new[:, None], 0.0, window.movement_nB[index])
             window.place_n = np.where(is_new, np.nan, window.place_n[index])
@@ -92,16 +94,18 @@ class Sizes:
         now = float(self._clock(last.step))
         middles = np.array([window.middle for window in windows])
         drift = fit(middles, np.stack([window.size_n for window in windows]), now)
+        weights = slope_of(middles, np.stack([window.weight_n for window in windows]), now)
+        drift = dataclasses.replace(drift, weight_slope_n=weights)
         last.drift = drift
-        total, weights = np.zeros((len(self._names), 1)), []
+        total, shares = np.zeros((len(self._names), 1)), []
         pooled = [window for window in windows[-_POOLED:] if window is last or window.middle >= _SINCE * now]
         for window in pooled:
             is_known = window.movement_nB.sum(1) > 0
-            weights.append(0.5 ** (math.log2(now / window.middle) / _HALF_LIFE) * is_known[:, None])
-            total = total + weights[-1]
+            shares.append(0.5 ** (math.log2(now / window.middle) / _HALF_LIFE) * is_known[:, None])
+            total = total + shares[-1]
         alike = are_alike(last.places_nQ)
         found = np.zeros(1)
-        for window, weight in zip(pooled, weights, strict=True):
+        for window, weight in zip(pooled, shares, strict=True):
             late = np.nan_to_num(drift.level_n - window.size_n)
             curve = moved(
                 curves(window.movement_nB, window.places_nQ, window.place_n), last.rate - window.octaves_n, late, alike
@@ -128,6 +132,7 @@ def _window(report: Report, tensors: Sequence[TensorReport], schedule: Schedule,
         report.step,
         float(clock(report.step - report.window / 2)),
         np.array(sizes),
+        np.array([math.log2(t.weight_rms) if t.weight_rms and t.weight_rms < math.inf else math.nan for t in tensors]),
         math.log2(now) if now > 0 else 0.0,
         np.array(octaves),
         np.array([t.movement_histogram or empty for t in tensors]),
