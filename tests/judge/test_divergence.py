@@ -208,8 +208,20 @@ def test_a_real_run_that_blows_up_is_told_and_its_twin_is_not() -> None:
     lost = record(planted, "adamw", 0, window=16)
     at = blown_up(lost.losses)
     assert at is not None
-    warnings, _ = told(lost)
+    warnings, *_ = told(lost)
     assert warnings and at - warnings[0] >= 20
     well = record(dataclasses.replace(twin, steps=300), "adamw", 0, window=16)
     assert blown_up(well.losses) is None
-    assert told(well)[0] == []
+    assert told(well) == ([], {}, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [("FP16, its scale rises", "FP16"), ("a scaler, ever more", "a scaler, now and then")],
+)
+def test_a_real_run_planted_for_one_sign_is_told_and_its_twin_is_not(name: str, twin: str) -> None:
+    planted, well = (next(run for run in RUNS if run.name == one) for one in (name, twin))
+    warnings, _, infos = told(record(planted, planted.kinds[0], 0, window=16))
+    assert planted.sign in infos and warnings == []
+    assert told(record(well, well.kinds[0], 0, window=16)) == ([], {}, {})
