@@ -20,29 +20,34 @@ def advice_lines(advice: Mapping[int, str]) -> list[list[Any]]:
 
     Numbers that are the same for all of them stay in the wording; those of a slot stand in one text, with spaces.
     """
-    groups: dict[str, list[tuple[int, list[str]]]] = {}
-    parsed: dict[str, tuple[str, list[str]]] = {}
-    for i, text in advice.items():
-        if text not in parsed:
-            numbers = [] if _SLOT in text else _NUMBER.findall(text)
-            parsed[text] = (_NUMBER.sub(_SLOT, text) if numbers else text, numbers)
-        wording, numbers = parsed[text]
-        groups.setdefault(wording, []).append((i, numbers))
+    if not advice:
+        return []
+    texts: dict[str, int] = {}  # each is taken apart once, however many tensors say it
+    text_n = np.array([texts.setdefault(text, len(texts)) for text in advice.values()], dtype=np.int64)
+    tensor_n = np.fromiter(advice, dtype=np.int64, count=len(advice))
+    codes: dict[tuple[str, int], int] = {}  # of wordings
+    alike: list[list[list[str]]] = []  # by wording: the numbers of each of its texts
+    wording_t, place_t = np.zeros(len(texts), dtype=np.int64), np.zeros(len(texts), dtype=np.int64)
+    for t, text in enumerate(texts):
+        numbers = [] if _SLOT in text else _NUMBER.findall(text)
+        code = codes.setdefault((_NUMBER.sub(_SLOT, text) if numbers else text, len(numbers)), len(codes))
+        alike += [[]] if code == len(alike) else []
+        wording_t[t], place_t[t] = code, len(alike[code])
+        alike[code].append(numbers)
+    order = np.argsort(wording_t[text_n], kind="stable")
+    ends = np.cumsum(np.bincount(wording_t[text_n], minlength=len(codes)))[:-1]  # of each wording's tensors
     lines: list[list[Any]] = []
-    for wording, members in groups.items():
-        slots = list(zip(*(numbers for _, numbers in members), strict=True))
-        if not slots:
-            lines.append([wording, indices_line([i for i, _ in members])])
-            continue
-        texts = wording.split(_SLOT)
-        folded = texts[0]
+    for (wording, _), found, inside in zip(codes, alike, np.split(order, ends), strict=True):
+        parts = wording.split(_SLOT) if found[0] else [wording]
+        places = place_t[text_n[inside]].tolist()
+        folded = parts[0]
         varying = []
-        for slot, text in zip(slots, texts[1:], strict=True):
+        for slot, part in zip(zip(*found, strict=True), parts[1:], strict=True):
             is_same = len(set(slot)) == 1
-            folded += (slot[0] if is_same else _SLOT) + text
+            folded += (slot[0] if is_same else _SLOT) + part
             if not is_same:
-                varying.append(" ".join(slot))
-        lines.append([folded, indices_line([i for i, _ in members]), *varying])
+                varying.append(" ".join(map(slot.__getitem__, places)))
+        lines.append([folded, indices_line(tensor_n[inside]), *varying])
     return lines
 
 
