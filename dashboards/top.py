@@ -18,7 +18,7 @@ import numpy as np
 
 from update_watch.cures import TITLES, TRAINERS, code
 from update_watch.dashboards.frame import Frame
-from update_watch.dashboards.journal.lines import WINDOW_START
+from update_watch.dashboards.journal.lines import AT_TENSORS, WINDOW_START
 from update_watch.dashboards.journal.reader import EmptyJournalError, JournalReader
 from update_watch.dashboards.journal.scanning import scan
 from update_watch.dashboards.keyboard import Keyboard
@@ -157,11 +157,11 @@ def read_tail(path: Path, windows: int = WINDOWS) -> Tail:
     last: collections.deque[int] = collections.deque(maxlen=windows)
     alerted: collections.deque[int] = collections.deque(maxlen=_ALERTS + 1)
     with open(path, "rb") as file:
-        for number, _, raw, is_ended in scan(file, lambda _, head: head.startswith(WINDOW_START)):
-            if is_ended and raw.startswith(WINDOW_START):
-                last.append(number)
-                if b'"alerts":[{' in raw:
-                    alerted.append(number)
+        for found in scan(file, lambda _, head: AT_TENSORS if head.startswith(WINDOW_START) else None):
+            if found.is_ended and found.text.startswith(WINDOW_START):
+                last.append(found.number)
+                if b'"alerts":[{' in found.text:
+                    alerted.append(found.number)
     reader = JournalReader(path)
     frames: list[Frame] = []
     alerts: list[Alert] = []

@@ -130,21 +130,20 @@ def _levels(names: Sequence[str]) -> tuple[list[str], list[_Level], Ints]:
     """The texts of parts, the nodes by depth, and the node of each name."""
     # where no name has a wrapper or is too deep, which is nearly always, parts are what lies between dots
     text = ".".join(names)
-    lengths = [name.count(".") + 1 for name in names]
-    if max(lengths, default=0) <= _DEEPEST and "_mod" not in text:
+    length_P = _dots(names, text) + 1
+    if length_P.max(initial=0) <= _DEEPEST and "_mod" not in text:
         flat = text.split(".")
     else:
         split = [_parts(name) for name in names]
-        flat, lengths = list(itertools.chain.from_iterable(split)), [len(parts) for parts in split]
+        flat, length_P = list(itertools.chain.from_iterable(split)), np.array([len(parts) for parts in split])
     number_of = _Numbers()
     codes = np.fromiter(map(number_of.__getitem__, flat), dtype=np.int64, count=len(flat))
     texts = list(number_of)
-    length_P = np.array(lengths, dtype=np.int64)
     begin_P = np.cumsum(length_P) - length_P
     node_P = np.zeros(len(names), dtype=np.int64)
     levels: list[_Level] = []
     count, alive = 1, np.arange(len(names))
-    for depth in range(max(lengths, default=0)):
+    for depth in range(length_P.max(initial=0)):
         alive = alive[length_P[alive] > depth]
         paths = node_P[alive] * len(texts) + codes[begin_P[alive] + depth]
         distinct, at = _distinct(paths)
@@ -152,6 +151,18 @@ def _levels(names: Sequence[str]) -> tuple[list[str], list[_Level], Ints]:
         node_P[alive] = count + at
         count += len(distinct)
     return texts, levels, node_P
+
+
+def _dots(names: Sequence[str], text: str) -> Ints:
+    """Dots in each of the names, which stand in `text` with one more between them."""
+    if not text.isascii() or not names:
+        return np.array([name.count(".") for name in names], dtype=np.int64)
+    before = np.zeros(len(text) + 1, dtype=np.int32)  # each character
+    np.cumsum(np.frombuffer(text.encode("ascii"), dtype=np.uint8) == ord("."), out=before[1:])
+    size_P = np.fromiter(map(len, names), dtype=np.int64, count=len(names))
+    end_P = np.cumsum(size_P + 1) - 1
+    found: Ints = (before[end_P] - before[end_P - size_P]).astype(np.int64)
+    return found
 
 
 class _Numbers(dict[str, int]):

@@ -58,8 +58,8 @@ ABSENT = "-"  # in the place of a letter: the tensor has no such accumulator
 _LETTERS = "".join(HEALTH_LETTERS[h] for h in SEVERITY)
 _LETTER_BYTES = np.frombuffer((_LETTERS + ABSENT).encode("ascii"), dtype=np.uint8)  # by code; NO_CODE is the last
 _LEFT_OUT = frozenset({"headroom", "movement", "places", "what_if"})  # of a window not read as a whole
-AT_ACCUMULATORS, AT_HISTOGRAMS = b',"accumulators":{', b',"headroom":{"first":'  # where a long line may be cut
-_LONG = 2**20  # bytes of a line
+# up to which a long line may be read
+AT_TENSORS, AT_ACCUMULATORS, AT_HISTOGRAMS = b',"tensors":{', b',"accumulators":{', b',"headroom":{"first":'
 _NO_LETTER = NO_CODE - 1
 _CODE_OF = np.full(256, _NO_LETTER, dtype=np.int8)  # byte of a letter -> code
 _CODE_OF[[ord(letter) for letter in ABSENT + _LETTERS]] = range(NO_CODE, len(_LETTERS))
@@ -132,12 +132,6 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
     if frame.what_if:
         line["what_if"] = {name: column_line(values) for name, values in frame.what_if.items()}
     return line
-
-
-def cut(raw: bytes, before: bytes) -> bytes:
-    """A long line of a window without what follows the columns of its tensors, or its accumulators."""
-    end = raw.find(before) if len(raw) > _LONG and raw.endswith(b"}\n") else -1
-    return raw if end < 0 else raw[:end] + b"}"
 
 
 def frame_of_line(

@@ -18,15 +18,15 @@ from update_watch.dashboards.journal.lines import (
     FORMAT,
     SCHEMA,
     WINDOW_START,
-    cut,
     decode,
     frame_of_line,
 )
-from update_watch.dashboards.journal.scanning import scan
+from update_watch.dashboards.journal.scanning import WHOLE, Scanned, scan
 from update_watch.dashboards.journal.table import table_of
 from update_watch.report import Report
 
 _LINES_NAMED = 5  # in a warning
+_HEAD = 100  # bytes by which a window's line is found again: its step, its table, its time
 
 
 class JournalError(ValueError):
@@ -63,7 +63,7 @@ class JournalReader:
         self.path = Path(path)
         self.run: dict[str, Any] = {}  # what the last header says about the run
         self.damaged: list[tuple[int, str]] = []  # (line number, what is wrong)
-        self._newest: tuple[int, bytes, TensorTable] | None = None  # number, line, table of the last window
+        self._newest: tuple[int, bytes, TensorTable] | None = None  # number, beginning, table of the last window
 
     def frames(
         self, wanted: Callable[[int], bool] | None = None, numbers: Collection[str] | None = None
@@ -77,20 +77,22 @@ class JournalReader:
         lines = 0
         is_ours = False
 
-        def is_asked(number: int, head: bytes) -> bool:
-            return wanted is None or not head.startswith(WINDOW_START) or wanted(number)
+        def asked(number: int, head: bytes) -> bytes | None:
+            if not head.startswith(WINDOW_START):
+                return WHOLE
+            return None if wanted is not None and not wanted(number) else WHOLE if numbers is None else AT_ACCUMULATORS
 
         with open(self.path, "rb") as file:
-            for number, _, raw, is_ended in scan(file, is_asked):
-                if not is_ended or raw.isspace():
+            for found in scan(file, asked):
+                number, raw = found.number, found.text
+                if not found.is_ended or raw.isspace():
                     continue  # an unfinished last line is no damage
                 lines += 1
-                if not is_asked(number, raw):
+                if asked(number, raw) is None:
                     is_ours = True
                     continue
                 try:
-                    is_cut = numbers is not None and raw.startswith(WINDOW_START)
-                    line = decode(cut(raw, AT_ACCUMULATORS) if is_cut else raw)
+                    line = _decoded(found)
                     kind = line.get("kind")
                     if kind == "header":
                         self._header(line)
@@ -101,7 +103,7 @@ class JournalReader:
                     elif kind == "window":
                         frame = frame_of_line(line, tables, numbers)
                         if numbers is not None:
-                            self._newest = (number, raw, frame.table)
+                            self._newest = (number, raw[:_HEAD], frame.table)
                         del line  # of many tensors hundreds of megabytes
                         yield frame
                     # other kinds carry nothing a window needs
@@ -117,11 +119,11 @@ class JournalReader:
         """The last of `frames` as a whole, or without its histograms where it is large; of a damaged one what can be read."""
         if self._newest is None:
             return frame
-        number, raw, table = self._newest
-        whole = raw if has_histograms else cut(raw, AT_HISTOGRAMS)
-        for text, numbers in ((whole, None), (cut(raw, AT_ACCUMULATORS), TENSOR_NUMBERS)):
+        number, head, table = self._newest
+        end = WHOLE if has_histograms else AT_HISTOGRAMS
+        for until, numbers in ((end, None), (AT_ACCUMULATORS, TENSOR_NUMBERS)):
             try:
-                line = decode(text)
+                line = _decoded(self._again(head, until))
                 return frame_of_line(line, {str(line.get("table")): table}, numbers)
             except ValueError as error:
                 if numbers is None:
@@ -129,6 +131,15 @@ class JournalReader:
         nothing = np.full(len(table.name), np.nan)
         known = dict.fromkeys(TENSOR_NUMBERS, nothing) | dict(frame.tensors.numbers)
         return dataclasses.replace(frame, tensors=dataclasses.replace(frame.tensors, numbers=known))
+
+    def _again(self, head: bytes, until: bytes) -> Scanned:
+        """The last line that begins so: it stands elsewhere where the file was thinned in between."""
+        with open(self.path, "rb") as file:
+            lines = scan(file, lambda _, start: until if start.startswith(head) else None)
+            *_, found = [None, *(line for line in lines if line.text.startswith(head))]
+        if found is None:
+            raise ValueError("its line is no longer there")
+        return found
 
     def header(self) -> dict[str, Any]:
         """What the last header says about the run; empty where there is none."""
@@ -171,6 +182,10 @@ class JournalReader:
             raise JournalError(newer(self.path, schema))
         run = line.get("run")
         self.run = dict(run) if isinstance(run, dict) else {}
+
+
+def _decoded(found: Scanned) -> dict[str, Any]:
+    return decode(found.text + b"}" if found.is_cut else found.text)
 
 
 def newer(path: Path, schema: int) -> str:

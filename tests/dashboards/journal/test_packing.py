@@ -17,7 +17,6 @@ from tests.support.journals import is_close, write
 from tests.support.run_samples import fully_filled_report, synthetic_run
 from update_watch.dashboards.frame import Frame, frame_of
 from update_watch.dashboards.journal import JournalReader, packing, read_journal, scanning
-from update_watch.dashboards.journal import lines as journal_lines
 from update_watch.dashboards.journal.columns import column_line, column_of
 from update_watch.dashboards.journal.histograms import histogram_lines, histograms_of
 from update_watch.dashboards.journal.lines import decode, encode, frame_of_line, window_line
@@ -177,30 +176,34 @@ def test_packed_indices_hold_no_more_than_their_text() -> None:
 # --- long lines are looked through, and cut ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_asked", [True, False])
+@pytest.mark.parametrize("until", [None, b"", b"x-y", b"z"])
 def test_lines_longer_than_a_block_are_scanned_as_short_ones_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_asked: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: bytes | None
 ) -> None:
     monkeypatch.setattr(scanning, "_BLOCK", 16)
     monkeypatch.setattr(scanning, "_HEAD", 4)
     rng = np.random.default_rng(0)
     for k in range(60):
-        lines = [b"x" * n + b"\n" for n in rng.integers(0, 40, 12).tolist()]
+        lines = [b"x" * n + b"-yz" + b"}" * (n % 3) + b"\n" for n in rng.integers(0, 60, 12).tolist()] + [b"\n"]
         lines += [b"y" * (k % 20)] if k % 20 else []
         path = tmp_path / str(k)
         path.write_bytes(b"".join(lines))
         with path.open("rb") as file:
-            found = list(scanning.scan(file, lambda number, head: is_asked))
+            found = list(scanning.scan(file, lambda number, head: until))
         assert [(s.number, s.size) for s in found] == [(i, len(line)) for i, line in enumerate(lines, start=1)]
         assert [s.is_ended for s in found] == [line.endswith(b"\n") for line in lines]
         for s, line in zip(found, lines, strict=True):
-            assert s.text == (line if is_asked else line[: len(s.text)]) and len(s.text) >= min(4, len(line))
+            if until and len(line) > 16 and until in line and line.endswith(b"}\n"):
+                assert s.is_cut and s.text == line[: line.index(until)]
+            else:
+                assert not s.is_cut and s.text == (line if until is not None else line[: len(s.text)])
+            assert len(s.text) >= min(4, len(line)) or s.is_cut
 
 
 @pytest.fixture
 def long_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "PACKED_FROM", 1)
-    monkeypatch.setattr(journal_lines, "_LONG", 0)
+    monkeypatch.setattr(scanning, "_BLOCK", 150)
 
 
 def _stated(*names: str) -> Report:
