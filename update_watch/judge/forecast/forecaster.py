@@ -35,7 +35,7 @@ _SURE = 0.4  # of the steps that are left: a stall's step whose range is wider i
 # where updates are alike, efficiency falls in jumps, and the step is one of several: standard errors in the middle of each tenth of what
 # may come, how near (of the steps left) two steps are the same, and the share of the tenths that must come to it
 _TENTHS = (-1.645, -1.036, -0.674, -0.385, -0.126, 0.126, 0.385, 0.674, 1.036, 1.645)
-_NEAR, _MOST_OF = 0.1, 0.8
+_NEAR, _MOST_OF = 0.1, 0.7
 _NEVER = np.iinfo(np.int64).max
 
 Array = npt.NDArray[np.float64]
@@ -153,8 +153,9 @@ def _course(
     middle_nS, later_nS = at(change_nS), at(change_nS + noise_nS)
     # single windows scatter, so the last one above a limit lies beyond the step at which their mean passes it
     early_nS, late_nS = (at(change_nS + noise_nS + part * _NINE_OF_TEN * error_nS) for part in (-1.0, 1.0))
-    early_nS[~keeps_n] -= _CURVE
-    late_nS[~keeps_n] += _CURVE
+    curve_n1 = np.where(keeps_n, 0.0, np.where(position.alike_n[is_known], _CURVE_ALIKE, _CURVE))[:, None]
+    early_nS -= curve_n1
+    late_nS += curve_n1
     early_n, likely_n, late_n = (_passing(steps, course, limits.stalling) for course in (early_nS, later_nS, late_nS))
     end, left = schedule.steps, schedule.steps - report.step
     width_n = np.minimum(late_n, end) - np.minimum(early_n, end)
@@ -162,15 +163,18 @@ def _course(
     alike_n = position.alike_n[is_known] & (width_n > _NEAR * left)
     if alike_n.any():
         tenths = (
-            read_drifted(curves_nG[alike_n], octaves_nS[alike_n], drift_nS[alike_n], alike_n[alike_n])
-            for drift_nS in (change_nS + noise_nS + part * error_nS for part in _TENTHS)
+            read_drifted(
+                *(curves_nG[alike_n], octaves_nS[alike_n]),
+                *((change_nS + noise_nS + part * error_nS)[alike_n], alike_n[alike_n]),
+            )
+            + part / _NINE_OF_TEN * curve_n1[alike_n]
+            for part in _TENTHS
         )
         steps_Zn = np.stack([_passing(steps, course_nS, limits.stalling) for course_nS in tenths])
         likely_n[alike_n], is_sure_n[alike_n] = _most_likely(steps_Zn, likely_n[alike_n], end, _NEAR * left)
         likely_n = np.clip(likely_n, early_n, late_n)
     both_nS = _NINE_OF_TEN * np.sqrt(error_nS**2 + noise_nS**2)
     ends = np.stack([at(change_nS + part * both_nS, lasts) @ weights_S for part in (-1.0, -0.5, 0.0, 0.5, 1.0)])
-    curve_n = np.where(keeps_n, 0.0, np.where(position.alike_n[is_known], _CURVE_ALIKE, _CURVE))
     floor = first_octave(curves_nG, limits.stalling)
     return _Course(
         report.step,
@@ -178,7 +182,7 @@ def _course(
         steps,
         rates,
         middle_nS,
-        np.stack([np.maximum(ends.min(0) - curve_n, 0.0), ends[2], ends.max(0) + curve_n]),
+        np.stack([np.maximum(ends.min(0) - curve_n1[:, 0], 0.0), ends[2], ends.max(0) + curve_n1[:, 0]]),
         np.stack([early_n, likely_n, late_n]),
         _passing(steps, later_nS, limits.stalled),
         is_sure_n,
