@@ -50,6 +50,8 @@ class Common(NamedTuple):
 class Gathers:
     """Reads rows of one optimizer on one device. `slots`: state -> its place among the accumulators."""
 
+    _reads_lower_first = True  # of two sets the one of the lower share
+
     def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, common: Common) -> None:
         """`common`: of these rows, and of those whose samples will lie beside theirs."""
         self.optimizer, self.rows, self.samples = optimizer, rows, samples
@@ -92,11 +94,11 @@ class Gathers:
         self._kept_weights_nJ = None
 
     def move(self) -> tuple[int, bool]:
-        """Go on with the moving set. Returns the turn, and whether the moving set comes first in what is read."""
+        """Go on with the moving set. Returns the turn, and whether the moving set comes first in what is read and is not to."""
         if not self._keeps:
             self.open_window()
         self._turn += 1
-        return self._turn, self._place()
+        return self._turn, self._place() and self._keeps
 
     def settle(self) -> None:
         """Both sets at the kept positions."""
@@ -115,7 +117,10 @@ class Gathers:
         if self._weights is None:
             return None
         if not self._keeps:
-            return self._weights.at(turn - 1), self._weights.at(turn)
+            sets = turn - 1, turn  # in the order in which they are read
+            if self._reads_lower_first and share(self._phase, turn) < share(self._phase, turn - 1):
+                sets = turn, turn - 1
+            return self._weights.at(sets[0]), self._weights.at(sets[1])
         if self._kept_weights_nJ is None:
             # cloned: what is worked out ahead goes on
             self._kept_weights_nJ = self._weights.at(self._kept_turn).clone()

@@ -17,7 +17,7 @@ from update_watch.measure.positions import GOLDEN, SHARES, Positions
 from update_watch.measure.sampling import Sampler
 
 # turns worked out at once, by a dozen operators for all of them; where operators are launches, more of so many weights
-_AHEAD, _AHEAD_AT_MOST, _WEIGHTS = 8, 64, 2**19
+_AHEAD, _AHEAD_AT_MOST, _WEIGHTS = 16, 64, 2**19
 
 
 class PositionWeights:

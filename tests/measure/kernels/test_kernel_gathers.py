@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,9 @@ import update_watch as uw
 from update_watch.measure import device_rows, transfer
 from update_watch.measure.device import kernel_gathers, multi_gather
 from update_watch.measure.device.kernel_gathers import KernelGathers
+from update_watch.measure.gathers import Common, Gathers
 from update_watch.measure.ledger import kernel_sheet_sums
+from update_watch.measure.parameters import build_rows
 from update_watch.measure.sums import kernel_sums
 
 CPU = torch.device("cpu")
@@ -166,3 +169,26 @@ def test_a_kernel_that_reads_otherwise_is_not_used_and_that_is_said_once(monkeyp
         warnings.simplefilter("error")  # it must not reach who attaches a watch
         assert reports(sgd)[0] == (False, 1)
     assert not multi_gather.is_available(CPU)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_where_both_sets_move_every_element_weighs_the_same_and_both_ways_read_the_same() -> None:
+    """The values are the places, so what is read tells which elements were met."""
+    param = nn.Parameter(torch.arange(350.0).view(50, 7))
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    weighed = {}
+    for way in (Gathers, KernelGathers):
+        rows = build_rows(optimizer, {id(param): ("w",)}, 32, "", {})
+        gathers = way(optimizer, rows, 32, random.Random(0), Common.of(rows, keeps=False))
+        found = torch.zeros(100, 350, dtype=torch.float64)
+        for k in range(100):
+            turn, moving_first = gathers.move()
+            places_K = gathers.widened(gathers.after(None), moving_first)[0, 0].long()
+            pair = gathers.weights_of(turn)
+            assert pair is not None
+            weights_J = torch.cat(pair, -1)[0].double()
+            found[k].index_add_(0, places_K, weights_J.repeat_interleave(len(places_K) // len(weights_J)))
+        weighed[way] = found
+    assert torch.equal(weighed[Gathers], weighed[KernelGathers])
+    total = weighed[Gathers].sum(0)
+    assert float(total.max() / total.min()) < 1.35

@@ -51,6 +51,8 @@ def reads(device: torch.device, dtypes: set[torch.dtype]) -> bool:
 class KernelGathers(Gathers):
     """Reads rows of one optimizer on one device by one launch for all of them, in FP32."""
 
+    _reads_lower_first = False  # but the kept one
+
     def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, common: Common) -> None:
         self._shares = (0, 0)
         super().__init__(optimizer, rows, samples, rng, common)
