@@ -20,6 +20,7 @@ TRAINERS = {  # as a reader knows them
     "deepspeed": "DeepSpeed",
     "torchtune": "torchtune",
     "torchtitan": "torchtitan",
+    "composer": "Composer",
     "torch": "plain torch",
 }
 
@@ -79,6 +80,13 @@ _ANY = {
 # HF's Trainer makes its optimizer itself unless it is given one
 _HANDED = "\ntrainer = Trainer(model, args, optimizers=(optimizer, None))"
 
+
+def _factory(line: str, made: str) -> str:
+    """torchtitan knows Adam, AdamW and Muon by name and has no setting for others."""
+    line += "  # beside your configuration's function: torchtitan has no setting for it"
+    return f"{line}\nOptimizersContainer._resolve_optimizer_factory = staticmethod(lambda name: lambda groups: {made})"
+
+
 _OF_TRAINER: dict[Cure, dict[str, str]] = {
     Cure.masters: {
         "lightning": 'trainer = Trainer(precision="bf16-mixed")  # not "bf16-true"; the model stays in FP32',
@@ -92,17 +100,22 @@ _OF_TRAINER: dict[Cure, dict[str, str]] = {
         "deepspeed": 'config["bf16"] = {"enabled": True}  # its optimizer then holds FP32 weights',
         "torchtune": "dtype: fp32",
         "torchtitan": "--training.dtype float32 --training.mixed_precision_param bfloat16",
+        "composer": 'trainer = Trainer(model=model.float(), precision="amp_bf16")',
         "torch": "model.float()\nwith torch.autocast(device, dtype=torch.bfloat16):\n    loss = model(batch)",
     },
     Cure.stochastic_rounding: {
         "transformers": _ANY[Cure.stochastic_rounding] + _HANDED,
         "trl": _ANY[Cure.stochastic_rounding] + _HANDED.replace("Trainer", "SFTTrainer"),
         "torchtune": "optimizer:\n  _component_: torchao.optim._AdamW\n  bf16_stochastic_round: True",
+        "torchtitan": _factory("from torchao.optim import _AdamW", "_AdamW(groups, bf16_stochastic_round=True)"),
     },
     Cure.kahan: {
         "transformers": _ANY[Cure.kahan] + _HANDED,
         "trl": _ANY[Cure.kahan] + _HANDED.replace("Trainer", "SFTTrainer"),
         "torchtune": "optimizer:\n  _component_: optimi.AdamW\n  kahan_sum: True",
+        "torchtitan": _factory(
+            "from optimi import AdamW", "AdamW(groups, lr=0.0, kahan_sum=True)"
+        ),  # each group has its rate
     },
     Cure.fused_decay: {
         "transformers": 'args = TrainingArguments(output_dir, optim="adamw_torch_fused")',
@@ -124,6 +137,7 @@ _SWITCHES = {
     "deepspeed": "'{short}': {{'enabled': True}} in its config",
     "torchtune": "dtype: fp32",
     "torchtitan": "training.dtype float32",
+    "composer": "Trainer(model=model.float(), precision='amp_{short}')",
     "torch": "model.float() and torch.autocast",
 }
 
@@ -178,13 +192,14 @@ FOR_CAUSE: dict[str, tuple[Cure, ...]] = {
 }
 
 
-_LANGUAGE = {"torchtune": "yaml", "torchtitan": "sh"}
 _PAGE = """# Fix it: what to change, trainer by trainer
 
 <!-- Made from update_watch/cures.py: python -m update_watch.cures > docs/fix.md -->
 
-Each block is to be pasted. Those whose trainer installs on a CPU are run by `tests/callbacks/test_cures.py`, after which the
-tensors that stalled move; DeepSpeed, TRL, torchtune and torchtitan are written from their documentation.
+Each block is to be pasted, and each is run by a test, after which the tensors that stalled move: `tests/callbacks/test_cures.py`, and
+`test_cures_elsewhere.py` beside it for trainers that are no part of a development environment. Those ran last, on a CPU, with
+TRL 1.16.0, DeepSpeed 0.19.8 (without ZeRO, stages 1 and 3), torchtune 0.6.1 (full fine-tuning, also with `optimizer_in_bwd`),
+torchtitan 0.3.0 (FSDP2 over one process) and Composer 0.32.1 (whose check that a CPU computes in FP32 was taken out).
 
 Which one? The watch names the cause; the table names the cures for it, the cheapest first.
 
@@ -207,6 +222,9 @@ with torch.autocast(device, dtype=torch.bfloat16):
     loss = model(batch)
 ```
 
+torchao's optimizers round weights at random, not their states: in BF16 a second moment with beta2 above 0.996 can grow and not
+shrink, and the watch says so; `betas=(0.9, 0.99)` or FP32 states end it.
+
 Every one of them raises the effective learning rate of what stood still: look at the loss, and retune it.
 """
 
@@ -222,9 +240,12 @@ def markdown() -> str:
             seen.setdefault(code(cure, trainer), []).append(trainer)
         for text, trainers in seen.items():
             if text:
-                language = _LANGUAGE.get(trainers[0], "python")
-                lines += [", ".join(TRAINERS[one] for one in trainers), "", f"```{language}", text, "```", ""]
+                lines += [", ".join(TRAINERS[one] for one in trainers), "", f"```{_language(text)}", text, "```", ""]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _language(text: str) -> str:
+    return "sh" if text.startswith("--") else "python" if "=" in text else "yaml"
 
 
 def _price(each: int, for_state: int) -> str:

@@ -115,9 +115,14 @@ class Shown:
     ) -> Self:
         """Itself, knowing of its journal, its trainer and its name: of the model's class where none is given."""
         self.journal, self._is_named = journal, bool(name)
-        self.trainer = trainer_at_work(optimizers)
+        self.hear(optimizers)
         self.name = name or name_of(model)
         return self
+
+    def hear(self, optimizers: Iterable[Any]) -> None:
+        """Learn which trainer is at work, from who calls now: whoever steps an optimizer that is found at its first step."""
+        if self.trainer == "torch":
+            self.trainer = trainer_at_work(optimizers)
 
     @property
     def told_as(self) -> str:

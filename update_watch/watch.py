@@ -79,9 +79,8 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._discovery = Discovery(self._model, self._tap, self._attach)
         put = lambda window: self._ranks.is_joining or self._judge.put(window)  # noqa: E731
         self._silence = Silence(self._model, window, put, self._discovery.strangers, lambda: self._tap.enabled)
-        for optimizer in optimizers:
-            for one in chain(optimizer):
-                self._attach(one)
+        for one in [one for optimizer in optimizers for one in chain(optimizer)]:
+            self._attach(one)
         self._discovery.start()
         self._silence.start()
         endings.add(self, self._model.has)
@@ -104,6 +103,7 @@ class Watch(run_journal.Shown, memory.Remembering):
 
     def _attach(self, optimizer: Any, outside: Sequence[Optimizer] = ()) -> None:
         inner = unwrap(optimizer)
+        self.hear([optimizer])
         if not self._model.has(inner):
             endings.warn_if_watched(inner)
             if self._model.step:  # its rate may be another one

@@ -12,6 +12,7 @@ _PACKAGES = {
     "transformers.trainer": "transformers",
     "torchtune": "torchtune",
     "torchtitan": "torchtitan",
+    "composer": "composer",
     "lightning.pytorch": "lightning",
     "pytorch_lightning": "lightning",
     "lightning.fabric": "fabric",

@@ -61,7 +61,7 @@ def find(
     left = [p for _, p in named if id(p) not in held and p.requires_grad]
     left = list({id(p): p for p in left}.values())
     names = {id(p): known[id(p)] for p in left}
-    for wrapper in wrappers:
+    for wrapper in [*wrappers, *partitions.keepers(left, optimizer)]:
         pieces, absent = partitions.sub_groups(wrapper, names)
         found.pieces.update(pieces)
         found.instead.update(dict.fromkeys(absent, ""))  # it lies in other ranks' partitions

@@ -60,6 +60,12 @@ def wrappers(optimizer: Any) -> list[Any]:
     return found
 
 
+def keepers(params: Iterable[Any], optimizer: Any) -> list[Any]:
+    """ZeRO-3's wrapper of an optimizer that came without it, as the parameters know it."""
+    found = {id(one): one for one in (getattr(param, "_z3_optimizer", None) for param in params)}
+    return [one for one in found.values() if getattr(one, "optimizer", None) is optimizer]
+
+
 def chain(optimizer: Any) -> list[Any]:
     """The optimizers in Megatron's ChainedOptimizer; any other as it is."""
     chained = getattr(optimizer, "__dict__", {}).get("chained_optimizers")
