@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from tests.support.replay.twin_samples import Plain, parameter, replayed
 from update_watch.replay.absent import Absent, AbsentError, ReplayError
 from update_watch.replay.optimizer_copy import copy_of
-from update_watch.replay.twin import Twin
+from update_watch.replay.twin import Run, Twin
 
 
 def _not_to_be_copied(param: Tensor) -> dict[str, Any]:
@@ -132,3 +132,26 @@ def test_an_eps_that_asks_for_the_format_is_that_of_the_stored_weight() -> None:
 
     assert torch.equal(moved(None), moved(torch.finfo(torch.bfloat16).eps))
     assert moved(None).norm() < 0.1 * moved(torch.finfo(torch.float32).eps).norm()
+
+
+def test_dice_thrown_for_the_stored_format_alone_do_not_count_where_none_are_thrown() -> None:
+    """A look at what a BF16 copy does, as at its weight decay, must not cost the replays in FP32 after it."""
+
+    class RoundsAtRandom(Plain):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            super().step()
+            for param in self.param_groups[0]["params"]:
+                if param.dtype is torch.bfloat16:
+                    param.add_(torch.rand_like(param), alpha=1e-3)
+
+    param = parameter(8)
+    twin = Twin(RoundsAtRandom([param]))
+
+    def replay(dtype: torch.dtype) -> Tensor:
+        return twin.replay([Run(0, param.detach().to(dtype, copy=True), param.grad.to(dtype, copy=True), {})])[0].param
+
+    with pytest.raises(ReplayError, match="draws random numbers"):
+        replay(torch.bfloat16)
+    torch.testing.assert_close(replay(torch.float32), param.detach() - 0.1 * param.grad)
+    with pytest.raises(ReplayError, match="draws random numbers"):
+        replay(torch.bfloat16)

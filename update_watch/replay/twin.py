@@ -197,8 +197,11 @@ class Twin:
                 with quiet, quiet:
                     self._rule(twin)
                     self.has_drawn_of_its_own = self.has_drawn_of_its_own or copier.have_drawn
-                    self.has_drawn = self.has_drawn or quiet.random_states.have_moved()
-                    if self.has_drawn and not all(run.may_draw for run in runs):
+                    has_drawn = (
+                        quiet.random_states.have_moved()
+                    )  # now: rounding at random draws for a stored format alone
+                    self.has_drawn = self.has_drawn or has_drawn
+                    if has_drawn and not all(run.may_draw for run in runs):
                         raise ReplayError(f"{self._name} draws random numbers in its step, and a replay draws others")
         except ReplayError:
             raise

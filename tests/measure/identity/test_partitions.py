@@ -191,6 +191,21 @@ def test_zero_3_without_its_wrapper_is_unknown_and_says_what_to_give() -> None:
     assert all(health == "unknown" and "engine.optimizer" in advice for health, advice in found.values())
 
 
+def test_zero_3_is_found_at_its_first_step_by_what_its_parameters_know() -> None:
+    model = Net(torch.bfloat16)
+    wrapper = Zero3(sgd(model), torch.bfloat16)
+    for p in model.parameters():
+        p._z3_optimizer = wrapper  # type: ignore[attr-defined]
+    reports: list[uw.Report] = []
+    with uw.watch(model, sinks=[reports.append], window=STEPS):
+        run(model, wrapper)
+    (report,) = reports
+    assert (report.step, len(report.tensors)) == (STEPS, len(list(model.parameters())))
+    for t in report.tensors:
+        dot, want = wrapper.truth[id(dict(model.named_parameters())[t.name])]
+        assert t.efficiency == pytest.approx(dot / want, abs=0.03), t.name
+
+
 def test_padding_behind_a_piece_is_nobodys() -> None:
     params = [nn.Parameter(torch.zeros(3, 3)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(4))]
     for p in params:  # the second of two ranks

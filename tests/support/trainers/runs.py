@@ -80,7 +80,8 @@ def tell(name: str, report: uw.Report | None, trainer: str, model: nn.Module, fi
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies, of a shard those of this process."""
     local: Callable[[Any], Tensor] = lambda t: t.to_local() if hasattr(t, "to_local") else t  # noqa: E731
-    return {name: local(p.detach()).clone() for name, p in model.named_parameters()}
+    found = ((name.replace("_checkpoint_wrapped_module.", ""), p) for name, p in model.named_parameters())
+    return {name: local(p.detach()).clone() for name, p in found}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
