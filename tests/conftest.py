@@ -4,10 +4,11 @@ Tests that talk to servers, build packages or look through a browser take minute
 """
 
 import gc
-import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,7 @@ _SLOW_CASES = {
     "test_ledger": ("overwritten[every 24-adamw]", "adamw-pruned]", "adamw-normalised]"),
 }
 _TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+_TRITON = tuple(int(part) for part in version("triton").split(".")[:2]) if find_spec("triton") else (99,)
 # what an older torch does not have, or has not beside it, and the cases that need it, by file
 _NEEDED = (
     (
@@ -99,12 +101,13 @@ _NEEDED = (
         _TORCH >= (2, 7),
         {"test_forecast": ("a_torch_scheduler_is_run_ahead", "with_a_formula_are_asked")},
     ),
-    ("torchao", importlib.util.find_spec("torchao") is not None, {"test_scenarios": ("of_torchao",)}),
+    ("torchao", find_spec("torchao") is not None, {"test_scenarios": ("of_torchao",)}),
     (
         "steps of AdamW where another device is the default",
         _TORCH >= (2, 7),
         {"test_rule_kind": ("default_dtype_and_device_of_the_user",)},
     ),
+    ("an interpreter of Triton that knows truth values", _TRITON >= (3, 3), {"test_sheet_sums": ("",)}),
     ("FSDP2 on a CPU beside CUDA's libraries", _TORCH >= (2, 7), {"test_joining": ("",)}),
 )
 # tests of the trials themselves, and of what they leave behind: a room and files

@@ -70,7 +70,12 @@ def _long_column_line(values: Floats, is_whole: bool) -> Any:
 
 
 def column_of(column: Any, count: int) -> Floats:
-    if isinstance(column, list) or is_packed(column):
+    if is_packed(column):
+        found = unpacked(column, "f", count)
+        values = found.astype(np.float64)
+        if found.itemsize == 4 and not np.isinf(found).any():  # of these none is as large
+            return values
+    elif isinstance(column, list):
         values = _entries_of(column, count)
     elif isinstance(column, dict):
         values = np.full(count, float_of(column["most"]))

@@ -7,6 +7,7 @@ one of the errors that `columns` names), and no array is larger than its text.
 from __future__ import annotations
 
 import base64
+import binascii
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def unpacked(value: Any, kinds: str, count: int | None = None) -> NDArray[Any]:
     if count is not None and len(text) != 4 * -(-count * kind.itemsize // 3):
         raise ValueError("damaged window (length of packed numbers)")
     try:
-        data = base64.b64decode(text)  # passes over what is no base64: then it is too short
+        data = binascii.a2b_base64(text)  # passes over what is no base64: then it is too short
     except ValueError:
         data = b""
     if len(data) != len(text) // 4 * 3 - text[-2:].count("=") or len(data) % kind.itemsize:

@@ -63,7 +63,9 @@ class JournalReader:
         self.path = Path(path)
         self.run: dict[str, Any] = {}  # what the last header says about the run
         self.damaged: list[tuple[int, str]] = []  # (line number, what is wrong)
-        self._newest: tuple[int, bytes, TensorTable] | None = None  # number, beginning, table of the last window
+        self._newest: tuple[int, int, bytes, TensorTable] | None = (
+            None  # the last window: number, place, beginning, table
+        )
 
     def frames(
         self, wanted: Callable[[int], bool] | None = None, numbers: Collection[str] | None = None
@@ -103,7 +105,7 @@ class JournalReader:
                     elif kind == "window":
                         frame = frame_of_line(line, tables, numbers)
                         if numbers is not None:
-                            self._newest = (number, raw[:_HEAD], frame.table)
+                            self._newest = (found.number, found.at, raw[:_HEAD], frame.table)
                         del line  # of many tensors hundreds of megabytes
                         yield frame
                     # other kinds carry nothing a window needs
@@ -119,11 +121,11 @@ class JournalReader:
         """The last of `frames` as a whole, or without its histograms where it is large; of a damaged one what can be read."""
         if self._newest is None:
             return frame
-        number, head, table = self._newest
+        number, at, head, table = self._newest
         end = WHOLE if has_histograms else AT_HISTOGRAMS
         for until, numbers in ((end, None), (AT_ACCUMULATORS, TENSOR_NUMBERS)):
             try:
-                line = _decoded(self._again(head, until))
+                line = _decoded(self._again(at, head, until))
                 return frame_of_line(line, {str(line.get("table")): table}, numbers)
             except ValueError as error:
                 if numbers is None:
@@ -132,14 +134,20 @@ class JournalReader:
         known = dict.fromkeys(TENSOR_NUMBERS, nothing) | dict(frame.tensors.numbers)
         return dataclasses.replace(frame, tensors=dataclasses.replace(frame.tensors, numbers=known))
 
-    def _again(self, head: bytes, until: bytes) -> Scanned:
-        """The last line that begins so: it stands elsewhere where the file was thinned in between."""
+    def _again(self, at: int, head: bytes, until: bytes) -> Scanned:
+        """The line that begins so: it stands elsewhere where the file was thinned in between."""
+
+        def asked(_: int, begin: bytes) -> bytes | None:
+            return until if begin.startswith(head) else None
+
         with open(self.path, "rb") as file:
-            lines = scan(file, lambda _, start: until if start.startswith(head) else None)
-            *_, found = [None, *(line for line in lines if line.text.startswith(head))]
-        if found is None:
-            raise ValueError("its line is no longer there")
-        return found
+            for start in (at, 0):
+                for line in scan(file, asked, start):
+                    if line.text.startswith(head):
+                        return line
+                    if start:
+                        break
+        raise ValueError("its line is no longer there")
 
     def header(self) -> dict[str, Any]:
         """What the last header says about the run; empty where there is none."""

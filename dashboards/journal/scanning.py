@@ -12,6 +12,7 @@ _BLOCK = 2**20  # bytes; a line that lies in one is short
 
 class Scanned(NamedTuple):
     number: int  # from 1
+    at: int  # where it begins in the file
     size: int  # bytes
     text: bytes  # of a long line that was not asked for its first bytes alone
     is_ended: bool  # by a newline; the last one may still be being written
@@ -21,13 +22,18 @@ class Scanned(NamedTuple):
 Asked = Callable[[int, bytes], bytes | None]
 
 
-def scan(file: BinaryIO, asked: Asked = lambda number, head: None) -> Iterator[Scanned]:
-    """The lines in their order.
+def scan(file: BinaryIO, asked: Asked = lambda number, head: None, start: int = 0) -> Iterator[Scanned]:
+    """The lines in their order, from `start` on (bytes), where one begins.
 
     `asked` is given number and first bytes of long ones, and says up to which bytes they are wanted: `WHOLE`, or not at all
     (None). A line that has no such bytes, or does not end as an object does, is whole.
     """
-    number, at, block, begin = 0, 0, b"", 0  # the line begins at `begin` of the block, which begins at `at` of the file
+    number, at, block, begin = (
+        0,
+        start,
+        b"",
+        0,
+    )  # the line begins at `begin` of the block, which begins at `at` of the file
     while True:
         end = block.find(b"\n", begin) + 1
         if not end:  # it goes on behind the block, or begins there
@@ -39,7 +45,7 @@ def scan(file: BinaryIO, asked: Asked = lambda number, head: None) -> Iterator[S
             end = block.find(b"\n") + 1
         number += 1
         if end:
-            yield Scanned(number, end - begin, block[begin:end], True, False)
+            yield Scanned(number, at + begin, end - begin, block[begin:end], True, False)
             begin = end
             continue
         text = block[:_HEAD]
@@ -51,7 +57,7 @@ def scan(file: BinaryIO, asked: Asked = lambda number, head: None) -> Iterator[S
         if until is not None:
             file.seek(at)
             text = file.read(size if cut is None else cut)
-        yield Scanned(number, size, text, is_ended, cut is not None)
+        yield Scanned(number, at, size, text, is_ended, cut is not None)
         at += size
 
 

@@ -236,3 +236,14 @@ def test_of_a_long_line_whose_end_is_damaged_the_numbers_are_read_and_it_is_said
     assert found.last.tensors.numbers["update_ratio"][0] == pytest.approx(
         fully_filled_report().tensors[0].update_ratio, rel=1e-6
     )
+
+
+def test_the_last_window_is_found_where_the_file_was_thinned_in_between(tmp_path: Path) -> None:
+    path = write(tmp_path / "j.jsonl", fully_filled_report())
+    reader = JournalReader(path)
+    (frame,) = reader.frames(numbers=())
+    header, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(header + b'{"kind":"note"}\n' + b"".join(others))
+    assert reader.newest(frame).tensors.advice[0] and not reader.damaged
+    path.write_bytes(header)
+    assert reader.newest(frame).step == frame.step and reader.damaged == [(3, "its line is no longer there")]

@@ -142,7 +142,7 @@ def test_a_kernel_that_adds_otherwise_is_not_used_and_that_is_said_once(
     with pytest.warns(UserWarning, match="kernel of sums is not used") as said:
         assert not kernel_sums.is_right(CPU, kind)
         assert not kernel_sums.is_right(CPU, kind)
-    assert len(said) == 1
+    assert sum("kernel of sums" in str(one.message) for one in said) == 1  # an old Triton has its own to say
     monkeypatch.setattr(kernel_sums, "_works", {CPU: True})
 
 
