@@ -29,6 +29,7 @@ CASES = {
     "ignite_handlers.py": [rf"^{STALLED}"],
     "skorch_callback.py": [rf"^{STALLED}"],
     "fastai_callback.py": [rf"^{STALLED}"],
+    "composer_callback.py": [rf"^{STALLED}", r"Trainer\(model=model.float\(\), precision='amp_bf16'\)"],
     "hf_trainer.py": [
         r"'efficiency': '0\.\d+', 'stalled': \d",
         r"^update-watch: 5 of 21 tensors are stalled since step 1 \(all 5 norms\): BF16",
@@ -45,7 +46,9 @@ NEEDS = {"lightning": ["lightning"], "fabric": ["lightning"], "hf": ["transforme
 def test_example_says_what_it_promises(command: str, tmp_path: Path) -> None:
     name, *arguments = command.split()
     first = re.split(r"[_.]", name)[0]
-    for package in NEEDS.get(first, [first] if first in ("accelerate", "ignite", "skorch", "fastai") else []):
+    for package in NEEDS.get(
+        first, [first] if first in ("accelerate", "ignite", "skorch", "fastai", "composer") else []
+    ):
         pytest.importorskip(package)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(EXAMPLES / name), *arguments],

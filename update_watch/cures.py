@@ -196,10 +196,11 @@ _PAGE = """# Fix it: what to change, trainer by trainer
 
 <!-- Made from update_watch/cures.py: python -m update_watch.cures > docs/fix.md -->
 
-Each block is to be pasted, and each is run by a test, after which the tensors that stalled move: `tests/callbacks/test_cures.py`, and
-`test_cures_elsewhere.py` beside it for trainers that are no part of a development environment. Those ran last, on a CPU, with
-TRL 1.16.0, DeepSpeed 0.19.8 (without ZeRO, stages 1 and 3), torchtune 0.6.1 (full fine-tuning, also with `optimizer_in_bwd`),
-torchtitan 0.3.0 (FSDP2 over one process) and Composer 0.32.1 (whose check that a CPU computes in FP32 was taken out).
+Each block is to be pasted, and each is run by a test, after which the tensors that stalled move (one that is the same for several
+trainers: in one of them at least): `tests/callbacks/test_cures.py`, and `test_cures_elsewhere.py` beside it for trainers that are
+no part of a development environment. Those ran last, on a CPU, with TRL 1.16.0, DeepSpeed 0.19.8 (without ZeRO and at stage 1; FP32
+masters also at stage 3), torchtune 0.6.1 (full fine-tuning, also with `optimizer_in_bwd`), torchtitan 0.3.0 (FSDP2 over one process)
+and Composer 0.32.1 (whose check that a CPU computes in FP32 was taken out).
 
 Which one? The watch names the cause; the table names the cures for it, the cheapest first.
 

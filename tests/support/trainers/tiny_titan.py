@@ -78,8 +78,12 @@ def tiny() -> Any:
     spec.model.layers[0].attention.inner_attention = ScaledDotProductAttention.Config()
     training = TrainingConfig(local_batch_size=2, seq_len=16, steps=STEPS, disable_cuda_graphs=True)
     return Trainer.Config(
-        **{"loss": CrossEntropyLoss.Config(), "model_spec": spec, "optimizer": default_adamw(lr=LR, weight_decay=0.0)},
-        **{"lr_scheduler": LRSchedulersContainer.Config(warmup_steps=0), "training": training},
+        **{
+            "loss": CrossEntropyLoss.Config(),
+            "model_spec": spec,
+            "optimizer": default_adamw(lr=2 * LR, weight_decay=0.0),
+        },
+        **{"lr_scheduler": LRSchedulersContainer.Config(warmup_steps=0, min_lr_factor=1.0), "training": training},
         **{"dataloader": Data.Config(), "tokenizer": Tokenizer.Config()},
     )
 
