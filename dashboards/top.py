@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from update_watch.cures import TITLES, TRAINERS, code
+from update_watch.cures import TITLES, TRAINERS, code_line
 from update_watch.dashboards.frame import Frame
 from update_watch.dashboards.journal.lines import AT_TENSORS, WINDOW_START
 from update_watch.dashboards.journal.reader import EmptyJournalError, JournalReader
@@ -242,7 +242,7 @@ def cure_words(verdict: Verdict, frame: Frame, trainer: str, rule: str = "") -> 
     """One line of what to change; empty where nothing is to be."""
     for cure, cost in offers_of(frame, verdict)[:1]:
         text = f"{TITLES[cure]} (+{size(cost)})"
-        return f"{text}: {code(cure, trainer, rule).splitlines()[0]}" if trainer in TRAINERS else text
+        return f"{text}: {code_line(cure, trainer, rule)}" if trainer in TRAINERS else text
     advice = verdict.groups[0].advice if verdict.groups else ""
     return (advice.partition("; ")[2] or advice).rstrip(".")
 

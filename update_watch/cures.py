@@ -8,6 +8,7 @@ tests/callbacks/test_cures.py runs each entry whose trainer is installed: the te
 from __future__ import annotations
 
 import enum
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -155,6 +156,23 @@ def code(cure: Cure, trainer: str, rule: str = "") -> str:
         raise ValueError(f"cures.code(trainer={trainer!r}) must be one of {', '.join(TRAINERS)}")
     text = _OF_TRAINER.get(cure, {}).get(trainer) or _ANY.get(cure, "")
     return text.replace("AdamW", rule) if rule in _RULES.get(cure, ()) else text
+
+
+def code_line(cure: Cure, trainer: str, rule: str = "") -> str:
+    """The line of `code` that says it, with what it imports spelled out: "optimizer = optimi.AdamW(...)"."""
+    sources: dict[str, str] = {}
+    lines = []
+    for line in code(cure, trainer, rule).splitlines():
+        if found := re.match(r"from (\S+) import (\w+)", line):
+            sources[found[2]] = found[1]
+        else:
+            lines.append(line.partition("  #")[0].strip())
+    text = lines[0] if lines else ""
+    if text.endswith(":"):  # of a configuration file
+        text = f"{text} {{{', '.join(lines[1:])}}}"
+    for name, source in sources.items():
+        text = re.sub(rf"\b{name}\(", f"{source}.{name}(", text)
+    return text
 
 
 def options_of(group: Mapping[str, Any]) -> tuple[str, ...]:

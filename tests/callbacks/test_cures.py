@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import update_watch as uw
-from update_watch.cures import TITLES, TRAINERS, Cure, code, extra_bytes, markdown, options_of, switch
+from update_watch.cures import TITLES, TRAINERS, Cure, code, code_line, extra_bytes, markdown, options_of, switch
 
 LR, STEPS = 1e-5, 24
 OPTIMIZERS = (Cure.stochastic_rounding, Cure.kahan)
@@ -338,3 +338,13 @@ def test_what_an_optimizer_can_be_told_is_read_from_it() -> None:
     optimi = pytest.importorskip("optimi")
     found = options_of(optimi.AdamW(w, lr=1e-3, kahan_sum=True).param_groups[0])
     assert "fused" not in found and {"kahan_sum=True", "beta1", "beta2"} <= set(found)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_each_cure_has_a_line_that_needs_no_import_before_it(trainer: str) -> None:
+    for cure in Cure:
+        line = code_line(cure, trainer)
+        assert bool(line) == bool(code(cure, trainer))
+        assert "\n" not in line and " import " not in line and "#" not in line
+    assert code_line(Cure.kahan, "torch") == "optimizer = optimi.AdamW(model.parameters(), lr=lr, kahan_sum=True)"
+    assert code_line(Cure.kahan, "torchtune") == "optimizer: {_component_: optimi.AdamW, kahan_sum: True}"
