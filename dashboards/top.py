@@ -18,7 +18,7 @@ import numpy as np
 
 from update_watch.cures import TITLES, TRAINERS, code_line
 from update_watch.dashboards.frame import Frame
-from update_watch.dashboards.journal.lines import AT_TENSORS, WINDOW_START
+from update_watch.dashboards.journal.lines import AT_HISTOGRAMS, AT_TENSORS, WINDOW_START
 from update_watch.dashboards.journal.reader import EmptyJournalError, JournalReader
 from update_watch.dashboards.journal.scanning import scan
 from update_watch.dashboards.keyboard import Keyboard
@@ -172,7 +172,7 @@ def read_tail(path: Path, windows: int = WINDOWS) -> Tail:
         frames.append(frame)
     if not frames:
         raise reader.without_windows()
-    newest = reader.newest(frames[-1], has_histograms=False)
+    newest = reader.newest(frames[-1], AT_HISTOGRAMS)
     return Tail(newest, tuple(frames[-windows:]), tuple(alerts[: -_ALERTS - 1 : -1]), reader.run)
 
 

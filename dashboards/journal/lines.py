@@ -59,7 +59,8 @@ _LETTERS = "".join(HEALTH_LETTERS[h] for h in SEVERITY)
 _LETTER_BYTES = np.frombuffer((_LETTERS + ABSENT).encode("ascii"), dtype=np.uint8)  # by code; NO_CODE is the last
 _LEFT_OUT = frozenset({"headroom", "movement", "places", "what_if"})  # of a window not read as a whole
 # up to which a long line may be read
-AT_TENSORS, AT_ACCUMULATORS, AT_HISTOGRAMS = b',"tensors":{', b',"accumulators":{', b',"headroom":{"first":'
+AT_TENSORS, AT_ACCUMULATORS = b',"tensors":{', b',"accumulators":{'
+AT_HISTOGRAMS, AT_MOVEMENT = b',"headroom":{"first":', b',"movement":{"first":'
 _NO_LETTER = NO_CODE - 1
 _CODE_OF = np.full(256, _NO_LETTER, dtype=np.int8)  # byte of a letter -> code
 _CODE_OF[[ord(letter) for letter in ABSENT + _LETTERS]] = range(NO_CODE, len(_LETTERS))

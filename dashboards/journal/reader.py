@@ -14,7 +14,6 @@ import numpy as np
 from update_watch.dashboards.frame import TENSOR_NUMBERS, Frame, TensorTable, report_of
 from update_watch.dashboards.journal.lines import (
     AT_ACCUMULATORS,
-    AT_HISTOGRAMS,
     FORMAT,
     SCHEMA,
     WINDOW_START,
@@ -117,12 +116,11 @@ class JournalReader:
         if lines and not is_ours:
             raise JournalError(f"{self.path} is not an update-watch journal: none of its {lines} lines can be read.")
 
-    def newest(self, frame: Frame, has_histograms: bool = True) -> Frame:
-        """The last of `frames` as a whole, or without its histograms where it is large; of a damaged one what can be read."""
+    def newest(self, frame: Frame, end: bytes = WHOLE) -> Frame:
+        """The last of `frames` as a whole, of a long line up to its `end`; of a damaged one what can be read."""
         if self._newest is None:
             return frame
         number, at, head, table = self._newest
-        end = WHOLE if has_histograms else AT_HISTOGRAMS
         for until, numbers in ((end, None), (AT_ACCUMULATORS, TENSOR_NUMBERS)):
             try:
                 line = _decoded(self._again(at, head, until))

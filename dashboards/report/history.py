@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 
 from update_watch.dashboards.frame import TENSOR_NUMBERS, Columns, Floats, Frame, Outlook, TensorTable, frame_of
 from update_watch.dashboards.joining import join
+from update_watch.dashboards.journal.lines import AT_MOVEMENT
 from update_watch.dashboards.journal.reader import JournalReader
+from update_watch.dashboards.journal.scanning import WHOLE
 from update_watch.dashboards.journal.thinning import window_steps
+from update_watch.dashboards.report.cases import MOST
 from update_watch.dashboards.run_numbers import RunNumbers, mean_of
 from update_watch.report import SEVERITY, Alert, Health, Report
 
@@ -110,7 +113,9 @@ def read_history(path: str | os.PathLike[str], name: str | None = None, spans: i
         builder.add(frame)
     if builder.last is None:
         raise reader.without_windows()
-    builder.last = reader.newest(builder.last)  # only the state at the end is shown in full
+    # only the state at the end is shown in full, and of very many tensors no what-if, which takes the rest of its line
+    is_asked = len(builder.last.table.name) <= MOST
+    builder.last = reader.newest(builder.last, WHOLE if is_asked else AT_MOVEMENT)
     label = name or str(reader.run.get("name") or path.stem)
     return builder.finish(label, len(reader.damaged), reader.run)
 

@@ -19,8 +19,9 @@ from update_watch.dashboards.frame import Frame, frame_of
 from update_watch.dashboards.journal import JournalReader, packing, read_journal, scanning
 from update_watch.dashboards.journal.columns import column_line, column_of
 from update_watch.dashboards.journal.histograms import histogram_lines, histograms_of
-from update_watch.dashboards.journal.lines import decode, encode, frame_of_line, window_line
+from update_watch.dashboards.journal.lines import AT_HISTOGRAMS, AT_MOVEMENT, decode, encode, frame_of_line, window_line
 from update_watch.dashboards.journal.packing import PACKED_FROM, indices_of, kinds_line, kinds_of, packed, unpacked
+from update_watch.dashboards.journal.scanning import WHOLE
 from update_watch.dashboards.journal.table import table_line, table_of
 from update_watch.dashboards.report.history import read_history
 from update_watch.report import Report
@@ -215,16 +216,17 @@ def _stated(*names: str) -> Report:
 
 
 @pytest.mark.usefixtures("long_lines")
-@pytest.mark.parametrize("has_histograms", [True, False])
-def test_a_long_line_is_cut_where_its_own_parts_begin(tmp_path: Path, has_histograms: bool) -> None:
-    names = ("accumulators", "headroom", "tensors", "first")  # states of a hostile rule
+@pytest.mark.parametrize("end", [WHOLE, AT_HISTOGRAMS, AT_MOVEMENT])
+def test_a_long_line_is_cut_where_its_own_parts_begin(tmp_path: Path, end: bytes) -> None:
+    names = ("accumulators", "headroom", "movement", "tensors", "first")  # states of a hostile rule
     path = write(tmp_path / "j.jsonl", _stated(*names), dataclasses.replace(_stated(*names), step=99_999))
     reader = JournalReader(path)
     frames = list(reader.frames(numbers=("efficiency",)))
     assert len(frames) == 2 and not frames[0].accumulators and set(frames[0].tensors.numbers) == {"efficiency"}
-    last = reader.newest(frames[-1], has_histograms)
+    last = reader.newest(frames[-1], end)
     assert set(last.accumulators) == set(names) and not reader.damaged
-    assert (last.headroom is not None) == has_histograms and last.tensors.advice[0]
+    assert (last.headroom is None) == (end == AT_HISTOGRAMS) and (last.movement is None) == (end != WHOLE)
+    assert last.tensors.advice[0]
 
 
 @pytest.mark.usefixtures("long_lines")
