@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
 import hashlib
 import importlib.resources
 import json
@@ -32,11 +31,11 @@ from update_watch.dashboards.report.history import History, read_history
 from update_watch.dashboards.report.palette import RUNS, THEMES, chart_config
 from update_watch.dashboards.report.picture import write_picture
 from update_watch.dashboards.report.tensor_list import tensor_list
+from update_watch.dashboards.report.vega import vega
 
 _POLL_SECONDS = 2.0
 _RELOAD_SECONDS = 10.0
 _SCRIPTS = ("page.js", "charts.js", "map.js", "table.js", "start.js")
-_BUNDLE = "window.vegaEmbed = vegaEmbed;"
 _INSTALL = "The HTML report needs {}: pip install 'update-watch[report]'"
 
 
@@ -57,8 +56,12 @@ def render_html(histories: Sequence[History], reload_seconds: float | None = Non
         import jinja2
     except ImportError as error:
         raise ImportError(_INSTALL.format("jinja2")) from error
+    try:
+        library = vega()
+    except ImportError as error:
+        raise ImportError(_INSTALL.format("vl-convert-python")) from error
     # a scope of its own: the bundle's thousands of short names are global
-    library, script = _vega(), '(() => {\n"use strict";\n' + "\n".join(_resource(name) for name in _SCRIPTS) + "})();\n"
+    script = '(() => {\n"use strict";\n' + "\n".join(_resource(name) for name in _SCRIPTS) + "})();\n"
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -176,17 +179,6 @@ def replace_text(path: Path, text: str) -> None:
 
 
 # --- assembling ------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)  # seconds of work, always the same
-def _vega() -> str:
-    try:
-        import vl_convert
-    except ImportError as error:
-        raise ImportError(_INSTALL.format("vl-convert-python")) from error
-    bundle: str = vl_convert.javascript_bundle(_BUNDLE)
-    # a closing tag inside a string would end the script element; Vega's bundle has none today
-    return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
 def _resource(name: str) -> str:

@@ -9,6 +9,7 @@ import html
 import re
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -210,12 +211,41 @@ def test_the_file_is_written_in_one_step_and_leaves_nothing_beside_it(tmp_path):
 
 
 def test_missing_packages_are_named_with_their_install_command(monkeypatch):
-    from update_watch.dashboards.report import html as module
+    from update_watch.dashboards.report import vega as module
 
-    module._vega.cache_clear()
+    module.vega.cache_clear()
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(ImportError, match=r"needs vl-convert-python: pip install 'update-watch\[report\]'"):
         render_html([history_of(hostile_run())])
+
+
+def test_vegas_scripts_are_made_once_and_anew_where_what_is_kept_is_not_what_was_made(tmp_path, monkeypatch):
+    from update_watch.dashboards.report.vega import vega
+
+    made = []
+    maker = types.SimpleNamespace(
+        __version__="7", javascript_bundle=lambda snippet: made.append(snippet) or "var é;</script"
+    )
+    monkeypatch.setitem(sys.modules, "vl_convert", maker)
+    monkeypatch.setenv("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "update-watch" / "vega-7.js"
+
+    def scripts() -> str:
+        vega.cache_clear()
+        return vega()
+
+    assert scripts() == scripts() == "var é;<\\/script" and len(made) == 1
+    assert [file.name for file in kept.parent.iterdir()] == [kept.name]
+    for damage in (kept.read_bytes()[:-1], kept.read_bytes().replace(b"var", b"bar"), b"", b"\xff\n"):
+        kept.write_bytes(damage)
+        assert scripts() == "var é;<\\/script"
+    assert len(made) == 5
+    maker.__version__ = "8"
+    scripts()
+    assert len(made) == 6
+    monkeypatch.setenv("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", str(kept))  # no folder
+    assert scripts() == "var é;<\\/script" and len(made) == 7
+    vega.cache_clear()
 
 
 @pytest.mark.parametrize("content", [b"", b"text\n"], ids=["empty", "text"])
