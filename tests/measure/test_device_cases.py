@@ -73,7 +73,9 @@ def test_nothing_grows_in_thousands_of_steps(steps: int, monkeypatch: pytest.Mon
         assert watch._tap.error is None
         assert watch.step == steps
         assert watch.flush().tensors[0].efficiency is not None  # type: ignore[union-attr]
-    assert blocks[1] - blocks[0] < steps // 2  # one thing kept per step and tensor would be 1.5 `steps`
+    # one thing kept per step and tensor would be 1.5 `steps`; the judge's histories of windows fill up, whatever the steps
+    histories = 256
+    assert blocks[1] - blocks[0] < steps // 2 + histories
 
 
 # --- graphs ---------------------------------------------------------------------------------------------
