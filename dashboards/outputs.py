@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +77,24 @@ def signed_png(picture: bytes) -> bytes:
     chunk = b"tEXt" + _SOFTWARE
     text = struct.pack(">I", len(_SOFTWARE)) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return picture[:_AFTER_HEADER] + text + picture[_AFTER_HEADER:]
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step: whoever opens it sees the old one or the new one, whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
 
 
 def _is_same(path: Path, other: Path) -> bool:

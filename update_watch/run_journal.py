@@ -79,9 +79,8 @@ def write_page(path: str | os.PathLike[str], journal: str | os.PathLike[str] | N
         OutputError: a file that is no report is there already.
         ImportError: a package for it is missing.
     """
-    from update_watch.dashboards.outputs import check_output
+    from update_watch.dashboards.outputs import check_output, replace_text
     from update_watch.dashboards.report import history_of, render_html, write_report
-    from update_watch.dashboards.report.html import replace_text
 
     path = Path(path)
     if journal is not None and os.path.exists(journal):

@@ -12,8 +12,6 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from update_watch.dashboards.journal.reader import EmptyJournalError
-from update_watch.dashboards.outputs import check_output
+from update_watch.dashboards.outputs import check_output, replace_text
 from update_watch.dashboards.report.charts.classes import CLASSES
 from update_watch.dashboards.report.comparison import compare
 from update_watch.dashboards.report.details import details
@@ -158,24 +156,6 @@ def read_runs(paths: Sequence[Path]) -> list[History]:
         names = stems if len(set(stems)) == len(stems) else [str(path.with_suffix("")) for path in paths]
         histories = [dataclasses.replace(history, name=name) for history, name in zip(histories, names, strict=True)]
     return histories
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: whoever opens it sees the old one or the new one, whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 # --- assembling ------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import functools
 import hashlib
 import os
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from update_watch.dashboards.outputs import replace_text
 
 _BUNDLE = "window.vegaEmbed = vegaEmbed;"
 _HEAD = "// sha256 "
@@ -33,7 +34,8 @@ def vega() -> str:
     if kept is None:
         kept = vl_convert.javascript_bundle(_BUNDLE)
         if path is not None:
-            _keep(path, kept)
+            with suppress(OSError):
+                replace_text(path, f"{_HEAD}{_digest(kept)}\n{kept}")
     # a closing tag inside a string would end the script element; Vega's bundle has none today
     return kept.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
@@ -51,25 +53,10 @@ def _read(path: Path) -> str | None:
     with suppress(OSError, ValueError):
         if hasattr(os, "geteuid") and path.stat().st_uid != os.geteuid():
             return None
-        head, _, text = path.read_bytes().decode("utf-8").partition("\n")
+        head, _, text = path.read_text(encoding="utf-8").partition("\n")
         if head == _HEAD + _digest(text):
             return text
     return None
-
-
-def _keep(path: Path, text: str) -> None:
-    """As a whole or not at all: others may be reading."""
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        try:
-            with open(handle, "wb") as file:
-                file.write(f"{_HEAD}{_digest(text)}\n{text}".encode())
-            os.replace(name, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
 
 
 def _digest(text: str) -> str:

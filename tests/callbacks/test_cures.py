@@ -16,30 +16,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import update_watch as uw
+from tests.support.trainers.runs import Net, net
 from update_watch.cures import TITLES, TRAINERS, Cure, code, code_line, extra_bytes, markdown, options_of, switch
 
 LR, STEPS = 1e-5, 24
 OPTIMIZERS = (Cure.stochastic_rounding, Cure.kahan)
-
-
-class Norm(nn.Module):
-    """A norm whose weight begins at 1, where BF16 loses every update of LR. Computes in FP32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (64,)) * self.weight.float()
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.out = Norm(), nn.Linear(64, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.norm(x), self.out.weight.float(), self.out.bias.float()).square().mean()
 
 
 def batches() -> Iterator[Tensor]:
@@ -71,13 +52,8 @@ def run(text: str, **names: Any) -> dict[str, Any]:
     return space
 
 
-def stalled_model() -> nn.Module:
-    torch.manual_seed(0)
-    return Net().bfloat16()
-
-
 def test_without_a_cure_the_norm_stalls() -> None:
-    model = stalled_model()
+    model = net()
     assert plain_steps(model, torch.optim.AdamW(model.parameters(), lr=LR), model) == pytest.approx(0.0, abs=0.01)
 
 
@@ -87,7 +63,7 @@ SLOW_COMPILER = pytest.param(Cure.stochastic_rounding, marks=pytest.mark.slow)  
 @pytest.mark.parametrize("cure", [SLOW_COMPILER, Cure.kahan], ids=str)
 def test_an_optimizer_that_keeps_the_remainder_moves_the_norm(cure: Cure) -> None:
     pytest.importorskip({Cure.stochastic_rounding: "torchao", Cure.kahan: "optimi"}[cure])
-    model = stalled_model()
+    model = net()
     before = model.norm.weight.detach().clone()  # type: ignore[union-attr, operator]
     optimizer = run(code(cure, "torch"), model=model)["optimizer"]
     for _, batch in zip(range(600), batches(), strict=False):
@@ -98,7 +74,7 @@ def test_an_optimizer_that_keeps_the_remainder_moves_the_norm(cure: Cure) -> Non
 
 
 def test_masters_in_plain_torch() -> None:
-    model = stalled_model()
+    model = net()
     text = code(Cure.masters, "torch")
     run(text, model=model, device="cpu", batch=next(batches()))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
@@ -154,7 +130,7 @@ def test_masters_in_fabric() -> None:
 
 def test_masters_in_accelerate() -> None:
     accelerate = pytest.importorskip("accelerate")
-    model = stalled_model()
+    model = net()
     kind = functools.partial(accelerate.Accelerator, cpu=True)
     accelerator = run(code(Cure.masters, "accelerate"), model=model, Accelerator=kind)["accelerator"]
     prepared, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=LR))
@@ -275,7 +251,7 @@ def test_fused_decay_arrives_in_hf_trainer(tmp_path: Path) -> None:
 
 
 def test_an_average_in_fp32_follows() -> None:
-    model = stalled_model()
+    model = net()
     names = {"copy": copy, "AveragedModel": AveragedModel}
     ema = run(code(Cure.fp32_average, "torch"), model=model, **names)["ema"]
     ema.update_parameters(model)  # the first only copies

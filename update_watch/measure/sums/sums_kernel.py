@@ -68,6 +68,12 @@ def put_row(at, values, weights, is_first, is_second, whole, HAS_WEIGHTS: tl.con
     tl.atomic_add(at, counted, sem="relaxed")
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def put_count(at, which, weights, is_first, is_second, whole, HAS_WEIGHTS: tl.constexpr, HAS_WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Adds how many samples `which` holds for."""
+    put_row(at, which.to(tl.float64), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
+
+
 _POINTERS = (
     "before intended after stored gradient mask cell_weights whole_rows slots looks parts states_sums full gradient_max"
 )
@@ -167,46 +173,11 @@ def add_steps(  # type: ignore[no-untyped-def]
                 put_row(sums + 3 * rows, slope * slope, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
                 stored_square = held.to(tl.float64) * held.to(tl.float64)
                 put_row(sums + 4 * rows, stored_square, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
-                put_row(
-                    sums + 5 * rows,
-                    tl.where(is_wanted, one, zero),
-                    weights,
-                    is_first,
-                    is_second,
-                    whole,
-                    HAS_WEIGHTS,
-                    HAS_WHOLE,
-                )
-                put_row(
-                    sums + 6 * rows,
-                    tl.where(is_changed, one, zero),
-                    weights,
-                    is_first,
-                    is_second,
-                    whole,
-                    HAS_WEIGHTS,
-                    HAS_WHOLE,
-                )
-                put_row(
-                    sums + 7 * rows,
-                    tl.where(slope != 0, one, zero),
-                    weights,
-                    is_first,
-                    is_second,
-                    whole,
-                    HAS_WEIGHTS,
-                    HAS_WHOLE,
-                )
-                put_row(
-                    sums + 8 * rows,
-                    tl.where(is_wanted & (is_changed == 0), one, zero),
-                    weights,
-                    is_first,
-                    is_second,
-                    whole,
-                    HAS_WEIGHTS,
-                    HAS_WHOLE,
-                )
+                is_lost = is_wanted & (is_changed == 0)
+                put_count(sums + 5 * rows, is_wanted, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
+                put_count(sums + 6 * rows, is_changed, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
+                put_count(sums + 7 * rows, slope != 0, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
+                put_count(sums + 8 * rows, is_lost, weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE)
                 count, _ = add_row(
                     tl.where(valid, one, zero), weights, is_first, is_second, whole, HAS_WEIGHTS, HAS_WHOLE
                 )
