@@ -233,8 +233,8 @@ class Cohort:
         count_P, squares_P = self._rates_2P[:, :parts]
         kinds = self._is_whole_n, self._is_plain_n
         rates_P = squares_P / np.maximum(count_P, 1)
-        looks = gradients.looks_n[self.place], gradients.blind(self.place, np.full(len(self.rows), float(self.steps)))
-        steps = Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, looks[0], rates_P, *kinds, looks[1])
+        looks_n, blind_n = gradients.looks_n[self.place], gradients.blind(self.place, self.steps)
+        steps = Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, looks_n, rates_P, *kinds, blind_n)
         return steps if len(self.firsts) == len(self.rows) else steps.of(self.firsts)
 
     @property

@@ -187,7 +187,7 @@ def _tensors(
     numbers = _columns(sums.numbers(cohort.steps, *others))
     own_names = [name for name in numbers if name not in Numbers._fields and name != "what_if"]
     own_rows = list(zip(*(numbers[name] for name in own_names), strict=True))
-    weights = _rows({name: values for name, values in numbers.items() if name in Numbers._fields})
+    weights = _rows(numbers)
     parts = sums.state_numbers()
     states = [
         [_numbers({name: values_Sn[k] for name, values_Sn in part.items()}) for part in parts]

@@ -20,7 +20,7 @@ class Clock:
 
     def __init__(self, schedule: Schedule) -> None:
         self._steps = np.unique(np.linspace(0, max(schedule.steps, 1), _POINTS).round().astype(np.int64))
-        rates = np.array([_rate(schedule, min(int(step), max(schedule.steps - 1, 0))) for step in self._steps])
+        rates = np.array([rate_at(schedule, min(int(step), max(schedule.steps - 1, 0))) for step in self._steps])
         rates /= max(float(rates.max()), 1e-300)
         parts = 0.5 * (rates[1:] + rates[:-1]) * np.diff(self._steps)
         self._times = np.concatenate([[0.0], np.cumsum(parts)])
@@ -31,6 +31,7 @@ class Clock:
         return found
 
 
-def _rate(schedule: Schedule, step: int) -> float:
+def rate_at(schedule: Schedule, step: int) -> float:
+    """The learning rate of a step; 0 where it is none."""
     rate = float(schedule.rate(step))
     return rate if math.isfinite(rate) and rate > 0 else 0.0

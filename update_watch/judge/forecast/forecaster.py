@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 
 import numpy as np
 import numpy.typing as npt
 
 from update_watch.foresight.forecasts import Forecast, TensorForecast
 from update_watch.foresight.schedules import Schedule
-from update_watch.judge.forecast.clock import Clock
+from update_watch.judge.forecast.clock import Clock, rate_at
 from update_watch.judge.forecast.curves import first_octave, read_drifted
 from update_watch.judge.forecast.history import Position, Sizes
 from update_watch.report import Report, TensorReport
@@ -47,7 +46,6 @@ class Forecaster:
 
     def __init__(self, schedule: Schedule | None, thresholds: Thresholds) -> None:
         self._schedule, self._limits = schedule, thresholds
-        self._clock: Clock | None = None
         self._sizes: Sizes | None = None
         self._windows = 0
         self._said: list[_Course] = []  # as of windows 1, 2, 4, 8, ...
@@ -68,14 +66,13 @@ class Forecaster:
         return dataclasses.replace(report, headline=headline, forecast=made)
 
     def _forecast(self, report: Report, schedule: Schedule) -> Forecast | None:
-        now = _rate(schedule, max(report.step - 1, 0))
+        now = rate_at(schedule, max(report.step - 1, 0))
         if not now or report.step >= schedule.steps:
             return None
-        if self._clock is None or self._sizes is None:
-            self._clock = Clock(schedule)
-            self._sizes = Sizes(self._clock)
+        if self._sizes is None:
+            self._sizes = Sizes(Clock(schedule))
         position = self._sizes.add(report, report.tensors, schedule)
-        course = _course(report, position, schedule, self._clock, self._limits, now)
+        course = _course(report, position, schedule, self._sizes.clock, self._limits, now)
         if course is None:
             return None
         earlier = [one for one in self._said if one.step <= report.step / 2] or self._said[:1]
@@ -118,17 +115,12 @@ class _Course:
         return found
 
 
-def _rate(schedule: Schedule, step: int) -> float:
-    rate = float(schedule.rate(step))
-    return rate if math.isfinite(rate) and rate > 0 else 0.0
-
-
 def _course(
     report: Report, position: Position, schedule: Schedule, clock: Clock, limits: Thresholds, now: float
 ) -> _Course | None:
     is_known = np.isfinite(position.curves_nG[:, 0]) & np.array([bool(t.lr) for t in report.tensors])
     steps = np.unique(np.linspace(report.step, schedule.steps - 1, _POINTS).round().astype(np.int64))
-    rates = np.array([_rate(schedule, int(step)) for step in steps]) / now
+    rates = np.array([rate_at(schedule, int(step)) for step in steps]) / now
     # the last part of a decay to nothing is the end of a schedule, not a stall
     counts = rates > limits.negligible_lr * rates.max()
     steps, rates = steps[counts], rates[counts]

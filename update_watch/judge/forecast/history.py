@@ -53,7 +53,7 @@ class Sizes:
     """The windows of a run, in the order they came. Tensors are told apart by their names."""
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+        self.clock = clock
         self._names: tuple[str, ...] = ()
         self._windows: list[_Window] = []
 
@@ -63,7 +63,7 @@ class Sizes:
             self._windows = []  # gone back to an earlier checkpoint
         self._follow(tuple(t.name for t in tensors))
         self._thin()
-        self._windows.append(_window(report, tensors, schedule, self._clock))
+        self._windows.append(_window(report, tensors, schedule, self.clock))
         return self._position()
 
     def _follow(self, names: tuple[str, ...]) -> None:
@@ -91,7 +91,7 @@ class Sizes:
 
     def _position(self) -> Position:
         windows, last = self._windows, self._windows[-1]
-        now = float(self._clock(last.step))
+        now = float(self.clock(last.step))
         middles = np.array([window.middle for window in windows])
         drift = fit(middles, np.stack([window.size_n for window in windows]), now)
         weights = slope_of(middles, np.stack([window.weight_n for window in windows]), now)

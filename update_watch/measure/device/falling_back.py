@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import warnings
+
+from update_watch.worker import warn
 
 logger = logging.getLogger("update_watch")
 
@@ -13,5 +13,4 @@ def say(message: str, error: Exception) -> None:
     """`message`: what is used instead; `error`: why."""
     text = f"update-watch: {message}: {error!r}"
     logger.warning(text, exc_info=error)
-    with contextlib.suppress(Warning):  # where filters turn warnings into errors
-        warnings.warn(text, stacklevel=3)
+    warn(text)

@@ -80,10 +80,10 @@ class WholeGradients:
                     self.looks_n[i] += 1
         self._first.difference_update(range(rows.start, rows.stop))
 
-    def blind(self, rows: slice, measured_n: Array) -> Array:
+    def blind(self, rows: slice, measured: int | Array) -> Array:
         """[n] steps that were looked at in which nobody saw a row's gradient, though it could have been; `measured`: in which
         its samples were read. Of rows too large to be looked at in every step none: nothing more will be known."""
-        blind_n = self.steps - np.maximum(self.looks_n[rows], measured_n)
+        blind_n = self.steps - np.maximum(self.looks_n[rows], measured)
         blind_n[blind_n <= _LATE * self.steps] = 0.0
         for i in self._others:
             if rows.start <= i < rows.stop:
