@@ -121,7 +121,7 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
         line["forecast"] = outlook_line(frame.outlook)
     if frame.divergence is not None:
         line["divergence"] = divergence_line(frame.divergence)
-    # what grows with the model comes last, and what `cut` leaves out behind the rest
+    # what grows with the model comes last, and what is left out from `AT_...` on behind the rest
     line["tensors"] = _columns_line(frame.tensors)
     line["accumulators"] = {name: _columns_line(columns) for name, columns in frame.accumulators.items()}
     if frame.headroom is not None:

@@ -82,9 +82,15 @@ def kinds_line(values: Sequence[Hashable]) -> Any:
     """A list; of many entries `{"kinds": those there are, "of": the index of each}`."""
     if not is_long(len(values)):
         return list(values)
+    kinds, of = numbered(values)
+    return {"kinds": kinds, "of": indices_line(of)} if 2 * len(kinds) < len(values) else list(values)
+
+
+def numbered(values: Sequence[Hashable]) -> tuple[list[Any], list[int]]:
+    """The values there are, in order of appearance, and the index of each."""
     places: dict[Hashable, int] = {}
     of = [places.setdefault(value, len(places)) for value in values]
-    return {"kinds": list(places), "of": indices_line(of)} if 2 * len(places) < len(values) else list(values)
+    return list(places), of
 
 
 def kinds_of(line: Any, read: Callable[[Any], Sequence[Any]]) -> tuple[Any, ...]:

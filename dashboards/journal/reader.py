@@ -62,9 +62,8 @@ class JournalReader:
         self.path = Path(path)
         self.run: dict[str, Any] = {}  # what the last header says about the run
         self.damaged: list[tuple[int, str]] = []  # (line number, what is wrong)
-        self._newest: tuple[int, int, bytes, TensorTable] | None = (
-            None  # the last window: number, place, beginning, table
-        )
+        # the last window: number, place, beginning, table
+        self._newest: tuple[int, int, bytes, TensorTable] | None = None
 
     def frames(
         self, wanted: Callable[[int], bool] | None = None, numbers: Collection[str] | None = None

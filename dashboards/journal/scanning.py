@@ -28,12 +28,8 @@ def scan(file: BinaryIO, asked: Asked = lambda number, head: None, start: int = 
     `asked` is given number and first bytes of long ones, and says up to which bytes they are wanted: `WHOLE`, or not at all
     (None). A line that has no such bytes, or does not end as an object does, is whole.
     """
-    number, at, block, begin = (
-        0,
-        start,
-        b"",
-        0,
-    )  # the line begins at `begin` of the block, which begins at `at` of the file
+    # the line begins at `begin` of the block, which begins at `at` of the file
+    number, at, block, begin = 0, start, b"", 0
     while True:
         end = block.find(b"\n", begin) + 1
         if not end:  # it goes on behind the block, or begins there

@@ -9,7 +9,7 @@ from typing import Any
 
 from update_watch.dashboards.frame import TensorTable
 from update_watch.dashboards.journal.checks import texts_of, wholes_of
-from update_watch.dashboards.journal.packing import indices_line, indices_of, kinds_line, kinds_of
+from update_watch.dashboards.journal.packing import indices_line, indices_of, kinds_line, kinds_of, numbered
 
 _KINDS = ("layer", "optimizer_group", "dtype", "shape", "numel", "trainable", "scheme")
 
@@ -18,8 +18,7 @@ def table_line(table: TensorTable) -> dict[str, Any]:
     digest = hashlib.sha256()
     for column in table:
         digest.update(repr(column).encode("utf-8", "surrogatepass"))
-    kinds = list(dict.fromkeys(table.options))  # few: of an optimizer's group
-    places = {one: i for i, one in enumerate(kinds)}
+    kinds, of = numbered(table.options)  # few: of an optimizer's group
     return {
         "kind": "tensors",
         "table": digest.hexdigest()[:12],
@@ -27,7 +26,7 @@ def table_line(table: TensorTable) -> dict[str, Any]:
         "names": {str(i): names for i, names in enumerate(table.names) if names},
         **{key: kinds_line(getattr(table, key)) for key in _KINDS},
         "options": [list(one) for one in kinds],
-        "options_of": indices_line(list(map(places.__getitem__, table.options))),
+        "options_of": indices_line(of),
     }
 
 
@@ -44,9 +43,8 @@ def table_of(line: Mapping[str, Any]) -> TensorTable:
             shape=kinds_of(line["shape"], _shapes_of),
             numel=kinds_of(line["numel"], _wholes),
             trainable=kinds_of(line["trainable"], lambda values: list(map(bool, values))),
-            scheme=kinds_of(line["scheme"], texts_of)
-            if "scheme" in line
-            else ("",) * count,  # early journals have none
+            # early journals have none
+            scheme=kinds_of(line["scheme"], texts_of) if "scheme" in line else ("",) * count,
             options=_options_of(line, count),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -72,8 +70,9 @@ def _options_of(line: Mapping[str, Any], count: int) -> tuple[tuple[str, ...], .
     """Of each tensor; early journals have none."""
     if "options" not in line:
         return ((),) * count
-    kinds = [texts_of(one) for one in line["options"]]
-    return tuple(map(kinds.__getitem__, indices_of(line["options_of"], len(kinds)).tolist()))
+    return kinds_of(
+        {"kinds": line["options"], "of": line["options_of"]}, lambda kinds: [texts_of(one) for one in kinds]
+    )
 
 
 def _other_names(line: Any, count: int) -> tuple[tuple[str, ...], ...]:

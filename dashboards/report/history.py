@@ -41,10 +41,8 @@ SERIES = (
     "gradient_spread",
     "copy_changed",
 )
-_READ = frozenset(SERIES) & {*TENSOR_NUMBERS} | {
-    "critical_lr",
-    "state_factor",
-}  # of every window; the last is read as a whole
+# of every window; the last is read as a whole
+_READ = frozenset(SERIES) & {*TENSOR_NUMBERS} | {"critical_lr", "state_factor"}
 
 
 class Ranges(NamedTuple):

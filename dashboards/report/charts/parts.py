@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from update_watch.dashboards.report.history import History
+from update_watch.dashboards.run_numbers import Floats
 from update_watch.report import HEADROOM_LOW, SEVERITY
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
@@ -101,6 +102,15 @@ def time_chart(
         time=True,
         **({} if until is None else {"until": until}),
     )
+
+
+def times_axis(known: Floats, least: float, title: str, ticks: int) -> dict[str, Any]:
+    """A y axis of times, in octaves: of what is known, and at least from 1 / `least` to `least`."""
+    domain = [min(float(known.min()), 1 / least) / 1.1, max(float(known.max()), least) * 1.1]
+    return {
+        "scale": {"type": "log", "base": 2, "domain": domain, "nice": False},
+        "axis": {"title": title, "format": "~g", "tickCount": ticks, "grid": False, "minExtent": 30},
+    }
 
 
 def step_axis(scales: Scales) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from update_watch.dashboards.report.charts.parts import Scales, Spec, nearest, number, step_axis, time_chart
+from update_watch.dashboards.report.charts.parts import Scales, Spec, nearest, number, step_axis, time_chart, times_axis
 from update_watch.dashboards.report.history import History
 from update_watch.dashboards.run_numbers import Floats
 
@@ -14,7 +14,7 @@ _LEAST = 1.25  # times: a chart of what hardly moves is flat
 
 
 def drifts(history: History, scales: Scales) -> Spec | None:
-    """Update over weight over learning rate, as times its median, and the state factor; None where neither is known."""
+    """Update over weight over learning rate, as times its median, and the state factor; None where the former is not known."""
     with np.errstate(divide="ignore", invalid="ignore"):
         update = history.of_run("ratio") / history.of_run("lr")
     state = np.array([ranges.state for ranges in history.ranges_H])
@@ -23,16 +23,15 @@ def drifts(history: History, scales: Scales) -> Spec | None:
         return None
     update = update / np.nanmedian(update)
     known = np.concatenate([values[np.isfinite(values)] for values in (update, state)])
-    domain = [min(float(known.min()), 1 / _LEAST) / 1.1, max(float(known.max()), _LEAST) * 1.1]
-    scale = {"type": "log", "base": 2, "domain": domain, "nice": False}
-    axis = {"title": "times", "format": "~g", "tickCount": 4, "grid": False, "minExtent": 30}
-    lines = [("update", "main", "updates for their rate", update), ("state", "second", "optimizer state", state)]
+    lines = [("update", "main", "updates for their rate", update)]
+    if not np.isnan(state).all():
+        lines.append(("state", "second", "optimizer state", state))
     return _chart(
         history,
         scales,
         "Updates for their learning rate, as times their median, and the state factor",
-        [line for line in lines if not np.isnan(line[3]).all()],
-        {"scale": scale, "axis": axis},
+        lines,
+        times_axis(known, _LEAST, "times", 4),
         at=1.0,
     )
 
@@ -77,13 +76,15 @@ def _chart(
         {"step": end, **{line[0]: number(line[3][h]) for line in lines}} for h, (_, end) in enumerate(history.spans)
     ]
     x = {"field": "step", **step_axis(scales)}
-    rule: list[Spec] = [
-        {
-            "data": {"values": [{"at": at}]},
-            "mark": {"type": "rule", "style": "onset"},
-            "encoding": {"y": {"field": "at", "type": "quantitative", **y}},
-        }
-    ]
+    rule: list[Spec] = []
+    if at is not None:
+        rule.append(
+            {
+                "data": {"values": [{"at": at}]},
+                "mark": {"type": "rule", "style": "onset"},
+                "encoding": {"y": {"field": "at", "type": "quantitative", **y}},
+            }
+        )
     drawn: list[Spec] = [
         {
             "mark": {"type": "line", "style": style},
@@ -97,7 +98,7 @@ def _chart(
     ]
     return time_chart(
         110,
-        [*(rule if at is not None else []), *drawn, nearest(values, tooltip)],
+        [*rule, *drawn, nearest(values, tooltip)],
         f"{title}, over the run of {history.name}",
         data={"values": values},
     )

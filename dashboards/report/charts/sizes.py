@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from update_watch.dashboards.report.charts.parts import Scales, Spec, nearest, number, step_axis, time_chart
+from update_watch.dashboards.report.charts.parts import Scales, Spec, nearest, number, step_axis, time_chart, times_axis
 from update_watch.dashboards.report.history import History
 
 _LEAST = 2.0  # times: a chart of what hardly moves is flat
@@ -27,13 +27,8 @@ def sizes(history: History, scales: Scales, marks: Sequence[int] = ()) -> Spec |
         for (_, end), w, g, size, slope in zip(history.spans, *times, weight, gradient, strict=True)
     ]
     known = np.concatenate([t[np.isfinite(t) & (t > 0)] for t in times])
-    domain = [min(float(known.min()), 1 / _LEAST) / 1.1, max(float(known.max()), _LEAST) * 1.1]
     x = {"field": "step", **step_axis(scales)}
-    y = {
-        "type": "quantitative",
-        "scale": {"type": "log", "base": 2, "domain": domain, "nice": False},
-        "axis": {"title": "times its median", "format": "~g", "tickCount": 5, "grid": False, "minExtent": 30},
-    }
+    y = {"type": "quantitative", **times_axis(known, _LEAST, "times its median", 5)}
 
     def line(field: str, style: str) -> Spec:
         return {"mark": {"type": "line", "style": style}, "encoding": {"x": x, "y": {"field": field, **y}}}
