@@ -36,7 +36,7 @@ _HELD = 1 / 300  # or as many as take so much of the weights' bytes,
 # or so many samples: on a CPU more at once are no faster; on a GPU they would take memory in the step, 0.2 KB each by torch's
 # operators, 0.07 by the kernel
 _ENOUGH, _ENOUGH_ON_GPU, _ENOUGH_FOR_KERNEL = 2**16, 2**19, 2**20
-# rows, and samples, of a step up to which small tensors measured in every step are read whole
+# rows, and samples, of a step up to which tensors measured in every step are read in several rows
 _MOST_ROWS, _MOST_READ = 32, 2**16
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 
@@ -94,7 +94,8 @@ class DeviceRows:
             kernel_sheet_sums.check(self.device)
         self.sums = self._no_sums()
         ordered = [row for cohort in self.cohorts for row in cohort.rows]
-        self.gradients = WholeGradients([row.param for row in ordered], [not row.is_whole for row in ordered])
+        are_sampled = [not row.is_whole and row.is_first for row in ordered]
+        self.gradients = WholeGradients([row.param for row in ordered], are_sampled)
         self._now: tuple[Tensor, Tensor, Tensor] | None = None  # the step that is running, where it cannot wait
 
     def _no_sums(self) -> DeviceSums:
@@ -260,18 +261,20 @@ class DeviceRows:
 
 
 def _stretched(rows: list[Row], samples: int) -> list[Row]:
-    """The rows, those of more elements than are sampled as several that are read whole: the small ones first, as long as all
-    rows together stay few. Where one launch reads all, sampled ones stay so: it reads a tensor from its beginning.
+    """The rows, those of more elements than are sampled as several, as long as all together stay few: the small ones first,
+    which are read whole; what is left goes to the others in equal parts. Where one launch reads all, each stays one row: it
+    reads a tensor from its beginning.
     """
-    most, count = min(_MOST_ROWS, _MOST_READ // samples), len(rows)
-    chosen = set()
-    for row in sorted(rows, key=lambda row: local(row.param).numel()):
-        if row.can_be_stretched and local(row.param).device.type == "cpu":
-            count += -(-local(row.param).numel() // samples) - 1
-            if count > most:
-                break
-            chosen.add(id(row))
-    return [part for row in rows for part in (row.stretches(samples) if id(row) in chosen else [row])]
+    left = min(_MOST_ROWS, _MOST_READ // samples) - len(rows)
+    able = [row for row in rows if row.can_be_stretched and local(row.param).device.type == "cpu"]
+    found = {id(row): [row] for row in rows}
+    for i, row in enumerate(sorted(able, key=lambda row: local(row.param).numel())):
+        whole = -(-local(row.param).numel() // samples)
+        most = 1 + max(left, 0) // (len(able) - i)
+        parts = row.stretches(samples, whole if whole <= 1 + left else most)
+        found[id(row)] = parts
+        left -= len(parts) - 1
+    return [part for row in rows for part in found[id(row)]]
 
 
 def _together(arrays: Sequence[Tensor]) -> Tensor:

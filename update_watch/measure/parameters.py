@@ -88,22 +88,23 @@ class Row:
             return PieceSampler(self.param, self.piece, samples, sets)
         return Sampler(local(self.param), samples, sets)
 
-    def stretches(self, samples: int) -> list[Row]:
-        """Rows that together read all its elements, so many each."""
-        shard = local(self.param)
-        found = [copy.copy(self) for _ in range(0, shard.numel(), samples)]
-        for i, row in enumerate(found):
-            row.of, row.is_first = self, i == 0
-            stretch = slice(i * samples, min((i + 1) * samples, shard.numel()))
-            row.sampler = Sampler(shard, samples, stretch=stretch)
+    def stretches(self, samples: int, rows: int) -> list[Row]:
+        """At most so many rows, each of a stretch: all is read where so many can, else of one length, all met equally often."""
+        shard, (numel, block, *_) = local(self.param), self.sampler.positions  # type: ignore[union-attr, misc]
+        equal = next(n for n in range(rows, 0, -1) if numel // block % n == 0)
+        length, found = samples if rows * samples >= numel else numel // equal, []
+        for start in range(0, numel, length):
+            found.append(row := copy.copy(self))
+            row.of, row.is_first = self, start == 0
+            row.sampler = Sampler(shard, samples, 2, slice(start, min(start + length, numel)))
         return found
 
     @property
     def can_be_stretched(self) -> bool:
-        """Its rule does not mind how many of its elements it is given at once, and there are more than are sampled."""
-        rule, is_plain = self.rule, type(self.sampler) is Sampler and self.piece is None
+        """Its rule does not mind how many of its elements it is given at once; there are more than are sampled."""
+        rule, is_plain = self.rule, type(self.sampler) is Sampler and not self.is_whole
         is_single = rule.kind is Kind.elementwise and not rule.rows and not rule.apart and rule.scaled is None
-        return is_plain and is_single and self.is_measured and not self.is_whole
+        return is_plain and is_single and self.is_measured
 
     @property
     def is_measured(self) -> bool:
@@ -346,5 +347,4 @@ def _find_properties(row: Row, optimizer: Optimizer, kind: Any, found: dict[Any,
 
 def _likeness(row: Row) -> tuple[Any, ...]:
     shard = local(row.param)
-    whole = row.sampler is not None and row.sampler.is_whole
-    return (str(shard.device), row.group, row.rule.kind.value, row.rule.rows, str(shard.dtype), whole)
+    return (str(shard.device), row.group, row.rule.kind.value, row.rule.rows, str(shard.dtype), row.is_whole)

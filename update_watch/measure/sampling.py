@@ -82,11 +82,12 @@ class Sampler:
     """The samples of one parameter: views of tensors laid out like it, at its `positions`.
 
     `size` is the number of samples that are real (K, or the parameter's size if that is smaller); `is_whole`: there are too
-    few elements to choose from, all are read. Else there are one or two `sets` of blocks; see `positions`. Of a `stretch` all
-    elements are read: those from one place in memory order to another, at most K.
+    few elements to choose from, all are read. Else there are one or two `sets` of blocks; see `positions`. Of a `stretch` these
+    are the elements from one place in memory order to another.
     """
 
     __slots__ = (
+        "_first",
         "_gap",
         "_low",
         "_numel",
@@ -106,22 +107,22 @@ class Sampler:
             raise ValueError(f"Sampler(samples={samples}, sets={sets}): the sets must be of one size")
         self.samples, self.sets = samples, sets
         self._numel = param.numel()
-        self.size = min(samples, self._numel)
+        stretch = stretch or slice(0, self._numel)
+        length = stretch.stop - stretch.start
+        self.size = min(samples, length)
         self._shape = tuple(param.shape)
         self._strides = param.stride()
-        self.is_whole = self._numel <= samples
-        self._low = self._gap = 0  # elements before the first set, and from there to the second
+        self.is_whole = length <= samples
+        self._first = self._low = stretch.start  # elements before it, and before the first set
+        self._gap = 0  # from there to the second
         self.positions: Positions | None = None
-        self.view_shape: tuple[int, ...] = (self._numel,)
+        self.view_shape: tuple[int, ...] = (length,)
         self._view_strides: tuple[int, ...] = (1,)
-        if stretch is not None:
-            self.is_whole, self._low, self.size = True, stretch.start, stretch.stop - stretch.start
-            self.view_shape = (self.size,)
-        elif not self.is_whole:
-            self.positions = plan(self._numel, self._row_length(), samples // sets)
+        if not self.is_whole:
+            self.positions = plan(length, self._row_length(), samples // sets)
             self.view_shape = (sets, self.positions.blocks, self.positions.block)
             self._view_strides = (0, self.positions.step * self.positions.block, 1)
-            self._low = self.positions.block * self.positions.offset(SHARES // 2)
+            self._low += self.positions.block * self.positions.offset(SHARES // 2)
 
     def _row_length(self) -> int:
         """Elements of the dimension that lies contiguous in memory."""
@@ -139,7 +140,7 @@ class Sampler:
             # offsets grow with shares
             low, high = self.positions.offset(min(shares)), self.positions.offset(max(shares))
             block = self.positions.block
-            self._low, self._gap = block * low, block * (high - low)
+            self._low, self._gap = self._first + block * low, block * (high - low)
             self._view_strides = (self._gap, *self._view_strides[1:])
 
     def view(self, tensor: Tensor) -> Tensor:

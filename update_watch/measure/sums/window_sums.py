@@ -78,7 +78,7 @@ class WindowSums:
         return WindowSums(**{**found, "parts_PFn": found["parts_PFn"][:parts]})
 
     def joined(self, firsts: Sequence[int]) -> WindowSums:
-        """Rows that are read whole, from each of `firsts` to the next, as one."""
+        """Rows of one tensor each, from each of `firsts` to the next, as one."""
         found = {name: np.add.reduceat(values, firsts, axis) for name, values, axis in self._by_rows()}
         return WindowSums(**{**found, "gradient_max_n": np.maximum.reduceat(self.gradient_max_n, firsts)})
 
