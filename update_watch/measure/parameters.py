@@ -101,10 +101,9 @@ class Row:
 
     @property
     def can_be_stretched(self) -> bool:
-        """Its rule does not mind how many of its elements it is given at once; there are more than are sampled."""
+        """Its rule does not mind how many of its elements lie side by side; there are more than are sampled."""
         rule, is_plain = self.rule, type(self.sampler) is Sampler and not self.is_whole
-        is_single = rule.kind is Kind.elementwise and not rule.rows and not rule.apart and rule.scaled is None
-        return is_plain and is_single and self.is_measured
+        return is_plain and not rule.rows and not rule.apart and rule.scaled is None and self.is_measured
 
     @property
     def is_measured(self) -> bool:

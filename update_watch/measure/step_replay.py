@@ -179,7 +179,8 @@ class StepReplay:
         `moving_first`: how their samples are read, see `Gathers`.
         """
         self._replay_together(intended_AnK, live, moving_first)
-        waiting = [i for i, row in enumerate(self.rows) if live[i] and row.rule.kind is Kind.whole]
+        # of a tensor that is read in several rows the first; the others go with it
+        waiting = [i for i, row in enumerate(self.rows) if live[i] and row.rule.kind is Kind.whole and row.is_first]
         if not waiting:
             return
         first = next((k for k, i in enumerate(waiting) if i >= self._turn), 0)
@@ -192,17 +193,18 @@ class StepReplay:
             budget -= numel
             chosen.append(i)
         self._turn = chosen[-1] + 1
-        for i in waiting:
-            live[i] = False
+        live[:] = [was and row.rule.kind is not Kind.whole for was, row in zip(live, self.rows, strict=True)]
         for i in chosen:
-            row = self.rows[i]
+            own = [k for k, row in enumerate(self.rows) if row.param is self.rows[i].param]
             try:
-                result = _replay_whole(self._twin, row, states[i])
+                result = _replay_whole(self._twin, self.rows[i], states[i])
             except ReplayError as error:
-                row.reason = str(error)
+                for k in own:
+                    self.rows[k].reason = str(error)
                 continue
-            self._take_whole(i, result, intended_AnK, moving_first)
-            live[i] = True
+            for k in own:
+                self._take_whole(k, result, intended_AnK, moving_first)
+                live[k] = True
 
     def _replay_together(self, intended_AnK: Tensor, live: list[bool], moving_first: bool) -> None:
         waiting = [i for i, row in enumerate(self.rows) if live[i] and row.rule.kind is Kind.together]
