@@ -216,7 +216,7 @@ def test_good_windows_in_between_start_the_count_anew() -> None:
 @pytest.mark.parametrize("name", STUCK)
 def test_what_rests_with_its_tensor_is_not_accused(name: str, fields: dict[str, Any], health: Health) -> None:
     found = judged(STUCK[name][0], 4, **fields)
-    assert (found.health, found.cause, alert_level(found)) == (health, None, None)
+    assert (found.health, found.cause, alert_level(found.health, found.cause)) == (health, None, None)
 
 
 def test_what_could_not_be_measured_is_unknown_with_the_reason() -> None:
@@ -243,8 +243,8 @@ def test_a_lost_decay_warns_and_a_lost_average_or_gradient_is_an_error(
 ) -> None:
     whole = judged(accumulator(name, 0.0, decay=0.0, rate=0.001))
     part = judged(accumulator(name, 0.5, decay=0.5, rate=0.001))
-    assert (whole.health, alert_level(whole)) == (Health.stalled, early)
-    assert (part.health, alert_level(part)) == (Health.stalling, half)
+    assert (whole.health, alert_level(whole.health, whole.cause)) == (Health.stalled, early)
+    assert (part.health, alert_level(part.health, part.cause)) == (Health.stalling, half)
 
 
 def test_an_accumulator_somebody_must_hear_of_makes_the_run_stalling() -> None:

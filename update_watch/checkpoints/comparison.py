@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from update_watch.checkpoints.stored import IntArray, Kind, StoredTensors
-from update_watch.report import quick
+from update_watch.columns.late_fields import quick
 from update_watch.wording import first_line
 
 _CHUNK = 2**22  # elements compared at once
@@ -136,14 +136,16 @@ def _rows_of(kind: Kind, names: Sequence[str], first: Tensor, second: Tensor) ->
     ):
         yield quick(
             TensorDiff,
-            name=name,
-            dtype=dtype,
-            numel=numel,
-            identical=same,
-            change=moved,
-            relative_change=relative,
-            constant=constant,
-            note=note,
+            {
+                "name": name,
+                "dtype": dtype,
+                "numel": numel,
+                "identical": same,
+                "change": moved,
+                "relative_change": relative,
+                "constant": constant,
+                "note": note,
+            },
         )
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from update_watch.columns.late_fields import quick
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
 from update_watch.judge.advice import say
 from update_watch.judge.efficiency_grade import grade, known, share
@@ -27,11 +28,11 @@ from update_watch.judge.history import HEALTHY, STALLED, STALLING, UNKNOWN, Accu
 from update_watch.judge.number_formats import SIGNIFICANT_BITS
 from update_watch.judge.reasons import faster_than_said, not_measured, one_window, too_few_steps, unknown
 from update_watch.judge.seen import Seen
-from update_watch.report import AccumulatorReport, Cause, Health, Level, quick
+from update_watch.report import AccumulatorReport, Cause, Health, Level
 from update_watch.thresholds import Thresholds
 from update_watch.wording import plural
 
-_LOSSES = (
+LOSSES = (
     Cause.average_rounding,
     Cause.average_diverges,
     Cause.average_not_updated,
@@ -42,11 +43,11 @@ _STAYS = 8  # windows in a row that an average's bad verdict outlives without a 
 _AWAY = -0.1  # efficiency of an average from which on it moves away from the weights
 _MOST = 1.5  # and up to which its decay can be what was said
 _ROUNDED_SHARE = 0.5  # of what did not arrive, that lost elements must account for, to call it rounding
-_AT_REST = (Health.frozen, Health.idle, Health.broken)
+AT_REST = (Health.frozen, Health.idle, Health.broken)
 _HARMLESS_AVERAGE_RATE = 0.1
-_HARMLESS_DECAY_RATE = 1e-7  # 1% in 100,000 steps
-_MINIMUM_WANTED = 0.05  # share of a state's elements that want to shrink (or to grow), for it to say something
-_PASSES = 0.5  # efficiency of a growth that passes
+HARMLESS_DECAY_RATE = 1e-7  # 1% in 100,000 steps
+MINIMUM_WANTED = 0.05  # share of a state's elements that want to shrink (or to grow), for it to say something
+PASSES = 0.5  # efficiency of a growth that passes
 
 
 class Setting(NamedTuple):
@@ -65,12 +66,12 @@ def judge_accumulator(
 ) -> AccumulatorReport:
     """The verdict on one accumulator of a tensor whose own health is `health`."""
     name = evidence.name
-    if health in _AT_REST:
+    if health in AT_REST:
         history.acquit()
-        return _report(evidence, health)
+        return report_of(evidence, health)
     if evidence.reason:
         return _or_as_before(
-            _report(evidence, UNKNOWN, advice=unknown(evidence.reason)), evidence, tensor, history, setting
+            report_of(evidence, UNKNOWN, advice=unknown(evidence.reason)), evidence, tensor, history, setting
         )
     steps = tensor.measured_steps or tensor.steps
     if name == "weight_decay":
@@ -80,7 +81,7 @@ def judge_accumulator(
     if name.startswith("average:"):
         return _or_as_before(_average(evidence, tensor, history, setting, steps), evidence, tensor, history, setting)
     if tensor.scheme == f"carried:{name}":  # it holds what rounding took from the weight: small changes are its nature
-        return _report(evidence, HEALTHY)
+        return report_of(evidence, HEALTHY)
     if evidence.value is not None:
         return _counter(evidence, tensor, history, setting)
     return _state(evidence, tensor, history, setting, steps)
@@ -91,15 +92,14 @@ def is_state(name: str) -> bool:
     return name not in ("weight_decay", "grad") and not name.startswith("average:")
 
 
-def alert_level(accumulator: AccumulatorReport) -> Level | None:
+def alert_level(health: Health, cause: Cause | None) -> Level | None:
     """How loud an accumulator's verdict is; None when nobody needs to hear of it.
 
     A lost decay of state or weight is an early warning. A lost average or gradient is the loss itself.
     """
-    health = accumulator.health
     if health is not STALLED and health is not STALLING:
-        return Level.warn if accumulator.cause is Cause.average_not_updated else None
-    is_loss = accumulator.cause in _LOSSES
+        return Level.warn if cause is Cause.average_not_updated else None
+    is_loss = cause in LOSSES
     if health is STALLED:
         return Level.error if is_loss else Level.warn
     return Level.warn if is_loss else None
@@ -141,7 +141,7 @@ def _average(
         return _by_efficiency(evidence, tensor, history, setting, steps, Cause.average_rounding)
     if efficiency is not None and efficiency > _MOST:
         history.acquit()
-        return _report(evidence, UNKNOWN, advice=unknown(faster_than_said(efficiency)))
+        return report_of(evidence, UNKNOWN, advice=unknown(faster_than_said(efficiency)))
     if efficiency is not None and efficiency < _AWAY:
         return _settle(evidence, tensor, history, setting, steps, STALLED, Cause.average_diverges)
     if efficiency is not None and (lost or 0.0) < _ROUNDED_SHARE * (1 - efficiency):
@@ -174,7 +174,7 @@ def _or_as_before(
     history.unseen += 1
     seen = _seen(evidence, tensor, setting, cause)._replace(efficiency=history.bad_efficiency, lost=history.bad_lost)
     text = f"{say(cause, seen).rstrip('.')}; measured {plural(history.unseen, 'window')} ago."
-    return _report(evidence, history.grade, cause, text)
+    return report_of(evidence, history.grade, cause, text)
 
 
 def _without_update(
@@ -186,9 +186,9 @@ def _without_update(
     history.quiet_windows += 1
     history.quiet_steps += tensor.steps
     if history.was_updated or history.quiet_windows < _NEVER_UPDATED:
-        return _report(evidence, UNKNOWN, advice=unknown("no update of it was seen in this window"))
+        return report_of(evidence, UNKNOWN, advice=unknown("no update of it was seen in this window"))
     seen = Seen(accumulator=evidence.name, steps=history.quiet_steps)
-    return _report(evidence, Health.idle, Cause.average_not_updated, say(Cause.average_not_updated, seen))
+    return report_of(evidence, Health.idle, Cause.average_not_updated, say(Cause.average_not_updated, seen))
 
 
 def _can_matter(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Cause) -> bool:
@@ -200,7 +200,7 @@ def _can_matter(evidence: AccumulatorEvidence, tensor: TensorEvidence, cause: Ca
         return rate is None or rate < _HARMLESS_AVERAGE_RATE
     if cause is Cause.decay_rounding:
         rate = _decay_rate(tensor)
-        return rate is None or rate >= _HARMLESS_DECAY_RATE
+        return rate is None or rate >= HARMLESS_DECAY_RATE
     return True
 
 
@@ -222,7 +222,7 @@ def _state(
             worst = worst if decay is None or decay > worst else decay
             verdict = grade(worst, history.grade, setting.limits)
         # once convicted, it need not grow any more to stay so
-        elif history.grade is STALLED or (growth is not None and growth >= _PASSES):
+        elif history.grade is STALLED or (growth is not None and growth >= PASSES):
             verdict = grade(1.0 if decay is None else decay, history.grade, setting.limits)
             verdict = HEALTHY if verdict is STALLING else verdict
     if verdict is HEALTHY:
@@ -230,7 +230,7 @@ def _state(
         if evidence.numbers.efficiency is None and evidence.decay.efficiency is None:
             return _nothing_wanted(evidence, steps)
         history.grade = HEALTHY
-        return _report(evidence, HEALTHY)
+        return report_of(evidence, HEALTHY)
     # where a compensation may hold the rest, a first window can mislead
     windows = 2 if rate is None or tensor.scheme.startswith("carried") else 1
     return _settle(evidence, tensor, history, setting, steps, verdict, Cause.state_rounding, windows)
@@ -239,7 +239,7 @@ def _state(
 def _if_wanted(part: Numbers) -> float | None:
     """The efficiency of growth or decay, if enough elements were to grow or decay for it to say something."""
     wanted = share(part.wanted_fraction)
-    return None if wanted is not None and wanted < _MINIMUM_WANTED else known(part.efficiency)
+    return None if wanted is not None and wanted < MINIMUM_WANTED else known(part.efficiency)
 
 
 def _counter(
@@ -251,11 +251,11 @@ def _counter(
     has_stopped = bits is not None and value is not None and value == before and value == 2.0**bits and tensor.steps > 0
     history.grade = STALLED if has_stopped else HEALTHY
     if not has_stopped:
-        return _report(evidence, HEALTHY)
+        return report_of(evidence, HEALTHY)
     factor = _factor(tensor, setting)
     seen = Seen(dtype=evidence.dtype, accumulator=evidence.name, counter=value, state_factor=factor)
     advice = say(Cause.state_rounding, seen)
-    return _report(evidence, STALLED, Cause.state_rounding, advice)
+    return report_of(evidence, STALLED, Cause.state_rounding, advice)
 
 
 def _settle(
@@ -272,17 +272,22 @@ def _settle(
     if verdict is HEALTHY:
         history.acquit()
         history.grade = verdict
-        return _report(evidence, verdict)
+        return report_of(evidence, verdict)
     history.bad_steps += steps
     history.bad_windows += 1
     if history.bad_steps < setting.limits.minimum_steps:
-        return _report(
+        return report_of(
             evidence, UNKNOWN, advice=unknown(too_few_steps(history.bad_steps, setting.limits.minimum_steps))
         )
     if history.bad_windows < windows:
-        return _report(evidence, UNKNOWN, advice=unknown(one_window()))
+        return report_of(evidence, UNKNOWN, advice=unknown(one_window()))
     history.grade = verdict
-    return _report(evidence, verdict, cause, say(cause, _seen(evidence, tensor, setting, cause)))
+    return report_of(evidence, verdict, cause, sentence_of(evidence, tensor, setting, cause))
+
+
+def sentence_of(evidence: AccumulatorEvidence, tensor: TensorEvidence, setting: Setting, cause: Cause) -> str:
+    """What is said of an accumulator that is not well."""
+    return say(cause, _seen(evidence, tensor, setting, cause))
 
 
 def _seen(evidence: AccumulatorEvidence, tensor: TensorEvidence, setting: Setting, cause: Cause) -> Seen:
@@ -317,25 +322,28 @@ def _factor(tensor: TensorEvidence, setting: Setting) -> float | None:
 
 def _nothing_wanted(evidence: AccumulatorEvidence, steps: int) -> AccumulatorReport:
     if not steps:
-        return _report(evidence, UNKNOWN, advice=unknown(not_measured(0)))
-    return _report(evidence, Health.idle)
+        return report_of(evidence, UNKNOWN, advice=unknown(not_measured(0)))
+    return report_of(evidence, Health.idle)
 
 
-def _report(
+def report_of(
     evidence: AccumulatorEvidence, health: Health, cause: Cause | None = None, advice: str = ""
 ) -> AccumulatorReport:
+    """The verdict and the numbers behind it."""
     numbers = evidence.numbers
     return quick(
         AccumulatorReport,
-        name=evidence.name,
-        dtype=evidence.dtype,
-        health=health,
-        cause=cause,
-        advice=advice,
-        efficiency=numbers.efficiency,
-        displacement_efficiency=numbers.displacement_efficiency,
-        lost_fraction=numbers.lost_fraction,
-        wanted_fraction=numbers.wanted_fraction,
-        growth_efficiency=evidence.growth.efficiency,
-        decay_efficiency=evidence.decay.efficiency,
+        {
+            "name": evidence.name,
+            "dtype": evidence.dtype,
+            "health": health,
+            "cause": cause,
+            "advice": advice,
+            "efficiency": numbers.efficiency,
+            "displacement_efficiency": numbers.displacement_efficiency,
+            "lost_fraction": numbers.lost_fraction,
+            "wanted_fraction": numbers.wanted_fraction,
+            "growth_efficiency": evidence.growth.efficiency,
+            "decay_efficiency": evidence.decay.efficiency,
+        },
     )

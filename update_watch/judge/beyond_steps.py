@@ -15,7 +15,7 @@ from update_watch.report import Cause
 from update_watch.thresholds import Thresholds
 
 _FURTHER = 1.5  # than all steps between two writes in one direction; both ends of a span may lie inside a run
-_UNDONE = 0.8  # of what the steps applied: Lookahead takes back half by design, ranks that average more
+UNDONE = 0.8  # of what the steps applied: Lookahead takes back half by design, ranks that average more
 
 
 def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Verdict | None:
@@ -25,7 +25,7 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
     health = HEALTHY if net is None else grade(net + 2 * error, before, limits)
     undone = share(e.undone_fraction) or 0.0
     is_uncopied = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
-    is_undone = undone >= _UNDONE and not _travels(e)
+    is_undone = undone >= UNDONE and not _travels(e)
     if health is HEALTHY or not (is_uncopied or is_undone):
         history.lossy_windows = 0
         return None

@@ -39,27 +39,35 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from update_watch.columns.evidence_columns import Columns, columns_of
 from update_watch.evidence import TensorEvidence, WindowEvidence
 from update_watch.judge import reasons
-from update_watch.judge.accumulators import Setting, alert_level, judge_accumulator
+from update_watch.judge.accumulators import Setting
 from update_watch.judge.advice import say
 from update_watch.judge.beyond_steps import by_ledger, by_state
-from update_watch.judge.efficiency_grade import Score, known, score, share
+from update_watch.judge.columns.accumulators import Verdicts as AccumulatorVerdicts
+from update_watch.judge.columns.codes import CAUSE_CODES, HEALTH_CODES, IDLE, NONE, Rows
+from update_watch.judge.columns.codes import known as known_values
+from update_watch.judge.columns.histories import Histories
+from update_watch.judge.columns.reports import Late, reports_of
+from update_watch.judge.columns.rests import sort, usual_gradient
+from update_watch.judge.columns.verdicts import judge, since
+from update_watch.judge.efficiency_grade import Score, known, score
 from update_watch.judge.headline import headline
-from update_watch.judge.history import GRADES, HEALTHY, UNKNOWN, TensorHistory, check_state
-from update_watch.judge.no_signal import Rest, Verdict, movement, negligible, rest, usual_gradient, verdict
+from update_watch.judge.history import HEALTHY, UNKNOWN, TensorHistory, check_state
+from update_watch.judge.no_signal import Rest, Verdict, movement, negligible, rest, verdict
 from update_watch.judge.run_summary import by_layer, run_health
 from update_watch.judge.seen import Seen
-from update_watch.naming import family
-from update_watch.report import HEADROOM_LOW, AccumulatorReport, Cause, Health, Report, TensorReport, quick
+from update_watch.judge.stall_signs import STEEP, is_norm_near_one, share_well_above
+from update_watch.report import Cause, Health, Report, TensorReport
 from update_watch.thresholds import Thresholds
 from update_watch.worker import unhurried
 
 _VERSION = 2
 _STILL = 48  # steps in which no tensor of an optimizer moved by one bit, though it has gradients and a learning rate
 _EARNEST = 0.1  # of the peak learning rate: what stalls only below that is the end of a schedule, and not the run
-_STEEP = 3.0  # rise of the learning rate within a window, or since the one before, that makes it a warm-up
-_WELL_ABOVE = 2 - HEADROOM_LOW  # first bin of the headroom histogram at four half gaps or more
 
 _GOOD = (HEALTHY, None, "")
 
@@ -70,7 +78,7 @@ class Diagnosis:
     def __init__(self, thresholds: Thresholds) -> None:
         self._limits = thresholds
         self.trainer = "torch"  # in whose words cures are told: a key of `cures.TRAINERS`
-        self._memories: dict[str, TensorHistory] = {}
+        self._histories = Histories(thresholds)
         self._last_step: int | None = None
         self._moving: set[str] = set()  # optimizers of which any tensor moved in this window
 
@@ -84,10 +92,8 @@ class Diagnosis:
         if self._last_step is not None and first_step <= self._last_step < evidence.step:
             first_step = self._last_step + 1
         self._last_step = evidence.step
-        self._moving = {_owner(tensor) for tensor in evidence.tensors if tensor.moved}
-        usual = usual_gradient(evidence)
         looked = None if evidence.observed_steps is None else (evidence.observed_steps, evidence.window)
-        tensors = tuple(self._tensor(tensor, evidence, first_step, usual) for tensor in unhurried(evidence.tensors))
+        tensors = self._tensors(evidence, first_step)
         return Report(
             step=evidence.step,
             window=evidence.window,
@@ -109,7 +115,7 @@ class Diagnosis:
         return {
             "version": _VERSION,
             "last_step": self._last_step,
-            "tensors": {name: history.to_plain() for name, history in self._memories.items()},
+            "tensors": self._histories.to_plain(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -135,80 +141,43 @@ class Diagnosis:
                     type(error).__name__,
                     error,
                 )
-        self._memories, self._last_step = memories, last_step
+        self._histories, self._last_step = Histories(self._limits), last_step
+        self._histories.take(memories)
 
-    # --- one tensor --------------------------------------------------------------------------------
+    # --- the tensors -------------------------------------------------------------------------------
 
-    def _tensor(self, e: TensorEvidence, window: WindowEvidence, first_step: int, usual: float | None) -> TensorReport:
-        history = self._memories.get(e.name)
-        if history is None:
-            history = self._memories[e.name] = TensorHistory()
-        health, cause, text = self._verdict(e, history, window, usual)
-        if health is HEALTHY and not text and e.was_rounded:
-            text = reasons.was_rounded(first_step)
-        lr, lr_max = known(e.lr), known(e.lr_max)
-        if lr is not None:
-            history.lr = lr
-            history.peak_lr = max(history.peak_lr, lr, lr_max or 0.0)
-        accumulators: dict[str, AccumulatorReport] = {}
-        setting = Setting(self._limits, self.trainer)
+    def _tensors(self, evidence: WindowEvidence, first_step: int) -> tuple[TensorReport, ...]:
+        columns, histories, limits = columns_of(evidence.tensors), self._histories, self._limits
+        rows = histories.rows_of(tuple(columns.raw("name")))
+        usual = usual_gradient(columns)
+        sorts = sort(columns, histories, rows, usual, evidence.skipped_steps, limits)
+        found = judge(columns, sorts, histories, rows, self.trainer, limits)
+        texts: dict[int, str] = {}
+        alone = np.flatnonzero(~(sorts.rests | sorts.scored)).tolist()
+        if alone:
+            pairs = zip(columns.raw("optimizer_group"), columns.raw("moved"), strict=True)
+            self._moving = {_owner(group) for group, moved in pairs if moved}
+        for place in unhurried(alone):
+            history = histories.get(int(rows[place]))
+            health, cause, texts[place] = self._verdict(columns.tensor(place), history, evidence, usual)
+            histories.put(int(rows[place]), history)
+            found.health[place] = HEALTH_CODES[health]
+            found.cause[place] = NONE if cause is None else CAUSE_CODES[cause]
+        _remember_rates(columns, histories, rows)
         # where a weight moves without a signal, what its states lose harms nobody
-        of_weight = Health.idle if health is HEALTHY and cause is not None else health
-        for name, accumulator in e.accumulators.items():
-            judged = judge_accumulator(accumulator, e, of_weight, history.accumulator(name), setting)
-            accumulators[name] = judged
-            if health is HEALTHY and not text and alert_level(judged) is not None:
-                text = judged.advice
-        return quick(
-            TensorReport,
-            name=e.name,
-            health=health,
-            cause=cause,
-            advice=text,
-            names=e.names,
-            layer=e.layer,
-            optimizer_group=e.optimizer_group,
-            dtype=e.dtype,
-            shape=e.shape,
-            numel=e.numel,
-            trainable=e.trainable,
-            efficiency=e.numbers.efficiency,
-            efficiency_error=e.numbers.efficiency_error,
-            net_efficiency=e.net_efficiency,
-            net_efficiency_error=e.net_efficiency_error,
-            displacement_efficiency=e.numbers.displacement_efficiency,
-            lost_fraction=e.numbers.lost_fraction,
-            lost_fraction_error=e.numbers.lost_fraction_error,
-            wanted_fraction=e.numbers.wanted_fraction,
-            update_ratio=e.update_ratio,
-            update_ratio_error=e.update_ratio_error,
-            applied_ratio=e.applied_ratio,
-            weight_rms=e.stored,
-            written_between=e.written_between,
-            moved=e.moved if e.reason else None,
-            unmoved_fraction=e.unmoved_fraction,
-            gradient_rms=e.gradient_rms,
-            gradient_max=e.gradient_max,
-            gradient_spread=e.gradient_spread,
-            gradient_zeros=e.zero_gradient_fraction,
-            copy_changed=e.copy_changed,
-            copy_changed_window=e.copy_changed_window,
-            was_rounded=e.was_rounded,
-            headroom_histogram=e.headroom_histogram,
-            movement_histogram=e.movement_histogram,
-            movement_lr=e.movement_lr,
-            movement_places=e.movement_places,
-            lr=e.lr,
-            critical_lr=e.critical_lr,
-            state_factor=e.state_factor,
-            state_factor_error=e.state_factor_error,
-            since_step=_since(history, health, first_step),
-            accumulators=accumulators,
-            what_if=e.what_if,
-            scheme=e.scheme,
-            low_states=e.low_states,
-            options=e.options,
-        )
+        of_weight = np.where((found.health == HEALTH_CODES[HEALTHY]) & (found.cause != NONE), IDLE, found.health)
+        setting = Setting(limits, self.trainer)
+        parts = [
+            AccumulatorVerdicts(name, part, columns, of_weight.astype(np.int8), histories, rows, setting)
+            for name, part in columns.parts().items()
+        ]
+        since_step = since(histories, rows, found.health, first_step)
+
+        def text(place: int, e: TensorEvidence) -> str:
+            return texts[place] if place in texts else found.text(place, e)
+
+        late = Late(columns, found.health, text, parts, first_step)
+        return reports_of(columns, found.health, found.cause, since_step, late)
 
     def _verdict(
         self, e: TensorEvidence, history: TensorHistory, window: WindowEvidence, usual: float | None
@@ -238,7 +207,12 @@ class Diagnosis:
 
     def _without_rule(self, e: TensorEvidence, history: TensorHistory) -> Verdict:
         """Line 9 of the table. Where one tensor moves, updates of others may be kept until they are large enough."""
-        is_still = e.moved == 0 and bool(known(e.gradient_rms)) and not e.is_master and _owner(e) not in self._moving
+        is_still = (
+            e.moved == 0
+            and bool(known(e.gradient_rms))
+            and not e.is_master
+            and _owner(e.optimizer_group) not in self._moving
+        )
         history.still_steps = history.still_steps + e.steps if is_still else 0
         if history.still_steps < _STILL:
             return verdict(UNKNOWN, Cause.not_replayable, Seen(reason=e.reason))
@@ -278,10 +252,10 @@ class Diagnosis:
             return self._ran_out(e, history) or idle
         if history.lr is not None and (start is None or history.lr < start):
             start = history.lr
-        if lr and lr == lr_max and start is not None and lr >= _STEEP * start:
+        if lr and lr == lr_max and start is not None and lr >= STEEP * start:
             return UNKNOWN, None, reasons.unknown(reasons.rising_lr(lr))
         history.grade = found.health
-        above = _share_well_above(e.headroom_histogram)
+        above = share_well_above(e.headroom_histogram)
         # rounding loses none of the updates well above half a gap; a tenth for the histogram's coarser sample
         is_unwritten = found.drift is None and above is not None and found.lost > 1 - above + 0.1
         seen = Seen(
@@ -292,7 +266,7 @@ class Diagnosis:
             lr=lr,
             critical_lr=known(e.critical_lr),
             headroom=above,
-            near_one=_is_norm_near_one(e),
+            near_one=is_norm_near_one(e),
             options=e.options,
             trainer=self.trainer,
         )
@@ -305,38 +279,19 @@ class Diagnosis:
         """What was stalled in most of a schedule stays so at its end, which is no all-clear: there, nothing arrives anywhere."""
         if not history.stalled_lr or history.stalled_lr < _EARNEST * history.peak_lr:
             return None
-        seen = Seen(dtype=e.dtype, peak_lr=history.peak_lr, near_one=_is_norm_near_one(e), options=e.options)
+        seen = Seen(dtype=e.dtype, peak_lr=history.peak_lr, near_one=is_norm_near_one(e), options=e.options)
         seen = seen._replace(trainer=self.trainer)
         return verdict(Health.stalled, Cause.weight_rounding, seen)
 
 
-def _owner(e: TensorEvidence) -> str:
-    return e.optimizer_group.partition("/")[0]
+def _owner(group: str) -> str:
+    return group.partition("/")[0]
 
 
-def _is_norm_near_one(e: TensorEvidence) -> bool:
-    """Whether its values lie where a norm's weight begins: around 1, where the gaps are wide for what is to be added."""
-    stored = known(e.stored)
-    return stored is not None and 0.5 < stored < 2 and len(e.shape) == 1 and family(e.name, e.shape) == "norm"
-
-
-def _since(history: TensorHistory, health: Health, first_step: int) -> int:
-    """First step of the window in which this health began; a verdict that was unknown in between goes on."""
-    if health is history.health:
-        return history.since
-    if health in GRADES:
-        history.since = history.graded_since if health is history.graded else first_step
-        history.graded, history.graded_since = health, history.since
-    else:
-        history.since = first_step
-        if health is not UNKNOWN:
-            history.graded = None
-    history.health = health
-    return history.since
-
-
-def _share_well_above(histogram: tuple[float, ...] | None) -> float | None:
-    if not histogram:
-        return None
-    total = sum(histogram)
-    return share(sum(histogram[_WELL_ABOVE:]) / total) if total > 0 else None
+def _remember_rates(columns: Columns, histories: Histories, rows: Rows) -> None:
+    """The learning rates of this window, and the largest there ever was."""
+    lr, lr_max = known_values(columns.column("lr")), known_values(columns.column("lr_max"))
+    is_known = ~np.isnan(lr)
+    at, lr, lr_max = rows[is_known], lr[is_known], np.nan_to_num(lr_max[is_known])
+    histories.lr[at] = lr
+    histories.peak_lr[at] = np.maximum(histories.peak_lr[at], np.maximum(lr, lr_max))

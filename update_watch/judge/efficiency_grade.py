@@ -30,20 +30,20 @@ from update_watch.report import HEADROOM_LOW, Health
 from update_watch.thresholds import Thresholds
 
 _FP32_NOISE = 0.02  # of the efficiency of FP64 weights, whose samples are compared in FP32
-_SURE = 2.0  # standard errors, where the spread over steps is all the noise there is
-_SURER = 3.0  # where few rare changes make the spread itself uncertain
-_EXPECTED_CHANGES = 100.0  # under stochastic rounding: half of them has a chance of 1e-8
-_ALWAYS = 1e9
-_WINDOW_NOISE = 0.1  # least standard deviation of a displacement efficiency between windows
-_UNDEFINED = 0.3  # least standard error of what one step alone has shown
-_NOTHING = 0.01  # of an update
-_UNLOST = 0.01  # so small a lost fraction cannot explain an efficiency below _ROUNDED_LEAST
-_ROUNDED_LEAST = 0.6  # what survives rounding is at least 2/3 of what was intended
-_ROUNDED_MOST = 2.5  # and at most twice
-_CARRIED_MOST = 1.5  # the same where what is lost in one step comes in another
-_BACKWARDS = -0.1
+SURE = 2.0  # standard errors, where the spread over steps is all the noise there is
+SURER = 3.0  # where few rare changes make the spread itself uncertain
+EXPECTED_CHANGES = 100.0  # under stochastic rounding: half of them has a chance of 1e-8
+ALWAYS = 1e9
+WINDOW_NOISE = 0.1  # least standard deviation of a displacement efficiency between windows
+UNDEFINED = 0.3  # least standard error of what one step alone has shown
+NOTHING = 0.01  # of an update
+UNLOST = 0.01  # so small a lost fraction cannot explain an efficiency below ROUNDED_LEAST
+ROUNDED_LEAST = 0.6  # what survives rounding is at least 2/3 of what was intended
+ROUNDED_MOST = 2.5  # and at most twice
+CARRIED_MOST = 1.5  # the same where what is lost in one step comes in another
+BACKWARDS = -0.1
 # chance that an update in each bin of the headroom histogram is rounded away from the stored value: |update| / gap
-_CHANGE_CHANCE = [min(1.0, 2.0 ** (HEADROOM_LOW + i - 0.5)) for i in range(64)]
+CHANGE_CHANCE = [min(1.0, 2.0 ** (HEADROOM_LOW + i - 0.5)) for i in range(64)]
 
 
 class Score(NamedTuple):
@@ -110,14 +110,14 @@ def score(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Scor
         history.drift.append(displacement)
         del history.drift[: -2 * limits.drift_windows]
         history.proven = displacement >= limits.stalling or (history.proven and displacement >= limits.stalling / 2)
-    margin = _SURE if exact else _SURER
+    margin = SURE if exact else SURER
     pooled = _pool(history, limits, margin if exact or e.scheme == "stochastic" else None)
     if pooled.steps < limits.minimum_steps:
         return Score(UNKNOWN, reasons.too_few_steps(pooled.steps, limits.minimum_steps))
     if e.scheme == "plain":  # what was lost cannot arrive later, whatever the displacement of a few steps says
-        result = _by_steps(pooled, None, history, limits, exact, _ROUNDED_MOST)
+        result = _by_steps(pooled, None, history, limits, exact, ROUNDED_MOST)
     elif exact or e.scheme == "stochastic":
-        result = _by_steps(pooled, displacement, history, limits, exact, _CARRIED_MOST)
+        result = _by_steps(pooled, displacement, history, limits, exact, CARRIED_MOST)
     else:
         result = _by_displacement(pooled, displacement, history, limits, e.scheme == "carried")
     if result.health is HEALTHY:
@@ -134,7 +134,7 @@ def _by_steps(
     pooled: Pooled, displacement: float | None, history: TensorHistory, limits: Thresholds, exact: bool, most: float
 ) -> Score:
     efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
-    margin = (_SURE if exact else _SURER) * error
+    margin = (SURE if exact else SURER) * error
     health = grade(efficiency, history.grade, limits)
     if not _is_decided(efficiency, error, margin, exact, history, limits):
         if pooled.windows >= limits.pool_windows:
@@ -146,7 +146,7 @@ def _by_steps(
             if history.graded is None:
                 return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
             health = history.grade  # till more is known, the earlier verdict stands
-        elif efficiency > (_NOTHING if efficiency + margin > limits.stalled_exit else limits.stalled / 2):
+        elif efficiency > (NOTHING if efficiency + margin > limits.stalled_exit else limits.stalled / 2):
             health = mildest  # only how bad it is is not certain; where nothing arrived, it is
     if exact and efficiency - margin > most:
         return Score(UNKNOWN, reasons.unexplained(efficiency, None))
@@ -154,9 +154,9 @@ def _by_steps(
         health = grade(displacement, history.grade, limits)
     if health is HEALTHY:
         return Score(health, "", efficiency, lost)
-    if not exact and pooled.expected < _EXPECTED_CHANGES:
+    if not exact and pooled.expected < EXPECTED_CHANGES:
         return Score(UNKNOWN, reasons.too_small())
-    if exact and (efficiency < _BACKWARDS or (efficiency < _ROUNDED_LEAST and lost < _UNLOST)):
+    if exact and (efficiency < BACKWARDS or (efficiency < ROUNDED_LEAST and lost < UNLOST)):
         return Score(UNKNOWN, reasons.unexplained(efficiency, lost))
     return Score(health, "", efficiency, lost)
 
@@ -174,8 +174,8 @@ def _by_displacement(
     pooled: Pooled, displacement: float | None, history: TensorHistory, limits: Thresholds, is_carried: bool
 ) -> Score:
     efficiency, error, lost = pooled.efficiency, pooled.error, pooled.lost
-    margin = _SURER * error
-    if efficiency - margin > _CARRIED_MOST:
+    margin = SURER * error
+    if efficiency - margin > CARRIED_MOST:
         return Score(UNKNOWN, reasons.unexplained(efficiency, None))
     if error <= limits.maximum_error and grade(efficiency - margin, history.grade, limits) is HEALTHY:
         return Score(HEALTHY, "", efficiency, lost)
@@ -191,7 +191,7 @@ def _by_displacement(
         return Score(UNKNOWN, reasons.remainder_unclear(efficiency))
     if health is not HEALTHY and efficiency + margin >= limits.stalling:
         return Score(UNKNOWN, reasons.too_noisy(efficiency, error, pooled.windows))
-    if health is not HEALTHY and pooled.expected < _EXPECTED_CHANGES:
+    if health is not HEALTHY and pooled.expected < EXPECTED_CHANGES:
         return Score(UNKNOWN, reasons.too_small())
     return Score(health, "", efficiency, lost)
 
@@ -206,7 +206,7 @@ def _remember(e: TensorEvidence, efficiency: float, history: TensorHistory, exac
             efficiency,
             None if stated is None else error,
             share(e.numbers.lost_fraction) or 0.0,
-            _ALWAYS if exact else _expected_changes(e),
+            ALWAYS if exact else _expected_changes(e),
             min(abs(known(e.numbers.unseen_error) or 0.0), error),
             _movement(e),
         )
@@ -217,7 +217,7 @@ def _movement(e: TensorEvidence) -> float:
     """|intended|^2 of a step by the square of its learning rate, which a schedule does not change; 0: not known."""
     size, lr = known(e.numbers.weight), known(e.lr_max if e.lr_max is not None else e.lr)
     found = size / lr**2 if size and lr else 0.0
-    return found if 0 < found < _ALWAYS**2 else 0.0
+    return found if 0 < found < ALWAYS**2 else 0.0
 
 
 def _pool(history: TensorHistory, limits: Thresholds, margin: float | None) -> Pooled:
@@ -235,11 +235,11 @@ def _pool(history: TensorHistory, limits: Thresholds, margin: float | None) -> P
         if (
             found.steps < limits.minimum_steps
             or found.error > limits.maximum_error
-            or found.expected < _EXPECTED_CHANGES
+            or found.expected < EXPECTED_CHANGES
         ):
             continue
         decides = margin is None or _is_decided(
-            found.efficiency, found.error, margin * found.error, margin == _SURE, history, limits
+            found.efficiency, found.error, margin * found.error, margin == SURE, history, limits
         )
         if decides:
             break
@@ -275,10 +275,10 @@ def _joined(windows: list[PooledWindow]) -> Pooled:
 
 def _square_of_lone(lone: list[tuple[float, float]], mean: float) -> float:
     """The squared error that (weight, efficiency) of windows of one step each add: from how much they differ, and no less than
-    if each were off by _UNDEFINED."""
+    if each were off by UNDEFINED."""
     if not lone:
         return 0.0
-    least = (_UNDEFINED * sum([weight for weight, _ in lone])) ** 2 / len(lone)
+    least = (UNDEFINED * sum([weight for weight, _ in lone])) ** 2 / len(lone)
     spread = sum([(efficiency - mean) ** 2 for _, efficiency in lone]) / max(len(lone) - 1, 1)
     return max(least, spread * sum([weight**2 for weight, _ in lone]))
 
@@ -295,7 +295,7 @@ def _lost_drift(history: TensorHistory, limits: Thresholds) -> float | None:
         return None
     mean = sum(drift) / n
     spread = math.sqrt(sum((x - mean) ** 2 for x in drift) / (n - 1))
-    return mean if mean + _SURER * max(spread, _WINDOW_NOISE) / math.sqrt(n) < limit else None
+    return mean if mean + SURER * max(spread, WINDOW_NOISE) / math.sqrt(n) < limit else None
 
 
 def _expected_changes(e: TensorEvidence) -> float:
@@ -305,6 +305,6 @@ def _expected_changes(e: TensorEvidence) -> float:
     """
     if not e.headroom_histogram:
         return 0.0
-    chance = sum(part * p for part, p in zip(e.headroom_histogram, _CHANGE_CHANCE, strict=False) if 0 < part <= 1)
+    chance = sum(part * p for part, p in zip(e.headroom_histogram, CHANGE_CHANCE, strict=False) if 0 < part <= 1)
     wanted = share(e.numbers.wanted_fraction)
     return float(e.measured_steps * min(e.numel, 64) * chance * (1.0 if wanted is None else wanted))

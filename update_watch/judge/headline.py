@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from update_watch.judge.accumulators import alert_level
 from update_watch.judge.advice import advise, brief
+from update_watch.judge.heard import Heard, loud, unknown_averages
 from update_watch.judge.reasons import why
 from update_watch.judge.remedies import remedy
 from update_watch.judge.run_summary import (
     BAD,
     RANK,
+    badness,
     is_measurable,
     is_moving_unasked,
     is_training_nothing,
     unmeasured,
-    worst_first,
 )
 from update_watch.judge.seen import Seen
 from update_watch.naming import group_words
-from update_watch.report import SEVERITY, AccumulatorReport, Cause, Health, TensorReport, weighted_mean
+from update_watch.report import SEVERITY, Cause, Health, TensorReport, weighted_mean
 from update_watch.wording import cause_label, fixed, plural
 from update_watch.worker import unhurried
 
@@ -126,7 +126,7 @@ def _group(
     who = ""
     if len(members) < len(tensors):
         who = f" ({', '.join(group_words([t.name for t in members], {t.name: t.shape for t in tensors}, 3))})"
-    worst = worst_first(members)[0]
+    worst = min(members, key=badness)
     if cause is None:
         return f"{count}{when}{who}"
     if len(members) == 1 or cause in (Cause.state_rounding, Cause.overwritten, Cause.not_copied_back):
@@ -139,18 +139,16 @@ def _group(
 
 def _accumulator_findings(tensors: Sequence[TensorReport]) -> list[tuple[str, str]]:
     """(in a word, in a sentence) per kind of accumulator that is not well, loudest and most frequent first."""
-    groups: dict[tuple[str, Health, Cause | None], list[tuple[TensorReport, AccumulatorReport]]] = {}
-    for tensor in tensors:
-        if tensor.health in BAD:
-            continue
-        for accumulator in tensor.accumulators.values():
-            if alert_level(accumulator) is not None:
-                key = (accumulator.name, accumulator.health, accumulator.cause)
-                groups.setdefault(key, []).append((tensor, accumulator))
+    groups: dict[tuple[str, Health, Cause | None], list[Heard]] = {}
+    for place, of_tensor in loud(tensors).items():
+        if tensors[place].health not in BAD:
+            for one in of_tensor:
+                groups.setdefault((one.name, one.health, one.cause), []).append(one)
     found = []
     for (name, health, _), members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0][0])):
         where = f"{name} is {health} in {len(members)} of {plural(len(tensors), 'tensor')}"
-        found.append((f"{name} of {len(members)} {health}", f"{where}: {brief(members[0][1].advice)}"))
+        advice = tensors[members[0].place].accumulators[name].advice
+        found.append((f"{name} of {len(members)} {health}", f"{where}: {brief(advice)}"))
     return found
 
 
@@ -160,12 +158,7 @@ def _calm(tensors: Sequence[TensorReport], looked: tuple[int, int] | None) -> st
     known = f" (efficiency {fixed(efficiency)})" if efficiency is not None else ""
     moving = [t for t in tensors if is_moving_unasked(t) and t.health is Health.healthy]
     healthy = counts.pop(Health.healthy, 0) - len(moving)
-    averages = Counter(
-        a.name
-        for t in tensors
-        for a in t.accumulators.values()
-        if a.health is Health.unknown and a.name.startswith("average:")
-    )
+    averages = unknown_averages(tensors)
     more = [", ".join(f"{name} of {count} not known" for name, count in averages.items())] if averages else []
     if looked is not None and looked[0] * _FEW_LOOKS < looked[1]:  # a budget: what else happened is not known
         more.append(f"looked at {looked[0]} of {plural(looked[1], 'step')}")

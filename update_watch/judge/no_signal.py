@@ -18,9 +18,9 @@ from update_watch.judge.seen import Seen
 from update_watch.report import Cause, Health
 from update_watch.thresholds import Thresholds
 
-_NEARLY_ALL = 0.9  # of the steps, skipped
-_NOISE = 2.0**-18  # a gradient so much smaller than the usual one of the run is what rounding left of it
-_FAR_BELOW = 0.1  # of the learning rate: what a rule that normalises gives any real gradient is more
+NEARLY_ALL = 0.9  # of the steps, skipped
+NOISE = 2.0**-18  # a gradient so much smaller than the usual one of the run is what rounding left of it
+FAR_BELOW = 0.1  # of the learning rate: what a rule that normalises gives any real gradient is more
 
 Verdict = tuple[Health, Cause | None, str]
 
@@ -60,7 +60,7 @@ def rest(
     """Why it should be at rest; or a verdict that stands at once; None where there is an update to judge."""
     steps = e.steps or window.window
     skipped = e.skipped_steps if e.steps else window.skipped_steps
-    nearly_all = skipped > 0 and skipped >= _NEARLY_ALL * max(e.steps, skipped)
+    nearly_all = skipped > 0 and skipped >= NEARLY_ALL * max(e.steps, skipped)
     history.skipped_windows = history.skipped_windows + 1 if nearly_all else 0
     is_persistent = history.skipped_windows >= limits.skipped_windows
     if not e.trainable:
@@ -131,7 +131,7 @@ def negligible(e: TensorEvidence, usual: float | None) -> Verdict | None:
         return None
     if known(e.gradient_max) == 0:  # in the steps that were looked at; others had some, or it would be zero_gradient
         return None
-    if size >= _NOISE * usual or ratio * stored >= _FAR_BELOW * lr:
+    if size >= NOISE * usual or ratio * stored >= FAR_BELOW * lr:
         return None
     amount, _ = movement(e)
     seen = Seen(gradient=known(e.gradient_max), usual=usual, moved=amount or None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from update_watch.judge.accumulators import alert_level
 from update_watch.judge.efficiency_grade import known
+from update_watch.judge.heard import loud
 from update_watch.report import SEVERITY, Cause, Health, LayerReport, TensorReport, weighted_mean
 from update_watch.worker import unhurried
 
@@ -42,18 +42,16 @@ def run_health(tensors: Sequence[TensorReport]) -> Health:
     for health in BAD:
         if counts[health]:
             return health
-    if any(
-        alert_level(a) is not None and a.health is not Health.idle for t in tensors for a in t.accumulators.values()
-    ):
+    if any(one.health is not Health.idle for of_one in loud(tensors).values() for one in of_one):
         return Health.stalling
     if counts[Health.healthy] and counts[Health.healthy] >= counts[Health.unknown]:
         return Health.healthy
     return min(counts, key=RANK.__getitem__, default=Health.unknown)
 
 
-def worst_first(tensors: Iterable[TensorReport]) -> list[TensorReport]:
-    """By severity, then by efficiency, then larger tensors first, then in order of the report."""
-    return sorted(tensors, key=lambda t: (RANK[t.health], 1.0 if t.efficiency is None else t.efficiency, -t.numel))
+def badness(t: TensorReport) -> tuple[int, float, int]:
+    """The worse, the lower: by severity, then by efficiency, then larger tensors."""
+    return RANK[t.health], 1.0 if t.efficiency is None else t.efficiency, -t.numel
 
 
 def is_measurable(tensor: TensorReport) -> bool:

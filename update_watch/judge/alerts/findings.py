@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from update_watch.judge.accumulators import alert_level
+from update_watch.judge.heard import key as key_of
+from update_watch.judge.heard import loud
+from update_watch.judge.heard import well as well_accumulators
 from update_watch.judge.rest_sentences import is_left_behind
 from update_watch.judge.run_summary import (
+    badness,
     is_measurable,
     is_moving_unasked,
     is_training_nothing,
     unmeasured,
-    worst_first,
 )
 from update_watch.report import Cause, Health, Level, Report, TensorReport
 from update_watch.worker import unhurried
@@ -45,7 +47,14 @@ class Finding(NamedTuple):
     level: Level
     health: Health
     cause: Cause | None
-    advice: str
+    said: str | None = None  # of the run as a whole; None: what is said of the tensor or accumulator
+
+    @property
+    def advice(self) -> str:
+        """Of thousands only the first is told."""
+        if self.said is not None:
+            return self.said
+        return self.tensor.accumulators[self.part].advice if self.part else self.tensor.advice
 
 
 class Findings(NamedTuple):
@@ -58,46 +67,35 @@ class Findings(NamedTuple):
 def find(report: Report) -> Findings:
     """Everything in a report that is something to tell, or to compare with."""
     bad: dict[str, list[Finding]] = {}
-    well: set[str] = set()
-    for tensor in unhurried(worst_first(report.tensors)):
+    heard, well = loud(report.tensors), well_accumulators(report.tensors)
+    tensors = report.tensors
+    for place in unhurried(sorted(range(len(tensors)), key=lambda place: badness(tensors[place]))):
+        tensor = tensors[place]
         level = _LEVELS.get(tensor.health)
         if level is not None:
-            _add(bad, Finding(tensor.name, tensor, "", level, tensor.health, tensor.cause, tensor.advice))
+            _add(bad, Finding(tensor.name, tensor, "", level, tensor.health, tensor.cause))
         elif is_moving_unasked(tensor):
             level = Level.warn if tensor.health is Health.healthy else Level.info
             if tensor.cause is Cause.requires_grad_off:
-                _add(bad, Finding(tensor.name, tensor, "", level, tensor.health, tensor.cause, tensor.advice))
+                _add(bad, Finding(tensor.name, tensor, "", level, tensor.health, tensor.cause))
         elif tensor.health is Health.idle and tensor.cause in _IDLE_CAUSES:
-            _add(bad, Finding(tensor.name, tensor, "", Level.info, tensor.health, tensor.cause, tensor.advice))
+            _add(bad, Finding(tensor.name, tensor, "", Level.info, tensor.health, tensor.cause))
         elif tensor.cause is Cause.not_in_optimizer and is_left_behind(tensor.advice):  # others are left out on purpose
-            _add(bad, Finding(tensor.name, tensor, "", Level.warn, tensor.health, tensor.cause, tensor.advice))
+            _add(bad, Finding(tensor.name, tensor, "", Level.warn, tensor.health, tensor.cause))
         elif tensor.health is Health.healthy:
             well.add(tensor.name)
         # at the start of a run that is how weights are loaded; later it is told once, and never over
         if tensor.was_rounded and tensor.health is Health.healthy and report.step > report.window:
             key = f"{tensor.name} [{WAS_ROUNDED}]"
-            bad.setdefault(WAS_ROUNDED, []).append(
-                Finding(key, tensor, "", Level.info, tensor.health, None, tensor.advice)
-            )
-        for accumulator in tensor.accumulators.values():
-            key = f"{tensor.name} [{accumulator.name}]"
-            loud = alert_level(accumulator)
-            if loud is None:
-                if accumulator.health is Health.healthy:
-                    well.add(key)
+            bad.setdefault(WAS_ROUNDED, []).append(Finding(key, tensor, "", Level.info, tensor.health, None))
+        for one in heard.get(place, ()):
             # the loss of a bad weight drowns what its states and decay lose beside it
-            elif tensor.health not in _LEVELS or not _is_early(accumulator.cause):
-                _add(
-                    bad,
-                    Finding(
-                        *(key, tensor, accumulator.name, loud),
-                        *(accumulator.health, accumulator.cause, accumulator.advice),
-                    ),
-                )
+            if tensor.health not in _LEVELS or not _is_early(one.cause):
+                _add(bad, Finding(key_of(tensor.name, one.name), tensor, one.name, one.level, one.health, one.cause))
     if is_training_nothing(report.tensors):
         bad.pop(f"{Cause.not_in_optimizer}", None)  # the same, said of the run
         bad[NOTHING_TRAINS] = [
-            Finding(t.name, t, "", Level.error, t.health, t.cause, t.advice) for t in report.tensors if t.trainable
+            Finding(t.name, t, "", Level.error, t.health, t.cause) for t in report.tensors if t.trainable
         ]
     _find_unmeasured(report.tensors, bad)
     _find_ahead(report, bad, well)
@@ -111,7 +109,7 @@ def _find_unmeasured(tensors: Sequence[TensorReport], bad: dict[str, list[Findin
         return
     share = max(len(lacking) / len(trained), sum(t.numel for t in lacking) / max(sum(t.numel for t in trained), 1))
     if share > _NOT_MEASURED_SHARE:
-        bad[NOT_MEASURED] = [Finding(t.name, t, "", Level.warn, t.health, t.cause, t.advice) for t in lacking]
+        bad[NOT_MEASURED] = [Finding(t.name, t, "", Level.warn, t.health, t.cause) for t in lacking]
 
 
 def _find_ahead(report: Report, bad: dict[str, list[Finding]], well: set[str]) -> None:

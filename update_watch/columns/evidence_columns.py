@@ -1,0 +1,220 @@
+"""A window's evidence as columns: the same number of all tensors side by side, so that thousands are judged as a few.
+
+Tensors of one kind are a block, which knows its numbers as arrays or as objects. A `TensorEvidence` of each is only made where
+somebody asks for it. Names are those of `TensorEvidence`, with a dot within its values: "numbers.efficiency".
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from update_watch.evidence import AccumulatorEvidence, TensorEvidence
+
+Array = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.intp]
+_T = TypeVar("_T")
+
+
+class Values(Protocol):
+    """The values of some rows."""
+
+    def raw(self, name: str) -> list[Any]:
+        """As they are in the evidence."""
+
+    def column(self, name: str) -> Array:
+        """As numbers; NaN is what is not known."""
+
+
+class Part(NamedTuple):
+    """One accumulator of the tensors that have it; names are those of `AccumulatorEvidence`."""
+
+    rows: Rows
+    values: Values
+
+
+class Block(Values, Protocol):
+    """Some tensors of a window."""
+
+    def __len__(self) -> int: ...
+
+    def tensor(self, row: int) -> TensorEvidence:
+        """All of one."""
+
+    def histogram(self, name: str, length: int) -> Array:
+        """[n, length] of shares; NaN of those that have none."""
+
+    def parts(self) -> dict[str, Part]:
+        """The accumulators, by name."""
+
+
+class Objects:
+    """Values of which each row is an object."""
+
+    def __init__(self, rows: Sequence[Any]) -> None:
+        self._rows = rows
+
+    def raw(self, name: str) -> list[Any]:
+        get = operator.attrgetter(name)
+        return [get(row) for row in self._rows]
+
+    def column(self, name: str) -> Array:
+        values = self.raw(name)
+        found = np.array(values, dtype=np.float64)  # None becomes NaN
+        for i in np.flatnonzero(np.isnan(found)).tolist():
+            if values[i] is not None:
+                found[i] = np.inf  # known, and no number: a NaN means more than that there is none
+        return found
+
+
+class OneByOne(Objects):
+    """A block of tensors that were made already."""
+
+    _rows: Sequence[TensorEvidence]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def tensor(self, row: int) -> TensorEvidence:
+        return self._rows[row]
+
+    def histogram(self, name: str, length: int) -> Array:
+        found = np.full((len(self._rows), length), np.nan)
+        for i, shares in enumerate(self.raw(name)):
+            if shares:
+                found[i] = 0.0
+                found[i, : len(shares)] = shares[:length]
+        return found
+
+    def parts(self) -> dict[str, Part]:
+        rows: dict[str, list[int]] = {}
+        members: dict[str, list[AccumulatorEvidence]] = {}
+        for i, tensor in enumerate(self._rows):
+            for name, accumulator in tensor.accumulators.items():
+                if name not in rows:
+                    rows, members = (_with(known, tensor.accumulators) for known in (rows, members))
+                rows[name].append(i)
+                members[name].append(accumulator)
+        return {name: Part(np.array(found, dtype=np.intp), Objects(members[name])) for name, found in rows.items()}
+
+
+def _with(known: dict[str, list[_T]], names: Iterable[str]) -> dict[str, list[_T]]:
+    """The lists by name, with empty ones for those that are new: in an order in which each follows what it followed here."""
+    order, at = list(known), 0
+    for name in names:
+        if name in known:
+            at = order.index(name) + 1
+        else:
+            order.insert(at, name)
+            at += 1
+    return {name: known.get(name, []) for name in order}
+
+
+class _Joined:
+    """Values of several blocks, one after the other."""
+
+    def __init__(self, values: Sequence[Values]) -> None:
+        self._values = values
+
+    def raw(self, name: str) -> list[Any]:
+        return list(itertools.chain.from_iterable([one.raw(name) for one in self._values]))
+
+    def column(self, name: str) -> Array:
+        return np.concatenate([one.column(name) for one in self._values])
+
+
+class Columns:
+    """All tensors of a window, in the order of its report."""
+
+    def __init__(self, blocks: Iterable[Block], order: Rows | None = None) -> None:
+        """`order`: for each place in the report a row of the blocks, counted through; None: as they come."""
+        self._blocks = [block for block in blocks if len(block)]
+        self._starts = [0, *itertools.accumulate(len(block) for block in self._blocks)]
+        self.order = np.arange(self._starts[-1]) if order is None else order
+        self._joined = _Joined(self._blocks)
+        self._raw: dict[str, list[Any]] = {}
+        self._columns: dict[str, Array] = {}
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def taken(self, places: Sequence[int]) -> Columns:
+        """Those at some places."""
+        return Columns(self._blocks, self.order[np.array(places, dtype=np.intp)])
+
+    def raw(self, name: str) -> list[Any]:
+        """[n] as they are in the evidence."""
+        found = self._raw.get(name)
+        if found is None:
+            values = self._joined.raw(name)
+            found = self._raw[name] = [values[row] for row in self.order.tolist()]
+        return found
+
+    def column(self, name: str) -> Array:
+        """[n] as numbers; NaN is what is not known."""
+        found = self._columns.get(name)
+        if found is None:
+            found = np.zeros(0) if not self._blocks else self._joined.column(name)[self.order]
+            self._columns[name] = found
+        return found
+
+    def histogram(self, name: str, length: int) -> Array:
+        """[n, length] of shares; NaN of those that have none."""
+        if not self._blocks:
+            return np.zeros((0, length))
+        found: Array = np.concatenate([block.histogram(name, length) for block in self._blocks])[self.order]
+        return found
+
+    def parts(self) -> dict[str, Part]:
+        """The accumulators by name; rows are places in the report."""
+        place = np.full(self._starts[-1], -1, dtype=np.intp)
+        place[self.order] = np.arange(len(self.order))
+        found: dict[str, list[Part]] = {}
+        for start, block in zip(self._starts, self._blocks, strict=False):
+            of_block = block.parts()
+            found = _with(found, of_block)
+            for name, part in of_block.items():
+                found[name].append(Part(place[start + part.rows], part.values))
+        return {
+            name: Part(np.concatenate([part.rows for part in parts]), _Joined([part.values for part in parts]))
+            for name, parts in found.items()
+        }
+
+    def tensor(self, place: int) -> TensorEvidence:
+        """All of one."""
+        row = int(self.order[place])
+        block = int(np.searchsorted(self._starts, row, "right")) - 1
+        return self._blocks[block].tensor(row - self._starts[block])
+
+
+class Tensors(Sequence[TensorEvidence]):
+    """The tensors of a window, each made when it is asked for."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @overload
+    def __getitem__(self, index: int) -> TensorEvidence: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[TensorEvidence, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> TensorEvidence | tuple[TensorEvidence, ...]:
+        places = range(len(self))[index]
+        return tuple(map(self.columns.tensor, places)) if isinstance(places, range) else self.columns.tensor(places)
+
+    def __iter__(self) -> Iterator[TensorEvidence]:
+        return map(self.columns.tensor, range(len(self)))
+
+
+def columns_of(tensors: Sequence[TensorEvidence]) -> Columns:
+    """The columns of a window's tensors."""
+    return tensors.columns if isinstance(tensors, Tensors) else Columns([OneByOne(tensors)])
