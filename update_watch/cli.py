@@ -21,8 +21,6 @@ from update_watch.cli_types import count, positive, rate
 from update_watch.wording import printable
 
 _PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
-
-
 _FOUND = 3  # exit status of --strict: what was looked for is there
 
 
@@ -174,18 +172,21 @@ def _audit(options: argparse.Namespace) -> None:
 
 def _diff(options: argparse.Namespace) -> None:
     from update_watch.checkpoints.at_rate import of_files, text
-    from update_watch.checkpoints.diff import diff
-    from update_watch.checkpoints.files import CheckpointError
+    from update_watch.checkpoints.diff import diff_tensors
+    from update_watch.checkpoints.files import CheckpointError, read_tensors
 
-    limit = options.limit or None
+    limit, at = options.limit or None, options.at
     try:
-        found = diff(options.first, options.second)
-        ahead = of_files(options.second, options.at, options.optimizer) if options.at is not None else ()
+        first, second = read_tensors(options.first), read_tensors(options.second)
+        found = diff_tensors(first, second, f"{options.first} and {options.second}")
+        ahead = None if at is None else of_files(options.second, at, options.optimizer, second)
     except (CheckpointError, ValueError) as error:
         raise UsageError(str(error)) from error
-    at_rate = {} if options.at is None else {"at_rate": [vars(t) for t in ahead]}
-    shown = found.text(limit) if options.at is None else f"{found.text(limit)}\n\n{text(ahead, options.at, limit)}"
-    print(json.dumps(found.to_dict() | at_rate, indent=2) if options.json else shown)
+    if options.json:
+        at_rate = {} if ahead is None else {"at_rate": list(map(vars, ahead))}
+        print(json.dumps(found.to_dict() | at_rate, indent=2))
+    else:
+        print(found.text(limit) if ahead is None else f"{found.text(limit)}\n\n{text(ahead, at, limit)}")
     if options.strict and found.never_moved:
         sys.exit(_FOUND)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_without_a_state_updates_are_as_large_as_the_rate() -> None:
     assert found[0].least_lr == pytest.approx(1.5 * 2**-8, rel=0.06)
     said = text(found, 1e-3)
     assert "1 tensor of 2 would lose updates: norm.weight" in said and "as large as the rate" in said
-    assert text((), 1e-3).endswith("none is lost to their format.")
+    assert text(at_rate({"full": torch.ones(3)}, 1e-3), 1e-3).endswith("none is lost to their format.")
 
 
 def test_a_state_of_another_model_is_not_used_and_one_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -99,6 +100,17 @@ def test_the_command_reads_the_state_beside_the_weights(tmp_path: Path, capsys: 
     assert {t["name"] for t in found} == set(net.state_dict()) and {t["basis"] for t in found} == {"optimizer state"}
     main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), "--at", "1e-6"])
     assert "would lose updates" in capsys.readouterr().out
+
+
+def test_weights_in_a_file_with_any_name_have_no_state_beside_them(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(4).bfloat16()}, tmp_path / "model.bin")
+    assert [t.basis for t in of_files(tmp_path / "model.bin", 1e-3)] == ["update = rate"]
+
+
+def test_what_no_rate_reaches_stands_behind_what_one_does(tmp_path: Path) -> None:
+    found = at_rate({"nan": torch.tensor([1.0, math.nan]).bfloat16(), "w": torch.ones(2).bfloat16()}, 1e-3)
+    assert [t.name for t in found] == ["w", "nan"] and found[1].least_lr is None
+    assert "1 tensor of 2 would lose updates: w." in text(found, 1e-3)
 
 
 def test_many_tensors_are_looked_at_together_and_each_as_if_it_were_alone(tmp_path: Path) -> None:

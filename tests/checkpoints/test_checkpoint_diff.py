@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from update_watch.checkpoints.comparison import TensorDiff
 from update_watch.checkpoints.diff import NOT_ALWAYS_A_FAULT, Diff, diff, diff_tensors
+from update_watch.checkpoints.differences import TensorDiff
 from update_watch.checkpoints.files import CheckpointError, read_tensors
 
 BF16 = torch.bfloat16
@@ -185,6 +185,24 @@ def test_the_data_are_plain_json() -> None:
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert [t["name"] for t in data["tensors"]] == ["a", "n"]
     assert data["tensors"][0]["identical"] == 0.0
+
+
+def test_ones_whose_format_changed_are_said_to_be_of_the_later_one() -> None:
+    found = diff_tensors({"w": torch.ones(4, dtype=torch.float16)}, {"w": torch.ones(4, dtype=BF16)})
+    assert found.tensors[0].dtype == "float16 -> bfloat16"
+    assert "That one still holds exactly 1.0 in every element" in str(found) and "at 1.0 BF16 loses" in str(found)
+
+
+def test_rows_are_a_sequence_like_any_other() -> None:
+    names = ["same", "other", "odd"]
+    first = {"same": torch.ones(4), "other": torch.ones(4), "odd": torch.ones(3)}
+    second = {"same": torch.ones(4), "other": torch.tensor([1.0, 2.0, 2.0, 2.0]), "odd": torch.ones(2)}
+    found = diff_tensors(first, second).tensors
+    assert [t.name for t in found] == ["same", "odd", "other"] and len(found) == len(names)
+    assert found[-1] == TensorDiff("other", "float32", 4, 0.25, math.sqrt(3), math.sqrt(3 / 4))
+    assert found[:2] == (found[0], found[1]) and [t.note for t in found] == ["", found[1].note, ""]
+    assert found == diff_tensors(first, second).tensors and found != diff_tensors(first, first).tensors
+    assert hash(found) == hash(diff_tensors(first, second).tensors)
 
 
 # --- files ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench.dashboards.million import laid_over, measure, names_of, write_checkpoints, write_journal
-from update_watch.checkpoints.diff import diff
+from update_watch.cli import main
 from update_watch.dashboards.frame import Frame, frame_of
 from update_watch.dashboards.journal.lines import encode, header_line, window_line
 from update_watch.dashboards.journal.table import table_line
@@ -89,11 +89,15 @@ def test_a_tensor_more_costs_a_few_calls(
     assert _calls(lambda: show(many)) - _calls(lambda: show(few)) < 12 * 3_000
 
 
-def test_a_tensor_more_costs_a_comparison_of_checkpoints_a_few_calls(tmp_path: Path) -> None:
-    for count in (300, 1_300):
-        write_checkpoints(tmp_path / f"a{count}", tmp_path / f"b{count}", count)
-    few, many = (_calls(lambda n=n: diff(tmp_path / f"a{n}", tmp_path / f"b{n}")) for n in (300, 1_300))
-    assert many - few < 40 * 1_000
+@pytest.mark.parametrize("at", [[], ["--at", "3e-5"]], ids=["diff", "diff --at"])
+def test_a_tensor_more_costs_a_comparison_of_checkpoints_a_few_calls(tmp_path: Path, at: list[str]) -> None:
+    def compared(count: int) -> int:
+        sides = [tmp_path / f"{side}{count}" for side in ("first", "second")]
+        write_checkpoints(*sides, count)
+        return _calls(lambda: main(["diff", *map(str, sides), *at]))
+
+    compared(300)  # what is done once
+    assert compared(1_300) - compared(301) < 3 * 1_000
 
 
 def test_what_the_table_leaves_out_is_counted_and_better_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,19 +9,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from update_watch import formats
 from update_watch.checkpoints.files import CheckpointError, read_optimizer, read_tensors
+from update_watch.checkpoints.header import IntArray
+from update_watch.checkpoints.rows import Floats, Rows, batches, number_at
 from update_watch.checkpoints.stored import StoredTensors
 from update_watch.wording import end_of, fixed, listed, number, plural, printable
 
 _SAMPLES = 2**14
-_TOGETHER = 2**20  # elements that are rounded at once
+_TOGETHER = 2**15 - 1  # elements that are rounded at once: torch starts no threads for so few
 _LIMIT = 0.8  # efficiency under which a tensor stalls
 _OCTAVES = 40  # the rates that are tried lie within so many of the one that is asked for
 _FROM_STATE, _AS_LARGE = "optimizer state", "update = rate"
@@ -38,7 +42,27 @@ class AtRate:
     basis: str  # "optimizer state": of its moments; "update = rate"
 
 
-def at_rate(weights: Mapping[str, Tensor], lr: float, optimizer: Mapping[str, Any] | None = None) -> tuple[AtRate, ...]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class AtRates(Rows[AtRate]):
+    """Those of n tensors, worst first: the fields of `AtRate` as arrays (n,), NaN for None."""
+
+    names: Sequence[str]
+    dtypes: Sequence[torch.dtype]  # those there are
+    dtype: IntArray  # the place of each tensor's in `dtypes`
+    efficiency: Floats
+    least_lr: Floats
+    is_of_state: npt.NDArray[np.bool_]
+
+    def row(self, at: int) -> AtRate:
+        dtype = str(self.dtypes[self.dtype[at]]).removeprefix("torch.")
+        basis = _FROM_STATE if self.is_of_state[at] else _AS_LARGE
+        return AtRate(self.names[at], dtype, float(self.efficiency[at]), number_at(self.least_lr, at), basis)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def at_rate(weights: Mapping[str, Tensor], lr: float, optimizer: Mapping[str, Any] | None = None) -> AtRates:
     """The low-precision tensors among these, worst first. `optimizer`: the `state_dict()` of one that has them in this order.
 
     Raises:
@@ -47,54 +71,41 @@ def at_rate(weights: Mapping[str, Tensor], lr: float, optimizer: Mapping[str, An
     if not 0 < lr < math.inf:
         raise ValueError(f"--at {lr!r} must be a learning rate above 0")
     directions = _directions(weights, optimizer or {})
-    groups: dict[tuple[torch.dtype, int], list[str]] = {}
-    for name, kind in _low(weights):
-        groups.setdefault(kind, []).append(name)
-    found: list[AtRate] = []
-    for (dtype, numel), names in groups.items():
-        most = max(1, _TOGETHER // min(numel, _SAMPLES))
-        for begin in range(0, len(names), most):
-            found += _of_batch(names[begin : begin + most], dtype, weights, directions, lr)
-    places = {name: i for i, name in enumerate(weights)}
-    return tuple(sorted(found, key=lambda t: (t.efficiency, places[t.name])))
+    names = list(weights)
+    places_P = weights.places(names) if isinstance(weights, StoredTensors) else None
+    kinds, kind_P = _kinds(weights, places_P)
+    efficiency_P, least_P = np.full((2, len(names)), np.nan)
+    moves_P, is_of_state_P = np.zeros((2, len(names)), dtype=bool)
+    for code, at in batches(kind_P, [max(1, _TOGETHER // min(numel, _SAMPLES)) for _, numel in kinds]):
+        if isinstance(weights, StoredTensors) and places_P is not None and kinds[code][1] <= _SAMPLES:
+            w_nK = weights.rows(places_P[at])  # of one size, and maybe of several shapes
+        else:
+            w_nK = torch.stack([_sample(weights[names[i]]) for i in at.tolist()])
+        direction_nK = torch.ones(w_nK.shape, dtype=torch.float64)
+        for n, i in enumerate(at.tolist() if directions else ()):
+            if names[i] in directions:
+                direction_nK[n], is_of_state_P[i] = _sample(directions[names[i]]), True
+        efficiency_P[at], least_P[at] = _of_batch(w_nK, direction_nK, lr)
+        moves_P[at] = (direction_nK != 0).any(1).numpy()
+    (found,) = np.nonzero(moves_P)
+    found = found[np.argsort(efficiency_P[found], kind="stable")]
+    columns = (kind_P[found], efficiency_P[found], least_P[found], is_of_state_P[found])
+    return AtRates(list(map(names.__getitem__, found.tolist())), [dtype for dtype, _ in kinds], *columns)
 
 
-def _low(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[torch.dtype, int]]]:
-    """Names of those in a low format, with format and number of elements."""
-    if isinstance(weights, StoredTensors):
-        names = list(weights)
-        wanted = [(kind.dtype, kind.numel) if kind.numel and _is_low(kind.dtype) else None for kind in weights.kinds]
-        for name, code in zip(names, weights.codes(weights.places(names)).tolist(), strict=True):
-            if (kind := wanted[code]) is not None:
-                yield name, kind
-        return
-    for name, w in weights.items():
-        if w.layout is torch.strided and w.numel() and _is_low(w.dtype):
-            yield name, (w.dtype, w.numel())
+def _kinds(weights: Mapping[str, Tensor], places_P: IntArray | None) -> tuple[list[tuple[torch.dtype, int]], IntArray]:
+    """Formats with numbers of elements, and which of them each tensor has; -1: it is in no low format, or empty."""
+    known: dict[tuple[torch.dtype, int], int] = {}
 
+    def code(dtype: torch.dtype, numel: int) -> int:
+        return known.setdefault((dtype, numel), len(known)) if numel and _is_low(dtype) else -1
 
-def _of_batch(
-    names: Sequence[str], dtype: torch.dtype, weights: Mapping[str, Tensor], directions: Mapping[str, Tensor], lr: float
-) -> Iterator[AtRate]:
-    """Tensors of one format and size: n of them, K elements of each."""
-    w_nK = _samples(weights, names)
-    direction_nK = torch.ones(w_nK.shape, dtype=torch.float64)
-    for i, name in enumerate(names):
-        if name in directions:
-            direction_nK[i] = _sample(directions[name])
-    lr_n = torch.full((len(names),), lr, dtype=torch.float64)
-    arrives, least = _efficiency(w_nK, direction_nK, lr_n).tolist(), _least(w_nK, direction_nK, lr_n)
-    moves, kind = (direction_nK != 0).any(1).tolist(), str(dtype).removeprefix("torch.")
-    for i, name in enumerate(names):
-        if moves[i]:
-            yield AtRate(name, kind, arrives[i], least[i], _FROM_STATE if name in directions else _AS_LARGE)
-
-
-def _samples(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """[n, K]"""
-    if isinstance(weights, StoredTensors) and weights.kind_of(names[0]).numel <= _SAMPLES:
-        return weights.rows(weights.places(names))  # of one size, and maybe of several shapes
-    return torch.stack([_sample(weights[name]) for name in names])
+    if isinstance(weights, StoredTensors) and places_P is not None:
+        codes = np.array([code(kind.dtype, kind.numel) for kind in weights.kinds], np.int64)[weights.codes(places_P)]
+    else:
+        each = [code(w.dtype, w.numel()) if w.layout is torch.strided else -1 for w in weights.values()]
+        codes = np.array(each, np.int64)
+    return list(known), codes
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -103,9 +114,15 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def of_files(
-    path: str | os.PathLike[str], lr: float, optimizer: str | os.PathLike[str] | None = None
-) -> tuple[AtRate, ...]:
+    path: str | os.PathLike[str],
+    lr: float,
+    optimizer: str | os.PathLike[str] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> AtRates:
     """The same of files; the optimizer's state is looked for beside the weights where no file of it is given.
+
+    Args:
+        weights: those of `path`, where they have been read.
 
     Raises:
         FileNotFoundError, CheckpointError: as `read_tensors`; also where a given file holds no optimizer's state.
@@ -114,27 +131,28 @@ def of_files(
     state = read_optimizer(path if optimizer is None else optimizer)
     if state is None and optimizer is not None:
         raise CheckpointError(f"{optimizer}: there is no state of an optimizer in it (the `state_dict()` of one)")
-    return at_rate(read_tensors(path), lr, state)
+    return at_rate(read_tensors(path) if weights is None else weights, lr, state)
 
 
-def text(found: Sequence[AtRate], lr: float, limit: int | None = None) -> str:
+def text(found: AtRates, lr: float, limit: int | None = None) -> str:
     """A table, worst first, and one sentence."""
     if not found:
         return f"At a learning rate of {number(lr)}: no low-precision weights, so none is lost to their format."
-    names = [end_of(t.name) for t in found[:limit]]
+    shown = found[:limit]
+    names = [end_of(t.name) for t in shown]
     width = max(map(len, names))
     lines = [f"{'tensor':{width}}  {'format':8}  arrives  least rate for {_LIMIT}  from"]
     lines += [
         f"{name:{width}}  {t.dtype:8}  {fixed(t.efficiency):>7}  {'-' if t.least_lr is None else number(t.least_lr):>18}  {t.basis}"
-        for name, t in zip(names, found[:limit], strict=True)
+        for name, t in zip(names, shown, strict=True)
     ]
-    stalled = [printable(t.name) for t in found if t.efficiency < _LIMIT]
-    known = [t.least_lr for t in found if t.least_lr is not None]
+    stalled = list(map(found.names.__getitem__, np.flatnonzero(found.efficiency < _LIMIT).tolist()))
+    first = max(found.least_lr[~np.isnan(found.least_lr)].tolist(), default=0.0)
     said = f"At a learning rate of {number(lr)} {plural(len(stalled), 'tensor')} of {len(found)} would lose updates"
     lines.append(
-        f"{said}: {listed(stalled)}." if stalled else f"{said}; the first does under {number(max(known, default=0.0))}."
+        f"{said}: {printable(listed(stalled))}." if stalled else f"{said}; the first does under {number(first)}."
     )
-    if any(t.basis == _AS_LARGE for t in found):
+    if not found.is_of_state.all():
         lines.append(
             "Where the optimizer's state is not known, updates are taken to be as large as the rate, which is the most they are."
         )
@@ -145,23 +163,30 @@ def _is_low(dtype: torch.dtype) -> bool:
     return dtype in formats.HALVES and formats.of(dtype) is not None
 
 
-def _efficiency(w_nK: Tensor, direction_nK: Tensor, lr_n: Tensor) -> Tensor:
-    """[n]"""
-    wide_nK, update_nK = w_nK.double(), -lr_n[:, None] * direction_nK
-    applied_nK = (wide_nK + update_nK).to(w_nK.dtype).double() - wide_nK
-    return (applied_nK * update_nK).sum(1) / (update_nK * update_nK).sum(1)
+def _of_batch(w_nK: Tensor, direction_nK: Tensor, lr: float) -> tuple[Floats, Floats]:
+    """Of n tensors the efficiency at the rate, and the least rate, [n] each; NaN where there is none.
 
+    The latter to a sixteenth of an octave; where efficiency does not rise with the rate throughout, one of the rates it passes at.
+    """
+    wide_nK, turned_nK = w_nK.double().numpy(), -direction_nK.numpy()
 
-def _least(w_nK: Tensor, direction_nK: Tensor, lr_n: Tensor) -> list[float | None]:
-    """To a sixteenth of an octave; where efficiency does not rise with the rate throughout, one of the rates it passes at."""
-    low_n, high_n = torch.full_like(lr_n, -float(_OCTAVES)), torch.full_like(lr_n, float(_OCTAVES))
-    arrives_n = _efficiency(w_nK, direction_nK, lr_n * 2**high_n) >= _LIMIT
-    while float((high_n - low_n).max()) > 1 / 16:
-        middle_n = (low_n + high_n) / 2
-        is_enough_n = _efficiency(w_nK, direction_nK, lr_n * 2**middle_n) >= _LIMIT
-        low_n, high_n = torch.where(is_enough_n, low_n, middle_n), torch.where(is_enough_n, middle_n, high_n)
-    least = (lr_n * 2**high_n).tolist()
-    return [rate if arrives else None for rate, arrives in zip(least, arrives_n.tolist(), strict=True)]
+    def efficiency(lr_n: Floats) -> Floats:
+        update_nK = lr_n[:, None] * turned_nK
+        # torch rounds to the format; NumPy adds up, and starts no threads
+        applied_nK = torch.from_numpy(wide_nK + update_nK).to(w_nK.dtype).double().numpy() - wide_nK
+        found: Floats = (applied_nK * update_nK).sum(1) / np.square(update_nK).sum(1)
+        return found
+
+    lr_n = np.full(len(w_nK), lr)
+    low_n, high_n = np.full((2, len(w_nK)), float(_OCTAVES))
+    low_n = -low_n
+    with np.errstate(all="ignore"):
+        now_n, arrives_n = efficiency(lr_n), efficiency(lr_n * 2**high_n) >= _LIMIT
+        while float((high_n - low_n).max()) > 1 / 16:
+            middle_n = (low_n + high_n) / 2
+            is_enough_n = efficiency(lr_n * 2**middle_n) >= _LIMIT
+            low_n, high_n = np.where(is_enough_n, low_n, middle_n), np.where(is_enough_n, middle_n, high_n)
+        return now_n, np.where(arrives_n, lr_n * 2**high_n, np.nan)
 
 
 def _directions(weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -10,67 +10,41 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from update_watch.checkpoints.stored import IntArray, Kind, StoredTensors
-from update_watch.columns.late_fields import quick
+from update_watch.checkpoints.differences import TensorDiff, TensorDiffs
+from update_watch.checkpoints.header import IntArray
+from update_watch.checkpoints.rows import batches
+from update_watch.checkpoints.stored import Kind, StoredTensors
 from update_watch.wording import first_line
 
 _CHUNK = 2**22  # elements compared at once
 _SMALL = 2**14  # elements of a tensor up to which it is compared together with others of its kind
-_TOGETHER = 2**20  # elements of those
+_TOGETHER = 2**15 - 1  # elements of those: they stay in the processor's cache, and torch starts no threads for so few
+BECAME = " -> "  # between two formats
 _TOO_LARGE, _NOT_FINITE = "its numbers are too large to be squared", "it holds NaN or infinity"
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclasses.dataclass(frozen=True)
-class TensorDiff:
-    """One tensor that is in both checkpoints."""
-
-    name: str
-    dtype: str  # "bfloat16"; "float32 -> bfloat16" where the formats differ
-    numel: int
-    identical: float | None = None  # share of elements with the same bits (the same value where the formats differ)
-    change: float | None = None  # L2 norm of the difference; None for integers and where a value is not finite
-    relative_change: float | None = None  # the same over the L2 norm of the first; None where that is 0
-    constant: float | None = None  # the one value that all elements of both have
-    note: str = ""  # why it could not be compared, or what is wrong with its values
-
-    @property
-    def has_moved(self) -> bool:
-        """Some element differs."""
-        return self.identical is not None and self.identical < 1
-
-
-def compare_all(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Sequence[str]) -> list[TensorDiff]:
+def compare_all(first: Mapping[str, Tensor], second: Mapping[str, Tensor], names: Sequence[str]) -> TensorDiffs:
     """`compare` for tensors with these names, in this order; small ones of one kind together."""
-    found: list[TensorDiff | None] = [None] * len(names)
+    found = TensorDiffs.none(names)
     kinds: dict[Kind, int] = {}
     sides = _Side(first, names, kinds), _Side(second, names, kinds)
-    codes = sides[0].codes
-    (alike,) = np.nonzero((codes == sides[1].codes) & (codes >= 0))
-    alike = alike[np.argsort(codes[alike], kind="stable")]
-    by_kind = np.split(alike, np.nonzero(np.diff(codes[alike]))[0] + 1) if len(alike) else []
-    kind_of = list(kinds)
-    for members in by_kind:
-        kind = kind_of[codes[members[0]]]
-        if not _is_small(kind):
-            continue
-        most = max(1, _TOGETHER // kind.numel)
-        for part in (members[begin : begin + most] for begin in range(0, len(members), most)):
-            with contextlib.suppress(Exception):  # of formats that torch can hold and not compute with: one by one
-                a, b = (side.rows(part) for side in sides)
-                places = part.tolist()
-                for i, row in zip(places, _rows_of(kind, [names[i] for i in places], a, b), strict=True):
-                    found[i] = row
-    return [
-        compare(name, first[name], second[name]) if row is None else row for name, row in zip(names, found, strict=True)
-    ]
+    codes = np.where(sides[0].codes == sides[1].codes, sides[0].codes, -1)
+    most = [max(1, _TOGETHER // kind.numel) if _is_small(kind) else 0 for kind in kinds]
+    kind_of, alone = list(kinds), np.ones(len(names), dtype=bool)
+    for code, at in batches(codes, most):
+        with contextlib.suppress(Exception):  # of formats that torch can hold and not compute with: one by one
+            _compare_together(kind_of[code], sides[0].rows(at), sides[1].rows(at), found, at)
+            alone[at] = False
+    for i in np.flatnonzero(alone).tolist():
+        found.put(i, compare(names[i], first[names[i]], second[names[i]]))
+    return found
 
 
 class _Side:
@@ -105,60 +79,37 @@ def _kind(tensor: Tensor) -> Kind | None:
     return Kind(tensor.dtype, tuple(tensor.shape), tensor.numel())
 
 
-@functools.lru_cache(4096)
 def _is_small(kind: Kind) -> bool:
     return 0 < kind.numel <= _SMALL and not kind.dtype.is_complex
 
 
-def _rows_of(kind: Kind, names: Sequence[str], first: Tensor, second: Tensor) -> Iterator[TensorDiff]:
+def _compare_together(kind: Kind, first: Tensor, second: Tensor, found: TensorDiffs, at: IntArray) -> None:
+    """Tensors of one kind, a row each, which stand at these places of what is found. In NumPy, which starts no threads."""
     dtype, numel = str(kind.dtype).removeprefix("torch."), kind.numel
-    shares = ((_bits(first) == _bits(second)).sum(1).double() / numel).tolist()
-    no: list[Any] = [None] * len(names)
-    changes, relatives, constants, notes = no, no, no, [""] * len(names)
+    same = np.count_nonzero(_bits(first).numpy() == _bits(second).numpy(), axis=1)
+    numbers = {"identical": same / numel}
+    notes: dict[int, str] = {}
     if kind.dtype.is_floating_point and _widens(kind.dtype):
-        a, b = first.double(), second.double()
-        change, norm = (b - a).square_().sum(1), a.square().sum(1)
-        low, high = torch.minimum(a.amin(1), b.amin(1)), torch.maximum(a.amax(1), b.amax(1))
-        known = change.isfinite() & norm.isfinite()
-        changes = _where(known, change.sqrt())
-        relatives = _where(known & (norm > 0), (change / norm).sqrt())
-        constants = _where(known & (low == high) & (numel > 1), low)
-        if not known.all():
-            is_finite = a.isfinite().all(1) & b.isfinite().all(1)
-            notes = [
-                "" if fine else _TOO_LARGE if finite else _NOT_FINITE
-                for fine, finite in zip(known.tolist(), is_finite.tolist(), strict=True)
-            ]
+        a, b = first.double().numpy(), second.double().numpy()
+        with np.errstate(all="ignore"):
+            change, norm = np.square(b - a).sum(1), np.square(a).sum(1)
+            low, high = np.minimum(a.min(1), b.min(1)), np.maximum(a.max(1), b.max(1))
+            fine = np.isfinite(change) & np.isfinite(norm)
+            numbers["change"] = np.where(fine, np.sqrt(change), np.nan)
+            numbers["relative_change"] = np.where(fine & (norm > 0), np.sqrt(change / norm), np.nan)
+            numbers["constant"] = np.where(fine & (low == high) & (numel > 1), low, np.nan)
+        if not fine.all():
+            is_finite = np.isfinite(a).all(1) & np.isfinite(b).all(1)
+            notes = {int(at[k]): _TOO_LARGE if is_finite[k] else _NOT_FINITE for k in np.flatnonzero(~fine)}
     elif kind.dtype.is_floating_point:
-        notes = [f"torch cannot compute with {dtype}: its bits alone are compared"] * len(names)
-    for name, same, moved, relative, constant, note in zip(
-        names, shares, changes, relatives, constants, notes, strict=True
-    ):
-        yield quick(
-            TensorDiff,
-            {
-                "name": name,
-                "dtype": dtype,
-                "numel": numel,
-                "identical": same,
-                "change": moved,
-                "relative_change": relative,
-                "constant": constant,
-                "note": note,
-            },
-        )
-
-
-def _where(known: Tensor, values: Tensor) -> list[Any]:
-    """The values, None where they are not known."""
-    found: list[Any] = np.where(known.numpy(), values.numpy().astype(object), np.array(None)).tolist()
-    return found
+        notes = dict.fromkeys(at.tolist(), f"torch cannot compute with {dtype}: its bits alone are compared")
+    found.put_together(at, dtype, numel, numbers, notes)
 
 
 def compare(name: str, first: Tensor, second: Tensor) -> TensorDiff:
     """What of `first` is the same in `second`; never raises for what they hold."""
     kinds = [str(t.dtype).removeprefix("torch.") for t in (first, second)]
-    row = TensorDiff(name, kinds[0] if kinds[0] == kinds[1] else " -> ".join(kinds), 0)
+    row = TensorDiff(name, kinds[0] if kinds[0] == kinds[1] else BECAME.join(kinds), 0)
     try:
         row = dataclasses.replace(row, numel=first.numel())
         problem = _obstacle(first, second)

@@ -7,20 +7,23 @@ checkpoint shows them after the fact, without a watch. It cannot show more: unch
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from update_watch import formats
-from update_watch.checkpoints.comparison import TensorDiff, compare_all
+from update_watch.checkpoints.comparison import BECAME, compare_all
+from update_watch.checkpoints.differences import TensorDiffs
 from update_watch.checkpoints.files import CheckpointError, read_tensors
 from update_watch.wording import end_of, listed, percent, plural, printable, short
 
+Flags = npt.NDArray[np.bool_]
 _NOTES = 20  # tensors with a note of their own
 
 NOT_ALWAYS_A_FAULT = (
@@ -34,46 +37,49 @@ NOT_ALWAYS_A_FAULT = (
 class Diff:
     """Two checkpoints compared. `print` it."""
 
-    tensors: tuple[TensorDiff, ...]  # most alike first
+    tensors: TensorDiffs  # a `TensorDiff` each, most alike first
     only_first: tuple[str, ...] = ()  # names that only the first checkpoint has
     only_second: tuple[str, ...] = ()
 
     @property
     def never_moved(self) -> tuple[str, ...]:
         """Floating-point tensors that are the same to the last bit."""
-        return tuple(t.name for t in self.tensors if t.identical == 1 and t.change is not None)
+        identical, change = (self.tensors.numbers[field] for field in ("identical", "change"))
+        return tuple(map(self.tensors.names.__getitem__, np.flatnonzero((identical == 1) & ~np.isnan(change)).tolist()))
 
     @property
     def findings(self) -> tuple[str, ...]:
         """What the comparison shows, in sentences."""
-        weights = [t for t in self.tensors if t.change is not None]
-        still = [t for t in weights if t.identical == 1]
+        rows = self.tensors
+        identical, full = rows.numbers["identical"], _is_full(rows)
+        weights = ~np.isnan(rows.numbers["change"])
+        still, moved = weights & (identical == 1), weights & (identical < 1)
+        many, never = int(weights.sum()), int(still.sum())
         found: list[str] = []
-        if weights and len(still) == len(weights):
-            found.append(f"All {plural(len(weights), 'tensor')} are the same to the last bit.")
-        elif still:
-            found.append(f"{len(still)} of {plural(len(weights), 'tensor')} never moved: {_names(still)}.")
-        found += _still_constant(still)
-        moved = [t for t in weights if t.identical is not None and t.identical < 1]
-        if moved:
-            elements = sum(t.numel for t in moved)
-            same = sum((t.identical or 0.0) * t.numel for t in moved) / elements
+        if never and never == many:
+            found.append(f"All {plural(many, 'tensor')} are the same to the last bit.")
+        elif never:
+            found.append(f"{never} of {plural(many, 'tensor')} never moved: {_names(rows, still)}.")
+        found += _still_constant(rows, still, full)
+        if moved.any():
+            elements = int(rows.numel[moved].sum())
+            same = float((identical * rows.numel)[moved].sum()) / elements
             found.append(
-                f"Of the elements of the {plural(len(moved), 'tensor')} that moved, {percent(same)} have the same bits"
-                " in both checkpoints."
+                f"Of the elements of the {plural(int(moved.sum()), 'tensor')} that moved, {percent(same)} have the same"
+                " bits in both checkpoints."
             )
-        full = [t for t in still if _is_full(t.dtype)]
-        if full and moved:
+        if moved.any() and (still & full).any():
             found.append(
-                f"Rounding does not explain why {plural(len(full), 'full-precision tensor')} never moved: look whether"
-                f" it is frozen, unused or in no optimizer ({_names(full)})."
+                f"Rounding does not explain why {plural(int((still & full).sum()), 'full-precision tensor')} never"
+                f" moved: look whether it is frozen, unused or in no optimizer ({_names(rows, still & full)})."
             )
-        if any(t.identical for t in weights if not _is_full(t.dtype)):
+        if (weights & ~full & (identical > 0)).any():
             found.append(NOT_ALWAYS_A_FAULT)
-        noted = [t for t in self.tensors if t.note]
-        found += [f"{t.name}: {t.note}." for t in noted[:_NOTES]]
-        if len(noted) > _NOTES:
-            found.append(f"{plural(len(noted) - _NOTES, 'more tensor')} could not be compared or hold such values.")
+        found += [f"{rows.names[i]}: {rows.notes[i]}." for i in sorted(rows.notes)[:_NOTES]]
+        if len(rows.notes) > _NOTES:
+            found.append(
+                f"{plural(len(rows.notes) - _NOTES, 'more tensor')} could not be compared or hold such values."
+            )
         for names, which in ((self.only_first, "first"), (self.only_second, "second")):
             if names:
                 found.append(f"Only in the {which} checkpoint: {listed(names)}.")
@@ -82,7 +88,7 @@ class Diff:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         return {
-            "tensors": [dataclasses.asdict(t) for t in self.tensors],
+            "tensors": list(map(vars, self.tensors)),
             "never_moved": list(self.never_moved),
             "only_first": list(self.only_first),
             "only_second": list(self.only_second),
@@ -119,13 +125,7 @@ def diff(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> Diff:
         FileNotFoundError: one of them does not exist.
         CheckpointError: one of them is no checkpoint, or they have no tensor in common.
     """
-    is_collecting = gc.isenabled()
-    gc.disable()  # looking for cycles among a million small objects, which all stay, takes as long as making them
-    try:
-        return diff_tensors(read_tensors(first), read_tensors(second), f"{first} and {second}")
-    finally:
-        if is_collecting:
-            gc.enable()
+    return diff_tensors(read_tensors(first), read_tensors(second), f"{first} and {second}")
 
 
 def diff_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor], label: str = "the checkpoints") -> Diff:
@@ -138,12 +138,9 @@ def diff_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor], labe
             f" {listed(list(second), 3)}"
         )
     rows = compare_all(first, second, common)
-    rows.sort(key=lambda t: -1.0 if t.identical is None else -t.identical)
-    return Diff(
-        tuple(rows),
-        _without(first, common),
-        _without(second, common),
-    )
+    identical = rows.numbers["identical"]
+    rows = rows.in_order(np.argsort(np.where(np.isnan(identical), -1.0, -identical), kind="stable"))
+    return Diff(rows, _without(first, common), _without(second, common))
 
 
 def _without(names: Mapping[str, Tensor], common: Sequence[str]) -> tuple[str, ...]:
@@ -153,29 +150,31 @@ def _without(names: Mapping[str, Tensor], common: Sequence[str]) -> tuple[str, .
     return tuple(name for name in names if name not in known)
 
 
-def _still_constant(still: list[TensorDiff]) -> list[str]:
+def _still_constant(rows: TensorDiffs, still: Flags, full: Flags) -> list[str]:
     """Sentences on low-precision tensors that hold one value everywhere, then as now."""
-    ones = [t for t in still if t.constant == 1.0 and not _is_full(t.dtype)]
-    if not ones:
+    (ones,) = np.nonzero(still & ~full & (rows.numbers["constant"] == 1.0))
+    if not len(ones):
         return []
-    form = formats.of(getattr(torch, ones[0].dtype))
+    form = formats.of(getattr(torch, rows.dtypes[rows.dtype[ones[0]]].rpartition(BECAME)[2]))
     one, bound = torch.ones(1), ""
     if form is not None:
         down, up = (float(form.half_gap(one, sign * one)) for sign in (-1, 1))
         bound = f", and at 1.0 {short(form.name)} loses every update under {down:.2g} downwards and {up:.2g} upwards"
-    which = "That one still holds" if len(still) == len(ones) == 1 else f"{len(ones)} of those still hold"
+    which = "That one still holds" if int(still.sum()) == len(ones) == 1 else f"{len(ones)} of those still hold"
     return [
         f"{which} exactly 1.0 in every element, as norms do when they are made{bound}: if it should have been trained,"
         " its updates were probably rounded away."
     ]
 
 
-def _names(tensors: list[TensorDiff]) -> str:
-    return listed([t.name for t in tensors])
+def _names(rows: TensorDiffs, which: Flags) -> str:
+    return listed(list(map(rows.names.__getitem__, np.flatnonzero(which).tolist())))
 
 
-def _is_full(dtype: str) -> bool:
-    return "float32" in dtype or "float64" in dtype
+def _is_full(rows: TensorDiffs) -> Flags:
+    is_full = np.array(["float32" in dtype or "float64" in dtype for dtype in rows.dtypes], dtype=bool)
+    found: Flags = is_full[rows.dtype]
+    return found
 
 
 def _share(value: float) -> str:

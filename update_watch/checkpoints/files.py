@@ -7,7 +7,6 @@ so a large file costs only what is looked at.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import pickle
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from update_watch.checkpoints.header import header_of
 from update_watch.checkpoints.stored import StoredFile, StoredTensors, stored_file
 from update_watch.kinds import WRAPPERS, without_wrappers
 from update_watch.wording import first_line
@@ -72,10 +72,7 @@ def _read_folder(path: Path) -> Mapping[str, Tensor]:
 
 
 def _read_file(path: Path) -> Mapping[str, Tensor]:
-    with path.open("rb") as file:
-        start = file.read(9)
-    # 8 bytes of header length, then JSON: neither a zip archive nor a pickle begins like that
-    if path.suffix == ".safetensors" or start[8:] == b"{":
+    if _is_safetensors(path):
         return StoredTensors([_read_safetensors(path)])
     content = _load(path)
     try:
@@ -89,6 +86,13 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
 
 
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(9)
+    # 8 bytes of header length, then JSON: neither a zip archive nor a pickle begins like that
+    return path.suffix == ".safetensors" or start[8:] == b"{"
+
+
 def read_optimizer(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
     """The `state_dict()` of an optimizer in a file written by `torch.save`: by itself, or beside the weights; None where there is none.
 
@@ -99,7 +103,7 @@ def read_optimizer(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
-    if path.is_dir() or path.suffix == ".safetensors":
+    if path.is_dir() or _is_safetensors(path):
         return None
     content = _load(path)
     within = [content.get(key) for key in _OPTIMIZERS] if isinstance(content, Mapping) else []
@@ -165,8 +169,7 @@ def _read_safetensors(path: Path) -> StoredFile:
     if length > min(size - 8, _MAX_HEADER):
         raise CheckpointError(f"{path}: damaged: a header of {length} bytes in a file of {size}")
     try:
-        header = json.loads(memory[8 : 8 + length])
-        return stored_file(memory, 8 + length, header)
+        return stored_file(memory, 8 + length, header_of(memory[8 : 8 + length]))
     except Exception as error:  # whatever a damaged header makes of it: JSON 5,000 deep, numbers without end
         raise CheckpointError(f"{path}: damaged: {first_line(error)}") from error
 

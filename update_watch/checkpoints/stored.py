@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from update_watch.checkpoints.header import Header, IntArray
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,7 +38,6 @@ DTYPES = {
 }
 if hasattr(torch, "float8_e8m0fnu"):  # since torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
-IntArray = npt.NDArray[np.int64]
 _GATHERED = 256  # bytes of a tensor, from which on it is copied by itself
 
 
@@ -107,10 +107,6 @@ class StoredTensors(Mapping[str, Tensor]):
             return np.fromiter(place.values(), np.int64, len(place))
         return np.array([place[name] for name in names], np.int64)
 
-    def kind_of(self, name: str) -> Kind:
-        """Of one tensor."""
-        return self.kinds[int(self._code[self._place[name]])]
-
     def codes(self, places: IntArray) -> IntArray:
         """The kind of each: its place in `kinds`."""
         found: IntArray = self._code[places]
@@ -134,29 +130,21 @@ class StoredTensors(Mapping[str, Tensor]):
         return torch.from_numpy(found).view(kind.dtype)
 
 
-def stored_file(memory: mmap.mmap, start: int, header: dict[str, Any]) -> StoredFile:
+def stored_file(memory: mmap.mmap, start: int, header: Header) -> StoredFile:
     """The tensors that the header of a file describes, whose bytes begin at `start`.
 
     Raises:
-        ValueError, TypeError, KeyError, OverflowError: it is damaged.
+        ValueError, TypeError, OverflowError: it is damaged.
     """
-    header.pop("__metadata__", None)
-    entries = list(header.values())
-    said = [(entry["dtype"], *entry["shape"]) for entry in entries]
-    code = {one: i for i, one in enumerate(dict.fromkeys(said))}
-    kinds = [_kind(*one) for one in code]
-    codes = np.array([code[one] for one in said], np.int64)
-    if entries and not {type(at) for entry in entries for at in entry["data_offsets"]} <= {int}:
-        raise ValueError("the place of a tensor is not a whole number")
-    offsets = np.array([entry["data_offsets"] for entry in entries], np.int64).reshape(len(entries), 2)
-    sizes = np.array([kind.numel * kind.dtype.itemsize for kind in kinds], np.int64)[codes]
-    first, last = offsets.T
+    kinds = [_kind(*kind) for kind in header.kinds]
+    sizes = np.array([kind.numel * kind.dtype.itemsize for kind in kinds], np.int64)[header.codes]
+    first, last = header.places.T
     damaged = (first < 0) | (last > len(memory) - start) | (last - first != sizes)
     if damaged.any():
-        entry = entries[int(damaged.argmax())]
-        begin, end = entry["data_offsets"]
-        raise ValueError(f"bytes {begin} to {end} cannot hold a {entry['dtype']} tensor of shape {entry['shape']}")
-    return StoredFile(memory, list(header), start + first, codes, kinds)
+        i = int(damaged.argmax())
+        dtype, *shape = header.kinds[header.codes[i]]
+        raise ValueError(f"bytes {first[i]} to {last[i]} cannot hold a {dtype} tensor of shape {shape}")
+    return StoredFile(memory, header.names, start + first, header.codes, kinds)
 
 
 @functools.lru_cache(4096)
