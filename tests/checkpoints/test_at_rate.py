@@ -113,6 +113,15 @@ def test_what_no_rate_reaches_stands_behind_what_one_does(tmp_path: Path) -> Non
     assert "1 tensor of 2 would lose updates: w." in text(found, 1e-3)
 
 
+def test_what_its_state_does_not_move_and_what_is_not_dense_is_left_out() -> None:
+    p, still = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = torch.optim.SGD([p, still], lr=1e-3, momentum=0.9)
+    p.grad, still.grad = torch.ones_like(p), torch.zeros_like(p)
+    optimizer.step()
+    weights = {"p": p.detach(), "still": still.detach(), "sparse": torch.eye(2).bfloat16().to_sparse()}
+    assert [(t.name, t.basis) for t in at_rate(weights, 1e-3, optimizer.state_dict())] == [("p", "optimizer state")]
+
+
 def test_many_tensors_are_looked_at_together_and_each_as_if_it_were_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     shapes = [(6, 8), (48,), (8, 6), (3,), (2**14 + 5,), (1,)]

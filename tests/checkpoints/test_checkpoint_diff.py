@@ -194,13 +194,14 @@ def test_ones_whose_format_changed_are_said_to_be_of_the_later_one() -> None:
 
 
 def test_rows_are_a_sequence_like_any_other() -> None:
-    names = ["same", "other", "odd"]
-    first = {"same": torch.ones(4), "other": torch.ones(4), "odd": torch.ones(3)}
+    first = {"other": torch.ones(4), "odd": torch.ones(3), "same": torch.ones(4)}
     second = {"same": torch.ones(4), "other": torch.tensor([1.0, 2.0, 2.0, 2.0]), "odd": torch.ones(2)}
+    first["same"], second["same"] = first["same"].to(BF16), second["same"].to(BF16)
     found = diff_tensors(first, second).tensors
-    assert [t.name for t in found] == ["same", "odd", "other"] and len(found) == len(names)
+    assert [t.name for t in found] == ["odd", "same", "other"] and len(found) == 3
+    assert [(t.dtype, t.numel) for t in found] == [("float32", 3), ("bfloat16", 4), ("float32", 4)]
     assert found[-1] == TensorDiff("other", "float32", 4, 0.25, math.sqrt(3), math.sqrt(3 / 4))
-    assert found[:2] == (found[0], found[1]) and [t.note for t in found] == ["", found[1].note, ""]
+    assert found[:2] == (found[0], found[1]) and [t.note for t in found] == [found[0].note, "", ""] != ["", "", ""]
     assert found == diff_tensors(first, second).tensors and found != diff_tensors(first, first).tensors
     assert hash(found) == hash(diff_tensors(first, second).tensors)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,8 +223,14 @@ def test_tensors_compared_together_say_what_each_says_alone() -> None:
             bits[1, : count // 2 * (n % 2)] = bits[0, : count // 2 * (n % 2)]
             for tensors, row in ((first, bits[0]), (second, bits[1])):
                 tensors[f"{dtype}.{n}"] = row.clone().view(dtype).reshape(shape) if count else torch.empty(shape)
+    for n, value in enumerate((1.0, 1e200)):
+        first[f"one.{n}"], second[f"one.{n}"] = torch.full((2, 1), value, dtype=torch.float64).unbind()
     names = list(first)
-    for name, row in zip(names, compare_all(first, second, names), strict=True):
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        together = compare_all(first, second, names)
+    assert not warned
+    for name, row in zip(names, together, strict=True):
         alone = compare(name, first[name], second[name])
         for field in ("change", "relative_change"):
             if (value := getattr(alone, field)) is not None:
