@@ -78,7 +78,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._tap.wants, self._tap.passed = self._wants, self._passed
         self._discovery = Discovery(self._model, self._tap, self._attach)
         put = lambda window: self._ranks.is_joining or self._judge.put(window)  # noqa: E731
-        self._silence = Silence(self._model, window, put, self._discovery.strangers, lambda: self._tap.enabled)
+        self._silence = Silence(self._model, window, put, self._discovery, lambda: self._tap.enabled)
         for one in [one for optimizer in optimizers for one in chain(optimizer)]:
             self._attach(one)
         self._discovery.start()
@@ -316,8 +316,8 @@ def watch(
             of the process that steps tensors of the model, or masters of them, is found at its first step.
         window: optimizer steps per report.
         samples: elements looked at per parameter.
-        budget: share of the time between steps that the watch may take once every tensor has a verdict (or after four
-            windows): it then looks at fewer steps, and reports say at how many. None: every step.
+        budget: share of the time between steps that the watch may take after 256 steps, once every tensor has a verdict (or
+            after four windows): it then looks at fewer steps, and reports say at how many. None: every step.
         sinks: callables that take a `Report`, on a background thread, of several ranks on rank 0; a failing one is dropped.
         thresholds: limits of the verdicts and alerts.
         averages: further accumulators to watch, `{"ema": averaged_model}`, or with their decay `{"ema": (model, 0.999)}`.

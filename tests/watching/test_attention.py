@@ -13,7 +13,7 @@ from torch import nn
 import update_watch as uw
 from update_watch.report import Health, Report
 from update_watch.watching import attention
-from update_watch.watching.attention import FIRST_WINDOWS, Attention
+from update_watch.watching.attention import FIRST_STEPS, FIRST_WINDOWS, Attention
 
 WINDOW = 128
 
@@ -21,9 +21,9 @@ WINDOW = 128
 class Simulated:
     """Steps of `step` s with a watch whose looks, window ends and judging take so long."""
 
-    def __init__(self, step: float, budget: float | None = 0.01, **options: Any) -> None:
+    def __init__(self, step: float, budget: float | None = 0.01, window: int = WINDOW, **options: Any) -> None:
         self.now = 100.0
-        self.attention = Attention(budget, WINDOW, clock=lambda: self.now, **options)
+        self.attention = Attention(budget, window, clock=lambda: self.now, **options)
         self.step, self.window_steps, self.windows = step, 0, 0
         self.spent: list[float] = []  # per step
         self.looked: list[bool] = []
@@ -62,8 +62,9 @@ class Simulated:
         return spent / (spent + self.step * len(self.spent[since:]))
 
 
-def report(is_known: bool, health: str = "healthy") -> Report:
-    tensor = SimpleNamespace(name="w", health=Health(health if is_known else "unknown"), cause=None)
+def report(is_known: bool, health: str = "healthy", net: float = 1.0) -> Report:
+    health = health if is_known else "unknown"
+    tensor = SimpleNamespace(name="w", health=Health(health), cause=None, net_efficiency=net)
     return SimpleNamespace(tensors=(tensor,))  # type: ignore[return-value]
 
 
@@ -89,12 +90,22 @@ def test_any_budget_is_held(budget: float) -> None:
     assert run.share(1000) == pytest.approx(min(budget, run.share(0)), rel=0.2)
 
 
-def test_all_steps_are_seen_until_every_tensor_has_a_verdict() -> None:
-    run = Simulated(0.005)
-    run.take(WINDOW + 1)
-    assert all(run.looked[:WINDOW]) and run.windows == 1
+@pytest.mark.parametrize("window", [8, WINDOW])
+def test_all_of_the_first_steps_are_seen_though_every_tensor_has_a_verdict(window: int) -> None:
+    run = Simulated(0.005, window=window)
+    run.take(FIRST_STEPS)
+    assert all(run.looked) and run.windows == FIRST_STEPS // window
     run.take(1000)
-    assert sum(run.looked[WINDOW + 1 :]) < 200
+    assert sum(run.looked[FIRST_STEPS:]) < 200
+
+
+def test_what_did_not_stay_in_one_window_wakes_for_another() -> None:
+    run = Simulated(0.02)
+    run.take(900)
+    assert sum(run.looked[-40:]) < 40
+    run.attention.judged(report(True, net=0.1))
+    run.take(200)
+    assert all(run.looked[-190:-80])
 
 
 def test_all_steps_are_seen_for_four_windows_where_a_tensor_stays_unknown() -> None:
@@ -122,7 +133,7 @@ def test_steps_are_seen_in_bursts_and_windows_wait_for_a_fourth_of_theirs() -> N
 
 def test_a_changed_verdict_wakes_for_a_window_and_not_again_before_it_is_paid_for() -> None:
     run = Simulated(0.02)
-    run.take(600)
+    run.take(700)
     run.attention.judged(report(True, "stalled"))
     run.take(200)
     assert all(run.looked[-190:-80])
@@ -144,7 +155,7 @@ def test_windows_of_several_processes_end_at_their_step() -> None:
 
 def test_a_long_pause_does_not_pay_for_the_steps_after_it() -> None:
     run = Simulated(0.005)
-    run.take(1000)
+    run.take(1100)
     run.now += 600  # a validation
     before = len(run.spent)
     run.take(1)

@@ -77,6 +77,21 @@ def accumulating(model: nn.Module) -> Callable[[], None]:
     return update
 
 
+def elsewhere_and_never_zeroed(model: nn.Module) -> Callable[[], None]:
+    """The optimizer was made for another model of other values, and sets that one's gradients to zero."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3)
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
 def run(make: Callable[[nn.Module], Callable[[], None]], passes: int = 40) -> tuple[list[str], Report | None, Net]:
     model = Net()
     update = make(model)
@@ -105,6 +120,12 @@ def test_where_no_bit_moves_that_is_said() -> None:
     texts, report, _ = run(lambda model: lambda: model.zero_grad())
     assert len(texts) == 1 and report is not None
     assert all("not one sampled bit" in t.advice for t in report.tensors)
+
+
+def test_gradients_that_nobody_sets_to_zero_are_no_micro_batches_where_another_optimizer_steps() -> None:
+    texts, report, _ = run(elsewhere_and_never_zeroed)
+    assert len(texts) == 1 and "AdamW steps 4 tensors that are not the model's" in texts[0]
+    assert report is not None and all("not one sampled bit" in t.advice for t in report.tensors)
 
 
 @pytest.mark.parametrize("make", [stepped, accumulating])

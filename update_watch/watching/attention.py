@@ -1,7 +1,8 @@
 """Which steps are looked at, so that the watch takes no larger share of the time between steps than it may.
 
-At first every step is, until every tensor has a verdict or `FIRST_WINDOWS` windows have passed: the first answer comes as
-fast as it can. From then on time is an account. Every second that passes pays in `budget` seconds; what the watch takes is
+At first every step is: for `FIRST_STEPS` steps, as what goes wrong soon is to be told soon (a layer that is replaced, masters
+that are copied no more), and on until every tensor has a verdict, for `FIRST_WINDOWS` windows at most. From then on time is an
+account. Every second that passes pays in `budget` seconds; what the watch takes is
 drawn from it: on the training thread, and the processor time of its own threads (judging, sinks), which slow training down
 as much. Steps are looked at in bursts of a few in a row, since what is written between steps shows only between neighbours;
 a burst begins when the account is not overdrawn. A window then ends when enough steps were seen in it.
@@ -17,11 +18,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from update_watch.report import Health, Report
+from update_watch.report import Health, Report, TensorReport
 
 FIRST_WINDOWS = 4
+FIRST_STEPS = 256  # README and docs/cost.md name it
 BURST = 8  # steps
 _ENOUGH = 4  # a window ends when this part of its steps was looked at: every fourth
+_STAYS = 0.5  # of what was applied
 _SAVINGS = 2.0  # bursts that may be saved up, while training pauses or steps are slow
 
 always = False  # tests: every step, whatever the budget is
@@ -49,7 +52,9 @@ class Attention:
         self._burst = 0  # steps left of it
         self._burst_cost = 0.0  # s, of the last whole one
         self._burst_spent = 0.0
-        self._full = FIRST_WINDOWS if budget is not None else 0  # windows left that are looked at in full
+        # windows left that are looked at in full
+        self._full = max(FIRST_WINDOWS, -(-FIRST_STEPS // window)) if budget is not None else 0
+        self._seen = 0  # steps, while nothing is drawn yet
         self._is_first = True  # nothing is drawn yet
         self.observed = 0  # steps of the open window
         self._is_counted = False  # the step of this round
@@ -59,7 +64,7 @@ class Attention:
         self._window_beside = 0.0
         self._is_known = False  # every tensor has a verdict
         self._has_changed = False
-        self._verdicts: dict[str, tuple[str, str]] = {}
+        self._verdicts: dict[str, tuple[str, str, bool]] = {}
 
     # --- in the step -----------------------------------------------------------------------------
 
@@ -98,6 +103,7 @@ class Attention:
     def saw(self) -> None:
         """An optimizer's step was looked at to its end; one that raises is none."""
         self.observed += not self._is_counted  # those that step in turn are one
+        self._seen += not self._is_counted
         self._is_counted = True
 
     def spend(self, seconds: float) -> None:
@@ -131,9 +137,10 @@ class Attention:
         if self._has_changed:
             self._has_changed = False
             self.wake()
-        if self._is_known and self._is_first:
+        if self._is_known and self._is_first and self._seen >= FIRST_STEPS:
             self._full = 0
             self._is_first = False
+            self._burst_spent = 0.0  # what went before was no burst
 
     @property
     def is_full(self) -> bool:
@@ -169,8 +176,15 @@ class Attention:
 
     def judged(self, report: Report) -> None:
         """Learn from a report; called on the judging thread."""
-        verdicts = {t.name: (t.health.value, "" if t.cause is None else t.cause.value) for t in report.tensors}
+        verdicts = {
+            t.name: (t.health.value, "" if t.cause is None else t.cause.value, _is_suspect(t)) for t in report.tensors
+        }
         known = [t for t in report.tensors if t.health is not Health.unknown]
         before, self._verdicts = self._verdicts, verdicts
         self._has_changed = any(before.get(name, verdict) != verdict for name, verdict in verdicts.items())
         self._is_known = self._is_known or (len(known) == len(report.tensors) > 0)
+
+
+def _is_suspect(tensor: TensorReport) -> bool:
+    """Healthy, though what its steps applied did not stay in this window: once that may be a checkpoint."""
+    return tensor.net_efficiency is not None and tensor.net_efficiency < _STAYS

@@ -71,6 +71,10 @@ class Discovery:
             self._tap.detach(optimizer)
             self.forget(optimizer)
 
+    def steps(self) -> int:
+        """Of all optimizers of the process, since it began to look."""
+        return self._steps.count
+
     def strangers(self) -> str:
         """What is said of the optimizers that were met and step other tensors than the model's."""
         if not self._strangers:

@@ -21,25 +21,26 @@ from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.transfer import Batch
 from update_watch.measure.watched_model import WatchedModel
 from update_watch.measure.window_evidence import Window
+from update_watch.watching.discovery import Discovery
 from update_watch.worker import warn
 
 logger = logging.getLogger("update_watch")
 
 
 class Silence:
-    """Listens for the backward passes of a model. `put` takes a window; `strangers()` says what else steps, or ""."""
+    """Listens for the backward passes of a model. `put` takes a window; `discovery` knows what else steps."""
 
     def __init__(
         self,
         model: WatchedModel,
         window: int,
         put: Callable[[Window], object],
-        strangers: Callable[[], str],
+        discovery: Discovery,
         is_enabled: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._model, self._window, self._put, self._strangers = model, window, put, strangers
+        self._model, self._window, self._put, self._strangers = model, window, put, discovery.strangers
         self._is_enabled = is_enabled
-        self._passes = BackwardPasses(self._passed)
+        self._passes = BackwardPasses(self._passed, discovery.steps)
         self.end = self._passes.reset  # a step was seen
         self._ledger: Ledger | None = None
         self._count = 0

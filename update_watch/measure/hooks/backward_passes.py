@@ -18,13 +18,16 @@ _HOOKED = 3  # tensors: one of them may be used in only some of the passes
 class BackwardPasses:
     """Calls `passed(count)` in every backward pass from the second one on that no `reset` came between.
 
-    `passed` runs within the backward pass, on the thread of the device; what it raises must not reach training.
+    `passed` runs within the backward pass, on the thread of the device; what it raises must not reach training. `stepped()` counts the
+    steps of all optimizers of the process: gradients that nobody sets to zero are no micro-batches where one has stepped in between.
     """
 
-    def __init__(self, passed: Callable[[int], None]) -> None:
-        self._passed = passed
+    def __init__(self, passed: Callable[[int], None], stepped: Callable[[], int] = lambda: 0) -> None:
+        self._passed, self._stepped = passed, stepped
         self._counts: dict[int, int] = {}  # id of a tensor -> its gradients since the last step
-        self._marks: dict[int, tuple[int, int]] = {}  # id of a tensor -> its gradient's id and version
+        self._marks: dict[
+            int, tuple[int, int, int]
+        ] = {}  # id of a tensor -> its gradient's id and version, steps of any optimizer
         self._tensors: list[Tensor] = []
         self._known: Sequence[Tensor] | None = None
         self._handles: list[Any] = []
@@ -76,9 +79,9 @@ class BackwardPasses:
     def _note(self, tensor: Tensor) -> None:
         grad, key = tensor.grad, id(tensor)
         if grad is not None:  # else a hook of somebody's has used it up already
-            mark = id(grad), grad._version
+            mark = id(grad), grad._version, self._stepped()
             last, self._marks[key] = self._marks.get(key), mark
-            if last is not None and mark == (last[0], last[1] + 1):
+            if last is not None and mark == (last[0], last[1] + 1, last[2]):
                 return  # a micro-batch more
         self._counts[key] = count = self._counts.get(key, 0) + 1
         if count > self._most:

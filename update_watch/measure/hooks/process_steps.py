@@ -45,6 +45,7 @@ class ProcessSteps:
 
     def __init__(self, meet: Meet) -> None:
         self._settled: dict[int, tuple[weakref.ref[Optimizer], int]] = {}
+        self.count = 0  # steps of any optimizer
         self._meet = weakref.WeakMethod(meet)
         self._handle: Any = None
         self._thread = threading.get_ident()  # that steps
@@ -78,6 +79,7 @@ class ProcessSteps:
         self._settled.pop(id(optimizer), None)
 
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.count += 1
         settled = self._settled.get(id(optimizer))
         if settled is not None and settled[0]() is optimizer and settled[1] == _size(optimizer):
             return
