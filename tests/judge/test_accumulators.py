@@ -167,8 +167,18 @@ def test_a_lost_average_stays_lost_in_windows_that_see_no_update_of_it() -> None
     assert [a.health for a in later] == [*[Health.stalled] * 8, Health.unknown]
     assert {a.cause for a in later[:8]} == {Cause.average_rounding} and later[0].efficiency is None
     assert later[1].advice == first.advice.rstrip(".") + "; measured 2 windows ago."
-    for before in ([well], [lost, well], [lost, accumulator("average:ema", 9.0, rate=1e-4)]):  # nothing bad to keep
-        assert averages(*before, NOT_SEEN)[-1].health is Health.unknown
+    faster = accumulator("average:ema", 9.0, rate=1e-4)
+    assert averages(lost, faster, NOT_SEEN)[-1].health is Health.unknown  # nothing to keep
+    assert averages(lost, well, NOT_SEEN)[-1].health is Health.healthy
+
+
+def test_an_average_that_follows_does_so_in_windows_without_an_update_of_it() -> None:
+    well = accumulator("average:ema", 0.98, rate=1e-4)
+    for unseen in (NOT_SEEN, accumulator("average:ema", None, rate=1e-4, is_updated=False)):
+        later = averages(well, *[unseen] * 5)[1:]
+        assert [a.health for a in later] == [*[Health.healthy] * 4, Health.unknown]
+        assert later[1].advice == "Measured 2 windows ago." and later[1].efficiency is None
+    assert averages(NOT_SEEN)[-1].health is Health.unknown
 
 
 def test_what_is_remembered_of_a_lost_average_goes_through_a_checkpoint() -> None:

@@ -32,14 +32,11 @@ from update_watch.report import AccumulatorReport, Cause, Health, Level
 from update_watch.thresholds import Thresholds
 from update_watch.wording import plural
 
-LOSSES = (
-    Cause.average_rounding,
-    Cause.average_diverges,
-    Cause.average_not_updated,
-    Cause.accumulation_rounding,
-)
+LOSSES = (Cause.average_rounding, Cause.average_diverges, Cause.average_not_updated, Cause.accumulation_rounding)
 _NEVER_UPDATED = 3  # windows in which an average that never was updated is waited for
+_NEVER_STEPS = 64  # and steps: libraries update after every tenth step, or every fiftieth
 _STAYS = 8  # windows in a row that an average's bad verdict outlives without a number of its own
+_STAYS_WELL = 4  # and a good one
 _AWAY = -0.1  # efficiency of an average from which on it moves away from the weights
 _MOST = 1.5  # and up to which its decay can be what was said
 _ROUNDED_SHARE = 0.5  # of what did not arrive, that lost elements must account for, to call it rounding
@@ -158,15 +155,17 @@ def _or_as_before(
     history: AccumulatorHistory,
     setting: Setting,
 ) -> AccumulatorReport:
-    """The verdict on an average; where this window has none, a bad one of before stays for a while.
-
-    A window of a budget may look at no step after which it is updated: that is no all-clear.
-    """
+    """The verdict on an average; where no update was looked at in this window, that of before stays for a while."""
     if found.health is not UNKNOWN:
+        history.is_well = found.health is HEALTHY
         history.bad_cause = found.cause if found.health in (STALLED, STALLING) else None
         history.bad_efficiency, history.bad_lost = known(found.efficiency), known(found.lost_fraction)
         history.unseen = 0
         return found
+    if history.is_well and history.unseen < _STAYS_WELL and known(evidence.numbers.efficiency) is None:
+        history.unseen += 1
+        return report_of(evidence, HEALTHY, advice=f"Measured {plural(history.unseen, 'window')} ago.")
+    history.is_well = False
     cause = history.bad_cause
     if cause is None or history.unseen >= _STAYS or not evidence.name.startswith("average:"):
         history.bad_cause = None
@@ -185,7 +184,7 @@ def _without_update(
         return _nothing_wanted(evidence, tensor.measured_steps or tensor.steps)
     history.quiet_windows += 1
     history.quiet_steps += tensor.steps
-    if history.was_updated or history.quiet_windows < _NEVER_UPDATED:
+    if history.was_updated or history.quiet_windows < _NEVER_UPDATED or history.quiet_steps < _NEVER_STEPS:
         return report_of(evidence, UNKNOWN, advice=unknown("no update of it was seen in this window"))
     seen = Seen(accumulator=evidence.name, steps=history.quiet_steps)
     return report_of(evidence, Health.idle, Cause.average_not_updated, say(Cause.average_not_updated, seen))

@@ -30,7 +30,7 @@ class AccumulatorHistory:
 
     __slots__ = (
         *("bad_steps", "bad_windows", "grade", "quiet_steps", "quiet_windows", "value", "was_updated"),
-        *("bad_cause", "bad_efficiency", "bad_lost", "unseen"),
+        *("bad_cause", "bad_efficiency", "bad_lost", "is_well", "unseen"),
     )
 
     def __init__(self) -> None:
@@ -46,6 +46,7 @@ class AccumulatorHistory:
         self.bad_efficiency: float | None = None
         self.bad_lost: float | None = None
         self.unseen = 0
+        self.is_well = False  # of an average: whether its last verdict was good
 
     def acquit(self) -> None:
         """A window spoke for it."""
@@ -59,12 +60,13 @@ class AccumulatorHistory:
             self.bad_efficiency,
             self.bad_lost,
             self.unseen,
+            self.is_well,
         ]
         return [self.grade.value, self.bad_steps, self.bad_windows, self.value, *quiet, *bad]
 
     @classmethod
     def from_plain(cls, data: Any) -> AccumulatorHistory:
-        grade, bad_steps, bad_windows, value, quiet_windows, quiet_steps, was_updated, *bad = _items(data, 11)
+        grade, bad_steps, bad_windows, value, quiet_windows, quiet_steps, was_updated, *bad = _items(data, 12)
         history = cls()
         history.grade, history.value = _grade(grade), _optional(value)
         history.bad_steps, history.bad_windows = _count(bad_steps), _count(bad_windows)
@@ -72,6 +74,7 @@ class AccumulatorHistory:
         history.was_updated = bool(was_updated)
         history.bad_cause = None if bad[0] is None else Cause(bad[0])
         history.bad_efficiency, history.bad_lost, history.unseen = _optional(bad[1]), _optional(bad[2]), _count(bad[3])
+        history.is_well = bool(bad[4])
         return history
 
 
@@ -97,6 +100,7 @@ class TensorHistory:
         "skipped_windows",
         "stalled_lr",
         "still_steps",
+        "written_step",
         "zero_looks",
     )
 
@@ -113,6 +117,7 @@ class TensorHistory:
         self.bad_state_windows = 0  # in a row with a state factor outside the band
         self.net_grade = HEALTHY  # of what is left of the applied updates at a window's end
         self.lossy_windows = 0  # in a row in which they were undone
+        self.written_step: int | None = None  # the last at which that was seen
         self.still_steps = 0  # in a row, in which it had gradients and not one bit of it moved
         self.skipped_windows = 0  # in a row with nearly all steps skipped
         self.zero_looks = 0  # steps in a row of windows in which its gradient was looked at and was 0
@@ -146,6 +151,7 @@ class TensorHistory:
             "bad_state_windows": self.bad_state_windows,
             "net_grade": self.net_grade.value,
             "lossy_windows": self.lossy_windows,
+            "written_step": self.written_step,
             "skipped_windows": self.skipped_windows,
             "still_steps": self.still_steps,
             "zero_looks": self.zero_looks,
@@ -177,6 +183,7 @@ class TensorHistory:
         history.bad_state_windows = _count(data["bad_state_windows"])
         history.net_grade = _grade(data["net_grade"])
         history.lossy_windows = _count(data["lossy_windows"])
+        history.written_step = None if data["written_step"] is None else _count(data["written_step"])
         history.zero_looks = _count(data["zero_looks"])
         history.skipped_windows = _count(data["skipped_windows"])
         history.still_steps = _count(data["still_steps"])

@@ -20,8 +20,8 @@ from update_watch.evidence import (
     changed,
     median_headroom,
 )
-from update_watch.measure.accumulators.averages import AverageWindow, UnreadWindow
-from update_watch.measure.accumulators.averages import read as read_average
+from update_watch.measure.accumulators.average_windows import AverageWindow, UnreadWindow
+from update_watch.measure.accumulators.average_windows import read as read_average
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
 from update_watch.measure.accumulators.gradient_accumulation import read as read_accumulation
 from update_watch.measure.accumulators.reference_states import ShadowWindow

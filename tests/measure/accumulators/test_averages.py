@@ -223,6 +223,23 @@ def test_an_average_whose_updates_fall_between_two_windows_is_seen() -> None:
     assert {a.cause for a in _of(bf16)} == {uw.Cause.average_rounding}
 
 
+def test_an_average_of_many_tensors_that_is_seldom_updated_is_known_in_all_of_them() -> None:
+    """Fewer updates in all of the run than there are chunks of them to look at."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(20)])
+    optimizer, average = torch.optim.SGD(model.parameters(), lr=0.1), copy.deepcopy(model)
+    with uw.watch(model, optimizer, window=32, averages={"ema": (average, 0.999)}) as watch:
+        for step in range(4 * 32):
+            model(torch.randn(16, 8)).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 50 == 49:
+                with torch.no_grad():
+                    _lerp(average, model, step)
+        report = watch.flush()
+    assert report is not None
+    assert {a.health for a in _of(report)} == {uw.Health.healthy}
+
+
 # --- at whichever rate ----------------------------------------------------------------------------------
 
 
@@ -241,6 +258,13 @@ def test_a_decay_that_ramps_up_is_no_efficiency_of_hundreds() -> None:
     assert all(a.health is uw.Health.healthy and a.efficiency == pytest.approx(1.0, abs=0.01) for a in fp32)
     bf16 = _of(_train(torch.bfloat16, _given(0.9999), ramp, steps=64))
     assert all(a.efficiency is not None and a.efficiency < 1.5 for a in bf16)
+
+
+def test_an_average_that_copies_where_it_should_average_has_another_decay_than_was_said() -> None:
+    """decay and 1 - decay have changed places."""
+    copied = _of(_train(torch.float32, _given(0.99), _at_rate(lambda _: 0.99)))
+    assert {a.health for a in copied} == {uw.Health.unknown}
+    assert all("99.00 times what its decay says" in a.advice for a in copied)
 
 
 def test_an_average_that_runs_away_is_named_in_fp32() -> None:

@@ -22,7 +22,7 @@ _COUNTS = (
     *("since", "graded_since", "age", "bad_state_windows", "lossy_windows"),
     *("still_steps", "skipped_windows", "zero_looks"),
 )
-_NUMBERS = ("lr", "peak_lr", "stalled_lr")
+_NUMBERS = ("lr", "peak_lr", "stalled_lr", "written_step")
 _POOLED = len(PooledWindow._fields)
 STEPS, EFFICIENCY, ERROR, LOST, EXPECTED, IN_COMMON, MOVEMENT = range(_POOLED)
 
@@ -54,7 +54,7 @@ class AccumulatorColumns:
 def is_plain(history: AccumulatorHistory) -> bool:
     """Whether it holds no more than `AccumulatorColumns` can."""
     few = (history.value, history.bad_cause, history.bad_efficiency, history.bad_lost)
-    counts = history.quiet_windows or history.quiet_steps or history.was_updated or history.unseen
+    counts = history.quiet_windows or history.quiet_steps or history.was_updated or history.unseen or history.is_well
     return all(value is None for value in few) and not counts
 
 
@@ -73,6 +73,7 @@ class Histories:
         self.lr: Array
         self.peak_lr: Array
         self.stalled_lr: Array
+        self.written_step: Array
         self.since: npt.NDArray[np.int64]
         self.graded_since: npt.NDArray[np.int64]
         self.age: npt.NDArray[np.int64]
@@ -92,7 +93,7 @@ class Histories:
         found["health"][:] = found["graded"][:] = NONE
         found |= {name: np.zeros(count, np.int64) for name in _COUNTS}
         found |= {name: np.zeros(count) for name in _NUMBERS}
-        found["lr"][:] = np.nan
+        found["lr"][:] = found["written_step"][:] = np.nan
         found["proven"] = np.zeros(count, bool)
         found["pool_mFW"], found["pooled"] = np.zeros((count, _POOLED, self._windows)), np.zeros(count, np.int64)
         found["drift_mD"], found["drifts"] = np.zeros((count, self._drifts)), np.zeros(count, np.int64)
@@ -162,6 +163,7 @@ class Histories:
         found.graded = None if self.graded[row] == NONE else HEALTHS[self.graded[row]]
         found.lr = None if np.isnan(self.lr[row]) else float(self.lr[row])
         found.peak_lr, found.stalled_lr = float(self.peak_lr[row]), float(self.stalled_lr[row])
+        found.written_step = None if np.isnan(self.written_step[row]) else int(self.written_step[row])
         found.proven = bool(self.proven[row])
         for steps, efficiency, error, *rest in self.pool_mFW[row, :, self._windows - self.pooled[row] :].T.tolist():
             stated = None if error != error else error
@@ -178,6 +180,7 @@ class Histories:
         self.graded[row] = NONE if history.graded is None else HEALTH_CODES[history.graded]
         self.lr[row] = np.nan if history.lr is None else history.lr
         self.peak_lr[row], self.stalled_lr[row] = history.peak_lr, history.stalled_lr
+        self.written_step[row] = np.nan if history.written_step is None else history.written_step
         self.proven[row] = history.proven
         pool, drift = history.pool[-self._windows :], history.drift[-self._drifts :]
         self.pooled[row], self.drifts[row] = len(pool), len(drift)

@@ -24,47 +24,27 @@ import torch
 from torch import Tensor
 
 from update_watch import formats
-from update_watch.evidence import AccumulatorEvidence, Numbers
 from update_watch.measure.accumulators.average_sources import Decay, Source, UnreadableAverage, decay_of, sources_of
+from update_watch.measure.accumulators.average_windows import NEARLY_COPIED, SUMS, AverageWindow, UnreadWindow
 from update_watch.measure.sampling import Sampler, gather, local, mask, unsamplable
-from update_watch.measure.transfer import Batch, Part
+from update_watch.measure.transfer import Batch
 from update_watch.odd_tensors import shape_of
 
 logger = logging.getLogger("update_watch")
 
 _CHUNK = 12  # tensors looked at together
-_SUMS = 9  # dot, want, wanted, lost, looks, rounded looks, moved, gap^2 of all looks, moved over the window
 _RESOLVED = 8.0  # half gaps from which on a movement tells its own rate
 _ENOUGH = 8  # resolved elements for that
-_WRITES = 2  # in a window, that moved nothing, from which on they are taken for updates that are lost
-_HALVES = frozenset(str(dtype).removeprefix("torch.") for dtype in formats.HALVES)
 _LONGEST_PAUSE = 3  # looks between a chunk that was measured and the next
+_SELDOM = 4  # looks in a row that saw no update: from then on more than one chunk waits for the next one
+_TOGETHER = 4  # chunks that may wait
+_PATIENCE = 64  # looks, after which one that waits makes room for another
 
 
 class _Pair(NamedTuple):
     source: Source
     sampler: Sampler
     dtype: torch.dtype
-
-
-class AverageWindow(NamedTuple):
-    """One chunk's sums on their way to the host."""
-
-    label: str
-    names: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    sizes: tuple[int, ...]
-    rate: float | None  # None: not known
-    transfer: Part
-    updates: int  # writes to the average that were seen
-    counts: bool  # whether writes to it are counted
-
-
-class UnreadWindow(NamedTuple):
-    """Tensors of an average that cannot be read, with why."""
-
-    label: str
-    reasons: dict[str, str]  # name -> why
 
 
 class Averages:
@@ -77,8 +57,8 @@ class Averages:
         self._unread: list[UnreadWindow] = []
         self._rng = random.Random(rng.random())  # its own: other draws do not depend on how often it is updated
         self._turn = 0
-        self._open: _Chunk | None = None
-        self._pause = 0
+        self._open: list[_Chunk] = []
+        self._pause = self._waited = 0
         for label, given in averages.items():
             holder, decay = decay_of(label, given)
             try:
@@ -97,22 +77,45 @@ class Averages:
         """Call just before every optimizer step, with gradients final."""
         if not self._chunks:
             return
-        if self._open is not None:
-            if not self._open.finish():
+        if self._open:
+            left = [chunk for chunk in self._open if not chunk.finish()]
+            self._waited = self._waited + 1 if len(left) == len(self._open) else 0
+            self._open = left
+            if left:
+                if self._waited >= _SELDOM:
+                    self._wait_for_more()
                 return
-            self._open = None
             self._pause = self._rng.randrange(_LONGEST_PAUSE) if len(self._chunks) > 1 else 0
         elif self._pause:
             self._pause -= 1
             return
-        self._turn += 1
-        self._open = self._chunks[self._turn % len(self._chunks)]
-        self._open.start()
+        self._start()
+
+    def _wait_for_more(self) -> None:
+        """Another chunk waits, too: an average that is written seldom would keep all others waiting for long."""
+        if len(self._open) == len(self._chunks):
+            return
+        if len(self._open) >= _TOGETHER:
+            if self._waited < _PATIENCE:
+                return
+            del self._open[0]
+            self._waited = _SELDOM
+        self._start()
+
+    def _start(self) -> None:
+        """Open the chunk whose turn it is."""
+        while True:
+            self._turn += 1
+            chunk = self._chunks[self._turn % len(self._chunks)]
+            if chunk not in self._open:
+                break
+        self._open.append(chunk)
+        chunk.start()
 
     def pass_by(self) -> None:
         """The step that begins is not looked at: what was written is given up, since the next look may see two updates."""
-        if self._open is not None and not self._open.is_waiting():
-            self._open = None
+        if self._open:
+            self._open = [chunk for chunk in self._open if chunk.is_waiting()]
 
     def close_window(self, batch: Batch, goes_on: bool = True) -> list[AverageWindow | UnreadWindow]:
         """Hand the sums to `batch` and start new ones.
@@ -120,8 +123,8 @@ class Averages:
         If the training `goes_on`, so does the comparison: else updates that always come where two windows meet are missed.
         """
         if not goes_on:
-            self._open = None
-        return [*(chunk.close(batch, goes_on, chunk is self._open) for chunk in self._chunks), *self._unread]
+            self._open = []
+        return [*(chunk.close(batch, goes_on, chunk in self._open) for chunk in self._chunks), *self._unread]
 
 
 def _pairs(sources: list[Source], samples: int) -> tuple[list[_Pair], dict[str, str]]:
@@ -160,7 +163,7 @@ class _Chunk:
         self._samplers = [pair.sampler for pair in pairs]
         self._device = local(pairs[0].source.weight).device
         self._mask = mask(self._samplers, self._device)
-        self._sums = torch.zeros(_SUMS, len(pairs), device=self._device)
+        self._sums = torch.zeros(SUMS, len(pairs), device=self._device)
         self._was_finer = torch.zeros(len(pairs), dtype=torch.bool, device=self._device)
         self._runs = _format_runs(pairs)
         self._updates = 0
@@ -239,6 +242,9 @@ class _Chunk:
         self._sums[4].add_((averaged & is_known).squeeze(-1).float())
         self._sums[6].add_(moved.any(-1).float())
         self._sums[7].add_(gap.square().sum(-1))
+        if rate is not None:
+            own = scale * rate
+            self._sums[9].add_(torch.where(averaged & own.ge(NEARLY_COPIED), own, zero).squeeze(-1))
 
     def _rate_now(self) -> float | None:
         """Of this update: as said, or of equal averages by their number."""
@@ -317,32 +323,3 @@ def _format_runs(pairs: list[_Pair]) -> list[tuple[slice, formats.Format]]:
                 runs.append((slice(start, stop), fmt))
             start = stop
     return runs
-
-
-def read(window: AverageWindow | UnreadWindow) -> dict[str, AccumulatorEvidence]:
-    """Evidence by tensor name. Runs on the background thread."""
-    key = f"average:{window.label}"
-    if isinstance(window, UnreadWindow):
-        return {name: AccumulatorEvidence(key, "", Numbers(), reason=why) for name, why in window.reasons.items()}
-    sums = window.transfer.wait().reshape(_SUMS, len(window.names))
-    found = {}
-    for i, (name, dtype, size) in enumerate(zip(window.names, window.dtypes, window.sizes, strict=True)):
-        dot, want, wanted, lost, looks, rounded, moved, gaps, has_moved = (float(x) for x in sums[:, i])
-        is_updated = bool(window.updates or moved or has_moved)
-        reason, note, numbers = "", "", Numbers()
-        if rounded and dtype == "float32":
-            note = "rounded through BF16 weights, as by a swap for validation"
-        if want > 0:
-            numbers = Numbers(
-                efficiency=dot / want, wanted_fraction=wanted / (size * looks), lost_fraction=lost / wanted
-            )
-        elif window.updates >= _WRITES and gaps > 0 and not (moved or has_moved) and dtype in _HALVES:
-            numbers = Numbers(efficiency=0.0, lost_fraction=1.0)  # whatever its decay
-        elif is_updated and gaps > 0 and window.rate is None:
-            reason = f"its decay is not known; give it: averages={{{window.label!r}: (model, decay)}}"
-        elif is_updated and not (window.updates or moved):
-            reason = "it moved in this window, and no update of it was seen"
-        found[name] = AccumulatorEvidence(
-            key, dtype, numbers, reason="" if note else reason, rate=window.rate, note=note, is_updated=is_updated
-        )
-    return found
