@@ -328,3 +328,46 @@ def test_an_entry_that_cannot_be_read_is_lost_alone(bad: Any, caplog: pytest.Log
     assert [t.since_step for t in report.tensors] == [1, 129]
     assert len(caplog.records) == 1
     assert "the entry of 'bad' cannot be read" in caplog.text and "it starts anew" in caplog.text
+
+
+UNDONE = {"net_efficiency": 0.05, "undone_fraction": 0.95}
+
+
+def test_a_single_write_is_no_overwriting_however_long_the_sums_remember_it() -> None:
+    once = tensor(**UNDONE, written_steps=1, written_step=64)
+    assert [t.health for t in verdicts(*[once] * 6)] == [Health.healthy] * 6
+    twice = verdicts(once, once, tensor(**UNDONE, written_steps=1, written_step=164))
+    assert [t.cause for t in twice] == [None, None, Cause.overwritten]
+
+
+def test_overwriting_that_is_seldom_stays_told_over_a_window_without_it() -> None:
+    often = tensor(**UNDONE, written_steps=2, written_step=50)
+    found = verdicts(often, tensor(net_efficiency=1.0), tensor(net_efficiency=1.0))
+    assert [t.cause for t in found] == [Cause.overwritten, Cause.overwritten, None]
+    assert "in this window nothing was seen of it" in found[1].advice
+    unseen = verdicts(often, *[tensor(net_efficiency=None)] * 3)
+    assert [t.health for t in unseen] == [Health.stalled] * 4
+
+
+def test_momentum_that_gets_lost_after_the_last_gradient_is_no_stall() -> None:
+    ended = {
+        "zero_gradient_fraction": 1.0,
+        "gradient_looks": 8,
+        "gradient_blind": 24,
+        "applied_ratio": 1e-9,
+        "moved": 1e-9,
+    }
+    found = verdicts(tensor(), tensor(0.0, **GONE, **ended))
+    assert (found[1].health, found[1].cause) == (Health.unknown, Cause.zero_gradient)
+    assert "and yet it moves" in found[1].advice
+
+
+def test_a_run_that_decay_alone_moves_trains_nothing() -> None:
+    decays = {"zero_gradient_fraction": 1.0, "gradient_looks": 32, "applied_ratio": 1e-5, "moved": 1e-3}
+    still = {"zero_gradient_fraction": 1.0, "gradient_looks": 32}
+    diagnosis = Diagnosis(Thresholds())
+    report = diagnosis.judge(window(tensor(name="a.w", **decays), tensor(None, name="a.b", **STILL, **still)))
+    assert report.headline == (
+        "Nothing is being trained: every gradient is exactly 0, and weight decay and momentum alone move 1 of 2 tensors; look"
+        " for a clipping norm of 0, a loss that is multiplied by 0, or a product of two zeros at the start."
+    )

@@ -11,7 +11,8 @@ from update_watch.judge.history import HEALTHY, STALLING, TensorHistory
 from update_watch.judge.no_signal import Verdict, verdict
 from update_watch.judge.number_formats import FULL, SIGNIFICANT_BITS
 from update_watch.judge.seen import Seen
-from update_watch.report import Cause
+from update_watch.judge.stall_sentences import NOT_AGAIN
+from update_watch.report import Cause, Health
 from update_watch.thresholds import Thresholds
 
 _FURTHER = 1.5  # than all steps between two writes in one direction; both ends of a span may lie inside a run
@@ -27,14 +28,33 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
     is_uncopied = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
     is_undone = undone >= UNDONE and not _travels(e)
     if health is HEALTHY or not (is_uncopied or is_undone):
-        history.lossy_windows = 0
-        return None
+        return _still(e, before, history)
     history.lossy_windows += 1
-    if is_undone and e.written_steps < 2 and history.lossy_windows < 2:  # a checkpoint may have been loaded
+    if is_undone and not _is_again(e, history):  # a checkpoint may have been loaded, or a layer begun anew
         return None
     history.net_grade = health
     cause = Cause.overwritten if is_undone else Cause.not_copied_back
     return verdict(health, cause, Seen(dtype=e.dtype, net=net, written_step=e.written_step))
+
+
+def _is_again(e: TensorEvidence, history: TensorHistory) -> bool:
+    """Whether it was written more than once: the sums of many windows remember a single time for long."""
+    last, history.written_step = history.written_step, e.written_step
+    if e.written_steps >= 2:
+        return True
+    return history.lossy_windows >= 2 and (e.written_step is None or e.written_step != last)
+
+
+def _still(e: TensorEvidence, before: Health, history: TensorHistory) -> Verdict | None:
+    """An earlier verdict, while nothing speaks against it but that nothing was written in one window: it may come again."""
+    if before is HEALTHY or not (history.lossy_windows or known(e.net_efficiency) is None):
+        history.lossy_windows = 0
+        return None
+    if known(e.net_efficiency) is not None:  # the next window like this acquits
+        history.lossy_windows = 0
+    history.net_grade = before
+    cause = Cause.not_copied_back if e.is_master else Cause.overwritten
+    return verdict(before, cause, Seen(dtype=e.dtype, reason=NOT_AGAIN))
 
 
 def _travels(e: TensorEvidence) -> bool:

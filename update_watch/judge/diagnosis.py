@@ -13,6 +13,7 @@ one that moves is judged by its numbers and keeps the cause, and what moves it i
 | 5  | its optimizer took no step | unknown | |
 | 6  | its gradient was None in every step | at rest | no_gradient |
 | 7  | its gradient was 0 in every step, seen in six or more; till that is known of all steps unknown | at rest | zero_gradient |
+|    | and what is left of its momentum gets lost | unknown | zero_gradient |
 | 8  | learning rate 0 in every step | at rest | zero_learning_rate |
 |    | and rounding had stalled it at a tenth of its peak or more | stalled | weight_rounding |
 | 9  | the update cannot be replayed | unknown | not_replayable |
@@ -25,7 +26,7 @@ one that moves is judged by its numbers and keeps the cause, and what moves it i
 | 15 | score not healthy, but the learning rate has just risen threefold | unknown | |
 | 16 | score not healthy, and updates well above half a gap are lost too | stalled, stalling | not_written |
 | 17 | score not healthy | stalled, stalling | weight_rounding |
-| 18 | what the steps applied is undone before the next, often or in two windows running | stalled, stalling | overwritten |
+| 18 | what the steps applied is undone before the next, more than once; told for one window more | stalled, stalling | overwritten |
 |    | the master moves, and not one bit of the model's tensor does | stalled | not_copied_back |
 | 19 | state factor outside its band in two windows running | stalling | state_rounding |
 | 20 | none of these | healthy | |
@@ -243,6 +244,13 @@ class Diagnosis:
         return self._accuse(e, history, found)
 
     def _accuse(self, e: TensorEvidence, history: TensorHistory, found: Score) -> Verdict:
+        looks = e.gradient_looks or e.measured_steps
+        if (
+            looks and (known(e.zero_gradient_fraction) or 0.0) >= 1
+        ):  # what is left of momentum gets lost: that is no stall
+            amount, how = movement(e)
+            text = say(Cause.zero_gradient, Seen(steps=e.steps, looks=looks, moved=amount, mover=how))
+            return UNKNOWN, Cause.zero_gradient, reasons.unknown(text[:1].lower() + text[1:].rstrip("."))
         lr, start = known(e.lr), known(e.lr_min)
         lr_max = known(e.lr_max) if e.lr_max is not None else lr
         if lr_max is not None and lr_max <= self._limits.negligible_lr * history.peak_lr:

@@ -86,10 +86,14 @@ def nothing_trains(tensors: Sequence[TensorReport], step: int) -> str:
     """The sentence for a run in which everything that requires a gradient is at rest."""
     trained = [t for t in tensors if t.trainable]
     cause, count = Counter(t.cause for t in trained).most_common(1)[0]
-    since = [t.since_step for t in trained if t.since_step is not None]
-    when = f" since step {max(since)}" if since else ""
+    moving = [t for t in trained if t.health is not Health.idle]
+    since = [t.since_step for t in trained if t.since_step is not None and t.health is Health.idle]
+    when = f" since step {max(since)}" if since and not moving else ""
     seen, probable = _PROBABLE.get(cause, ("all is at rest", ""))  # type: ignore[arg-type]
     most = "" if count == len(trained) else f" (of {count} of {plural(len(trained), 'tensor')})"
+    if moving:
+        seen += f", and weight decay and momentum alone move {len(moving)} of {plural(len(trained), 'tensor')}"
+        most = ""
     return f"Nothing is being trained{when}: {seen}{most}" + (f"; {probable}." if probable else ".")
 
 

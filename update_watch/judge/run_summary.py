@@ -70,10 +70,14 @@ def is_moving_unasked(tensor: TensorReport) -> bool:
 
 
 def is_training_nothing(tensors: Iterable[TensorReport]) -> bool:
-    """Whether everything that requires a gradient is at rest. The end of a schedule that still has a rate is none."""
+    """Whether nothing that requires a gradient is trained: at rest, or moved by decay and momentum alone.
+
+    The end of a schedule that still has a rate is none.
+    """
     trained = [t for t in tensors if t.trainable]
     return bool(trained) and all(
-        t.health is Health.idle and t.cause is not None and not (t.cause is Cause.zero_learning_rate and t.lr)
+        t.cause is Cause.zero_gradient
+        or (t.health is Health.idle and t.cause is not None and not (t.cause is Cause.zero_learning_rate and t.lr))
         for t in trained
     )
 

@@ -126,11 +126,15 @@ def not_written(seen: Seen) -> Advice:
     )
 
 
+NOT_AGAIN = "in this window nothing was seen of it, and the next one decides"
+
+
 def overwritten(seen: Seen) -> Advice:
     kept = f"{percent(min(max(seen.net, 0.0), 1.0))} of" if seen.net is not None else "next to nothing of"
     last = f", last after step {seen.written_step}" if seen.written_step is not None else ""
+    left = f": {kept} the intended update is left at the end" if not seen.reason else f"; {seen.reason}"
     return Advice(
-        f"what its steps apply is overwritten before the next step{last}: {kept} the intended update is left at the end",
+        f"what its steps apply is overwritten before the next step{last}{left}",
         "find what writes to it between steps: averaged weights that stay in the model after a validation, a checkpoint"
         " or a copy that is loaded again and again, a rounding to a coarser grid",
     )

@@ -138,6 +138,24 @@ def test_progress_that_is_thrown_away_between_steps_is_overwritten(
     assert report.health is not Health.healthy
 
 
+def test_what_is_thrown_away_from_some_step_on_is_overwritten_however_far_it_got_before() -> None:
+    def make(model: Net) -> Between:
+        begin, left = 4 * WINDOW, average_left(2)
+        later: list[Between] = []
+
+        def between(i: int, model: nn.Module) -> None:
+            if i == begin:
+                later.append(left(model))  # type: ignore[arg-type]
+            if later:
+                later[0](i, model)
+
+        return between
+
+    reports = run(make, 6 * WINDOW, sgd)
+    assert {t.cause for t in reports[3].tensors} == {None}
+    assert {t.cause for t in reports[5].tensors} == {Cause.overwritten}
+
+
 # --- healthy twins -------------------------------------------------------------------------------
 
 

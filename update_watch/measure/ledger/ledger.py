@@ -27,6 +27,8 @@ logger = logging.getLogger("update_watch")
 
 _PART = 1e-4  # of what was applied: less of it says nothing
 _FEW = 4  # elements
+_OFTEN = 4  # writes of a window, from which on it tells by itself how far a tensor got,
+_MORE_OFTEN = 1.25  # where it was written so many times as often as in the span
 Owners = frozenset[Hashable]  # of the optimizers that step a tensor
 
 
@@ -170,10 +172,14 @@ class _Entry:
         A grid that weights are rounded to moves them once, and may stretch with them: neither is a way.
         """
         s, steps = self.sums, len(self.window.run_steps)
-        run = steps / s["own_writes"]
-        reach = run * math.sqrt(s["own_step_square"] / steps)
         way = s["own_travelled"] if self.size > _FEW else s["own_moved"]
-        return math.sqrt(way) / reach if reach > 0 else None
+        found = _reached(way, steps, s["own_writes"], s["own_step_square"])
+        is_new = s["writes"] * steps > _MORE_OFTEN * s["own_writes"] * self.window.steps
+        if self.window.has_masters or s["writes"] < _OFTEN or not is_new:
+            return found
+        # what it travelled in the span is from before it was written
+        lately = _reached(s["moved"], self.window.steps, s["writes"], s["step_square"])
+        return found if found is None or lately is None else min(found, lately)
 
     def copied(self) -> float | None:
         """Masters: share of what they moved by that arrived in the model's tensor."""
@@ -181,6 +187,12 @@ class _Entry:
             if self.sums[f"{prefix}due"] > 0:
                 return self.sums[f"{prefix}copied"] / self.sums[f"{prefix}due"]
         return None
+
+
+def _reached(way: float, steps: int, writes: float, step_square: float) -> float | None:
+    """A way (its square), in what the steps from one write to the next can move it by."""
+    reach = steps / writes * math.sqrt(step_square / steps)
+    return math.sqrt(way) / reach if reach > 0 else None
 
 
 def with_ledger(tensors: list[TensorEvidence], windows: Iterable[SheetWindow]) -> list[TensorEvidence]:
