@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from update_watch.measure.sums.device_sums import Look
 from update_watch.measure.sums.layout import GROUPS, PARTS
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.whole_gradients import WholeGradients
+from update_watch.replay.rule import Kind
 from update_watch.replay.twin import GroupSettings, Twin
 
 _HEADROOM_EVERY = 8  # measured steps of which one looks at headroom and decay: they change slowly
@@ -42,6 +43,7 @@ class Snapshot:
 
     __slots__ = (
         "after",
+        "drawn",
         "full",
         "group",
         "held",
@@ -63,6 +65,7 @@ class Snapshot:
         self.full = self.look = self.moving_first = False
         self.group = 0  # of neighbouring steps of the window
         self.turn = 0  # whose positions it is at
+        self.drawn: dict[int, Tensor] = {}  # weights of rows that are read where their gradient is large
         self.rate = 1.0  # of the first group; where it cannot be read, always the same
         self.rates: list[float | None] = []  # learning rates of the runs of like rows, where it looks at headroom
         self.after: Tensor | None = None
@@ -106,6 +109,7 @@ class Cohort:
         self.firsts = [i for i, row in enumerate(rows) if row.is_first]
         self._is_plain_n = np.array([row.scheme.name == "plain" for row in rows])
         self._is_whole_n = np.array([row.is_whole for row in rows])
+        self._sparse: tuple[int, ...] = ()
         self.open_window()
 
     def open_window(self) -> None:
@@ -123,6 +127,16 @@ class Cohort:
     def can_wait(self) -> bool:
         """Whether its steps can be added later."""
         return self.replay.can_wait
+
+    def draw_from(self, sparse: Iterable[int]) -> None:
+        """From now on read these rows where their gradients are: nearly everywhere they are 0. May be called from another thread.
+
+        Only under rules that remember nothing: else what moves is not where this step's gradient is.
+        """
+        forgetful = (
+            i for i in sparse if self.rows[i].rule.kind is Kind.elementwise and not self.rows[i].rule.element_states
+        )
+        self._sparse = tuple(sorted(forgetful))
 
     def problem(self, row: Row) -> str:
         """Why a row of it cannot be read now; "" when it can."""
@@ -144,6 +158,7 @@ class Cohort:
             g is not None and row.is_measured and not (row.rule.skips_first and not state)
             for g, row, state in zip(grads, self.rows, states, strict=True)
         ]
+        drawn = self.gathers.draw([i for i in self._sparse if live[i]], dense) if self._sparse else {}
         spans = self.replay.spans(states, live)
         counters = self.replay.counters(spans)
         held, copies = self.gathers.before(states, dense, [scalars[name] for scalars, name in counters])
@@ -154,6 +169,7 @@ class Cohort:
         can_wait = self.replay.can_wait and not hasattr(self.optimizer, "found_inf")
         snapshot = Snapshot(held, live, spans, self.replay.settings(spans) if can_wait else None)
         snapshot.group, snapshot.turn, snapshot.moving_first = group, turn, moving_first
+        snapshot.drawn = drawn
         snapshot.full, snapshot.look = self._full.now(), self._look.now()
         snapshot.rate = _rate(self.optimizer.param_groups[0].get("lr")) or 1.0
         if snapshot.look:

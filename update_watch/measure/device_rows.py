@@ -166,7 +166,8 @@ class DeviceRows:
         """Add some steps to the sums: those to be compared in full first."""
         in_time = sorted(measured, key=lambda one: one[1].turn)
         parts = self._parts_of(in_time)
-        weights = {one: pair for cohort, one in in_time if (pair := cohort.gathers.weights_of(one.turn)) is not None}
+        pairs = ((one, cohort.gathers.weights_of(one.turn, one.drawn)) for cohort, one in in_time)
+        weights = {one: pair for one, pair in pairs if pair is not None}
         slots: list[Slot] = []
         looks: list[Look] = []
         looked: list[Slot] = []
@@ -192,6 +193,7 @@ class DeviceRows:
             _joined_runs(looks),
             looked,
             whole_of([cohort.gathers for cohort, _ in measured]),
+            any(one.drawn for _, one in measured),
         )
 
     def _parts_of(self, measured: Sequence[Measured]) -> dict[Snapshot, int]:

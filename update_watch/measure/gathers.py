@@ -11,7 +11,7 @@ Legend: A accumulators (0 the weight, then states), n rows, K samples.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from update_watch import formats
 from update_watch.measure.parameters import Row
-from update_watch.measure.position_weights import PositionWeights, cell_of, column
+from update_watch.measure.position_weights import PositionWeights, cell_of, column, draw
 from update_watch.measure.positions import SHARES, share
 from update_watch.measure.sampling import local, mask, pack_views
 from update_watch.odd_tensors import unreadable
@@ -64,13 +64,13 @@ class Gathers:
         # what FP32 itself loses is seen in FP64 only, which not every device has
         self.dtype = torch.float64 if common.is_fine and self.device.type != "mps" else torch.float32
         self._moving = [sampler for sampler in self.samplers if not sampler.is_whole]
-        cell = common.cell
+        cell = self._cell = common.cell
         self.are_whole = not cell
         # [n, 1]: rows read whole, beside others that are not; None where all rows are alike
         self.whole_n1: Tensor | None = None
         if cell and common.has_whole:
             self.whole_n1 = column([sampler.is_whole for sampler in self.samplers], self.device).bool()
-        phase, self._keeps = rng.randrange(SHARES), common.keeps
+        phase, self._keeps, self._rng = rng.randrange(SHARES), common.keeps, rng
         self._phase, self._turn, self._kept_turn = phase, 0, 0
         self._weights = PositionWeights(self.samplers, phase, self.device, cell) if cell else None
         self._kept_weights_nJ: Tensor | None = None
@@ -111,9 +111,31 @@ class Gathers:
             sampler.place(kept, moving)
         return moving < kept
 
-    def weights_of(self, turn: int) -> tuple[Tensor, Tensor] | None:
+    def draw(self, rows: Iterable[int], grads: Sequence[Tensor | None]) -> dict[int, Tensor]:
+        """Read some rows where their gradients are large, until the next `move`. Returns [2, J] weights of those that can be
+        read so: on a CPU, where no set of theirs is kept, and their gradient lies as they do."""
+        found: dict[int, Tensor] = {}
+        for i in rows if self.device.type == "cpu" and not self._keeps else ():
+            grad, sampler = grads[i], self.samplers[i]
+            if grad is None or sampler.positions is None or not sampler.shares_layout(grad := local(grad)):
+                continue
+            weights_D = draw(sampler, grad, self._rng)
+            per_cell = sampler.positions.block // self._cell
+            found[i] = weights_D.repeat_interleave(per_cell).view(2, -1)
+        return found
+
+    def weights_of(self, turn: int, drawn: Mapping[int, Tensor] | None = None) -> tuple[Tensor, Tensor] | None:
         """[n, J] twice: weights of the kept and of the moving set at a turn, for cells of K / 2J neighbours; None where all
-        rows are read whole."""
+        rows are read whole. `drawn`: what `draw` returned at that turn."""
+        pair = self._weights_of(turn)
+        if pair is None or not drawn:
+            return pair
+        first_nJ, second_nJ = (weights_nJ.clone() for weights_nJ in pair)
+        for i, weights_2J in drawn.items():
+            first_nJ[i], second_nJ[i] = weights_2J
+        return first_nJ, second_nJ
+
+    def _weights_of(self, turn: int) -> tuple[Tensor, Tensor] | None:
         if self._weights is None:
             return None
         if not self._keeps:

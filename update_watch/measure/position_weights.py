@@ -1,12 +1,18 @@
 """What samples weigh, on the device: 1 / m of `positions`, for all rows that are measured together, from one number.
 
-Legend: n rows (parameters), J cells of one set of samples, T turns.
+Where a gradient is 0 nearly everywhere and the rule remembers nothing (plain SGD on an embedding of which a step uses few
+rows), few cells carry all. There cells are drawn by the size of their gradient, and weigh as much less as they are met more
+often: sampling with unequal chances (Hansen and Hurwitz, Annals of Mathematical Statistics 14, 1943), one random number for all
+draws of a step.
+
+Legend: n rows (parameters), J cells of one set of samples, T turns, M cells to draw from, D draws.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +24,10 @@ from update_watch.measure.sampling import Sampler
 
 # turns worked out at once, by a dozen operators for all of them; where operators are launches, more of so many weights
 _AHEAD, _AHEAD_AT_MOST, _WEIGHTS = 16, 64, 2**19
+
+
+_TO_DRAW_FROM = 2**20  # elements: squaring them takes less than a millisecond
+_EVENLY = 0.5  # of the draws: what a gradient of this step does not move is met as well, and no weight exceeds 2
 
 
 class PositionWeights:
@@ -61,6 +71,23 @@ class PositionWeights:
         before_Tn1 = offset_Tn1.div_(self._step_n1, rounding_mode="floor")
         ways_TnJ = torch.minimum(before_Tn1, self._right_nJ).add_(torch.minimum(behind_Tn1, self._left_nJ)).add_(1)
         return ways_TnJ.to(torch.float32).reciprocal_()
+
+
+def draw(sampler: Sampler, grad: Tensor, rng: random.Random) -> Tensor:
+    """Let a sampler read cells drawn by the size of this gradient, of its own layout. Returns their weights, [D] FP32."""
+    positions, (sets, blocks, _) = sampler.positions, sampler.view_shape
+    assert positions is not None
+    cells, draws = positions.numel // positions.block, sets * blocks
+    step = max(-(-cells * positions.block // _TO_DRAW_FROM), 1)
+    first = rng.randrange(step)
+    size_M = sampler.cells(grad, first, step).double().square_().sum(-1).nan_to_num_(0.0, 0.0)
+    total = size_M.sum()
+    even = 1 / len(size_M)
+    share_M = torch.where(total > 0, size_M / total, even).mul_(1 - _EVENLY).add_(_EVENLY * even)
+    at_D = torch.arange(draws, device=grad.device, dtype=torch.float64).add_(rng.random()).div_(draws)
+    chosen_D = torch.searchsorted(share_M.cumsum(0), at_D).clamp_(max=len(size_M) - 1)
+    sampler.drawn = chosen_D * step + first
+    return (step / cells / share_M[chosen_D]).float()
 
 
 def cell_of(samplers: Sequence[Sampler]) -> int:

@@ -83,7 +83,7 @@ class Sampler:
 
     `size` is the number of samples that are real (K, or the parameter's size if that is smaller); `is_whole`: there are too
     few elements to choose from, all are read. Else there are one or two `sets` of blocks; see `positions`. Of a `stretch` these
-    are the elements from one place in memory order to another.
+    are the elements from one place in memory order to another. `drawn`: cells that are read until the next `place` instead.
     """
 
     __slots__ = (
@@ -94,6 +94,7 @@ class Sampler:
         "_shape",
         "_strides",
         "_view_strides",
+        "drawn",
         "is_whole",
         "positions",
         "samples",
@@ -116,6 +117,7 @@ class Sampler:
         self._first = self._low = stretch.start  # elements before it, and before the first set
         self._gap = 0  # from there to the second
         self.positions: Positions | None = None
+        self.drawn: Tensor | None = None
         self.view_shape: tuple[int, ...] = (length,)
         self._view_strides: tuple[int, ...] = (1,)
         if not self.is_whole:
@@ -136,6 +138,7 @@ class Sampler:
 
     def place(self, *shares: int) -> None:
         """Go to the positions of so many sets, the one of the lower share first in what `view` reads."""
+        self.drawn = None
         if self.positions is not None:
             # offsets grow with shares
             low, high = self.positions.offset(min(shares)), self.positions.offset(max(shares))
@@ -150,7 +153,16 @@ class Sampler:
         """
         if tensor.stride() != self._strides and not self.shares_layout(tensor):
             return self._gather_other_layout(tensor)
+        if self.drawn is not None:
+            return self.cells(tensor).index_select(0, self.drawn).view(self.view_shape)
         return tensor.as_strided(self.view_shape, self._view_strides, tensor.storage_offset() + self._low)
+
+    def cells(self, tensor: Tensor, first: int = 0, step: int = 1) -> Tensor:
+        """[count, B]: every so manieth cell of a tensor in this parameter's layout."""
+        assert self.positions is not None
+        block, count = self.positions.block, len(range(first, self.positions.numel // self.positions.block, step))
+        start = tensor.storage_offset() + self._first + first * block
+        return tensor.as_strided((count, block), (step * block, 1), start)
 
     def shares_layout(self, tensor: Tensor) -> bool:
         """The tensor's elements lie in memory in the parameter's order."""
@@ -164,7 +176,11 @@ class Sampler:
     def _gather_other_layout(self, tensor: Tensor) -> Tensor:
         # memory position in the parameter -> coordinates -> memory position in `tensor`; arithmetic on the device
         position = torch.full((), self._low, dtype=torch.int64, device=tensor.device)
-        for size, stride in zip(self.view_shape, self._view_strides, strict=True):
+        shape, strides = self.view_shape, self._view_strides
+        if self.drawn is not None and self.positions is not None:
+            position = self._first + self.drawn * self.positions.block
+            shape, strides = shape[-1:], strides[-1:]
+        for size, stride in zip(shape, strides, strict=True):
             position = position.unsqueeze(-1) + torch.arange(size, device=tensor.device) * stride
         position = position.reshape(-1)
         address = torch.zeros_like(position)

@@ -295,8 +295,9 @@ class Watched:
                 steps = cohort.counted_steps(self._order.group_steps, own.gradients)
                 states = tuple(cohort.states)
                 suspect = functools.partial(own.gradients.suspect, cohort.place.start)
-                where = self.window_steps, (self.index, self.part), cohort.place, suspect, tuple(cohort.firsts)
-                cohorts.append(CohortWindow(sums, facts, states, steps, *where))
+                where = self.window_steps, (self.index, self.part), cohort.place
+                told = suspect, cohort.draw_from, tuple(cohort.firsts)
+                cohorts.append(CohortWindow(sums, facts, states, steps, *where, *told))
             own.open_window()
         others += map(window.identity, self._outside)
         skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]

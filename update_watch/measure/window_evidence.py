@@ -75,6 +75,7 @@ class CohortWindow:
     optimizer: tuple[int, int]  # cohorts of one optimizer are measured in steps of one window
     place: slice  # of its rows among those of the sums
     suspect: Callable[[frozenset[int]], None] | None = None  # told the rows whose whole gradients are to be looked at
+    draw_from: Callable[[frozenset[int]], None] | None = None  # told the rows of which nearly all gradients are 0
     firsts: tuple[int, ...] = ()  # rows of `place` at which tensors begin; (): each is one
 
     def sums(self) -> WindowSums:
@@ -82,10 +83,12 @@ class CohortWindow:
         own = self.of_all.sums.of(self.place, len(self.steps.parts_Pn))
         return own if len(self.firsts) in (0, self.place.stop - self.place.start) else own.joined(self.firsts)
 
-    def tell_suspects(self, tensors: frozenset[int]) -> None:
-        """Have whole gradients looked at."""
-        if self.suspect is not None:
-            self.suspect(frozenset(self.firsts[i] for i in tensors) if self.firsts else tensors)
+    def tell(self, own: WindowSums) -> None:
+        """Have whole gradients looked at, and few rows read where they are."""
+        firsts = self.firsts or range(self.place.stop - self.place.start)
+        for tell, tensors in ((self.suspect, own.suspects(self.steps)), (self.draw_from, own.sparse(self.steps))):
+            if tell is not None:
+                tell(frozenset(firsts[i] for i in tensors))
 
     @functools.cached_property
     def rows(self) -> tuple[RowFacts, ...]:
@@ -121,7 +124,7 @@ def read(window: Window) -> WindowEvidence:
     sums = [cohort.sums() for cohort in window.cohorts]
     for cohort, own, of_others in zip(window.cohorts, sums, _unmeasured(window.cohorts, sums), strict=True):
         tensors += _tensors(own, cohort, of_others, skipped)
-        cohort.tell_suspects(own.suspects(cohort.steps))
+        cohort.tell(own)
     tensors = with_ledger(_one_each(tensors), window.ledger)
     others = [read_average(average) for average in window.averages]
     others += [read_accumulation(accumulation) for accumulation in window.accumulations]

@@ -140,13 +140,15 @@ class DeviceSums:
         looks: Sequence[Look] = (),
         looked: Sequence[Slot] = (),
         whole_R1: Tensor | None = None,
+        are_drawn: bool = False,
     ) -> None:
         """Add some steps.
 
         `intended` is the replayed value. `states`: what was stored of the states, of the first of the rows; those steps are
         compared in full. `mask` is 0 for padding and for rows that took no part in their step. `weights` of samples, see
         `PositionWeights`; None: 1. `looks`: rows whose headroom is counted, which are those of the steps `looked`. `whole`
-        [R, 1]: rows that are read whole, where only some are. No host read, no copy between devices.
+        [R, 1]: rows that are read whole, where only some are. `are_drawn`: some samples were drawn by size, and counts of
+        headroom are weighted too. No host read, no copy between devices.
         """
         values_4RK = torch.empty(4, *after_RK.shape, dtype=self.dtype, device=self.device)
         torch.sub(intended_ARK[0], before_ARK[0], out=values_4RK[0])
@@ -195,7 +197,7 @@ class DeviceSums:
                 slots,
             )
         if looks:
-            self._add_headroom(before_ARK[0], values_4RK[0], weights_R2J, looks, looked)
+            self._add_headroom(before_ARK[0], values_4RK[0], weights_R2J, looks, looked, are_drawn)
 
     def _reduced(
         self, products_FRK: Tensor, weights_R2J: Tensor | None, whole_R1: Tensor | None
@@ -270,12 +272,12 @@ class DeviceSums:
         weights_R2J: Tensor | None,
         looks: Sequence[Look],
         slots: Sequence[Slot],
+        are_drawn: bool,
     ) -> None:
         """Count headroom log2(|intended| / half gap) in one-octave bins; zero updates are not counted.
 
-        Counted again at the learning rate of the window's first look; so is the movement, intended^2, added up. For formats
-        finer than BF16, count too how many updates a BF16 weight would lose.
-        """
+        Counted again at the learning rate of the window's first look; so is intended^2 added up. Of formats finer than BF16
+        count too how many updates a BF16 weight would lose."""
         first, last = slots[0].start, slots[-1].stop
         found_3RB = torch.zeros(3, last - first, HEADROOM_BINS, dtype=self.dtype, device=self.device)
         found_RQ = torch.zeros(last - first, PLACES, dtype=self.dtype, device=self.device)
@@ -292,12 +294,12 @@ class DeviceSums:
             wanted = wide.ne(0).to(self.dtype)
             energy = wide.square().mul_(4.0**-octaves)
             if weights_R2J is not None:
-                cells = weights_R2J[rows].flatten(1)
-                energy = energy.view(*cells.shape, -1).mul_(cells.unsqueeze(-1)).flatten(1)
-            for k, (index, counted) in enumerate(
-                # by the headroom at the first look's rate
-                ((index_2RK[0], wanted), (index_2RK[1], wanted), (index_2RK[1], energy))
-            ):
+                cells = weights_R2J[rows].flatten(1).unsqueeze(-1)
+                for counted in (energy, wanted) if are_drawn else (energy,):
+                    counted.view(*cells.shape[:2], -1).mul_(cells)
+            # by the headroom at the first look's rate
+            counts = (index_2RK[0], wanted), (index_2RK[1], wanted), (index_2RK[1], energy)
+            for k, (index, counted) in enumerate(counts):
                 found_3RB[k, inside].scatter_add_(1, index, counted)
             found_RQ[inside].scatter_add_(1, part % PLACES, energy)
             if fmt.mantissa_bits > BF16.mantissa_bits:

@@ -98,8 +98,9 @@ class KernelSums(DeviceSums):
         looks: Sequence[Look] = (),
         looked: Sequence[Slot] = (),
         whole_R1: Tensor | None = None,
+        are_drawn: bool = False,
     ) -> None:
-        """See `DeviceSums.add`."""
+        """See `DeviceSums.add`. On a GPU no samples are drawn."""
         values = before_ARK, intended_ARK, after_RK, states_SRK, gradient_RK, mask_RK, weights_R2J
         if _works.get(self.device, True):
             try:
@@ -107,7 +108,7 @@ class KernelSums(DeviceSums):
                 return
             except Exception as error:  # it did not run: nothing was added
                 give_up(self.device, error)
-        super().add(*values, slots, looks, looked, whole_R1)
+        super().add(*values, slots, looks, looked, whole_R1, are_drawn)
 
     def _add(self, added: Added, slots: Sequence[Slot], looks: Sequence[Look], looked: Sequence[Slot]) -> None:
         states_SRK, weights_R2J = added.states_SRK, added.weights_R2J

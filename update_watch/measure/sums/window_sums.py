@@ -35,6 +35,7 @@ from update_watch.measure.sums.steps import Steps
 
 _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
 _NEARLY_ALL = 1 - 1e-9  # of the gradients are 0, though all samples were
+_SPARSE = 0.1  # of the gradients at most are not 0
 _GROWN, _GROWN_SAMPLES = 1.5, 4.0  # |intended|^2 from step to step, of tensors read whole and at other positions
 _TAILS = 2.0  # of sums of log-normal numbers two standard errors cover 0.94 to 0.96 so, and 0.88 to 0.92 without
 _WAY_STEPS = 16  # a displacement of fewer measured steps is noise,
@@ -293,6 +294,12 @@ class WindowSums:
         nonzero_n = self.parts_PFn[:, NONZERO].sum(0)
         is_partly_seen = ~steps.is_whole_n | (steps.unmeasured_n > 0)
         found = (nonzero_n == 0) & is_partly_seen & (steps.measured_n > 0)
+        return frozenset(np.flatnonzero(found).tolist())
+
+    def sparse(self, steps: Steps) -> frozenset[int]:
+        """Rows of which all but a few gradients are 0, and some are not: those of an embedding of which steps use few rows."""
+        counted_n, nonzero_n = self.parts_PFn[:, COUNT].sum(0), self.parts_PFn[:, NONZERO].sum(0)
+        found = ~steps.is_whole_n & (nonzero_n < _SPARSE * counted_n) & ((nonzero_n > 0) | (self.touched_n != 0))
         return frozenset(np.flatnonzero(found).tolist())
 
     def is_untouched(self) -> npt.NDArray[np.bool_]:

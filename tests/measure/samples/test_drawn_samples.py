@@ -1,0 +1,133 @@
+"""Samples drawn where a gradient is: each cell counts as often as it should, and few touched rows are enough for a verdict."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+import update_watch as uw
+from update_watch.measure import position_weights
+from update_watch.measure.position_weights import draw
+from update_watch.measure.sampling import Sampler
+from update_watch.report import Health, TensorReport
+
+V, D, STEPS = 4096, 32, 64
+
+
+def few_rows(share: float = 0.01, seed: int = 0) -> Tensor:
+    """A gradient of which few rows are not 0, of sizes that differ by far."""
+    drawn = torch.Generator().manual_seed(seed)
+    grad = torch.zeros(V, D)
+    rows = torch.randint(0, V, (max(int(share * V), 1),), generator=drawn)
+    sizes = torch.randn(len(rows), 1, generator=drawn).mul(0.7).exp()
+    grad[rows] = torch.randn(len(rows), D, generator=drawn) * sizes
+    return grad.bfloat16()
+
+
+@pytest.mark.parametrize("most", [2**20, 2**13], ids=["of all cells", "of some"])
+def test_a_drawn_sample_weighs_as_much_less_as_it_is_met_more_often(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(position_weights, "_TO_DRAW_FROM", most)
+    grad, sampler, rng = few_rows(), Sampler(torch.zeros(V, D), 256, 2), random.Random(0)
+    values = torch.arange(V, dtype=torch.float64).view(V, 1).expand(V, D).contiguous()
+    squares = grad.double().square()
+    counted = valued = touched = 0.0
+    turns = 1500
+    for _ in range(turns):
+        weights_D = draw(sampler, grad, rng)
+        assert weights_D.shape == (16,) and 0 < weights_D.min() and weights_D.max() <= 2.0 * 1.01
+        cells_DB = sampler.view(values).view(16, 16)
+        counted += float(weights_D.sum()) / 16
+        valued += float((weights_D * cells_DB.mean(1)).sum()) / 16
+        touched += float((weights_D * sampler.view(squares).view(16, 16).mean(1)).sum()) / 16
+    assert counted / turns == pytest.approx(1.0, abs=0.02)
+    assert valued / turns == pytest.approx(float(values.mean()), rel=0.04)
+    assert touched / turns == pytest.approx(float(squares.mean()), rel=0.02 if most > V * D else 0.1)
+
+
+@pytest.mark.parametrize("odd", [0.0, float("nan"), float("inf")])
+def test_of_a_gradient_that_says_nothing_samples_are_drawn_evenly(odd: float) -> None:
+    sampler = Sampler(torch.zeros(V, D), 256, 2)
+    weights_D = draw(sampler, torch.full((V, D), odd), random.Random(0))
+    assert torch.allclose(weights_D, torch.ones(16)) and sampler.drawn is not None
+    assert len(sampler.drawn.unique()) == 16 and int(sampler.drawn.max()) < V * D // 16
+
+
+def test_drawn_samples_are_the_same_elements_in_any_layout_until_the_next_place() -> None:
+    values, rng = torch.arange(V * D, dtype=torch.float64).view(V, D), random.Random(0)
+    sampler = Sampler(values, 256, 2)
+    draw(sampler, few_rows(), rng)
+    seen = sampler.view(values)
+    assert torch.equal(sampler.view(values.t().contiguous().t()), seen)
+    assert float((few_rows().flatten()[seen.flatten().long()] != 0).double().mean()) > 0.2  # of all elements 0.01
+    sampler.redraw(rng)
+    assert sampler.drawn is None and not torch.equal(sampler.view(values), seen)
+
+
+def train(momentum: float, lr: float, is_watched: bool = True) -> tuple[list[TensorReport], list[float], Tensor, bool]:
+    """An embedding of which a step uses few rows, among others in turns: its reports, the truth of each window, its weights
+    at the end, and whether samples of it were drawn."""
+    torch.manual_seed(0)
+    embedding = torch.nn.Parameter((0.05 * torch.randn(V, D)).bfloat16())
+    others = [torch.nn.Parameter(torch.randn(16, 32).bfloat16()) for _ in range(20)]
+    params = [embedding, *others]
+    optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum)
+    watch = uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=STEPS, budget=None)
+    if not is_watched:
+        watch.close()
+    reports, truth, was_drawn = [], [], False
+    for window in range(3):
+        dot = want = 0.0
+        for step in range(STEPS):
+            for p in others:
+                p.grad = torch.randn_like(p)
+            embedding.grad = few_rows(seed=1 + STEPS * window + step)
+            before, intended = embedding.detach().double(), -lr * embedding.grad.double()
+            optimizer.step()
+            dot += float(((embedding.detach().double() - before) * intended).sum())
+            want += float(intended.square().sum())
+            for one in watch._model.watched.values() if is_watched else ():
+                for cohort in one.cohorts:
+                    was_drawn |= any(sampler.drawn is not None for sampler in cohort.samplers)
+        truth.append(dot / want)
+        report = watch.flush() if is_watched else None
+        reports += [] if report is None else [t for t in report.tensors if t.name == "p0"]
+    watch.close()
+    return reports, truth, embedding.detach(), was_drawn
+
+
+@pytest.mark.parametrize(("lr", "health"), [(3e-4, Health.healthy), (1e-6, Health.stalled)])
+def test_an_embedding_of_which_steps_use_few_rows_is_judged_under_plain_sgd(lr: float, health: Health) -> None:
+    reports, truth, weights, was_drawn = train(0.0, lr)
+    assert was_drawn
+    errors = [report.efficiency_error or 1.0 for report in reports]
+    assert errors[0] > 3 * max(errors[1:])  # what was met by chance says next to nothing
+    for report, true in zip(reports[1:], truth[1:], strict=True):
+        assert report.health is health
+        assert report.efficiency is not None and report.efficiency_error is not None
+        assert abs(report.efficiency - true) < 2.5 * report.efficiency_error < 0.15
+    assert torch.equal(train(0.0, lr, is_watched=False)[2], weights)
+
+
+def test_what_is_told_once_is_forgotten_where_gradients_come_everywhere() -> None:
+    sampler_rows = copy.copy(few_rows())
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(V, D).bfloat16()) for _ in range(18)]
+    optimizer = torch.optim.SGD(params, lr=1e-2)
+    with uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=16, budget=None) as watch:
+        (watched,) = watch._model.watched.values()
+        for window in range(3):
+            for _ in range(16):
+                for p in params:
+                    p.grad = sampler_rows if window == 0 else torch.randn(V, D).bfloat16()
+                optimizer.step()
+            watch.flush()
+            told = [cohort._sparse for cohort in watched.cohorts]
+            assert all(told) if window == 0 else not any(told)
+
+
+def test_where_the_rule_remembers_nothing_is_drawn() -> None:
+    assert not train(0.9, 1e-3)[3]
