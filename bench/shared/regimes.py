@@ -277,6 +277,9 @@ for _kind in ("momentum", "adamw"):
     for _heads_count, _blocks in ((2, 2), (4, 4)):
         _enter(f"{_kind}, {_heads_count} heads in turn", _heads(_kind, _blocks, _heads_count))
 
+for _share in (0.001, 0.01):
+    _enter(f"sgd, 23 tensors, {100 * _share:g}% of the rows in a step", _sparse("sgd", _share))
+
 QUICK = (
     "adamw, 68 tensors",
     "sgd, 13 tensors",
