@@ -7,7 +7,7 @@ attention and a network) it belongs to the name of the kind. So two tensors are 
 the same place of another layer or of another expert.
 
 Maps, alerts, groups of series and the terminal all read it here. All names go down the tree of a model together, a level
-at a time, and modules built alike are worked out once: a million names take two seconds. P is the number of names, N
+at a time, and modules built alike are worked out once: a million names take one second. P is the number of names, N
 that of nodes (modules and tensors); node 0 is the model.
 """
 
@@ -16,26 +16,21 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+from update_watch.columns.name_levels import WRAPPERS, Ints, Level, distinct, levels_of, mixed
 
 STAR = "*"
-# parts of a path that stand for a wrapper and not for a module of the model
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _LAYER_WORDS = frozenset({"h", "layers", "blocks", "stages", "cells"})
 _LEAVES_MANY = 4  # from more numbered leaves than this on ("features.0.weight" to "features.28.weight") they are layers
 _ALIKE = 0.4  # of what two numbered modules hold together, the share both hold: two of one kind
 _NUMBERED_WORD = re.compile(r"([A-Za-z_]*[A-Za-z])([0-9]{1,18})$")
 _DIGITS = 18  # longer ones are no numbers
-_DEEPEST = 64  # parts of a name that are told apart
 _NONE = -1
-
-Ints = NDArray[np.int64]
 
 
 def without_wrappers(name: str) -> str:
@@ -99,7 +94,7 @@ def places(names: Iterable[str]) -> Mapping[str, Place]:
 @functools.lru_cache(4)  # a page asks for the same model again and again
 def tree_of(names: tuple[str, ...]) -> NameTree:
     """The same of distinct names as columns, for those who look at all of them."""
-    texts, levels, node_P = _levels(names)
+    texts, levels, node_P = levels_of(names)
     shape_N, shapes = _shapes(texts, levels)
     return _walked(texts, levels, node_P, shape_N, shapes)
 
@@ -118,79 +113,10 @@ class _Shape(NamedTuple):
     suffixes: frozenset[str]  # kinds of what lies below, from here on
 
 
-class _Level(NamedTuple):
-    """The nodes of one depth, those of one parent side by side."""
-
-    first: int  # number of the first
-    parent: Ints
-    part: Ints
-
-
-def _levels(names: Sequence[str]) -> tuple[list[str], list[_Level], Ints]:
-    """The texts of parts, the nodes by depth, and the node of each name."""
-    # where no name has a wrapper or is too deep, which is nearly always, parts are what lies between dots
-    text = ".".join(names)
-    length_P = _dots(names, text) + 1
-    if length_P.max(initial=0) <= _DEEPEST and "_mod" not in text:
-        flat = text.split(".")
-    else:
-        split = [_parts(name) for name in names]
-        flat, length_P = list(itertools.chain.from_iterable(split)), np.array([len(parts) for parts in split])
-    number_of = _Numbers()
-    codes = np.fromiter(map(number_of.__getitem__, flat), dtype=np.int64, count=len(flat))
-    texts = list(number_of)
-    begin_P = np.cumsum(length_P) - length_P
-    node_P = np.zeros(len(names), dtype=np.int64)
-    levels: list[_Level] = []
-    count, alive = 1, np.arange(len(names))
-    for depth in range(length_P.max(initial=0)):
-        alive = alive[length_P[alive] > depth]
-        paths = node_P[alive] * len(texts) + codes[begin_P[alive] + depth]
-        distinct, at = _distinct(paths)
-        levels.append(_Level(count, distinct // len(texts), distinct % len(texts)))
-        node_P[alive] = count + at
-        count += len(distinct)
-    return texts, levels, node_P
-
-
-def _dots(names: Sequence[str], text: str) -> Ints:
-    """Dots in each of the names, which stand in `text` with one more between them."""
-    if not text.isascii() or not names:
-        return np.array([name.count(".") for name in names], dtype=np.int64)
-    before = np.zeros(len(text) + 1, dtype=np.int32)  # each character
-    np.cumsum(np.frombuffer(text.encode("ascii"), dtype=np.uint8) == ord("."), out=before[1:])
-    size_P = np.fromiter(map(len, names), dtype=np.int64, count=len(names))
-    end_P = np.cumsum(size_P + 1) - 1
-    found: Ints = (before[end_P] - before[end_P - size_P]).astype(np.int64)
-    return found
-
-
-class _Numbers(dict[str, int]):
-    """Texts numbered as they are asked for."""
-
-    def __missing__(self, text: str) -> int:
-        number = self[text] = len(self)
-        return number
-
-
-def _parts(name: str) -> list[str]:
-    parts = [part for part in name.split(".", _DEEPEST) if part not in WRAPPERS]
-    return parts or [name]
-
-
-def _distinct(values: Ints) -> tuple[Ints, Ints]:
-    """The distinct ones in order, and where each of `values` is among them. Neighbours are often the same."""
-    if not len(values):
-        return values, values
-    begins = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
-    found, at = np.unique(values[begins], return_inverse=True)
-    return found, np.repeat(at, np.diff(np.append(begins, len(values))))
-
-
 # --- from the leaves up: what repeats -----------------------------------------------------------------------
 
 
-def _shapes(texts: Sequence[str], levels: Sequence[_Level]) -> tuple[Ints, list[_Shape]]:
+def _shapes(texts: Sequence[str], levels: Sequence[Level]) -> tuple[Ints, list[_Shape]]:
     """Of each node the shape it has, by index; the first is that of a leaf."""
     count = 1 + sum(len(level.part) for level in levels)
     shapes = [_Shape((), (), (), frozenset({""}))]
@@ -205,7 +131,7 @@ def _shapes(texts: Sequence[str], levels: Sequence[_Level]) -> tuple[Ints, list[
         begins = _begins(level.parent)
         parents = level.parent[begins]
         ways = way_of[word_N[parents]]
-        marks = _mixed(np.add.reduceat(_mixed(level.part, below), begins), ways)
+        marks = mixed(np.add.reduceat(mixed(level.part, below), begins), ways)
         _, sample, at = np.unique(marks, return_index=True, return_inverse=True)
         ends = np.append(begins[1:], len(level.part))
         for i in sample.tolist():
@@ -222,19 +148,6 @@ def _begins(parents: Ints) -> Ints:
     return np.flatnonzero(np.concatenate(([True], parents[1:] != parents[:-1])))
 
 
-def _mixed(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.uint64]:
-    """A number for each pair, so that sums of them are the same for the same pairs only."""
-    mixed = (
-        first.astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93)
-        + second.astype(np.uint64)
-        + np.uint64(0x9E3779B97F4A7C15)
-    )
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ mixed >> np.uint64(shift)) * np.uint64(factor)
-    found: NDArray[np.uint64] = mixed ^ mixed >> np.uint64(31)
-    return found
-
-
 def _shape(parts: Sequence[str], below: Sequence[frozenset[str]], is_expert: bool, is_called_layers: bool) -> _Shape:
     suffixes_of = dict(zip(parts, below, strict=True))
     stems: dict[str, str] = {}  # part -> the word before its number
@@ -243,12 +156,12 @@ def _shape(parts: Sequence[str], below: Sequence[frozenset[str]], is_expert: boo
         if is_of_experts or _repeats([suffixes_of[part] for part in members], is_called_layers, bool(stem)):
             stems.update(dict.fromkeys(members, stem))
     called = tuple(stems[part] + STAR if part in stems else part for part in parts)
-    distinct = set(zip(called, below, strict=True))
+    children = set(zip(called, below, strict=True))
     return _Shape(
         called,
         tuple(int(part[len(stems[part]) :]) if part in stems else _NONE for part in parts),
         tuple(part in stems and (_is_expert(stems[part]) if stems[part] else is_expert) for part in parts),
-        frozenset(f"{word}.{suffix}".rstrip(".") for word, found in distinct for suffix in found),
+        frozenset(f"{word}.{suffix}".rstrip(".") for word, found in children for suffix in found),
     )
 
 
@@ -285,7 +198,7 @@ def _repeats(below: Sequence[frozenset[str]], is_called_layers: bool, is_word: b
 
 
 def _walked(
-    texts: Sequence[str], levels: Sequence[_Level], node_P: Ints, shape_N: Ints, shapes: Sequence[_Shape]
+    texts: Sequence[str], levels: Sequence[Level], node_P: Ints, shape_N: Ints, shapes: Sequence[_Shape]
 ) -> NameTree:
     words = {word: code for code, word in enumerate(dict.fromkeys(word for shape in shapes for word in shape.called))}
     calls = list(words)
@@ -302,9 +215,9 @@ def _walked(
         begins = _begins(level.parent)
         within = np.arange(len(level.part)) - np.repeat(begins, np.diff(np.append(begins, len(level.part))))
         at = begin_S[shape_N[level.parent]] + within
-        distinct, which = np.unique(kind_N[level.parent] * len(calls) + called[at], return_inverse=True)
+        inside, which = distinct(kind_N[level.parent] * len(calls) + called[at])
         kind_N[nodes] = len(kinds) + which
-        for one in distinct.tolist():
+        for one in inside.tolist():
             above, call = kinds[one // len(calls)], calls[one % len(calls)]
             kinds.append(f"{above}.{call}" if one >= len(calls) else call)
         is_number, above_expert = number[at] != _NONE, expert_N[level.parent]
@@ -313,9 +226,9 @@ def _walked(
         stack_N[nodes] = np.where(is_layer, kind_N[nodes], stack_N[level.parent])
         layer_N[nodes] = layer_N[level.parent]
         paths = (layer_N[level.parent] * len(texts) + level.part)[is_layer]
-        distinct, sample, which = np.unique(paths, return_index=True, return_inverse=True)
+        inside, sample, which = np.unique(paths, return_index=True, return_inverse=True)
         numbers = number[at][is_layer][sample].tolist()
-        found = [(*layers[one // len(texts)], n) for one, n in zip(distinct.tolist(), numbers, strict=True)]
+        found = [(*layers[one // len(texts)], n) for one, n in zip(inside.tolist(), numbers, strict=True)]
         for layer in found:
             if layer not in layer_codes:
                 layer_codes[layer] = len(layers)

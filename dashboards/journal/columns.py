@@ -82,7 +82,10 @@ def column_of(column: Any, count: int) -> Floats:
         at = indices_of(column["at"], count)
         values[at] = _entries_of(column["are"], len(at))
     else:
-        values = np.full(count, float_of(column))
+        value = float_of(column)
+        return np.broadcast_to(
+            value if abs(value) < HUGE else np.nan, count
+        )  # of many tensors most columns are such ones
     values[~(np.abs(values) < HUGE)] = np.nan  # no measurement: damage, or a hostile hand
     return values
 

@@ -13,7 +13,7 @@ from update_watch.dashboards.journal.packing import is_long, packed, unpacked
 from update_watch.report import HEADROOM_BINS
 
 _SHARE = 10_000  # shares are stored as whole ten-thousandths
-_BLOCK = 2**16  # tensors that are packed at a time: what is made on the way is many times as large
+_BLOCK = 2**13  # tensors at a time: what is made on the way is many times as large as they are
 
 
 def histogram_lines(histograms: Floats) -> Any:
@@ -58,16 +58,20 @@ def histograms_of(line: Any, count: int, bins: int = HEADROOM_BINS) -> Floats:
     known, first, lengths, shares = _packed_rows(line, count) if isinstance(line, dict) else _rows(line, count)
     if (first < 0).any() or (first + lengths > bins).any():
         raise ValueError("damaged window (bins of a histogram)")
-    filled = np.zeros((len(known), bins))
-    filled[_within(first, lengths, bins)] = shares
-    total = filled.sum(axis=1, keepdims=True)
-    if not (total > 0).all() or not np.isfinite(total).all():
-        raise ValueError("damaged window (an empty histogram)")
-    filled /= total
-    if len(known) == count:
-        return filled
-    found = np.full((count, bins), np.nan)
-    found[known] = filled
+    found = np.full((count, bins), np.nan) if len(known) < count else np.empty((count, bins))
+    end_K = np.cumsum(lengths)
+    for start in range(0, len(known), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        mine = slice(int(end_K[start] - lengths[start]), int(end_K[block][-1]))
+        filled = np.zeros((len(known[block]), bins))
+        filled[_within(first[block], lengths[block], bins)] = shares[mine]
+        total = filled.sum(axis=1, keepdims=True)
+        if not (total > 0).all() or not np.isfinite(total).all():
+            raise ValueError("damaged window (an empty histogram)")
+        if len(known) == count:
+            np.divide(filled, total, out=found[block])
+        else:
+            found[known[block]] = filled / total
     return found
 
 

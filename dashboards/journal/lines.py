@@ -36,6 +36,7 @@ from update_watch.dashboards.journal.of_run import (
     short,
 )
 from update_watch.dashboards.journal.packing import indices_line, indices_of, kinds_line, kinds_of
+from update_watch.dashboards.journal.parsing import parsed
 from update_watch.dashboards.journal.sentences import advice_lines, advice_of
 from update_watch.dashboards.run_numbers import run_numbers
 from update_watch.report import PLACES, SEVERITY, Alert, Cause, Health, Level
@@ -71,14 +72,14 @@ def encode(line: Mapping[str, Any]) -> bytes:
     return json.dumps(line, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"
 
 
-def decode(raw: bytes) -> dict[str, Any]:
-    """The object of a line.
+def decode(raw: bytes, end: bytes = b"") -> dict[str, Any]:
+    """The object of a line and its `end`.
 
     Raises:
         ValueError: it is not one.
     """
     try:
-        line = json.loads(raw)
+        line = parsed(raw, end)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(line, dict):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PACKED_FROM = 1_024  # entries of a column; a shorter one stays a list that people can read
-_TYPES = {kind: np.dtype(f"<{kind}") for kind in ("u1", "u2", "i4", "i8", "f4", "f8")}
+TYPES = {kind: np.dtype(f"<{kind}") for kind in ("u1", "u2", "i4", "i8", "f4", "f8")}
 
 
 def is_long(entries: int) -> bool:
@@ -24,7 +24,7 @@ def is_long(entries: int) -> bool:
 
 
 def packed(values: NDArray[Any], kind: str) -> dict[str, str]:
-    return {kind: base64.b64encode(np.ascontiguousarray(values, dtype=_TYPES[kind]).data).decode("ascii")}
+    return {kind: base64.b64encode(np.ascontiguousarray(values, dtype=TYPES[kind]).data).decode("ascii")}
 
 
 def packed_floats(values: NDArray[np.float64], is_whole: bool = False) -> dict[str, str]:
@@ -35,14 +35,14 @@ def packed_floats(values: NDArray[np.float64], is_whole: bool = False) -> dict[s
 
 
 def is_packed(value: Any) -> bool:
-    return isinstance(value, dict) and len(value) == 1 and not _TYPES.keys().isdisjoint(value)
+    return isinstance(value, dict) and len(value) == 1 and not TYPES.keys().isdisjoint(value)
 
 
 def unpacked(value: Any, kinds: str, count: int | None = None) -> NDArray[Any]:
     """Numbers of one of the `kinds` ("f", "iu"), `count` of them where that is known."""
     ((name, text),) = value.items()
-    kind = _TYPES[name]
-    if kind.kind not in kinds or not isinstance(text, str):
+    kind = TYPES[name]
+    if kind.kind not in kinds or not isinstance(text, (str, memoryview)):
         raise ValueError("damaged window (packed numbers of another kind)")
     if count is not None and len(text) != 4 * -(-count * kind.itemsize // 3):
         raise ValueError("damaged window (length of packed numbers)")
@@ -50,12 +50,17 @@ def unpacked(value: Any, kinds: str, count: int | None = None) -> NDArray[Any]:
         data = binascii.a2b_base64(text)  # passes over what is no base64: then it is too short
     except ValueError:
         data = b""
-    if len(data) != len(text) // 4 * 3 - text[-2:].count("=") or len(data) % kind.itemsize:
+    if len(data) != len(text) // 4 * 3 - _filled(text) or len(data) % kind.itemsize:
         raise ValueError("damaged window (packed numbers)")
     found = np.frombuffer(data, dtype=kind)
     if count is not None and len(found) != count:
         raise ValueError("damaged window (length of packed numbers)")
     return found
+
+
+def _filled(text: str | memoryview) -> int:
+    """Signs that only fill it up."""
+    return text[-2:].count("=") if isinstance(text, str) else bytes(text[-2:]).count(b"=")
 
 
 # --- indices -------------------------------------------------------------------------------------------
@@ -97,5 +102,8 @@ def kinds_of(line: Any, read: Callable[[Any], Sequence[Any]]) -> tuple[Any, ...]
     """`read` checks entries, all at once; of packed ones each kind is looked at, and kept, once."""
     if not isinstance(line, dict):
         return tuple(read(line))
-    kinds = read(line["kinds"])
-    return tuple(map(kinds.__getitem__, indices_of(line["of"], len(kinds)).tolist()))
+    found = read(line["kinds"])
+    kinds = np.empty(len(found), dtype=object)
+    for i, kind in enumerate(found):  # which may be tuples, and then are no rows of an array
+        kinds[i] = kind
+    return tuple(kinds[indices_of(line["of"], len(kinds))].tolist())

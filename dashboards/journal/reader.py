@@ -190,7 +190,7 @@ class JournalReader:
 
 
 def _decoded(found: Scanned) -> dict[str, Any]:
-    return decode(found.text + b"}" if found.is_cut else found.text)
+    return decode(found.text, b"}" if found.is_cut else b"")
 
 
 def newer(path: Path, schema: int) -> str:

@@ -52,20 +52,32 @@ def advice_lines(advice: Mapping[int, str]) -> list[list[Any]]:
 
 
 class _Wording:
-    """A sentence with slots, and the numbers in them: taken apart when one of them is asked for."""
+    """A sentence with slots, and the numbers in them: their places are looked for when one of them is asked for."""
 
     def __init__(self, texts: list[str], slots: list[str], members: int) -> None:
         if len(texts) != len(slots) + 1 or any(slot.count(" ") + 1 != members for slot in slots):
             raise ValueError("damaged window (advice)")
         self._texts, self._slots = texts, slots
-        self._numbers: list[list[str]] | None = None
+        self._columns: list[_Numbers] | None = None
 
     def sentence(self, at: int) -> str:
         """Of the member at this place."""
-        if self._numbers is None:
-            self._numbers = [slot.split(" ") for slot in self._slots]
+        if self._columns is None:
+            self._columns = list(map(_Numbers, self._slots))
         texts = self._texts
-        return texts[0] + "".join(column[at] + text for column, text in zip(self._numbers, texts[1:], strict=True))
+        return texts[0] + "".join(column[at] + text for column, text in zip(self._columns, texts[1:], strict=True))
+
+
+class _Numbers:
+    """What stands between the spaces of a text, which may be a million."""
+
+    def __init__(self, slot: str) -> None:
+        self._bytes = slot.encode("utf-8", "surrogatepass")
+        (spaces,) = np.nonzero(np.frombuffer(self._bytes, dtype=np.uint8) == ord(" "))
+        self._ends = np.concatenate(([-1], spaces, [len(self._bytes)]))
+
+    def __getitem__(self, at: int) -> str:
+        return self._bytes[self._ends[at] + 1 : self._ends[at + 1]].decode("utf-8", "surrogatepass")
 
 
 class _Sentences(Mapping[int, str]):

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from update_watch.checkpoints.header import header_of
 from update_watch.checkpoints.stored import StoredFile, StoredTensors, stored_file
-from update_watch.kinds import WRAPPERS, without_wrappers
+from update_watch.columns.name_levels import WRAPPERS
+from update_watch.kinds import without_wrappers
 from update_watch.wording import first_line
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library

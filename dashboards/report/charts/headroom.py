@@ -12,6 +12,8 @@ from update_watch.dashboards.report.row_groups import Rows
 from update_watch.dashboards.run_numbers import Floats
 from update_watch.report import HEADROOM_LOW
 
+_BLOCK = 2**13  # tensors that are added up at a time
+
 
 def _edge() -> list[Spec]:
     x = {"field": "x", "type": "quantitative"}
@@ -105,5 +107,9 @@ def _row_headroom(headroom: Floats | None, weights_P: Floats, members: Sequence[
     weights = weights_P[index]
     if not weights.sum() > 0:
         return None
-    shares: Floats = weights @ headroom[index] / weights.sum()
+    shares: Floats = np.zeros(headroom.shape[1])
+    for start in range(0, len(index), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        shares += weights[block] @ headroom[index[block]]
+    shares /= weights.sum()
     return shares
