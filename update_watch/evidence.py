@@ -129,7 +129,7 @@ class WindowEvidence:
 
     step: int
     window: int
-    tensors: tuple[TensorEvidence, ...]
+    tensors: Sequence[TensorEvidence]
     time: float = 0.0
     cost_ms: float | None = None
     skipped_steps: int = 0

@@ -16,11 +16,12 @@ from update_watch.formats import BF16, FP32, Format
 from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
 from update_watch.measure.sums.error_bars import Unseen
 from update_watch.measure.sums.layout import BEFORE, COUNT, CROSS, DOT, GROUPS, PARTS, SQUARE, WANT, Layout
+from update_watch.measure.sums.measured_block import RowFacts
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.window_sums import WindowSums
 from update_watch.measure.transfer import Batch
-from update_watch.measure.window_evidence import CohortWindow, RowFacts, SumsWindow, Window, read
+from update_watch.measure.window_evidence import CohortWindow, SumsWindow, Window, read
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW
 
 Array = npt.NDArray[np.float64]

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence
+from update_watch.worker import rest
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.intp]
@@ -128,6 +129,21 @@ class _Joined:
         return np.concatenate([one.column(name) for one in self._values])
 
 
+class _Some:
+    """Some rows of others."""
+
+    def __init__(self, values: Values, rows: Rows) -> None:
+        self._values, self._rows = values, rows
+
+    def raw(self, name: str) -> list[Any]:
+        values = self._values.raw(name)
+        return [values[row] for row in self._rows.tolist()]
+
+    def column(self, name: str) -> Array:
+        found: Array = self._values.column(name)[self._rows]
+        return found
+
+
 class Columns:
     """All tensors of a window, in the order of its report."""
 
@@ -153,6 +169,7 @@ class Columns:
         if found is None:
             values = self._joined.raw(name)
             found = self._raw[name] = [values[row] for row in self.order.tolist()]
+            rest()
         return found
 
     def column(self, name: str) -> Array:
@@ -161,6 +178,7 @@ class Columns:
         if found is None:
             found = np.zeros(0) if not self._blocks else self._joined.column(name)[self.order]
             self._columns[name] = found
+            rest()
         return found
 
     def histogram(self, name: str, length: int) -> Array:
@@ -179,10 +197,16 @@ class Columns:
             of_block = block.parts()
             found = _with(found, of_block)
             for name, part in of_block.items():
-                found[name].append(Part(place[start + part.rows], part.values))
+                places = place[start + part.rows]
+                kept = np.flatnonzero(places >= 0)
+                if len(kept) == len(places):
+                    found[name].append(Part(places, part.values))
+                elif len(kept):
+                    found[name].append(Part(places[kept], _Some(part.values, kept)))
         return {
             name: Part(np.concatenate([part.rows for part in parts]), _Joined([part.values for part in parts]))
             for name, parts in found.items()
+            if parts
         }
 
     def tensor(self, place: int) -> TensorEvidence:

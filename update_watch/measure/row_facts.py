@@ -17,7 +17,7 @@ from update_watch.measure.cohort import Cohort
 from update_watch.measure.identity.names import describe
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local, unsamplable
-from update_watch.measure.window_evidence import RowFacts
+from update_watch.measure.sums.measured_block import RowFacts
 from update_watch.worker import unhurried
 
 

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from update_watch.evidence import (
-    AccumulatorEvidence,
-    Numbers,
-    TensorEvidence,
-    WindowEvidence,
-    changed,
-    median_headroom,
-)
+from update_watch.columns.evidence_columns import Columns, OneByOne, Tensors
+from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence, changed
 from update_watch.measure.accumulators.average_windows import AverageWindow, UnreadWindow
 from update_watch.measure.accumulators.average_windows import read as read_average
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
@@ -28,26 +21,16 @@ from update_watch.measure.accumulators.reference_states import ShadowWindow
 from update_watch.measure.accumulators.replicas import ChecksumWindow
 from update_watch.measure.accumulators.replicas import read as read_checksums
 from update_watch.measure.accumulators.state_factor import read as read_shadow
-from update_watch.measure.ledger.ledger import with_ledger
+from update_watch.measure.ledger.reading import Reading
 from update_watch.measure.ledger.sheet import SheetWindow
-from update_watch.measure.sums.error_bars import Array, Unseen, sizes_of, unseen
+from update_watch.measure.sums.error_bars import Unseen, sizes_of, unseen
 from update_watch.measure.sums.layout import WANT, Layout
+from update_watch.measure.sums.measured_block import MeasuredBlock, RowFacts
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.window_sums import WindowSums
 from update_watch.measure.transfer import Later, Part, Transfer
-from update_watch.worker import unhurried
-
-
-@dataclasses.dataclass(frozen=True)
-class RowFacts:
-    """What the host knows of a row when its window closes."""
-
-    evidence: TensorEvidence  # identity, settings and counters; no numbers yet
-    size: int  # real samples per step
-    state_dtypes: tuple[str, ...]  # "" for a state that does not exist or whose replay is not exact
-    state_rates: tuple[float | None, ...]  # 1 - beta, where it is known
-    first_rate: float | None  # learning rate at the window's first look at headroom
+from update_watch.worker import rest, unhurried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,38 +103,66 @@ class Window:
 def read(window: Window) -> WindowEvidence:
     """Wait for the device and make the evidence. Runs on the background thread."""
     skipped = max((int(t.wait()[0]) for t in window.skipped), default=0)
-    tensors = list(window.others)
     sums = [cohort.sums() for cohort in window.cohorts]
+    ledger, alone, blocks = Reading(window.ledger), list(window.others), []
     for cohort, own, of_others in zip(window.cohorts, sums, _unmeasured(window.cohorts, sums), strict=True):
-        tensors += _tensors(own, cohort, of_others, skipped)
+        block, others = _tensors(own, cohort, of_others, skipped)
+        alone += others
+        blocks.append(block)
         cohort.tell(own)
-    tensors = with_ledger(_one_each(tensors), window.ledger)
-    others = [read_average(average) for average in window.averages]
-    others += [read_accumulation(accumulation) for accumulation in window.accumulations]
-    for found in others:
-        tensors = [
-            changed(t, accumulators={**t.accumulators, found[t.name].name: found[t.name]}) if t.name in found else t
-            for t in tensors
-        ]
-    factors = {name: factor for shadow in window.shadows for name, factor in read_shadow(shadow).items()}
-    tensors = [
-        changed(
-            t,
-            state_factor=factors[t.name].value,
-            state_factor_error=factors[t.name].error,
-            state_factor_steps=factors[t.name].steps,
-        )
-        if t.name in factors
-        else t
-        for t in tensors
-    ]
-    sums_of = read_checksums(window.checksums)
-    tensors = [
-        changed(t, part=sums_of[t.name][0], checksum=sums_of[t.name][1]) if t.name in sums_of else t for t in tensors
-    ]
-    tensors.sort(key=lambda t: window.order.get(t.name, len(window.order)))
-    head = window.step, window.window, tuple(tensors), window.time
+        rest()
+    names = [tensor.name for tensor in alone] + [name for block in blocks for name in block.names]
+    if len(set(names)) < len(names):
+        every = [block.tensor(row) for block in blocks for row in unhurried(range(len(block)))]
+        alone, blocks = _one_each(alone + every), []
+    alone = [ledger.of(tensor) for tensor in unhurried(alone)]
+    more = _beside(window)
+    kept = []
+    for block in blocks:
+        columns, is_alone = ledger.of_all(block.names, block.column("numbers.displacement_efficiency"))
+        alone += [ledger.of(block.tensor(row)) for row in unhurried(np.flatnonzero(is_alone).tolist())]
+        block.put(columns)
+        has_more = np.array([name in more for name in block.names], bool) & ~is_alone
+        alone += [block.tensor(row) for row in unhurried(np.flatnonzero(has_more).tolist())]
+        is_kept = ~(is_alone | has_more)
+        kept.append(block if is_kept.all() else block.kept(np.flatnonzero(is_kept)))
+    alone = [_with(tensor, more.get(tensor.name)) for tensor in unhurried(alone)]
+    names = [tensor.name for tensor in alone] + [name for block in kept for name in block.names]
+    places = np.array([window.order.get(name, len(window.order)) for name in names], dtype=np.intp)
+    tensors = Tensors(Columns([OneByOne(alone), *kept], np.argsort(places, kind="stable")))
+    head = window.step, window.window, tensors, window.time
     return WindowEvidence(*head, window.cost_ms, skipped, window.observed, window.cost_share)
+
+
+class _More(NamedTuple):
+    """What others than its optimizer's sums tell of a tensor."""
+
+    accumulators: dict[str, AccumulatorEvidence]
+    fields: dict[str, Any]
+
+
+def _beside(window: Window) -> dict[str, _More]:
+    """By name."""
+    found: defaultdict[str, _More] = defaultdict(lambda: _More({}, {}))
+    accumulators = [read_average(average) for average in window.averages]
+    accumulators += [read_accumulation(accumulation) for accumulation in window.accumulations]
+    for of_one in accumulators:
+        for name, accumulator in of_one.items():
+            found[name].accumulators[accumulator.name] = accumulator
+    for shadow in window.shadows:
+        for name, factor in read_shadow(shadow).items():
+            found[name].fields.update(
+                state_factor=factor.value, state_factor_error=factor.error, state_factor_steps=factor.steps
+            )
+    for name, (part, checksum) in read_checksums(window.checksums).items():
+        found[name].fields.update(part=part, checksum=checksum)
+    return found
+
+
+def _with(tensor: TensorEvidence, more: _More | None) -> TensorEvidence:
+    if more is None:
+        return tensor
+    return changed(tensor, accumulators={**tensor.accumulators, **more.accumulators}, **more.fields)
 
 
 def _one_each(tensors: list[TensorEvidence]) -> list[TensorEvidence]:
@@ -180,95 +191,21 @@ def _unmeasured(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSums]) -> 
     return [found[i] for i in range(len(cohorts))]
 
 
-_NOTHING = Numbers()
-
-
 def _tensors(
     sums: WindowSums, cohort: CohortWindow, others: tuple[Unseen, Missed | None], skipped: int
-) -> list[TensorEvidence]:
-    """The evidence of all rows of a cohort."""
-    numbers = _columns(sums.numbers(cohort.steps, *others))
-    own_names = [name for name in numbers if name not in Numbers._fields and name != "what_if"]
-    own_rows = list(zip(*(numbers[name] for name in own_names), strict=True))
-    weights = _rows(numbers)
-    parts = sums.state_numbers()
-    states = [
-        [_numbers({name: values_Sn[k] for name, values_Sn in part.items()}) for part in parts]
-        for k in range(len(cohort.states))
+) -> tuple[MeasuredBlock, list[TensorEvidence]]:
+    """The evidence of all rows of a cohort: of those that were measured, and of the others."""
+    block = MeasuredBlock(sums, cohort.steps, sums.numbers(cohort.steps, *others), cohort.rows, skipped)
+    block.add_states(sums, cohort.states)
+    is_measured = cohort.steps.measured_n != 0
+    has_numbers = [measured and not row.evidence.reason for measured, row in zip(is_measured, cohort.rows, strict=True)]
+    # a counter is read by itself, and is said of its tensor first
+    is_plain = [has and not row.evidence.accumulators for has, row in zip(has_numbers, cohort.rows, strict=True)]
+    if all(is_plain):
+        return block, []
+    alone = [
+        block.tensor(i) if has_numbers[i] else changed(row.evidence, skipped_steps=skipped)
+        for i, row in enumerate(unhurried(cohort.rows))
+        if not is_plain[i]
     ]
-    decays = _numbers(sums.decay_numbers())
-    finite, measured = sums.is_finite().tolist(), cohort.steps.measured_n.tolist()
-    looks, blind = cohort.steps.checks_n.tolist(), cohort.steps.blind_n.tolist()
-    untouched = (sums.is_untouched() & cohort.steps.is_whole_n).tolist()
-    evidence, movements, places = sums.evidence_n.tolist(), sums.movement_nB.tolist(), sums.places_nQ.tolist()
-    histograms, at_rate = (histogram_nB.tolist() for histogram_nB in sums.headroom_2nB)
-    tensors = []
-    for i, facts in enumerate(unhurried(cohort.rows)):
-        base = facts.evidence
-        if not measured[i] or base.reason:
-            tensors.append(changed(base, skipped_steps=skipped))
-            continue
-        histogram, by_rate = histograms[i], at_rate[i]
-        total = sum(histogram)
-        movement = movements[i]
-        moved = sum(movement) if facts.first_rate else 0.0
-        headroom = median_headroom(by_rate) if facts.first_rate else None
-        what_if = numbers["what_if"][i]
-        accumulators = {
-            name: AccumulatorEvidence(
-                name=name,
-                dtype=facts.state_dtypes[k],
-                numbers=states[k][0][i],
-                growth=states[k][1][i],
-                decay=states[k][2][i],
-                rate=facts.state_rates[k],
-            )
-            for k, name in enumerate(cohort.states)
-            if facts.state_dtypes[k]
-        }
-        if decays[i].wanted_fraction is not None:
-            accumulators["weight_decay"] = AccumulatorEvidence("weight_decay", base.dtype, decays[i])
-        kept = facts.size if cohort.steps.is_whole_n[i] else facts.size // 2
-        tensors.append(
-            changed(
-                base,
-                **dict(zip(own_names, own_rows[i], strict=True)),
-                measured_steps=round(measured[i]),
-                gradient_looks=round(max(measured[i], looks[i])),
-                gradient_blind=0 if untouched[i] and any(facts.state_dtypes) else round(blind[i]),
-                skipped_steps=skipped,
-                finite=finite[i],
-                numbers=weights[i],
-                headroom_histogram=tuple([count / total for count in histogram]) if total else None,
-                movement_histogram=tuple([part / moved for part in movement]) if 0 < moved < math.inf else None,
-                movement_lr=facts.first_rate if 0 < moved < math.inf else None,
-                movement_places=tuple([part / moved for part in places[i]]) if 0 < moved < math.inf else None,
-                critical_lr=facts.first_rate * 2**-headroom if facts.first_rate and headroom is not None else None,
-                displacement_evidence=evidence[i] / kept,
-                accumulators={**base.accumulators, **accumulators},
-                what_if=None if what_if is None else {"bfloat16": what_if},
-            )
-        )
-    return tensors
-
-
-def _columns(arrays: Mapping[str, Array]) -> dict[str, list[Any]]:
-    """The values of all rows under their names, None for what is not known."""
-    columns: dict[str, list[Any]] = {}
-    for name, array in arrays.items():
-        columns[name] = values = array.tolist()
-        for i in np.flatnonzero(np.isnan(array)).tolist():
-            values[i] = None
-    return columns
-
-
-def _numbers(arrays: Mapping[str, Array]) -> list[Numbers]:
-    """Of each row."""
-    return _rows(_columns(arrays))
-
-
-def _rows(columns: Mapping[str, list[Any]]) -> list[Numbers]:
-    """Tens of thousands in a window; those that know nothing are one."""
-    n = len(next(iter(columns.values())))
-    rows = zip(*(columns.get(name) or itertools.repeat(None, n) for name in Numbers._fields), strict=True)
-    return [_NOTHING if row == _NOTHING else Numbers._make(row) for row in unhurried(rows)]
+    return block.kept(np.flatnonzero(is_plain)), alone

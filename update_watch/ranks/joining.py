@@ -101,6 +101,7 @@ class Ranks:
         group = self._group
         if self._is_over or group is None:
             return evidence
+        evidence = dataclasses.replace(evidence, tensors=tuple(evidence.tensors))  # all of each is sent
         is_partial = _is_partial(evidence) or len(self._plan) > len(evidence.tensors)
         try:
             return self._join(evidence, group)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from update_watch.columns.evidence_columns import Tensors, columns_of
 from update_watch.evidence import WindowEvidence
 
 logger = logging.getLogger("update_watch")
@@ -32,7 +33,8 @@ class Selection:
     def of(self, evidence: WindowEvidence) -> WindowEvidence:
         if self._include is None and not self._exclude:
             return evidence
-        kept = tuple(tensor for tensor in evidence.tensors if self.keeps(tensor.name))
+        columns = columns_of(evidence.tensors)
+        kept = Tensors(columns.taken([i for i, name in enumerate(columns.raw("name")) if self.keeps(name)]))
         if not kept and evidence.tensors and not self._has_warned:
             self._has_warned = True
             logger.warning(

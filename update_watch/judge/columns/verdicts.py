@@ -173,9 +173,9 @@ def _or_none(value: np.float64) -> float | None:
 
 def _share_well_above(histogram_nB: Array) -> Array:
     """As `stall_signs` has it for one; NaN where there is none."""
-    sums_nB = histogram_nB.cumsum(1)  # one after the other
-    above = histogram_nB[:, WELL_ABOVE:].cumsum(1)[:, -1]
     with np.errstate(all="ignore"):
+        sums_nB = histogram_nB.cumsum(1)  # one after the other
+        above = histogram_nB[:, WELL_ABOVE:].cumsum(1)[:, -1]
         return np.where(sums_nB[:, -1] > 0, share(above / sums_nB[:, -1]), np.nan)
 
 

@@ -1,0 +1,224 @@
+"""What the ledger's sums say of a window's tensors, on the host: of one, or of all of a block that nothing wrote to in between."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from update_watch.evidence import TensorEvidence, changed
+from update_watch.measure.ledger.blocks import ELEMENTS
+from update_watch.measure.ledger.sheet import SheetWindow
+from update_watch.measure.ledger.sheet_sums import COLUMNS
+from update_watch.measure.sampling import VARIED
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+_PART = 1e-4  # of what was applied: less of it says nothing
+_FEW = 4  # elements
+_OFTEN = 4  # writes of a window, from which on it tells by itself how far a tensor got,
+_MORE_OFTEN = 1.25  # where it was written so many times as often as in the span
+_PLACE = {name: i for i, name in enumerate(COLUMNS)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """One tensor over a window: sums over its elements, see `sheet.COLUMNS`."""
+
+    sums: Mapping[str, float]
+    window: SheetWindow
+    size: int
+    looks: int
+
+    @property
+    def writes(self) -> tuple[int, float]:
+        """When it was written; equal for tensors that were written together."""
+        return int(self.sums["span_writes"]), round(self.sums["signature"], 3)
+
+    def kept(self, prefix: str) -> tuple[float | None, float]:
+        """Share of what the steps applied that is still there, and its standard error.
+
+        Of the elements at no bound, or across the weights, whichever is more: what a projection takes back by design is
+        not asked for.
+        """
+        s, square = self.sums, self.sums[f"{prefix}square"]
+        if not square > 0 or not math.isfinite(square):
+            return None, 0.0
+        shares = []
+        if self.size > _FEW:  # of fewer, all may be the smallest or the largest
+            if not s[f"{prefix}free_square"] > _PART * square:
+                return None, 0.0  # all that is read lies at a bound
+            shares.append(s[f"{prefix}free_dot"] / s[f"{prefix}free_square"])
+        if s[f"{prefix}across_square"] > _PART * square:
+            shares.append(s[f"{prefix}across_dot"] / s[f"{prefix}across_square"])
+        if not shares:
+            shares.append(s[f"{prefix}dot"] / square)
+        return max(shares), math.sqrt(max(s[f"{prefix}spread"], 0.0)) / square
+
+    def travelled(self) -> float | None:
+        """How far it got in the span, in what the steps from one write to the next can move it by: all in one direction.
+
+        A grid that weights are rounded to moves them once, and may stretch with them: neither is a way.
+        """
+        s, steps = self.sums, len(self.window.run_steps)
+        way = s["own_travelled"] if self.size > _FEW else s["own_moved"]
+        found = _reached(way, steps, s["own_writes"], s["own_step_square"])
+        is_new = s["writes"] * steps > _MORE_OFTEN * s["own_writes"] * self.window.steps
+        if self.window.has_masters or s["writes"] < _OFTEN or not is_new:
+            return found
+        # what it travelled in the span is from before it was written
+        lately = _reached(s["moved"], self.window.steps, s["writes"], s["step_square"])
+        return found if found is None or lately is None else min(found, lately)
+
+    def copied(self) -> float | None:
+        """Masters: share of what they moved by that arrived in the model's tensor."""
+        for prefix in ("", "span_"):
+            if self.sums[f"{prefix}due"] > 0:
+                return self.sums[f"{prefix}copied"] / self.sums[f"{prefix}due"]
+        return None
+
+
+def _reached(way: float, steps: int, writes: float, step_square: float) -> float | None:
+    """A way (its square), in what the steps from one write to the next can move it by."""
+    reach = steps / writes * math.sqrt(step_square / steps)
+    return math.sqrt(way) / reach if reach > 0 else None
+
+
+class Reading:
+    """The sheets of one window. Made on the background thread."""
+
+    def __init__(self, windows: Iterable[SheetWindow]) -> None:
+        self._windows = list(windows)
+        # [COLUMNS, n] each
+        self._sums = [window.transfer.wait().reshape(len(COLUMNS), -1) for window in self._windows]
+        self._places: dict[str, tuple[int, int]] = {}  # name -> which sheet, and which of its tensors
+        for w, window in enumerate(self._windows):
+            self._places.update({names[0]: (w, i) for i, names in enumerate(window.names)})
+        self._elsewhere = {(place, entry.writes) for name, entry in self._written() for place in _around(name, 2)}
+
+    def _written(self) -> Iterable[tuple[str, _Entry]]:
+        """Tensors that nobody steps and somebody wrote to."""
+        for w, (window, sums) in enumerate(zip(self._windows, self._sums, strict=True)):
+            if not window.is_stepped:
+                was_written = (sums[_PLACE["span_writes"]] != 0) & (sums[_PLACE["span_moved"]] > 0)
+                for i in np.flatnonzero(was_written).tolist():
+                    if self._places[name := window.names[i][0]] == (w, i):
+                        yield name, self._entry(w, i)
+
+    def _entry(self, w: int, i: int) -> _Entry:
+        window = self._windows[w]
+        sums = dict(zip(COLUMNS, self._sums[w][:, i].tolist(), strict=True))
+        return _Entry(sums, window, window.sizes[i], window.looks[i])
+
+    def of(self, tensor: TensorEvidence) -> TensorEvidence:
+        """The evidence with what the ledger saw."""
+        place = self._places.get(tensor.name)
+        return tensor if place is None else _with(tensor, self._entry(*place), self._elsewhere)
+
+    def of_all(self, names: Sequence[str], arrived_n: Array) -> tuple[dict[str, npt.NDArray[Any]], Mask]:
+        """[n] the same for measured tensors, by the names of `TensorEvidence`; and those that only `of` can tell of.
+
+        `arrived`: their displacement efficiencies. What is written between steps, or copied from a master, is told one by one.
+        """
+        n, nowhere = len(names), (-1, -1)
+        sheet_n, place_n = np.array([self._places.get(name, nowhere) for name in names]).reshape(n, 2).T
+        found: dict[str, npt.NDArray[Any]] = {
+            name: np.full(n, np.nan) for name in ("written_between", "moved", "net_efficiency", "undone_fraction")
+        }
+        found |= {name: np.full(n, np.nan) for name in ("copy_changed", "copy_changed_window")}
+        found |= {"written_steps": np.zeros(n, np.int64), "was_rounded": np.zeros(n, bool)}
+        found["written_step"] = np.full(n, None, dtype=object)
+        alone_n = np.zeros(n, bool)
+        for w, window in enumerate(self._windows):
+            at = np.flatnonzero(sheet_n == w)
+            if len(at):
+                alone_n[at] = self._of_sheet(window, self._sums[w][:, place_n[at]], arrived_n[at], at, found)
+        return found, alone_n
+
+    def _of_sheet(
+        self,
+        window: SheetWindow,
+        sums_Cn: Array,
+        arrived_n: Array,
+        at: npt.NDArray[np.intp],
+        found: dict[str, npt.NDArray[Any]],
+    ) -> Mask:
+        """Fill in the tensors `at` of one sheet; [n] whether only `of` can tell of them."""
+        s = dict(zip(COLUMNS, sums_Cn, strict=True))
+        alone_n: Mask = (s["own_writes"] != 0) | window.has_masters
+        is_known = np.isfinite(s["span_square"]) & np.isfinite(s["stored"]) & ~alone_n
+        with np.errstate(all="ignore"):
+            stored_n = np.sqrt(s["stored"] / ELEMENTS)
+            is_there = stored_n != 0
+            between_n = np.where(is_there, np.sqrt(s["written"] / ELEMENTS / window.steps) / stored_n, np.nan)
+            moved_n = np.where(is_there, np.sqrt(s["moved"] / ELEMENTS) / stored_n, s["moved"] > 0)
+        columns: dict[str, npt.NDArray[Any]] = {
+            "written_steps": s["writes"].astype(np.int64),
+            "written_between": between_n,
+            "moved": moved_n,
+            "net_efficiency": arrived_n,
+            "undone_fraction": np.zeros(len(at)),
+        }
+        if window.is_full and window.is_stepped:
+            columns["copy_changed"] = s["copy_steps"] / ELEMENTS / window.steps
+            columns["copy_changed_window"] = s["copy_window"] / ELEMENTS
+            columns["was_rounded"] = s["coarse"] >= VARIED
+        for name, column in columns.items():
+            found[name][at[is_known]] = column[is_known]
+        for i in np.flatnonzero(is_known & (s["last"] != 0)).tolist():
+            found["written_step"][at[i]] = window.run_steps[int(s["last"][i]) - 1] - 1
+        return alone_n
+
+
+def _around(name: str, levels: int) -> set[str]:
+    """The modules a tensor lies in, the nearest ones."""
+    parts = name.split(".")
+    return {".".join(parts[:-k]) for k in range(1, min(levels, len(parts)) + 1)}
+
+
+def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEvidence:
+    s, window = entry.sums, entry.window
+    if not math.isfinite(s["span_square"]) or not math.isfinite(s["stored"]):
+        return t
+    stored = math.sqrt(s["stored"] / ELEMENTS)
+    found: dict[str, Any] = {
+        "written_steps": int(s["writes"]),
+        "written_step": window.run_steps[int(s["last"]) - 1] - 1 if s["last"] else None,
+        "written_between": math.sqrt(s["written"] / ELEMENTS / window.steps) / stored if stored else None,
+        "moved": math.sqrt(s["moved"] / ELEMENTS) / stored if stored else float(s["moved"] > 0),
+        "is_master": window.has_masters,
+    }
+    if window.is_full and window.is_stepped:
+        found["copy_changed"] = s["copy_steps"] / ELEMENTS / window.steps
+        found["copy_changed_window"] = s["copy_window"] / ELEMENTS
+        found["was_rounded"] = not window.has_masters and s["coarse"] >= VARIED
+    arrived = t.numbers.displacement_efficiency
+    copied = entry.copied() if window.has_masters else None
+    if not s["own_writes"]:
+        found["net_efficiency"] = copied if window.has_masters else arrived
+        found["undone_fraction"] = 0.0
+    else:
+        # what is written once in a window, or in some, may be a checkpoint: that it comes again shows over the span
+        shares = [entry.kept(prefix) for prefix in ("", "span_")]
+        found["written_steps"] = int(s["own_writes"])
+        kept, error = min(shares, key=lambda share: math.inf if share[0] is None else share[0])
+        if kept is not None:
+            went = any((place, entry.writes) in elsewhere for place in _around(t.name, 3))
+            found["travelled"] = entry.travelled()
+            found["undone_fraction"] = 0.0 if went else min(max(1 - kept, 0.0), 1.0)
+            net = kept if arrived is None else kept * arrived
+            found["net_efficiency"] = net if copied is None else min(net, copied)
+            found["net_efficiency_error"] = error
+    if t.reason and window.is_stepped and not window.has_masters:  # no replay says it
+        found["applied_ratio"] = math.sqrt(s["step_square"] / ELEMENTS / window.steps) / stored if stored else None
+        found["unmoved_fraction"] = s["still"] / ELEMENTS
+        found["stored"] = stored
+    if entry.looks and not t.measured_steps:
+        found["gradient_looks"] = entry.looks
+        found["gradient_rms"] = math.sqrt(s["gradient"] / ELEMENTS / entry.looks)
+        found["gradient_max"] = s["largest"]
+    return changed(t, **found)

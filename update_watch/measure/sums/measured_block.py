@@ -1,0 +1,250 @@
+"""The evidence of a cohort's measured tensors as columns: the numbers stay arrays, until somebody asks for one tensor.
+
+Legend: n tensors, S states, B bins of headroom, Q parts of an octave. NaN is what is not known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from update_watch.columns.evidence_columns import Part, Rows
+from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, changed
+from update_watch.measure.sums.error_bars import Array
+from update_watch.measure.sums.steps import Steps
+from update_watch.measure.sums.window_sums import WindowSums
+from update_watch.report import HEADROOM_LOW
+
+_NOTHING = Numbers()
+_OF_NUMBERS = tuple(f"numbers.{name}" for name in Numbers._fields)
+_HISTOGRAMS = ("headroom_histogram", "movement_histogram", "movement_places")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFacts:
+    """What the host knows of a row when its window closes."""
+
+    evidence: TensorEvidence  # identity, settings and counters; no numbers yet
+    size: int  # real samples per step
+    state_dtypes: tuple[str, ...]  # "" for a state that does not exist or whose replay is not exact
+    state_rates: tuple[float | None, ...]  # 1 - beta, where it is known
+    first_rate: float | None  # learning rate at the window's first look at headroom
+
+
+def values_of(column: npt.NDArray[Any]) -> list[Any]:
+    """None for what is not known."""
+    values: list[Any] = column.tolist()
+    if column.dtype == np.float64:
+        for i in np.flatnonzero(np.isnan(column)).tolist():
+            values[i] = None
+    return values
+
+
+class MeasuredBlock:
+    """Tensors of one cohort that were measured."""
+
+    def __init__(
+        self, sums: WindowSums, steps: Steps, numbers: Mapping[str, Array], facts: Sequence[RowFacts], skipped: int
+    ) -> None:
+        """`numbers`: of the weights, from `sums`."""
+        self._facts = list(facts)
+        self._columns: dict[str, npt.NDArray[Any]] = {
+            f"numbers.{name}" if name in Numbers._fields else name: column for name, column in numbers.items()
+        }
+        self._what_if = self._columns.pop("what_if")
+        n = len(self._facts)
+        headroom_2nB = sums.headroom_2nB
+        movement_nB, places_nQ = sums.movement_nB, sums.places_nQ
+        first_rate = np.array([facts.first_rate or np.nan for facts in self._facts], dtype=np.float64)
+        moved = movement_nB.cumsum(1)[:, -1]  # one after the other
+        moved = np.where((moved > 0) & np.isfinite(moved) & ~np.isnan(first_rate), moved, np.nan)
+        counted = headroom_2nB[0].cumsum(1)[:, -1]
+        with np.errstate(all="ignore"):
+            self._histograms = {
+                "headroom_histogram": headroom_2nB[0] / np.where(counted != 0, counted, np.nan)[:, None],
+                "movement_histogram": movement_nB / moved[:, None],
+                "movement_places": places_nQ / moved[:, None],
+            }
+            critical = first_rate * 2.0 ** -median_headrooms(headroom_2nB[1])
+        has_states = np.array([any(facts.state_dtypes) for facts in self._facts], bool)
+        is_untouched = sums.is_untouched() & steps.is_whole_n & has_states
+        measured = np.rint(steps.measured_n).astype(np.int64)
+        sizes = np.array([facts.size for facts in self._facts])
+        self._columns |= {
+            "measured_steps": measured,
+            "gradient_looks": np.rint(np.maximum(steps.measured_n, steps.checks_n)).astype(np.int64),
+            "gradient_blind": np.where(is_untouched, 0, np.rint(steps.blind_n)).astype(np.int64),
+            "skipped_steps": np.full(n, skipped),
+            "finite": sums.is_finite(),
+            "movement_lr": np.where(np.isnan(moved), np.nan, first_rate),
+            "critical_lr": critical,
+            "displacement_evidence": sums.evidence_n / np.where(steps.is_whole_n, sizes, sizes // 2),
+        }
+        self._parts: dict[str, _Accumulators] = {}
+
+    def add_states(self, sums: WindowSums, states: Sequence[str]) -> None:
+        """The numbers of these states, and those of the decay."""
+        parts = sums.state_numbers()
+        for k, name in enumerate(states):
+            rows = [i for i, facts in enumerate(self._facts) if facts.state_dtypes[k]]
+            numbers = [{field: values_Sn[k] for field, values_Sn in part.items()} for part in parts]
+            dtypes = [self._facts[i].state_dtypes[k] for i in rows]
+            rates = [self._facts[i].state_rates[k] for i in rows]
+            self._add(name, rows, numbers, dtypes, rates)
+        decay = sums.decay_numbers()
+        rows = np.flatnonzero(~np.isnan(decay["wanted_fraction"])).tolist()
+        dtypes = [self._facts[i].evidence.dtype for i in rows]
+        self._add("weight_decay", rows, [decay, {}, {}], dtypes, [None] * len(rows))
+
+    def _add(
+        self,
+        name: str,
+        rows: list[int],
+        numbers: Sequence[Mapping[str, Array]],
+        dtypes: list[str],
+        rates: list[float | None],
+    ) -> None:
+        if rows:
+            at = np.array(rows, dtype=np.intp)
+            of_rows = [{field: column[at] for field, column in part.items()} for part in numbers]
+            self._parts[name] = _Accumulators(name, at, of_rows, dtypes, rates)
+
+    def put(self, columns: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Put these in the place of what is known under their names."""
+        self._columns |= columns
+
+    # --- as a block of a window --------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+    def raw(self, name: str) -> list[Any]:
+        column = self._columns.get(name)
+        if column is not None:
+            return values_of(column)
+        if name in _OF_NUMBERS:
+            return [None] * len(self)
+        return [getattr(facts.evidence, name) for facts in self._facts]
+
+    def column(self, name: str) -> Array:
+        column = self._columns.get(name)
+        found: Array = np.array(self.raw(name) if column is None else column, dtype=np.float64)
+        return found
+
+    def histogram(self, name: str, length: int) -> Array:
+        found: Array = self._histograms[name]
+        assert found.shape[1] == length
+        return found
+
+    def parts(self) -> dict[str, Part]:
+        return {name: Part(part.rows, part) for name, part in self._parts.items()}
+
+    def tensor(self, row: int) -> TensorEvidence:
+        base = self._facts[row].evidence
+        fields = {name: _value(column, row) for name, column in self._columns.items() if name not in _OF_NUMBERS}
+        of_numbers = (self._columns.get(name) for name in _OF_NUMBERS)
+        for name in _HISTOGRAMS:
+            shares = self._histograms[name][row].tolist()
+            fields[name] = None if shares[0] != shares[0] else tuple(shares)
+        what_if = _value(self._what_if, row)
+        accumulators = {
+            name: part.evidence(at) for name, part in self._parts.items() if (at := part.place(row)) is not None
+        }
+        return changed(
+            base,
+            **fields,
+            numbers=Numbers._make(None if column is None else _value(column, row) for column in of_numbers),
+            accumulators={**base.accumulators, **accumulators},
+            what_if=None if what_if is None else {"bfloat16": what_if},
+        )
+
+    # --- tensors that more is known of -------------------------------------------------------------
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        return [facts.evidence.name for facts in self._facts]
+
+    def kept(self, rows: Rows) -> MeasuredBlock:
+        """Those of these rows."""
+        new = object.__new__(MeasuredBlock)
+        new._facts = [self._facts[row] for row in rows.tolist()]
+        new._columns = {name: column[rows] for name, column in self._columns.items()}
+        new._what_if = self._what_if[rows]
+        new._histograms = {name: values[rows] for name, values in self._histograms.items()}
+        new._parts = {name: kept for name, part in self._parts.items() if len((kept := part.kept(rows)).rows)}
+        return new
+
+
+class _Accumulators:
+    """One accumulator of some tensors of a block."""
+
+    def __init__(
+        self,
+        name: str,
+        rows: Rows,
+        numbers: Sequence[Mapping[str, Array]],
+        dtypes: list[str],
+        rates: list[float | None],
+    ) -> None:
+        """`rows`: of the block, rising; `numbers`: of all changes, of growth, of decay."""
+        self.name, self.rows = name, rows
+        self._dtypes, self._rates = dtypes, rates
+        self._parts = dict(zip(("numbers", "growth", "decay"), numbers, strict=True))
+
+    def place(self, row: int) -> int | None:
+        at = int(np.searchsorted(self.rows, row))
+        return at if at < len(self.rows) and self.rows[at] == row else None
+
+    def kept(self, rows: Rows) -> _Accumulators:
+        """Those of the block's rows, which are rising, as they are counted from now on."""
+        places = np.flatnonzero(np.isin(self.rows, rows))
+        numbers = [{name: column[places] for name, column in part.items()} for part in self._parts.values()]
+        at = places.tolist()
+        dtypes, rates = [self._dtypes[i] for i in at], [self._rates[i] for i in at]
+        return _Accumulators(self.name, np.searchsorted(rows, self.rows[places]), numbers, dtypes, rates)
+
+    def evidence(self, at: int) -> AccumulatorEvidence:
+        numbers, growth, decay = (
+            Numbers(**{name: _value(column, at) for name, column in part.items()}) for part in self._parts.values()
+        )
+        return AccumulatorEvidence(self.name, self._dtypes[at], numbers, growth, decay, rate=self._rates[at])
+
+    def raw(self, name: str) -> list[Any]:
+        part, _, field = name.rpartition(".")
+        if part:
+            column = self._parts[part].get(field)
+            return [None] * len(self.rows) if column is None else values_of(column)
+        if name in ("dtype", "rate"):
+            return self._dtypes if name == "dtype" else self._rates
+        return [self.name if name == "name" else _DEFAULTS[name]] * len(self.rows)
+
+    def column(self, name: str) -> Array:
+        part, _, field = name.rpartition(".")
+        column = self._parts[part].get(field) if part else None
+        return np.array(self.raw(name), dtype=np.float64) if column is None else column
+
+
+_DEFAULTS = AccumulatorEvidence._field_defaults
+
+
+def _value(column: npt.NDArray[Any], row: int) -> Any:
+    value = column[row]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if value != value else value
+
+
+def median_headrooms(counts_nB: Array) -> Array:
+    """[n] as `evidence.median_headroom`; NaN of those that are empty."""
+    sums_nB = counts_nB.cumsum(1)
+    half_n = sums_nB[:, -1] / 2
+    is_past_nB = (counts_nB > 0) & (sums_nB >= half_n[:, None])
+    first_n, rows_n = is_past_nB.argmax(1), np.arange(len(counts_nB))
+    below_n = np.where(first_n > 0, sums_nB[rows_n, first_n - 1], 0.0)
+    with np.errstate(all="ignore"):
+        found = HEADROOM_LOW + first_n + (half_n - below_n) / counts_nB[rows_n, first_n]
+    return np.where(is_past_nB.any(1), found, np.nan)
