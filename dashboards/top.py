@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 WINDOWS = 30  # of a trend
 _ALERTS = 2
+_FEW = 1_000  # tensors, of which all is read; of more these numbers alone
+_DRAWN = frozenset({"efficiency", "since_step", "low_states"})
 _POLL_SECONDS = 1.0
 _KEY_SECONDS = 0.1  # between two looks at the keyboard
 MOST_ROWS = 1_000  # that are not cut by the height of a terminal
@@ -172,7 +174,7 @@ def read_tail(path: Path, windows: int = WINDOWS) -> Tail:
         frames.append(frame)
     if not frames:
         raise reader.without_windows()
-    newest = reader.newest(frames[-1], AT_HISTOGRAMS)
+    newest = reader.newest(frames[-1], AT_HISTOGRAMS, _DRAWN if len(frames[-1].table.name) > _FEW else None)
     return Tail(newest, tuple(frames[-windows:]), tuple(alerts[: -_ALERTS - 1 : -1]), reader.run)
 
 

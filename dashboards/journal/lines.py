@@ -137,12 +137,15 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
 
 
 def frame_of_line(
-    line: Mapping[str, Any], tables: Mapping[str, TensorTable], numbers: Collection[str] | None = None
+    line: Mapping[str, Any],
+    tables: Mapping[str, TensorTable],
+    numbers: Collection[str] | None = None,
+    drawn: Collection[str] | None = None,
 ) -> Frame:
     """The frame in a "window" line; ValueError when it is damaged or its table is missing.
 
     `numbers`: of the tensors these alone (`TENSOR_NUMBERS`), without sentences, headroom, accumulators and what-ifs, which is
-    many times faster.
+    many times faster. `drawn`: the numbers of tensors and accumulators that are read, all by default; others are not known.
     """
     if numbers is not None:
         line = {key: value for key, value in line.items() if key not in _LEFT_OUT}
@@ -150,12 +153,16 @@ def frame_of_line(
         if isinstance(line.get("tensors"), dict):
             line["tensors"] = {key: value for key, value in line["tensors"].items() if key != "advice"}
     try:
-        return _frame(line, tables, TENSOR_NUMBERS if numbers is None or line.get("run") is None else numbers)
+        has_run = line.get("run") is not None  # else it is worked out from all that there is
+        read = TENSOR_NUMBERS if numbers is None or not has_run else numbers
+        return _frame(line, tables, read, drawn if has_run else None)
     except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"damaged window ({error!r})") from None
 
 
-def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable], numbers: Collection[str]) -> Frame:
+def _frame(
+    line: Mapping[str, Any], tables: Mapping[str, TensorTable], numbers: Collection[str], drawn: Collection[str] | None
+) -> Frame:
     digest = line["table"]
     if digest not in tables:
         raise ValueError(f"its table of tensors, {digest!r}, is missing")
@@ -163,7 +170,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable], numbers: 
     count = len(table.name)
     headroom, movement, places = (line.get(name) for name in ("headroom", "movement", "places"))
     cost, share, seen = (line.get(name) for name in ("cost_ms", "cost_share", "observed_steps"))
-    tensors = _columns(line["tensors"], count, numbers, has_dtype=False)
+    tensors = _columns(line["tensors"], count, numbers, drawn, has_dtype=False)
     run = line.get("run")  # early journals have none: it is worked out from the tensors
     return Frame(
         step=whole_of(line["step"]),
@@ -184,7 +191,7 @@ def _frame(line: Mapping[str, Any], tables: Mapping[str, TensorTable], numbers: 
         places=None if places is None else histograms_of(places, count, PLACES),
         what_if={text_of(k): column_of(v, count) for k, v in line.get("what_if", {}).items()},
         accumulators={
-            text_of(name): _columns(columns, count, ACCUMULATOR_NUMBERS, has_dtype=True)
+            text_of(name): _columns(columns, count, ACCUMULATOR_NUMBERS, drawn, has_dtype=True)
             for name, columns in line["accumulators"].items()
         },
         has_layers=bool(line["layers"]),
@@ -217,7 +224,9 @@ def _columns_line(columns: Columns) -> dict[str, Any]:
     return line
 
 
-def _columns(line: Mapping[str, Any], count: int, fields: Collection[str], has_dtype: bool) -> Columns:
+def _columns(
+    line: Mapping[str, Any], count: int, fields: Collection[str], drawn: Collection[str] | None, has_dtype: bool
+) -> Columns:
     health = _CODE_OF[np.frombuffer(line["health"].encode("ascii"), dtype=np.uint8)]
     if (health == _NO_LETTER).any():
         raise ValueError("damaged window (letters of healths)")
@@ -230,13 +239,16 @@ def _columns(line: Mapping[str, Any], count: int, fields: Collection[str], has_d
     dtype: tuple[str, ...] = ()
     if has_dtype:
         kinds = line["dtype"]
-        kinds = texts_of([kinds]) * len(present) if isinstance(kinds, str) else kinds_of(kinds, texts_of)
-        each = np.full(count, "", dtype=object)
-        each[present] = np.array(kinds, dtype=object)
-        dtype = tuple(each.tolist())
+        dtype = texts_of([kinds]) * len(present) if isinstance(kinds, str) else kinds_of(kinds, texts_of)
+        if len(dtype) != len(present):
+            raise ValueError("damaged window (formats)")
+        if len(present) < count:
+            each = np.full(count, "", dtype=object)
+            each[present] = np.array(dtype, dtype=object)
+            dtype = tuple(each.tolist())
     numbers = {}
     for name in fields:
-        values = column_of(line.get(name), len(present))
+        values = column_of(line.get(name) if drawn is None or name in drawn else None, len(present))
         if len(present) < count:
             numbers[name] = np.full(count, np.nan)
             numbers[name][present] = values

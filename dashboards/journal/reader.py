@@ -115,15 +115,18 @@ class JournalReader:
         if lines and not is_ours:
             raise JournalError(f"{self.path} is not an update-watch journal: none of its {lines} lines can be read.")
 
-    def newest(self, frame: Frame, end: bytes = WHOLE) -> Frame:
-        """The last of `frames` as a whole, of a long line up to its `end`; of a damaged one what can be read."""
+    def newest(self, frame: Frame, end: bytes = WHOLE, drawn: Collection[str] | None = None) -> Frame:
+        """The last of `frames` as a whole, of a long line up to its `end`; of a damaged one what can be read.
+
+        `drawn`: the numbers of tensors and accumulators that are read, all by default; others are not known.
+        """
         if self._newest is None:
             return frame
         number, at, head, table = self._newest
         for until, numbers in ((end, None), (AT_ACCUMULATORS, TENSOR_NUMBERS)):
             try:
                 line = _decoded(self._again(at, head, until))
-                return frame_of_line(line, {str(line.get("table")): table}, numbers)
+                return frame_of_line(line, {str(line.get("table")): table}, numbers, drawn)
             except ValueError as error:
                 if numbers is None:
                     self.damaged.append((number, str(error)))

@@ -43,6 +43,16 @@ SERIES = (
 )
 # of every window; the last is read as a whole
 _READ = frozenset(SERIES) & {*TENSOR_NUMBERS} | {"critical_lr", "state_factor"}
+# of the last window of very many tensors, and of what is kept beside them
+_DRAWN = _READ | {
+    "displacement_efficiency",
+    "lost_fraction",
+    "wanted_fraction",
+    "since_step",
+    "low_states",
+    "growth_efficiency",
+    "decay_efficiency",
+}
 
 
 class Ranges(NamedTuple):
@@ -111,9 +121,10 @@ def read_history(path: str | os.PathLike[str], name: str | None = None, spans: i
         builder.add(frame)
     if builder.last is None:
         raise reader.without_windows()
-    # only the state at the end is shown in full, and of very many tensors no what-if, which takes the rest of its line
+    # only the state at the end is shown in full, and of very many tensors no what-if, which asks for all there is
     is_asked = len(builder.last.table.name) <= MOST
-    builder.last = reader.newest(builder.last, WHOLE if is_asked else AT_MOVEMENT)
+    end, drawn = (WHOLE, None) if is_asked else (AT_MOVEMENT, _DRAWN)
+    builder.last = reader.newest(builder.last, end, drawn)
     label = name or str(reader.run.get("name") or path.stem)
     return builder.finish(label, len(reader.damaged), reader.run)
 

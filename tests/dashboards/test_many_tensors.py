@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from bench.dashboards.million import laid_over, measure, names_of, write_checkpoints, write_journal
+from tests.support.run_samples import fully_filled_report, synthetic_run
 from update_watch.cli import main
-from update_watch.dashboards.frame import Frame, frame_of
+from update_watch.dashboards import top
+from update_watch.dashboards.frame import ACCUMULATOR_NUMBERS, TENSOR_NUMBERS, Frame, frame_of
+from update_watch.dashboards.journal import Journal
 from update_watch.dashboards.journal.lines import encode, header_line, window_line
 from update_watch.dashboards.journal.table import table_line
-from update_watch.dashboards.report import history, tensor_list
+from update_watch.dashboards.report import cases, history, tensor_list
 from update_watch.dashboards.report.drawing import every_chart
 from update_watch.dashboards.report.first_screen import first_screen
 from update_watch.dashboards.report.history import read_history
-from update_watch.dashboards.top import Choice, lines_of, read_tail
+from update_watch.dashboards.report.html import render_html
+from update_watch.dashboards.top import Choice, lines_of, read_tail, view
 from update_watch.dashboards.verdict import verdict_of
 from update_watch.kinds import tree_of
 from update_watch.naming import model_words
@@ -98,6 +105,38 @@ def test_a_tensor_more_costs_a_comparison_of_checkpoints_a_few_calls(tmp_path: P
 
     compared(300)  # what is done once
     assert compared(1_300) - compared(301) < 3 * 1_000
+
+
+def _seldom() -> Report:
+    *_, last = synthetic_run(windows=6)
+    tensors = [dataclasses.replace(t, wanted_fraction=0.9 if i % 3 else 0.1) for i, t in enumerate(last.tensors)]
+    return dataclasses.replace(last, tensors=tuple(tensors))
+
+
+@pytest.mark.parametrize("last", [_seldom, fully_filled_report])
+def test_what_is_not_read_of_the_last_window_is_nowhere_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: Callable[[], Report]
+) -> None:
+    path = tmp_path / "run.jsonl"
+    journal = Journal(path)
+    for report in (*synthetic_run(windows=6), dataclasses.replace(last(), step=10_000)):
+        journal(report)
+    journal.close()
+    for module, most in ((history, "MOST"), (cases, "MOST"), (top, "_FEW")):
+        monkeypatch.setattr(module, most, 0)
+
+    def shown() -> list[str]:
+        tail, out = read_tail(path), io.StringIO()
+        for by_kind in (True, False):
+            Console(width=140, file=out).print(view(tail, Choice(by_kind=by_kind), "run"))
+        return [render_html([read_history(path)]), out.getvalue()]
+
+    some = shown()
+    for module in (history, top):
+        everything = {*ACCUMULATOR_NUMBERS, *TENSOR_NUMBERS}
+        assert everything - module._DRAWN
+        monkeypatch.setattr(module, "_DRAWN", everything)
+    assert some == shown()
 
 
 def test_what_the_table_leaves_out_is_counted_and_better_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
