@@ -300,3 +300,41 @@ def test_fp64_weights_have_a_true_figure_or_none(lr: float) -> None:
     found = report.tensors[0]
     assert found.efficiency is None or found.efficiency == pytest.approx(1, abs=0.02)
     assert found.health in (Health.healthy, Health.unknown)
+
+
+# --- layers without a shape ----------------------------------------------------------------------------
+
+
+def _lazy(used_from: int) -> tuple[Report, list[str]]:
+    """A layer learns its size in the first forward pass, from some step on; its optimizer holds it from the start."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"known": nn.Linear(8, 8), "late": nn.LazyLinear(2)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    titles: list[str] = []
+    with uw.watch(model, optimizer, window=32, sinks=[lambda r: titles.extend(a.title for a in r.alerts)]) as watch:
+        for step in range(96):
+            optimizer.zero_grad()
+            hidden = model["known"](torch.randn(16, 8))
+            (hidden if step < used_from else model["late"](hidden)).square().mean().backward()
+            optimizer.step()
+        report = watch.flush()
+    assert report is not None
+    return report, titles
+
+
+def test_a_layer_that_never_gets_a_shape_costs_the_others_nothing() -> None:
+    report, titles = _lazy(10**9)
+    of_known, of_late = ([t for t in report.tensors if t.name.startswith(name)] for name in ("known", "late"))
+    assert {t.health for t in of_known} == {Health.healthy}
+    assert {(t.health, t.cause) for t in of_late} == {(Health.idle, uw.Cause.no_gradient)}
+    assert titles == []
+
+
+@pytest.mark.parametrize("step", [0, 40])
+def test_a_layer_is_measured_from_the_step_on_that_makes_it(step: int) -> None:
+    report, titles = _lazy(step)
+    assert {t.name: t.health for t in report.tensors if t.name.startswith("late")} == {
+        "late.weight": Health.healthy,
+        "late.bias": Health.healthy,
+    }
+    assert titles == []

@@ -30,7 +30,7 @@ def plan(ledger: Ledger, belonging: Belonging, watched: Mapping[Any, Watched], i
             owners.setdefault(tensor_id, set()).add(key)
     planned = []
     for line in lines_of(belonging):
-        ids = {id(line.tensor)} if line.master is None else {id(line.tensor), id(line.master)}
+        ids = {id(line.tensor)} if line.master is None else {id(line.tensor)} | belonging.stepped_as(line.master)
         who = frozenset(owner for tensor_id in ids for owner in owners.get(tensor_id, ()))
         planned.append((line, who, bool(who) and measured.isdisjoint(ids)))
     ledger.plan(planned)

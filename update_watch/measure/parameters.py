@@ -115,7 +115,7 @@ class Row:
         shape, dtype, device = self.layout
         shard = local(self.param)
         if shard.dtype is dtype and shard.device == device and shard.layout is torch.strided and not shard.is_nested:
-            return is_lazy(shard) or shard.shape != shape
+            return (() if is_lazy(shard) else shard.shape) != shape
         return _layout(self.param) != self.layout
 
     def check(self, state: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from update_watch import formats
@@ -48,6 +49,8 @@ class WindowFacts:
         }
         if row.piece is not None:
             identity["trainable"] = True  # a flat tensor need not say so
+        if is_lazy(row.param):  # no forward pass has used it
+            identity["gradless_steps"] = self._groups[row.group]["steps"]
         state = self._optimizer.state.get(row.param)
         return made(**identity, **self._groups[row.group], low_states=_low_states(row, state))
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from update_watch.measure.positions import SHARES, Positions, plan
 from update_watch.odd_tensors import unreadable
@@ -39,7 +40,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def unsamplable(tensor: Tensor) -> str:
     """Why elements of this (local) tensor cannot be sampled one by one; "" when they can."""
-    if type(tensor) not in _PLAIN and not _is_plain_subclass(tensor):
+    if type(tensor) not in _PLAIN and not is_lazy(tensor) and not _is_plain_subclass(tensor):
         return f"{type(tensor).__name__} is a tensor subclass that hides its stored values"
     if problem := unreadable(tensor):
         return problem

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from update_watch.cures import options_of
@@ -114,6 +115,7 @@ class Watched:
         self._is_checked = False  # whether its tensors are what was planned for, in this window
         self.devices: tuple[torch.device, ...] = ()
         self._outside = self.rows  # of all cohorts
+        self._shapeless = [row for row in self.rows if is_lazy(row.param)]  # till a forward pass uses it
         self.row_ids = frozenset(id(row.param) for row in self.rows)
         if self._twin is None:
             return
@@ -193,7 +195,8 @@ class Watched:
             self._was_set_up = True
             may_run = forget_failed_trials(self.optimizer, self.rows, self.found)
         # moved or converted after attaching, made in the first forward pass: seen before the first look of a window
-        has_changed = not self._is_checked and any(row.has_changed for row in self.rows)
+        checked = self._shapeless if self._is_checked else self.rows
+        has_changed = any(row.has_changed for row in checked)
         self._is_checked = True
         is_other = sizes != self._sizes or not all(map(operator.is_, members, self._members))
         if may_run or has_changed or is_other:

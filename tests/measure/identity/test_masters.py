@@ -139,7 +139,7 @@ def test_parameters_behind_an_unknown_partition_are_unknown_and_not_idle() -> No
 
 def test_an_ordinary_optimizer_of_some_parameters_has_no_masters() -> None:
     model = Net()
-    assert find_in(model, list(model.parameters())[:2]) == ({}, {}, {}, [])
+    assert find_in(model, list(model.parameters())[:2]) == ({}, {}, {}, [], [])
 
 
 def test_ones_alone_do_not_make_an_optimizer_that_of_the_model() -> None:

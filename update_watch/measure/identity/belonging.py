@@ -34,6 +34,9 @@ class Belonging:
         self.names = self.named.names  # id(tensor) -> its names, masters included
         self.pieces: dict[int, Sequence[Piece]] = {}  # id of a flat tensor that is stepped -> what lies in it
         self.masters: dict[int, Tensor] = {}  # id of a parameter -> the tensor of its shape that is stepped instead
+        self.flats: dict[
+            int, int
+        ] = {}  # id of a master -> id of the flat tensor that is stepped, of which it is a part
         self._instead: dict[int, str] = {}  # id of a parameter that no optimizer holds -> what is said of it
         self._notes: dict[int, str] = {}  # id of a parameter that no optimizer holds -> how that came about
         self._supposed: dict[int, _Supposed] = {}  # by id of an optimizer
@@ -71,13 +74,15 @@ class Belonging:
             return
         self.refresh(step, stepped)  # parameters made since
         known = {id(tensor) for tensor in self.named.tensors()}
-        found = masters.find(self._unstepped(stepped), self.names, optimizer, wrappers(wrapper))
+        found = masters.find(self._unstepped(stepped), self.names, optimizer, wrappers(wrapper), self.masters)
         self.names.update(found.names)
         self.pieces.update(found.pieces)
         for param_id, reason in found.instead.items():
             if reason == "" or self._instead.get(param_id) != "":
                 self._instead[param_id] = reason
         self.masters.update({id(param): master for master, param in found.pairs})
+        self.masters.update({id(param): view for view, param, _ in found.views})
+        self.flats.update({id(view): id(flat) for view, _, flat in found.views})
         if found.pieces:
             return
         if known.isdisjoint(map(id, members)):
@@ -94,9 +99,10 @@ class Belonging:
     def forget_masters(self, ids: frozenset[int]) -> None:
         """These tensors are stepped no more."""
         for param_id, master in list(self.masters.items()):
-            if id(master) in ids:
+            if not ids.isdisjoint(self.stepped_as(master)):
                 del self.masters[param_id]
                 self.names.pop(id(master), None)
+                self.flats.pop(id(master), None)
                 self._instead.pop(param_id, None)
 
     def supposed(self) -> list[int]:
@@ -129,7 +135,11 @@ class Belonging:
 
     def covered_by(self, ids: frozenset[int]) -> frozenset[int]:
         """What an optimizer that steps these tensors answers for: them, and the parameters they are masters of."""
-        return ids.union(param_id for param_id, master in self.masters.items() if id(master) in ids)
+        return ids.union(key for key, master in self.masters.items() if not ids.isdisjoint(self.stepped_as(master)))
+
+    def stepped_as(self, master: Tensor) -> set[int]:
+        """Ids of a master, and of the flat tensor that it is a part of."""
+        return {id(master)} | ({self.flats[id(master)]} if id(master) in self.flats else set())
 
     # --- tensors ---------------------------------------------------------------------------------
 

@@ -2,24 +2,22 @@
 
 Mixed-precision wrappers (Apex, Megatron, DeepSpeed, hand-written loops) keep FP32 weights of their own, let the optimizer
 step those, and copy the result into the model. What arrives is then to be seen in the master, under the parameter's name.
-A master is known by what its wrapper says (`partitions`), or by having the shape and, rounded, the values of exactly one
-parameter, and gradients as the parameter has them: a copy that nobody feeds is no master. What cannot be told stays
-unknown, with the reason.
+A master is known by what its wrapper says (`partitions`), or by its values (`by_value`) and gradients as the parameter has
+them: a copy that nobody feeds is no master. What cannot be told stays unknown, with the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.measure.identity import partitions
+from update_watch.measure.identity import by_value, partitions
 from update_watch.measure.identity.partitions import Piece
 from update_watch.measure.sampling import local
-from update_watch.odd_tensors import unreadable
 
 _ELSEWHERE = "its optimizer steps other tensors than the model's, and which of them hold this parameter is not known"
 _ZERO_3 = (
@@ -38,6 +36,7 @@ class Masters(NamedTuple):
     instead: dict[int, str]  # id of a model's parameter -> why it is not measured itself; "": its master has its name
     pieces: dict[int, list[Piece]]  # id of a flat tensor that is stepped -> what lies in it
     pairs: list[tuple[Tensor, Tensor]]  # master and parameter, where both have the same shape
+    views: list[tuple[Tensor, Tensor, Tensor]]  # the same where the master is a part of a flat tensor, and that
 
     @property
     def is_empty(self) -> bool:
@@ -50,12 +49,13 @@ def find(
     known: dict[int, tuple[str, ...]],
     optimizer: Optimizer,
     wrappers: Sequence[Any] = (),
+    taken: Container[int] = (),
 ) -> Masters:
     """Look for the model's parameters behind what the optimizer steps. Compares values: not for use inside a step.
 
-    `wrappers`: what the optimizer came wrapped in.
+    `wrappers`: what the optimizer came wrapped in; `taken`: ids of parameters whose masters another optimizer steps.
     """
-    found = Masters({}, {}, {}, [])
+    found = Masters({}, {}, {}, [], [])
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     held = {id(p) for p in stepped}
     left = [p for _, p in named if id(p) not in held and p.requires_grad]
@@ -68,7 +68,16 @@ def find(
     free = {id(p): p for p in stepped if id(p) not in known and id(p) not in found.pieces}
     if free:
         _by_mark(left, names, free, found)
-        _by_value([p for p in left if id(p) not in found.instead], names, free, found)
+        unmarked = [p for p in left if id(p) not in found.instead]
+        for flat, parts in by_value.flats_of(list(free.values()), unmarked):
+            found.pieces[id(free.pop(id(flat)))] = [
+                Piece(names[id(param)], tuple(param.shape), at, param.numel()) for at, param in parts
+            ]
+            found.views.extend([(by_value.part_of(flat, at, param), param, flat) for at, param in parts])
+        for master, param in by_value.pairs_of(list(free.values()), unmarked, taken):
+            found.names[id(free.pop(id(master)))] = names[id(param)]
+            found.instead[id(param)] = ""
+            found.pairs.append((master, param))
     shared: set[int] = set().union(*map(partitions.of_all_ranks, wrappers))
     is_foreign = len(free) == len(stepped)  # it steps nothing that is known to be the model's
     in_pieces = {name for pieces in found.pieces.values() for piece in pieces for name in piece.names}
@@ -109,24 +118,6 @@ def _by_mark(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[i
             found.instead[id(param)] = ""  # all of it lies in other ranks' partitions
 
 
-def _by_value(left: list[Tensor], names: dict[int, tuple[str, ...]], free: dict[int, Tensor], found: Masters) -> None:
-    masters = list(free.values())
-    # the whole list in the model's order is worth more than the values of zeros and ones
-    in_order = len(masters) == len(left) and all(map(_is_copy, masters, left))
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for i, master in enumerate(masters):
-        alike = [left[i]] if in_order else [param for param in left if _is_copy(master, param)]
-        rivals = 1 if in_order or len(alike) != 1 else sum(_is_copy(other, alike[0]) for other in masters)
-        if len(alike) == 1 and rivals == 1:
-            pairs.append((master, alike[0]))
-    # zeros and ones are found in any model: they count beside values that are not
-    if in_order or not all(_is_constant(param) for _, param in pairs):
-        for master, param in pairs:
-            found.names[id(free.pop(id(master)))] = names[id(param)]
-            found.instead[id(param)] = ""
-            found.pairs.append((master, param))
-
-
 def share_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
     """Whether masters are given the gradients of the parameters they are copies of, whatever they are scaled by.
 
@@ -148,17 +139,3 @@ def _could_hold(stepped: Tensor, param: Tensor) -> bool:
     if stepped.shape == param.shape:
         return True
     return stepped.dim() == 1 and stepped.numel() >= min(param.numel(), _SHORTEST_PARTITION)
-
-
-def _is_constant(tensor: Tensor) -> bool:
-    values = local(tensor.detach()).reshape(-1)
-    return bool((values == values[0]).all())
-
-
-def _is_copy(master: Any, param: Tensor) -> bool:
-    a, b = local(master.detach()), local(param.detach())
-    if unreadable(a) or unreadable(b):
-        return False
-    if a.shape != b.shape or a.device != b.device or a.is_meta or not a.numel():
-        return False
-    return bool(torch.equal(a.to(b.dtype), b))

@@ -78,7 +78,7 @@ def chain(optimizer: Any) -> list[Any]:
 
 def fragments(params: Iterable[Tensor], names: Names, flats: Iterable[Tensor]) -> dict[int, list[Piece]]:
     """ZeRO-1/2: id of a flat tensor -> its pieces. A parameter knows the fragment that holds it, or a part of it."""
-    memories = {flat.untyped_storage()._cdata: flat for flat in flats if _is_flat(flat)}
+    memories = {flat.untyped_storage()._cdata: flat for flat in flats if is_flat(flat)}
     found: dict[int, list[Piece]] = {}
     for param in params:
         fragment = getattr(getattr(param, "_hp_mapping", None), "hp_fragment", None)
@@ -104,7 +104,7 @@ def sub_groups(wrapper: Any, names: Names) -> tuple[dict[int, list[Piece]], set[
             real = min(param.ds_numel - size * getattr(param, "ds_zero_partition_rank", 0), size)  # the rest is padding
             if real <= 0:
                 absent.add(id(param))
-            elif id(param) in names and _is_flat(flat):
+            elif id(param) in names and is_flat(flat):
                 _put(Piece(names[id(param)], tuple(param.ds_shape), start, real), flat, found)
             start += size
     return found, absent
@@ -112,14 +112,14 @@ def sub_groups(wrapper: Any, names: Names) -> tuple[dict[int, list[Piece]], set[
 
 def shard(param: Tensor, names: tuple[str, ...], master: Tensor) -> Piece | None:
     """Megatron: this rank's part of a parameter; None for a master of the parameter's own shape."""
-    if master.shape == param.shape or not _is_flat(master) or not 0 < master.numel() <= param.numel():
+    if master.shape == param.shape or not is_flat(master) or not 0 < master.numel() <= param.numel():
         return None
     return Piece(names, tuple(param.shape), 0, master.numel())
 
 
 def view(flat: Tensor, params: Iterable[Tensor], names: Names) -> Piece | None:
     """A stepped vector that is a part of one parameter's own memory."""
-    for param in params if _is_flat(flat) else ():
+    for param in params if is_flat(flat) else ():
         if param.dtype != flat.dtype or param.device != flat.device or not param.is_contiguous():
             continue
         begin, size = param.data_ptr(), param.element_size()
@@ -143,5 +143,6 @@ def _put(piece: Piece, flat: Tensor, found: dict[int, list[Piece]]) -> None:
         found.setdefault(id(flat), []).append(piece)
 
 
-def _is_flat(tensor: Tensor) -> bool:
+def is_flat(tensor: Tensor) -> bool:
+    """Whether it is a vector in one piece."""
     return local(tensor) is tensor and tensor.dim() == 1 and tensor.is_contiguous() and not tensor.is_meta
