@@ -20,6 +20,7 @@ _NORM = re.compile(r"norm|(^|_)(ln|bn|rms)(_|\d|$)|(^|_)ln[_a-z]*$", re.IGNORECA
 _EMBEDDING = re.compile(r"emb|^w[tp]e$|^tok(en)?s?$|^positions?$", re.IGNORECASE)
 _PLURALS = {"bias": "biases", "matrix": "matrices"}
 _ROLES = frozenset({"weight", "bias"})  # of a module's tensors
+_LABEL_PARTS = 32  # of a name at its end; where they do not tell it apart the whole name is its label
 _PHRASES = 3  # of one family; beyond, "180 of 226 matrices" says more
 
 
@@ -64,7 +65,8 @@ def kind_labels(kinds: Iterable[str]) -> dict[str, str]:
         if not clashing:
             break
         for kind in clashing:
-            length[kind] = min(length[kind] + 1, len(parts[kind]))
+            more = length[kind] + 1 if length[kind] < _LABEL_PARTS else len(parts[kind])
+            length[kind] = min(more, len(parts[kind]))
     return {kind: ".".join(parts[kind][-length[kind] :]) for kind in kinds}
 
 

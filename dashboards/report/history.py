@@ -255,8 +255,9 @@ def _ranges(frame: Frame) -> Ranges:
 
 def _series(frame: Frame) -> dict[str, NDArray[np.float32]]:
     numbers = frame.tensors.numbers
-    found = {key: numbers[key].astype(np.float32) for key in SERIES if key in numbers}
-    return {**found, "margin": margin(frame.tensors).astype(np.float32)}
+    found = {key: numbers[key] for key in SERIES if key in numbers} | {"margin": margin(frame.tensors)}
+    with np.errstate(over="ignore"):  # larger ones are of a damaged file, and are drawn nowhere
+        return {key: values.astype(np.float32) for key, values in found.items()}
 
 
 def margin(tensors: Columns) -> Floats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from update_watch.cli import main
 from update_watch.dashboards.journal import Journal, JournalError, read_journal
 from update_watch.dashboards.report.history import read_history
+from update_watch.dashboards.report.html import render_html
 from update_watch.report import Health, Report, TensorReport
 
 
@@ -65,6 +67,14 @@ def test_a_number_out_of_range_is_not_known(tmp_path: Path, value: float) -> Non
     _changed(path, efficiency=value)
     assert [report.tensors[0].efficiency for report in read_journal(path)] == [None] * 3
     assert read_history(path).damaged == 0
+
+
+def test_a_number_that_four_bytes_do_not_hold_is_drawn_nowhere_and_warns_of_nothing(tmp_path: Path) -> None:
+    path = _journal(tmp_path / "run.jsonl")
+    _changed(path, applied_ratio=1e59)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "<!doctype html>" in render_html([read_history(path)]).lower()
 
 
 @pytest.mark.parametrize("field", ["time", "cost_ms"])
