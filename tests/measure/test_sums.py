@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from update_watch.evidence import Numbers, TensorEvidence, median_headroom
+from update_watch.evidence import Numbers, median_headroom
 from update_watch.formats import BF16, FP32, Format
 from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
 from update_watch.measure.sums.error_bars import Unseen
 from update_watch.measure.sums.layout import BEFORE, COUNT, CROSS, DOT, GROUPS, PARTS, SQUARE, WANT, Layout
-from update_watch.measure.sums.measured_block import RowFacts
+from update_watch.measure.sums.measured_block import CohortFacts
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.window_sums import WindowSums
@@ -331,14 +331,14 @@ def as_window(made: list[Step], fmt: Format = BF16, **fields: float) -> Window:
     batch = Batch()
     part = batch.add(packed(sums, parts, made[-1].after_AnK[0], None, [Reach(slice(0, N), fmt, 1.0)]))
     batch.send()
-    facts = []
-    for row in range(N):
-        evidence = TensorEvidence(f"t{row}", fmt.name, K, steps=len(made), **fields)  # type: ignore[arg-type]
-        size = max(K if s.mask_nK is None else int(s.mask_nK[row].sum()) for s in made)
-        facts.append(RowFacts(evidence, size, ("bfloat16", ""), (None, None), fields.get("lr")))
+    sizes = [max(K if s.mask_nK is None else int(s.mask_nK[row].sum()) for s in made) for row in range(N)]
+    given: dict[str, list[Any]] = {"name": [f"t{row}" for row in range(N)]}
+    same = {"dtype": fmt.name, "numel": K, "steps": len(made), "reason": "", "accumulators": {}, **fields}
+    given |= {name: [value] * N for name, value in same.items()}
+    facts = CohortFacts(given, sizes, [("bfloat16", "")] * N, [(None, None)] * N, [fields.get("lr")] * N)
     names = ("exp_avg", "exp_avg_sq")
     of_all = SumsWindow(part, sums.layout(parts))
-    cohort = CohortWindow(of_all, lambda: tuple(facts), names, counted(made), len(made), (0, 0), slice(0, N))
+    cohort = CohortWindow(of_all, lambda: facts, names, counted(made), len(made), (0, 0), slice(0, N))
     return Window(len(made), len(made), (cohort,), (), {f"t{i}": N - i for i in range(N)}, 1.0)
 
 

@@ -12,14 +12,16 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from update_watch import formats
-from update_watch.evidence import TensorEvidence, changed, made
+from update_watch.evidence import TensorEvidence, made
 from update_watch.measure.accumulators.counters import short_counters
 from update_watch.measure.cohort import Cohort
 from update_watch.measure.identity.names import describe
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local, unsamplable
-from update_watch.measure.sums.measured_block import RowFacts
+from update_watch.measure.sums.measured_block import CohortFacts
 from update_watch.worker import unhurried
+
+_LEAST = ("name", "dtype", "numel")
 
 
 def _low_states(row: Row, state: Mapping[str, Any] | None) -> int | None:
@@ -27,10 +29,9 @@ def _low_states(row: Row, state: Mapping[str, Any] | None) -> int | None:
     if not state:
         return None
     kept = [value for name, value in state.items() if name != row.scheme.carrier and isinstance(value, Tensor)]
-    return sum(
-        value.dtype in formats.HALVES and value.shape == row.param.shape and not unsamplable(local(value))
-        for value in kept
-    )
+    short = [value for value in kept if value.dtype in formats.HALVES]
+    shape = row.param.shape if short else None
+    return sum([value.shape == shape and not unsamplable(local(value)) for value in short])
 
 
 class WindowFacts:
@@ -41,9 +42,7 @@ class WindowFacts:
 
     def identity(self, row: Row) -> TensorEvidence:
         """What is known without measuring."""
-        if row.identity is None and not row.has_changed:  # what was put into it for now is not what it is
-            row.identity = self._described(row)
-        identity = (row.identity or self._described(row)) | {
+        identity = self._identity(row) | {
             "reason": row.reason or self._twin_error,
             "trainable": row.param.requires_grad,
         }
@@ -54,6 +53,11 @@ class WindowFacts:
         state = self._optimizer.state.get(row.param)
         return made(**identity, **self._groups[row.group], low_states=_low_states(row, state))
 
+    def _identity(self, row: Row) -> dict[str, Any]:
+        if row.identity is None and not row.has_changed:  # what was put into it for now is not what it is
+            row.identity = self._described(row)
+        return row.identity or self._described(row)
+
     def _described(self, row: Row) -> dict[str, Any]:
         """What stays, for as long as the row is what was planned for."""
         identity = describe(row.param, row.names) | {"dtype": str(row.layout[1]).removeprefix("torch.")}
@@ -62,35 +66,48 @@ class WindowFacts:
             identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held}
         return identity | {"scheme": row.scheme.name}
 
-    def facts_of(self, cohort: Cohort) -> Callable[[], tuple[RowFacts, ...]]:
+    def facts_of(self, cohort: Cohort) -> Callable[[], CohortFacts]:
         """Note what changes when the cohort's next window begins; the facts are made when they are asked for."""
         noted = cohort.steps, cohort.gradless_steps, cohort.first_rates
         return functools.partial(self._make, cohort, *noted)
 
     def _make(
         self, cohort: Cohort, steps: int, gradless: Sequence[int], first_rates: Mapping[int, float]
-    ) -> tuple[RowFacts, ...]:
-        found = []
-        stops = [*cohort.firsts[1:], len(cohort.rows)]
-        for i, stop in unhurried(list(zip(cohort.firsts, stops, strict=True))):
-            row = cohort.rows[i]
+    ) -> CohortFacts:
+        rows = [cohort.rows[i] for i in cohort.firsts]
+        identities = [self._identity(row) for row in unhurried(rows)]
+        given: dict[str, list[Any]] = {
+            name: [of[name] for of in identities] for name in (identities[0] if rows else _LEAST)
+        }
+        groups = [self._groups[row.group] for row in rows]
+        given |= {name: [of[name] for of in groups] for name in (groups[0] if rows else ())}
+        given["reason"] = [row.reason or self._twin_error for row in rows]
+        given["steps"], given["gradless_steps"] = [steps] * len(rows), [gradless[i] for i in cohort.firsts]
+        given["requires_grad"] = requires = [row.param.requires_grad for row in rows]
+        # a master is given its gradient, and need not say that it requires one
+        given["trainable"] = [
+            of_row or without < steps for of_row, without in zip(requires, given["gradless_steps"], strict=True)
+        ]
+        given["low_states"], given["accumulators"], dtypes = [], [], []
+        for row in unhurried(rows):
             state = self._optimizer.state.get(row.param) or {}
-            dtypes = tuple(
-                str(state[name].dtype).removeprefix("torch.")
-                if isinstance(state.get(name), Tensor) and name in row.rule.exact_states
-                else ""
-                for name in cohort.states
-            )
-            rates = tuple(row.rates.get(name) for name in cohort.states)
-            evidence = changed(
-                self.identity(row),
-                steps=steps,
-                gradless_steps=gradless[i],
-                # a master is given its gradient, and need not say that it requires one
-                trainable=row.param.requires_grad or gradless[i] < steps,
-                requires_grad=row.param.requires_grad,
-                accumulators=short_counters(row, state),
-            )
-            size = sum([sampler.size for sampler in cohort.samplers[i:stop]])
-            found.append(RowFacts(evidence, size, dtypes, rates, first_rates.get(row.group)))
-        return tuple(found)
+            given["low_states"].append(_low_states(row, state))
+            given["accumulators"].append(short_counters(row, state))
+            dtypes.append(tuple([_format_of(row, state, name) for name in cohort.states]))
+        stops = [*cohort.firsts[1:], len(cohort.rows)]
+        sizes = [sampler.size for sampler in cohort.samplers]
+        return CohortFacts(
+            given,
+            [sum(sizes[i:stop]) for i, stop in zip(cohort.firsts, stops, strict=True)],
+            dtypes,
+            [tuple([row.rates.get(name) for name in cohort.states]) for row in rows],
+            [first_rates.get(row.group) for row in rows],
+        )
+
+
+def _format_of(row: Row, state: Mapping[str, Any], name: str) -> str:
+    """Of a state whose replay is exact; else ""."""
+    value = state.get(name)
+    if not isinstance(value, Tensor) or name not in row.rule.exact_states:
+        return ""
+    return str(value.dtype).removeprefix("torch.")

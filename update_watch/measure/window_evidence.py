@@ -25,7 +25,7 @@ from update_watch.measure.ledger.reading import Reading
 from update_watch.measure.ledger.sheet import SheetWindow
 from update_watch.measure.sums.error_bars import Unseen, sizes_of, unseen
 from update_watch.measure.sums.layout import WANT, Layout
-from update_watch.measure.sums.measured_block import MeasuredBlock, RowFacts
+from update_watch.measure.sums.measured_block import CohortFacts, MeasuredBlock
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.window_sums import WindowSums
@@ -51,7 +51,7 @@ class CohortWindow:
     """A cohort's closed window on its way to the background thread."""
 
     of_all: SumsWindow
-    facts: Callable[[], tuple[RowFacts, ...]]  # thousands of objects: made on the background thread
+    facts: Callable[[], CohortFacts]  # of thousands of tensors: made on the background thread
     states: tuple[str, ...]
     steps: Steps
     window_steps: int
@@ -74,7 +74,7 @@ class CohortWindow:
                 tell(frozenset(firsts[i] for i in tensors))
 
     @functools.cached_property
-    def rows(self) -> tuple[RowFacts, ...]:
+    def rows(self) -> CohortFacts:
         return self.facts()
 
 
@@ -195,17 +195,16 @@ def _tensors(
     sums: WindowSums, cohort: CohortWindow, others: tuple[Unseen, Missed | None], skipped: int
 ) -> tuple[MeasuredBlock, list[TensorEvidence]]:
     """The evidence of all rows of a cohort: of those that were measured, and of the others."""
-    block = MeasuredBlock(sums, cohort.steps, sums.numbers(cohort.steps, *others), cohort.rows, skipped)
-    block.add_states(sums, cohort.states)
-    is_measured = cohort.steps.measured_n != 0
-    has_numbers = [measured and not row.evidence.reason for measured, row in zip(is_measured, cohort.rows, strict=True)]
+    facts = cohort.rows
+    block = MeasuredBlock(sums, cohort.steps, sums.numbers(cohort.steps, *others), facts, skipped)
+    block.add_states(sums, cohort.states, facts)
+    has_numbers = (cohort.steps.measured_n != 0) & np.array([not reason for reason in facts.given["reason"]], bool)
     # a counter is read by itself, and is said of its tensor first
-    is_plain = [has and not row.evidence.accumulators for has, row in zip(has_numbers, cohort.rows, strict=True)]
-    if all(is_plain):
+    is_plain = has_numbers & np.array([not counters for counters in facts.given["accumulators"]], bool)
+    if is_plain.all():
         return block, []
     alone = [
-        block.tensor(i) if has_numbers[i] else changed(row.evidence, skipped_steps=skipped)
-        for i, row in enumerate(unhurried(cohort.rows))
-        if not is_plain[i]
+        block.tensor(i) if has_numbers[i] else changed(facts.evidence(i), skipped_steps=skipped)
+        for i in unhurried(np.flatnonzero(~is_plain).tolist())
     ]
     return block.kept(np.flatnonzero(is_plain)), alone

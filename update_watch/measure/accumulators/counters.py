@@ -20,10 +20,10 @@ def short_counters(row: Row, state: Mapping[str, Any]) -> dict[str, AccumulatorE
         if (
             isinstance(value, Tensor)
             and value.dtype in formats.HALVES
+            and row.rule.forms.get(name) == "scalar"
             and not unreadable(value)
             and value.numel() == 1
             and value.device.type == "cpu"
-            and row.rule.forms.get(name) == "scalar"
         ):
             dtype = str(value.dtype).removeprefix("torch.")
             counters[name] = AccumulatorEvidence(name, dtype, Numbers(), value=float(value))

@@ -6,7 +6,6 @@ Legend: n tensors, S states, B bins of headroom, Q parts of an octave. NaN is wh
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from update_watch.columns.evidence_columns import Part, Rows
-from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, changed
+from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, made
 from update_watch.measure.sums.error_bars import Array
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.window_sums import WindowSums
@@ -25,15 +24,29 @@ _OF_NUMBERS = tuple(f"numbers.{name}" for name in Numbers._fields)
 _HISTOGRAMS = ("headroom_histogram", "movement_histogram", "movement_places")
 
 
-@dataclasses.dataclass(frozen=True)
-class RowFacts:
-    """What the host knows of a row when its window closes."""
+_DEFAULTS: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(TensorEvidence)
+    if field.default is not dataclasses.MISSING
+}
 
-    evidence: TensorEvidence  # identity, settings and counters; no numbers yet
-    size: int  # real samples per step
-    state_dtypes: tuple[str, ...]  # "" for a state that does not exist or whose replay is not exact
-    state_rates: tuple[float | None, ...]  # 1 - beta, where it is known
-    first_rate: float | None  # learning rate at the window's first look at headroom
+
+@dataclasses.dataclass(frozen=True)
+class CohortFacts:
+    """What the host knows of a cohort's tensors when its window closes: a value of each in every list."""
+
+    given: Mapping[str, list[Any]]  # identity, settings and counters, by the names of `TensorEvidence`; no numbers yet
+    sizes: list[int]  # real samples per step
+    state_dtypes: list[tuple[str, ...]]  # "" for a state that does not exist or whose replay is not exact
+    state_rates: list[tuple[float | None, ...]]  # 1 - beta, where it is known
+    first_rates: list[float | None]  # learning rate at the window's first look at headroom
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def evidence(self, row: int) -> TensorEvidence:
+        """Of one tensor."""
+        return made(**{name: values[row] for name, values in self.given.items()})
 
 
 def values_of(column: npt.NDArray[Any]) -> list[Any]:
@@ -49,18 +62,18 @@ class MeasuredBlock:
     """Tensors of one cohort that were measured."""
 
     def __init__(
-        self, sums: WindowSums, steps: Steps, numbers: Mapping[str, Array], facts: Sequence[RowFacts], skipped: int
+        self, sums: WindowSums, steps: Steps, numbers: Mapping[str, Array], facts: CohortFacts, skipped: int
     ) -> None:
         """`numbers`: of the weights, from `sums`."""
-        self._facts = list(facts)
+        self._given, self._count = dict(facts.given), len(facts)
         self._columns: dict[str, npt.NDArray[Any]] = {
             f"numbers.{name}" if name in Numbers._fields else name: column for name, column in numbers.items()
         }
         self._what_if = self._columns.pop("what_if")
-        n = len(self._facts)
+        n = self._count
         headroom_2nB = sums.headroom_2nB
         movement_nB, places_nQ = sums.movement_nB, sums.places_nQ
-        first_rate = np.array([facts.first_rate or np.nan for facts in self._facts], dtype=np.float64)
+        first_rate = np.array([rate or np.nan for rate in facts.first_rates], dtype=np.float64)
         moved = movement_nB.cumsum(1)[:, -1]  # one after the other
         moved = np.where((moved > 0) & np.isfinite(moved) & ~np.isnan(first_rate), moved, np.nan)
         counted = headroom_2nB[0].cumsum(1)[:, -1]
@@ -71,10 +84,10 @@ class MeasuredBlock:
                 "movement_places": places_nQ / moved[:, None],
             }
             critical = first_rate * 2.0 ** -median_headrooms(headroom_2nB[1])
-        has_states = np.array([any(facts.state_dtypes) for facts in self._facts], bool)
+        has_states = np.array([any(dtypes) for dtypes in facts.state_dtypes], bool)
         is_untouched = sums.is_untouched() & steps.is_whole_n & has_states
         measured = np.rint(steps.measured_n).astype(np.int64)
-        sizes = np.array([facts.size for facts in self._facts])
+        sizes = np.array(facts.sizes)
         self._columns |= {
             "measured_steps": measured,
             "gradient_looks": np.rint(np.maximum(steps.measured_n, steps.checks_n)).astype(np.int64),
@@ -87,19 +100,18 @@ class MeasuredBlock:
         }
         self._parts: dict[str, _Accumulators] = {}
 
-    def add_states(self, sums: WindowSums, states: Sequence[str]) -> None:
+    def add_states(self, sums: WindowSums, states: Sequence[str], facts: CohortFacts) -> None:
         """The numbers of these states, and those of the decay."""
         parts = sums.state_numbers()
         for k, name in enumerate(states):
-            rows = [i for i, facts in enumerate(self._facts) if facts.state_dtypes[k]]
+            rows = [i for i, dtypes in enumerate(facts.state_dtypes) if dtypes[k]]
             numbers = [{field: values_Sn[k] for field, values_Sn in part.items()} for part in parts]
-            dtypes = [self._facts[i].state_dtypes[k] for i in rows]
-            rates = [self._facts[i].state_rates[k] for i in rows]
-            self._add(name, rows, numbers, dtypes, rates)
+            formats = [facts.state_dtypes[i][k] for i in rows]
+            self._add(name, rows, numbers, formats, [facts.state_rates[i][k] for i in rows])
         decay = sums.decay_numbers()
         rows = np.flatnonzero(~np.isnan(decay["wanted_fraction"])).tolist()
-        dtypes = [self._facts[i].evidence.dtype for i in rows]
-        self._add("weight_decay", rows, [decay, {}, {}], dtypes, [None] * len(rows))
+        formats = [self._given["dtype"][i] for i in rows]
+        self._add("weight_decay", rows, [decay, {}, {}], formats, [None] * len(rows))
 
     def _add(
         self,
@@ -121,18 +133,19 @@ class MeasuredBlock:
     # --- as a block of a window --------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._facts)
+        return self._count
 
     def raw(self, name: str) -> list[Any]:
         column = self._columns.get(name)
         if column is not None:
             return values_of(column)
-        if name in _OF_NUMBERS:
-            return [None] * len(self)
-        return [getattr(facts.evidence, name) for facts in self._facts]
+        return self._given[name] if name in self._given else [_default(name)] * self._count
 
     def column(self, name: str) -> Array:
         column = self._columns.get(name)
+        if column is None and name not in self._given:
+            default = _default(name)
+            return np.full(self._count, np.nan if default is None else default, dtype=np.float64)
         found: Array = np.array(self.raw(name) if column is None else column, dtype=np.float64)
         return found
 
@@ -145,8 +158,8 @@ class MeasuredBlock:
         return {name: Part(part.rows, part) for name, part in self._parts.items()}
 
     def tensor(self, row: int) -> TensorEvidence:
-        base = self._facts[row].evidence
-        fields = {name: _value(column, row) for name, column in self._columns.items() if name not in _OF_NUMBERS}
+        fields = {name: values[row] for name, values in self._given.items()}
+        fields |= {name: _value(column, row) for name, column in self._columns.items() if name not in _OF_NUMBERS}
         of_numbers = (self._columns.get(name) for name in _OF_NUMBERS)
         for name in _HISTOGRAMS:
             shares = self._histograms[name][row].tolist()
@@ -155,24 +168,24 @@ class MeasuredBlock:
         accumulators = {
             name: part.evidence(at) for name, part in self._parts.items() if (at := part.place(row)) is not None
         }
-        return changed(
-            base,
+        fields["accumulators"] = {**fields.get("accumulators", {}), **accumulators}
+        return made(
             **fields,
             numbers=Numbers._make(None if column is None else _value(column, row) for column in of_numbers),
-            accumulators={**base.accumulators, **accumulators},
             what_if=None if what_if is None else {"bfloat16": what_if},
         )
 
     # --- tensors that more is known of -------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def names(self) -> list[str]:
-        return [facts.evidence.name for facts in self._facts]
+        return self._given["name"]
 
     def kept(self, rows: Rows) -> MeasuredBlock:
         """Those of these rows."""
         new = object.__new__(MeasuredBlock)
-        new._facts = [self._facts[row] for row in rows.tolist()]
+        at = rows.tolist()
+        new._given, new._count = {name: [values[row] for row in at] for name, values in self._given.items()}, len(at)
         new._columns = {name: column[rows] for name, column in self._columns.items()}
         new._what_if = self._what_if[rows]
         new._histograms = {name: values[rows] for name, values in self._histograms.items()}
@@ -221,7 +234,7 @@ class _Accumulators:
             return [None] * len(self.rows) if column is None else values_of(column)
         if name in ("dtype", "rate"):
             return self._dtypes if name == "dtype" else self._rates
-        return [self.name if name == "name" else _DEFAULTS[name]] * len(self.rows)
+        return [self.name if name == "name" else _OF_ACCUMULATOR[name]] * len(self.rows)
 
     def column(self, name: str) -> Array:
         part, _, field = name.rpartition(".")
@@ -229,7 +242,12 @@ class _Accumulators:
         return np.array(self.raw(name), dtype=np.float64) if column is None else column
 
 
-_DEFAULTS = AccumulatorEvidence._field_defaults
+_OF_ACCUMULATOR = AccumulatorEvidence._field_defaults
+
+
+def _default(name: str) -> Any:
+    """Of what nobody gave."""
+    return None if name in _OF_NUMBERS else _DEFAULTS[name]
 
 
 def _value(column: npt.NDArray[Any], row: int) -> Any:
