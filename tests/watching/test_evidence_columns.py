@@ -12,6 +12,7 @@ from torch import nn
 
 import update_watch as uw
 from update_watch.columns.evidence_columns import Columns, OneByOne, columns_of
+from update_watch.columns.products import product
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, WindowEvidence, median_headroom
 from update_watch.measure.ledger.reading import Reading
 from update_watch.measure.sums.measured_block import median_headrooms, values_of
@@ -119,3 +120,10 @@ def test_what_is_selected_is_taken_as_columns(window: Window) -> None:
     assert kept.tensors[1:3] == (evidence.tensors[10], evidence.tensors[12])
     nothing = Selection(["none"]).of(WindowEvidence(1, 1, ()))
     assert len(nothing.tensors) == 0
+
+
+@pytest.mark.parametrize("rows", [0, 1, 32, 75])
+def test_a_product_in_pieces_is_the_product(rows: int) -> None:
+    rng = np.random.default_rng(rows)
+    a_nX, b_XS = rng.random((rows, 128)), rng.random((128, 17))
+    np.testing.assert_allclose(product(a_nX, b_XS), a_nX @ b_XS, rtol=1e-13)

@@ -10,6 +10,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
+from update_watch.columns.products import product
 from update_watch.foresight.rounding_curve import efficiency_of
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 
@@ -38,7 +39,7 @@ def curves(movement_nB: Array, places_nQ: Array, place_n: Array) -> Array:
 
     `place`: where in an octave all updates lie, where that is known exactly; NaN: `places` are its shares by part.
     """
-    found: Array = (movement_nB[:, :, None] * places_nQ[:, None, :]).reshape(len(movement_nB), -1) @ _table()
+    found = product((movement_nB[:, :, None] * places_nQ[:, None, :]).reshape(len(movement_nB), -1), _table())
     exact_n = np.flatnonzero(np.isfinite(place_n))
     if len(exact_n):
         lowest_B = HEADROOM_LOW + np.arange(HEADROOM_BINS)

@@ -13,6 +13,7 @@ import functools
 
 import numpy as np
 
+from update_watch.columns.products import product
 from update_watch.foresight.rounding_curve import efficiency_of
 from update_watch.measure.sums.error_bars import Array, ratio
 from update_watch.measure.sums.missed_steps import FINE, HIGHEST, OCTAVES, Missed
@@ -34,7 +35,7 @@ class Curves:
         places_nQ = places_nQ / np.maximum(places_nQ.sum(1, keepdims=True), 1e-300)
         self.is_known_n = np.isfinite(looked_n) & (looked_n > 0) & (movement_nB.sum(1) > 0)
         shares_nX = (shares_nB[:, :, None] * places_nQ[:, None]).reshape(len(shares_nB), -1)
-        self._curve_nS = shares_nX @ _table()
+        self._curve_nS = product(shares_nX, _table())
         with np.errstate(all="ignore"):
             first_n = 0.5 * np.log2(want_n / looked_n)
         self._first_n = np.where(np.isfinite(first_n), np.clip(first_n, -HIGHEST, HIGHEST), 0.0)
