@@ -9,6 +9,7 @@ import torch
 from torch.optim import SGD
 
 from tests.support.tap_recorder import LR
+from update_watch.measure.identity.partitions import chain
 from update_watch.wrappers import unwrap
 
 # --- unwrap ---------------------------------------------------------------------------------------
@@ -58,3 +59,15 @@ def test_unwrap_of_accelerates_and_lightnings_wrappers(param: torch.nn.Parameter
     wrapped = object.__new__(accelerate.AcceleratedOptimizer)
     wrapped.__dict__["optimizer"] = opt
     assert unwrap(wrapped) is opt
+
+
+def test_a_container_that_is_no_optimizer_is_the_optimizers_that_it_holds(param: torch.nn.Parameter) -> None:
+    a, b, c = (SGD([param], lr=LR) for _ in range(3))
+    assert chain(_Wrapper("base", a)) == [a]  # ScheduleFreeWrapper
+    several = _Wrapper("optimizers", [a, b, a])
+    several.by_name = {"c": c, "rate": 0.1}  # type: ignore[attr-defined]
+    assert chain(several) == [a, b, c]
+    wrapped = _Wrapper("optimizer", a)
+    wrapped.others = [b]  # type: ignore[attr-defined]
+    nothing = object()
+    assert chain(wrapped) == [wrapped] and chain(a) == [a] and chain(nothing) == [nothing]

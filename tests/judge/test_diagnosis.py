@@ -166,3 +166,19 @@ def test_a_gradient_of_zeros_is_neither_round_off_nor_a_sign_of_training() -> No
     found = {t.name: (t.health, t.cause) for t in report.tensors}
     assert found["frozen"] == (Health.healthy, Cause.requires_grad_off)
     assert found["trained"] == (Health.healthy, None)
+
+
+def test_what_a_rule_makes_of_round_off_is_no_sign_of_training_and_no_stall() -> None:
+    """Lion moves by the sign of whatever gradient there is."""
+    noise = {"gradient_looks": 8, "gradient_rms": 1e-10, "gradient_max": 2e-9, "stored": 0.1, "update_ratio": 1e-2}
+    others = [tensor(name=f"other.{i}", gradient_rms=1e-3) for i in range(5)]
+    both = tensor(name="moving", **noise), tensor(0.0, name="lost", lost=1.0, **noise)
+    # a sample may meet none of the rows of an embedding that tokens used
+    embedding = tensor(name="embedding", **{**noise, "gradient_max": 0.01})
+    report = Diagnosis(Thresholds()).judge(window(*both, embedding, *others))
+    found = {t.name: (t.health, t.cause) for t in report.tensors}
+    assert found["moving"] == found["lost"] == (Health.unknown, Cause.negligible_gradient)
+    assert "softmax over a single choice" in report.tensors[0].advice
+    assert found["embedding"] == (Health.healthy, None)
+    still = tensor(name="embedding", **{**noise, "gradient_max": 0.01, "update_ratio": 1e-4})
+    assert Diagnosis(Thresholds()).judge(window(still, *others)).tensors[0].cause is None

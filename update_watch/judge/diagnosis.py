@@ -20,6 +20,7 @@ one that moves is judged by its numbers and keeps the cause, and what moves it i
 |    | and no bit of any tensor of its optimizer has moved in many steps | stalled | weight_rounding |
 | 10 | measured, and no update intended | idle | |
 | 11 | gradient at the level of round-off, and far less made of it than of a real one | idle | negligible_gradient |
+|    | and the rule makes as much of it as of any | unknown | negligible_gradient |
 | 12 | fewer measured steps or more noise than a verdict allows, even pooled | unknown | |
 | 13 | score not healthy, but not by rounding: hardly any lost, or backwards | unknown | |
 | 14 | score not healthy, but the learning rate has run out; unknown if it still moves, as in 8 | idle | zero_learning_rate |

@@ -20,6 +20,7 @@ from update_watch.thresholds import Thresholds
 
 NEARLY_ALL = 0.9  # of the steps, skipped
 NOISE = 2.0**-18  # a gradient so much smaller than the usual one of the run is what rounding left of it
+LARGEST_NOISE = 64 * NOISE  # and its largest element
 FAR_BELOW = 0.1  # of the learning rate: what a rule that normalises gives any real gradient is more
 
 Verdict = tuple[Health, Cause | None, str]
@@ -125,14 +126,21 @@ def usual_gradient(window: WindowEvidence) -> float | None:
 
 
 def negligible(e: TensorEvidence, usual: float | None) -> Verdict | None:
-    """A gradient at the level of round-off, of which the rule makes far less than of a real one: no signal."""
+    """A gradient at the level of round-off, of which the rule makes far less than of a real one: no signal.
+
+    Unknown where the rule makes as much of it as of any (Lion): what it makes is measured, and tells nothing of the signal.
+    """
     size, lr, ratio, stored = known(e.gradient_rms), known(e.lr), known(e.update_ratio), known(e.stored)
     if size is None or usual is None or not lr or ratio is None or not stored:
         return None
-    if known(e.gradient_max) == 0:  # in the steps that were looked at; others had some, or it would be zero_gradient
+    largest = known(e.gradient_max)
+    if largest == 0:  # in the steps that were looked at; others had some, or it would be zero_gradient
         return None
-    if size >= NOISE * usual or ratio * stored >= FAR_BELOW * lr:
+    # rows of an embedding that no sample met have a large gradient all the same
+    if size >= NOISE * usual or (largest or 0.0) >= LARGEST_NOISE * usual:
         return None
+    if ratio * stored >= FAR_BELOW * lr:
+        return UNKNOWN, Cause.negligible_gradient, reasons.unknown(reasons.no_signal(size / usual))
     amount, _ = movement(e)
-    seen = Seen(gradient=known(e.gradient_max), usual=usual, moved=amount or None)
+    seen = Seen(gradient=largest, usual=usual, moved=amount or None)
     return verdict(Health.idle, Cause.negligible_gradient, seen)

@@ -93,6 +93,15 @@ def remainder_unclear(efficiency: float) -> str:
     )
 
 
+def no_signal(ratio: float) -> str:
+    """`ratio`: of its gradients to those of the run's other tensors."""
+    return (
+        f"its gradients are {number(ratio)} of the size of the others', as what rounding leaves where a gradient cancels, and its"
+        " rule makes full steps of whatever they are: look for what cancels its gradient, such as a softmax over a single"
+        " choice; more precision changes nothing"
+    )
+
+
 def rising_lr(lr: float) -> str:
     return (
         f"the learning rate has just risen threefold or more, to {number(lr)}: too early to call its lost updates a"

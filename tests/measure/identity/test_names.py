@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+import update_watch as uw
+from tests.support.watch_nets import Net, backward, batches
 from update_watch.measure.identity import names
 from update_watch.measure.identity.names import NamedModel, named_tensors
 
@@ -78,3 +80,41 @@ def test_a_model_that_names_its_tensors_itself_is_asked_each_time() -> None:
     assert named.refresh() == {}
     hidden[0] = nn.Parameter(torch.ones(1))
     assert list(named.refresh()) == ["mine"] and named.pairs == [("mine", hidden[0])]
+
+
+def taken_apart(net: Net) -> None:
+    """The head gets a new tensor, while another name keeps the old one."""
+    net.kept = net.leave.weight
+    net.leave.weight = nn.Parameter(torch.zeros(48, 64))
+
+
+def grown(net: Net) -> None:
+    net.more = nn.Linear(48, 48)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(taken_apart, "it was replaced after step"), (grown, "it came into the model after step")]
+)
+@pytest.mark.parametrize("is_held", [True, False])
+def test_what_comes_into_the_model_and_into_no_optimizer_is_told(
+    change: Callable[[Net], None], said: str, is_held: bool
+) -> None:
+    net, titles = Net(), list[str]()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    with uw.watch(net, optimizer, window=16, sinks=[lambda r: titles.extend(a.title for a in r.alerts)]) as watch:
+        for i, x in enumerate(batches(64)):
+            if i == 24:
+                known = set(net.parameters())
+                change(net)
+                if is_held:
+                    optimizer.add_param_group({"params": [p for p in net.parameters() if p not in known]})
+            net.zero_grad()
+            backward(net, x)
+            if hasattr(net, "more"):
+                net.more(x).square().sum().backward()
+            optimizer.step()
+        report = watch.flush()
+    assert report is not None
+    left = [t for t in report.tensors if t.cause is uw.Cause.not_in_optimizer]
+    assert bool(left) is not is_held and len(titles) == (not is_held)
+    assert all(said in t.advice and t.health is uw.Health.idle for t in left)

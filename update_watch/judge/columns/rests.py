@@ -14,7 +14,7 @@ from update_watch.judge.beyond_steps import UNDONE
 from update_watch.judge.columns.codes import CAUSE_CODES, HEALTHY, NONE, Codes, Mask, Rows, grade, known, share
 from update_watch.judge.columns.histories import Histories
 from update_watch.judge.efficiency_grade import is_exact
-from update_watch.judge.no_signal import FAR_BELOW, NEARLY_ALL, NOISE
+from update_watch.judge.no_signal import LARGEST_NOISE, NEARLY_ALL, NOISE
 from update_watch.report import Cause
 from update_watch.thresholds import Thresholds
 
@@ -84,9 +84,9 @@ def sort(
 
     # what is left is judged by its numbers, unless more than they speak
     size, stored = known(column("gradient_rms")), known(column("stored"))
-    made = known(column("update_ratio")) * stored
     if usual is not None:
-        is_odd |= is_open & (size < NOISE * usual) & (made < FAR_BELOW * lr) & (gradient_max != 0) & (stored != 0)
+        is_noise = (size < NOISE * usual) & ~(gradient_max >= LARGEST_NOISE * usual) & (gradient_max != 0)
+        is_odd |= is_open & is_noise & (lr != 0) & ~np.isnan(known(column("update_ratio"))) & (stored != 0)
     schemes = {
         scheme: (is_exact(scheme), is_exact(scheme) or scheme == "stochastic") for scheme in set(columns.raw("scheme"))
     }

@@ -145,13 +145,18 @@ class Belonging:
 
     def refresh(self, step: int, stepped: frozenset[int]) -> frozenset[int]:
         """See what has taken the place of what in the model since a step. Returns the ids of what has left it."""
+        pairs = self.named.pairs
         left = self.named.refresh()
-        now = dict(self.named.pairs) if left else {}
-        for name, old in left.items():
-            if id(old) in stepped and name in now and id(now[name]) not in stepped:
-                self._notes[id(now[name])] = (
-                    f"it was replaced after step {step:,}, and the optimizer still steps the old one"
-                )
+        if self.named.pairs is not pairs and step:
+            before, known = dict(pairs), {id(tensor) for _, tensor in pairs}
+            for name, new in self.named.pairs:
+                if id(new) in known or id(new) in stepped:
+                    continue
+                if name in before and id(before[name]) in stepped:
+                    note = f"it was replaced after step {step:,}, and the optimizer still steps the old one"
+                else:
+                    note = f"it came into the model after step {step:,}"
+                self._notes[id(new)] = note
         return frozenset(id(old) for old in left.values())
 
     def _unstepped(self, stepped: frozenset[int]) -> list[tuple[str, Tensor]]:

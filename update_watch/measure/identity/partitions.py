@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from update_watch.measure.sampling import Sampler, local
 
@@ -67,13 +68,27 @@ def keepers(params: Iterable[Any], optimizer: Any) -> list[Any]:
 
 
 def chain(optimizer: Any) -> list[Any]:
-    """The optimizers in Megatron's ChainedOptimizer; any other as it is."""
+    """The optimizers in Megatron's ChainedOptimizer, or in a container that is none itself; any other as it is."""
     chained = getattr(optimizer, "__dict__", {}).get("chained_optimizers")
     if not isinstance(chained, (list, tuple)) or not chained:
-        return [optimizer]
+        return _kept_by(optimizer) or [optimizer]
     # a stub stands for parameters of which this rank has none
     members = [one for one in chained if not getattr(one, "is_stub_optimizer", False)] or chained
     return [inner for one in members for inner in chain(one)]
+
+
+def _kept_by(holder: Any) -> list[Any]:
+    """The optimizers that an object holds which is none itself and has none in the usual place."""
+    attributes = getattr(holder, "__dict__", {})
+    if isinstance(holder, Optimizer) or not {"optimizer", "_optimizer"}.isdisjoint(attributes):
+        return []
+    found: list[Any] = []
+    for value in attributes.values():
+        values = (
+            value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
+        )
+        found += [one for one in values if isinstance(one, Optimizer) and all(one is not other for other in found)]
+    return found
 
 
 def fragments(params: Iterable[Tensor], names: Names, flats: Iterable[Tensor]) -> dict[int, list[Piece]]:
