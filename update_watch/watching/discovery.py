@@ -71,9 +71,9 @@ class Discovery:
             self._tap.detach(optimizer)
             self.forget(optimizer)
 
-    def steps(self) -> int:
-        """Of all optimizers of the process, since it began to look."""
-        return self._steps.count
+    def strange_steps(self) -> int:
+        """Of optimizers that step other tensors than the model's, since it began to look."""
+        return self._steps.strange
 
     def strangers(self) -> str:
         """What is said of the optimizers that were met and step other tensors than the model's."""

@@ -40,7 +40,7 @@ class Silence:
     ) -> None:
         self._model, self._window, self._put, self._strangers = model, window, put, discovery.strangers
         self._is_enabled = is_enabled
-        self._passes = BackwardPasses(self._passed, discovery.steps)
+        self._passes = BackwardPasses(self._passed, discovery.strange_steps)
         self.end = self._passes.reset  # a step was seen
         self._ledger: Ledger | None = None
         self._count = 0

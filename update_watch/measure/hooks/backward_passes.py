@@ -19,15 +19,14 @@ class BackwardPasses:
     """Calls `passed(count)` in every backward pass from the second one on that no `reset` came between.
 
     `passed` runs within the backward pass, on the thread of the device; what it raises must not reach training. `stepped()` counts the
-    steps of all optimizers of the process: gradients that nobody sets to zero are no micro-batches where one has stepped in between.
+    steps of optimizers that are not the model's: gradients that nobody sets to zero are no micro-batches where one has stepped in between.
     """
 
     def __init__(self, passed: Callable[[int], None], stepped: Callable[[], int] = lambda: 0) -> None:
         self._passed, self._stepped = passed, stepped
         self._counts: dict[int, int] = {}  # id of a tensor -> its gradients since the last step
-        self._marks: dict[
-            int, tuple[int, int, int]
-        ] = {}  # id of a tensor -> its gradient's id and version, steps of any optimizer
+        # id of a tensor -> its gradient's id and version, `stepped()`
+        self._marks: dict[int, tuple[int, int, int]] = {}
         self._tensors: list[Tensor] = []
         self._known: Sequence[Tensor] | None = None
         self._handles: list[Any] = []

@@ -44,8 +44,8 @@ class ProcessSteps:
     """
 
     def __init__(self, meet: Meet) -> None:
-        self._settled: dict[int, tuple[weakref.ref[Optimizer], int]] = {}
-        self.count = 0  # steps of any optimizer
+        self._settled: dict[int, tuple[weakref.ref[Optimizer], int, bool]] = {}  # and the answer
+        self.strange = 0  # steps of those that were answered with False
         self._meet = weakref.WeakMethod(meet)
         self._handle: Any = None
         self._thread = threading.get_ident()  # that steps
@@ -79,9 +79,9 @@ class ProcessSteps:
         self._settled.pop(id(optimizer), None)
 
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.count += 1
         settled = self._settled.get(id(optimizer))
         if settled is not None and settled[0]() is optimizer and settled[1] == _size(optimizer):
+            self.strange += not settled[2]
             return
         if self._handle is not None and not streams.is_capturing():  # to plan for it there would be captured
             self._ask_plainly(optimizer)
@@ -89,8 +89,10 @@ class ProcessSteps:
     def _ask(self, optimizer: Optimizer) -> None:
         meet = self._meet()
         self._thread = threading.get_ident()
-        if meet is not None and meet(optimizer) is not None:
-            self._settled[id(optimizer)] = weakref.ref(optimizer), _size(optimizer)
+        answer = None if meet is None else meet(optimizer)
+        if answer is not None:
+            self._settled[id(optimizer)] = weakref.ref(optimizer), _size(optimizer), answer
+            self.strange += not answer
 
 
 def _size(optimizer: Optimizer) -> int:

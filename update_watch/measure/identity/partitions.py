@@ -82,13 +82,13 @@ def _kept_by(holder: Any) -> list[Any]:
     attributes = getattr(holder, "__dict__", {})
     if isinstance(holder, Optimizer) or not {"optimizer", "_optimizer"}.isdisjoint(attributes):
         return []
-    found: list[Any] = []
+    found: dict[int, Any] = {}
     for value in attributes.values():
         values = (
             value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
         )
-        found += [one for one in values if isinstance(one, Optimizer) and all(one is not other for other in found)]
-    return found
+        found |= {id(one): one for one in values if isinstance(one, Optimizer)}
+    return list(found.values())
 
 
 def fragments(params: Iterable[Tensor], names: Names, flats: Iterable[Tensor]) -> dict[int, list[Piece]]:
