@@ -210,10 +210,10 @@ def _automations(options: argparse.Namespace) -> None:
 
 
 def _need_file(path: Path) -> None:
-    if not path.exists():
-        raise UsageError(f"{path}: no such file")
     if path.is_dir():
         raise UsageError(f"{path} is a folder, a journal is a file in it")
+    if not path.is_file():  # a pipe would be waited for
+        raise UsageError(f"{path}: {'this is no file' if path.exists() else 'no such file'}")
 
 
 def _call(factory: str) -> Any:

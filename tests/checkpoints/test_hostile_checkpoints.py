@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from update_watch.checkpoints.at_rate import at_rate, of_files
 from update_watch.checkpoints.comparison import compare, compare_all
 from update_watch.checkpoints.diff import diff, diff_tensors
 from update_watch.checkpoints.files import CheckpointError, read_tensors
@@ -181,6 +183,76 @@ def test_numbers_too_large_to_be_squared_are_not_called_infinite() -> None:
     huge = torch.full((2,), 1e200, dtype=torch.float64)
     assert compare("w", huge, -huge).note == "its numbers are too large to be squared"
     assert compare("w", huge, -huge).identical == 0.0
+
+
+# --- states of optimizers ----------------------------------------------------------------------------------
+
+
+def _adam(**changes: Any) -> dict[str, Any]:
+    state = {"exp_avg": torch.ones(4), "exp_avg_sq": torch.ones(4), "step": 3}
+    group = {"params": [0], "betas": (0.9, 0.999)}
+    return {
+        "state": {0: {**state, **{key: value for key, value in changes.items() if key in state}}},
+        "param_groups": [{**group, **{key: value for key, value in changes.items() if key not in state}}],
+    }
+
+
+def _momentum(buffer: Tensor) -> dict[str, Any]:
+    return {"state": {0: {"momentum_buffer": buffer}}, "param_groups": [{"params": [0]}]}
+
+
+STATES = {
+    "betas": _adam(betas=3),
+    "eps": _adam(eps="x"),
+    "step": _adam(step="x"),
+    "moments": _adam(exp_avg=3),
+    "moments of two shapes": _adam(exp_avg=torch.ones(3)),
+    "number in place of parameters": _adam(params=0),
+    "lists as parameters": _adam(params=[[0]]),
+    "group": {"state": {0: {}}, "param_groups": ["x"]},
+    "state": {"state": {0: 3}, "param_groups": [{"params": [0]}]},
+    "states": {"state": 3, "param_groups": 3},
+    "sparse": _momentum(torch.ones(4).to_sparse()),
+    "meta": _momentum(torch.ones(4, device="meta")),
+    "expanded": _momentum(torch.ones(1).expand(10**6, 10**6)),
+    "expanded in part": _momentum(torch.ones(9, 1).expand(9, 10**12)),
+    "Adam's, expanded": _adam(
+        exp_avg=torch.ones(9, 1).expand(9, 10**12), exp_avg_sq=torch.ones(9, 1).expand(9, 10**12)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_is_none_is_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"model": {"w": torch.ones(4, dtype=torch.bfloat16)}, "optimizer": STATES[name]}, path)
+    assert main(["diff", str(path), str(path), "--at", "1e-3"]) == 0
+    assert "update = rate" in capsys.readouterr().out
+
+
+def test_of_an_expanded_tensor_some_elements_are_looked_at(tmp_path: Path) -> None:
+    ones = torch.ones(3, 1).bfloat16()
+    weights = {"w": (ones * torch.tensor([[1.0], [0.5], [0.25]]).bfloat16()).expand(3, 10**12)}
+    state = _momentum(torch.tensor([[0.0], [0.0], [1.0]]).expand(3, 10**12))
+    torch.save({"model": weights, "optimizer": state}, tmp_path / "a.pt")
+    (found,) = of_files(tmp_path / "a.pt", 2.0**-10)
+    # of a gap of 2^-10 under 0.25 the whole is stored, where it alone moves
+    assert (found.basis, found.efficiency) == ("optimizer state", 1.0)
+    (alone,) = at_rate({"w": torch.ones(2, 10**7).bfloat16().t(), "m": torch.ones(1, device="meta").bfloat16()}, 1e-3)
+    assert (alone.name, alone.efficiency) == ("w", 0.0)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    torch.save({"w": torch.ones(4)}, good := tmp_path / "a.pt")
+    for arguments in (
+        ["diff", str(good), str(pipe)],
+        ["diff", str(good), str(good), "--at", "1e-3", "--optimizer", str(pipe)],
+        ["top", str(pipe)],
+        ["report", str(pipe)],
+    ):
+        assert main(arguments) == 2
+        assert "neither" in (said := capsys.readouterr().err) or "this is no file" in said
 
 
 # --- names ------------------------------------------------------------------------------------------------

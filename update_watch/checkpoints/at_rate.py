@@ -6,6 +6,7 @@ without one every update is as large as the rate, as Adam's and Lion's are at mo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -84,7 +85,7 @@ def at_rate(weights: Mapping[str, Tensor], lr: float, optimizer: Mapping[str, An
         direction_nK = torch.ones(w_nK.shape, dtype=torch.float64)
         for n, i in enumerate(at.tolist() if directions else ()):
             if names[i] in directions:
-                direction_nK[n], is_of_state_P[i] = _sample(directions[names[i]]), True
+                direction_nK[n], is_of_state_P[i] = directions[names[i]], True
         efficiency_P[at], least_P[at] = _of_batch(w_nK, direction_nK, lr)
         moves_P[at] = (direction_nK != 0).any(1).numpy()
     (found,) = np.nonzero(moves_P)
@@ -103,14 +104,18 @@ def _kinds(weights: Mapping[str, Tensor], places_P: IntArray | None) -> tuple[li
     if isinstance(weights, StoredTensors) and places_P is not None:
         codes = np.array([code(kind.dtype, kind.numel) for kind in weights.kinds], np.int64)[weights.codes(places_P)]
     else:
-        each = [code(w.dtype, w.numel()) if w.layout is torch.strided else -1 for w in weights.values()]
+        dense = (w.layout is torch.strided and not w.is_meta for w in weights.values())
+        each = [code(w.dtype, w.numel()) if fine else -1 for w, fine in zip(weights.values(), dense, strict=True)]
         codes = np.array(each, np.int64)
     return list(known), codes
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """[K] elements, evenly spaced."""
-    return tensor.reshape(-1)[:: -(-tensor.numel() // _SAMPLES)]
+    """[K] elements, evenly spaced, of a tensor that may be expanded to a size that nothing holds."""
+    step = max(1, -(-tensor.numel() // _SAMPLES))
+    if tensor.is_contiguous():
+        return tensor.reshape(-1)[::step]
+    return tensor[torch.unravel_index(torch.arange(0, tensor.numel(), step), tensor.shape)]
 
 
 def of_files(
@@ -190,31 +195,40 @@ def _of_batch(w_nK: Tensor, direction_nK: Tensor, lr: float) -> tuple[Floats, Fl
 
 
 def _directions(weights: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Steps over the rate by name. States have numbers, not names: they are taken if they fit the weights one after the other."""
+    """Steps over the rate by name, [K] samples each. States have numbers, not names: they are taken if they fit the weights one
+    after the other."""
     states, groups = optimizer.get("state"), optimizer.get("param_groups")
     if not isinstance(states, Mapping) or not isinstance(groups, (list, tuple)):
         return {}
-    group_of = {index: group for group in groups for index in group.get("params", ())}
+    group_of = {
+        index: group
+        for group in groups
+        if isinstance(group, Mapping) and isinstance(group.get("params"), (list, tuple))
+        for index in group["params"]
+        if isinstance(index, int)
+    }
     names, found = iter(weights), {}
     for index in sorted(key for key in states if isinstance(key, int) and key in group_of):
-        direction = _direction(states[index], group_of[index])
-        if direction is None:
+        known = None
+        with contextlib.suppress(Exception):  # a file may hold anything under these names: such a state is not known
+            known = _direction(states[index], group_of[index])
+        if known is None or known[1].is_meta:
             continue
-        name = next((name for name in names if weights[name].shape == direction.shape), None)
+        shape, direction = known
+        name = next((name for name in names if weights[name].shape == shape), None)
         if name is None:
             return {}  # of another model, or in another order
         found[name] = direction
     return found
 
 
-def _direction(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor | None:
-    """The update over the rate that this state makes; None of a rule that is not known."""
+def _direction(state: Mapping[str, Any], group: Mapping[str, Any]) -> tuple[torch.Size, Tensor] | None:
+    """The shape of the tensor, and samples of the update over the rate that this state makes; None of a rule that is not known."""
     if "exp_avg" in state and "exp_avg_sq" in state and "betas" in group:
         (b1, b2), step = group["betas"], float(state.get("step", 0)) or math.inf
-        mean, square = (state[name].double() for name in ("exp_avg", "exp_avg_sq"))
+        mean, square = (_sample(state[name]).double() for name in ("exp_avg", "exp_avg_sq"))
         found: Tensor = mean / (1 - b1**step) / ((square / (1 - b2**step)).sqrt() + group.get("eps", 1e-8))
-        return found
+        return state["exp_avg"].shape, found.clone()
     if isinstance(state.get("momentum_buffer"), Tensor):
-        buffer: Tensor = state["momentum_buffer"].double()
-        return buffer
+        return state["momentum_buffer"].shape, _sample(state["momentum_buffer"]).to(torch.float64, copy=True)
     return None

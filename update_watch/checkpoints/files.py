@@ -48,9 +48,7 @@ def read_tensors(path: str | os.PathLike[str]) -> Mapping[str, Tensor]:
         FileNotFoundError: there is no such file.
         CheckpointError: it is no checkpoint, it is damaged, or it could only be read by running what is in it.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+    path = _present(path)
     tensors = _read_folder(path) if path.is_dir() else _read_file(path)
     if not tensors:
         raise CheckpointError(f"{path}: there are no tensors in it")
@@ -87,6 +85,15 @@ def _read_file(path: Path) -> Mapping[str, Tensor]:
         raise CheckpointError(f"{path}: {first_line(error)}") from error
 
 
+def _present(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file() and not path.is_dir():  # a pipe would be waited for
+        raise CheckpointError(f"{path}: a checkpoint is a file or a folder, and this is neither")
+    return path
+
+
 def _is_safetensors(path: Path) -> bool:
     with path.open("rb") as file:
         start = file.read(9)
@@ -101,9 +108,7 @@ def read_optimizer(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
         FileNotFoundError: there is no such file.
         CheckpointError: it cannot be read, or only by running what is in it.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+    path = _present(path)
     if path.is_dir() or _is_safetensors(path):
         return None
     content = _load(path)
