@@ -32,10 +32,11 @@ FLUSH_SECONDS = 10.0  # waited for the last window at the end of training
 
 
 class Names:
-    """(name, tensor) pairs of a model: those of the moment it is made, and what the optimizers hold that is new.
+    """(name, tensor) pairs of a model: those of the moment it is made, what the optimizers hold that is new, and what
+    has taken the place of an ordinary tensor.
 
     A model sharded by FSDP2 shows other tensors between a validation and the next step; by then the right ones
-    are known. Names lose the parts that only stand for a wrapper (`torch.compile`, checkpointing).
+    are known, and they are no ordinary ones. Names lose the parts that only stand for a wrapper (`torch.compile`, checkpointing).
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -47,9 +48,13 @@ class Names:
         held = {id(p) for opt in self.optimizers for group in opt.param_groups for p in group["params"]}
         held -= {id(tensor) for tensor in self._pairs.values()}
         for name, tensor in _clean(self._model):
-            if name not in self._pairs or id(tensor) in held:
+            if name not in self._pairs or id(tensor) in held or (_is_plain(tensor) and _is_plain(self._pairs[name])):
                 self._pairs[name] = tensor
         return iter(list(self._pairs.items()))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def _clean(model: torch.nn.Module) -> list[tuple[str, Tensor]]:

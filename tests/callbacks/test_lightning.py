@@ -133,6 +133,20 @@ def test_finetuning_adds_groups_that_are_watched_from_their_first_step() -> None
     assert second["nets.0.0.weight"].efficiency == pytest.approx(1.0, abs=0.02)
 
 
+def test_a_layer_that_is_replaced_and_that_no_optimizer_holds_is_told() -> None:
+    class Replace(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_step == 16:
+                first = pl_module.nets[0][0]
+                pl_module.nets[0][0] = torch.nn.Linear(first.in_features, first.out_features)
+
+    watch = Watched(window=12)
+    fit(Module(), Replace(), watch, max_epochs=4)
+    replaced = [t for t in watch.reports[-1].tensors if t.name.startswith("nets.0.0.")]
+    assert {(str(t.health), str(t.cause)) for t in replaced} == {("idle", "not_in_optimizer")}
+    assert all("it was replaced after step" in t.advice for t in replaced) and len(replaced) == 2
+
+
 def test_replaced_optimizers_are_watched_and_the_old_ones_let_go() -> None:
     class Replace(Callback):
         old: Any = None
