@@ -139,7 +139,10 @@ def negligible(e: TensorEvidence, usual: float | None) -> Verdict | None:
     # rows of an embedding that no sample met have a large gradient all the same
     if size >= NOISE * usual or (largest or 0.0) >= LARGEST_NOISE * usual:
         return None
-    if ratio * stored >= FAR_BELOW * lr:
+    made = ratio * stored
+    if made >= FAR_BELOW * lr:
+        if NOISE * made < lr * size:  # a rule that makes no more of it than it is: others are large
+            return None
         return UNKNOWN, Cause.negligible_gradient, reasons.unknown(reasons.no_signal(size / usual))
     amount, _ = movement(e)
     seen = Seen(gradient=largest, usual=usual, moved=amount or None)
