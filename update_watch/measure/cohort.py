@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ from update_watch.replay.rule import Kind
 from update_watch.replay.twin import GroupSettings, Twin
 
 _HEADROOM_EVERY = 8  # measured steps of which one looks at headroom and decay: they change slowly
+_LIGHT, _ENOUGH_LARGE = 0.25, 0.1  # weight of a large cell, which is met four times as often; share of such draws
 _FULL_EVERY = 2  # measured steps of which one compares states too, and not weights alone
 
 
@@ -109,14 +110,22 @@ class Cohort:
         self.firsts = [i for i, row in enumerate(rows) if row.is_first]
         self._is_plain_n = np.array([row.scheme.name == "plain" for row in rows])
         self._is_whole_n = np.array([row.is_whole for row in rows])
-        self._sparse: tuple[int, ...] = ()
+        self._drawn: tuple[int, ...] = ()
+        self.steps = 0  # measured in this window, those that are still to be added included
+        self._large_n = np.zeros(len(rows))
         self.open_window()
+        if self.gathers.keeps:
+            self.draw_from(self.firsts)
 
     def open_window(self) -> None:
         """Start a new one."""
         n = len(self.rows)
         self.gathers.open_window()
-        self.steps = 0  # measured in this window, those that are still to be added included
+        if self._drawn and self.gathers.keeps and self.steps:
+            tensors = zip(self.firsts, [*self.firsts[1:], n], strict=True)
+            large = {i: self._large_n[i:stop].mean() / self.steps for i, stop in tensors}
+            self._drawn = tuple(i for i in self._drawn if large[i] >= _ENOUGH_LARGE)
+        self._large_n, self.steps = np.zeros(n), 0
         self._added, self._per_part = 0, 1  # steps; the latter doubles when the parts are full
         self._gradless_n = np.zeros(n)
         self._live_Pn, self._live_Gn = np.zeros((PARTS, n)), np.zeros((GROUPS, n))
@@ -128,15 +137,34 @@ class Cohort:
         """Whether its steps can be added later."""
         return self.replay.can_wait
 
-    def draw_from(self, sparse: Iterable[int]) -> None:
-        """From now on read these rows where their gradients are: nearly everywhere they are 0. May be called from another thread.
+    def draw_from(self, tensors: Iterable[int]) -> None:
+        """From now on read these tensors, given by their first rows, where gradients and states are large: few elements carry
+        what moves. May be called from another thread.
 
-        Only under rules that remember nothing: else what moves is not where this step's gradient is.
+        Of what keeps a set of samples all are, at first, and stay so for as long as many of the draws are of large cells. In
+        turns only under rules that remember nothing: there the steps that are missed say more than the elements.
         """
-        forgetful = (
-            i for i in sparse if self.rows[i].rule.kind is Kind.elementwise and not self.rows[i].rule.element_states
-        )
-        self._sparse = tuple(sorted(forgetful))
+        rows, keeps = self.rows, self.gathers.keeps
+        able = {
+            i
+            for i in tensors
+            if not rows[i].is_whole
+            and rows[i].rule.kind is Kind.elementwise
+            and rows[i].scheme.name == "plain"
+            and self.device.type == "cpu"
+            and (keeps or not rows[i].rule.element_states)
+        }
+        self._drawn = tuple(sorted(able | {*(self._drawn if keeps else ())}))
+
+    def _draw(
+        self, live: Sequence[bool], grads: Sequence[Tensor | None], states: Sequence[Mapping[str, Any]]
+    ) -> dict[int, Tensor]:
+        """Weights of the rows that are read so in this step, see `Gathers.draw`."""
+        drawn = self.gathers.draw([i for i in self._drawn if live[i]], grads, states)
+        if self.gathers.keeps:
+            for i in drawn:
+                self._large_n[i] += float(drawn[i].lt(_LIGHT).float().mean())
+        return drawn
 
     def problem(self, row: Row) -> str:
         """Why a row of it cannot be read now; "" when it can."""
@@ -158,7 +186,7 @@ class Cohort:
             g is not None and row.is_measured and not (row.rule.skips_first and not state)
             for g, row, state in zip(grads, self.rows, states, strict=True)
         ]
-        drawn = self.gathers.draw([i for i in self._sparse if live[i]], dense) if self._sparse else {}
+        drawn = self._draw(live, dense, states) if self._drawn else {}
         spans = self.replay.spans(states, live)
         counters = self.replay.counters(spans)
         held, copies = self.gathers.before(states, dense, [scalars[name] for scalars, name in counters])

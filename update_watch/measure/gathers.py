@@ -22,7 +22,7 @@ from update_watch import formats
 from update_watch.measure.parameters import Row
 from update_watch.measure.position_weights import PositionWeights, cell_of, column, draw
 from update_watch.measure.positions import SHARES, share
-from update_watch.measure.sampling import local, mask, pack_views
+from update_watch.measure.sampling import Sampler, local, mask, pack_views
 from update_watch.odd_tensors import unreadable
 from update_watch.wording import first_line
 
@@ -85,6 +85,11 @@ class Gathers:
         self._mask: Tensor | None = self._padding
         self._masked: tuple[bool, ...] = (True,) * len(rows)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a set of samples stays where it is for a window."""
+        return self._keeps
+
     # --- where -----------------------------------------------------------------------------------
 
     def open_window(self) -> None:
@@ -111,17 +116,28 @@ class Gathers:
             sampler.place(kept, moving)
         return moving < kept
 
-    def draw(self, rows: Iterable[int], grads: Sequence[Tensor | None]) -> dict[int, Tensor]:
-        """Read some rows where their gradients are large, until the next `move`. Returns [2, J] weights of those that can be
-        read so: on a CPU, where no set of theirs is kept, and their gradient lies as they do."""
+    def draw(
+        self, tensors: Iterable[int], grads: Sequence[Tensor | None], states: Sequence[Mapping[str, Any]]
+    ) -> dict[int, Tensor]:
+        """Read some tensors, given by their first rows, where gradients and states are large, until the next `move`.
+
+        Returns by row [1, J] weights of the moving set, or [2, J] of both where none is kept; of tensors that can be read so:
+        their gradient is there, and lies as they do.
+        """
         found: dict[int, Tensor] = {}
-        for i in rows if self.device.type == "cpu" and not self._keeps else ():
-            grad, sampler = grads[i], self.samplers[i]
-            if grad is None or sampler.positions is None or not sampler.shares_layout(grad := local(grad)):
+        sets = 1 if self._keeps else 2
+        for i in tensors:
+            row, sampler = self.rows[i], self.samplers[i]
+            if grads[i] is None or type(sampler) is not Sampler or sampler.positions is None:
                 continue
-            weights_D = draw(sampler, grad, self._rng)
+            read = [grads[i], *(states[i].get(name) for name in row.rule.element_states if name in row.shaped)]
+            sized = [local(one) for one in read if isinstance(one, Tensor) and sampler.shares_layout(local(one))]
+            if not sized or sized[0] is not local(read[0]):  # type: ignore[arg-type]
+                continue
+            own = [k for k, other in enumerate(self.rows) if other.param is row.param] if self._keeps else [i]
+            weights = draw([self.samplers[k] for k in own], sized, sets, self._rng)
             per_cell = sampler.positions.block // self._cell
-            found[i] = weights_D.repeat_interleave(per_cell).view(2, -1)
+            found |= {k: of_k.repeat_interleave(per_cell).view(sets, -1) for k, of_k in zip(own, weights, strict=True)}
         return found
 
     def weights_of(self, turn: int, drawn: Mapping[int, Tensor] | None = None) -> tuple[Tensor, Tensor] | None:
@@ -131,8 +147,10 @@ class Gathers:
         if pair is None or not drawn:
             return pair
         first_nJ, second_nJ = (weights_nJ.clone() for weights_nJ in pair)
-        for i, weights_2J in drawn.items():
-            first_nJ[i], second_nJ[i] = weights_2J
+        for i, weights_sJ in drawn.items():
+            second_nJ[i] = weights_sJ[-1]
+            if not self._keeps:
+                first_nJ[i] = weights_sJ[0]
         return first_nJ, second_nJ
 
     def _weights_of(self, turn: int) -> tuple[Tensor, Tensor] | None:

@@ -1,8 +1,8 @@
 """What samples weigh, on the device: 1 / m of `positions`, for all rows that are measured together, from one number.
 
-Where a gradient is 0 nearly everywhere and the rule remembers nothing (plain SGD on an embedding of which a step uses few
-rows), few cells carry all. There cells are drawn by the size of their gradient, and weigh as much less as they are met more
-often: sampling with unequal chances (Hansen and Hurwitz, Annals of Mathematical Statistics 14, 1943), one random number for all
+Where few cells carry all (an embedding of which a step uses few rows, words by their frequency under a rule that does not
+normalise), cells are drawn by the size of their gradient and states, and weigh as much less as they are met more often:
+sampling with unequal chances (Hansen and Hurwitz, Annals of Mathematical Statistics 14, 1943), one random number for all
 draws of a step.
 
 Legend: n rows (parameters), J cells of one set of samples, T turns, M cells to draw from, D draws.
@@ -73,21 +73,28 @@ class PositionWeights:
         return ways_TnJ.to(torch.float32).reciprocal_()
 
 
-def draw(sampler: Sampler, grad: Tensor, rng: random.Random) -> Tensor:
-    """Let a sampler read cells drawn by the size of this gradient, of its own layout. Returns their weights, [D] FP32."""
-    positions, (sets, blocks, _) = sampler.positions, sampler.view_shape
+def draw(samplers: Sequence[Sampler], sized: Sequence[Tensor], sets: int, rng: random.Random) -> Sequence[Tensor]:
+    """Let the samplers of one parameter read cells drawn by the squares of some tensors of its layout, so many sets each.
+
+    Returns their weights, [D] FP32 for each sampler.
+    """
+    positions, (_, blocks, block) = samplers[0].positions, samplers[0].view_shape
     assert positions is not None
-    cells, draws = positions.numel // positions.block, sets * blocks
-    step = max(-(-cells * positions.block // _TO_DRAW_FROM), 1)
+    cells, draws = len(samplers[0].cells(sized[0])), sets * blocks
+    step = max(-(-cells * block // _TO_DRAW_FROM), 1)
     first = rng.randrange(step)
-    size_M = sampler.cells(grad, first, step).double().square_().sum(-1).nan_to_num_(0.0, 0.0)
-    total = size_M.sum()
-    even = 1 / len(size_M)
-    share_M = torch.where(total > 0, size_M / total, even).mul_(1 - _EVENLY).add_(_EVENLY * even)
-    at_D = torch.arange(draws, device=grad.device, dtype=torch.float64).add_(rng.random()).div_(draws)
-    chosen_D = torch.searchsorted(share_M.cumsum(0), at_D).clamp_(max=len(size_M) - 1)
-    sampler.drawn = chosen_D * step + first
-    return (step / cells / share_M[chosen_D]).float()
+    sizes = [samplers[0].cells(one, first, step).double().square_().sum(-1).nan_to_num_(0.0, 0.0) for one in sized]
+    even = 1 / len(sizes[0])
+    share_M = torch.full_like(sizes[0], _EVENLY * even)
+    for size_M in sizes:
+        total = size_M.sum()
+        share_M.add_(torch.where(total > 0, size_M / total, even), alpha=(1 - _EVENLY) / len(sizes))
+    at_D = torch.arange(draws * len(samplers), device=share_M.device, dtype=share_M.dtype)
+    at_D = at_D.add_(rng.random()).div_(len(at_D))
+    chosen_D = torch.searchsorted(share_M.cumsum(0), at_D).clamp_(max=len(share_M) - 1)
+    for sampler, own_D in zip(samplers, torch.unflatten(chosen_D, 0, (-1, draws)), strict=True):
+        sampler.drawn = own_D * step + first
+    return torch.unflatten((step / cells / share_M[chosen_D]).float(), 0, (-1, draws)).unbind()
 
 
 def cell_of(samplers: Sequence[Sampler]) -> int:

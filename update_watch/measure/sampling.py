@@ -84,13 +84,16 @@ class Sampler:
 
     `size` is the number of samples that are real (K, or the parameter's size if that is smaller); `is_whole`: there are too
     few elements to choose from, all are read. Else there are one or two `sets` of blocks; see `positions`. Of a `stretch` these
-    are the elements from one place in memory order to another. `drawn`: cells that are read until the next `place` instead.
+    are the elements from one place in memory order to another. `drawn`: cells of the whole
+    parameter that are read until the next `place` instead of all sets, or of those after the first that was placed.
     """
 
     __slots__ = (
         "_first",
         "_gap",
+        "_kept",
         "_low",
+        "_moves_first",
         "_numel",
         "_shape",
         "_strides",
@@ -119,6 +122,7 @@ class Sampler:
         self._gap = 0  # from there to the second
         self.positions: Positions | None = None
         self.drawn: Tensor | None = None
+        self._kept, self._moves_first = self._first, False  # of the set that was placed first
         self.view_shape: tuple[int, ...] = (length,)
         self._view_strides: tuple[int, ...] = (1,)
         if not self.is_whole:
@@ -145,6 +149,8 @@ class Sampler:
             low, high = self.positions.offset(min(shares)), self.positions.offset(max(shares))
             block = self.positions.block
             self._low, self._gap = self._first + block * low, block * (high - low)
+            self._kept = self._first + block * self.positions.offset(shares[0])
+            self._moves_first = shares[-1] < shares[0]
             self._view_strides = (self._gap, *self._view_strides[1:])
 
     def view(self, tensor: Tensor) -> Tensor:
@@ -155,15 +161,24 @@ class Sampler:
         if tensor.stride() != self._strides and not self.shares_layout(tensor):
             return self._gather_other_layout(tensor)
         if self.drawn is not None:
-            return self.cells(tensor).index_select(0, self.drawn).view(self.view_shape)
+            return self._drawn_of(tensor)
         return tensor.as_strided(self.view_shape, self._view_strides, tensor.storage_offset() + self._low)
 
     def cells(self, tensor: Tensor, first: int = 0, step: int = 1) -> Tensor:
-        """[count, B]: every so manieth cell of a tensor in this parameter's layout."""
+        """[count, B]: every so manieth cell of a whole tensor in this parameter's layout."""
         assert self.positions is not None
-        block, count = self.positions.block, len(range(first, self.positions.numel // self.positions.block, step))
-        start = tensor.storage_offset() + self._first + first * block
-        return tensor.as_strided((count, block), (step * block, 1), start)
+        block = self.positions.block
+        count = len(range(first, self._numel // block, step))
+        return tensor.as_strided((count, block), (step * block, 1), tensor.storage_offset() + first * block)
+
+    def _drawn_of(self, tensor: Tensor) -> Tensor:
+        assert self.drawn is not None
+        moving = self.cells(tensor).index_select(0, self.drawn).view(-1, *self.view_shape[1:])
+        if len(moving) == self.sets:
+            return moving
+        shape = (1, *self.view_shape[1:])
+        kept = tensor.as_strided(shape, self._view_strides, tensor.storage_offset() + self._kept)
+        return torch.cat([moving, kept] if self._moves_first else [kept, moving])
 
     def shares_layout(self, tensor: Tensor) -> bool:
         """The tensor's elements lie in memory in the parameter's order."""
@@ -176,13 +191,14 @@ class Sampler:
 
     def _gather_other_layout(self, tensor: Tensor) -> Tensor:
         # memory position in the parameter -> coordinates -> memory position in `tensor`; arithmetic on the device
-        position = torch.full((), self._low, dtype=torch.int64, device=tensor.device)
-        shape, strides = self.view_shape, self._view_strides
-        if self.drawn is not None and self.positions is not None:
-            position = self._first + self.drawn * self.positions.block
-            shape, strides = shape[-1:], strides[-1:]
-        for size, stride in zip(shape, strides, strict=True):
-            position = position.unsqueeze(-1) + torch.arange(size, device=tensor.device) * stride
+        if self.drawn is not None:
+            position = self._drawn_of(
+                torch.arange(self._numel, device=tensor.device).as_strided(self._shape, self._strides)
+            )
+        else:
+            position = torch.full((), self._low, dtype=torch.int64, device=tensor.device)
+            for size, stride in zip(self.view_shape, self._view_strides, strict=True):
+                position = position.unsqueeze(-1) + torch.arange(size, device=tensor.device) * stride
         position = position.reshape(-1)
         address = torch.zeros_like(position)
         for size, mine, theirs in zip(self._shape, self._strides, tensor.stride(), strict=True):

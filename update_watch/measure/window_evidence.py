@@ -58,7 +58,7 @@ class CohortWindow:
     optimizer: tuple[int, int]  # cohorts of one optimizer are measured in steps of one window
     place: slice  # of its rows among those of the sums
     suspect: Callable[[frozenset[int]], None] | None = None  # told the rows whose whole gradients are to be looked at
-    draw_from: Callable[[frozenset[int]], None] | None = None  # told the rows of which nearly all gradients are 0
+    draw_from: Callable[[frozenset[int]], None] | None = None  # told the rows that few elements carry
     firsts: tuple[int, ...] = ()  # rows of `place` at which tensors begin; (): each is one
 
     def sums(self) -> WindowSums:
@@ -67,9 +67,9 @@ class CohortWindow:
         return own if len(self.firsts) in (0, self.place.stop - self.place.start) else own.joined(self.firsts)
 
     def tell(self, own: WindowSums) -> None:
-        """Have whole gradients looked at, and few rows read where they are."""
+        """Have whole gradients looked at, and tensors read where what moves is."""
         firsts = self.firsts or range(self.place.stop - self.place.start)
-        for tell, tensors in ((self.suspect, own.suspects(self.steps)), (self.draw_from, own.sparse(self.steps))):
+        for tell, tensors in ((self.suspect, own.suspects(self.steps)), (self.draw_from, own.uneven(self.steps))):
             if tell is not None:
                 tell(frozenset(firsts[i] for i in tensors))
 

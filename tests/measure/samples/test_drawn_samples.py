@@ -37,7 +37,7 @@ def test_a_drawn_sample_weighs_as_much_less_as_it_is_met_more_often(most: int, m
     counted = valued = touched = 0.0
     turns = 1500
     for _ in range(turns):
-        weights_D = draw(sampler, grad, rng)
+        (weights_D,) = draw([sampler], [grad], 2, rng)
         assert weights_D.shape == (16,) and 0 < weights_D.min() and weights_D.max() <= 2.0 * 1.01
         cells_DB = sampler.view(values).view(16, 16)
         counted += float(weights_D.sum()) / 16
@@ -51,7 +51,7 @@ def test_a_drawn_sample_weighs_as_much_less_as_it_is_met_more_often(most: int, m
 @pytest.mark.parametrize("odd", [0.0, float("nan"), float("inf")])
 def test_of_a_gradient_that_says_nothing_samples_are_drawn_evenly(odd: float) -> None:
     sampler = Sampler(torch.zeros(V, D), 256, 2)
-    weights_D = draw(sampler, torch.full((V, D), odd), random.Random(0))
+    (weights_D,) = draw([sampler], [torch.full((V, D), odd)], 2, random.Random(0))
     assert torch.allclose(weights_D, torch.ones(16)) and sampler.drawn is not None
     assert len(sampler.drawn.unique()) == 16 and int(sampler.drawn.max()) < V * D // 16
 
@@ -59,7 +59,7 @@ def test_of_a_gradient_that_says_nothing_samples_are_drawn_evenly(odd: float) ->
 def test_drawn_samples_are_the_same_elements_in_any_layout_until_the_next_place() -> None:
     values, rng = torch.arange(V * D, dtype=torch.float64).view(V, D), random.Random(0)
     sampler = Sampler(values, 256, 2)
-    draw(sampler, few_rows(), rng)
+    draw([sampler], [few_rows()], 2, rng)
     seen = sampler.view(values)
     assert torch.equal(sampler.view(values.t().contiguous().t()), seen)
     assert float((few_rows().flatten()[seen.flatten().long()] != 0).double().mean()) > 0.2  # of all elements 0.01
@@ -125,9 +125,67 @@ def test_what_is_told_once_is_forgotten_where_gradients_come_everywhere() -> Non
                     p.grad = sampler_rows if window == 0 else torch.randn(V, D).bfloat16()
                 optimizer.step()
             watch.flush()
-            told = [cohort._sparse for cohort in watched.cohorts]
+            told = [cohort._drawn for cohort in watched.cohorts]
             assert all(told) if window == 0 else not any(told)
 
 
 def test_where_the_rule_remembers_nothing_is_drawn() -> None:
     assert not train(0.9, 1e-3)[3]
+
+
+def few_large_rows(step: int) -> Tensor:
+    """A gradient of which few rows hold nearly all, others at each step, and some of them again and again."""
+    drawn = torch.Generator().manual_seed(step)
+    grad = 0.01 * torch.randn(V, D, generator=drawn)
+    rows = torch.cat([torch.arange(8), torch.randint(0, V, (8,), generator=drawn)])
+    grad[rows] += torch.randn(16, D, generator=drawn)
+    return grad.bfloat16()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_of_few_tensors_those_that_few_rows_carry_are_known_at_once(momentum: float) -> None:
+    """Beside an even one, which is drawn from in its first window only."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter((0.05 * torch.randn(V, D)).bfloat16()) for _ in range(2)]
+    lr = 3e-4
+    optimizer = torch.optim.SGD(params, lr=lr, momentum=momentum)
+    few, even = params
+    way = torch.zeros(V, D)
+    with uw.watch([("few", few), ("even", even)], optimizer, window=32, budget=None, samples=64) as watch:
+        ((cohort,),) = (one.cohorts for one in watch._model.watched.values())
+        assert [cohort.rows[i].names for i in cohort._drawn] == [("few",), ("even",)]
+        for window in range(2):
+            dot = want = 0.0
+            for step in range(32):
+                few.grad, even.grad = few_large_rows(32 * window + step), torch.randn(V, D).bfloat16()
+                way = momentum * way + few.grad.float()
+                before, intended = few.detach().double(), -lr * way.double()
+                optimizer.step()
+                dot += float(((few.detach().double() - before) * intended).sum())
+                want += float(intended.square().sum())
+            report = watch.flush()
+            assert report is not None
+            assert [cohort.rows[i].names for i in cohort._drawn] == [("few",)]
+            (tensor,) = (t for t in report.tensors if t.name == "few")
+            assert tensor.efficiency is not None and tensor.efficiency_error is not None and 0.1 < dot / want < 0.999
+            assert abs(tensor.efficiency - dot / want) < min(0.015, 2.5 * tensor.efficiency_error)
+
+
+@pytest.mark.parametrize("moves_first", [False, True])
+def test_a_set_that_is_kept_stays_beside_those_that_are_drawn(moves_first: bool) -> None:
+    values = torch.arange(V * D, dtype=torch.float64).view(V, D)
+    samplers = [Sampler(values, 256, 2, slice(start, start + V * D // 2)) for start in (0, V * D // 2)]
+    shares = (2**31, 2**30) if moves_first else (2**30, 2**31)
+    kept = []
+    for sampler in samplers:
+        sampler.place(shares[0], shares[0])
+        kept.append(sampler.view(values)[0].clone())
+        sampler.place(*shares)
+    weights = draw(samplers, [few_rows(), torch.zeros(V, D)], 1, random.Random(0))
+    assert [len(one) for one in weights] == [8, 8]
+    for sampler, own in zip(samplers, kept, strict=True):
+        sets = sampler.view(values)
+        assert torch.equal(sets[int(moves_first)], own)
+        assert sampler.drawn is not None
+        assert torch.equal(sets[1 - int(moves_first)], values.view(-1, 16)[sampler.drawn])
+        assert torch.equal(sampler.view(values.t().contiguous().t()), sets)

@@ -36,6 +36,7 @@ from update_watch.measure.sums.steps import Steps
 _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
 _NEARLY_ALL = 1 - 1e-9  # of the gradients are 0, though all samples were
 _SPARSE = 0.1  # of the gradients at most are not 0
+_FEW_CELLS = 0.1 / 16  # cells that carry the sum, by the samples, of which a cell has 16 at most
 _GROWN, _GROWN_SAMPLES = 1.5, 4.0  # |intended|^2 from step to step, of tensors read whole and at other positions
 _TAILS = 2.0  # of sums of log-normal numbers two standard errors cover 0.94 to 0.96 so, and 0.88 to 0.92 without
 _WAY_STEPS = 16  # a displacement of fewer measured steps is noise,
@@ -296,11 +297,12 @@ class WindowSums:
         found = (nonzero_n == 0) & is_partly_seen & (steps.measured_n > 0)
         return frozenset(np.flatnonzero(found).tolist())
 
-    def sparse(self, steps: Steps) -> frozenset[int]:
-        """Rows of which all but a few gradients are 0, and some are not: those of an embedding of which steps use few rows."""
-        counted_n, nonzero_n = self.parts_PFn[:, COUNT].sum(0), self.parts_PFn[:, NONZERO].sum(0)
-        found = ~steps.is_whole_n & (nonzero_n < _SPARSE * counted_n) & ((nonzero_n > 0) | (self.touched_n != 0))
-        return frozenset(np.flatnonzero(found).tolist())
+    def uneven(self, steps: Steps) -> frozenset[int]:
+        """Rows of which few elements carry what moves: all but some gradients are 0, or few of the cells hold the sum."""
+        t = self.total_Fn
+        is_sparse = (t[NONZERO] < _SPARSE * t[COUNT]) & ((t[NONZERO] > 0) | (self.touched_n != 0))
+        are_few = (steps.unmeasured_n == 0) & (ratio(t[WANT] ** 2, t[SQUARE]) < _FEW_CELLS * t[COUNT])
+        return frozenset(np.flatnonzero(~steps.is_whole_n & (is_sparse | are_few)).tolist())
 
     def is_untouched(self) -> npt.NDArray[np.bool_]:
         """[n]: every state was 0 and stayed it, so far as it was looked at: no gradient has come yet."""
