@@ -249,15 +249,22 @@ def _ranges(frame: Frame) -> Ranges:
     return Ranges(
         float(np.median(factors)) if len(factors) else np.nan,
         np.nan if room is None else room,
-        frame.skipped_steps / frame.window,
+        frame.skipped_steps / max(1, frame.window),
     )
 
 
 def _series(frame: Frame) -> dict[str, NDArray[np.float32]]:
     numbers = frame.tensors.numbers
     found = {key: numbers[key] for key in SERIES if key in numbers} | {"margin": margin(frame.tensors)}
-    with np.errstate(over="ignore"):  # larger ones are of a damaged file, and are drawn nowhere
-        return {key: values.astype(np.float32) for key, values in found.items()}
+    return {key: _single(values) for key, values in found.items()}
+
+
+def _single(values: Floats) -> NDArray[np.float32]:
+    """In four bytes each; what they do not hold is of a damaged file, and not known."""
+    with np.errstate(over="ignore"):
+        found = values.astype(np.float32)
+    found[np.isinf(found)] = np.nan
+    return found
 
 
 def margin(tensors: Columns) -> Floats:

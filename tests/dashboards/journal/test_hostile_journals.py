@@ -12,7 +12,7 @@ import pytest
 
 from update_watch.cli import main
 from update_watch.dashboards.journal import Journal, JournalError, read_journal
-from update_watch.dashboards.report.history import read_history
+from update_watch.dashboards.report.history import SERIES, read_history
 from update_watch.dashboards.report.html import render_html
 from update_watch.report import Health, Report, TensorReport
 
@@ -69,9 +69,17 @@ def test_a_number_out_of_range_is_not_known(tmp_path: Path, value: float) -> Non
     assert read_history(path).damaged == 0
 
 
-def test_a_number_that_four_bytes_do_not_hold_is_drawn_nowhere_and_warns_of_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [0, -3, 2**61])
+def test_a_window_of_odd_length_is_drawn(tmp_path: Path, steps: int) -> None:
     path = _journal(tmp_path / "run.jsonl")
-    _changed(path, applied_ratio=1e59)
+    _changed(path, window=steps)
+    assert "<!doctype html>" in render_html([read_history(path)]).lower()
+
+
+@pytest.mark.parametrize("field", SERIES)
+def test_a_number_that_four_bytes_do_not_hold_is_drawn_nowhere_and_warns_of_nothing(tmp_path: Path, field: str) -> None:
+    path = _journal(tmp_path / "run.jsonl")
+    _changed(path, **{"lr" if field == "margin" else field: 1e59})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "<!doctype html>" in render_html([read_history(path)]).lower()
