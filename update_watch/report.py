@@ -305,9 +305,12 @@ class Report:
 
 def weighted_mean(pairs: Any) -> float | None:
     """Mean of the known values of `(value, weight)` pairs; None when nothing is known."""
-    known = [(v, w) for v, w in pairs if v is not None and math.isfinite(v)]
-    total = sum(w for _, w in known)
-    return sum(v * w for v, w in known) / total if total else None
+    above = total = 0.0
+    for value, weight in pairs:
+        if value is not None and math.isfinite(value):
+            above += value * weight
+            total += weight
+    return above / total if total else None
 
 
 def _plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ from update_watch.judge.history import check_state
 from update_watch.report import Cause, Health, Level, Report
 from update_watch.thresholds import Thresholds
 from update_watch.wording import above_progress_bars, plural
+from update_watch.worker import rest, unhurried
 
 _VERSION = 2
 _HOUR = 3600.0
@@ -52,13 +53,14 @@ class Alerts:
         now = self._clock()
         self._sent = [t for t in self._sent if now - _HOUR < t <= now]
         found = find(report)
+        rest()
         bad = self._without_old_rest(found.bad)
         # what loses the updates loses the decay too, and has the same cure: one story
         decaying = bad.pop(_DECAY, []) if _WEIGHTS in bad else []
         self._was_well |= found.well
         trained = sum(t.numel for t in report.tensors if t.trainable) or 1
         news: list[tuple[Level, str, str, list[Finding], float]] = []
-        for name in {**self._episodes, **bad}:
+        for name in unhurried({**self._episodes, **bad}):
             members = bad.get(name, [])
             episode = self._episodes.setdefault(name, Episode())
             episode.take_in(members, found.well)

@@ -21,7 +21,7 @@ from update_watch.judge.run_summary import (
     unmeasured,
 )
 from update_watch.report import Cause, Health, Level, Report, TensorReport
-from update_watch.worker import unhurried
+from update_watch.worker import rest, unhurried
 
 NOTHING_TRAINS, NOT_MEASURED = "nothing_trains", "not_measured"  # episodes of the run
 WAS_ROUNDED = "was_rounded"  # FP32 tensors that held nothing but BF16 values
@@ -69,7 +69,13 @@ def find(report: Report) -> Findings:
     bad: dict[str, list[Finding]] = {}
     heard, well = loud(report.tensors), well_accumulators(report.tensors)
     tensors = report.tensors
-    for place in unhurried(sorted(range(len(tensors)), key=lambda place: badness(tensors[place]))):
+    told = []
+    for place, tensor in enumerate(unhurried(tensors)):
+        if tensor.health is Health.healthy and tensor.cause is None and not tensor.was_rounded and place not in heard:
+            well.add(tensor.name)
+        else:
+            told.append(place)
+    for place in unhurried(sorted(told, key=lambda place: badness(tensors[place]))):
         tensor = tensors[place]
         level = _LEVELS.get(tensor.health)
         if level is not None:
@@ -92,12 +98,15 @@ def find(report: Report) -> Findings:
             # the loss of a bad weight drowns what its states and decay lose beside it
             if tensor.health not in _LEVELS or not _is_early(one.cause):
                 _add(bad, Finding(key_of(tensor.name, one.name), tensor, one.name, one.level, one.health, one.cause))
+    rest()
     if is_training_nothing(report.tensors):
         bad.pop(f"{Cause.not_in_optimizer}", None)  # the same, said of the run
         bad[NOTHING_TRAINS] = [
             Finding(t.name, t, "", Level.error, t.health, t.cause) for t in report.tensors if t.trainable
         ]
+    rest()
     _find_unmeasured(report.tensors, bad)
+    rest()
     _find_ahead(report, bad, well)
     _find_divergence(report, bad, well)
     return Findings(bad, well)
