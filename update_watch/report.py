@@ -308,8 +308,7 @@ def weighted_mean(pairs: Any) -> float | None:
     above = total = 0.0
     for value, weight in pairs:
         if value is not None and math.isfinite(value):
-            above += value * weight
-            total += weight
+            above, total = above + value * weight, total + weight
     return above / total if total else None
 
 

@@ -1,6 +1,6 @@
 """What judging one window of many tensors costs: processor time on the background thread, which shares the interpreter.
 
-    python bench/diagnosis.py [--tensors N]
+    python bench/verdicts/judging.py [--tensors N]
 
 Evidence written by chance, each tensor with numbers of its own: weight, two states in BF16, the decay. The best of several
 windows, for runs that are healthy, one third each healthy, stalling and stalled, and wholly stalled.

@@ -216,6 +216,21 @@ class Columns:
         return self._blocks[block].tensor(row - self._starts[block])
 
 
+class View:
+    """One tensor of the columns: attributes as those of its `TensorEvidence`, apart from its numbers and accumulators.
+
+    The first to ask for an attribute has it made for all.
+    """
+
+    __slots__ = ("_columns", "_place")
+
+    def __init__(self, columns: Columns, place: int) -> None:
+        self._columns, self._place = columns, place
+
+    def __getattr__(self, name: str) -> Any:
+        return self._columns.raw(name)[self._place]
+
+
 class Tensors(Sequence[TensorEvidence]):
     """The tensors of a window, each made when it is asked for."""
 

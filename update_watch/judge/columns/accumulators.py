@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import IntEnum, auto
+from typing import Any
 
 import numpy as np
 
 from update_watch.columns.evidence_columns import Columns, Part
-from update_watch.evidence import AccumulatorEvidence, TensorEvidence
+from update_watch.columns.late_fields import quick
+from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
 from update_watch.judge import reasons
 from update_watch.judge.accumulators import (
     AT_REST,
@@ -48,6 +50,15 @@ from update_watch.judge.columns.histories import Histories
 from update_watch.judge.number_formats import SIGNIFICANT_BITS
 from update_watch.report import AccumulatorReport, Cause
 
+_TOLD = ("efficiency", "displacement_efficiency", "wanted_fraction", "lost_fraction")
+_NUMBERS = {  # of a report, and where they are in the evidence
+    "efficiency": "numbers.efficiency",
+    "displacement_efficiency": "numbers.displacement_efficiency",
+    "lost_fraction": "numbers.lost_fraction",
+    "wanted_fraction": "numbers.wanted_fraction",
+    "growth_efficiency": "growth.efficiency",
+    "decay_efficiency": "decay.efficiency",
+}
 _AT_REST = [HEALTH_CODES[health] for health in AT_REST]
 _LOSSES = [CAUSE_CODES[cause] for cause in LOSSES]
 _OF_NAME = {"weight_decay": Cause.decay_rounding, "grad": Cause.accumulation_rounding}
@@ -80,6 +91,7 @@ class Verdicts:
         """`of_weight`: [n] the healths of the window's tensors; `rows`: [n] where they are in the histories."""
         self.name, self.places = name, part.rows
         self._setting, self._values = setting, part.values
+        self._lists: dict[str, list[Any]] = {}
         self._histories, self._rows = histories.of(name), rows[part.rows]
         self.health: Codes = np.full(len(self.places), HEALTHY, np.int8)
         self.cause: Codes = np.full(len(self.places), NONE, np.int8)
@@ -113,6 +125,36 @@ class Verdicts:
             return self.alone[i]
         cause = None if self.cause[i] == NONE else CAUSES[self.cause[i]]
         return report_of(evidence, HEALTHS[self.health[i]], cause, self._text(i, evidence, tensor))
+
+    def report_from_lists(self, i: int, tensor: TensorEvidence) -> AccumulatorReport:
+        """The same, by lists that are made for all at once."""
+        if i in self.alone:
+            return self.alone[i]
+        cause = None if self.cause[i] == NONE else CAUSES[self.cause[i]]
+        text = "" if self._why[i] == _Why.nothing else self._text(i, self._evidence(i), tensor)
+        fields: dict[str, Any] = {
+            "name": self.name,
+            "dtype": self._raw("dtype")[i],
+            "health": HEALTHS[self.health[i]],
+            "cause": cause,
+            "advice": text,
+        }
+        return quick(AccumulatorReport, fields | {name: self._raw(of)[i] for name, of in _NUMBERS.items()})
+
+    def _evidence(self, i: int) -> AccumulatorEvidence:
+        """What a sentence tells of."""
+        numbers, growth, decay = (
+            Numbers(**{name: self._raw(f"{part}.{name}")[i] for name in _TOLD})
+            for part in ("numbers", "growth", "decay")
+        )
+        dtype, rate, reason = (self._raw(name)[i] for name in ("dtype", "rate", "reason"))
+        return AccumulatorEvidence(self.name, dtype, numbers, growth, decay, reason, rate)
+
+    def _raw(self, name: str) -> list[Any]:
+        found = self._lists.get(name)
+        if found is None:
+            found = self._lists[name] = self._values.raw(name)
+        return found
 
     def _text(self, i: int, evidence: AccumulatorEvidence, tensor: TensorEvidence) -> str:
         why = self._why[i]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from update_watch.columns.evidence_columns import Columns
+from update_watch.columns.evidence_columns import Columns, View
 from update_watch.columns.late_fields import made
 from update_watch.evidence import TensorEvidence
 from update_watch.judge import reasons
@@ -43,6 +43,8 @@ _SAME = (
     *("scheme", "low_states", "options"),
 )
 _FIELDS = (*_SAME, *_OF_EVIDENCE, "moved", "since_step", "health", "cause")
+_LATE = ("what_if", "headroom_histogram", "movement_histogram", "movement_places")
+_FEW = 32  # tensors
 _HEALTHS = {code: health for code, health in enumerate(HEALTHS)}
 _CAUSES = {NONE: None, **dict(enumerate(CAUSES))}
 
@@ -61,34 +63,35 @@ class Late:
         self._columns, self._health, self._text, self._first_step = columns, health, text, first_step
         self.parts = parts
         self._parts = {part.name: part for part in parts}
+        self._asked = 0
         self._rows: dict[str, dict[int, int]] = {}  # accumulator -> place in the window -> place in its part
 
     def __call__(self, place: int) -> Mapping[str, Any]:
-        e = self._columns.tensor(place)
-        accumulators = {
-            name: self._parts[name].report(self._row(name, place), accumulator, e)
-            for name, accumulator in e.accumulators.items()
-        }
+        self._asked += 1
+        if self._asked <= _FEW:
+            e = self._columns.tensor(place)
+            accumulators = {
+                name: self._parts[name].report(self._row(name)[place], accumulator, e)
+                for name, accumulator in e.accumulators.items()
+            }
+        else:  # somebody reads all of them: what is made for all at once costs a quarter
+            e = cast(TensorEvidence, View(self._columns, place))
+            rows = [(part, self._row(part.name).get(place)) for part in self.parts]
+            accumulators = {part.name: part.report_from_lists(row, e) for part, row in rows if row is not None}
         text = self._text(place, e)
         if HEALTHS[self._health[place]] is Health.healthy and not text:
             if e.was_rounded:
                 text = reasons.was_rounded(self._first_step)
             else:
                 text = next((a.advice for a in accumulators.values() if alert_level(a.health, a.cause) is not None), "")
-        return {
-            "advice": text,
-            "accumulators": accumulators,
-            "what_if": e.what_if,
-            "headroom_histogram": e.headroom_histogram,
-            "movement_histogram": e.movement_histogram,
-            "movement_places": e.movement_places,
-        }
+        return {"advice": text, "accumulators": accumulators, **{name: getattr(e, name) for name in _LATE}}
 
-    def _row(self, name: str, place: int) -> int:
+    def _row(self, name: str) -> dict[int, int]:
+        """Place in the window -> place in the part of this name."""
         rows = self._rows.get(name)
         if rows is None:
             rows = self._rows[name] = {place: i for i, place in enumerate(self._parts[name].places.tolist())}
-        return rows[place]
+        return rows
 
 
 class Judged(tuple[TensorReport, ...]):

@@ -139,6 +139,11 @@ class MeasuredBlock:
         column = self._columns.get(name)
         if column is not None:
             return values_of(column)
+        if name in _HISTOGRAMS:
+            shares_nB = self._histograms[name].tolist()
+            return [None if shares[0] != shares[0] else tuple(shares) for shares in shares_nB]
+        if name == "what_if":
+            return [None if value is None else {"bfloat16": value} for value in values_of(self._what_if)]
         return self._given[name] if name in self._given else [_default(name)] * self._count
 
     def column(self, name: str) -> Array:
