@@ -117,14 +117,6 @@ def _why_not_idle(e: TensorEvidence, history: TensorHistory, looks: int, limits:
     return reasons.not_always_looked_at(looks, e.gradient_blind)
 
 
-def usual_gradient(window: WindowEvidence) -> float | None:
-    """The median rms of the gradients of a window's tensors, of those that have any."""
-    sizes = sorted(
-        size for t in window.tensors if t.trainable and (size := known(t.gradient_rms)) is not None and size > 0
-    )
-    return sizes[len(sizes) // 2] if sizes else None
-
-
 def negligible(e: TensorEvidence, usual: float | None) -> Verdict | None:
     """A gradient at the level of round-off, of which the rule makes far less than of a real one: no signal.
 

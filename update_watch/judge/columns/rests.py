@@ -131,7 +131,7 @@ def has_state_factor(columns: Columns, limits: Thresholds) -> Mask:
 
 
 def usual_gradient(columns: Columns) -> float | None:
-    """As `no_signal.usual_gradient`."""
+    """The median rms of the gradients of a window's tensors, of those that have any."""
     size = known(columns.column("gradient_rms"))
     sizes = np.sort(size[(size > 0) & (columns.column("trainable") != 0)])
     return float(sizes[len(sizes) // 2]) if len(sizes) else None
