@@ -103,6 +103,8 @@ def test_what_comes_into_the_model_and_into_no_optimizer_is_told(
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
     with uw.watch(net, optimizer, window=16, sinks=[lambda r: titles.extend(a.title for a in r.alerts)]) as watch:
         for i, x in enumerate(batches(64)):
+            if i == 40 and change is taken_apart and not is_held:  # and once more
+                net.leave.weight = nn.Parameter(torch.zeros(48, 64))
             if i == 24:
                 known = set(net.parameters())
                 change(net)

@@ -152,7 +152,7 @@ class Belonging:
             for name, new in self.named.pairs:
                 if id(new) in known or id(new) in stepped:
                     continue
-                if name in before and id(before[name]) in stepped:
+                if name in before and (id(before[name]) in stepped or id(before[name]) in self._notes):
                     note = f"it was replaced after step {step:,}, and the optimizer still steps the old one"
                 else:
                     note = f"it came into the model after step {step:,}"
