@@ -121,7 +121,7 @@ class Cohort:
         """Start a new one."""
         n = len(self.rows)
         self.gathers.open_window()
-        if self._drawn and self.gathers.keeps and self.steps:
+        if self._drawn and self.steps:
             tensors = zip(self.firsts, [*self.firsts[1:], n], strict=True)
             large = {i: self._large_n[i:stop].mean() / self.steps for i, stop in tensors}
             self._drawn = tuple(i for i in self._drawn if large[i] >= _ENOUGH_LARGE)
@@ -141,29 +141,25 @@ class Cohort:
         """From now on read these tensors, given by their first rows, where gradients and states are large: few elements carry
         what moves. May be called from another thread.
 
-        Of what keeps a set of samples all are, at first, and stay so for as long as many of the draws are of large cells. In
-        turns only under rules that remember nothing: there the steps that are missed say more than the elements.
+        They stay so for as long as many of the draws are of large cells. Of what keeps a set of samples all are, at first.
         """
-        rows, keeps = self.rows, self.gathers.keeps
         able = {
             i
             for i in tensors
-            if not rows[i].is_whole
-            and rows[i].rule.kind is Kind.elementwise
-            and rows[i].scheme.name == "plain"
+            if not self.rows[i].is_whole
+            and self.rows[i].rule.kind is Kind.elementwise
+            and self.rows[i].scheme.name == "plain"
             and self.device.type == "cpu"
-            and (keeps or not rows[i].rule.element_states)
         }
-        self._drawn = tuple(sorted(able | {*(self._drawn if keeps else ())}))
+        self._drawn = tuple(sorted(able | {*self._drawn}))
 
     def _draw(
         self, live: Sequence[bool], grads: Sequence[Tensor | None], states: Sequence[Mapping[str, Any]]
     ) -> dict[int, Tensor]:
         """Weights of the rows that are read so in this step, see `Gathers.draw`."""
         drawn = self.gathers.draw([i for i in self._drawn if live[i]], grads, states)
-        if self.gathers.keeps:
-            for i in drawn:
-                self._large_n[i] += float(drawn[i].lt(_LIGHT).float().mean())
+        for i in drawn:
+            self._large_n[i] += float(drawn[i].lt(_LIGHT).float().mean())
         return drawn
 
     def problem(self, row: Row) -> str:

@@ -301,7 +301,7 @@ class WindowSums:
         """Rows of which few elements carry what moves: all but some gradients are 0, or few of the cells hold the sum."""
         t = self.total_Fn
         is_sparse = (t[NONZERO] < _SPARSE * t[COUNT]) & ((t[NONZERO] > 0) | (self.touched_n != 0))
-        are_few = (steps.unmeasured_n == 0) & (ratio(t[WANT] ** 2, t[SQUARE]) < _FEW_CELLS * t[COUNT])
+        are_few = ratio(t[WANT] ** 2, t[SQUARE]) < _FEW_CELLS * t[COUNT]
         return frozenset(np.flatnonzero(~steps.is_whole_n & (is_sparse | are_few)).tolist())
 
     def is_untouched(self) -> npt.NDArray[np.bool_]:
