@@ -19,6 +19,7 @@ DEFAULT = signal.SIG_DFL
 
 @pytest.fixture(autouse=True)
 def default_handler() -> Iterator[None]:
+    uw.close_all()  # what other tests left open keeps the handler
     before = signal.signal(signal.SIGTERM, DEFAULT)
     yield
     signal.signal(signal.SIGTERM, before)
