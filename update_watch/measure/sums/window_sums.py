@@ -37,6 +37,7 @@ _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of 
 _NEARLY_ALL = 1 - 1e-9  # of the gradients are 0, though all samples were
 _SPARSE = 0.1  # of the gradients at most are not 0
 _FEW_CELLS = 0.1 / 16  # cells that carry the sum, by the samples, of which a cell has 16 at most
+_TOLD_BY = 2048  # samples: of few cells a few carry the sum by chance
 _GROWN, _GROWN_SAMPLES = 1.5, 4.0  # |intended|^2 from step to step, of tensors read whole and at other positions
 _TAILS = 2.0  # of sums of log-normal numbers two standard errors cover 0.94 to 0.96 so, and 0.88 to 0.92 without
 _WAY_STEPS = 16  # a displacement of fewer measured steps is noise,
@@ -301,7 +302,7 @@ class WindowSums:
         """Rows of which few elements carry what moves: all but some gradients are 0, or few of the cells hold the sum."""
         t = self.total_Fn
         is_sparse = (t[NONZERO] < _SPARSE * t[COUNT]) & ((t[NONZERO] > 0) | (self.touched_n != 0))
-        are_few = ratio(t[WANT] ** 2, t[SQUARE]) < _FEW_CELLS * t[COUNT]
+        are_few = (ratio(t[WANT] ** 2, t[SQUARE]) < _FEW_CELLS * t[COUNT]) & (t[COUNT] >= _TOLD_BY)
         return frozenset(np.flatnonzero(~steps.is_whole_n & (is_sparse | are_few)).tolist())
 
     def is_untouched(self) -> npt.NDArray[np.bool_]:
