@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -19,7 +20,8 @@ DEFAULT = signal.SIG_DFL
 
 @pytest.fixture(autouse=True)
 def default_handler() -> Iterator[None]:
-    uw.close_all()  # what other tests left open keeps the handler
+    uw.close_all()  # what other tests left open keeps the handler,
+    gc.collect()  # and so does what they interrupted while it was closed
     before = signal.signal(signal.SIGTERM, DEFAULT)
     yield
     signal.signal(signal.SIGTERM, before)

@@ -248,8 +248,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         except Exception as error:  # a kernel of somebody's has failed; training meets that error itself
             self._fail(error)
         if self._judge.wait(timeout):
-            left = None if timeout is None else max(timeout - (time.monotonic() - started), 0.0)
-            self._post.wait(left)
+            self._post.wait(None if timeout is None else max(timeout - (time.monotonic() - started), 0.0))
 
     def close(self, timeout: float = 5.0) -> None:
         """Report the window that is open, detach everything, stop the threads. May be called again."""
@@ -262,14 +261,15 @@ class Watch(run_journal.Shown, memory.Remembering):
             if self._windows or self._model.window_steps or self._silence.flush():
                 self.flush(timeout)
         finally:
-            self.detach()
+            endings.remove(self)  # first: an interrupt may end what follows
+            with closing.alone(self._tap.lock, timeout):
+                self.detach()
             if self._judge.wait(0.0):  # else the group goes when the process ends
                 self._ranks.close()
                 self._post.stop(None)
-            else:
-                self._judge.put(lambda: self._post.stop(None))  # behind the report that is still to come
+            else:  # behind the report that is still to come
+                self._judge.put(lambda: self._post.stop(None))
             self._judge.stop()
-            endings.remove(self)
 
     @property
     def is_measuring(self) -> bool:

@@ -26,6 +26,7 @@ from tests.support.watch_nets import Net, train
 from update_watch import endings
 from update_watch.dashboards.journal import Journal, read_journal
 from update_watch.judge.alerts import Alerts
+from update_watch.measure.watched_model import WatchedModel
 from update_watch.report import Health, Report, TensorReport
 from update_watch.worker import Worker
 
@@ -330,6 +331,27 @@ def test_closing_from_another_thread_in_mid_training_loses_no_window_and_says_no
         assert all(map(torch.equal, weights(model), expected))
         assert [r.step for r in seen][:-1] == [8 * (n + 1) for n in range(len(seen) - 1)]
         assert sum(r.window for r in seen) == (seen[-1].step if seen else 0)
+
+
+def test_closing_from_another_thread_waits_for_the_hook_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, is_inside, before = Net(torch.bfloat16), threading.Event(), WatchedModel.before
+
+    def slow(self: WatchedModel, *args: Any) -> Any:
+        for _ in self.watched.values():
+            is_inside.set()
+            time.sleep(0.2)
+        return before(self, *args)
+
+    monkeypatch.setattr(WatchedModel, "before", slow)
+    optimizer = adamw(model)
+    watch = uw.watch(model, optimizer, window=8, budget=None)
+    # a window that is being closed waits as well
+    monkeypatch.setattr(watch, "flush", lambda timeout: None)
+    closing = threading.Thread(target=lambda: (is_inside.wait(10), watch.close()))
+    closing.start()
+    train(model, optimizer, 1)
+    closing.join(20)
+    assert watch._tap.error is None and not watch._model.watched
 
 
 def test_of_two_errors_the_first_is_told_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
