@@ -150,6 +150,7 @@ class Cohort:
             and self.rows[i].rule.kind is Kind.elementwise
             and self.rows[i].scheme.name == "plain"
             and self.device.type == "cpu"
+            and self.gathers.reads_any_cell
         }
         self._drawn = tuple(sorted(able | {*self._drawn}))
 

@@ -51,6 +51,7 @@ class Gathers:
     """Reads rows of one optimizer on one device. `slots`: state -> its place among the accumulators."""
 
     _reads_lower_first = True  # of two sets the one of the lower share
+    reads_any_cell = True  # and stretches of a tensor
 
     def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, common: Common) -> None:
         """`common`: of these rows, and of those whose samples will lie beside theirs."""

@@ -17,6 +17,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import update_watch as uw
 from update_watch.measure import device_rows, transfer
+from update_watch.measure.cohort import Cohort
 from update_watch.measure.device import kernel_gathers, multi_gather
 from update_watch.measure.device.kernel_gathers import KernelGathers
 from update_watch.measure.gathers import Common, Gathers
@@ -26,6 +27,13 @@ from update_watch.measure.sums import kernel_sums
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter is numpy
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel reads neither stretches of a tensor nor cells drawn by size, which torch's views do on a CPU."""
+    monkeypatch.setattr(device_rows, "_MOST_ROWS", 0)
+    monkeypatch.setattr(Cohort, "draw_from", lambda *_: None)
 
 
 @pytest.fixture

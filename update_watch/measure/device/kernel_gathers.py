@@ -52,6 +52,7 @@ class KernelGathers(Gathers):
     """Reads rows of one optimizer on one device by one launch for all of them, in FP32."""
 
     _reads_lower_first = False  # but the kept one
+    reads_any_cell = False
 
     def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, common: Common) -> None:
         self._shares = (0, 0)
