@@ -21,8 +21,9 @@ from torch import Tensor
 from update_watch import formats
 from update_watch.checkpoints.files import CheckpointError, read_optimizer, read_tensors
 from update_watch.checkpoints.header import IntArray
-from update_watch.checkpoints.rows import Floats, Rows, batches, number_at
+from update_watch.checkpoints.rows import Floats, batches, number_at
 from update_watch.checkpoints.stored import StoredTensors
+from update_watch.columns.late_rows import LateRows
 from update_watch.wording import end_of, fixed, listed, number, plural, printable
 
 _SAMPLES = 2**14
@@ -44,7 +45,7 @@ class AtRate:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class AtRates(Rows[AtRate]):
+class AtRates(LateRows[AtRate]):
     """Those of n tensors, worst first: the fields of `AtRate` as arrays (n,), NaN for None."""
 
     names: Sequence[str]

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from update_watch.checkpoints.header import IntArray
-from update_watch.checkpoints.rows import Floats, Rows, number_at
+from update_watch.checkpoints.rows import Floats, number_at
+from update_watch.columns.late_rows import LateRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ _NUMBERS = ("identical", "change", "relative_change", "constant")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TensorDiffs(Rows[TensorDiff]):
+class TensorDiffs(LateRows[TensorDiff]):
     """Those of n tensors: the fields of `TensorDiff` as arrays (n,). NaN stands for None."""
 
     names: Sequence[str]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, overload
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from update_watch.columns.late_rows import LateRows
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence
 from update_watch.worker import rest
 
@@ -231,7 +232,7 @@ class View:
         return self._columns.raw(name)[self._place]
 
 
-class Tensors(Sequence[TensorEvidence]):
+class Tensors(LateRows[TensorEvidence]):
     """The tensors of a window, each made when it is asked for."""
 
     def __init__(self, columns: Columns) -> None:
@@ -240,18 +241,8 @@ class Tensors(Sequence[TensorEvidence]):
     def __len__(self) -> int:
         return len(self.columns)
 
-    @overload
-    def __getitem__(self, index: int) -> TensorEvidence: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[TensorEvidence, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> TensorEvidence | tuple[TensorEvidence, ...]:
-        places = range(len(self))[index]
-        return tuple(map(self.columns.tensor, places)) if isinstance(places, range) else self.columns.tensor(places)
-
-    def __iter__(self) -> Iterator[TensorEvidence]:
-        return map(self.columns.tensor, range(len(self)))
+    def row(self, at: int) -> TensorEvidence:
+        return self.columns.tensor(at)
 
 
 def columns_of(tensors: Sequence[TensorEvidence]) -> Columns:

@@ -149,7 +149,6 @@ class Cohort:
             if not self.rows[i].is_whole
             and self.rows[i].rule.kind is Kind.elementwise
             and self.rows[i].scheme.name == "plain"
-            and self.device.type == "cpu"
             and self.gathers.reads_any_cell
         }
         self._drawn = tuple(sorted(able | {*self._drawn}))

@@ -51,7 +51,6 @@ class Gathers:
     """Reads rows of one optimizer on one device. `slots`: state -> its place among the accumulators."""
 
     _reads_lower_first = True  # of two sets the one of the lower share
-    reads_any_cell = True  # and stretches of a tensor
 
     def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, common: Common) -> None:
         """`common`: of these rows, and of those whose samples will lie beside theirs."""
@@ -85,6 +84,11 @@ class Gathers:
         self._padding = mask(self.samplers, self.device)
         self._mask: Tensor | None = self._padding
         self._masked: tuple[bool, ...] = (True,) * len(rows)
+
+    @property
+    def reads_any_cell(self) -> bool:
+        """Whether cells may be drawn by size."""
+        return self.device.type == "cpu"
 
     @property
     def keeps(self) -> bool:

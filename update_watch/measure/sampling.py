@@ -91,7 +91,6 @@ class Sampler:
     __slots__ = (
         "_first",
         "_gap",
-        "_kept",
         "_low",
         "_moves_first",
         "_numel",
@@ -122,7 +121,7 @@ class Sampler:
         self._gap = 0  # from there to the second
         self.positions: Positions | None = None
         self.drawn: Tensor | None = None
-        self._kept, self._moves_first = self._first, False  # of the set that was placed first
+        self._moves_first = False  # the set that was placed first lies behind the other
         self.view_shape: tuple[int, ...] = (length,)
         self._view_strides: tuple[int, ...] = (1,)
         if not self.is_whole:
@@ -149,7 +148,6 @@ class Sampler:
             low, high = self.positions.offset(min(shares)), self.positions.offset(max(shares))
             block = self.positions.block
             self._low, self._gap = self._first + block * low, block * (high - low)
-            self._kept = self._first + block * self.positions.offset(shares[0])
             self._moves_first = shares[-1] < shares[0]
             self._view_strides = (self._gap, *self._view_strides[1:])
 
@@ -177,7 +175,8 @@ class Sampler:
         if len(moving) == self.sets:
             return moving
         shape = (1, *self.view_shape[1:])
-        kept = tensor.as_strided(shape, self._view_strides, tensor.storage_offset() + self._kept)
+        first = self._low + (self._gap if self._moves_first else 0)
+        kept = tensor.as_strided(shape, self._view_strides, tensor.storage_offset() + first)
         return torch.cat([moving, kept] if self._moves_first else [kept, moving])
 
     def shares_layout(self, tensor: Tensor) -> bool:

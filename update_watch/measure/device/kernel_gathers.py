@@ -52,7 +52,6 @@ class KernelGathers(Gathers):
     """Reads rows of one optimizer on one device by one launch for all of them, in FP32."""
 
     _reads_lower_first = False  # but the kept one
-    reads_any_cell = False
 
     def __init__(self, optimizer: Optimizer, rows: list[Row], samples: int, rng: random.Random, common: Common) -> None:
         self._shares = (0, 0)
@@ -66,6 +65,11 @@ class KernelGathers(Gathers):
             self.device,
             self._read,
         )
+
+    @property
+    def reads_any_cell(self) -> bool:
+        """Where the samples lie is arithmetic of the kernel's."""
+        return False
 
     def agrees(self) -> bool:
         """Whether both ways read the same weights. Waits for the device: not for a step."""
