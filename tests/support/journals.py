@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from update_watch.dashboards.frame import Frame
 from update_watch.dashboards.journal import Journal, read_journal
 from update_watch.report import Health, Report, TensorReport
 
@@ -45,3 +48,19 @@ def is_close(a: Any, b: Any, path: str = "") -> bool:
         tolerance = 2e-4 if "headroom" in path else 6e-4 * abs(a)
         return b is not None and abs(a - b) <= tolerance
     return bool(a == b)
+
+
+def assert_same_tensors(found: Frame, wanted: Frame, rtol: float = 0.0) -> None:
+    """Verdicts, sentences, histograms alike, and numbers but for so much of themselves."""
+    for key in ("headroom", "movement", "places"):
+        np.testing.assert_array_equal(getattr(found, key), getattr(wanted, key))
+    assert found.accumulators.keys() == wanted.accumulators.keys()
+    for ours, theirs in [
+        (found.tensors, wanted.tensors),
+        *((found.accumulators[name], columns) for name, columns in wanted.accumulators.items()),
+    ]:
+        np.testing.assert_array_equal(ours.health, theirs.health)
+        np.testing.assert_array_equal(ours.cause, theirs.cause)
+        assert (dict(ours.advice), ours.dtype) == (dict(theirs.advice), theirs.dtype)
+        for name, values in theirs.numbers.items():
+            np.testing.assert_allclose(ours.numbers[name], values, rtol=rtol)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bench.dashboards.million import laid_over, names_of
-from tests.support.journals import is_close, write
+from tests.support.journals import assert_same_tensors, is_close, write
 from tests.support.run_samples import fully_filled_report, synthetic_run
 from update_watch.dashboards.frame import Frame, frame_of
 from update_watch.dashboards.journal import JournalReader, packing, read_journal, scanning
@@ -46,17 +46,7 @@ def test_a_packed_window_says_what_a_window_of_lists_says(monkeypatch: pytest.Mo
     monkeypatch.setattr(packing, "PACKED_FROM", sys.maxsize)
     listed, text = _read(frame)
     assert len(raw) < len(text) and found.table == listed.table == frame.table
-    for key in ("headroom", "movement", "places"):
-        np.testing.assert_array_equal(getattr(found, key), getattr(listed, key))
-    for ours, theirs in [
-        (found.tensors, listed.tensors),
-        *((found.accumulators[n], c) for n, c in listed.accumulators.items()),
-    ]:
-        np.testing.assert_array_equal(ours.health, theirs.health)
-        np.testing.assert_array_equal(ours.cause, theirs.cause)
-        assert (dict(ours.advice), ours.dtype) == (dict(theirs.advice), theirs.dtype)
-        for name, values in theirs.numbers.items():
-            np.testing.assert_allclose(ours.numbers[name], values, rtol=6e-4)
+    assert_same_tensors(found, listed, rtol=6e-4)
     for name, values in listed.what_if.items():
         np.testing.assert_allclose(found.what_if[name], values, rtol=6e-4)
 

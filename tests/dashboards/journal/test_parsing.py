@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bench.dashboards.million import laid_over, names_of
+from tests.support.journals import assert_same_tensors
 from tests.support.run_samples import synthetic_run
 from update_watch.dashboards.frame import Frame, frame_of
 from update_watch.dashboards.journal import parsing
@@ -117,14 +118,4 @@ def test_a_window_read_so_says_what_one_says_that_is_not(monkeypatch: pytest.Mon
     found = read()
     monkeypatch.setattr(parsing, "_LONG_LINE", len(raw) + 1)
     wanted = read()
-    for key in ("headroom", "movement", "places"):
-        np.testing.assert_array_equal(getattr(found, key), getattr(wanted, key))
-    for ours, theirs in [
-        (found.tensors, wanted.tensors),
-        *zip(found.accumulators.values(), wanted.accumulators.values(), strict=True),
-    ]:
-        np.testing.assert_array_equal(ours.health, theirs.health)
-        np.testing.assert_array_equal(ours.cause, theirs.cause)
-        assert dict(ours.advice) == dict(theirs.advice)
-        for name, values in theirs.numbers.items():
-            np.testing.assert_array_equal(ours.numbers[name], values)
+    assert_same_tensors(found, wanted)
