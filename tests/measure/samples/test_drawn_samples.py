@@ -194,3 +194,19 @@ def test_a_set_that_is_kept_stays_beside_those_that_are_drawn(moves_first: bool)
         assert sampler.drawn is not None
         assert torch.equal(sets[1 - int(moves_first)], values.view(-1, 16)[sampler.drawn])
         assert torch.equal(sampler.view(values.t().contiguous().t()), sets)
+
+
+@pytest.mark.parametrize(("window", "are_told"), [(8, False), (256, True)])
+def test_a_few_cells_do_not_tell_that_few_carry_a_tensor(window: int, are_told: bool) -> None:
+    """In windows of eight steps each tensor is measured in one of them."""
+    drawn = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(64, 64, generator=drawn).bfloat16()) for _ in range(18)]
+    optimizer = torch.optim.SGD(params, lr=1e-2)
+    with uw.watch([(f"p{i}", p) for i, p in enumerate(params)], optimizer, window=window, budget=None) as watch:
+        for _ in range(window):
+            for p in params:
+                sizes = torch.randn(64, 4, 1, generator=drawn).mul(3.0).exp().expand(64, 4, 16).reshape(64, 64)
+                p.grad = (torch.randn(64, 64, generator=drawn) * sizes * 1e-3).bfloat16()
+            optimizer.step()
+        watch.flush()
+        assert any(cohort._drawn for one in watch._model.watched.values() for cohort in one.cohorts) == are_told
