@@ -17,9 +17,10 @@ MOST = 20_000  # tensors, from which on the table would take longer than the res
 
 class CaseRow(NamedTuple):
     title: str
-    arrives: str  # "94%"
+    arrives: str  # "94%"; "about 94%" where some of it is in doubt
     between: str  # "91% to 99%", where it is not certain
-    losing: str  # "3 of 12"
+    losing: str  # "3 of 12", "3 to 5 of 12"
+    doubt: str  # "5 of 12", of which the efficiency is in doubt
     cost: str  # "+1.3 MB"
 
 
@@ -37,15 +38,21 @@ def _row(case: Case, numel: Mapping[str, int]) -> CaseRow:
         mean = weighted_mean((min(max(value, 0.0), 1.0), numel[name]) for name, value in values.items())
         return share_words(mean or 0.0)
 
-    low, high = (
-        of_run({name: case.ranges.get(name, (value, value))[side] for name, value in case.tensors.items()})
-        for side in (0, 1)
+    ends = [
+        {name: case.ranges.get(name, (value, value))[side] for name, value in case.tensors.items()} for side in (0, 1)
+    ]
+    low, high = map(of_run, ends)
+    # of tensors that are sure what is said, of the others either end of their range
+    doubt = set(case.in_doubt)
+    most, fewest = (
+        sum((end[name] if name in doubt else value) < LOSES for name, value in case.tensors.items()) for end in ends
     )
-    losing = sum(efficiency < LOSES for efficiency in case.tensors.values())
+    count = f"{len(case.tensors):,}"
     return CaseRow(
         f"{case.title[:1].upper()}{case.title[1:]}",
-        of_run(case.tensors),
+        f"{'about ' if doubt else ''}{of_run(case.tensors)}",
         f"{low} to {high}" if case.ranges and low != high else "",
-        f"{losing:,} of {len(case.tensors):,}",
+        f"{fewest:,} to {most:,} of {count}" if fewest != most else f"{most:,} of {count}",
+        f"{len(doubt):,} of {count}" if doubt else "",
         f"+{size(case.bytes)}",
     )

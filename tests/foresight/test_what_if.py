@@ -69,8 +69,8 @@ def test_each_cure_gives_what_elements_rounded_so_get(size: float) -> None:
     for name, truth in {
         "masters": efficiency(weights, updates, torch.float32),
         "float16": efficiency(weights, updates, torch.float16),
-        # an eighth of an octave less for each that the rate is higher
-        "floor": efficiency(weights, 4**0.875 * updates, torch.bfloat16),
+        # some of what the rate gives is taken by gradients that agree less
+        "floor": efficiency(weights, 4**0.85 * updates, torch.bfloat16),
     }.items():
         assert found[name].tensors["w"] == pytest.approx(truth, abs=0.05)
     assert found["stochastic_rounding"].tensors["w"] == 1.0
@@ -110,18 +110,11 @@ def test_what_one_window_cannot_tell_has_ranges() -> None:
         low, high = case.ranges["w"]
         assert low <= min(case.tensors["w"], 1.0) <= high
         assert (case.low, case.high) == pytest.approx((low, high))
+        assert case.in_doubt == ("w",)
+    sure = dataclasses.replace(found["floor"], tensors={"w": 0.5}, ranges={"w": (0.46, 0.54)})
+    assert sure.in_doubt == () and dataclasses.replace(sure, ranges={"w": (0.46, 0.56)}).in_doubt == ("w",)
     # updates of half the size and more, since a raised rate may make them smaller beside it
     assert found["floor"].ranges["w"][0] < efficiency(weights, 3 * updates, torch.bfloat16)
-    # of one size whatever gradients do: Lion's
-    sizes = {
-        "movement_places": (0.0, 0.0, 1.0, 0.0),
-        "update_ratio": 2**-9.4,
-        "weight_rms": 1.0,
-        "wanted_fraction": 1.0,
-    }
-    alike = measured("alike", weights, 3e-4 * updates.sign(), **sizes)
-    assert isinstance(alike.places, float)
-    assert by_name(report(alike).what_if(floor=4 * LR))["floor"].tensors["alike"] == alike.efficiency_at(4 * LR)
     low, high = found["beta2"].ranges["w"]
     assert low < efficiency(weights, updates, torch.bfloat16) < efficiency(weights, 2 * updates, torch.bfloat16) < high
     assert found["beta2"].title == "a beta2 of at most 0.9961"

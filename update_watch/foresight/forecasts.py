@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+SURE = 0.05  # efficiency, by which the truth may be off what is said without doubt
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorForecast:
@@ -54,6 +56,18 @@ class Case:
     ranges: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     low: float | None = None  # the same of the run
     high: float | None = None
+
+    @property
+    def in_doubt(self) -> tuple[str, ...]:
+        """Tensors of which the efficiency may be more than 0.05 off what is said: they lie somewhere in their range."""
+        return tuple(
+            name
+            for name, (low, high) in self.ranges.items()
+            if max(self._said(name) - low, high - self._said(name)) > SURE
+        )
+
+    def _said(self, name: str) -> float:
+        return min(max(self.tensors[name], 0.0), 1.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ FP32 24, and a BF16 weight with a BF16 remainder at least 17. Rounding at random
 as it is and change the size of the updates: by the state factor, as another learning rate would.
 
 What also changes the gradients or the states from then on (another rate, another format, another beta2) cannot be had from one
-window: there the result has ranges, as wide as nine of ten tensors need that were really trained so (bench/what_if.py).
+window as a whole: there the result has ranges, as wide as nine of ten tensors need that were really trained so (bench/what_if.py).
+Where a range is wider than 0.05 to a side, the tensor is in doubt (`Case.in_doubt`). A raised rate: `raised_rate`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 from update_watch.cures import TITLES, Cure, extra_bytes
 from update_watch.foresight.forecasts import Case
+from update_watch.foresight.raised_rate import Raised, raised
 from update_watch.foresight.rounding_curve import efficiency_of
 from update_watch.report import HEADROOM_LOW, Health, Report, TensorReport, weighted_mean
 from update_watch.wording import number
 from update_watch.worker import unhurried
 
 BITS = {"bfloat16": 8, "float16": 11}  # significant ones; formats that hold all there is to hold are left as they are
-# octaves by which updates may be smaller or larger than foretold; of a rate, for each octave that it is raised by
-_OF_FP16, _OF_RATE, _OF_BETA2 = (-0.5, 0.5), (-0.4, 0.15), (-0.25, 1.25)
+# octaves by which updates may be smaller or larger than foretold; where a beta2 changes, its bias correction does, by up to one
+_OF_FP16, _OF_BETA2 = (-0.25, 0.25), (0.0, 1.0)
 _USUAL_BETA2 = 0.5
-# octaves by which updates are smaller than the rate alone makes them, for each octave that it is higher: gradients in a row agree less
-_LESS_ALIKE = 0.125
 _CURVE = 0.03  # error of the curves themselves, in efficiency
 _TRIED = 12  # sizes between the smallest and the largest
 _FOLLOWS = 0.1  # off 1, up to which a state factor is that of a state that follows
@@ -75,8 +75,8 @@ def cases(report: Report, floor: float | None = None) -> tuple[Case, ...]:
     if floor is not None:
         least = floor
         title = f"a learning rate of at least {number(least)}"
-        case = _case("floor", title, known, lambda t: _at_least(t, least), 0)
-        found.append(_with_ranges(case, known, lambda t: _floor_range(t, least)))
+        case = _case("floor", title, known, lambda t: _at_least(t, least, report.window), 0)
+        found.append(_with_ranges(case, known, lambda t: _floor_range(t, least, report.window)))
     return tuple(found)
 
 
@@ -123,11 +123,16 @@ def _fp16_range(t: TensorReport) -> _Range | None:
     return _between(t, BITS["float16"] - BITS["bfloat16"], *_OF_FP16)
 
 
-def _floor_range(t: TensorReport, floor: float) -> _Range | None:
+def _floor_range(t: TensorReport, floor: float, window: int) -> _Range | None:
+    found = _raised_to(t, floor, window)
+    return found and (found.low, found.high)
+
+
+def _raised_to(t: TensorReport, floor: float, window: int) -> Raised | None:
+    """What arrives where the floor is above its rate; None where it is not, or that is not known."""
     if t.dtype not in BITS or t.keeps_all or not t.lr or t.lr >= floor:
         return None
-    raised = math.log2(floor / t.lr)
-    return _between(t, raised, *(raised * part for part in _OF_RATE))
+    return raised(t, math.log2(floor / t.lr), window)
 
 
 def _has_beta2(t: TensorReport) -> bool:
@@ -187,14 +192,11 @@ def _at_random(t: TensorReport) -> float | None:
     return 1.0 if t.dtype in BITS else t.efficiency
 
 
-def _at_least(t: TensorReport, floor: float) -> float | None:
-    """Raised by so many octaves, less what gradients in a row then agree less; the sign of a gradient is of one size whatever they do."""
+def _at_least(t: TensorReport, floor: float, window: int) -> float | None:
     if t.lr is None or t.lr >= floor:
         return t.efficiency
-    if t.movement_histogram is None or not t.movement_lr or not t.lr or t.keeps_all or isinstance(t.places, float):
-        return t.efficiency_at(floor)
-    octaves = (1 - _LESS_ALIKE) * math.log2(floor / t.lr)
-    return efficiency_of(t.movement_histogram, HEADROOM_LOW + octaves + _octaves(t), t.places)
+    found = _raised_to(t, floor, window)
+    return t.efficiency_at(floor) if found is None else found.efficiency
 
 
 def _low_states(t: TensorReport) -> int:
@@ -209,7 +211,8 @@ def _is_beside(name: str) -> bool:
 
 
 def _with_fp32_states(t: TensorReport) -> float | None:
-    """Updates are `state_factor` of what FP32 states would give."""
-    if not t.state_factor or t.state_factor < 0 or not t.lr:
+    """Updates are `state_factor` of what FP32 states would give: by so much the curve changes."""
+    if not t.state_factor or t.state_factor < 0 or not t.lr or t.efficiency is None:
         return t.efficiency
-    return t.efficiency_at(t.lr / t.state_factor)
+    now, then = t.efficiency_at(t.lr), t.efficiency_at(t.lr / t.state_factor)
+    return None if now is None or then is None else max(t.efficiency + then - now, 0.0)

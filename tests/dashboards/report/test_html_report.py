@@ -295,10 +295,17 @@ def test_the_page_says_what_each_change_would_give() -> None:
     forecast = Forecast(128, 1000, (), 1.0, 0.5, 200, 4e-3, "It will stall.")
     report = Report(128, 128, Health.stalling, "", tuple(tensors), forecast=forecast)
     rows = {row.title: row for row in case_rows(frame_of(report))}
-    assert rows["As it is"][1:] == ("50%", "", "2 of 2", "+0 B")
+    assert rows["As it is"][1:] == ("50%", "", "2 of 2", "", "+0 B")
     assert rows["Keep FP32 master weights"].losing == "0 of 2"
     floor = rows["A learning rate of at least 0.004"]
     assert floor.between.endswith("to 100%") and floor.losing == "0 of 2"
+    assert floor.doubt == "" and not floor.arrives.startswith("about")
+    # at this one they come to lie about half a gap, and how large they are then is not known
+    doubtful = dataclasses.replace(
+        report, tensors=tuple(dataclasses.replace(t, lr=1e-3, movement_lr=4e-3) for t in tensors), forecast=forecast
+    )
+    (floor,) = (row for row in case_rows(frame_of(doubtful)) if "learning rate" in row.title)
+    assert floor.arrives.startswith("about ") and (floor.losing, floor.doubt) == ("0 to 2 of 2", "2 of 2")
     page = render_html([history_of([report], "run")])
     assert "What each change would give" in page and "A learning rate of at least 0.004" in page
     assert case_rows(dataclasses.replace(frame_of(report), table=_many())) == ()
