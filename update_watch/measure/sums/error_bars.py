@@ -28,6 +28,9 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 _FAR = 4.0  # so many times the largest measured step: what happens there was not seen
+# sizes of |intended|^2 within this factor of the usual are: what they differ by is noise of the few that tell
+ALIKE = 4.0
+_DEVIATION = 1.4826  # standard deviation by the median deviation, which a few large steps do not change
 _OVERSHOOT = 0.2  # rounding to nearest makes up to so much more or less of other updates than of the largest
 
 
@@ -82,6 +85,7 @@ class Sizes(NamedTuple):
     size_P: Array  # mean |intended|^2 of a step in each part of the window
     count_P: Array  # steps measured in it
     usual_n: Array  # of each row, per step and square of the learning rate; NaN where nothing was intended
+    spread: float = 0.0  # standard deviation of the octaves by which updates of single steps differ from what is usual
 
 
 def sizes_of(energy_Pn: Array, steps_Pn: Array, squared_rates_P: Array | None = None) -> Sizes:
@@ -93,8 +97,14 @@ def sizes_of(energy_Pn: Array, steps_Pn: Array, squared_rates_P: Array | None = 
     with np.errstate(all="ignore"):
         per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1) / scale_P[:, None], np.nan)
         usual_n = _median(np.where(per_step > 0, per_step, np.nan), 0)
-        size_P = np.nan_to_num(_median(per_step / usual_n, 1) * scale_P)
-    return Sizes(size_P, steps_Pn.max(1, initial=0), usual_n)
+        alike_P = _median(per_step / usual_n, 1)
+        size_P = np.nan_to_num(alike_P * scale_P)
+        is_usual_P = (alike_P < ALIKE) & (alike_P > 1 / ALIKE)
+        # means of k steps spread by 1 / sqrt(k) of what single ones do
+        octaves_Pn = (0.5 * np.log2(per_step / usual_n) * np.sqrt(steps_Pn))[is_usual_P]
+    away = np.abs(octaves_Pn[np.isfinite(octaves_Pn)])
+    spread = _DEVIATION * float(np.median(away)) if away.size else 0.0
+    return Sizes(size_P, steps_Pn.max(1, initial=0), usual_n, spread)
 
 
 def unseen(energies: list[Array], steps: list[Array], window_steps: int, known: list[Sizes]) -> list[Unseen]:
@@ -103,7 +113,7 @@ def unseen(energies: list[Array], steps: list[Array], window_steps: int, known: 
     `energies[c]` [P, n]: sum of |intended|^2 in each part; `steps[c]` [P, n]: steps measured of each row; `known[c]`: the
     sizes of both. Cohorts are measured in different steps of the same window.
     """
-    sizes, counts, usuals = (list(kind) for kind in zip(*known, strict=True))
+    sizes, counts, usuals, _ = (list(kind) for kind in zip(*known, strict=True))
     every_size, every_count = np.concatenate(sizes), np.concatenate(counts)
     seen, total = float(every_count.sum()), float((every_size * every_count).sum())
     if not seen or not total:

@@ -10,18 +10,17 @@ Legend: P parts of a window, J all steps of the window, as far as they are known
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from update_watch.measure.sums.error_bars import Array, Sizes
+from update_watch.measure.sums.error_bars import ALIKE, Array, Sizes
 
 FINE = 4  # sizes in an octave of updates
 HIGHEST = 8  # octaves
 OCTAVES: Array = np.arange(-HIGHEST * FINE, HIGHEST * FINE + 1) / FINE
-_ALIKE = (
-    4.0  # sizes of |intended|^2 within this factor of the usual are: what they differ by is noise of the few that tell
-)
 _NEAR = 0.5  # octaves: steps that differ by so much stand for each other,
 _SPREAD = 2.0  # or by so many times what the nearest differs by
 
@@ -48,7 +47,7 @@ def missed_steps(known: list[Sizes], squared_rates: list[Array], window_steps: i
         others_J = np.concatenate([sizes[k][0] for k in rest]) if rest else np.zeros(0)
         count_J = np.concatenate([known[k].count_P for k in rest]) if rest else np.zeros(0)
         usual_J = np.concatenate([sizes[k][1] for k in rest]) if rest else np.zeros(0)
-        found.append(_missed(sizes[c][0], of.count_P, others_J, usual_J, count_J, window_steps))
+        found.append(_missed(sizes[c][0], of, others_J, usual_J, count_J, window_steps))
     return found
 
 
@@ -60,21 +59,22 @@ def _smooth(sizes: list[Array], squared_rates: list[Array]) -> list[tuple[Array,
     found = []
     for size_P, rate_P in zip(sizes, rates, strict=True):
         usual_P = usual * rate_P
-        is_alike = (size_P < _ALIKE * usual_P) & (size_P > usual_P / _ALIKE)
+        is_alike = (size_P < ALIKE * usual_P) & (size_P > usual_P / ALIKE)
         found.append((np.where(is_alike, usual_P, size_P), usual_P))
     return found
 
 
 def _missed(
-    size_P: Array, count_P: Array, others_J: Array, usual_J: Array, count_J: Array, window_steps: int
+    size_P: Array, known: Sizes, others_J: Array, usual_J: Array, count_J: Array, window_steps: int
 ) -> Missed | None:
+    count_P = known.count_P
     own_P = (size_P > 0) & (count_P > 0)
     unmeasured, told = window_steps - float(count_P.sum()), float(count_J.sum())
     if not own_P.any() or unmeasured <= 0 or not told:
         return None
     count_J = count_J * (unmeasured / told)
     # of several steps in one part it was one that was so large
-    is_mixed = (count_J > 1) & (others_J > _ALIKE * usual_J)
+    is_mixed = (count_J > 1) & (others_J > ALIKE * usual_J)
     one_J = np.where(is_mixed, others_J * count_J - usual_J * (count_J - 1), others_J)
     size_J = np.concatenate([size_P[own_P], one_J, usual_J[is_mixed]])
     count_J = np.concatenate([count_P[own_P], np.where(is_mixed, 1.0, count_J), count_J[is_mixed] - 1])
@@ -89,9 +89,30 @@ def _missed(
     # by the ratio of sums: single steps of one tensor are far from what was usual then
     energy_JP = (count_J * size_J)[:, None] * near_JP / (near_JP * size_P).sum(1, keepdims=True) / per_step_P
     mean = 0.5 * np.log2((size_P * count_P)[own_P].sum() / count_P[own_P].sum())
-    place_J = np.clip(np.rint((at_J - mean + HIGHEST) * FINE), 0, len(OCTAVES) - 1).astype(int)
+    is_far_J = size_J > ALIKE * size_P[own_P].max()
+    spread = known.spread * math.log(2)
+    energy_JP *= _usual_share(count_J * size_J, is_far_J, spread)[:, None]
+    # what the histogram holds came of a few steps, by their energy: its mean lies above that of a single step
+    low_J = at_J - mean - np.where(is_far_J, spread**2 / math.log(2), 0.0)
+    place_J = np.clip(np.rint((low_J + HIGHEST) * FINE), 0, len(OCTAVES) - 1).astype(int)
     stands_GP = np.zeros((len(OCTAVES), len(size_P)))
     np.add.at(stands_GP, place_J, energy_JP)
     energy_P = np.where(own_P, energy_JP.sum(0), 1.0)
     steps_P = np.where(own_P, steps_JP.sum(0), 1.0)
     return Missed(energy_P, steps_P, np.where(own_P, at_P - mean, 0.0), stands_GP.T, float(at_J.max() - mean))
+
+
+def _usual_share(energy_J: Array, is_far_J: npt.NDArray[np.bool_], spread: float) -> Array:
+    """[J] what to multiply the energy of steps far above all others by, that their share of all is right in the mean.
+
+    `spread`: standard deviation of the logarithm of a tensor's updates from step to step. The energy of one step, e^(2 z) of
+    the usual, has a mean of e^(2 spread^2): what many steps have, and one seldom. Its share is the logistic function of a
+    normal number, whose mean is that of mu / sqrt(1 + pi / 8 sigma^2) (MacKay, The evidence framework, 1992, eq. 8).
+    """
+    far, rest = energy_J[is_far_J].sum(), energy_J[~is_far_J].sum()
+    if not far or not rest:
+        return np.ones(len(energy_J))
+    sigma2 = (2 * spread) ** 2 * (energy_J[is_far_J] ** 2).sum() / far**2
+    mu = math.log(far / rest) - sigma2 / 2
+    factor = math.exp(mu / math.sqrt(1 + math.pi / 8 * sigma2)) * rest / far
+    return np.where(is_far_J, factor, 1.0)
