@@ -20,13 +20,14 @@ from torch.optim import Optimizer
 
 from update_watch import formats
 from update_watch.measure.parameters import Row
-from update_watch.measure.position_weights import PositionWeights, cell_of, column, draw
+from update_watch.measure.position_weights import Normalised, PositionWeights, cell_of, column, draw
 from update_watch.measure.positions import SHARES, share
 from update_watch.measure.sampling import Sampler, local, mask, pack_views
 from update_watch.odd_tensors import unreadable
 from update_watch.wording import first_line
 
 _FINE = (torch.float32, torch.float64)
+_SECOND_MOMENTS = "exp_avg_sq", "square_avg", "sum"  # as torch's optimizers and those modelled on them name them
 
 
 class Common(NamedTuple):
@@ -140,7 +141,9 @@ class Gathers:
             if not sized or sized[0] is not local(read[0]):  # type: ignore[arg-type]
                 continue
             own = [k for k, other in enumerate(self.rows) if other.param is row.param] if self._keeps else [i]
-            weights = draw([self.samplers[k] for k in own], sized, sets, self._rng)
+            weights = draw(
+                [self.samplers[k] for k in own], sized, sets, self._rng, _normalised(sized[0], states[i], sampler)
+            )
             per_cell = sampler.positions.block // self._cell
             found |= {k: of_k.repeat_interleave(per_cell).view(sets, -1) for k, of_k in zip(own, weights, strict=True)}
         return found
@@ -304,3 +307,14 @@ def whole_of(gathers: Sequence[Gathers]) -> Tensor | None:
     if not columns:
         return None
     return columns[0] if len(columns) == 1 else torch.cat(columns)
+
+
+def _normalised(grad: Tensor, state: Mapping[str, Any], sampler: Sampler) -> Normalised | None:
+    """What makes the updates of a parameter, where its rule divides by a second moment of its layout."""
+    lying = {
+        name: local(one)
+        for name in ("exp_avg", *_SECOND_MOMENTS)
+        if isinstance(one := state.get(name), Tensor) and sampler.shares_layout(local(one))
+    }
+    square = next((lying[name] for name in _SECOND_MOMENTS if name in lying), None)
+    return None if square is None else Normalised(grad, square, lying.get("exp_avg"))

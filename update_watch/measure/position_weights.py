@@ -14,6 +14,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,10 @@ _AHEAD, _AHEAD_AT_MOST, _WEIGHTS = 16, 64, 2**19
 
 
 _TO_DRAW_FROM = 2**18  # elements: squaring them takes a fifth of a millisecond
+_NEWEST, _NEWEST_SQUARE = 0.1, 1e-3  # of the newest gradient in Adam's moments, at its usual betas
+_SOME = 4  # every so manieth neighbour
+_TINY = 1e-30
+_BY_UPDATES = 0.8  # of what is not drawn evenly; the rest for what moves gradients and states
 _EVENLY = 0.5  # of the draws: what a gradient of this step does not move is met as well, and no weight exceeds 2
 
 
@@ -73,8 +78,34 @@ class PositionWeights:
         return ways_TnJ.to(torch.float32).reciprocal_()
 
 
-def draw(samplers: Sequence[Sampler], sized: Sequence[Tensor], sets: int, rng: random.Random) -> Sequence[Tensor]:
-    """Let the samplers of one parameter read cells drawn by the squares of some tensors of its layout, so many sets each.
+class Normalised(NamedTuple):
+    """What makes the updates of a rule that divides by a second moment, all in the parameter's layout."""
+
+    grad: Tensor
+    square: Tensor  # second moment
+    mean: Tensor | None  # first moment; None: the gradient is divided
+
+    def squares(self, sampler: Sampler, first: int, step: int) -> Tensor:
+        """[M] by cells, of updates as the step is about to make them: near enough to draw by."""
+        # neighbours are mostly of one row, whose second moments are alike: some of them tell
+        grad, square = (sampler.cells(one, first, step)[:, ::_SOME].float() for one in self[:2])
+        # where this gradient is the first for long, it makes most of both; in FP32 these are the training's own: nothing in place
+        square = square.addcmul(grad, grad, value=_NEWEST_SQUARE)
+        way = grad
+        if self.mean is not None:
+            way = sampler.cells(self.mean, first, step)[:, ::_SOME].float().abs().add(grad.abs(), alpha=_NEWEST)
+        return way.square().div_(square.clamp_(min=_TINY)).sum(-1).nan_to_num_(0.0, 0.0, 0.0).double()
+
+
+def draw(
+    samplers: Sequence[Sampler],
+    sized: Sequence[Tensor],
+    sets: int,
+    rng: random.Random,
+    normalised: Normalised | None = None,
+) -> Sequence[Tensor]:
+    """Let the samplers of one parameter read cells drawn by the squares of some tensors of its layout, so many sets each;
+    most of all by those of its updates, where a rule divides by a second moment: rows that were seldom touched move most then.
 
     Returns their weights, [D] FP32 for each sampler.
     """
@@ -84,11 +115,15 @@ def draw(samplers: Sequence[Sampler], sized: Sequence[Tensor], sets: int, rng: r
     step = max(-(-cells * block // _TO_DRAW_FROM), 1)
     first = rng.randrange(step)
     sizes = [samplers[0].cells(one, first, step).double().square_().sum(-1).nan_to_num_(0.0, 0.0) for one in sized]
-    even = 1 / len(sizes[0])
+    even, left = 1 / len(sizes[0]), 1 - _EVENLY
+    parts = [left / len(sizes)] * len(sizes)
+    if normalised is not None:
+        sizes.append(normalised.squares(samplers[0], first, step))
+        parts = [part * (1 - _BY_UPDATES) for part in parts] + [left * _BY_UPDATES]
     share_M = torch.full_like(sizes[0], _EVENLY * even)
-    for size_M in sizes:
+    for size_M, part in zip(sizes, parts, strict=True):
         total = size_M.sum()
-        share_M.add_(torch.where(total > 0, size_M / total, even), alpha=(1 - _EVENLY) / len(sizes))
+        share_M.add_(torch.where(total > 0, size_M / total, even), alpha=part)
     at_D = torch.arange(draws * len(samplers), device=share_M.device, dtype=share_M.dtype)
     at_D = at_D.add_(rng.random()).div_(len(at_D))
     chosen_D = torch.searchsorted(share_M.cumsum(0), at_D).clamp_(max=len(share_M) - 1)

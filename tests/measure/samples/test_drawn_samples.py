@@ -11,7 +11,7 @@ from torch import Tensor
 
 import update_watch as uw
 from update_watch.measure import position_weights
-from update_watch.measure.position_weights import draw
+from update_watch.measure.position_weights import Normalised, draw
 from update_watch.measure.sampling import Sampler
 from update_watch.report import Health, TensorReport
 
@@ -54,6 +54,48 @@ def test_of_a_gradient_that_says_nothing_samples_are_drawn_evenly(odd: float) ->
     (weights_D,) = draw([sampler], [torch.full((V, D), odd)], 2, random.Random(0))
     assert torch.allclose(weights_D, torch.ones(16)) and sampler.drawn is not None
     assert len(sampler.drawn.unique()) == 16 and int(sampler.drawn.max()) < V * D // 16
+
+
+@pytest.mark.parametrize("has_mean", [True, False], ids=["adam", "rmsprop"])
+def test_where_a_rule_divides_by_a_second_moment_cells_are_drawn_by_its_updates(has_mean: bool) -> None:
+    """Seldom words: small gradients, smaller second moments, and the largest updates."""
+    drawn, rng = torch.Generator().manual_seed(0), random.Random(0)
+    often = torch.logspace(0, -4, V).unsqueeze(1).expand(V, D)  # by frequency
+    is_touched = torch.rand(V, 1, generator=drawn) < often
+    square = (often * 1e-4).contiguous().bfloat16()
+    grad = (torch.randn(V, D, generator=drawn) * is_touched * 1e-2).bfloat16()
+    mean = (0.1 * torch.randn(V, D, generator=drawn) * 1e-2 * often).bfloat16()
+    way = mean.float() + 0.1 * grad.float() if has_mean else grad.float()
+    updates = way.double().square().div(square.double() + 1e-3 * grad.double().square())
+    sampler, truth = Sampler(torch.zeros(V, D), 256, 2), float(updates.mean())
+    sized = [grad, *([mean] if has_mean else []), square]
+
+    def told(normalised: Normalised | None) -> Tensor:
+        found = []
+        for _ in range(400):
+            (weights_D,) = draw([sampler], sized, 2, rng, normalised)
+            found.append((weights_D * sampler.view(updates).view(16, 16).mean(1)).mean())
+        return torch.stack(found) / truth
+
+    by_updates = told(Normalised(grad, square, mean if has_mean else None))
+    assert float(by_updates.mean()) == pytest.approx(1.0, abs=0.02)
+    assert float(by_updates.std()) < 0.7 * float(told(None).std())
+
+
+def test_drawing_leaves_what_it_reads_as_it_was() -> None:
+    """In FP32 nothing is converted: an operation in place would be one on the training's own."""
+    read = [torch.randn(V, D) for _ in range(3)]
+    kept = [one.clone() for one in read]
+    draw([Sampler(torch.zeros(V, D), 256, 2)], read, 2, random.Random(0), Normalised(*read))
+    assert all(torch.equal(one, other) for one, other in zip(read, kept, strict=True))
+
+
+@pytest.mark.parametrize("odd", [0.0, float("nan"), float("inf")])
+def test_second_moments_that_say_nothing_change_nothing(odd: float) -> None:
+    sampler = Sampler(torch.zeros(V, D), 256, 2)
+    nothing = Normalised(torch.full((V, D), odd), torch.zeros(V, D), torch.full((V, D), odd))
+    (weights_D,) = draw([sampler], [torch.zeros(V, D)], 2, random.Random(0), nothing)
+    assert torch.allclose(weights_D, torch.ones(16))
 
 
 def test_drawn_samples_are_the_same_elements_in_any_layout_until_the_next_place() -> None:
