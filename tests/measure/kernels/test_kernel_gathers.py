@@ -75,8 +75,7 @@ def reports(make: Any, steps: int = 9) -> list[tuple[Any, ...]]:
     optimizer = make(model.parameters())
     generator = torch.Generator().manual_seed(1)
     seen: list[uw.Report] = []
-    with uw.watch(model, optimizer, window=9, samples=16, budget=None, seed=3) as watch:
-        watch._post._handle = seen.append
+    with uw.watch(model, optimizer, window=9, samples=16, budget=None, seed=3, sinks=[seen.append]) as watch:
         for step in range(steps):
             for name, p in model.named_parameters():
                 is_left_out = name == "rare" and step % 3
