@@ -55,6 +55,7 @@ from update_watch.judge.columns.codes import known as known_values
 from update_watch.judge.columns.histories import Histories
 from update_watch.judge.columns.reports import Late, reports_of
 from update_watch.judge.columns.rests import sort, usual_gradient
+from update_watch.judge.columns.standing import Standing
 from update_watch.judge.columns.verdicts import judge, since
 from update_watch.judge.efficiency_grade import Score, known, score
 from update_watch.judge.headline import headline
@@ -81,6 +82,7 @@ class Diagnosis:
         self._limits = thresholds
         self.trainer = "torch"  # in whose words cures are told: a key of `cures.TRAINERS`
         self._histories = Histories(thresholds)
+        self._standing = Standing()
         self._last_step: int | None = None
         self._moving: set[str] = set()  # optimizers of which any tensor moved in this window
 
@@ -153,6 +155,7 @@ class Diagnosis:
         rows = histories.rows_of(tuple(columns.raw("name")))
         usual = usual_gradient(columns)
         sorts = sort(columns, histories, rows, usual, evidence.skipped_steps, limits)
+        standing = self._standing.take(columns, sorts)
         found = judge(columns, sorts, histories, rows, self.trainer, limits)
         texts: dict[int, str] = {}
         alone = np.flatnonzero(~(sorts.rests | sorts.scored)).tolist()
@@ -161,10 +164,13 @@ class Diagnosis:
             self._moving = {_owner(group) for group, moved in pairs if moved}
         for place in unhurried(alone):
             history = histories.get(int(rows[place]))
-            health, cause, texts[place] = self._verdict(columns.tensor(place), history, evidence, usual)
+            health, cause, texts[place] = standing.get(place) or self._verdict(
+                columns.tensor(place), history, evidence, usual
+            )
             histories.put(int(rows[place]), history)
             found.health[place] = HEALTH_CODES[health]
             found.cause[place] = NONE if cause is None else CAUSE_CODES[cause]
+        self._standing.keep(columns, found, texts)
         _remember_rates(columns, histories, rows)
         # where a weight moves without a signal, what its states lose harms nobody
         of_weight = np.where((found.health == HEALTH_CODES[HEALTHY]) & (found.cause != NONE), IDLE, found.health)

@@ -45,6 +45,7 @@ class WindowFacts:
         identity = self._identity(row) | {
             "reason": row.reason or self._twin_error,
             "trainable": row.param.requires_grad,
+            "requires_grad": row.param.requires_grad,
         }
         if row.piece is not None:
             identity["trainable"] = True  # a flat tensor need not say so
