@@ -136,14 +136,22 @@ class Gathers:
             row, sampler = self.rows[i], self.samplers[i]
             if grads[i] is None or type(sampler) is not Sampler or sampler.positions is None:
                 continue
-            read = [grads[i], *(states[i].get(name) for name in row.rule.element_states if name in row.shaped)]
-            sized = [local(one) for one in read if isinstance(one, Tensor) and sampler.shares_layout(local(one))]
-            if not sized or sized[0] is not local(read[0]):  # type: ignore[arg-type]
+            read = {"": grads[i]} | {
+                name: states[i].get(name) for name in sorted(row.rule.element_states) if name in row.shaped
+            }
+            sized = {
+                name: local(one)
+                for name, one in read.items()
+                if isinstance(one, Tensor) and sampler.shares_layout(local(one))
+            }
+            grad = sized.get("")
+            if grad is None:
                 continue
+            square = next((sized[name] for name in _SECOND_MOMENTS if name in sized), None)
+            normalised = None if square is None else Normalised(grad, square, sized.get("exp_avg"))
             own = [k for k, other in enumerate(self.rows) if other.param is row.param] if self._keeps else [i]
-            weights = draw(
-                [self.samplers[k] for k in own], sized, sets, self._rng, _normalised(sized[0], states[i], sampler)
-            )
+            samplers = [self.samplers[k] for k in own]
+            weights = draw(samplers, [*sized.values()], sets, self._rng, normalised)
             per_cell = sampler.positions.block // self._cell
             found |= {k: of_k.repeat_interleave(per_cell).view(sets, -1) for k, of_k in zip(own, weights, strict=True)}
         return found
@@ -307,14 +315,3 @@ def whole_of(gathers: Sequence[Gathers]) -> Tensor | None:
     if not columns:
         return None
     return columns[0] if len(columns) == 1 else torch.cat(columns)
-
-
-def _normalised(grad: Tensor, state: Mapping[str, Any], sampler: Sampler) -> Normalised | None:
-    """What makes the updates of a parameter, where its rule divides by a second moment of its layout."""
-    lying = {
-        name: local(one)
-        for name in ("exp_avg", *_SECOND_MOMENTS)
-        if isinstance(one := state.get(name), Tensor) and sampler.shares_layout(local(one))
-    }
-    square = next((lying[name] for name in _SECOND_MOMENTS if name in lying), None)
-    return None if square is None else Normalised(grad, square, lying.get("exp_avg"))
