@@ -8,6 +8,10 @@ stray weigh less. It tells what the level of now is, and little of what is to co
 1985), since one that goes on is off by half as much again over the really trained runs of bench/forecast.py. How far a level may be
 off is learnt from the run itself: what the same fit, made at earlier windows, foretold of now.
 
+Where updates are all of one size, what is lost next are those of the largest weights that still move, and their number falls faster
+than weights grow: they walk until they are too large to move, and there they stay. Between a third and two thirds of an octave's
+weights leave it in an octave of time (bench/forecast.py, Lion), which no trend of the sizes of all weights shows.
+
 Legend: n tensors, w windows, S points of a schedule; sizes are log2, octaves those of time.
 """
 
@@ -25,6 +29,9 @@ _SINCE = 0.25  # of the run so far, from which on windows count
 _SLOPE = 0.25  # octaves an octave: as large as slopes usually are
 _DIES = 0.35  # octaves of time over which what is left of a trend halves
 _WEIGHTS_DIE = 1.0  # of the weights' trend: they keep their direction for longer
+# of tensors whose updates are of one size: octaves over an octave of time that weights walk by, its standard error, how much goes
+# on beside it of the trend, and steps that count as passed before the first, since weights do not begin at 0
+_WALK, _WALK_ERROR, _BESIDE_WALK, _BEFORE_WALK = 0.4, 0.2, 0.5, 128.0
 _LEAST_NOISE = 0.05  # octaves
 _HALF_LIFE = 0.3  # octaves, over which a window's weight in the present level halves
 _STRAY = 3.0  # usual deviations from which on a window weighs less
@@ -44,9 +51,19 @@ class Drift:
     level_error_n: Array
     slope_error_n: Array
     weight_slope_n: Array | None = None  # of the weights alone, by which sizes are divided
+    walks_n: npt.NDArray[np.bool_] | None = None  # updates are of one size, so that weights walk until they stand
 
     def change(self, times_S: Array) -> Array:
         """[n, S] from now to then."""
+        found = self.measured(times_S)
+        if self.walks_n is not None and self.walks_n.any():
+            found[self.walks_n] = _BESIDE_WALK * found[self.walks_n] - _WALK * _octaves(
+                times_S + _BEFORE_WALK, self.time + _BEFORE_WALK
+            )
+        return found
+
+    def measured(self, times_S: Array) -> Array:
+        """[n, S] what goes on of what was seen so far."""
         ahead = _octaves(times_S, self.time)
         found = self.slope_n[:, None] * _trend(ahead)
         if self.weight_slope_n is not None:
@@ -59,6 +76,11 @@ class Drift:
         squares = (
             self.level_error_n[:, None] ** 2 + (self.slope_error_n[:, None] * _trend(ahead)) ** 2 + wander**2 * ahead
         )
+        if self.walks_n is not None and self.walks_n.any():
+            strays = max(_BESIDE_WALK * wander, _WALK_ERROR)
+            squares[self.walks_n] = self.level_error_n[self.walks_n, None] ** 2 + strays**2 * _octaves(
+                times_S + _BEFORE_WALK, self.time + _BEFORE_WALK
+            )
         found: Array = np.sqrt(squares)
         return found
 
@@ -139,7 +161,7 @@ def wander(earlier: list[Drift], now: Drift) -> float:
         ahead = float(_octaves(np.array([now.time]), one.time)[0])
         if ahead < 0.25:  # hardly ahead: the same windows
             continue
-        off_n = now.level_n - one.level_n - one.change(np.array([now.time]))[:, 0]
+        off_n = now.level_n - one.level_n - one.measured(np.array([now.time]))[:, 0]
         known_n = off_n[np.isfinite(off_n)]
         if known_n.size:
             # tensors stray together, so each window counts once; a tensor or two that is elsewhere does not widen all

@@ -29,10 +29,11 @@ _NINE_OF_TEN = 1.645  # standard errors
 _BEYOND = 0.9  # of the scatter of single windows, by which the last of them above a limit lies beyond the mean
 _END = 0.05  # of the run, its last part
 _CURVE = 0.03  # error of the curves themselves, in efficiency
-_CURVE_ALIKE = 0.08  # of updates alike: between the points of a curve that falls in jumps
-_SURE = 0.4  # of the steps that are left: a stall's step whose range is wider is not known
-# where updates are alike, efficiency falls in jumps, and the step is one of several: standard errors in the middle of each tenth of what
-# may come, how near (of the steps left) two steps are the same, and the share of the tenths that must come to it
+_CURVE_ALIKE = 0.06  # of updates alike: between the points of a curve that falls in jumps
+_SURE = 0.4  # of the steps that are left: a stall's step whose range is as wide is known
+# a wider one also where most of what may come is near to it: standard errors in the middle of each tenth of that, how near (of the steps
+# left) two steps are the same, and the share of the tenths that must come to it. Where updates are alike, efficiency falls in jumps and
+# the step is one of several: there the share alone tells
 _TENTHS = (-1.645, -1.036, -0.674, -0.385, -0.126, 0.126, 0.385, 0.674, 1.036, 1.645)
 _NEAR, _MOST_OF = 0.1, 0.7
 _NEVER = np.iinfo(np.int64).max
@@ -152,18 +153,19 @@ def _course(
     end, left = schedule.steps, schedule.steps - report.step
     width_n = np.minimum(late_n, end) - np.minimum(early_n, end)
     is_sure_n = width_n <= _SURE * left
-    alike_n = position.alike_n[is_known] & (width_n > _NEAR * left)
-    if alike_n.any():
+    wide_n, jumps_n = width_n > _NEAR * left, position.alike_n[is_known]
+    if wide_n.any():
         tenths = (
             read_drifted(
-                *(curves_nG[alike_n], octaves_nS[alike_n]),
-                *((change_nS + noise_nS + part * error_nS)[alike_n], alike_n[alike_n]),
+                *(curves_nG[wide_n], octaves_nS[wide_n]),
+                *((change_nS + noise_nS + part * error_nS)[wide_n], jumps_n[wide_n]),
             )
-            + part / _NINE_OF_TEN * curve_n1[alike_n]
+            + part / _NINE_OF_TEN * curve_n1[wide_n]
             for part in _TENTHS
         )
         steps_Zn = np.stack([_passing(steps, course_nS, limits.stalling) for course_nS in tenths])
-        likely_n[alike_n], is_sure_n[alike_n] = _most_likely(steps_Zn, likely_n[alike_n], end, _NEAR * left)
+        likely_n[wide_n], share_n = _most_likely(steps_Zn, likely_n[wide_n], jumps_n[wide_n], end, _NEAR * left)
+        is_sure_n[wide_n] = (share_n >= _MOST_OF - 1e-9) | (is_sure_n[wide_n] & ~jumps_n[wide_n])
         likely_n = np.clip(likely_n, early_n, late_n)
     both_nS = _NINE_OF_TEN * np.sqrt(error_nS**2 + noise_nS**2)
     ends = np.stack([at(change_nS + part * both_nS, lasts) @ weights_S for part in (-1.0, -0.5, 0.0, 0.5, 1.0)])
@@ -182,16 +184,21 @@ def _course(
     )
 
 
-def _most_likely(steps_Zn: Steps, middle_n: Steps, end: int, near: float) -> tuple[Steps, npt.NDArray[np.bool_]]:
-    """[n] of these steps the one that most are near to, the nearest to the middle among equals; and whether nearly all are."""
-    tried_Cn = np.concatenate([middle_n[None], steps_Zn])
+def _most_likely(
+    steps_Zn: Steps, middle_n: Steps, jumps_n: npt.NDArray[np.bool_], end: int, near: float
+) -> tuple[Steps, Array]:
+    """[n] the middle or, of what jumps, the one of these steps that most are near to; and the share that is near to it.
+
+    Among equals the nearest to the middle.
+    """
+    tried_Cn = np.concatenate([middle_n[None], np.where(jumps_n, steps_Zn, middle_n)])
     known_Zn, known_Cn = np.minimum(steps_Zn, end), np.minimum(tried_Cn, end)
     share_Cn = (np.abs(known_Zn[None] - known_Cn[:, None]) <= near).mean(1)
     aside_Cn = np.abs(known_Cn - known_Cn[0]) / (end + 1.0)
     best_n = (share_Cn - aside_Cn / 10 / len(_TENTHS)).argmax(0)
     rows_n = np.arange(len(best_n))
     found: Steps = tried_Cn[best_n, rows_n]
-    return found, share_Cn[best_n, rows_n] >= _MOST_OF - 1e-9
+    return found, share_Cn[best_n, rows_n]
 
 
 def _passing(steps_S: Steps, course_nS: Array, limit: float) -> Steps:

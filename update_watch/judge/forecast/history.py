@@ -95,7 +95,8 @@ class Sizes:
         middles = np.array([window.middle for window in windows])
         drift = fit(middles, np.stack([window.size_n for window in windows]), now)
         weights = slope_of(middles, np.stack([window.weight_n for window in windows]), now)
-        drift = dataclasses.replace(drift, weight_slope_n=weights)
+        alike = are_alike(last.places_nQ)
+        drift = dataclasses.replace(drift, weight_slope_n=weights, walks_n=alike)
         last.drift = drift
         total, shares = np.zeros((len(self._names), 1)), []
         pooled = [window for window in windows[-_POOLED:] if window is last or window.middle >= _SINCE * now]
@@ -103,7 +104,6 @@ class Sizes:
             is_known = window.movement_nB.sum(1) > 0
             shares.append(0.5 ** (math.log2(now / window.middle) / _HALF_LIFE) * is_known[:, None])
             total = total + shares[-1]
-        alike = are_alike(last.places_nQ)
         found = np.zeros(1)
         for window, weight in zip(pooled, shares, strict=True):
             late = np.nan_to_num(drift.level_n - window.size_n)
