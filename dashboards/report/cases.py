@@ -47,10 +47,10 @@ def _row(case: Case, numel: Mapping[str, int]) -> CaseRow:
     most, fewest = (
         sum((end[name] if name in doubt else value) < LOSES for name, value in case.tensors.items()) for end in ends
     )
-    count = f"{len(case.tensors):,}"
+    count, arrives = f"{len(case.tensors):,}", of_run(case.tensors)
     return CaseRow(
         f"{case.title[:1].upper()}{case.title[1:]}",
-        f"{'about ' if doubt else ''}{of_run(case.tensors)}",
+        f"about {arrives}" if doubt and arrives[0].isdigit() else arrives,  # but not "about over 99%"
         f"{low} to {high}" if case.ranges and low != high else "",
         f"{fewest:,} to {most:,} of {count}" if fewest != most else f"{most:,} of {count}",
         f"{len(doubt):,} of {count}" if doubt else "",
