@@ -1,6 +1,6 @@
 """Sampled numbers and verdicts against the full comparison of all elements in FP64, window by window, in many regimes.
 
-    python bench/truth.py [--quick] [--only WORDS ...] [--seeds N] [--jobs N] [--json FILE] [--keep FOLDER [--no-training]] [--list]
+    python bench/truth.py [--quick] [--only WORDS ...] [--seeds N] [--jobs N] [--json FILE] [--markdown] [--keep FOLDER [--no-training]]
 
 Small language models, really trained, weights in BF16 (FP16 where it says so), watched at the defaults. A regime is an optimizer, a
 size, a schedule, a vocabulary (`bench/shared/regimes.py`); seeds differ in data and learning rate. One line for each:
@@ -233,6 +233,30 @@ def text(name: str, line: dict[str, Any]) -> str:
     )
 
 
+MARKDOWN_HEAD = (
+    "| regime | readings | bias | 95% of errors under | largest | covered | wrong | unknown | ratio |\n"
+    + "|---" * 9
+    + "|"
+)
+
+
+def markdown(name: str, line: dict[str, Any]) -> str:
+    """A line of the table in docs/definitions.md."""
+
+    def short(value: float, digits: int = 3) -> str:
+        found = f"{value:.{digits}f}"
+        return found if float(found) else "0"
+
+    covered_is = "-" if not line["cover"] else f"{line['cover']:.2f}"
+    ratio = "-" if not line["ratio_cover"] else f"{line['ratio_cover']:.2f}"
+    wrong = line["false_healthy"] + line["false_accused"]
+    unknown = short(line["unknown"], 3 if line["unknown"] < 0.005 else 2)
+    return (
+        f"| {name} | {line['readings']:,} | {short(line['bias'])} | {short(line['off_95'])} | {short(line['off_max'])} |"
+        f" {covered_is} | {wrong} | {unknown} | {short(line['ratio_95'], 2)}, {ratio} |"
+    )
+
+
 def chosen(only: list[str], quick: bool) -> list[str]:
     names = QUICK if quick and not only else tuple(REGIMES)
     return [name for name in names if not only or any(words in name for words in only)]
@@ -265,6 +289,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, help="how many (default: 5; with --quick 1)")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--json", metavar="FILE", help="write the lines here too")
+    parser.add_argument("--markdown", action="store_true", help="print the table of docs/definitions.md at the end")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the readings of each training here")
     parser.add_argument("--no-training", action="store_true", help="only of what is kept")
     parser.add_argument("--wrong", action="store_true", help="list the wrong verdicts")
@@ -311,6 +336,8 @@ def main() -> int:
         f"{len(names)} regimes, {len(work)} trainings, {total} verdicts, {wrong} wrong; {time.monotonic() - started:.0f} s"
     )
     print("\n".join(f"missed: {line}" for line in bars))
+    if given.markdown:
+        print("\n".join([MARKDOWN_HEAD, *(markdown(name, lines[name]) for name in names)]))
     if given.json:
         Path(given.json).write_text(json.dumps(lines, indent=1))
     return 1 if bars else 0

@@ -130,6 +130,13 @@ def test_a_line_counts_what_the_errors_cover() -> None:
     assert "1" in truth.text("x", line)
 
 
+def test_the_table_of_the_docs_rounds_what_a_line_says() -> None:
+    line = truth.summary([_reading(0.0004, 0.01), _reading(-0.02, 0.001, "v", wrong="healthy", ratio_error=0.1)], 128)
+    said = truth.markdown("x", line)
+    assert said == "| x | 2 | -0.010 | 0.020 | 0.020 | 0.50 | 1 | 0 | 0, 1.00 |"
+    assert truth.MARKDOWN_HEAD.splitlines()[0].count("|") == said.count("|")
+
+
 def test_regimes_are_found_by_words_and_the_quick_ones_exist() -> None:
     assert set(QUICK) <= set(REGIMES)
     assert truth.chosen([], True) == list(QUICK)
