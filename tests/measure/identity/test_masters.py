@@ -150,7 +150,9 @@ def test_ones_alone_do_not_make_an_optimizer_that_of_the_model() -> None:
     assert found.instead and all(found.instead.values())
 
 
-def _beside_the_models_own(is_fed: bool, caplog: pytest.LogCaptureFixture) -> tuple[uw.Report, list[str]]:
+def _beside_the_models_own(
+    is_fed: bool, caplog: pytest.LogCaptureFixture, zeros: bool = False
+) -> tuple[uw.Report, list[str]]:
     """Of a matrix the optimizer steps another tensor of the same values, of all others the model's own."""
     model = Net()
     old = model.leave.weight
@@ -158,9 +160,11 @@ def _beside_the_models_own(is_fed: bool, caplog: pytest.LogCaptureFixture) -> tu
     model.leave.weight = nn.Parameter(old.detach().clone())  # as parametrisations and wrappers do
     with uw.watch(model, optimizer, window=16) as watch:
         for x in batches(32):
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not zeros)
             model.zero_grad()
             backward(model, x)
+            if zeros:
+                old.grad = torch.zeros_like(old)
             if is_fed:
                 old.grad = model.leave.weight.grad
             optimizer.step()
@@ -171,10 +175,11 @@ def _beside_the_models_own(is_fed: bool, caplog: pytest.LogCaptureFixture) -> tu
     return report, [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")]
 
 
+@pytest.mark.parametrize("zeros", [False, True], ids=["no gradient", "zeros"])
 def test_what_a_parameter_once_was_is_no_master_of_it_though_the_optimizer_steps_others_of_the_model(
-    caplog: pytest.LogCaptureFixture,
+    zeros: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    report, told = _beside_the_models_own(False, caplog)
+    report, told = _beside_the_models_own(False, caplog, zeros)
     found = {t.name: (t.health, t.cause) for t in report.tensors}
     assert found.pop("leave.weight") == (uw.Health.idle, uw.Cause.not_in_optimizer)
     assert set(found.values()) == {(uw.Health.healthy, None)}
@@ -184,3 +189,25 @@ def test_what_a_parameter_once_was_is_no_master_of_it_though_the_optimizer_steps
 def test_a_master_beside_tensors_of_the_model_stays_one_where_it_is_fed(caplog: pytest.LogCaptureFixture) -> None:
     report, told = _beside_the_models_own(True, caplog)
     assert {t.health for t in report.tensors} == {uw.Health.healthy} and not told
+
+
+@pytest.mark.parametrize("is_fed", [False, True])
+def test_a_copy_of_the_model_whose_gradients_are_zeros_is_stepped_by_mistake(is_fed: bool) -> None:
+    """`zero_grad(set_to_none=False)` on what the model was before it was copied or wrapped; its twin is fed."""
+    model = Net()
+    copies = clones(model)
+    optimizer = torch.optim.AdamW(copies, lr=1e-3, weight_decay=0.1)
+    with uw.watch(model, optimizer, window=16) as watch:
+        for x in batches(48):
+            for copy in copies:
+                copy.grad = torch.zeros_like(copy)
+            if is_fed:
+                step(model, copies, optimizer, x)
+            else:
+                model.zero_grad()
+                backward(model, x)
+                optimizer.step()
+        report = watch.flush()
+    assert report is not None
+    found = {(t.health, t.cause) for t in report.tensors}
+    assert found == {(uw.Health.healthy, None) if is_fed else (uw.Health.idle, uw.Cause.not_in_optimizer)}

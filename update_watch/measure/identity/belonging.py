@@ -110,7 +110,7 @@ class Belonging:
         return list(self._supposed)
 
     def doubt(self, optimizer_id: int, steps: int, ids: Set[int], fed: Set[int]) -> Set[int]:
-        """Copies that had no gradient in a whole window are no masters. Ids of those among the tensors of this optimizer.
+        """Copies that had no gradient in a whole window, or zeros, are no masters. Ids of those among the tensors of this optimizer.
 
         `ids`: of its tensors; `fed`: of those that had one. Where it steps nothing else of the model, one that is fed
         speaks for all: the others may be of parameters that are not used.
@@ -119,11 +119,15 @@ class Belonging:
             return frozenset()
         pairs, maybe, is_foreign = self._supposed.pop(optimizer_id)
         if is_foreign:
-            if fed:
+            if fed and not masters.get_zeros(pairs):
                 return frozenset()
             note = f"its optimizer steps {len(ids)} tensors that are not the model's and that get no gradient, as when it was"
         else:
-            pairs = [(master, param) for master, param in pairs if id(master) not in fed and param.grad is not None]
+            pairs = [
+                (master, param)
+                for master, param in pairs
+                if param.grad is not None and (id(master) not in fed or masters.get_zeros([(master, param)]))
+            ]
             note = "its optimizer steps another tensor of the same values, which gets no gradient, as when it was"
         for master, _ in pairs:
             self.names.pop(id(master), None)

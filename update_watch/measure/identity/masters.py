@@ -130,8 +130,21 @@ def share_gradients(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool | None:
         x, y = local(a).detach().double().reshape(-1), local(b).detach().double().reshape(-1)
         if not bool(y.any()):
             continue
-        return float(x @ y) ** 2 >= _ALIKE * float(x @ x) * float(y @ y)
+        # one that is all zeros is fed by nobody: of scaled gradients it would be the limit
+        return bool(x.any()) and float(x @ y) ** 2 >= _ALIKE * float(x @ x) * float(y @ y)
     return None
+
+
+def get_zeros(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether the gradients of all masters are zeros, and those of their parameters are not: nobody feeds them.
+
+    Reads values, and on other devices than the CPU would wait for them: False there.
+    """
+    read = [(master.grad, param.grad) for master, param in pairs if param.is_cpu and param.grad is not None]
+    read = [(a, b) for a, b in read if a is None or a.layout is b.layout is torch.strided]
+    return any(bool(local(b).any()) for _, b in read) and not any(
+        a is not None and bool(local(a).any()) for a, _ in read
+    )
 
 
 def _could_hold(stepped: Tensor, param: Tensor) -> bool:
