@@ -232,8 +232,8 @@ SENTENCES = [
     pytest.param(
         Cause.average_not_updated,
         Seen(accumulator="average:ema", steps=96),
-        "The average 'ema' was not updated in 96 steps in which its weights moved; call its update after the step, and"
-        " check that the averaged copy is the one that was given to the watch; nothing is wrong if it is to begin later (SWA).",
+        "The average 'ema' was not updated in 96 steps in which its weights moved; call its update after the step (if it is to"
+        " begin later, as SWA does, nothing is wrong), and check that the averaged copy is the one that was given to the watch.",
         id="average_not_updated",
     ),
     pytest.param(

@@ -164,7 +164,8 @@ def average_not_updated(seen: Seen) -> Advice:
         )
     return Advice(
         f"{_average(seen)} was not updated in {plural(seen.steps, 'step')} in which its weights moved",
-        "call its update after the step, and check that the averaged copy is the one that was given to the watch; nothing is wrong if it is to begin later (SWA)",
+        "call its update after the step (if it is to begin later, as SWA does, nothing is wrong), and check that the averaged copy is"
+        " the one that was given to the watch",
     )
 
 
