@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from update_watch.measure.cohort import Cohort, Snapshot
 from update_watch.measure.device import joint_reads, multi_gather
+from update_watch.measure.device.one_thread import OnOneThread
 from update_watch.measure.gathers import Common, side_by_side, whole_of
 from update_watch.measure.ledger import kernel_sheet_sums
 from update_watch.measure.parameters import Row
@@ -27,6 +28,7 @@ from update_watch.measure.sampling import local
 from update_watch.measure.step_replay import Step, replay_samples
 from update_watch.measure.sums import kernel_sums
 from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
+from update_watch.measure.sums.host_sums import HostSums
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.measure.sums.whole_gradients import WholeGradients
 from update_watch.replay.twin import Twin
@@ -88,7 +90,7 @@ class DeviceRows:
         cells = 0 if gathers[0].are_whole else samples // 2 // common.cell
         kinds = self._whole_n1 is not None, has_clusters, has_way
         self._kind = kernel_sums.Kind(len(gathers[0].states), samples, cells, gathers[0].dtype, *kinds)
-        self._way = DeviceSums
+        self._way = HostSums if self.device.type == "cpu" else DeviceSums
         if kernel_sums.is_right(self.device, self._kind):
             self._way, self._enough = kernel_sums.KernelSums, _ENOUGH_FOR_KERNEL
             kernel_sheet_sums.check(self.device)
@@ -137,8 +139,10 @@ class DeviceRows:
         # compared in full first, and those that look at headroom next to each other
         waiting = sorted(self._waiting, key=lambda one: (not one[1].full, one[1].look == one[1].full))
         self._waiting = []
-        if waiting:
-            self._add(waiting, *self._replayed(waiting))
+        alone = OnOneThread(self.device)
+        with alone, alone:
+            if waiting:
+                self._add(waiting, *self._replayed(waiting))
 
     def _replayed(self, measured: Sequence[Measured]) -> tuple[Tensor, Tensor, Tensor]:
         """[A, R, K] what was stored before some steps, [A, R, K] what they were meant to make of it, [R, K] gradients."""

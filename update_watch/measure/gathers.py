@@ -295,8 +295,13 @@ def side_by_side(steps: Sequence[tuple[Gathers, Tensor, bool]], only: slice = sl
     """
     first = steps[0][0]
     pieces = [packed.view(-1, len(gathers.rows), gathers.samples)[only] for gathers, packed, _ in steps]
-    joined_ARK = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
     are_turned = [moving_first and not first.are_whole for _, _, moving_first in steps]
+    if first.device.type == "cpu":
+        of_steps = zip(steps, pieces, are_turned, strict=True)
+        return _one_by_one(
+            [_turned(one[0], piece) if turned else piece for one, piece, turned in of_steps], first.dtype
+        )
+    joined_ARK = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
     if any(are_turned):
         halves = [torch.unflatten(piece, -1, (2, -1)) for piece in pieces]
         sets = [
@@ -307,6 +312,22 @@ def side_by_side(steps: Sequence[tuple[Gathers, Tensor, bool]], only: slice = sl
         whole_R1 = whole_of([gathers for gathers, _, _ in steps])
         joined_ARK = turned_ARK if whole_R1 is None else torch.where(whole_R1, joined_ARK, turned_ARK)
     return joined_ARK.to(first.dtype)
+
+
+def _turned(gathers: Gathers, piece_AnK: Tensor) -> Tensor:
+    turned_AnK = torch.unflatten(piece_AnK, -1, (2, -1)).flip(2).flatten(2)
+    return turned_AnK if gathers.whole_n1 is None else torch.where(gathers.whole_n1, piece_AnK, turned_AnK)
+
+
+def _one_by_one(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Side by side; copied step by step, since torch shares out what is larger among threads, and waits for them."""
+    if len(pieces) == 1:
+        return pieces[0].to(dtype)
+    rows = [piece.shape[1] for piece in pieces]
+    joined_ARK = torch.empty(len(pieces[0]), sum(rows), pieces[0].shape[2], dtype=dtype)
+    for place, piece in zip(torch.split(joined_ARK, rows, 1), pieces, strict=True):
+        place.copy_(piece)
+    return joined_ARK
 
 
 def whole_of(gathers: Sequence[Gathers]) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from update_watch.measure.device import joint_reads, kernel_gathers
 from update_watch.measure.device.multi_gather import MultiGather
+from update_watch.measure.device.one_thread import OnOneThread
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import Sampler, local, mask, pack_views
 from update_watch.measure.transfer import Batch, Part
@@ -146,7 +147,11 @@ class FullStates:
         """Run the steps that wait; with `compare` the last one from the stored states as well."""
         waiting, self._waiting = self._waiting, []
         joint_reads.launch()
-        compared = waiting.pop() if compare else None
+        alone = OnOneThread(self._device)
+        with alone, alone:
+            self._replay_all(waiting, waiting.pop() if compare else None)
+
+    def _replay_all(self, waiting: list[_Step], compared: _Step | None) -> None:
         for _, alike in itertools.groupby(waiting, lambda step: (step.spans, step.settings is None)):
             steps = list(alike)
             self._run([span.parts[-1] for span in steps[0].spans], steps)

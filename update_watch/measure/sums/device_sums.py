@@ -173,18 +173,18 @@ class DeviceSums:
         if self.elements_2nK is not None:
             self._add_elements(products_FRK[: WANT + 1], slots)
         counted_FR, kept_FR = self._reduced(products_FRK, weights_R2J, whole_R1)
-        for slot in _merged(slots, lambda slot: slot.part):
+        for slot in merged(slots, lambda slot: slot.part):
             self._parts_PFn[slot.part][:, slot.rows].add_(_total(counted_FR, slot))
-        for slot in _merged(slots, lambda slot: slot.group):
+        for slot in merged(slots, lambda slot: slot.group):
             if self.kept:
                 self.way_G2nK[slot.group][:, slot.rows].add_(_total(values_4RK[:2, :, : self.kept], slot, 1))
                 self._single_G2n[slot.group][:, slot.rows].add_(_total(kept_FR[: WANT + 1], slot))
-        for slot in _merged(slots):
+        for slot in merged(slots):
             largest_n, here_Tn = self._gradient_max_n[slot.rows], _piece(largest_R, slot)
             torch.maximum(largest_n, here_Tn[0] if slot.steps == 1 else here_Tn.amax(0), out=largest_n)
         if states_SRK is not None:
             full = slice(states_SRK.shape[1])
-            slots = _merged([slot for slot in slots if slot.stop <= full.stop])
+            slots = merged([slot for slot in slots if slot.stop <= full.stop])
             for slot in slots:
                 self.views["full_n"][slot.rows].add_(_total(counted_FR[COUNT], slot))
             self._add_states(
@@ -232,7 +232,7 @@ class DeviceSums:
         assert self.elements_2nK is not None
         dot_RK, want_RK = products_2RK
         squares_3R = torch.stack([dot_RK * dot_RK, dot_RK * want_RK, want_RK * want_RK]).sum(-1)
-        for slot in _merged(slots):
+        for slot in merged(slots):
             self.elements_2nK[:, slot.rows].add_(_total(products_2RK, slot, 1))
             self.views["both_3n"][:, slot.rows].add_(_total(squares_3R, slot))
 
@@ -307,7 +307,7 @@ class DeviceSums:
                     what_if_2R = torch.zeros(2, last - first, dtype=self.dtype, device=self.device)
                 lost = BF16.absorbs(BF16.round(w), d).to(self.dtype).mul_(wanted)
                 what_if_2R[:, inside] = torch.stack([lost.sum(-1), wanted.sum(-1)])
-        for slot in _merged([slot._replace(start=slot.start - first) for slot in slots]):
+        for slot in merged([slot._replace(start=slot.start - first) for slot in slots]):
             self._histograms_3nB[:, slot.rows].add_(_total(found_3RB, slot, 1))
             self.views["places_nQ"][slot.rows].add_(_total(found_RQ, slot, 0))
             if what_if_2R is not None:
@@ -325,7 +325,7 @@ def _part(headroom: Tensor, octaves: float) -> Tensor:
     return part.nan_to_num_(0.0).clamp_(0, HEADROOM_BINS * PLACES - 1).to(torch.int64)
 
 
-def _merged(slots: Sequence[Slot], place: Callable[[Slot], Any] = lambda slot: None) -> list[Slot]:
+def merged(slots: Sequence[Slot], place: Callable[[Slot], Any] = lambda slot: None) -> list[Slot]:
     """Neighbours with the same rows that go to the same place as one."""
     found: list[Slot] = []
     for slot in slots:
