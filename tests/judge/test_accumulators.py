@@ -181,6 +181,51 @@ def test_an_average_that_follows_does_so_in_windows_without_an_update_of_it() ->
     assert averages(NOT_SEEN)[-1].health is Health.unknown
 
 
+def _quiet(updated: bool, **more: Any) -> Any:
+    return tensor(
+        steps=32, accumulators=accumulator("average:ema", 1.0 if updated else None, is_updated=updated, **more)
+    )
+
+
+@pytest.mark.parametrize("period", [1, 3, 10])
+def test_an_average_that_is_updated_no_more_is_told_after_eight_times_as_long_as_it_ever_waited(period: int) -> None:
+    updates = [_quiet(updated=i % period == 0) for i in range(2 * period + 1)]
+    windows = 8 * max(period - 1, 1)
+    found = [t.accumulators["average:ema"] for t in verdicts(*updates, *[_quiet(False)] * windows, _quiet(True))]
+    assert all(a.cause is None for a in found[:-2])
+    assert (found[-2].health, found[-2].cause) == (Health.idle, Cause.average_not_updated)
+    assert found[-2].advice == (
+        f"The average 'ema' was not updated in {32 * windows} steps in which its weights moved, and it was before; look for"
+        " what ended it: a condition, or an error that is caught (if it was to end, nothing is wrong)."
+    )
+    assert (found[-1].health, found[-1].cause) == (Health.healthy, None)
+
+
+def test_how_long_an_average_waited_goes_through_a_checkpoint_old_ones_too() -> None:
+    diagnosis = Diagnosis(Thresholds())
+    for i, of in enumerate([_quiet(True), _quiet(True), *[_quiet(False)] * 7]):
+        diagnosis.judge(window(of, step=32 * (i + 1), steps=32))
+    state = json.loads(json.dumps(diagnosis.state_dict()))
+    (tensor_state,) = state["tensors"].values()
+    assert tensor_state["accumulators"]["average:ema"][6] == 0
+    for kept, cause in (
+        (0, Cause.average_not_updated),
+        (True, None),
+        (-1, None),
+    ):  # once it was whether it ever was updated
+        tensor_state["accumulators"]["average:ema"][6] = kept
+        resumed = Diagnosis(Thresholds())
+        resumed.load_state_dict(state)
+        (told,) = resumed.judge(window(_quiet(False), step=320, steps=32)).tensors
+        assert told.accumulators["average:ema"].cause is cause
+
+
+def test_of_an_average_that_was_updated_once_it_is_not_known_when_it_will_be_again() -> None:
+    found = verdicts(_quiet(True), *[_quiet(False)] * 40)
+    assert {t.accumulators["average:ema"].cause for t in found} == {None}
+    assert found[-1].accumulators["average:ema"].health is Health.unknown
+
+
 def test_what_is_remembered_of_a_lost_average_goes_through_a_checkpoint() -> None:
     diagnosis = Diagnosis(Thresholds())
     diagnosis.judge(window(tensor(accumulators=accumulator("average:ema", 0.02, rate=1e-4))))

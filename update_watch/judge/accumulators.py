@@ -35,6 +35,7 @@ from update_watch.wording import plural
 LOSSES = (Cause.average_rounding, Cause.average_diverges, Cause.average_not_updated, Cause.accumulation_rounding)
 _NEVER_UPDATED = 3  # windows in which an average that never was updated is waited for
 _NEVER_STEPS = 64  # and steps: libraries update after every tenth step, or every fiftieth
+_STOPPED = 8  # windows, and times as many steps as ever before, in which one that was updated has not been
 _STAYS = 8  # windows in a row that an average's bad verdict outlives without a number of its own
 _STAYS_WELL = 4  # and a good one
 _AWAY = -0.1  # efficiency of an average from which on it moves away from the weights
@@ -132,8 +133,8 @@ def _average(
     """An average is judged by its numbers, whatever its format: it may run away, or never be updated, in FP32 too."""
     efficiency, lost = known(evidence.numbers.efficiency), share(evidence.numbers.lost_fraction)
     if efficiency is None and not evidence.note:
-        return _without_update(evidence, tensor, history)
-    history.quiet_windows, history.was_updated = 0, True
+        return _quiet(evidence, tensor, history)
+    history.update()
     if evidence.note:  # found by other means than its numbers
         return _by_efficiency(evidence, tensor, history, setting, steps, Cause.average_rounding)
     if efficiency is not None and efficiency > _MOST:
@@ -176,17 +177,18 @@ def _or_as_before(
     return report_of(evidence, history.grade, cause, text)
 
 
-def _without_update(
-    evidence: AccumulatorEvidence, tensor: TensorEvidence, history: AccumulatorHistory
-) -> AccumulatorReport:
+def _quiet(evidence: AccumulatorEvidence, tensor: TensorEvidence, history: AccumulatorHistory) -> AccumulatorReport:
     if evidence.is_updated is not False:  # it was written, and next to nothing was to be averaged
-        history.was_updated = history.was_updated or bool(evidence.is_updated)
+        if evidence.is_updated:
+            history.update()
         return _nothing_wanted(evidence, tensor.measured_steps or tensor.steps)
     history.quiet_windows += 1
     history.quiet_steps += tensor.steps
-    if history.was_updated or history.quiet_windows < _NEVER_UPDATED or history.quiet_steps < _NEVER_STEPS:
+    before = history.longest_quiet
+    windows, steps = (_NEVER_UPDATED, _NEVER_STEPS) if before is None else (_STOPPED, _STOPPED * before)
+    if before == -1 or history.quiet_windows < windows or history.quiet_steps < steps:
         return report_of(evidence, UNKNOWN, advice=unknown("no update of it was seen in this window"))
-    seen = Seen(accumulator=evidence.name, steps=history.quiet_steps)
+    seen = Seen(accumulator=evidence.name, steps=history.quiet_steps, reason="" if before is None else "stopped")
     return report_of(evidence, Health.idle, Cause.average_not_updated, say(Cause.average_not_updated, seen))
 
 

@@ -29,7 +29,7 @@ class AccumulatorHistory:
     """One accumulator of a tensor."""
 
     __slots__ = (
-        *("bad_steps", "bad_windows", "grade", "quiet_steps", "quiet_windows", "value", "was_updated"),
+        *("bad_steps", "bad_windows", "grade", "longest_quiet", "quiet_steps", "quiet_windows", "value"),
         *("bad_cause", "bad_efficiency", "bad_lost", "is_well", "unseen"),
     )
 
@@ -39,7 +39,8 @@ class AccumulatorHistory:
         self.bad_windows = 0  # in that run
         self.value: float | None = None  # of a counter, in the window before
         self.quiet_windows = self.quiet_steps = 0  # of an average: in a row, in which it was not written
-        self.was_updated = False  # of an average: ever
+        # of an average: the most steps between windows with an update; None: it never was updated, -1: in one window
+        self.longest_quiet: int | None = None
         # of an average: why its last verdict was bad (None: it was not), at which efficiency and lost fraction, and how many
         # windows in a row have not measured it since
         self.bad_cause: Cause | None = None
@@ -53,8 +54,13 @@ class AccumulatorHistory:
         self.bad_steps = self.bad_windows = 0
         self.bad_cause = None
 
+    def update(self) -> None:
+        """An average was written."""
+        self.longest_quiet = -1 if self.longest_quiet is None else max(self.longest_quiet, self.quiet_steps)
+        self.quiet_windows = self.quiet_steps = 0
+
     def to_plain(self) -> list[Any]:
-        quiet = [self.quiet_windows, self.quiet_steps, self.was_updated]
+        quiet = [self.quiet_windows, self.quiet_steps, self.longest_quiet]
         bad = [
             None if self.bad_cause is None else self.bad_cause.value,
             self.bad_efficiency,
@@ -66,12 +72,13 @@ class AccumulatorHistory:
 
     @classmethod
     def from_plain(cls, data: Any) -> AccumulatorHistory:
-        grade, bad_steps, bad_windows, value, quiet_windows, quiet_steps, was_updated, *bad = _items(data, 12)
+        grade, bad_steps, bad_windows, value, quiet_windows, quiet_steps, longest, *bad = _items(data, 12)
         history = cls()
         history.grade, history.value = _grade(grade), _optional(value)
         history.bad_steps, history.bad_windows = _count(bad_steps), _count(bad_windows)
         history.quiet_windows, history.quiet_steps = _count(quiet_windows), _count(quiet_steps)
-        history.was_updated = bool(was_updated)
+        if longest is not None and longest is not False:  # once it was kept whether it ever was updated
+            history.longest_quiet = -1 if longest is True or longest == -1 else _count(longest)
         history.bad_cause = None if bad[0] is None else Cause(bad[0])
         history.bad_efficiency, history.bad_lost, history.unseen = _optional(bad[1]), _optional(bad[2]), _count(bad[3])
         history.is_well = bool(bad[4])

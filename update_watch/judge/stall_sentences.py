@@ -162,8 +162,14 @@ def average_not_updated(seen: Seen) -> Advice:
             " not explain",
             "check that every update is made, and with this decay",
         )
+    finding = f"{_average(seen)} was not updated in {plural(seen.steps, 'step')} in which its weights moved"
+    if seen.reason:
+        return Advice(
+            f"{finding}, and it was before",
+            "look for what ended it: a condition, or an error that is caught (if it was to end, nothing is wrong)",
+        )
     return Advice(
-        f"{_average(seen)} was not updated in {plural(seen.steps, 'step')} in which its weights moved",
+        finding,
         "call its update after the step (if it is to begin later, as SWA does, nothing is wrong), and check that the averaged copy is"
         " the one that was given to the watch",
     )
