@@ -1,6 +1,6 @@
 """Forecasts made early in a run, held against what then happened.
 
-    python bench/forecast.py [--only WORDS ...] [--steps 1000] [--seeds N] [--held-out] [--keep FOLDER] [--json FILE]
+    python bench/forecast.py [--only WORDS ...] [--steps 1000] [--seeds N] [--first N] [--held-out] [--keep FOLDER] [--json FILE]
 
 Small language models, really trained in BF16 or FP16 to the end of their schedule: AdamW (moments in BF16 and in FP32), SGD with
 momentum, Lion, Muon; cosine, linear, warm-up and decay, steps, inverse square root, and schedules that end too high to stall
@@ -268,6 +268,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help="runs whose name contains one of these")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first", type=int, default=0, metavar="N", help="of the seeds")
     parser.add_argument("--held-out", action="store_true", help="other data and rates")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep trained runs here, and take them from here")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the lines here too")
@@ -287,7 +288,7 @@ def main() -> int:
     wrong = 0
     for run in runs:
         held, warnings = [], 0
-        for seed in range(given.seeds):
+        for seed in range(given.first, given.first + given.seeds):
             found, told = hold(_recording(run, given.steps, seed + 100 * given.held_out, given))
             held, warnings = held + found, warnings + (told if run.shape == HEALTHY else 0)
         everything, wrong = everything + held, wrong + warnings

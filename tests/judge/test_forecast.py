@@ -190,6 +190,27 @@ def test_the_range_is_as_wide_as_the_run_has_wandered_and_a_step_that_is_not_kno
     assert "may fall below as early as step" in one.doubt and "windows so far do not tell" in one.doubt
 
 
+@pytest.mark.parametrize(("falls_to", "is_sure"), [(0.25, True), (0.3, False)])
+def test_a_step_is_sure_where_most_of_what_may_come_is_near_to_it(falls_to: float, is_sure: bool) -> None:
+    """Its range goes to the end in both: larger updates would still do at this rate."""
+    falling = uw.Schedule(lambda step: 1.0 if step < 100 else falls_to, steps=1000)
+    made = forecast(report(tensor("w", 1)), falling, LIMITS)
+    assert made is not None
+    (one,) = made.tensors
+    assert one.stalling_step == pytest.approx(100, abs=5) and one.latest is None and (not one.doubt) is is_sure
+
+
+def test_of_few_elements_it_is_known_less_well() -> None:
+    """What arrives of 32 elements scatters from window to window, whatever their size."""
+    ends_on_the_edge = uw.Schedule(lambda step: 1 - 0.7 * step / 1000, steps=1000)
+    made = forecast(report(tensor("few", 1, numel=32), tensor("many", 1, numel=10**6)), ends_on_the_edge, LIMITS)
+    assert made is not None
+    few, many = made.tensors
+    assert (few.stalling_step, few.final_efficiency) == (many.stalling_step, many.final_efficiency)
+    assert few.final_high > many.final_high + 0.01 and few.earliest is not None and many.earliest is not None
+    assert few.earliest < many.earliest
+
+
 def test_a_stall_is_told_only_where_it_comes_for_certain() -> None:
     barely = uw.Schedule(lambda step: 1.0 - 0.93 * step / 1000, steps=1000)  # ends 3.8 octaves lower: at the edge
     forecaster, alerts = Forecaster(barely, LIMITS), Alerts(LIMITS, lambda: 0.0)

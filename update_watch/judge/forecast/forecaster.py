@@ -29,6 +29,7 @@ _NINE_OF_TEN = 1.645  # standard errors
 _BEYOND = 0.9  # of the scatter of single windows, by which the last of them above a limit lies beyond the mean
 _END = 0.05  # of the run, its last part
 _CURVE = 0.03  # error of the curves themselves, in efficiency
+_CURVE_OF_ONE = 0.3  # of a tensor of one element; of n, over the root of n
 _CURVE_ALIKE = 0.06  # of updates alike: between the points of a curve that falls in jumps
 _SURE = 0.4  # of the steps that are left: a stall's step whose range is as wide is known
 # a wider one also where most of what may come is near to it: standard errors in the middle of each tenth of that, how near (of the steps
@@ -146,14 +147,17 @@ def _course(
     middle_nS, later_nS = at(change_nS), at(change_nS + noise_nS)
     # single windows scatter, so the last one above a limit lies beyond the step at which their mean passes it
     early_nS, late_nS = (at(change_nS + noise_nS + part * _NINE_OF_TEN * error_nS) for part in (-1.0, 1.0))
-    curve_n1 = np.where(keeps_n, 0.0, np.where(position.alike_n[is_known], _CURVE_ALIKE, _CURVE))[:, None]
+    few_n = _CURVE_OF_ONE / np.sqrt([max(t.numel, 1) for t in tensors])
+    curve_n = np.hypot(np.where(position.alike_n[is_known], _CURVE_ALIKE, _CURVE), few_n)
+    curve_n1 = np.where(keeps_n, 0.0, curve_n)[:, None]
     early_nS -= curve_n1
     late_nS += curve_n1
     early_n, likely_n, late_n = (_passing(steps, course, limits.stalling) for course in (early_nS, later_nS, late_nS))
     end, left = schedule.steps, schedule.steps - report.step
     width_n = np.minimum(late_n, end) - np.minimum(early_n, end)
     is_sure_n = width_n <= _SURE * left
-    wide_n, jumps_n = width_n > _NEAR * left, position.alike_n[is_known]
+    jumps_n = position.alike_n[is_known]
+    wide_n = width_n > np.where(jumps_n, _NEAR, _SURE) * left
     if wide_n.any():
         tenths = (
             read_drifted(
@@ -165,7 +169,7 @@ def _course(
         )
         steps_Zn = np.stack([_passing(steps, course_nS, limits.stalling) for course_nS in tenths])
         likely_n[wide_n], share_n = _most_likely(steps_Zn, likely_n[wide_n], jumps_n[wide_n], end, _NEAR * left)
-        is_sure_n[wide_n] = (share_n >= _MOST_OF - 1e-9) | (is_sure_n[wide_n] & ~jumps_n[wide_n])
+        is_sure_n[wide_n] = share_n >= _MOST_OF - 1e-9
         likely_n = np.clip(likely_n, early_n, late_n)
     both_nS = _NINE_OF_TEN * np.sqrt(error_nS**2 + noise_nS**2)
     ends = np.stack([at(change_nS + part * both_nS, lasts) @ weights_S for part in (-1.0, -0.5, 0.0, 0.5, 1.0)])
