@@ -96,7 +96,7 @@ def test_where_nearly_all_agree_or_elements_are_few_the_range_is_wider() -> None
     usual = width(grown(edge(0.5)))
     assert width(grown(edge(0.9))) > 2 * usual
     assert width(grown(edge(0.5, numel=32))) > 2 * usual
-    assert width(grown(edge(0.5), octaves=4.0)) > 0  # 16 times: what is beyond the curve's fall is sure
+    assert width(grown(edge(0.5), octaves=8.0)) < 0.05 < usual  # far beyond where efficiency falls all is sure
     assert raised(edge(0.5, movement_histogram=None), 2.0, STEPS) is None
 
 
@@ -144,4 +144,9 @@ def test_weights_under_updates_of_one_size_walk_until_they_are_too_large_to(keep
     found = grown(t)
     assert at_begin is not None and truth < at_begin - 0.02  # it is more than the rate
     assert found.efficiency < at_begin - 0.02
+    # a rate that has fallen by much, in a long window: all have walked, and no further than one octave
+    far = grown(t, window=10_000, octaves=3.0)
+    assert far.low <= far.efficiency <= far.high and far.efficiency == pytest.approx(
+        t.efficiency_at(4 * size), abs=0.01
+    )
     assert abs(found.efficiency - truth) < 0.05 and found.low <= truth <= found.high

@@ -68,7 +68,7 @@ def raised(t: TensorReport, octaves: float, window: int) -> Raised | None:
         return min(efficiency_of(movement, first + grown, places) or 0.0, 1.0)
 
     if isinstance(places, float):
-        walked = 0.5 * octaves * window / (window + _WALKS)
+        walked = min(0.5 * octaves * window / (window + _WALKS), 1.0)
         said = _walked(at(octaves), at(octaves - 1), walked)
         ends = [_walked(at(octaves), at(octaves - 1), min(part * walked, 1.0)) for part in (_FEWER, _MORE)]
         # octaves that weights may grow by, were all updates of one sign; as large as their updates, they keep to them
