@@ -49,6 +49,7 @@ class Row:
         "sampler",
         "scheme",
         "shaped",
+        "state_facts",
     )
 
     def __init__(
@@ -70,6 +71,7 @@ class Row:
         self.is_first = True
         self.layout = _layout(param)  # as it was planned for
         self.identity: dict[str, Any] | None = None  # what it is, once somebody has asked
+        self.state_facts: Any = None  # what is said of its states, likewise
         self.decouples_decay = False  # weight decay acts on the weight, and its rounding may be looked at
         self.rates: dict[str, float] = {}  # state -> 1 - beta of `x <- beta x + ...`
         # counters when they were last read, and steps with a gradient since: parameters equal here have equal counters
@@ -137,9 +139,7 @@ class Row:
             self.reason = self.reason or _elsewhere(self.param, away)
         self.form = (self.group, self.rule.rows, self.rule.kind, id(self) if self.rule.apart else 0, self._checked)
         known = {name: value for name, value in state.items() if name != self.scheme.carrier}
-        problem = self.rule.misfit(self.param, known)
-        if problem and not self.reason:
-            self.reason = problem
+        self.reason = self.reason or self.rule.misfit(self.param, known)
 
     def step_likeness(self, state: Mapping[str, Any]) -> tuple[Any, ...]:
         """Rows equal in this can be replayed as one: same group, same form, same scalar state (step counters)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -92,9 +92,10 @@ class WindowFacts:
         given["low_states"], given["accumulators"], dtypes = [], [], []
         for row in unhurried(rows):
             state = self._optimizer.state.get(row.param) or {}
-            given["low_states"].append(_low_states(row, state))
-            given["accumulators"].append(short_counters(row, state))
-            dtypes.append(tuple([_format_of(row, state, name) for name in cohort.states]))
+            facts = _state_facts(row, state, cohort.states)
+            given["low_states"].append(facts.low)
+            given["accumulators"].append(short_counters(row, state) if facts.may_be_short else {})
+            dtypes.append(facts.formats)
         stops = [*cohort.firsts[1:], len(cohort.rows)]
         sizes = [sampler.size for sampler in cohort.samplers]
         return CohortFacts(
@@ -104,6 +105,26 @@ class WindowFacts:
             [tuple([row.rates.get(name) for name in cohort.states]) for row in rows],
             [first_rates.get(row.group) for row in rows],
         )
+
+
+class _StateFacts(NamedTuple):
+    """What is said of a tensor's states for as long as they are of the same kinds."""
+
+    kinds: list[tuple[str, type, Any]]
+    states: tuple[str, ...]  # of all rows side by side
+    low: int | None
+    formats: tuple[str, ...]  # of `states`
+    may_be_short: bool  # a counter in 16 bits
+
+
+def _state_facts(row: Row, state: Mapping[str, Any], states: Sequence[str]) -> _StateFacts:
+    kinds = [(name, type(value), getattr(value, "dtype", None)) for name, value in state.items()]
+    known = row.state_facts
+    if known is None or known.kinds != kinds or known.states != tuple(states):
+        found = tuple([_format_of(row, state, name) for name in states])
+        are_short = any([dtype in formats.HALVES and row.rule.forms.get(name) == "scalar" for name, _, dtype in kinds])
+        known = row.state_facts = _StateFacts(kinds, tuple(states), _low_states(row, state), found, are_short)
+    return known  # type: ignore[no-any-return]
 
 
 def _format_of(row: Row, state: Mapping[str, Any], name: str) -> str:

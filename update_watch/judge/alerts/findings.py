@@ -165,7 +165,8 @@ def _find_divergence(report: Report, bad: dict[str, list[Finding]], well: set[st
 def _add(bad: dict[str, list[Finding]], finding: Finding) -> None:
     # every average is an episode of its own: they are other models
     average = f" {finding.part}" if finding.part.startswith("average:") else ""
-    bad.setdefault(f"{finding.cause or finding.health}{average}", []).append(finding)
+    # both are strings; to format a member of an enumeration takes five times as long
+    bad.setdefault((finding.cause or finding.health) + average, []).append(finding)
 
 
 def _is_early(cause: Cause | None) -> bool:
