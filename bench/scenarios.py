@@ -203,7 +203,8 @@ def judge(name: str, samples: int, seed: int, is_alone: bool = False) -> Outcome
     logging.getLogger("update_watch").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")  # torchao's, on import
     run, reports, truth = play(SCENARIOS[name], samples, seed, 0 if is_alone else 17)
-    taken = samples_for(samples, len(run.named) if is_alone else 17)
+    largest = max(tensor.numel() for _, tensor in run.named)
+    taken = samples_for(samples, len(run.named) if is_alone else 17, largest)
     return Outcome(
         name,
         samples,

@@ -100,7 +100,8 @@ class Watched:
         self.first = self._members[0] if self._members else None  # by which a part is known
         label = (f"optimizer{self.index}." if self.index else "") + (f"part{self.part}." if self.part else "")
         lived = {id(row.param): row.lived for row in getattr(self, "rows", [])}
-        self._samples = samples_for(self._asked, len(self._names))
+        largest = max((local(param).numel() for param in self._members if not is_lazy(param)), default=0)
+        self._samples = samples_for(self._asked, len(self._names), largest)
         rows = build_rows(self.optimizer, self._names, self._samples, label, self.found, self._pieces)
         self.rows = [row for row in rows if id(row.param) not in self._excluded]
         for row in self.rows:
@@ -123,7 +124,7 @@ class Watched:
             rows = [r for r in self.rows if r.is_measured and local(r.param).device == device]
             if not rows:  # on the meta device, say
                 continue
-            turns = turns_of(len(rows), device)
+            turns = turns_of([local(row.param).numel() for row in rows], self._samples, device)
             own = DeviceRows(self.optimizer, self._twin, rows, self._samples, self._rng, self._window, turns)
             self.of_device.append(own)
             self._home |= dict.fromkeys(own.cohorts, own)

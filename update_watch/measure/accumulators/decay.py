@@ -64,6 +64,6 @@ def decay_sums(twin: Twin, steps: Sequence[Decayed], settings: GroupSettings | N
 def _copied(value: Any, name: str, kind: torch.dtype, state_dtypes: dict[str, torch.dtype]) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if name in state_dtypes and kind is not torch.float32:
-        return value.to(state_dtypes[name], copy=True)
+    if name in state_dtypes:  # read in FP64 where other rows are of FP32
+        return value.to(kind if kind is torch.float32 else state_dtypes[name], copy=True)
     return value.clone()
