@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.browser import opened
 from tests.support.report_pages import HOSTILE, MIXED, hostile_run, page_data, until
 from tests.support.run_samples import CURE, Spec, gpt, large, synthetic_run
 from update_watch.dashboards.frame import frame_of
@@ -28,9 +28,6 @@ pytest.importorskip("jinja2", reason="jinja2 is not installed")
 # --- in the browser ----------------------------------------------------------------------------------------
 
 FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -42,20 +39,9 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    selenium = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("Debian's chromium and chromedriver are not installed: apt-get install chromium chromium-driver")
-    options = selenium.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    from selenium.webdriver.chrome.service import Service
-
-    opened = selenium.Chrome(options=options, service=Service(driver))
-    yield opened
-    opened.quit()
+    driver = opened(tmp_path_factory.mktemp("profile"), *FLAGS)
+    yield driver
+    driver.quit()
 
 
 class Page:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.browser import opened
 from update_watch.dashboards.wandb.charts import (
     ARRIVING_COLOR,
     CHARTS,
@@ -97,19 +98,11 @@ def test_the_headroom_chart_paints_lost_octaves_red_and_arriving_ones_blue() -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("chart", CHARTS, ids=lambda c: c.name)
 def test_a_browser_draws_the_chart_to_the_size_of_its_panel_without_an_error(chart: Chart, tmp_path: Path) -> None:
-    webdriver = pytest.importorskip("selenium.webdriver")
     spec = filled(chart, ROWS[chart.name], width="container", height="container")
     page = tmp_path / "chart.html"
     style = "<style>html, body, #vega-chart { width: 640px; height: 400px; margin: 0 }</style>"
     page.write_text(vl_convert.vegalite_to_html(spec, bundle=True).replace("</head>", style + "</head>"))
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.binary_location = "/usr/bin/chromium"
-    if not Path(options.binary_location).exists():
-        pytest.skip("needs chromium")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options)
+    driver = opened(tmp_path / "profile")
     try:
         driver.get(page.as_uri())
         driver.implicitly_wait(10)
