@@ -285,7 +285,8 @@ class Cohort:
     @property
     def gradless_steps(self) -> list[int]:
         """Measured steps in which each row had no gradient."""
-        return [int(steps) for steps in self._gradless_n]
+        steps: list[int] = self._gradless_n.astype(int).tolist()
+        return steps
 
 
 def _left_out(row: Row, grad: Tensor) -> bool:

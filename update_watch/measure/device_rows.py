@@ -237,8 +237,7 @@ class DeviceRows:
         `is_later`: when the next window has begun, by another thread.
         """
         stored_nK = None
-        rows = [row for cohort in self.cohorts for row in cohort.rows]
-        if self._kind.has_way and not any(row.has_changed for row in rows):
+        if self._kind.has_way and not any(row.has_changed for cohort in self.cohorts for row in cohort.rows):
             stored_nK = _together([cohort.stored(self.sums.kept) for cohort in self.cohorts])
         weights = [cohort.gathers.kept_weights for cohort in self.cohorts]
         known = [weights_nJ for weights_nJ in weights if weights_nJ is not None]

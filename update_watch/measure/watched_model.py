@@ -155,12 +155,10 @@ class WatchedModel:
 
     def release(self) -> list[Optimizer]:
         """Let go of the optimizers that have not stepped for some windows while others stepped all their tensors."""
-        stepped = {key for watched in self.watched.values() if not watched.quiet_windows for key in watched.ids}
-        gone = {
-            key: parts.all[0].optimizer
-            for key, parts in self._parts.items()
-            if all(part.quiet_windows >= _QUIET and part.ids <= stepped for part in parts.all)
-        }
+        every = [(key, parts.all) for key, parts in self._parts.items()]
+        quiet = [(key, all_parts) for key, all_parts in every if min([p.quiet_windows for p in all_parts]) >= _QUIET]
+        stepped = {key for one in self.watched.values() if quiet and not one.quiet_windows for key in one.ids}
+        gone = {key: parts[0].optimizer for key, parts in quiet if all([part.ids <= stepped for part in parts])}
         self._let_go(gone, stepped)
         return list(gone.values())
 

@@ -70,6 +70,29 @@ def test_what_changes_is_seen(change: Callable[[nn.Sequential], None], monkeypat
     assert named.refresh() == {}
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_pairs_that_are_the_same_are_not_read_again(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[None] = []
+    read = names.named_tensors
+    monkeypatch.setattr(names, "named_tensors", lambda given: (reads.append(None), read(given))[1])
+    named = NamedModel(kind((str(i), nn.Parameter(torch.zeros(2))) for i in range(3)))
+    for _ in range(3):
+        assert named.refresh() == {}
+    assert len(reads) == 1
+
+
+def test_pairs_that_come_back_are_read_again() -> None:
+    pairs = [(str(i), nn.Parameter(torch.zeros(2))) for i in range(3)]
+    named, first, other = NamedModel(pairs), pairs[0], ("0", nn.Parameter(torch.ones(2)))
+    pairs[0] = other
+    assert named.refresh() == {"0": first[1]} and named.pairs == [other, *pairs[1:]]
+    assert named.refresh() == {}
+    pairs[0] = first
+    assert named.refresh() == {"0": other[1]} and named.pairs == [first, *pairs[1:]]
+    pairs.append(("3", other[1]))
+    assert named.refresh() == {} and len(named.pairs) == 4
+
+
 def test_a_model_that_names_its_tensors_itself_is_asked_each_time() -> None:
     class Own(nn.Linear):
         def named_parameters(self, *given: object, **options: object):  # type: ignore[no-untyped-def, override]

@@ -30,6 +30,7 @@ class NamedModel:
         self.pairs = named_tensors(model)
         self.names = names_of(self.pairs)
         self._made: tuple[Any, list[Tensor], dict[str, int], frozenset[int]] | None = None  # of these pairs
+        self._given = _given(model)
         self._is_once = iter(model) is model if not isinstance(model, torch.nn.Module) else False
 
     def refresh(self) -> dict[str, Tensor]:
@@ -38,6 +39,9 @@ class NamedModel:
             return {}
         if self._tree is not None and self._tree.is_as_it_was():
             return {}
+        if self._given and len(self._given) == len(self._model) and all(map(operator.is_, self._given, self._model)):
+            return {}
+        self._given = _given(self._model)
         self._tree = _Tree(self._model) if _Tree.can(self._model) else None
         read = named_tensors(self._model)
         if len(read) == len(self.pairs) and all(map(_is_as_it_was, read, self.pairs)):
@@ -74,6 +78,12 @@ class NamedModel:
             order = {self.names[id(tensor)][0]: i for i, (_, tensor) in reversed(list(enumerate(self.pairs)))}
             self._made = self.pairs, list(tensors.values()), order, frozenset(tensors)
         return self._made[1:]
+
+
+def _given(model: Any) -> list[Any]:
+    """The pairs of a list: for as long as they are these, nothing has another name. Nothing of what is no list of pairs."""
+    is_list = type(model) in (list, tuple) and all([type(pair) is tuple for pair in model])
+    return list(model) if is_list else []
 
 
 class _Tree:

@@ -43,6 +43,7 @@ from update_watch.measure.sums.layout import (
     WANTED,
     F,
     Layout,
+    zeros,
 )
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 
@@ -97,7 +98,7 @@ class DeviceSums:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         layout = self.layout(PARTS)
         spans = layout.spans()
-        self.vector = torch.zeros(spans["parts_PFn"].stop, dtype=self.dtype, device=device)
+        self.vector = zeros(spans["parts_PFn"].stop, dtype=self.dtype, device=device)
         self.views = {name: self.vector[spans[name]].view(shape) for name, shape in layout.shapes().items()}
         self._parts_PFn, self._states_FSn = self.views["parts_PFn"], self.views["states_FSn"]
         self._single_G2n, self._gradient_max_n = self.views["single_G2n"], self.views["gradient_max_n"]
@@ -109,11 +110,10 @@ class DeviceSums:
         # the way: sums of what was intended and applied, in groups of steps; of single steps the sums of both products
         kept = samples if are_whole or whole_n1 is not None else samples // 2
         self.kept = kept = kept if has_way else 0
-        self.way_G2nK = torch.zeros(GROUPS, 2, rows, kept, device=device)
-        self.state_way_2SnK = torch.zeros(2, states, rows, len(range(0, kept, THIN)), device=device)
-        self.elements_2nK = (  # dot, want of rows read whole
-            torch.zeros(2, rows, samples, dtype=self.dtype, device=device) if has_clusters else None
-        )
+        self.way_G2nK = zeros(GROUPS, 2, rows, kept, dtype=torch.float32, device=device)
+        self.state_way_2SnK = zeros(2, states, rows, -(-kept // THIN), dtype=torch.float32, device=device)
+        # dot, want of rows read whole
+        self.elements_2nK = zeros(2, rows, samples, dtype=self.dtype, device=device) if has_clusters else None
 
     def layout(self, parts: int) -> Layout:
         """How the vector orders its numbers, of so many parts."""

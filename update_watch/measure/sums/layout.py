@@ -8,6 +8,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from update_watch.report import HEADROOM_BINS, PLACES
 
 # the F sums of a row; weighted, over its samples. In this order one operator makes four of them, another three
@@ -29,6 +33,13 @@ STATE_DOT, STATE_WANT, STATE_LOST, STATE_WANTED = range(4)
 STATE_SUMS = 8
 PARTS = 16  # of a window, kept apart: how much the steps differ
 GROUPS = 4  # neighbouring steps of a window, whose summed updates are kept apart
+
+
+def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the host they are made where they are written to first: most parts of a window never are."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(shape, np.float64 if dtype is torch.float64 else np.float32))
 
 
 class Layout(NamedTuple):
