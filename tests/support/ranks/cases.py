@@ -9,6 +9,7 @@ import faulthandler
 import importlib
 import json
 import multiprocessing
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -237,7 +238,8 @@ def _run(name: str) -> Any:
     return getattr(owner, function)(*([int(argument) if argument.isdigit() else argument] if argument else []))
 
 
-def _process(rank: int, size: int, names: list[str], folder: str, limit: int) -> None:
+def _process(rank: int, size: int, names: list[str], folder: str, limit: int, environment: dict[str, str]) -> None:
+    os.environ.update(environment)  # the process that this one is forked from has that of its start
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(limit, exit=True)  # rather than hang
     dist.init_process_group(
@@ -258,6 +260,7 @@ def launch(size: int, names: list[str], folder: Path, limit: int = 300) -> list[
     """Run the cases in `size` processes, for at most `limit` seconds; what each rank found."""
     # forked from one process that has loaded torch, and has no threads: each would take seconds to load it anew
     multiprocessing.set_forkserver_preload([__name__, "torch._dynamo"])
-    mp.start_processes(_process, (size, names, str(folder), limit), nprocs=size, start_method="forkserver")
+    given = size, names, str(folder), limit, dict(os.environ)
+    mp.start_processes(_process, given, nprocs=size, start_method="forkserver")
     paths = [folder / f"{rank}.json" for rank in range(size)]
     return [json.loads(path.read_text()) for path in paths if path.exists()]  # one that died left nothing
