@@ -211,3 +211,4 @@ def test_a_copy_of_the_model_whose_gradients_are_zeros_is_stepped_by_mistake(is_
     assert report is not None
     found = {(t.health, t.cause) for t in report.tensors}
     assert found == {(uw.Health.healthy, None) if is_fed else (uw.Health.idle, uw.Cause.not_in_optimizer)}
+    assert is_fed or "gradients of 0 alone, though the model's are not" in report.tensors[0].advice

@@ -121,7 +121,12 @@ class Belonging:
         if is_foreign:
             if fed and not masters.get_zeros(pairs):
                 return frozenset()
-            note = f"its optimizer steps {len(ids)} tensors that are not the model's and that get no gradient, as when it was"
+            get = (
+                "get no gradient"
+                if not fed
+                else "get gradients of 0 alone, though the model's are not (scaled or clipped to 0?)"
+            )
+            note = f"its optimizer steps {len(ids)} tensors that are not the model's and that {get}, as when it was"
         else:
             pairs = [
                 (master, param)
