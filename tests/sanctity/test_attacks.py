@@ -40,7 +40,11 @@ def _low_default() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-AROUND = [pytest.param(torch.inference_mode, id="inference"), pytest.param(_low_default, id="low-default-dtype")]
+AROUND = [
+    pytest.param(torch.inference_mode, id="inference"),
+    pytest.param(_low_default, id="low-default-dtype"),
+    pytest.param(lambda: torch.device("meta"), id="other-default-device"),
+]
 
 
 @pytest.mark.parametrize("around", AROUND)
