@@ -56,6 +56,16 @@ def test_what_is_lost_below_half_a_gap_is_rounding() -> None:
     assert verdict(half).cause is Cause.weight_rounding
 
 
+@pytest.mark.parametrize(
+    ("numel", "cause"), [(1, Cause.weight_rounding), (4, Cause.weight_rounding), (64, Cause.not_written)]
+)
+def test_one_element_may_be_large_in_the_steps_looked_at_and_small_in_others(numel: int, cause: Cause) -> None:
+    """Of a scalar under correct rounding one of two looks was well above half a gap, and 9 of 11 updates were lost."""
+    few = tensor(0.7, lost=0.82, numel=numel, headroom_histogram=histogram(-3, 3))
+    assert verdict(few).cause is cause
+    assert verdict(tensor(0.0, lost=1.0, numel=16, headroom_histogram=histogram(3))).cause is Cause.not_written
+
+
 @pytest.mark.parametrize("name", [name for name in CAUSES if "drift" not in name and name != "skipped_steps"])
 def test_a_planted_fault_is_named_within_two_windows(name: str) -> None:
     evidence, health, cause, _ = CAUSES[name]

@@ -63,7 +63,7 @@ from update_watch.judge.history import HEALTHY, UNKNOWN, TensorHistory, check_st
 from update_watch.judge.no_signal import Rest, Verdict, movement, negligible, rest, verdict
 from update_watch.judge.run_summary import by_layer, run_health
 from update_watch.judge.seen import Seen
-from update_watch.judge.stall_signs import STEEP, is_norm_near_one, share_well_above
+from update_watch.judge.stall_signs import STEEP, is_norm_near_one, most_lost, share_well_above
 from update_watch.report import Cause, Health, Report, TensorReport
 from update_watch.thresholds import Thresholds
 from update_watch.worker import unhurried
@@ -271,8 +271,7 @@ class Diagnosis:
             return UNKNOWN, None, reasons.unknown(reasons.rising_lr(lr))
         history.grade = found.health
         above = share_well_above(e.headroom_histogram)
-        # rounding loses none of the updates well above half a gap; a tenth for the histogram's coarser sample
-        is_unwritten = found.drift is None and above is not None and found.lost > 1 - above + 0.1
+        is_unwritten = found.drift is None and above is not None and found.lost > most_lost(above, e.numel)
         seen = Seen(
             dtype=e.dtype,
             efficiency=found.efficiency,

@@ -9,6 +9,9 @@ from update_watch.report import HEADROOM_LOW
 
 STEEP = 3.0  # rise of the learning rate within a window, or since the one before, that makes it a warm-up
 WELL_ABOVE = 2 - HEADROOM_LOW  # first bin of the headroom histogram at four half gaps or more
+# rounding loses none of the updates well above half a gap; so much more may be lost, since the histogram is of other steps
+_OTHER_STEPS = 0.1
+_OF_ONE = 1.0  # and of one element, which may be small in those and large in others; of n over the root of n
 
 
 def is_norm_near_one(e: TensorEvidence) -> bool:
@@ -23,3 +26,8 @@ def share_well_above(histogram: tuple[float, ...] | None) -> float | None:
         return None
     total = sum(histogram)
     return share(sum(histogram[WELL_ABOVE:]) / total) if total > 0 else None
+
+
+def most_lost(above: float, numel: int) -> float:
+    """The largest lost fraction that rounding explains where so large a share of updates is well above half a gap."""
+    return 1 - above + _OTHER_STEPS + _OF_ONE / max(numel, 1) ** 0.5

@@ -33,7 +33,7 @@ from update_watch.judge.columns.rests import Sorted, has_state_factor
 from update_watch.judge.columns.scores import Why, score
 from update_watch.judge.efficiency_grade import known as known_value
 from update_watch.judge.seen import Seen
-from update_watch.judge.stall_signs import STEEP, WELL_ABOVE, is_norm_near_one
+from update_watch.judge.stall_signs import STEEP, WELL_ABOVE, is_norm_near_one, most_lost
 from update_watch.report import HEADROOM_BINS, Cause
 from update_watch.thresholds import Thresholds
 
@@ -129,8 +129,10 @@ class _Scored:
             return
         histories.grade[rows[bad]] = scores.health[bad]
         self._above[bad] = _share_well_above(columns.histogram("headroom_histogram", HEADROOM_BINS)[places[bad]])
-        # rounding loses none of the updates well above half a gap; a tenth for the histogram's coarser sample
-        is_unwritten = is_bad & np.isnan(scores.drift) & (scores.lost > 1 - self._above + 0.1)
+        numels = columns.raw("numel")
+        most = [most_lost(above, numels[place]) for above, place in zip(self._above[bad], places[bad], strict=True)]
+        is_unwritten = np.zeros_like(is_bad)
+        is_unwritten[bad] = np.isnan(scores.drift[bad]) & (scores.lost[bad] > most)
         self.cause[is_unwritten] = CAUSE_CODES[Cause.not_written]
         is_stalled = is_bad & (scores.health == STALLED) & ~is_unwritten
         highest = np.maximum(histories.stalled_lr[rows], np.nan_to_num(lr_max))
