@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from update_watch.evidence import TensorEvidence
 from update_watch.judge.efficiency_grade import known, share
 from update_watch.naming import family
@@ -30,4 +32,4 @@ def share_well_above(histogram: tuple[float, ...] | None) -> float | None:
 
 def most_lost(above: float, numel: int) -> float:
     """The largest lost fraction that rounding explains where so large a share of updates is well above half a gap."""
-    return 1 - above + _OTHER_STEPS + _OF_ONE / max(numel, 1) ** 0.5
+    return 1 - above + _OTHER_STEPS + _OF_ONE / math.sqrt(max(numel, 1))

@@ -29,6 +29,7 @@ from update_watch.measure.step_replay import Step, replay_samples
 from update_watch.measure.sums import kernel_sums
 from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
 from update_watch.measure.sums.host_sums import HostSums
+from update_watch.measure.sums.layout import COUNT
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.measure.sums.whole_gradients import WholeGradients
 from update_watch.replay.twin import Twin
@@ -230,6 +231,17 @@ class DeviceRows:
     def parts(self) -> int:
         """Parts of the window that are in use."""
         return max(cohort.parts for cohort in self.cohorts)
+
+    def zeros(self) -> set[int]:
+        """Ids of the tensors of which all gradients that were measured in this window are 0; on the host, others would wait."""
+        if self.device.type != "cpu":
+            return set()
+        self.add()
+        counts_n = self.sums.views["parts_PFn"][: self.parts, COUNT].sum(0)
+        are_zeros = (self.sums.views["gradient_max_n"].eq(0) & counts_n.gt(0)).tolist()
+        rows = [row for cohort in self.cohorts for row in cohort.rows]
+        others = {id(row.param) for row, is_zero in zip(rows, are_zeros, strict=True) if not is_zero}
+        return {id(row.param) for row in rows} - others
 
     def packing(self, window_steps: int, is_later: bool) -> Callable[[], Tensor]:
         """Makes the window's sums one vector on the device; see `WindowSums`.

@@ -210,8 +210,10 @@ class WatchedModel:
         """At the end of a window: what has left the model since a step, and which copies are no masters."""
         for key in self._belonging.supposed():
             parts = self._parts[key].all
-            ids, fed = (set().union(*found) for found in ((p.ids for p in parts), (p.fed() for p in parts)))
-            doubtful = self._belonging.doubt(key, max(part.window_steps for part in parts), ids, fed)
+            each = zip(*((part.ids, part.fed(), part.zeros()) for part in parts), strict=True)
+            doubtful = self._belonging.doubt(
+                key, max(part.window_steps for part in parts), *(set().union(*found) for found in each)
+            )
             for part in parts if doubtful else ():
                 part.exclude(part.ids & doubtful)
         gone = self._belonging.refresh(step, self._stepped())

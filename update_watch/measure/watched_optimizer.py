@@ -162,6 +162,10 @@ class Watched:
                     found.add(id(row.param))
         return found
 
+    def zeros(self) -> set[int]:
+        """Ids of those of which all gradients that were measured are 0."""
+        return set().union(*(own.zeros() for own in self.of_device))
+
     def read_counters(self) -> None:
         """Learn which parameters are at the same step. Reads device values: not for use inside a step."""
         if self._counts_lives:

@@ -212,3 +212,32 @@ def test_a_copy_of_the_model_whose_gradients_are_zeros_is_stepped_by_mistake(is_
     found = {(t.health, t.cause) for t in report.tensors}
     assert found == {(uw.Health.healthy, None) if is_fed else (uw.Health.idle, uw.Cause.not_in_optimizer)}
     assert is_fed or "gradients of 0 alone, though the model's are not" in report.tensors[0].advice
+
+
+@pytest.mark.parametrize("is_foreign", [True, False])
+def test_masters_whose_gradients_are_zeroed_after_the_step_stay_masters_where_a_window_is_closed_then(
+    is_foreign: bool,
+) -> None:
+    """An epoch ends between `zero_grad(set_to_none=False)` of the masters and the next `zero_grad` of the model."""
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    old = clones(model) if is_foreign else [model.leave.weight]
+    if is_foreign:
+        optimizer = torch.optim.AdamW(old, lr=1e-3)
+    else:
+        model.leave.weight = nn.Parameter(model.leave.weight.detach().clone())
+    new = list(model.parameters()) if is_foreign else [model.leave.weight]
+    with uw.watch(model, optimizer, window=100, budget=None) as watch:
+        for i, x in enumerate(batches(40)):
+            model.zero_grad()
+            backward(model, x)
+            for master, p in zip(old, new, strict=True):
+                master.grad = None if p.grad is None else p.grad.clone()
+            optimizer.step()
+            for master, p in zip(old, new, strict=True):
+                p.data.copy_(master.detach())
+                master.grad = torch.zeros_like(master)
+            if i % 20 == 19:
+                report = watch.flush()
+    assert report is not None
+    assert {(t.health, t.cause) for t in report.tensors} == {(uw.Health.healthy, None)}

@@ -109,17 +109,18 @@ class Belonging:
         """Ids of the optimizers that step copies of the model's tensors, or what may be such."""
         return list(self._supposed)
 
-    def doubt(self, optimizer_id: int, steps: int, ids: Set[int], fed: Set[int]) -> Set[int]:
+    def doubt(self, optimizer_id: int, steps: int, ids: Set[int], fed: Set[int], zeros: Set[int]) -> Set[int]:
         """Copies that had no gradient in a whole window, or zeros, are no masters. Ids of those among the tensors of this optimizer.
 
-        `ids`: of its tensors; `fed`: of those that had one. Where it steps nothing else of the model, one that is fed
-        speaks for all: the others may be of parameters that are not used.
+        `ids`: of its tensors; `fed`: of those that had one; `zeros`: of those of which all that was measured of it is 0. What is
+        there now may have been set to 0 since the last step. Where it steps nothing else of the model, one that is fed speaks
+        for all: the others may be of parameters that are not used.
         """
         if steps < _LEAST_STEPS:
             return frozenset()
         pairs, maybe, is_foreign = self._supposed.pop(optimizer_id)
         if is_foreign:
-            if fed and not masters.get_zeros(pairs):
+            if fed and not ({id(master) for master, _ in pairs} <= zeros and masters.get_zeros(pairs)):
                 return frozenset()
             get = (
                 "get no gradient"
@@ -131,7 +132,8 @@ class Belonging:
             pairs = [
                 (master, param)
                 for master, param in pairs
-                if param.grad is not None and (id(master) not in fed or masters.get_zeros([(master, param)]))
+                if param.grad is not None
+                and (id(master) not in fed or (id(master) in zeros and masters.get_zeros([(master, param)])))
             ]
             note = "its optimizer steps another tensor of the same values, which gets no gradient, as when it was"
         for master, _ in pairs:
