@@ -338,7 +338,16 @@ def test_a_reason_not_to_know_says(reason: str, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("share", "text"),
-    [(0.0, "0%"), (0.001, "under 1%"), (0.5, "50%"), (0.994, "99%"), (0.999, "over 99%"), (1.0, "100%")],
+    [
+        (0.0, "0%"),
+        (0.001, "under 1%"),
+        (0.5, "50%"),
+        (0.994, "99%"),
+        (0.999, "over 99%"),
+        (0.9999, "over 99%"),
+        (0.99998, "100%"),
+        (1.0, "100%"),
+    ],
 )
 def test_a_percentage_is_0_or_100_only_when_it_is(share: float, text: str) -> None:
     assert wording.percent(share) == text
