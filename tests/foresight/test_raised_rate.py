@@ -153,3 +153,8 @@ def test_weights_under_updates_of_one_size_walk_until_they_are_too_large_to(keep
         t.efficiency_at(4 * size), abs=0.01
     )
     assert abs(found.efficiency - truth) < 0.05 and found.low <= truth <= found.high
+    # updates that are large beside the weights may make them grow within the window
+    larger = grown(dataclasses.replace(t, update_ratio=50 * size / rms, weight_rms=rms / 50))
+    assert larger.efficiency == pytest.approx(found.efficiency) and larger.high - larger.low > 1.2 * (
+        found.high - found.low
+    )

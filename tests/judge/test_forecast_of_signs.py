@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import update_watch as uw
 from update_watch.formats import BF16
 from update_watch.judge.forecast import Forecaster
+from update_watch.judge.forecast.drift import Drift, wander
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, Health, Report, TensorReport
 from update_watch.thresholds import Thresholds
 
@@ -68,3 +70,19 @@ def test_weights_walk_until_they_are_too_large_to_move(keeps: float) -> None:
     assert abs(one.stalling_step - (last + 1) * WINDOW) <= 0.1 * (STEPS - made.step)
     assert one.earliest is not None and one.earliest - WINDOW <= (last + 1) * WINDOW
     assert one.final_efficiency == pytest.approx(course[-1], abs=0.1)
+
+
+def test_how_much_a_run_wanders_is_told_by_the_trends_that_were_measured() -> None:
+    """Where weights walk is no trend of sizes: sizes that stay as they are have not strayed."""
+    none, walks = np.zeros(4), np.ones(4, bool)
+
+    def drifts(walks_n: np.ndarray | None, levels: list[float]) -> list[Drift]:
+        return [
+            Drift(100.0 * 2**i, none + level, none, none, none, none, walks_n=walks_n) for i, level in enumerate(levels)
+        ]
+
+    for levels in ([0.0, 0.0, 0.0], [0.0, 0.3, 0.6]):
+        of_walking, usual = (drifts(walks_n, levels) for walks_n in (walks, None))
+        assert wander(of_walking[:-1], of_walking[-1]) == wander(usual[:-1], usual[-1])
+    still, moving = (drifts(walks, levels) for levels in ([0.0, 0.0, 0.0], [0.0, 0.3, 0.6]))
+    assert wander(still[:-1], still[-1]) < wander(moving[:-1], moving[-1])

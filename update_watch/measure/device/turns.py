@@ -1,9 +1,9 @@
 """How many tensors are measured in one step, and who takes turns.
 
-Where a step's samples are gathered one tensor after another, up to 16 tensors are measured in every step, or as many as are read
-whole and have no more than 8,192 elements together. More take turns, an eighth of them in a step (and no fewer than 8): the cost of a step grows
-more slowly, and every tensor is still measured in an eighth of the steps. Where one launch gathers all of them, every tensor is
-measured in every step, up to 512.
+Where a step's samples are gathered one tensor after another, up to 16 tensors are measured in every step, or as many as are
+read whole and have no more than 8,192 elements together. More take turns, an eighth of them in a step (and no fewer than 8): the
+cost of a step grows more slowly, and every tensor is still measured in an eighth of the steps. Where one launch gathers all of
+them, every tensor is measured in every step, up to 512.
 """
 
 from __future__ import annotations

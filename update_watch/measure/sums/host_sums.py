@@ -1,7 +1,4 @@
-"""A window's sums on the host, by NumPy: an operator costs half of what torch's does, and wakes no other threads.
-
-torch shares out what is larger than 32,768 elements among its threads, and waits for them. Where cores are busy with
-something else, that takes milliseconds for a few microseconds of work.
+"""A window's sums on the host, by NumPy: an operator costs half of what torch's does, and wakes no other threads (`one_thread`).
 
 Weighted sums are formed of weighted values here, and not of the sums of cells: counts of equal weights agree with torch's
 way exactly, sums in FP64 but for the order of additions.
