@@ -324,7 +324,7 @@ def _one_by_one(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     if len(pieces) == 1:
         return pieces[0].to(dtype)
     rows = [piece.shape[1] for piece in pieces]
-    joined_ARK = pieces[0].new_empty(len(pieces[0]), sum(rows), pieces[0].shape[2], dtype=dtype)
+    joined_ARK = torch.empty(len(pieces[0]), sum(rows), pieces[0].shape[2], dtype=dtype, device=pieces[0].device)
     for place, piece in zip(torch.split(joined_ARK, rows, 1), pieces, strict=True):
         place.copy_(piece)
     return joined_ARK
