@@ -139,6 +139,8 @@ def test_what_is_not_known_or_cannot_be_lost_is_not_told() -> None:
     assert by_name(report(carried).what_if())["masters"].tensors == {"w": 0.99}
     with pytest.raises(ValueError, match="floor=0"):
         report(full).what_if(floor=0)
+    with pytest.raises(ValueError, match="finite"):
+        report(full).what_if(floor=float("inf"))
 
 
 # --- the cheapest set ----------------------------------------------------------------------------------

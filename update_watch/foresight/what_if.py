@@ -43,10 +43,10 @@ def cases(report: Report, floor: float | None = None) -> tuple[Case, ...]:
     `floor`: a least learning rate to be tried, in the unit of `TensorReport.lr`; None: the forecast's, if there is one.
 
     Raises:
-        ValueError: `floor` is not above 0.
+        ValueError: `floor` is not above 0, or not finite.
     """
-    if floor is not None and not floor > 0:
-        raise ValueError(f"what_if(floor={floor!r}) must be a learning rate above 0")
+    if floor is not None and not 0 < floor < math.inf:
+        raise ValueError(f"what_if(floor={floor!r}) must be a learning rate above 0, and finite")
     known = [t for t in report.tensors if t.trainable and t.efficiency is not None]
     low = [t for t in known if t.dtype in BITS]
     if not low:
