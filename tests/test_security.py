@@ -193,7 +193,7 @@ def test_no_secret_of_the_environment_gets_into_journal_report_state_wandb_run_o
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "stalled" in done.stderr and "cannot reach the server" in done.stderr and "an error of ours" in done.stderr
+    assert "STALLED" in done.stderr and "cannot reach the server" in done.stderr and "an error of ours" in done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_symlink()]
     assert {"j.jsonl", "report.html", "state.pt"} <= {path.name for path in files}
     assert any(
