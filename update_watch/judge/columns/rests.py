@@ -11,7 +11,7 @@ import numpy as np
 
 from update_watch.columns.evidence_columns import Columns
 from update_watch.judge.beyond_steps import UNDONE
-from update_watch.judge.columns.codes import CAUSE_CODES, HEALTHY, NONE, Codes, Mask, Rows, grade, known, share
+from update_watch.judge.columns.codes import CAUSE_CODES, HEALTHY, NONE, Array, Codes, Mask, Rows, grade, known, share
 from update_watch.judge.columns.histories import Histories
 from update_watch.judge.efficiency_grade import is_exact
 from update_watch.judge.no_signal import LARGEST_NOISE, NEARLY_ALL, NOISE
@@ -38,7 +38,7 @@ def sort(
     `usual`: the median rms of the gradients; `skipped`: steps of the window that the scaler skipped.
     """
     column = columns.column
-    steps, measured = column("steps"), column("measured_steps")
+    steps = column("steps")
     is_moving = np.zeros(len(rows), bool)
     for name in ("applied_ratio", "written_between", "moved"):
         is_moving |= known(column(name)) > 0
@@ -62,8 +62,7 @@ def sort(
     cause[gradless] = CAUSE_CODES[Cause.no_gradient]
     is_open &= ~gradless
 
-    zero, looks = known(column("zero_gradient_fraction")), column("gradient_looks")
-    looks = np.where(looks != 0, looks, measured)
+    zero, looks = known(column("zero_gradient_fraction")), gradient_looks(columns)
     is_given = (column("requires_grad") != 0) | (column("is_master") != 0)
     is_zero = is_open & (zero >= 1) & (looks > 0)
     enough = histories.zero_looks[rows] + looks >= limits.minimum_steps
@@ -128,6 +127,12 @@ def has_state_factor(columns: Columns, limits: Thresholds) -> Mask:
         columns.column("state_factor_steps") >= limits.minimum_steps
     )
     return found
+
+
+def gradient_looks(columns: Columns) -> Array:
+    """[n] steps in which a gradient was looked at."""
+    looks = columns.column("gradient_looks")
+    return np.where(looks != 0, looks, columns.column("measured_steps"))
 
 
 def usual_gradient(columns: Columns) -> float | None:

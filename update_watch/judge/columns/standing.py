@@ -14,7 +14,7 @@ import numpy as np
 from update_watch.columns.evidence_columns import Columns
 from update_watch.judge.advice import say
 from update_watch.judge.columns.codes import CAUSE_CODES, CAUSES, FROZEN, HEALTHS, Mask, known
-from update_watch.judge.columns.rests import Sorted
+from update_watch.judge.columns.rests import Sorted, gradient_looks
 from update_watch.judge.columns.verdicts import Verdicts
 from update_watch.judge.no_signal import Verdict
 from update_watch.judge.seen import Seen
@@ -60,10 +60,7 @@ class Standing:
                 self._known.pop(names[place], None)
         # what is frozen and at rest is so whether one looks or not
         is_told = is_seen & np.isin(found.cause, _SIGNALS) & (found.health != FROZEN)
-        looks = np.where(
-            columns.column("gradient_looks") != 0, columns.column("gradient_looks"), columns.column("measured_steps")
-        )
-        steps = columns.column("steps")
+        looks, steps = gradient_looks(columns), columns.column("steps")
         for place in np.flatnonzero(is_told).tolist():
             said = texts.get(place) or Seen(steps=int(steps[place]), looks=int(looks[place]))
             self._known[names[place]] = _Found(HEALTHS[found.health[place]], CAUSES[found.cause[place]], said, 0)

@@ -29,7 +29,7 @@ from update_watch.judge.columns.codes import (
     share,
 )
 from update_watch.judge.columns.histories import Histories
-from update_watch.judge.columns.rests import Sorted, has_state_factor
+from update_watch.judge.columns.rests import Sorted, gradient_looks, has_state_factor
 from update_watch.judge.columns.scores import Why, score
 from update_watch.judge.efficiency_grade import known as known_value
 from update_watch.judge.seen import Seen
@@ -73,9 +73,7 @@ def _rest(columns: Columns, found: Sorted, histories: Histories, rows: Rows, hea
     health[found.rests] = np.where(frozen, FROZEN, IDLE)[found.rests]
     histories.forget_evidence(rows[found.rests])
     histories.skipped_windows[rows[found.rests | found.scored]] = 0
-    looks = np.where(
-        columns.column("gradient_looks") != 0, columns.column("gradient_looks"), columns.column("measured_steps")
-    )
+    looks = gradient_looks(columns)
     histories.zero_looks[rows[found.looked & found.rests]] += looks[found.looked & found.rests].astype(np.int64)
     is_off = found.rests & (found.cause == CAUSE_CODES[Cause.zero_learning_rate])
     was_seen = (is_off | found.scored) & ~np.isnan(known(columns.column("zero_gradient_fraction")))
