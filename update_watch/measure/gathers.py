@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch import formats
+from update_watch.measure.device import multi_gather
 from update_watch.measure.parameters import Row
 from update_watch.measure.position_weights import Normalised, PositionWeights, cell_of, column, draw
 from update_watch.measure.positions import SHARES, share
@@ -296,7 +297,7 @@ def side_by_side(steps: Sequence[tuple[Gathers, Tensor, bool]], only: slice = sl
     first = steps[0][0]
     pieces = [packed.view(-1, len(gathers.rows), gathers.samples)[only] for gathers, packed, _ in steps]
     are_turned = [moving_first and not first.are_whole for _, _, moving_first in steps]
-    if first.device.type == "cpu":
+    if first.device.type == "cpu" and not multi_gather.is_available(first.device):
         of_steps = zip(steps, pieces, are_turned, strict=True)
         return _one_by_one(
             [_turned(one[0], piece) if turned else piece for one, piece, turned in of_steps], first.dtype
