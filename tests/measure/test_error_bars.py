@@ -16,15 +16,13 @@ from update_watch.measure.step_order import StepOrder
 from update_watch.measure.sums.device_sums import DeviceSums, Slot
 from update_watch.measure.sums.error_bars import (
     Array,
-    Sizes,
     reach,
-    sizes_of,
     spread_over_steps,
     standard_error,
-    unseen,
 )
 from update_watch.measure.sums.layout import GROUPS, WANT
 from update_watch.measure.sums.packing import packed
+from update_watch.measure.sums.step_sizes import Sizes, sizes_of, unseen
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.window_sums import WindowSums, all_pairs
 

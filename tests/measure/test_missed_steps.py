@@ -9,8 +9,9 @@ import pytest
 
 from update_watch.measure.step_order import StepOrder
 from update_watch.measure.sums.arrivals import Curves, tail
-from update_watch.measure.sums.error_bars import Array, ratio, sizes_of
+from update_watch.measure.sums.error_bars import Array, ratio
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
+from update_watch.measure.sums.step_sizes import UsualSizes, sizes_of
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 
 T, COHORTS, ROWS, ELEMENTS = 128, 8, 8, 32
@@ -100,6 +101,61 @@ def test_a_spike_that_was_missed_is_not_as_large_as_the_mean_of_many_would_be(
         _, of_all, truth = (np.concatenate(x) for x in window(sizes, np.ones(T), rng, spread, usual))
         off.append(of_all - truth)
     assert abs(np.mean(off)) < most
+
+
+def of_short_windows(remembers: bool) -> tuple[Array, Array]:
+    """Bias of efficiencies in windows of 8 steps, in one of which each tensor is looked at: as told, and of that step alone.
+
+    Sizes vary from step to step for all tensors alike, and for each on its own.
+    """
+    rng = np.random.default_rng(0)
+    usual = [UsualSizes() for _ in range(COHORTS)]
+    typical = 2.0 ** rng.uniform(-3, 1, (COHORTS, ROWS))
+    alone, told = [], []
+    for _ in range(60):
+        common, own = rng.lognormal(0, 0.25, (8, 1, 1, 1)), rng.lognormal(0, 0.15, (8, COHORTS, ROWS, 1))
+        gaps = typical[..., None] * common * own * rng.standard_normal((8, COHORTS, ROWS, 256))
+        dot, want = (rounded(gaps) * gaps).sum(-1), (gaps**2).sum(-1)
+        truth = dot.sum(0) / want.sum(0)
+        order = rng.permutation(8)  # the step in which each cohort is looked at
+        ones = np.ones((1, ROWS))
+        energies = [want[order[c], c][None] for c in range(COHORTS)]
+        known = [sizes_of(e, ones, np.ones(1), usual[c] if remembers else None) for c, e in enumerate(energies)]
+        for c, missed in enumerate(missed_steps(known, [np.ones(1)] * COHORTS, 8)):
+            assert missed is not None
+            looked = gaps[order[c], c]
+            movement, places = (np.stack(of) for of in zip(*map(histogram, looked), strict=True))
+            single = dot[order[c], c] / energies[c][0]
+            curves = Curves(movement, places, (looked**2).mean(1), (looked**2).mean(1))
+            curves.move(single, energies[c], missed.own_P)
+            arrived = missed.energy_P @ dot[order[c], c][None] + curves.more(energies[c], missed).sum(0)
+            alone.append(single - truth[c])
+            told.append(arrived / (missed.energy_P @ energies[c]) - truth[c])
+    return np.concatenate(told), np.concatenate(alone)
+
+
+def test_windows_of_one_look_tell_its_size_by_what_was_usual_in_those_before() -> None:
+    """Of larger steps more arrives, and they count more: a look alone says too little, whichever step it was."""
+    told, alone = of_short_windows(remembers=True)
+    assert alone.mean() < -0.04
+    assert abs(told.mean()) < 0.3 * abs(alone.mean())
+    assert np.sqrt(np.mean(told**2)) < 0.6 * np.sqrt(np.mean(alone**2))
+    unknown, _ = of_short_windows(remembers=False)
+    assert unknown.mean() == pytest.approx(alone.mean(), abs=1e-9)
+
+
+def test_what_is_usual_follows_the_training() -> None:
+    """Of the last 8 looks or so, by rows; steps in which a row was not looked at, or wanted nothing, change nothing."""
+    usual = UsualSizes()
+    first, was_known = usual.with_these(np.array([[4.0, np.nan, 0.0]]))
+    assert not was_known
+    assert first[0] == pytest.approx(4.0) and np.isnan(first[1:]).all()
+    for _ in range(40):
+        found, was_known = usual.with_these(np.array([[1.0, 9.0, 0.0]]))
+    assert was_known
+    assert found[:2] == pytest.approx([1.0, 9.0], rel=0.05) and np.isnan(found[2])
+    found, _ = usual.with_these(np.array([[np.nan, 9.0 * 2**9, 0.0]]))
+    assert found[:2] == pytest.approx([1.0, 18.0], rel=0.05)
 
 
 def known_of(sizes: list[list[float]]) -> list[Missed | None]:

@@ -29,6 +29,7 @@ from update_watch.measure.step_order import OneOf
 from update_watch.measure.step_replay import Span, StepReplay
 from update_watch.measure.sums.device_sums import Look
 from update_watch.measure.sums.layout import GROUPS, PARTS
+from update_watch.measure.sums.step_sizes import UsualSizes
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.whole_gradients import WholeGradients
 from update_watch.replay.rule import Kind
@@ -110,6 +111,7 @@ class Cohort:
         self.firsts = [i for i, row in enumerate(rows) if row.is_first]
         self._is_plain_n = np.array([row.scheme.name == "plain" for row in rows])
         self._is_whole_n = np.array([row.is_whole for row in rows])
+        self.usual = UsualSizes()  # of its tensors' updates, as windows tell on the background thread
         self._drawn: tuple[int, ...] = ()
         self.steps = 0  # measured in this window, those that are still to be added included
         self._large_n = np.zeros(len(rows))

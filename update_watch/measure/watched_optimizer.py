@@ -304,7 +304,7 @@ class Watched:
                 states = tuple(cohort.states)
                 suspect = functools.partial(own.gradients.suspect, cohort.place.start)
                 where = self.window_steps, (self.index, self.part), cohort.place
-                told = suspect, cohort.draw_from, tuple(cohort.firsts)
+                told = suspect, cohort.draw_from, tuple(cohort.firsts), cohort.usual
                 cohorts.append(CohortWindow(sums, facts, states, steps, *where, *told))
             own.open_window()
         others += map(window.identity, self._outside)

@@ -23,10 +23,10 @@ from update_watch.measure.accumulators.replicas import read as read_checksums
 from update_watch.measure.accumulators.state_factor import read as read_shadow
 from update_watch.measure.ledger.reading import Reading
 from update_watch.measure.ledger.sheet import SheetWindow
-from update_watch.measure.sums.error_bars import Unseen, sizes_of, unseen
 from update_watch.measure.sums.layout import WANT, Layout
 from update_watch.measure.sums.measured_block import CohortFacts, MeasuredBlock
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
+from update_watch.measure.sums.step_sizes import Unseen, UsualSizes, sizes_of, unseen
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.window_sums import WindowSums
 from update_watch.measure.transfer import Later, Part, Transfer
@@ -60,6 +60,7 @@ class CohortWindow:
     suspect: Callable[[frozenset[int]], None] | None = None  # told the rows whose whole gradients are to be looked at
     draw_from: Callable[[frozenset[int]], None] | None = None  # told the rows that few elements carry
     firsts: tuple[int, ...] = ()  # rows of `place` at which tensors begin; (): each is one
+    usual: UsualSizes = dataclasses.field(default_factory=UsualSizes)  # the cohort's, of the windows before
 
     def sums(self) -> WindowSums:
         """Its own, by tensor. Waits for the device."""
@@ -184,7 +185,8 @@ def _unmeasured(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSums]) -> 
         energies = [sums[i].parts_PFn[:, WANT] for i in own]
         steps = [cohorts[i].steps.parts_Pn for i in own]
         rates = [cohorts[i].steps.squared_rates_P for i in own]
-        sizes = [sizes_of(*each) for each in zip(energies, steps, rates, strict=True)]
+        usual = [cohorts[i].usual for i in own]
+        sizes = [sizes_of(*each) for each in zip(energies, steps, rates, usual, strict=True)]
         window_steps = cohorts[own[0]].window_steps
         pairs = zip(unseen(energies, steps, window_steps, sizes), missed_steps(sizes, rates, window_steps), strict=True)
         found |= zip(own, pairs, strict=True)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from update_watch.measure.sums.error_bars import ALIKE, Array, Sizes
+from update_watch.measure.sums.error_bars import Array
+from update_watch.measure.sums.step_sizes import ALIKE, Sizes
 
 FINE = 4  # sizes in an octave of updates
 HIGHEST = 8  # octaves
@@ -40,7 +41,7 @@ def missed_steps(known: list[Sizes], squared_rates: list[Array], window_steps: i
 
     `squared_rates[c]` [P]: of the learning rate, by which updates grow and fall.
     """
-    sizes = _smooth([of.size_P for of in known], squared_rates)
+    sizes = _smooth(known, squared_rates)
     found: list[Missed | None] = []
     for c, of in enumerate(known):
         rest = [k for k in range(len(known)) if k != c]
@@ -51,16 +52,17 @@ def missed_steps(known: list[Sizes], squared_rates: list[Array], window_steps: i
     return found
 
 
-def _smooth(sizes: list[Array], squared_rates: list[Array]) -> list[tuple[Array, Array]]:
+def _smooth(known: list[Sizes], squared_rates: list[Array]) -> list[tuple[Array, Array]]:
     """Per cohort the sizes without their noise, and what is usual at their rate."""
+    sizes = [of.size_P for of in known]
     rates = [np.where(rate_P > 0, rate_P, 1.0) for rate_P in squared_rates]
     every = np.concatenate([size_P / rate_P for size_P, rate_P in zip(sizes, rates, strict=True)])
     usual = float(np.median(every[every > 0])) if (every > 0).any() else 0.0
     found = []
-    for size_P, rate_P in zip(sizes, rates, strict=True):
+    for of, rate_P in zip(known, rates, strict=True):
         usual_P = usual * rate_P
-        is_alike = (size_P < ALIKE * usual_P) & (size_P > usual_P / ALIKE)
-        found.append((np.where(is_alike, usual_P, size_P), usual_P))
+        is_noise = (of.size_P < ALIKE * usual_P) & (of.size_P > usual_P / ALIKE) & (not of.are_remembered)
+        found.append((np.where(is_noise, usual_P, of.size_P), usual_P))
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from update_watch.measure.sums.arrivals import Curves, tail
-from update_watch.measure.sums.error_bars import Array, Unseen, ratio, reach, spread_over_steps, standard_error, too_low
+from update_watch.measure.sums.error_bars import Array, ratio, reach, spread_over_steps, standard_error, too_low
 from update_watch.measure.sums.layout import (
     BEFORE,
     CHANGED,
@@ -31,6 +31,7 @@ from update_watch.measure.sums.layout import (
     Layout,
 )
 from update_watch.measure.sums.missed_steps import Missed
+from update_watch.measure.sums.step_sizes import Unseen
 from update_watch.measure.sums.steps import Steps
 
 _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12

@@ -1,0 +1,135 @@
+"""How large the updates of a window's steps were, also of those that a tensor sat out: what others, measured then, tell of them.
+
+Tensors differ in the size of their updates, so each is taken by what is usual for it. Where a window looks at a tensor in a
+step or two, these cannot tell that: what earlier windows saw is remembered.
+
+All arrays have the rows last: [P, n] parts by rows, [n] rows. NaN is what is not known.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from update_watch.measure.sums.error_bars import Array, ratio
+
+_FAR = 4.0  # so many times the largest measured step: what happens there was not seen
+# sizes of |intended|^2 within this factor of the usual are: what they differ by is noise of the few that tell
+ALIKE = 4.0
+_DEVIATION = 1.4826  # standard deviation by the median deviation, which a few large steps do not change
+_FEW_PARTS = 4  # a window of fewer does not tell by itself what is usual
+_REMEMBERED = 8.0  # looks that what is usual is the mean of: it changes as training goes on
+
+
+class Unseen(NamedTuple):
+    """What was not measured of each row: shares of the window's energy, [n]. NaN where nothing is known of a row."""
+
+    energy_n: Array  # in all of those steps
+    largest_n: Array  # in the largest of them, or in all that are far above any that was measured
+    usual_n: Array  # in all of them, of the other tensors alone
+
+
+class Sizes(NamedTuple):
+    """How large the steps of a cohort were, by what is usual for its tensors."""
+
+    size_P: Array  # mean |intended|^2 of a step in each part of the window
+    count_P: Array  # steps measured in it
+    usual_n: Array  # of each row, per step and square of the learning rate; NaN where nothing was intended
+    spread: float = 0.0  # standard deviation of the octaves by which updates of single steps differ from what is usual
+    are_remembered: bool = False  # what is usual was known before: a step's size is more than noise
+
+
+class UsualSizes:
+    """What was usual for the updates of a cohort's rows in the windows before: the mean of logarithms over some looks."""
+
+    def __init__(self) -> None:
+        self._log_n, self._looks_n = np.zeros(0), np.zeros(0)
+
+    def with_these(self, size_Pn: Array) -> tuple[Array, bool]:
+        """[n] usual sizes, with these looks of a new window among them, and whether anything was known before.
+
+        `size`: of one look, NaN where there was none. The new ones are remembered.
+        """
+        if len(self._log_n) != size_Pn.shape[1]:
+            self._log_n, self._looks_n = np.zeros((2, size_Pn.shape[1]))
+        was_known = bool(self._looks_n.any())
+        with np.errstate(all="ignore"):
+            log_Pn = np.log(size_Pn)
+            is_known_Pn = np.isfinite(log_Pn)
+            looks_n = self._looks_n + is_known_Pn.sum(0)
+            log_n = (self._log_n * self._looks_n + np.where(is_known_Pn, log_Pn, 0.0).sum(0)) / looks_n
+        self._log_n = np.where(looks_n > 0, log_n, 0.0)
+        self._looks_n = np.minimum(looks_n, _REMEMBERED)
+        return np.where(looks_n > 0, np.exp(self._log_n), np.nan), was_known
+
+
+def sizes_of(
+    energy_Pn: Array, steps_Pn: Array, squared_rates_P: Array | None = None, before: UsualSizes | None = None
+) -> Sizes:
+    """`energy`: sum of |intended|^2 in each part; `steps`: measured of each row. A step's size is that of the tensors
+    measured in it, each by its own usual size: the median, which one large step does not change. `squared_rates`: of the
+    learning rate, by which updates grow and fall in a schedule; what is usual is meant beside them. `before`: what was usual
+    in earlier windows, for one of few looks.
+    """
+    scale_P = np.ones(len(energy_Pn)) if squared_rates_P is None else squared_rates_P
+    with np.errstate(all="ignore"):
+        per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1) / scale_P[:, None], np.nan)
+        usual_n, are_remembered = _median(np.where(per_step > 0, per_step, np.nan), 0), False
+        if before is not None:
+            remembered_n, was_known = before.with_these(per_step)
+            if was_known and len(energy_Pn) < _FEW_PARTS:
+                usual_n, are_remembered = remembered_n, True
+        alike_P = _median(per_step / usual_n, 1)
+        size_P = np.nan_to_num(alike_P * scale_P)
+        is_usual_P = (alike_P < ALIKE) & (alike_P > 1 / ALIKE)
+        # means of k steps spread by 1 / sqrt(k) of what single ones do
+        octaves_Pn = (0.5 * np.log2(per_step / usual_n) * np.sqrt(steps_Pn))[is_usual_P]
+    away = np.abs(octaves_Pn[np.isfinite(octaves_Pn)])
+    spread = _DEVIATION * float(np.median(away)) if away.size else 0.0
+    return Sizes(size_P, steps_Pn.max(1, initial=0), usual_n, spread, are_remembered)
+
+
+def unseen(energies: list[Array], steps: list[Array], window_steps: int, known: list[Sizes]) -> list[Unseen]:
+    """Per cohort: what was not measured of its rows.
+
+    `energies[c]` [P, n]: sum of |intended|^2 in each part; `steps[c]` [P, n]: steps measured of each row; `known[c]`: the
+    sizes of both. Cohorts are measured in different steps of the same window.
+    """
+    sizes, counts, usuals, *_ = (list(kind) for kind in zip(*known, strict=True))
+    every_size, every_count = np.concatenate(sizes), np.concatenate(counts)
+    seen, total = float(every_count.sum()), float((every_size * every_count).sum())
+    if not seen or not total:
+        return [Unseen(*np.array([np.nan, 0.0, np.nan])[:, None].repeat(e.shape[1], 1)) for e in energies]
+    steps_for_one = max(window_steps / seen, 1.0)  # steps of the window that one of those seen stands for
+    found: list[Unseen] = []
+    start = 0
+    for size_P, steps_Pn, energy_Pn, usual_n in zip(sizes, steps, energies, usuals, strict=True):
+        stop = start + len(size_P)
+        own_Pn = np.where(steps_Pn > 0, size_P[:, None], 0.0)
+        other_Pn = np.where(steps_Pn > 0, 0.0, size_P[:, None])  # it sat those out
+        elsewhere = np.concatenate([every_size[:start], every_size[stop:]])
+        largest_n = np.maximum(other_Pn.max(0, initial=0.0), elsewhere.max(initial=0.0))
+        far_n = _FAR * own_Pn.max(0, initial=0.0)
+        every_own_n = np.where(other_Pn > far_n, other_Pn * counts[len(found)][:, None], 0.0).sum(0)
+        energy = elsewhere * np.concatenate([every_count[:start], every_count[stop:]])
+        beyond_n = every_own_n + np.where(elsewhere[:, None] > far_n, energy[:, None], 0.0).sum(0)
+        largest_n = np.minimum(np.maximum(largest_n, beyond_n * steps_for_one) / (total * steps_for_one), 1.0)
+        seen_n = (size_P[:, None] * steps_Pn).sum(0)
+        beside_n = np.maximum(total * steps_for_one - seen_n, 0.0)
+        others_n = usual_n * beside_n
+        shares = ratio(others_n, energy_Pn.sum(0) + others_n), largest_n, ratio(beside_n, seen_n + beside_n)
+        found.append(Unseen(*shares))
+        start = stop
+    return found
+
+
+def _median(values: Array, axis: int) -> Array:
+    """Median of what is known; NaN where nothing is."""
+    ordered = np.sort(values, axis)  # NaN last
+    known = np.isfinite(values).sum(axis)
+    last = np.maximum(known - 1, 0)
+    low = np.take_along_axis(ordered, np.expand_dims(last // 2, axis), axis)
+    high = np.take_along_axis(ordered, np.expand_dims((last + 1) // 2, axis), axis)
+    middle = np.squeeze((low + high) / 2, axis)
+    return np.where(known > 0, middle, np.nan)
