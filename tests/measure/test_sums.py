@@ -14,10 +14,10 @@ from torch import Tensor
 from update_watch.evidence import Numbers, median_headroom
 from update_watch.formats import BF16, FP32, Format
 from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
-from update_watch.measure.sums.step_sizes import Unseen
 from update_watch.measure.sums.layout import BEFORE, COUNT, CROSS, DOT, GROUPS, PARTS, SQUARE, WANT, Layout
 from update_watch.measure.sums.measured_block import CohortFacts
 from update_watch.measure.sums.packing import Reach, packed
+from update_watch.measure.sums.step_sizes import Unseen
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.window_sums import WindowSums
 from update_watch.measure.transfer import Batch

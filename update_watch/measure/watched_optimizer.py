@@ -304,8 +304,9 @@ class Watched:
                 states = tuple(cohort.states)
                 suspect = functools.partial(own.gradients.suspect, cohort.place.start)
                 where = self.window_steps, (self.index, self.part), cohort.place
-                told = suspect, cohort.draw_from, tuple(cohort.firsts), cohort.usual
-                cohorts.append(CohortWindow(sums, facts, states, steps, *where, *told))
+                told = suspect, cohort.draw_from
+                of_tensors = tuple(cohort.firsts), cohort.usual
+                cohorts.append(CohortWindow(sums, facts, states, steps, *where, *told, *of_tensors))
             own.open_window()
         others += map(window.identity, self._outside)
         skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]
