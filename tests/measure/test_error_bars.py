@@ -13,7 +13,8 @@ from update_watch.measure.position_weights import PositionWeights
 from update_watch.measure.positions import share
 from update_watch.measure.sampling import Sampler
 from update_watch.measure.step_order import StepOrder
-from update_watch.measure.sums.device_sums import DeviceSums, Slot
+from update_watch.measure.sums.added_steps import AddedSteps, Slot
+from update_watch.measure.sums.device_sums import DeviceSums
 from update_watch.measure.sums.error_bars import (
     Array,
     reach,
@@ -168,7 +169,8 @@ def test_net_progress_of_all_steps_is_told_without_bias_from_an_eighth_of_them(c
             if member == 0:
                 new, stored = (torch.tensor(x[t][None], dtype=torch.float32) for x in (d, a))
                 slot = Slot(slice(0, tensors), 0, 0, group)
-                sums.add(torch.zeros_like(new), new, stored[0], None, torch.ones(tensors, size), None, None, [slot])
+                ones = torch.ones(tensors, size)
+                sums.add(AddedSteps(torch.zeros_like(new), new, stored[0], None, ones, None, None, [slot]))
                 groups[group] += 1
         read = WindowSums.unpack(packed(sums, 1, None, None, []).numpy(), sums.layout(1))
         whole = np.array(order.group_steps, dtype=float)[:, None]

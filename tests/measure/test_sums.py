@@ -13,7 +13,8 @@ from torch import Tensor
 
 from update_watch.evidence import Numbers, median_headroom
 from update_watch.formats import BF16, FP32, Format
-from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
+from update_watch.measure.sums.added_steps import AddedSteps, Look, Slot
+from update_watch.measure.sums.device_sums import DeviceSums
 from update_watch.measure.sums.layout import BEFORE, COUNT, CROSS, DOT, GROUPS, PARTS, SQUARE, WANT, Layout
 from update_watch.measure.sums.measured_block import CohortFacts
 from update_watch.measure.sums.packing import Reach, packed
@@ -84,7 +85,7 @@ def gone_through(
         masks = [made[t].mask_nK for t in order]
         full = N * sum(made[t].full for t in order)
         slots = [Slot(slice(0, N), k * N, parts[t], t % GROUPS) for k, t in enumerate(order)]
-        sums.add(
+        given = (
             before_ARK,
             before_ARK + intended_ARK,
             after_ARK[0],
@@ -96,6 +97,7 @@ def gone_through(
             [Look(slice(0, N * len(order)), fmt, 0.0)],
             slots,
         )
+        sums.add(AddedSteps(*given))
     return sums, -(-added // per_part)
 
 
@@ -311,7 +313,8 @@ def test_headroom_of_zero_weights_and_huge_updates_stays_inside_the_histogram() 
     w = torch.tensor([[0.0, 1.0, 1e-38, 1.0]]).double()
     d = torch.tensor([[1e-3, 1e30, 0.0, 2**-40]]).double()
     rows, slots = slice(0, 1), [Slot(slice(0, 1), 0, 0, 0)]
-    sums.add(w[None], (w + d)[None], w, None, d, None, None, slots, [Look(rows, BF16, 0.0)], slots)
+    looks = [Look(rows, BF16, 0.0)]
+    sums.add(AddedSteps(w[None], (w + d)[None], w, None, d, None, None, slots, looks, slots))
     vector = packed(sums, 1, w.float(), None, [Reach(rows, BF16, 1.0)])
     histogram = WindowSums.unpack(vector.numpy(), sums.layout(1)).headroom_2nB[0, 0]
     assert histogram[0] == 1 and histogram[-1] == 2 and histogram.sum() == 3

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from update_watch.formats import ALL, BF16, FP32
-from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
+from update_watch.measure.sums.added_steps import AddedSteps, Look, Slot
+from update_watch.measure.sums.device_sums import DeviceSums
 from update_watch.measure.sums.kernel_sums import KernelSums, Kind
 from update_watch.measure.sums.layout import GROUPS, PARTS
 from update_watch.measure.sums.packing import Reach, packed
@@ -64,7 +65,7 @@ def added(
         if whole_n1 is not None:
             whole_R1 = torch.cat([whole_n1[slot.rows] for slot in slots])
         given = before_ARK, intended_ARK, after_RK, states_SRK, gradient_RK, mask_RK, weights_R2J
-        sums.add(*given, slots, looks, slots[:2], whole_R1)
+        sums.add(AddedSteps(*given, slots, looks, slots[:2], whole_R1))
     stored_nK = noise(N, sums.kept, seed=40).bfloat16().float()
     kept_weights_nJ = 1 / (1 + noise(N, kind.cells, seed=41).abs()) if kind.cells else None
     reaches = [Reach(slice(0, 1), BF16, 2.0), Reach(slice(1, 2), ALL[1], 1.5)]  # the third one was not measured

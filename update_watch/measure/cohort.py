@@ -27,7 +27,7 @@ from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.step_order import OneOf
 from update_watch.measure.step_replay import Span, StepReplay
-from update_watch.measure.sums.device_sums import Look
+from update_watch.measure.sums.added_steps import Look
 from update_watch.measure.sums.layout import GROUPS, PARTS
 from update_watch.measure.sums.step_sizes import UsualSizes
 from update_watch.measure.sums.steps import Steps

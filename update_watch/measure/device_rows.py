@@ -27,7 +27,8 @@ from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.step_replay import Step, replay_samples
 from update_watch.measure.sums import kernel_sums
-from update_watch.measure.sums.device_sums import DeviceSums, Look, Slot
+from update_watch.measure.sums.added_steps import AddedSteps, Look, Slot
+from update_watch.measure.sums.device_sums import DeviceSums
 from update_watch.measure.sums.host_sums import HostSums
 from update_watch.measure.sums.layout import COUNT
 from update_watch.measure.sums.packing import Reach, packed
@@ -186,7 +187,7 @@ class DeviceRows:
         after_RK, states_SRK = self._stored(measured)
         sets = list(zip(*(weights[one] for _, one in measured), strict=True)) if weights else []
         masks = [cohort.gathers.mask_of(tuple(one.live)) for cohort, one in measured]
-        self.sums.add(
+        added = AddedSteps(
             before_ARK,
             intended_ARK,
             after_RK,
@@ -200,6 +201,7 @@ class DeviceRows:
             whole_of([cohort.gathers for cohort, _ in measured]),
             any(one.drawn for _, one in measured),
         )
+        self.sums.add(added)
 
     def _parts_of(self, measured: Sequence[Measured]) -> dict[Snapshot, int]:
         """The part of the window that each step, given in the order of time, belongs to."""

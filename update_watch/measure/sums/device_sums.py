@@ -16,13 +16,13 @@ there is none both sets move, and both are summed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from update_watch.formats import BF16, Format
+from update_watch.formats import BF16
+from update_watch.measure.sums.added_steps import AddedSteps, Slot, merged
 from update_watch.measure.sums.layout import (
     BEFORE,
     CHANGED,
@@ -48,30 +48,6 @@ from update_watch.measure.sums.layout import (
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 
 THIN = 4  # of the states every so manieth sample is kept on the way, to hold little between steps
-
-
-class Slot(NamedTuple):
-    """One step among those that are added together, or neighbours that go to the same place."""
-
-    rows: slice  # of the sums, that were measured in it
-    start: int  # of these rows among the R
-    part: int  # of the window
-    group: int  # of neighbouring steps of the window
-    steps: int = 1
-
-    @property
-    def stop(self) -> int:
-        """The end of its rows among the R."""
-        rows: int = self.rows.stop - self.rows.start
-        return self.start + self.steps * rows
-
-
-class Look(NamedTuple):
-    """Neighbouring rows of the R whose headroom is counted."""
-
-    rows: slice
-    format: Format
-    octaves: float  # by which the learning rate is above that of the window's first look
 
 
 class DeviceSums:
@@ -127,29 +103,10 @@ class DeviceSums:
         parts_PFn[:half].copy_(merged_PFn)
         parts_PFn[half:].zero_()
 
-    def add(
-        self,
-        before_ARK: Tensor,
-        intended_ARK: Tensor,
-        after_RK: Tensor,
-        states_SRK: Tensor | None,
-        gradient_RK: Tensor,
-        mask_RK: Tensor | None,
-        weights_R2J: Tensor | None,
-        slots: Sequence[Slot],
-        looks: Sequence[Look] = (),
-        looked: Sequence[Slot] = (),
-        whole_R1: Tensor | None = None,
-        are_drawn: bool = False,
-    ) -> None:
-        """Add some steps.
-
-        `intended` is the replayed value. `states`: what was stored of the states, of the first of the rows; those steps are
-        compared in full. `mask` is 0 for padding and for rows that took no part in their step. `weights` of samples, see
-        `PositionWeights`; None: 1. `looks`: rows whose headroom is counted, which are those of the steps `looked`. `whole`
-        [R, 1]: rows that are read whole, where only some are. `are_drawn`: some samples were drawn by size, and counts of
-        headroom are weighted too. No host read, no copy between devices.
-        """
+    def add(self, added: AddedSteps) -> None:
+        """Add some steps. No host read, no copy between devices."""
+        before_ARK, intended_ARK, after_RK, states_SRK, gradient_RK, mask_RK, weights_R2J, slots, *_ = added
+        whole_R1 = added.whole_R1
         values_4RK = torch.empty(4, *after_RK.shape, dtype=self.dtype, device=self.device)
         torch.sub(intended_ARK[0], before_ARK[0], out=values_4RK[0])
         torch.sub(after_RK, before_ARK[0], out=values_4RK[1])
@@ -196,8 +153,8 @@ class DeviceSums:
                 None if whole_R1 is None else whole_R1[full],
                 slots,
             )
-        if looks:
-            self._add_headroom(before_ARK[0], values_4RK[0], weights_R2J, looks, looked, are_drawn)
+        if added.looks:
+            self._add_headroom(added, values_4RK[0])
 
     def _reduced(
         self, products_FRK: Tensor, weights_R2J: Tensor | None, whole_R1: Tensor | None
@@ -265,24 +222,17 @@ class DeviceSums:
         for slot in slots:
             self._states_FSn[..., slot.rows].add_(_total(sums_FSR, slot))
 
-    def _add_headroom(
-        self,
-        before_RK: Tensor,
-        intended_RK: Tensor,
-        weights_R2J: Tensor | None,
-        looks: Sequence[Look],
-        slots: Sequence[Slot],
-        are_drawn: bool,
-    ) -> None:
-        """Count headroom log2(|intended| / half gap) in one-octave bins; zero updates are not counted.
+    def _add_headroom(self, added: AddedSteps, intended_RK: Tensor) -> None:
+        """Count headroom log2(|intended| / half gap) in one-octave bins; zero updates are not counted. `intended`: the update.
 
         Counted again at the learning rate of the window's first look; so is intended^2 added up. Of formats finer than BF16
         count too how many updates a BF16 weight would lose."""
+        before_RK, weights_R2J, slots = added.before_ARK[0], added.weights_R2J, added.looked
         first, last = slots[0].start, slots[-1].stop
         found_3RB = torch.zeros(3, last - first, HEADROOM_BINS, dtype=self.dtype, device=self.device)
         found_RQ = torch.zeros(last - first, PLACES, dtype=self.dtype, device=self.device)
         what_if_2R: Tensor | None = None
-        for rows, fmt, octaves in looks:
+        for rows, fmt, octaves in added.looks:
             wide, w = intended_RK[rows], before_RK[rows].float()
             d = wide.float()
             inside = slice(rows.start - first, rows.stop - first)
@@ -295,7 +245,7 @@ class DeviceSums:
             energy = wide.square().mul_(4.0**-octaves)
             if weights_R2J is not None:
                 cells = weights_R2J[rows].flatten(1).unsqueeze(-1)
-                for counted in (energy, wanted) if are_drawn else (energy,):
+                for counted in (energy, wanted) if added.are_drawn else (energy,):
                     counted.view(*cells.shape[:2], -1).mul_(cells)
             # by the headroom at the first look's rate
             counts = (index_2RK[0], wanted), (index_2RK[1], wanted), (index_2RK[1], energy)
@@ -323,18 +273,6 @@ def _part(headroom: Tensor, octaves: float) -> Tensor:
     part = (headroom - (octaves + HEADROOM_LOW)).mul_(PLACES).floor_()
     # NaN cannot be an index; those rows are reported as broken from their sums
     return part.nan_to_num_(0.0).clamp_(0, HEADROOM_BINS * PLACES - 1).to(torch.int64)
-
-
-def merged(slots: Sequence[Slot], place: Callable[[Slot], Any] = lambda slot: None) -> list[Slot]:
-    """Neighbours with the same rows that go to the same place as one."""
-    found: list[Slot] = []
-    for slot in slots:
-        last = found[-1] if found else None
-        if last is not None and (last.rows, place(last), last.stop) == (slot.rows, place(slot), slot.start):
-            found[-1] = last._replace(steps=last.steps + slot.steps)
-        else:
-            found.append(slot)
-    return found
 
 
 def _piece(values: Tensor, slot: Slot, axis: int = -1) -> Tensor:

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from update_watch.measure.sums.device_sums import THIN, DeviceSums, Look, Slot, merged
+from update_watch.measure.sums.added_steps import AddedSteps, Slot, merged
+from update_watch.measure.sums.device_sums import THIN, DeviceSums
 from update_watch.measure.sums.layout import (
     BEFORE,
     CHANGED,
@@ -46,32 +47,20 @@ class HostSums(DeviceSums):
     """Adds without torch, but for the headroom."""
 
     @np.errstate(all="ignore")  # what is no number is reported as that
-    def add(
-        self,
-        before_ARK: Tensor,
-        intended_ARK: Tensor,
-        after_RK: Tensor,
-        states_SRK: Tensor | None,
-        gradient_RK: Tensor,
-        mask_RK: Tensor | None,
-        weights_R2J: Tensor | None,
-        slots: Sequence[Slot],
-        looks: Sequence[Look] = (),
-        looked: Sequence[Slot] = (),
-        whole_R1: Tensor | None = None,
-        are_drawn: bool = False,
-    ) -> None:
+    def add(self, added: AddedSteps) -> None:
         """See `DeviceSums.add`."""
-        before_ark, intended_ark, after_rk = before_ARK.numpy(), intended_ARK.numpy(), after_RK.numpy()
+        mask_RK, states_SRK, slots = added.mask_RK, added.states_SRK, added.slots
+        before_ark, intended_ark = added.before_ARK.numpy(), added.intended_ARK.numpy()
+        after_rk = added.after_RK.numpy()
         values_4rk = np.empty((4, *after_rk.shape))
         np.subtract(intended_ark[0], before_ark[0], out=values_4rk[0])
         np.subtract(after_rk, before_ark[0], out=values_4rk[1])
-        values_4rk[2], values_4rk[3] = gradient_RK.numpy(), before_ark[0]
+        values_4rk[2], values_4rk[3] = added.gradient_RK.numpy(), before_ark[0]
         valid_rk = None
         if mask_RK is not None:  # a row that took no part may hold anything
             valid_rk = mask_RK.numpy() > 0
             values_4rk[:, ~valid_rk] = 0.0
-        weights = _Weights.made(weights_R2J, whole_R1, valid_rk, bool(self.kept), *after_rk.shape)
+        weights = _Weights.made(added.weights_R2J, added.whole_R1, valid_rk, bool(self.kept), *after_rk.shape)
         counted_FR, kept_2R = self._weighed(values_4rk, weights)
         views = {name: view.numpy() for name, view in self.views.items()}
         for slot in merged(slots, lambda slot: slot.part):
@@ -97,9 +86,8 @@ class HostSums(DeviceSums):
             )
             for slot in slots:
                 views["states_FSn"][..., slot.rows] += _total(found_FSR, slot)
-        if looks:
-            intended_RK = torch.from_numpy(values_4rk[0])
-            self._add_headroom(before_ARK[0], intended_RK, weights_R2J, looks, looked, are_drawn)
+        if added.looks:
+            self._add_headroom(added, torch.from_numpy(values_4rk[0]))
 
     def _weighed(self, values_4rk: Array, weights: _Weights) -> tuple[Array, Array]:
         """[F, R] sums over what is counted, and [2, R] the first two over what is kept."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from update_watch.formats import BF16, FP32, Format
 from update_watch.measure.device import falling_back, multi_gather
 from update_watch.measure.device.pinned_ring import PinnedRing
-from update_watch.measure.sums.device_sums import THIN, DeviceSums, Look, Slot
+from update_watch.measure.sums.added_steps import AddedSteps, Look, Slot
+from update_watch.measure.sums.device_sums import THIN, DeviceSums
 from update_watch.measure.sums.layout import GROUPS, PARTS
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
@@ -70,48 +71,22 @@ def give_up(device: torch.device, error: Exception) -> None:
     falling_back.say(f"its kernel of sums is not used on {device}, torch's operators are", error)
 
 
-class Added(NamedTuple):
-    """What some steps add; see `DeviceSums.add`."""
-
-    before_ARK: Tensor
-    intended_ARK: Tensor
-    after_RK: Tensor
-    states_SRK: Tensor | None
-    gradient_RK: Tensor
-    mask_RK: Tensor | None
-    weights_R2J: Tensor | None
-
-
 class KernelSums(DeviceSums):
     """Adds by one launch."""
 
-    def add(
-        self,
-        before_ARK: Tensor,
-        intended_ARK: Tensor,
-        after_RK: Tensor,
-        states_SRK: Tensor | None,
-        gradient_RK: Tensor,
-        mask_RK: Tensor | None,
-        weights_R2J: Tensor | None,
-        slots: Sequence[Slot],
-        looks: Sequence[Look] = (),
-        looked: Sequence[Slot] = (),
-        whole_R1: Tensor | None = None,
-        are_drawn: bool = False,
-    ) -> None:
+    def add(self, added: AddedSteps) -> None:
         """See `DeviceSums.add`. On a GPU no samples are drawn."""
-        values = before_ARK, intended_ARK, after_RK, states_SRK, gradient_RK, mask_RK, weights_R2J
         if _works.get(self.device, True):
             try:
-                self._add(Added(*values), slots, looks, looked)
+                self._add(added)
                 return
             except Exception as error:  # it did not run: nothing was added
                 give_up(self.device, error)
-        super().add(*values, slots, looks, looked, whole_R1, are_drawn)
+        super().add(added)
 
-    def _add(self, added: Added, slots: Sequence[Slot], looks: Sequence[Look], looked: Sequence[Slot]) -> None:
-        states_SRK, weights_R2J = added.states_SRK, added.weights_R2J
+    def _add(self, added: AddedSteps) -> None:
+        states_SRK, weights_R2J, slots = added.states_SRK, added.weights_R2J, added.slots
+        looks, looked = added.looks, added.looked
         R, K = added.after_RK.shape
         full_rows = 0 if states_SRK is None else states_SRK.shape[1]
         first, last = (looked[0].start, looked[-1].stop) if looks else (0, 0)
@@ -269,7 +244,7 @@ def _made_up(way: type[DeviceSums], device: torch.device, kind: Kind, steps: int
     looks = [Look(slice(0, 2), BF16, 0.5), Look(slice(2, n), FP32, 0.0)] if steps else []
     sums = kind.sums(way, n, whole_n1, device)
     given = before_ARK, intended_ARK, after_RK, states_RK, gradient_RK, mask_RK, weights_R2J
-    sums.add(*given, slots, looks, slots[:1], None if whole_n1 is None else whole_n1.repeat(2, 1))
+    sums.add(AddedSteps(*given, slots, looks, slots[:1], None if whole_n1 is None else whole_n1.repeat(2, 1)))
     reaches = [Reach(slice(0, 2), BF16, 1.5), Reach(slice(2, n), FP32, 2.0)][: len(looks)]
     kept_weights_nJ = None if weights_R2J is None else weights_R2J[:n, 0]
     window = PARTS, before_ARK[0, :n, : sums.kept].float(), kept_weights_nJ, reaches
