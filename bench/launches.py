@@ -1,6 +1,6 @@
 """Launches that a watch adds to a step on CUDA, counted without a GPU.
 
-    python bench/launches.py [--window 32] [--json FILE]
+    python bench/launches.py [--window 32] [--tensors 68 300 3000] [--json FILE]
 
 The step runs on the CPU, planned as on CUDA: all tensors are looked at in every step, by one launch for each gather. The gather
 kernel itself is counted and not run (what it reads is replaced by random numbers). Of torch's operators each one that is no view
@@ -119,11 +119,12 @@ def as_on_cuda() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--tensors", type=int, nargs="+", default=[68, 300, 3000], metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
     given = parser.parse_args()
     logging.getLogger("update_watch").setLevel(logging.CRITICAL)
     as_on_cuda()
-    found = {tensors: measure(tensors, given.window) for tensors in (68, 300, 3000)}
+    found = {tensors: measure(tensors, given.window) for tensors in given.tensors}
     print("launches added   ordinary  adding  window's end   mean")
     for tensors, r in found.items():
         print(f"{tensors:5,} tensors {r['ordinary']:12.0f} {r['adding']:7.0f} {r['end']:13.0f} {r['mean']:6.1f}")
