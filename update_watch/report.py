@@ -15,7 +15,7 @@ from enum import Enum
 from importlib import import_module
 from typing import Any, TypeVar
 
-from update_watch.columns.late_fields import all_of, allow
+from update_watch.columns.late_fields import allow
 from update_watch.foresight.divergence import Divergence, divergence_of
 from update_watch.foresight.forecasts import Case, Forecast, Plan, TensorForecast
 from update_watch.foresight.rounding_curve import Places, efficiency_of, octaves_for, place_of
@@ -208,9 +208,6 @@ class TensorReport:
         """Whether what rounding takes of an update arrives in the end: it is carried, or rounding is at random."""
         return self.scheme == "stochastic" or self.scheme.startswith("carried")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return all_of(self)
-
 
 allow(TensorReport, ("advice", "accumulators", "what_if"))
 allow(TensorReport, ("headroom_histogram", "movement_histogram", "movement_places"))
@@ -301,6 +298,9 @@ class Report:
         alerts = tuple(_build(Alert, a, level=Level, cause=Cause) for a in data.get("alerts", ()))
         ahead = {"forecast": _forecast(data.get("forecast")), "divergence": divergence_of(data.get("divergence"))}
         return _build(cls, {**data, "tensors": tensors, "layers": layers, "alerts": alerts, **ahead}, health=Health)
+
+
+allow(Report, ("tensors", "layers"))
 
 
 def weighted_mean(pairs: Any) -> float | None:

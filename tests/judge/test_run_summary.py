@@ -7,6 +7,7 @@ import pytest
 
 from tests.support.evidence_samples import accumulator, histogram, tensor, window
 from update_watch.evidence import TensorEvidence
+from update_watch.judge.columns.judged import OfReports
 from update_watch.judge.diagnosis import Diagnosis
 from update_watch.judge.headline import headline
 from update_watch.report import Cause, Health, LayerReport, Report, TensorReport
@@ -179,8 +180,8 @@ def test_tensors_that_did_not_begin_together_are_given_the_range_of_their_steps(
         return TensorReport(name, Health.stalled, Cause.weight_rounding, dtype="bfloat16", since_step=step)
 
     tensors = [stalled_since("a.w", 551), stalled_since("b.w", 1), TensorReport("c.w", Health.healthy)]
-    assert headline(tensors).startswith("2 of 3 tensors are stalled since steps 1 to 551 (a.w, b.w): ")
-    assert headline(tensors[:1] * 2).startswith("2 of 2 tensors are stalled since step 551: ")
+    assert headline(OfReports(tensors)).startswith("2 of 3 tensors are stalled since steps 1 to 551 (a.w, b.w): ")
+    assert headline(OfReports(tensors[:1] * 2)).startswith("2 of 2 tensors are stalled since step 551: ")
 
 
 @pytest.mark.parametrize(("looks", "said"), [(7, "; looked at 7 of 128 steps."), (8, "."), (None, ".")])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -53,6 +53,12 @@ class Block(Values, Protocol):
 
     def parts(self) -> dict[str, Part]:
         """The accumulators, by name."""
+
+
+def having(values: Sequence[Any], test: Callable[[Any], bool]) -> npt.NDArray[np.bool_]:
+    """[n] whether a value, of which there are few different ones, is as asked."""
+    found = {value: bool(test(value)) for value in set(values)}
+    return np.fromiter(map(found.__getitem__, values), bool, len(values))
 
 
 class Objects:
@@ -181,6 +187,10 @@ class Columns:
             self._columns[name] = found
             rest()
         return found
+
+    def having(self, name: str, test: Callable[[Any], bool]) -> npt.NDArray[np.bool_]:
+        """[n] whether the value, of which there are few different ones, is as asked."""
+        return having(self.raw(name), test)
 
     def histogram(self, name: str, length: int) -> Array:
         """[n, length] of shares; NaN of those that have none."""

@@ -33,12 +33,24 @@ def allow(cls: type, names: Iterable[str]) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     for name in names:
         setattr(cls, name, _Late(name, defaults[name]))
+    cls.__getstate__ = all_of  # type: ignore[attr-defined]  # what is copied or pickled is whole
 
 
 def made(cls: type[_T], fields: dict[str, Any], make: Make, place: int) -> _T:
     """An instance of which `fields` are known and the others are what `make(place)` gives, once it is asked for one."""
     fields[_MAKE], fields[_PLACE] = make, place
     return quick(cls, fields)
+
+
+def maker_of(instance: Any) -> Make | None:
+    """What makes the late fields of an instance, while nobody has asked for one."""
+    found: Make | None = instance.__dict__.get(_MAKE)
+    return found
+
+
+def changed(instance: _T, **fields: Any) -> _T:
+    """As `dataclasses.replace(instance, **fields)`; what is late stays so."""
+    return quick(type(instance), {**instance.__dict__, **fields})
 
 
 def quick(cls: type[_T], fields: dict[str, Any]) -> _T:

@@ -203,10 +203,11 @@ def _low_states(t: TensorReport) -> int:
     """How many states of its optimizer are in a 16-bit format."""
     if t.low_states is not None:
         return t.low_states
-    return sum(a.dtype in BITS and not _is_beside(name) for name, a in t.accumulators.items())
+    return sum(a.dtype in BITS and not is_beside(name) for name, a in t.accumulators.items())
 
 
-def _is_beside(name: str) -> bool:
+def is_beside(name: str) -> bool:
+    """Whether what accumulates under this name is no state of an optimizer."""
     return name in ("weight_decay", "grad") or name.startswith("average:")
 
 

@@ -37,6 +37,7 @@ The score is explained in `efficiency_grade`, lines 18 and 19 in `beyond_steps`,
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -44,6 +45,7 @@ from typing import Any
 import numpy as np
 
 from update_watch.columns.evidence_columns import Columns, columns_of
+from update_watch.columns.late_fields import made
 from update_watch.evidence import TensorEvidence, WindowEvidence
 from update_watch.judge import reasons
 from update_watch.judge.accumulators import Setting
@@ -53,7 +55,7 @@ from update_watch.judge.columns.accumulators import Verdicts as AccumulatorVerdi
 from update_watch.judge.columns.codes import CAUSE_CODES, HEALTH_CODES, IDLE, NONE, Rows
 from update_watch.judge.columns.codes import known as known_values
 from update_watch.judge.columns.histories import Histories
-from update_watch.judge.columns.reports import Late, reports_of
+from update_watch.judge.columns.reports import LateReport, OfWindow
 from update_watch.judge.columns.rests import sort, usual_gradient
 from update_watch.judge.columns.standing import Standing
 from update_watch.judge.columns.verdicts import judge, since
@@ -61,10 +63,10 @@ from update_watch.judge.efficiency_grade import Score, known, score
 from update_watch.judge.headline import headline
 from update_watch.judge.history import HEALTHY, UNKNOWN, TensorHistory, check_state
 from update_watch.judge.no_signal import Rest, Verdict, movement, negligible, rest, verdict
-from update_watch.judge.run_summary import by_layer, run_health
+from update_watch.judge.run_summary import run_health
 from update_watch.judge.seen import Seen
 from update_watch.judge.stall_signs import STEEP, is_norm_near_one, most_lost, share_well_above
-from update_watch.report import Cause, Health, Report, TensorReport
+from update_watch.report import Cause, Health, Report
 from update_watch.thresholds import Thresholds
 from update_watch.worker import unhurried
 
@@ -73,6 +75,7 @@ _STILL = 48  # steps in which no tensor of an optimizer moved by one bit, though
 _EARNEST = 0.1  # of the peak learning rate: what stalls only below that is the end of a schedule, and not the run
 
 _GOOD = (HEALTHY, None, "")
+_LATE = ("tensors", "layers")  # fields of a report that are made when somebody asks for them
 
 
 class Diagnosis:
@@ -97,20 +100,20 @@ class Diagnosis:
             first_step = self._last_step + 1
         self._last_step = evidence.step
         looked = None if evidence.observed_steps is None else (evidence.observed_steps, evidence.window)
-        tensors = self._tensors(evidence, first_step)
-        return Report(
-            step=evidence.step,
-            window=evidence.window,
-            health=run_health(tensors),
-            headline=headline(tensors, evidence.step, self.trainer, looked),
-            tensors=tensors,
-            layers=by_layer(tensors),
-            time=evidence.time,
-            cost_ms=evidence.cost_ms,
-            skipped_steps=evidence.skipped_steps,
-            observed_steps=evidence.observed_steps,
-            cost_share=evidence.cost_share,
-        )
+        judged = self._judge(evidence, first_step)
+        fields = {field.name: field.default for field in dataclasses.fields(Report) if field.name not in _LATE}
+        fields |= {
+            "step": evidence.step,
+            "window": evidence.window,
+            "health": run_health(judged),
+            "headline": headline(judged, evidence.step, self.trainer, looked),
+            "time": evidence.time,
+            "cost_ms": evidence.cost_ms,
+            "skipped_steps": evidence.skipped_steps,
+            "observed_steps": evidence.observed_steps,
+            "cost_share": evidence.cost_share,
+        }
+        return made(Report, fields, LateReport(judged), 0)
 
     # --- resume ------------------------------------------------------------------------------------
 
@@ -150,7 +153,7 @@ class Diagnosis:
 
     # --- the tensors -------------------------------------------------------------------------------
 
-    def _tensors(self, evidence: WindowEvidence, first_step: int) -> tuple[TensorReport, ...]:
+    def _judge(self, evidence: WindowEvidence, first_step: int) -> OfWindow:
         columns, histories, limits = columns_of(evidence.tensors), self._histories, self._limits
         rows = histories.rows_of(tuple(columns.raw("name")))
         usual = usual_gradient(columns)
@@ -184,8 +187,7 @@ class Diagnosis:
         def text(place: int, e: TensorEvidence) -> str:
             return texts[place] if place in texts else found.text(place, e)
 
-        late = Late(columns, found.health, text, parts, first_step)
-        return reports_of(columns, found.health, found.cause, since_step, late)
+        return OfWindow(columns, found.health, found.cause, text, parts, since_step, first_step)
 
     def _verdict(
         self, e: TensorEvidence, history: TensorHistory, window: WindowEvidence, usual: float | None

@@ -6,24 +6,26 @@ It never says that all is well where something could not be measured, and a run 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+
+import numpy as np
 
 from update_watch.judge.advice import advise, brief
-from update_watch.judge.heard import Heard, loud, unknown_averages
+from update_watch.judge.columns.codes import HEALTH_CODES, HEALTHS, HEALTHY, IDLE, NONE, UNKNOWN, Rows, cause_of
+from update_watch.judge.columns.judged import Judged, levels_of
 from update_watch.judge.reasons import why
 from update_watch.judge.remedies import remedy
 from update_watch.judge.run_summary import (
     BAD,
-    RANK,
-    badness,
+    counts_of,
+    is_bad,
     is_measurable,
     is_moving_unasked,
     is_training_nothing,
-    unmeasured,
+    is_unmeasured,
+    most_common,
 )
 from update_watch.judge.seen import Seen
-from update_watch.naming import group_words
-from update_watch.report import SEVERITY, Cause, Health, TensorReport, weighted_mean
+from update_watch.report import SEVERITY, Cause, Health
 from update_watch.wording import cause_label, fixed, plural
 from update_watch.worker import unhurried
 
@@ -50,137 +52,149 @@ _PROBABLE = {  # why nothing at all trains: what was seen, what it most often is
 }
 
 
-def headline(
-    tensors: Sequence[TensorReport], step: int = 0, trainer: str = "torch", looked: tuple[int, int] | None = None
-) -> str:
+def headline(judged: Judged, step: int = 0, trainer: str = "torch", looked: tuple[int, int] | None = None) -> str:
     """One sentence on the run. `trainer`: in whose words cures are told; `looked`: at how many of how many steps."""
-    if not tensors:
+    if not len(judged):
         return "No tensors are watched."
-    if is_training_nothing(tensors):
-        return nothing_trains(tensors, step)
-    groups: dict[tuple[Health, Cause | None], list[TensorReport]] = {}
-    for tensor in tensors:
-        if tensor.health in BAD:
-            groups.setdefault((tensor.health, tensor.cause), []).append(tensor)
-    findings = _accumulator_findings(tensors)
-    lacking = unmeasured(tensors)
+    if is_training_nothing(judged):
+        return nothing_trains(judged, step)
+    groups = [
+        (code, cause, np.flatnonzero((judged.health == code) & (judged.cause == cause)))
+        for code in BAD
+        for cause, _ in most_common(judged.cause[judged.health == code])
+    ]
+    findings = _accumulator_findings(judged)
     if not groups and not findings:
-        return _calm(tensors, looked)
-    ordered = sorted(groups.items(), key=lambda item: (RANK[item[0][0]], -len(item[1])))
-    also = [f"{len(members)} {health} ({cause_label(cause)})" for (health, cause), members in ordered[1:]]
-    if ordered:
-        (health, cause), members = ordered[0]
-        text = _group(health, cause, members, tensors, trainer)
+        return _calm(judged, looked)
+    also = [f"{len(members)} {HEALTHS[code]} ({cause_label(cause_of(cause))})" for code, cause, members in groups[1:]]
+    if groups:
+        text = _group(*groups[0], judged, trainer)
     else:
         text, findings = findings[0][1], findings[1:]
     also += [short for short, _ in findings]
+    lacking = int(is_unmeasured(judged).sum())
     if lacking:
-        also.append(f"{len(lacking)} not measured")
-    pending = sum(t.health is Health.unknown for t in tensors) - len(lacking)
+        also.append(f"{lacking} not measured")
+    pending = counts_of(judged.health)[UNKNOWN] - lacking
     if pending:
         also.append(f"{pending} not known yet")
     return f"{text}; also {', '.join(also)}." if also else f"{text}."
 
 
-def nothing_trains(tensors: Sequence[TensorReport], step: int) -> str:
+def nothing_trains(judged: Judged, step: int) -> str:
     """The sentence for a run in which everything that requires a gradient is at rest."""
-    trained = [t for t in tensors if t.trainable]
-    cause, count = Counter(t.cause for t in trained).most_common(1)[0]
-    moving = [t for t in trained if t.health is not Health.idle]
-    since = [t.since_step for t in trained if t.since_step is not None and t.health is Health.idle]
-    when = f" since step {max(since)}" if since and not moving else ""
-    seen, probable = _PROBABLE.get(cause, ("all is at rest", ""))  # type: ignore[arg-type]
-    most = "" if count == len(trained) else f" (of {count} of {plural(len(trained), 'tensor')})"
+    trained = judged.trainable
+    total = int(trained.sum())
+    code, count = most_common(judged.cause[trained])[0]
+    moving = int((trained & (judged.health != IDLE)).sum())
+    since = judged.since[trained & (judged.health == IDLE)]
+    since = since[~np.isnan(since)]
+    when = f" since step {int(since.max())}" if len(since) and not moving else ""
+    seen, probable = _PROBABLE.get(cause_of(code), ("all is at rest", ""))  # type: ignore[arg-type]
+    most = "" if count == total else f" (of {count} of {plural(total, 'tensor')})"
     if moving:
-        seen += f", and weight decay and momentum alone move {len(moving)} of {plural(len(trained), 'tensor')}"
+        seen += f", and weight decay and momentum alone move {moving} of {plural(total, 'tensor')}"
         most = ""
     return f"Nothing is being trained{when}: {seen}{most}" + (f"; {probable}." if probable else ".")
 
 
-def unmeasured_sentence(tensors: Sequence[TensorReport]) -> str:
+def unmeasured_sentence(judged: Judged) -> str:
     """ "19 of 21 tensors cannot be measured: ..."; "" when all can."""
-    lacking, trained = unmeasured(tensors), [t for t in tensors if is_measurable(t)]
+    lacking = np.flatnonzero(is_unmeasured(judged)).tolist()
     if not lacking:
         return ""
-    reasons = Counter(why(t.advice) for t in lacking if t.advice)
+    reasons = Counter(why(advice) for advice in map(judged.advice, lacking) if advice)
     text, count = reasons.most_common(1)[0] if reasons else ("", 0)
     share = "" if count == len(lacking) else f" ({count} of these)"
     because = f": {text}{share}" if text else ""
-    return f"{len(lacking)} of {plural(len(trained), 'tensor')} cannot be measured{because}."
+    return f"{len(lacking)} of {plural(int(is_measurable(judged).sum()), 'tensor')} cannot be measured{because}."
 
 
-def mean_seen(members: Sequence[TensorReport]) -> Seen:
+def mean_seen(judged: Judged, places: Rows) -> Seen:
     """What was seen of several tensors, on average."""
-    dtypes = {t.dtype for t in members}
+    dtypes = judged.raw("dtype")
+    first = dtypes[places[0]]
     return Seen(
-        dtype=dtypes.pop() if len(dtypes) == 1 else "",
-        efficiency=weighted_mean((t.efficiency, t.numel) for t in unhurried(members)),
-        lost=weighted_mean((t.lost_fraction, t.numel) for t in unhurried(members)),
+        dtype=first if judged.having("dtype", first.__eq__)[places].all() else "",
+        efficiency=judged.mean("efficiency", places),
+        lost=judged.mean("lost_fraction", places),
     )
 
 
-def _group(
-    health: Health, cause: Cause | None, members: list[TensorReport], tensors: Sequence[TensorReport], trainer: str
-) -> str:
-    count = f"{len(members)} of {plural(len(tensors), 'tensor')} {'is' if len(members) == 1 else 'are'} {health}"
-    since = [t.since_step for t in members if t.since_step is not None]
-    when = f" since step {min(since)}" if since else ""
-    if since and max(since) > min(since):  # they did not begin together
-        when = f" since steps {min(since)} to {max(since)}"
-    who = ""
-    if len(members) < len(tensors):
-        who = f" ({', '.join(group_words([t.name for t in members], {t.name: t.shape for t in tensors}, 3))})"
-    worst = min(members, key=badness)
+def _group(health: int, code: int, members: Rows, judged: Judged, trainer: str) -> str:
+    cause = cause_of(code)
+    count = (
+        f"{len(members)} of {plural(len(judged), 'tensor')} {'is' if len(members) == 1 else 'are'} {HEALTHS[health]}"
+    )
+    since = judged.since[members]
+    since = since[~np.isnan(since)]
+    when = f" since step {int(since.min())}" if len(since) else ""
+    if len(since) and since.max() > since.min():  # they did not begin together
+        when = f" since steps {int(since.min())} to {int(since.max())}"
+    who = f" ({', '.join(judged.words(members))})" if len(members) < len(judged) else ""
     if cause is None:
         return f"{count}{when}{who}"
+    advice = judged.advice(int(judged.worst_first(members)[0]))
     if len(members) == 1 or cause in (Cause.state_rounding, Cause.overwritten, Cause.not_copied_back):
-        finding = brief(worst.advice).split("; ")[0]
+        finding = brief(advice).split("; ")[0]
     else:
-        finding = advise(cause, mean_seen(members)).finding
-    cure = remedy(cause, members, tensors, trainer, worst.advice)
+        finding = advise(cause, mean_seen(judged, members)).finding
+    cure = remedy(cause, members, judged, trainer, advice)
     return f"{count}{when}{who}: {finding}" + (f"; {cure}" if cure else "")
 
 
-def _accumulator_findings(tensors: Sequence[TensorReport]) -> list[tuple[str, str]]:
-    """(in a word, in a sentence) per kind of accumulator that is not well, loudest and most frequent first."""
-    groups: dict[tuple[str, Health, Cause | None], list[Heard]] = {}
-    for place, of_tensor in loud(tensors).items():
-        if tensors[place].health not in BAD:
-            for one in of_tensor:
-                groups.setdefault((one.name, one.health, one.cause), []).append(one)
+def _accumulator_findings(judged: Judged) -> list[tuple[str, str]]:
+    """(in a word, in a sentence) per kind of accumulator that somebody is alerted of, the most frequent first."""
+    is_open = ~is_bad(judged.health)
+    kinds: list[tuple[str, int, Rows]] = []
+    for part in judged.parts:
+        is_loud = (levels_of(part) > 0) & is_open[part.places]
+        verdicts = np.stack([part.health[is_loud], part.cause[is_loud]], 1)
+        for verdict in np.unique(verdicts, axis=0):
+            kinds.append((part.name, verdict[0], part.places[is_loud][(verdicts == verdict).all(1)]))
     found = []
-    for (name, health, _), members in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0][0])):
-        where = f"{name} is {health} in {len(members)} of {plural(len(tensors), 'tensor')}"
-        advice = tensors[members[0].place].accumulators[name].advice
-        found.append((f"{name} of {len(members)} {health}", f"{where}: {brief(advice)}"))
+    for name, code, places in sorted(kinds, key=lambda kind: (-len(kind[2]), kind[0], kind[2][0])):
+        health, count = HEALTHS[code], len(places)
+        advice = judged.tensor(int(places[0])).accumulators[name].advice
+        where = f"{name} is {health} in {count} of {plural(len(judged), 'tensor')}"
+        found.append((f"{name} of {count} {health}", f"{where}: {brief(advice)}"))
     return found
 
 
-def _calm(tensors: Sequence[TensorReport], looked: tuple[int, int] | None) -> str:
-    counts = Counter(t.health for t in tensors)
-    efficiency = weighted_mean((t.efficiency, t.numel) for t in tensors if t.health is Health.healthy)
+def _unknown_averages(judged: Judged) -> list[str]:
+    averages = (part for part in judged.parts if part.name.startswith("average:"))
+    counts = {part.name: int((part.health == UNKNOWN).sum()) for part in averages}
+    return [f"{name} of {count} not known" for name, count in counts.items() if count]
+
+
+def _calm(judged: Judged, looked: tuple[int, int] | None) -> str:
+    counts = counts_of(judged.health)
+    is_healthy = judged.health == HEALTHY
+    efficiency = judged.mean("efficiency", is_healthy)
     known = f" (efficiency {fixed(efficiency)})" if efficiency is not None else ""
-    moving = [t for t in tensors if is_moving_unasked(t) and t.health is Health.healthy]
-    healthy = counts.pop(Health.healthy, 0) - len(moving)
-    averages = unknown_averages(tensors)
-    more = [", ".join(f"{name} of {count} not known" for name, count in averages.items())] if averages else []
+    moving = judged.cause[is_moving_unasked(judged) & is_healthy]
+    healthy = counts[HEALTHY] - len(moving)
+    averages = _unknown_averages(judged)
+    more = [", ".join(averages)] if averages else []
     if looked is not None and looked[0] * _FEW_LOOKS < looked[1]:  # a budget: what else happened is not known
         more.append(f"looked at {looked[0]} of {plural(looked[1], 'step')}")
     also = "".join(f"; {one}" for one in more)
-    if not counts and not moving:
+    others = [(health, counts[HEALTH_CODES[health]]) for health in SEVERITY if health is not Health.healthy]
+    rest = [f"{count} {health}" for health, count in others if count]
+    if not rest and not len(moving):
         whole = f"All {healthy} tensors are healthy" if healthy > 1 else "The one tensor is healthy"
         return f"{whole}{known}{also}."
-    text = f"{healthy} of {plural(len(tensors), 'tensor')} healthy{known}"
-    rest = [f"{counts[health]} {health}" for health in SEVERITY if counts[health]]
-    if moving:
-        cause = Counter(str(t.cause) for t in moving).most_common(1)[0][0]
+    text = f"{healthy} of {plural(len(judged), 'tensor')} healthy{known}"
+    if len(moving):
+        cause = str(cause_of(most_common(moving)[0][0]))
         rest.insert(0, f"{len(moving)} moving without being trained ({cause_label(cause)})")
-    because = _why_unknown(tensors) if counts[Health.unknown] else _why_idle(tensors)
+    because = _why_unknown(judged) if counts[UNKNOWN] else _why_idle(judged)
     return f"{text}, {', '.join(rest)}{because}{also}."
 
 
-def _why_unknown(tensors: Sequence[TensorReport]) -> str:
-    reasons = Counter(t.advice for t in tensors if t.health is Health.unknown and t.advice)
+def _why_unknown(judged: Judged) -> str:
+    unknown = np.flatnonzero(judged.health == UNKNOWN).tolist()
+    reasons = Counter(advice for advice in map(judged.advice, unhurried(unknown)) if advice)
     if not reasons:
         return ""
     text, count = reasons.most_common(1)[0]
@@ -188,7 +202,7 @@ def _why_unknown(tensors: Sequence[TensorReport]) -> str:
     return f" ({why(text)}{share})"
 
 
-def _why_idle(tensors: Sequence[TensorReport]) -> str:
+def _why_idle(judged: Judged) -> str:
     """The cause of what is at rest, so that a headline always has one."""
-    causes = Counter(t.cause for t in tensors if t.health is Health.idle and t.cause is not None)
-    return f" ({', '.join(cause_label(cause) for cause, _ in causes.most_common(2))})" if causes else ""
+    causes = most_common(judged.cause[(judged.health == IDLE) & (judged.cause != NONE)])
+    return f" ({', '.join(cause_label(cause_of(code)) for code, _ in causes[:2])})" if causes else ""

@@ -5,74 +5,98 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import numpy as np
 
+from update_watch.columns.evidence_columns import having
 from update_watch.cures import BETAS, Cure, cures_for, switch
 from update_watch.foresight.forecasts import Forecast
-from update_watch.foresight.plan import can_stand_alone
-from update_watch.foresight.what_if import cost_of
+from update_watch.foresight.plan import FEW
+from update_watch.foresight.what_if import BITS
 from update_watch.judge.advice import brief
+from update_watch.judge.columns.codes import Rows
+from update_watch.judge.columns.judged import Judged
 from update_watch.judge.number_formats import FULL, smallest_rate
-from update_watch.naming import family, group_words
-from update_watch.report import Cause, TensorReport
+from update_watch.naming import family
+from update_watch.report import Cause
 from update_watch.wording import number, size
 
 
-def remedy(
-    cause: Cause | None,
-    mine: Sequence[TensorReport],
-    tensors: Sequence[TensorReport],
-    trainer: str,
-    advice: str,
-    part: str = "",
-) -> str:
-    """What to change for the tensors `mine` of `tensors`, without capital or full stop; "" where there is nothing.
+def remedy(cause: Cause | None, mine: Rows, judged: Judged, trainer: str, advice: str, part: str = "") -> str:
+    """What to change for the tensors at the places `mine`, without capital or full stop; "" where there is nothing.
 
     `advice`: that of the worst of them. `part`: the accumulator it is about, "" for the weights.
     """
-    if mine[0].dtype in FULL and not part:
+    dtype = judged.raw("dtype")[mine[0]]
+    if dtype in FULL and not part:
         return _cure_of(advice)
-    masters = switch(trainer, mine[0].dtype)
-    trained = [t for t in tensors if t.trainable]
+    masters, trained = switch(trainer, dtype), judged.trainable
     if cause is Cause.weight_rounding:
-        whole = f"keep FP32 master weights: {masters} (+{size(cost_of(Cure.masters, trained))})"
-        option = "kahan_sum=True" if all("kahan_sum" in t.options for t in mine) else "optimi"
-        kahan = f"Kahan summation ({option}, +{size(cost_of(Cure.kahan, trained))})"
-        if can_stand_alone(mine, tensors):
-            words = ", ".join(group_words([t.name for t in mine], {t.name: t.shape for t in tensors}, 3))
-            alone = f"keep {words} in FP32 (+{size(cost_of(Cure.masters, mine))})"
-            centred = ", or store norm weights zero-centred (w - 1)" if are_norms(mine) else ""
+        whole = f"keep FP32 master weights: {masters} (+{size(judged.cost_of(Cure.masters, trained))})"
+        option = "kahan_sum=True" if judged.having("options", _has_kahan)[mine].all() else "optimi"
+        kahan = f"Kahan summation ({option}, +{size(judged.cost_of(Cure.kahan, trained))})"
+        if _can_stand_alone(judged, mine):
+            alone = f"keep {', '.join(judged.words(mine))} in FP32 (+{size(judged.cost_of(Cure.masters, mine))})"
+            centred = ", or store norm weights zero-centred (w - 1)" if are_norms(judged, mine) else ""
             return f"{alone}{centred}, or {whole}"
         return f"{whole}, or use stochastic rounding (torchao, +0 B) or {kahan}; then retune the learning rate"
     if cause is Cause.decay_rounding:
-        whole = f"FP32 master weights: {masters} (+{size(cost_of(Cure.masters, trained))})"
-        if Cure.fused_decay not in cures_for(cause.value, [t.options for t in mine]):
+        whole = f"FP32 master weights: {masters} (+{size(judged.cost_of(Cure.masters, trained))})"
+        if Cure.fused_decay not in cures_for(cause.value, _options(judged, mine)):
             return f"keep {whole}, or use stochastic rounding (torchao, +0 B)"
         return f"fused=True in the optimizer, which adds decay and gradient in one rounding (+0 B), or {whole}"
     if cause is Cause.state_rounding:
-        floor = smallest_rate(mine[0].dtype)
-        has_beta = all(any(name in t.options for name in BETAS) for t in mine)
+        floor = smallest_rate(dtype)
+        has_beta = all(any(name in options for name in BETAS) for options in _options(judged, mine))
         beta = f", or use a beta of at most {1 - floor:.4g} (+0 B)" if floor is not None and has_beta else ""
-        return f"keep the optimizer state in FP32 (+{size(cost_of(Cure.fp32_states, mine))}){beta}"
+        return f"keep the optimizer state in FP32 (+{size(judged.cost_of(Cure.fp32_states, mine))}){beta}"
     if cause is Cause.average_rounding:
-        copies = [dataclasses.replace(t, dtype=t.accumulators[part].dtype) for t in mine if part in t.accumulators]
-        return f"keep the averaged model in FP32 (+{size(cost_of(Cure.fp32_average, copies or mine))})"
+        return f"keep the averaged model in FP32 (+{size(_cost_of_average(judged, mine, part))})"
     return _cure_of(advice)
 
 
-def ahead(forecast: Forecast, mine: Sequence[TensorReport], tensors: Sequence[TensorReport], trainer: str) -> str:
+def ahead(forecast: Forecast, mine: Rows, judged: Judged, trainer: str) -> str:
     """What to change so that these will not stall, without capital or full stop."""
-    trained = [t for t in tensors if t.trainable]
-    masters = f"keep FP32 master weights: {switch(trainer, mine[0].dtype)} (+{size(cost_of(Cure.masters, trained))})"
+    cost = size(judged.cost_of(Cure.masters, judged.trainable))
+    masters = f"keep FP32 master weights: {switch(trainer, judged.raw('dtype')[mine[0]])} (+{cost})"
     if forecast.floor is None:
         return masters
     return f"end the schedule at {number(forecast.floor)} or above (+0 B), or {masters}"
 
 
-def are_norms(mine: Sequence[TensorReport]) -> bool:
+def are_norms(judged: Judged, mine: Rows) -> bool:
     """Whether all of them are weights of norms."""
-    return all(family(t.name, t.shape) == "norm" for t in mine)
+    names, shapes = judged.names, judged.raw("shape")
+    return all(family(names[place], shapes[place]) == "norm" for place in mine.tolist())
+
+
+def _can_stand_alone(judged: Judged, mine: Rows) -> bool:
+    """As `plan.can_stand_alone`."""
+    if len(mine) == len(judged) or judged.numel(mine) > FEW * (judged.numel(judged.trainable) or 1):
+        return False
+    shapes = judged.raw("shape")
+    return all(len(shapes[place]) == 1 for place in mine.tolist())
+
+
+def _options(judged: Judged, mine: Rows) -> set[tuple[str, ...]]:
+    options = judged.raw("options")
+    return {options[place] for place in mine.tolist()}
+
+
+def _has_kahan(options: tuple[str, ...]) -> bool:
+    return "kahan_sum" in options
+
+
+def _cost_of_average(judged: Judged, mine: Rows, name: str) -> int:
+    """By the format of the average, of those that have one of this name."""
+    is_there, is_low = np.zeros(len(judged), bool), np.zeros(len(judged), bool)
+    for part in judged.parts:
+        if part.name == name:
+            is_there[part.places] = True
+            is_low[part.places] = having(part.raw("dtype"), BITS.__contains__)
+    is_mine = np.isin(np.arange(len(judged)), mine) & is_there
+    if is_mine.any():
+        return judged.cost_of(Cure.fp32_average, is_mine, is_low)
+    return judged.cost_of(Cure.fp32_average, mine)
 
 
 def _cure_of(advice: str) -> str:

@@ -18,7 +18,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from update_watch.report import Health, Report, TensorReport
+import numpy as np
+
+from update_watch.judge.columns.codes import UNKNOWN
+from update_watch.judge.columns.judged import judged_of
+from update_watch.report import Report
 
 FIRST_WINDOWS = 4
 FIRST_STEPS = 256  # README and docs/cost.md name it
@@ -64,7 +68,7 @@ class Attention:
         self._window_beside = 0.0
         self._is_known = False  # every tensor has a verdict
         self._has_changed = False
-        self._verdicts: dict[str, tuple[str, str, bool]] = {}
+        self._verdicts: tuple[list[str], Any] = [], np.zeros((0, 3))  # names; health, cause, suspicion of each
 
     # --- in the step -----------------------------------------------------------------------------
 
@@ -176,15 +180,14 @@ class Attention:
 
     def judged(self, report: Report) -> None:
         """Learn from a report; called on the judging thread."""
-        verdicts = {
-            t.name: (t.health.value, "" if t.cause is None else t.cause.value, _is_suspect(t)) for t in report.tensors
-        }
-        known = [t for t in report.tensors if t.health is not Health.unknown]
-        before, self._verdicts = self._verdicts, verdicts
-        self._has_changed = any(before.get(name, verdict) != verdict for name, verdict in verdicts.items())
-        self._is_known = self._is_known or (len(known) == len(report.tensors) > 0)
-
-
-def _is_suspect(tensor: TensorReport) -> bool:
-    """Healthy, though what its steps applied did not stay in this window: once that may be a checkpoint."""
-    return tensor.net_efficiency is not None and tensor.net_efficiency < _STAYS
+        judged = judged_of(report)
+        # healthy, though what its steps applied did not stay in this window: once that may be a checkpoint
+        is_suspect = judged.column("net_efficiency") < _STAYS
+        verdicts = np.stack([judged.health, judged.cause, is_suspect], 1)
+        (names, before), self._verdicts = self._verdicts, (judged.names, verdicts)
+        if names != judged.names:  # of those that were there
+            place_of = {name: place for place, name in enumerate(names)}
+            places = np.array([place_of.get(name, -1) for name in judged.names], dtype=np.intp)
+            before = np.where((places < 0)[:, None], verdicts, before[places] if len(names) else verdicts)
+        self._has_changed = bool((before != verdicts).any())
+        self._is_known = self._is_known or (len(judged) > 0 and not (judged.health == UNKNOWN).any())

@@ -13,11 +13,17 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+from update_watch.columns.late_fields import changed
 from update_watch.judge.alerts.episodes import BEGAN, GREW, OVER, Episode, level_of
-from update_watch.judge.alerts.findings import AHEAD, NOTHING_TRAINS, Finding, find
+from update_watch.judge.alerts.findings import AHEAD, INFO, NOTHING_TRAINS, Members, find
+from update_watch.judge.alerts.keys import Keys
 from update_watch.judge.alerts.texts import alert_of, head_of, with_decay
+from update_watch.judge.columns.codes import CAUSE_CODES, IDLE, Mask
+from update_watch.judge.columns.judged import judged_of
 from update_watch.judge.history import check_state
-from update_watch.report import Cause, Health, Level, Report
+from update_watch.report import Cause, Level, Report
 from update_watch.thresholds import Thresholds
 from update_watch.wording import above_progress_bars, plural
 from update_watch.worker import rest, unhurried
@@ -27,6 +33,7 @@ _HOUR = 3600.0
 _LOUDEST_FIRST = (Level.error, Level.warn, Level.info)
 _LOGGING = {Level.info: logging.INFO, Level.warn: logging.WARNING, Level.error: logging.ERROR}
 _WEIGHTS, _DECAY = str(Cause.weight_rounding), str(Cause.decay_rounding)
+_OF_TEXTS = ("was_well", "resting", "held")  # parts of the state
 _SAID_TWICE = 2  # forecasts in a row that say the same, till it is told
 _FOR_GOOD = 3  # windows with a learning rate of 0, from which on it is no warm-up and no last window
 
@@ -38,8 +45,11 @@ class Alerts:
         self._limits, self._clock = thresholds, clock
         self.is_logging = True  # False: another rank, which has the same reports, logs them
         self._episodes: dict[str, Episode] = {}
-        self._was_well: set[str] = set()  # keys that have been well: only of these it is news that they came to rest
-        self._resting: set[str] = set()  # keys that were idle in the window before
+        self._keys = Keys()
+        self._was_well: Mask = np.zeros(
+            0, bool
+        )  # keys that have been well: only of these it is news that they came to rest
+        self._resting: Mask = np.zeros(0, bool)  # keys that were idle in the window before
         self._sent: list[float] = []  # times of the alerts of the last hour
         self._held: set[str] = set()  # episodes whose news the budget held back since the last alert
 
@@ -52,26 +62,28 @@ class Alerts:
         """
         now = self._clock()
         self._sent = [t for t in self._sent if now - _HOUR < t <= now]
-        found = find(report)
+        judged, keys = judged_of(report), self._keys
+        found = find(report, judged, keys)
         rest()
+        self._was_well, self._resting = keys.grown(self._was_well), keys.grown(self._resting)
         bad = self._without_old_rest(found.bad)
         # what loses the updates loses the decay too, and has the same cure: one story
-        decaying = bad.pop(_DECAY, []) if _WEIGHTS in bad else []
+        decaying = bad.pop(_DECAY, None) if _WEIGHTS in bad else None
         self._was_well |= found.well
-        trained = sum(t.numel for t in report.tensors if t.trainable) or 1
-        news: list[tuple[Level, str, str, list[Finding], float]] = []
+        trained = judged.numel(judged.trainable) or 1
+        news: list[tuple[Level, str, str, Members | None, float]] = []
         for name in unhurried({**self._episodes, **bad}):
-            members = bad.get(name, [])
+            members = bad.get(name)
             episode = self._episodes.setdefault(name, Episode())
-            episode.take_in(members, found.well)
-            share = sum({f.tensor.name: f.tensor.numel for f in members}.values()) / trained
+            episode.take_in(members, found.well, keys)
+            share = 0.0 if members is None else judged.numel(np.unique(members.places)) / trained
             event = episode.news(members, share)
-            if name == AHEAD and not members:
+            if name == AHEAD and members is None:
                 episode.patience = 0  # it must be said twice in a row
             if event == GREW and name == _WEIGHTS and share < 1 and self._was_foretold():
                 continue  # until it has all of the model
             if event and not self._must_wait(name, episode, event, members, now):
-                level = level_of(members) if members else Level.info
+                level = Level.info if members is None else level_of(members)
                 news.append((level, event, name, members, share))
         news.sort(key=lambda item: (_LOUDEST_FIRST.index(item[0]), -item[4]))
         alerts = []
@@ -83,16 +95,16 @@ class Alerts:
             self._held.discard(name)
             count = self._episodes[name].told_members
             self._episodes[name].tell(event, members, share, now)
-            alert = alert_of(event, name, level, members, report, count, self._limits, trainer)
-            if name == _WEIGHTS and members and decaying:
-                alert = with_decay(alert, decaying)
+            alert = alert_of(event, name, level, members, report, judged, count, self._limits, trainer)
+            if name == _WEIGHTS and members is not None and decaying is not None:
+                alert = with_decay(alert, len(decaying))
             alerts.append(alert)
         if alerts and self._held:
             held, self._held = self._held, set()
             note = f"\n{plural(len(held), 'other change')} held back: {self._limits.alerts_per_hour} alerts an hour at most."
             alerts[-1] = dataclasses.replace(alerts[-1], text=alerts[-1].text + note)
         self._episodes = {
-            name: e for name, e in self._episodes.items() if e.is_open or e.members or e.over_at > -math.inf
+            name: e for name, e in self._episodes.items() if e.is_open or e.count or e.over_at > -math.inf
         }
         alerts = [dataclasses.replace(alert, model=model) for alert in alerts] if model else alerts
         of = f" of {model}" if model else ""
@@ -106,37 +118,35 @@ class Alerts:
                     alert.title,
                     head_of(alert.text),
                 )
-        return dataclasses.replace(report, alerts=tuple(alerts))
+        return changed(report, alerts=tuple(alerts))
 
-    def _without_old_rest(self, bad: dict[str, list[Finding]]) -> dict[str, list[Finding]]:
+    def _without_old_rest(self, bad: dict[str, Members]) -> dict[str, Members]:
         """Of what is idle, only what was well before and has been idle for two windows; nothing where nothing trains."""
-        resting = {f.key for findings in bad.values() for f in findings if f.health is Health.idle}
-        news: dict[str, list[Finding]] = {}
-        for name, findings in bad.items():
-            if name != NOTHING_TRAINS:
-                findings = [
-                    f
-                    for f in findings
-                    if f.health is not Health.idle
-                    or f.level is not Level.info
-                    or (NOTHING_TRAINS not in bad and f.key in self._was_well and f.key in self._resting)
-                ]
-            if findings:
-                news[name] = findings
+        resting = np.zeros_like(self._resting)
+        news: dict[str, Members] = {}
+        for name, members in bad.items():
+            is_idle = members.health == IDLE
+            resting[members.keys[is_idle]] = True
+            if name != NOTHING_TRAINS and is_idle.any():
+                is_news = self._was_well[members.keys] & self._resting[members.keys] & (NOTHING_TRAINS not in bad)
+                members = members.taken(~is_idle | (members.level != INFO) | is_news)
+            if len(members):
+                news[name] = members
         self._resting = resting
         return news
 
     def _was_foretold(self) -> bool:
         return AHEAD in self._episodes and self._episodes[AHEAD].is_open
 
-    def _must_wait(self, name: str, episode: Episode, event: str, members: list[Finding], now: float) -> bool:
+    def _must_wait(self, name: str, episode: Episode, event: str, members: Members | None, now: float) -> bool:
         if event != BEGAN:
             return name == AHEAD and event != OVER  # more of it is told when it has come
         episode.patience += 1
         if name == AHEAD and episode.patience < _SAID_TWICE:
             return True
-        if name == NOTHING_TRAINS and members[0].cause is Cause.zero_learning_rate and episode.patience < _FOR_GOOD:
-            return True
+        if name == NOTHING_TRAINS and members is not None and episode.patience < _FOR_GOOD:
+            if members.cause[0] == CAUSE_CODES[Cause.zero_learning_rate]:
+                return True
         # a time to come is of a clock that was set back since
         return 0 <= now - episode.over_at < self._limits.alert_cooldown
 
@@ -150,9 +160,9 @@ class Alerts:
         """Plain data (str, int, float, list, dict), safe to load weights-only."""
         return {
             "version": _VERSION,
-            "episodes": {name: episode.to_plain() for name, episode in self._episodes.items()},
-            "was_well": sorted(self._was_well),
-            "resting": sorted(self._resting),
+            "episodes": {name: episode.to_plain(self._keys) for name, episode in self._episodes.items()},
+            "was_well": self._keys.texts(self._was_well),
+            "resting": self._keys.texts(self._resting),
             "sent": list(self._sent),
             "held": sorted(self._held),
         }
@@ -165,20 +175,22 @@ class Alerts:
         """
         parts = {"episodes": Mapping, "was_well": list, "resting": list, "sent": list, "held": list}
         check_state("Alerts", state, _VERSION, parts)
-        episodes, dropped = {}, 0
+        episodes, dropped, keys = {}, 0, Keys()
         for name, data in state["episodes"].items():
             try:
-                episodes[str(name)] = Episode.from_plain(data)
+                episodes[str(name)] = Episode.from_plain(data, keys)
             except (KeyError, TypeError, ValueError):
                 dropped += 1
         if dropped:
             logging.getLogger("update_watch").warning(
                 "Alerts.load_state_dict: %s cannot be read and may be told again.", plural(dropped, "episode")
             )
-        self._episodes = episodes
-        self._was_well, self._resting, self._held = (
-            {value for value in state[part] if isinstance(value, str)} for part in ("was_well", "resting", "held")
+        self._episodes, self._keys = episodes, keys
+        was_well, resting, held = (
+            [v for v in state[part] if isinstance(v, str)] for part in parts if part in _OF_TEXTS
         )
+        self._was_well, self._resting = (keys.mask(keys.numbers(texts)) for texts in (was_well, resting))
+        self._held = set(held)
         self._sent = [float(v) for v in state["sent"] if _is_time(v)]
 
 

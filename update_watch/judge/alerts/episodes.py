@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from update_watch.judge.alerts.findings import Finding
-from update_watch.report import Health, Level
+import numpy as np
+
+from update_watch.judge.alerts.findings import Members
+from update_watch.judge.alerts.keys import Keys
+from update_watch.judge.columns.codes import BROKEN, HEALTHS, STALLED, STALLING, Mask
+from update_watch.judge.columns.judged import LEVELS
+from update_watch.report import Level
 
 SHARES = (0.01, 0.1, 0.5, 1.0)  # of the parameters that are trained
 BEGAN, GREW, WORSE, OVER = "began", "grew", "worse", "over"
 _LARGE = 0.5
-_RANK = {Health.unknown: 0, Health.idle: 0, Health.healthy: 0, Health.stalling: 1, Health.stalled: 2, Health.broken: 3}
-_LOUDNESS = {Level.info: 0, Level.warn: 1, Level.error: 2}
+_RANK = np.zeros(len(HEALTHS), int)
+_RANK[[STALLING, STALLED, BROKEN]] = 1, 2, 3
 
 
 class Episode:
@@ -28,7 +33,7 @@ class Episode:
     __slots__ = ("members", "over_at", "patience", "told_level", "told_members", "told_rank", "told_share")
 
     def __init__(self) -> None:
-        self.members: set[str] = set()  # keys that are in it now
+        self.members: Mask = np.zeros(0, bool)  # keys that are in it now
         self.told_level: Level | None = None  # None: not told yet
         self.told_rank = -1  # the worst health told
         self.told_share = 0  # how many of SHARES were told
@@ -40,42 +45,50 @@ class Episode:
     def is_open(self) -> bool:
         return self.told_level is not None
 
-    def take_in(self, bad: Iterable[Finding], well: set[str]) -> None:
-        """Who is in it after a window: the bad ones, and of those before the ones that are not known to be well."""
-        self.members = {finding.key for finding in bad} | (self.members - well)
+    @property
+    def count(self) -> int:
+        """Of its members."""
+        return int(self.members.sum())
 
-    def news(self, bad: list[Finding], share: float) -> str:
+    def take_in(self, bad: Members | None, well: Mask, keys: Keys) -> None:
+        """Who is in it after a window: the bad ones, and of those before the ones that are not known to be well."""
+        self.members = keys.grown(self.members) & ~well
+        if bad is not None:
+            self.members[bad.keys] = True
+
+    def news(self, bad: Members | None, share: float) -> str:
         """What there is to tell: BEGAN, WORSE, GREW, OVER or "" for nothing. `share` of the parameters, 0..1."""
-        if not self.members:
+        count = self.count
+        if not count:
             return OVER if self.is_open else ""
-        if not bad:
+        if bad is None:
             return ""
-        if not self.is_open:
+        if self.told_level is None:
             return BEGAN
-        if _rank(bad) > self.told_rank or _LOUDNESS[level_of(bad)] > _LOUDNESS[self.told_level or Level.info]:
+        if _rank(bad) > self.told_rank or LEVELS.index(level_of(bad)) > LEVELS.index(self.told_level):
             return WORSE
-        has_passed = passed(share) > self.told_share and len(self.members) > self.told_members
+        has_passed = passed(share) > self.told_share and count > self.told_members
         # one large tensor more among many is no other story until half of the model has it
-        is_large = share >= _LARGE or len(self.members) >= 2 * self.told_members
+        is_large = share >= _LARGE or count >= 2 * self.told_members
         return GREW if has_passed and is_large else ""
 
-    def tell(self, event: str, bad: list[Finding], share: float, now: float) -> None:
+    def tell(self, event: str, bad: Members | None, share: float, now: float) -> None:
         """Remember that it was told."""
         self.patience = 0
-        if event == OVER:
+        if event == OVER or bad is None:
             self.told_level, self.told_rank, self.told_share, self.told_members = None, -1, 0, 0
             self.over_at = now
             return
         self.told_level = level_of(bad)
         self.told_rank = max(self.told_rank, _rank(bad))
         self.told_share = max(self.told_share, passed(share))
-        self.told_members = max(self.told_members, len(self.members))
+        self.told_members = max(self.told_members, self.count)
 
     # --- resume ------------------------------------------------------------------------------------
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self, keys: Keys) -> dict[str, Any]:
         return {
-            "members": sorted(self.members),
+            "members": keys.texts(self.members),
             "told_level": None if self.told_level is None else self.told_level.value,
             "told_rank": self.told_rank,
             "told_share": self.told_share,
@@ -85,12 +98,12 @@ class Episode:
         }
 
     @classmethod
-    def from_plain(cls, data: Any) -> Episode:
+    def from_plain(cls, data: Any, keys: Keys) -> Episode:
         """Raises ValueError, TypeError or KeyError on anything `to_plain` would not write."""
         if not isinstance(data, Mapping) or not isinstance(data["members"], (list, tuple)):
             raise TypeError(f"{data!r} is not an episode")
         episode = cls()
-        episode.members = {str(key) for key in data["members"]}
+        episode.members = keys.mask(keys.numbers(map(str, data["members"])))
         episode.told_level = None if data["told_level"] is None else Level(data["told_level"])
         for name in ("told_rank", "told_share", "told_members", "patience"):
             value = data[name]
@@ -105,9 +118,9 @@ class Episode:
         return episode
 
 
-def level_of(bad: Iterable[Finding]) -> Level:
-    """The loudest of its findings."""
-    return max((finding.level for finding in bad), key=_LOUDNESS.__getitem__)
+def level_of(bad: Members) -> Level:
+    """The loudest of them."""
+    return LEVELS[int(bad.level.max())] or Level.info
 
 
 def passed(share: float) -> int:
@@ -115,5 +128,5 @@ def passed(share: float) -> int:
     return bisect.bisect_right(SHARES, share + 1e-12)
 
 
-def _rank(bad: Iterable[Finding]) -> int:
-    return max(_RANK.get(finding.health, 0) for finding in bad)
+def _rank(bad: Members) -> int:
+    return int(_RANK[bad.health].max())

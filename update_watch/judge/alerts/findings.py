@@ -6,21 +6,36 @@ whole: nothing trains, and too much of what is trained cannot be measured. One i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
-from update_watch.judge.heard import key as key_of
-from update_watch.judge.heard import loud
-from update_watch.judge.heard import well as well_accumulators
+import numpy as np
+
+from update_watch.judge.alerts.keys import Keys
+from update_watch.judge.columns.codes import (
+    BROKEN,
+    CAUSE_CODES,
+    CAUSES,
+    HEALTHS,
+    HEALTHY,
+    IDLE,
+    NONE,
+    STALLED,
+    STALLING,
+    Codes,
+    Mask,
+    Rows,
+)
+from update_watch.judge.columns.judged import LEVELS, Judged, levels_of
 from update_watch.judge.rest_sentences import is_left_behind
 from update_watch.judge.run_summary import (
-    badness,
+    is_bad,
     is_measurable,
     is_moving_unasked,
     is_training_nothing,
-    unmeasured,
+    is_unmeasured,
 )
-from update_watch.report import Cause, Health, Level, Report, TensorReport
+from update_watch.report import Cause, Level, Report
 from update_watch.worker import rest, unhurried
 
 NOTHING_TRAINS, NOT_MEASURED = "nothing_trains", "not_measured"  # episodes of the run
@@ -34,140 +49,190 @@ _UNSURE = 0.25  # error of the forecasts of this run, from which on nothing is m
 ALONE = frozenset(
     {"updates", "gradients", "state", "fp16_range", "skipped"}
 )  # signs that are told though nothing runs away
-_LEVELS = {Health.broken: Level.error, Health.stalled: Level.error, Health.stalling: Level.warn}
-_IDLE_CAUSES = frozenset({Cause.no_gradient, Cause.zero_gradient, Cause.negligible_gradient})
+OWN = -1  # no accumulator: the tensor itself
+INFO, WARN, ERROR = (LEVELS.index(level) for level in (Level.info, Level.warn, Level.error))
+_LEVELS = np.zeros(len(HEALTHS), np.int8)  # by health
+_LEVELS[[BROKEN, STALLED, STALLING]] = ERROR, ERROR, WARN
+_IDLE_CAUSES = (Cause.no_gradient, Cause.zero_gradient, Cause.negligible_gradient)
+_EARLY = [CAUSE_CODES[cause] for cause in (Cause.state_rounding, Cause.decay_rounding)]
 
 
-class Finding(NamedTuple):
-    """One tensor or accumulator that is not well."""
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """Tensors and accumulators that are not well, of one episode, the worst first. Legend: m members."""
 
-    key: str  # the tensor's name; of an accumulator "name [accumulator]"
-    tensor: TensorReport
-    part: str  # the accumulator; "" for the tensor itself
-    level: Level
-    health: Health
-    cause: Cause | None
+    places: Rows  # [m] of their tensors in the report
+    parts: Rows  # [m] which of the report's accumulators; OWN: the tensor itself
+    keys: Rows  # [m] as `Keys` numbers them
+    level: Codes  # [m] how loud they are, by the index in `LEVELS`
+    health: Codes  # [m]
+    cause: Codes  # [m]
     said: str | None = None  # of the run as a whole; None: what is said of the tensor or accumulator
 
-    @property
-    def advice(self) -> str:
-        """Of thousands only the first is told."""
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def taken(self, which: Mask | Rows) -> Members:
+        """Some of them."""
+        return dataclasses.replace(self, **{name: getattr(self, name)[which] for name in _COLUMNS})
+
+    def advice(self, judged: Judged) -> str:
+        """What is said of the first."""
         if self.said is not None:
             return self.said
-        return self.tensor.accumulators[self.part].advice if self.part else self.tensor.advice
+        place, part = int(self.places[0]), int(self.parts[0])
+        if part == OWN:
+            return judged.advice(place)
+        return judged.tensor(place).accumulators[judged.parts[part].name].advice
+
+
+_COLUMNS = ("places", "parts", "keys", "level", "health", "cause")
 
 
 class Findings(NamedTuple):
     """Of one report."""
 
-    bad: dict[str, list[Finding]]  # by episode, worst first
-    well: set[str]  # keys that are certainly well
+    bad: dict[str, Members]  # by episode
+    well: Mask  # keys that are certainly well
 
 
-def find(report: Report) -> Findings:
-    """Everything in a report that is something to tell, or to compare with."""
-    bad: dict[str, list[Finding]] = {}
-    heard, well = loud(report.tensors), well_accumulators(report.tensors)
-    tensors = report.tensors
-    told = []
-    for place, tensor in enumerate(unhurried(tensors)):
-        if tensor.health is Health.healthy and tensor.cause is None and not tensor.was_rounded and place not in heard:
-            well.add(tensor.name)
-        else:
-            told.append(place)
-    for place in unhurried(sorted(told, key=lambda place: badness(tensors[place]))):
-        tensor = tensors[place]
-        level = _LEVELS.get(tensor.health)
-        if level is not None:
-            _add(bad, Finding(tensor.name, tensor, "", level, tensor.health, tensor.cause))
-        elif is_moving_unasked(tensor):
-            level = Level.warn if tensor.health is Health.healthy else Level.info
-            if tensor.cause is Cause.requires_grad_off:
-                _add(bad, Finding(tensor.name, tensor, "", level, tensor.health, tensor.cause))
-        elif tensor.health is Health.idle and tensor.cause in _IDLE_CAUSES:
-            _add(bad, Finding(tensor.name, tensor, "", Level.info, tensor.health, tensor.cause))
-        elif tensor.cause is Cause.not_in_optimizer and is_left_behind(tensor.advice):  # others are left out on purpose
-            _add(bad, Finding(tensor.name, tensor, "", Level.warn, tensor.health, tensor.cause))
-        elif tensor.health is Health.healthy:
-            well.add(tensor.name)
-        # at the start of a run that is how weights are loaded; later it is told once, and never over
-        if tensor.was_rounded and tensor.health is Health.healthy and report.step > report.window:
-            key = f"{tensor.name} [{WAS_ROUNDED}]"
-            bad.setdefault(WAS_ROUNDED, []).append(Finding(key, tensor, "", Level.info, tensor.health, None))
-        for one in heard.get(place, ()):
-            # the loss of a bad weight drowns what its states and decay lose beside it
-            if tensor.health not in _LEVELS or not _is_early(one.cause):
-                _add(bad, Finding(key_of(tensor.name, one.name), tensor, one.name, one.level, one.health, one.cause))
+def find(report: Report, judged: Judged, keys: Keys) -> Findings:
+    """Everything in a report that is something to tell, or to compare with. `judged`: its tensors."""
+    own, health = keys.of(judged.names), judged.health
+    is_rounded = (judged.column("was_rounded") != 0) & (health == HEALTHY)
+    found, is_well = _of_tensors(judged, own)
+    # at the start of a run that is how weights are loaded; later it is told once, and never over
+    if report.step > report.window and is_rounded.any():
+        places = np.flatnonzero(is_rounded)
+        of_rounded = keys.of(judged.names, WAS_ROUNDED)[places]
+        found.append((WAS_ROUNDED, _members(judged, places, of_rounded, INFO, cause=NONE), -1))
+    well = [own[is_well]]
+    for k, part in enumerate(judged.parts):
+        rest()
+        level, of_part = levels_of(part), keys.of(judged.names, part.name)[part.places]
+        well.append(of_part[(part.health == HEALTHY) & (level == 0)])
+        # the loss of a bad weight drowns what its states and decay lose beside it
+        is_drowned = is_bad(health[part.places]) & np.isin(part.cause, _EARLY)
+        told = np.flatnonzero((level > 0) & ~is_drowned)
+        # every average is an episode of its own: they are other models
+        average = f" {part.name}" if part.name.startswith("average:") else ""
+        for cause, of_cause in _by(part.cause[told], told):
+            for code, those in [(cause, of_cause)] if cause != NONE else _by(part.health[of_cause], of_cause):
+                name = f"{CAUSES[code] if cause != NONE else HEALTHS[code]}{average}"
+                columns = (part.health[those], part.cause[those])
+                parts = np.full(len(those), k)
+                found.append((name, Members(part.places[those], parts, of_part[those], level[those], *columns), k))
+    bad = _ordered(judged, found)
     rest()
-    if is_training_nothing(report.tensors):
+    if is_training_nothing(judged):
         bad.pop(f"{Cause.not_in_optimizer}", None)  # the same, said of the run
-        bad[NOTHING_TRAINS] = [
-            Finding(t.name, t, "", Level.error, t.health, t.cause) for t in report.tensors if t.trainable
-        ]
-    rest()
-    _find_unmeasured(report.tensors, bad)
-    rest()
-    _find_ahead(report, bad, well)
-    _find_divergence(report, bad, well)
-    return Findings(bad, well)
+        places = np.flatnonzero(judged.trainable)
+        bad[NOTHING_TRAINS] = _members(judged, places, own[places], ERROR)
+    _find_unmeasured(judged, own, bad)
+    well += _find_ahead(report, judged, keys, bad)
+    well += _find_divergence(report, judged, keys, bad)
+    return Findings(bad, keys.mask(np.concatenate(well)))
 
 
-def _find_unmeasured(tensors: Sequence[TensorReport], bad: dict[str, list[Finding]]) -> None:
-    lacking, trained = unmeasured(tensors), [t for t in tensors if is_measurable(t)]
-    if not lacking:
+def _of_tensors(judged: Judged, own: Rows) -> tuple[list[tuple[str, Members, int]], Mask]:
+    """The tensors that are not well, each with its episode, and [n] those that are well."""
+    health, cause = judged.health, judged.cause
+    is_asked = ~is_moving_unasked(judged)
+    level = _LEVELS[health].copy()
+    # what is frozen and moves
+    is_frozen = ~is_asked & judged.is_caused(Cause.requires_grad_off)
+    level[is_frozen] = np.where(health == HEALTHY, WARN, INFO)[is_frozen]
+    level[(health == IDLE) & judged.is_caused(*_IDLE_CAUSES)] = INFO
+    outside = is_asked & (level == 0) & judged.is_caused(Cause.not_in_optimizer)
+    for place in unhurried(np.flatnonzero(outside).tolist()):  # others are left out on purpose
+        level[place] = WARN if is_left_behind(judged.advice(place)) else 0
+    bad = np.flatnonzero(level)
+    codes = np.where(cause[bad] == NONE, len(CAUSES) + health[bad], cause[bad])
+    found = []
+    for code, places in _by(codes, bad):
+        name = f"{CAUSES[code]}" if code < len(CAUSES) else f"{HEALTHS[code - len(CAUSES)]}"
+        found.append((name, _members(judged, places, own[places], level[places]), -2))
+    return found, (health == HEALTHY) & is_asked & (level == 0)
+
+
+def _members(
+    judged: Judged, places: Rows, keys: Rows, level: Any, cause: int | None = None, said: str | None = None
+) -> Members:
+    """Of tensors."""
+    n = len(places)
+    causes = judged.cause[places] if cause is None else np.full(n, cause, np.int8)
+    levels = np.full(n, level, np.int8)
+    return Members(places, np.full(n, OWN), keys, levels, judged.health[places], causes, said)
+
+
+def _by(codes: Codes, places: Rows) -> list[tuple[int, Rows]]:
+    """The places of each code."""
+    return [(code, places[codes == code]) for code in np.unique(codes).tolist()]
+
+
+def _ordered(judged: Judged, found: list[tuple[str, Members, int]]) -> dict[str, Members]:
+    """One for each episode: by how bad the tensors are, of one tensor by the last of the three; episodes by their first."""
+    rank = np.empty(len(judged), np.intp)
+    rank[judged.worst_first(np.arange(len(judged)))] = np.arange(len(judged))
+    bad: list[tuple[tuple[int, int], str, Members]] = []
+    for name in dict.fromkeys(name for name, _, _ in found):
+        members = [(of_one, within) for other, of_one, within in found if other == name]
+        within = np.concatenate([np.full(len(of_one), at) for of_one, at in members])
+        columns: Any = {name: np.concatenate([getattr(of_one, name) for of_one, _ in members]) for name in _COLUMNS}
+        joined = Members(**columns)
+        order = np.lexsort((within, rank[joined.places]))
+        joined = joined.taken(order)
+        bad.append(((int(rank[joined.places[0]]), int(within[order[0]])), name, joined))
+    return {name: members for _, name, members in sorted(bad, key=lambda one: one[0])}
+
+
+def _find_unmeasured(judged: Judged, own: Rows, bad: dict[str, Members]) -> None:
+    lacking, trained = is_unmeasured(judged), is_measurable(judged)
+    if not lacking.any():
         return
-    share = max(len(lacking) / len(trained), sum(t.numel for t in lacking) / max(sum(t.numel for t in trained), 1))
+    share = max(lacking.sum() / trained.sum(), judged.numel(lacking) / max(judged.numel(trained), 1))
     if share > _NOT_MEASURED_SHARE:
-        bad[NOT_MEASURED] = [Finding(t.name, t, "", Level.warn, t.health, t.cause) for t in lacking]
+        places = np.flatnonzero(lacking)
+        bad[NOT_MEASURED] = _members(judged, places, own[places], WARN)
 
 
-def _find_ahead(report: Report, bad: dict[str, list[Finding]], well: set[str]) -> None:
-    """Those that will stall while there is time to change it. One that has stalled since is neither bad nor well here."""
+def _find_ahead(report: Report, judged: Judged, keys: Keys, bad: dict[str, Members]) -> list[Rows]:
+    """Those that will stall while there is time to change it; what is well. One that has stalled since is neither here."""
     forecast = report.forecast
     if forecast is None or (forecast.error is not None and forecast.error > _UNSURE):
-        return
-    tensors = {t.name: t for t in report.tensors}
+        return []
+    place_of = {name: place for place, name in enumerate(judged.names)}
+    ahead = keys.of(judged.names, AHEAD)
     latest = (1 - _AHEAD_SHARE) * forecast.until
-    found = []
-    for one in forecast.tensors:
-        tensor, key = tensors[one.name], f"{one.name} [{AHEAD}]"
+    is_ahead, is_well = np.zeros(len(judged), bool), np.zeros(len(judged), bool)
+    for one in unhurried(forecast.tensors):
         # for certain: also were it to go as well as may be
-        if one.stalling_step is not None and one.latest is not None and forecast.step < one.latest <= latest:
-            if tensor.health is Health.healthy:
-                found.append(Finding(key, tensor, "", Level.warn, tensor.health, None, forecast.headline))
-        elif tensor.health is Health.healthy:
-            well.add(key)
-    trained = sum(t.numel for t in report.tensors if t.trainable) or 1
-    if sum(f.tensor.numel for f in found) >= _AHEAD_SHARE * trained:
-        bad[AHEAD] = found
+        will = one.stalling_step is not None and one.latest is not None and forecast.step < one.latest <= latest
+        (is_ahead if will else is_well)[place_of[one.name]] = True
+    places = np.flatnonzero(is_ahead & (judged.health == HEALTHY))
+    if len(places) and judged.numel(places) >= _AHEAD_SHARE * (judged.numel(judged.trainable) or 1):
+        bad[AHEAD] = _members(judged, places, ahead[places], WARN, NONE, forecast.headline)
+    return [ahead[is_well & (judged.health == HEALTHY)]]
 
 
-def _find_divergence(report: Report, bad: dict[str, list[Finding]], well: set[str]) -> None:
-    """It is of the run as a whole; the largest tensor stands for it."""
-    largest = max((t for t in report.tensors if t.trainable), key=lambda t: t.numel, default=None)
-    if report.divergence is None or largest is None:
-        return
-    key = f"[{DIVERGES}]"
+def _find_divergence(report: Report, judged: Judged, keys: Keys, bad: dict[str, Members]) -> list[Rows]:
+    """It is of the run as a whole; the largest tensor stands for it. Returns what is well."""
+    trained = np.flatnonzero(judged.trainable)
+    if report.divergence is None or not len(trained):
+        return []
+    largest = trained[judged.column("numel")[trained].argmax()]
+
+    def said(name: str, place: int, level: int, text: str) -> Members:
+        found = _members(judged, np.array([place]), keys.numbers([f"[{name}]"]), level, NONE, text)
+        return dataclasses.replace(found, health=np.array([HEALTHY], np.int8))
+
     if report.divergence.is_warning:
-        said = report.divergence.headline
-        bad[DIVERGES] = [Finding(key, largest, "", Level.warn, Health.healthy, None, said)]
-        return  # it tells of the other signs too
-    if not report.divergence.signs:
-        well.add(key)
+        bad[DIVERGES] = said(DIVERGES, largest, WARN, report.divergence.headline)
+        return []  # it tells of the other signs too
     for sign in report.divergence.signs:
         if sign.name in ALONE:
             # never well again, so it is told once in a run: a range that is left is left again
-            one = next((t for t in report.tensors if t.name in sign.tensors), largest)
-            found = Finding(f"[{sign.name}]", one, "", Level.info, Health.healthy, None, sign.text)
-            bad[f"{OUT_OF_RANGE}{sign.name}"] = [found]
-
-
-def _add(bad: dict[str, list[Finding]], finding: Finding) -> None:
-    # every average is an episode of its own: they are other models
-    average = f" {finding.part}" if finding.part.startswith("average:") else ""
-    # both are strings; to format a member of an enumeration takes five times as long
-    bad.setdefault((finding.cause or finding.health) + average, []).append(finding)
-
-
-def _is_early(cause: Cause | None) -> bool:
-    return cause in (Cause.state_rounding, Cause.decay_rounding)
+            names = judged.names
+            place = next((place for place, name in enumerate(names) if name in sign.tensors), largest)
+            bad[f"{OUT_OF_RANGE}{sign.name}"] = said(sign.name, place, INFO, sign.text)
+    return [] if report.divergence.signs else [keys.numbers([f"[{DIVERGES}]"])]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from update_watch.judge.advice import advise, finding
 from update_watch.judge.alerts.episodes import GREW, OVER, WORSE
@@ -17,14 +18,16 @@ from update_watch.judge.alerts.findings import (
     NOT_MEASURED,
     NOTHING_TRAINS,
     OUT_OF_RANGE,
+    OWN,
     WAS_ROUNDED,
-    Finding,
+    Members,
 )
+from update_watch.judge.columns.codes import BROKEN, HEALTHS, HEALTHY, STALLED, UNKNOWN, Rows, cause_of
+from update_watch.judge.columns.judged import Judged
 from update_watch.judge.headline import mean_seen, nothing_trains, unmeasured_sentence
 from update_watch.judge.remedies import ahead, remedy
 from update_watch.judge.run_summary import is_measurable
-from update_watch.naming import group_words
-from update_watch.report import Alert, Cause, Health, Level, Report, TensorReport
+from update_watch.report import Alert, Cause, Level, Report
 from update_watch.thresholds import Thresholds
 from update_watch.wording import fixed, percent, plural
 
@@ -59,15 +62,15 @@ def alert_of(
     event: str,
     episode: str,
     level: Level,
-    members: Sequence[Finding],
+    members: Members | None,
     report: Report,
+    judged: Judged,
     told: int,
     limits: Thresholds,
     trainer: str,
 ) -> Alert:
     """The alert for an event of an episode. `told`: how many members it had when it was told last."""
-    tensors = report.tensors
-    if event == OVER:
+    if event == OVER or members is None:
         well = f"{_sentence(plural(told, 'tensor'))} that had it {'is' if told == 1 else 'are'} well again."
         return Alert(
             step=report.step,
@@ -77,39 +80,41 @@ def alert_of(
             tensors=(),
             cause=_cause(episode),
         )
-    chosen = list(dict.fromkeys(f.tensor.name for f in members))
+    mine = _different(members.places)
+    names = judged.names
+    chosen = [names[place] for place in mine.tolist()]
     if episode == NOTHING_TRAINS:
-        title, head = "NOTHING TRAINS", nothing_trains(tensors, report.step)
+        title, head = "NOTHING TRAINS", nothing_trains(judged, report.step)
     elif episode == NOT_MEASURED:
-        of = sum(is_measurable(t) for t in tensors)
-        title, head = f"NOT MEASURED: {len(chosen)} of {plural(of, 'tensor')}", unmeasured_sentence(tensors)
+        of = int(is_measurable(judged).sum())
+        title, head = f"NOT MEASURED: {len(chosen)} of {plural(of, 'tensor')}", unmeasured_sentence(judged)
     elif episode == WAS_ROUNDED:
         title = f"WAS ROUNDED: {plural(len(chosen), 'FP32 tensor')}"
-        said = members[0].advice
-        head = f"{_who([f.tensor for f in members], tensors)}: {said[:1].lower()}{said[1:]}"
+        said = members.advice(judged)
+        head = f"{_who(mine, judged)}: {said[:1].lower()}{said[1:]}"
     elif episode == AHEAD and report.forecast is not None:
-        title = f"AHEAD: {len(chosen)} of {plural(len(tensors), 'tensor')} will stall"
-        head = f"{members[0].advice}\nFix: {ahead(report.forecast, [f.tensor for f in members], tensors, trainer)}."
+        title = f"AHEAD: {len(chosen)} of {plural(len(judged), 'tensor')} will stall"
+        head = f"{members.advice(judged)}\nFix: {ahead(report.forecast, mine, judged, trainer)}."
     elif episode == DIVERGES:
-        title, head, chosen = "DIVERGES: the weights run away", f"{members[0].advice}\nFix: {_HOLD}.", []
+        title, head, chosen = "DIVERGES: the weights run away", f"{members.advice(judged)}\nFix: {_HOLD}.", []
     elif episode.startswith(OUT_OF_RANGE):
         words, look = _RANGES[episode.removeprefix(OUT_OF_RANGE)]
-        said = members[0].advice
+        said = members.advice(judged)
         title, head, chosen = f"OUT OF RANGE: {words}", f"{said[:1].upper()}{said[1:]}.\nFix: {look}.", []
     else:
-        title, head = _title(event, members, tensors, told), _head(members, tensors, trainer)
+        title, head = _title(event, members, judged, told), _head(members, mine, judged, trainer)
     lines = [head if len(head) <= _HEAD else head[: _HEAD - 1] + "…"]
     if len(members) > 1 and episode not in (NOTHING_TRAINS, NOT_MEASURED, AHEAD, WAS_ROUNDED):
-        lines += [f"- {_line(f)}" for f in members[: limits.alert_tensors]]
+        lines += [f"- {_line(members, i, judged)}" for i in range(min(len(members), limits.alert_tensors))]
         if len(members) > limits.alert_tensors:
             lines.append(f"and {len(members) - limits.alert_tensors} more")
-    return Alert(report.step, level, _fit(title), "\n".join(lines), tuple(chosen), members[0].cause)
+    return Alert(report.step, level, _fit(title), "\n".join(lines), tuple(chosen), cause_of(members.cause[0]))
 
 
-def with_decay(alert: Alert, decaying: Sequence[Finding]) -> Alert:
-    """The alert on lost updates, with a word on the weight decay that is lost in other tensors."""
+def with_decay(alert: Alert, decaying: int) -> Alert:
+    """The alert on lost updates, with a word on the weight decay that is lost in so many other tensors."""
     head, *rest = alert.text.split("\n- ", 1)
-    words = f"{head}\nWeight decay is lost in {plural(len(decaying), 'other tensor')} as well."
+    words = f"{head}\nWeight decay is lost in {plural(decaying, 'other tensor')} as well."
     return dataclasses.replace(alert, text="\n- ".join([words, *rest]))
 
 
@@ -119,66 +124,73 @@ def head_of(text: str) -> str:
     return "\n".join(line for line in lines if not line.startswith("- ") and not _REST.fullmatch(line))
 
 
-def _title(event: str, members: Sequence[Finding], tensors: Sequence[TensorReport], told: int) -> str:
-    worst = max(members, key=lambda f: (f.health is Health.broken, f.health is Health.stalled)).health
-    word = "STILL MOVING" if worst is Health.healthy or worst is Health.unknown else str(worst).upper()
-    parts = {f.part for f in members}
-    healths = {f.tensor.name: f.health for f in reversed(members)}  # the worst of each, as that is the first
-    count = list(healths.values()).count(worst)
-    what = f"{count} of {plural(len(tensors), 'tensor')}"
-    if "" not in parts:
-        what = f"{parts.pop() if len(parts) == 1 else 'what accumulates'} of {what}"
-    others = {health for health in healths.values() if health is not worst}
+def _different(places: Rows) -> Rows:
+    """Each once, in their order."""
+    _, first = np.unique(places, return_index=True)
+    found: Rows = places[np.sort(first)]
+    return found
+
+
+def _title(event: str, members: Members, judged: Judged, told: int) -> str:
+    worst = next((code for code in (BROKEN, STALLED) if (members.health == code).any()), int(members.health[0]))
+    word = "STILL MOVING" if worst in (HEALTHY, UNKNOWN) else str(HEALTHS[worst]).upper()
+    parts = {int(part) for part in np.unique(members.parts)}
+    _, first = np.unique(members.places, return_index=True)
+    healths = members.health[first]  # the worst of each, as that is the first
+    count = int((healths == worst).sum())
+    what = f"{count} of {plural(len(judged), 'tensor')}"
+    if OWN not in parts:
+        what = f"{judged.parts[parts.pop()].name if len(parts) == 1 else 'what accumulates'} of {what}"
+    others = {int(code) for code in healths[healths != worst]}
     if others:
-        what = f"{what}, {len(healths) - count} more {others.pop() if len(others) == 1 else 'unwell'}"
+        kind = str(HEALTHS[others.pop()]) if len(others) == 1 else "unwell"
+        what = f"{what}, {len(healths) - count} more {kind}"
     grown = f", was {told}" if event == GREW or (event == WORSE and told != len(healths)) else ""
     return f"{word}: {what}{grown}"
 
 
-def _head(members: Sequence[Finding], tensors: Sequence[TensorReport], trainer: str) -> str:
+def _head(members: Members, mine: Rows, judged: Judged, trainer: str) -> str:
     """Who since when and what was seen; what to change."""
-    mine = list({f.tensor.name: f.tensor for f in members}.values())
-    cause = members[0].cause
-    if len(members) > 1 and cause in _HAS_GROUP_ADVICE and all(not f.part for f in members):
-        seen = advise(cause, mean_seen(mine)).finding + "."
+    cause, advice = cause_of(members.cause[0]), members.advice(judged)
+    if len(members) > 1 and cause in _HAS_GROUP_ADVICE and (members.parts == OWN).all():
+        seen = advise(cause, mean_seen(judged, mine)).finding + "."
     else:
-        seen = finding(members[0].advice)
-    fix = remedy(cause, mine, tensors, trainer, members[0].advice, members[0].part)
-    worst = {f.tensor.name for f in members if not f.part and f.health in (Health.broken, Health.stalled)}
-    text = f"{_who(mine, tensors, worst)}: {seen[:1].lower() if seen[1:2].islower() else seen[:1]}{seen[1:]}"
+        seen = finding(advice)
+    part = "" if members.parts[0] == OWN else judged.parts[members.parts[0]].name
+    fix = remedy(cause, mine, judged, trainer, advice, part)
+    is_worst = (members.parts == OWN) & np.isin(members.health, (BROKEN, STALLED))
+    text = f"{_who(mine, judged, members.places[is_worst])}: "
+    text += f"{seen[:1].lower() if seen[1:2].islower() else seen[:1]}{seen[1:]}"
     return f"{text}\nFix: {fix}." if fix else text
 
 
-def _who(mine: Sequence[TensorReport], tensors: Sequence[TensorReport], worst: Collection[str] = ()) -> str:
+def _who(mine: Rows, judged: Judged, worst: Rows | tuple[()] = ()) -> str:
     """ "All 5 norms since step 50, head.weight since step 551": by when it began, the oldest first; those of `worst` by name."""
-    shapes = {t.name: t.shape for t in tensors}
 
-    def words(names: Sequence[str]) -> str:
-        first = [name for name in names if name in worst]
-        found = group_words(names, shapes, 3)
-        if len(found) > 1 and 0 < len(first) < len(names):
-            found = [*group_words(first, shapes, 3), f"{len(names) - len(first)} more"]
+    def words(places: Rows) -> str:
+        first = places[np.isin(places, worst)]
+        found = judged.words(places)
+        if len(found) > 1 and 0 < len(first) < len(places):
+            found = [*judged.words(first), f"{len(places) - len(first)} more"]
         return ", ".join(found)
 
-    since: dict[int | None, list[str]] = {}
-    for tensor in mine:
-        since.setdefault(tensor.since_step if tensor.health is not Health.healthy else None, []).append(tensor.name)
+    begins = np.where(judged.health[mine] == HEALTHY, np.nan, judged.since[mine])
+    since = np.unique(begins)  # NaN, once, is the last
+    known = since[~np.isnan(since)].astype(int).tolist()
     if len(since) > 2:
-        begins = [step for step in since if step is not None]
-        return _sentence(f"{words([t.name for t in mine])} since steps {min(begins)} to {max(begins)}")
-    parts = []
-    for step, names in sorted(since.items(), key=lambda item: item[0] or 0):
-        when = f" since step {step}" if step is not None else ""
-        parts.append(words(names) + when)
+        return _sentence(f"{words(mine)} since steps {known[0]} to {known[-1]}")
+    parts = [words(mine[np.isnan(begins)])] if len(known) < len(since) else []
+    parts += [f"{words(mine[begins == step])} since step {step}" for step in known]
     return _sentence(", ".join(parts))
 
 
-def _line(found: Finding) -> str:
+def _line(members: Members, i: int, judged: Judged) -> str:
     """One tensor of the list, numbers only."""
-    t = found.tensor
+    t, k, cause = judged.tensor(int(members.places[i])), int(members.parts[i]), cause_of(members.cause[i])
     numbers: list[str] = []
-    if found.part:
-        accumulator = t.accumulators.get(found.part)
+    key = t.name if k == OWN else f"{t.name} [{judged.parts[k].name}]"
+    if k != OWN:
+        accumulator = t.accumulators.get(judged.parts[k].name)
         if accumulator is not None and accumulator.efficiency is not None:
             numbers.append(f"efficiency {fixed(accumulator.efficiency)}")
     else:
@@ -186,9 +198,9 @@ def _line(found: Finding) -> str:
             numbers.append(f"efficiency {fixed(t.efficiency)}")
         if t.lost_fraction is not None:
             numbers.append(f"{percent(t.lost_fraction)} lost")
-        if found.cause is Cause.state_rounding and t.state_factor is not None:
+        if cause is Cause.state_rounding and t.state_factor is not None:
             numbers = [f"updates {fixed(t.state_factor)} of what FP32 state gives"]
-    return f"{found.key}: {found.health}" + (f", {', '.join(numbers)}" if numbers else "")
+    return f"{key}: {HEALTHS[members.health[i]]}" + (f", {', '.join(numbers)}" if numbers else "")
 
 
 def _cause(episode: str) -> Cause | None:

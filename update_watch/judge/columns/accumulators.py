@@ -18,11 +18,9 @@ from update_watch.judge import reasons
 from update_watch.judge.accumulators import (
     AT_REST,
     HARMLESS_DECAY_RATE,
-    LOSSES,
     MINIMUM_WANTED,
     PASSES,
     Setting,
-    alert_level,
     judge_accumulator,
     report_of,
     sentence_of,
@@ -60,7 +58,6 @@ _NUMBERS = {  # of a report, and where they are in the evidence
     "decay_efficiency": "decay.efficiency",
 }
 _AT_REST = [HEALTH_CODES[health] for health in AT_REST]
-_LOSSES = [CAUSE_CODES[cause] for cause in LOSSES]
 _OF_NAME = {"weight_decay": Cause.decay_rounding, "grad": Cause.accumulation_rounding}
 
 
@@ -111,14 +108,6 @@ class Verdicts:
         for i in np.flatnonzero(is_alone).tolist():
             self._judge_alone(i, columns, int(of_weight[self.places[i]]), histories)
 
-    @property
-    def is_loud(self) -> Mask:
-        """[n] whether somebody is alerted of it, as `accumulators.alert_level` has it."""
-        found: Mask = (self.health == STALLED) | ((self.health == STALLING) & np.isin(self.cause, _LOSSES))
-        for i, report in self.alone.items():
-            found[i] = alert_level(report.health, report.cause) is not None
-        return found
-
     def report(self, i: int, evidence: AccumulatorEvidence, tensor: TensorEvidence) -> AccumulatorReport:
         """Of one, by its place in the part."""
         if i in self.alone:
@@ -134,23 +123,24 @@ class Verdicts:
         text = "" if self._why[i] == _Why.nothing else self._text(i, self._evidence(i), tensor)
         fields: dict[str, Any] = {
             "name": self.name,
-            "dtype": self._raw("dtype")[i],
+            "dtype": self.raw("dtype")[i],
             "health": HEALTHS[self.health[i]],
             "cause": cause,
             "advice": text,
         }
-        return quick(AccumulatorReport, fields | {name: self._raw(of)[i] for name, of in _NUMBERS.items()})
+        return quick(AccumulatorReport, fields | {name: self.raw(of)[i] for name, of in _NUMBERS.items()})
 
     def _evidence(self, i: int) -> AccumulatorEvidence:
         """What a sentence tells of."""
         numbers, growth, decay = (
-            Numbers(**{name: self._raw(f"{part}.{name}")[i] for name in _TOLD})
+            Numbers(**{name: self.raw(f"{part}.{name}")[i] for name in _TOLD})
             for part in ("numbers", "growth", "decay")
         )
-        dtype, rate, reason = (self._raw(name)[i] for name in ("dtype", "rate", "reason"))
+        dtype, rate, reason = (self.raw(name)[i] for name in ("dtype", "rate", "reason"))
         return AccumulatorEvidence(self.name, dtype, numbers, growth, decay, reason, rate)
 
-    def _raw(self, name: str) -> list[Any]:
+    def raw(self, name: str) -> list[Any]:
+        """[m] as they are in the evidence; made once."""
         found = self._lists.get(name)
         if found is None:
             found = self._lists[name] = self._values.raw(name)

@@ -30,6 +30,11 @@ CAUSE_CODES = {cause: i for i, cause in enumerate(CAUSES)}
 NONE = -1  # no health, no cause
 
 
+def cause_of(code: int) -> Cause | None:
+    """By its code."""
+    return None if code == NONE else CAUSES[code]
+
+
 def known(values: Array) -> Array:
     """As `efficiency_grade.known`: NaN where it is not a number one can go on with."""
     return np.where(np.abs(values) < 1e30, values, np.nan)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from update_watch.columns.evidence_columns import Columns, View
 from update_watch.columns.late_fields import made
@@ -13,8 +17,10 @@ from update_watch.evidence import TensorEvidence
 from update_watch.judge import reasons
 from update_watch.judge.accumulators import alert_level
 from update_watch.judge.columns.accumulators import Verdicts as AccumulatorVerdicts
-from update_watch.judge.columns.codes import CAUSES, HEALTHS, NONE, Codes
-from update_watch.report import Health, TensorReport
+from update_watch.judge.columns.codes import HEALTHS, HEALTHY, Array, Codes, cause_of
+from update_watch.judge.columns.judged import Judged
+from update_watch.judge.layers import by_layer
+from update_watch.report import AccumulatorReport, TensorReport
 from update_watch.worker import unhurried
 
 # fields of a report, and where they are in the evidence if not under the same name
@@ -45,73 +51,93 @@ _SAME = (
 _FIELDS = (*_SAME, *_OF_EVIDENCE, "moved", "since_step", "health", "cause")
 _LATE = ("what_if", "headroom_histogram", "movement_histogram", "movement_places")
 _FEW = 32  # tensors
-_HEALTHS = {code: health for code, health in enumerate(HEALTHS)}
-_CAUSES = {NONE: None, **dict(enumerate(CAUSES))}
 
 
-class Late:
-    """What is made of one tensor when somebody asks for it."""
+class OfWindow(Judged):
+    """The tensors of a window that were just judged. What is said of each is made when somebody asks for it."""
 
     def __init__(
         self,
         columns: Columns,
         health: Codes,
+        cause: Codes,
         text: Callable[[int, TensorEvidence], str],
         parts: Sequence[AccumulatorVerdicts],
+        since: npt.NDArray[np.int64],
         first_step: int,
     ) -> None:
-        self._columns, self._health, self._text, self._first_step = columns, health, text, first_step
-        self.parts = parts
-        self._parts = {part.name: part for part in parts}
+        """`text`: place -> the sentence on it."""
+        super().__init__(columns, health, cause, _OF_EVIDENCE)
+        self.parts = self._parts = parts
+        self._text, self._since, self._first_step = text, since, first_step
         self._asked = 0
         self._rows: dict[str, dict[int, int]] = {}  # accumulator -> place in the window -> place in its part
 
-    def __call__(self, place: int) -> Mapping[str, Any]:
+    @property
+    def since(self) -> Array:
+        return self._since.astype(np.float64)
+
+    @functools.cached_property
+    def tensors(self) -> tuple[TensorReport, ...]:
+        """All of them."""
+        raw, why = self._columns.raw, self._columns.raw("reason")
+        values = [raw(name) for name in _SAME] + [raw(name) for name in _OF_EVIDENCE.values()]
+        moved = [value if reason else None for value, reason in zip(raw("moved"), why, strict=True)]
+        healths, causes = map(HEALTHS.__getitem__, self.health.tolist()), map(cause_of, self.cause.tolist())
+        rows = zip(*values, moved, self._since.tolist(), healths, causes, strict=True)
+        fields = (dict(zip(_FIELDS, row, strict=True)) for row in unhurried(rows))
+        return tuple([made(TensorReport, of_one, self._late, place) for place, of_one in enumerate(fields)])
+
+    def tensor(self, place: int) -> TensorReport:
+        e = self._evidence(place)
+        values = [operator.attrgetter(name)(e) for name in (*_SAME, *_OF_EVIDENCE.values())]
+        values += [e.moved if e.reason else None, int(self._since[place])]
+        values += [HEALTHS[self.health[place]], cause_of(self.cause[place])]
+        return made(TensorReport, dict(zip(_FIELDS, values, strict=True)), self._late, place)
+
+    def advice(self, place: int) -> str:
+        e = self._evidence(place)
+        return self._text(place, e) or self._beside(place, e, self._accumulators(place, e))
+
+    def _evidence(self, place: int) -> TensorEvidence:
+        """Of one; once somebody reads all of them, what is made for all at once costs a quarter."""
         self._asked += 1
-        if self._asked <= _FEW:
-            e = self._columns.tensor(place)
-            accumulators = {
-                name: self._parts[name].report(self._row(name)[place], accumulator, e)
-                for name, accumulator in e.accumulators.items()
-            }
-        else:  # somebody reads all of them: what is made for all at once costs a quarter
-            e = cast(TensorEvidence, View(self._columns, place))
-            rows = [(part, self._row(part.name).get(place)) for part in self.parts]
-            accumulators = {part.name: part.report_from_lists(row, e) for part, row in rows if row is not None}
-        text = self._text(place, e)
-        if HEALTHS[self._health[place]] is Health.healthy and not text:
-            if e.was_rounded:
-                text = reasons.was_rounded(self._first_step)
-            else:
-                text = next((a.advice for a in accumulators.values() if alert_level(a.health, a.cause) is not None), "")
+        return self._columns.tensor(place) if self._asked <= _FEW else cast(TensorEvidence, View(self._columns, place))
+
+    def _late(self, place: int) -> Mapping[str, Any]:
+        e = self._evidence(place)
+        accumulators = self._accumulators(place, e)
+        text = self._text(place, e) or self._beside(place, e, accumulators)
         return {"advice": text, "accumulators": accumulators, **{name: getattr(e, name) for name in _LATE}}
 
-    def _row(self, name: str) -> dict[int, int]:
-        """Place in the window -> place in the part of this name."""
-        rows = self._rows.get(name)
+    def _accumulators(self, place: int, e: TensorEvidence) -> dict[str, AccumulatorReport]:
+        rows = [(part, self._row(part).get(place)) for part in self._parts]
+        if isinstance(e, TensorEvidence):
+            found = {part.name: part.report(row, e.accumulators[part.name], e) for part, row in rows if row is not None}
+            return {name: found[name] for name in e.accumulators}
+        return {part.name: part.report_from_lists(row, e) for part, row in rows if row is not None}
+
+    def _beside(self, place: int, e: TensorEvidence, accumulators: Mapping[str, AccumulatorReport]) -> str:
+        """What is said of a tensor of which nothing else is to be told."""
+        if self.health[place] != HEALTHY:
+            return ""
+        if e.was_rounded:
+            return reasons.was_rounded(self._first_step)
+        return next((a.advice for a in accumulators.values() if alert_level(a.health, a.cause) is not None), "")
+
+    def _row(self, part: AccumulatorVerdicts) -> dict[int, int]:
+        """Place in the window -> place in the part."""
+        rows = self._rows.get(part.name)
         if rows is None:
-            rows = self._rows[name] = {place: i for i, place in enumerate(self._parts[name].places.tolist())}
+            rows = self._rows[part.name] = {place: i for i, place in enumerate(part.places.tolist())}
         return rows
 
 
-class Judged(tuple[TensorReport, ...]):
-    """The tensors of a report, with the verdicts on their accumulators by name; any copy of it is a plain tuple."""
+@dataclasses.dataclass(frozen=True)
+class LateReport:
+    """What of a report is made when somebody asks for it."""
 
-    parts: Sequence[AccumulatorVerdicts]
+    judged: OfWindow
 
-    def __reduce__(self) -> Any:
-        return tuple, (list(self),)
-
-
-def reports_of(columns: Columns, health: Codes, cause: Codes, since: Any, late: Late) -> Judged:
-    """One for each tensor of the window."""
-    moved = [value if why else None for value, why in zip(columns.raw("moved"), columns.raw("reason"), strict=True)]
-    values = [columns.raw(name) for name in _SAME] + [columns.raw(name) for name in _OF_EVIDENCE.values()]
-    healths = [_HEALTHS[code] for code in health.tolist()]
-    causes = [_CAUSES[code] for code in cause.tolist()]
-    rows = zip(*values, moved, np.asarray(since).tolist(), healths, causes, strict=True)
-    found = Judged(
-        [made(TensorReport, dict(zip(_FIELDS, row, strict=True)), late, i) for i, row in enumerate(unhurried(rows))]
-    )
-    found.parts = late.parts
-    return found
+    def __call__(self, place: int) -> Mapping[str, Any]:
+        return {"tensors": self.judged.tensors, "layers": by_layer(self.judged.tensors)}

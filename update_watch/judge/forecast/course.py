@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
-from collections.abc import Iterable
 
-from update_watch.report import Health, Report, TensorReport
-from update_watch.worker import unhurried
+import numpy as np
+
+from update_watch.judge.columns.codes import BROKEN, Array, Mask
+from update_watch.judge.columns.judged import Judged
+from update_watch.report import Report
 
 _MOST = 64  # windows
 _MADE_OF_UPDATES = 1.5  # update / weight times steps, in its first window: of what began at zero, 1.7 or more
+_NEW, _FROM_ZERO = -1, -2
 FP16_MAX = 65504.0
 
 
@@ -41,63 +43,81 @@ class Point:
 
 
 class Course:
-    """The windows so far. Goes on where a run returns to an earlier step, from there."""
+    """The windows so far. Goes on where a run returns to an earlier step, from there.
+
+    Legend: m tensors that were ever measured, n of a window.
+    """
 
     def __init__(self) -> None:
         self.points: list[Point] = []
-        self._seen: dict[str, tuple[float, float, float]] = {}  # name -> elements, rms of weights, of gradients
-        self._from_zero: set[str] = set()
+        self._places: dict[str, int] = {}  # among the m; _FROM_ZERO: left out
+        self._sizes_3m: Array = np.zeros((3, 0))  # elements, rms of weights, of gradients
+        self._names: list[str] = []
+        self._place_n = np.zeros(0, np.intp)
 
-    def add(self, report: Report) -> list[Point]:
-        """Take a window in; the points so far, this one last."""
-        trained = [t for t in report.tensors if t.trainable and t.optimizer_group]
-        before = len(self._seen)
-        for t in unhurried(trained):
-            if t.name in self._from_zero or not _is_number(t.weight_rms) or not _is_number(t.gradient_rms):
-                continue
-            if t.name not in self._seen and (t.update_ratio or 0.0) * report.window > _MADE_OF_UPDATES:
-                self._from_zero.add(t.name)
-                continue
-            self._seen[t.name] = float(t.numel), t.weight_rms or 0.0, t.gradient_rms or 0.0
+    def add(self, report: Report, judged: Judged) -> list[Point]:
+        """Take a window in, with its tensors; the points so far, this one last."""
+        trained = judged.trainable & judged.having("optimizer_group", bool)
+        before = self._sizes_3m.shape[1]
+        self._take_in(judged, trained, report.window)
         is_back = bool(self.points) and report.step <= self.points[-1].step
-        if is_back or len(self._seen) != before:  # other tensors are another size
-            self.points = [p for p in self.points if p.step < report.step] if len(self._seen) == before else []
+        if is_back or self._sizes_3m.shape[1] != before:  # other tensors are another size
+            self.points = [p for p in self.points if p.step < report.step] if self._sizes_3m.shape[1] == before else []
         if len(self.points) >= _MOST:
             early, late = self.points[: _MOST // 2], self.points[_MOST // 2 :]
             self.points = early[::2] + late
-        self.points.append(self._point(report, trained))
+        self.points.append(self._point(report, judged, trained))
         return self.points
 
-    def _point(self, report: Report, trained: list[TensorReport]) -> Point:
-        sizes = self._seen.values()
-        gradients = [t for t in trained if t.dtype == "float16" and t.gradient_max]
-        highest = max(gradients, key=lambda t: t.gradient_max or 0.0, default=None)
+    def _take_in(self, judged: Judged, trained: Mask, window: int) -> None:
+        names = judged.names
+        if names != self._names:
+            self._names = names
+            self._place_n = np.array([self._places.get(name, _NEW) for name in names], np.intp)
+        sizes_3n = np.stack([judged.column(field) for field in ("numel", "weight_rms", "gradient_rms")])
+        is_measured = trained & np.isfinite(sizes_3n[1:]).all(0)
+        is_grown = np.nan_to_num(judged.column("update_ratio")) * window > _MADE_OF_UPDATES
+        count = self._sizes_3m.shape[1]
+        for i in np.flatnonzero(is_measured & (self._place_n == _NEW)).tolist():
+            self._place_n[i] = self._places[names[i]] = _FROM_ZERO if is_grown[i] else count
+            count += not is_grown[i]
+        self._sizes_3m = np.concatenate([self._sizes_3m, np.zeros((3, count - self._sizes_3m.shape[1]))], 1)
+        known = np.flatnonzero(is_measured & (self._place_n >= 0))
+        self._sizes_3m[:, self._place_n[known]] = sizes_3n[:, known]
+
+    def _point(self, report: Report, judged: Judged, trained: Mask) -> Point:
+        lr, ratio, factor, largest = (
+            np.nan_to_num(judged.column(field)[trained])
+            for field in ("lr", "update_ratio", "state_factor", "gradient_max")
+        )
+        names = [name for name, is_one in zip(judged.names, trained.tolist(), strict=True) if is_one]
+        in_fp16 = np.where(judged.having("dtype", "float16".__eq__)[trained], largest, 0.0)
+        highest = int(in_fp16.argmax()) if in_fp16.any() else None
+        numel_m, weight_m, gradient_m = self._sizes_3m
         return Point(
             *(report.step, report.window),
-            _log_rms((n, weight) for n, weight, _ in sizes),
-            _log_rms((n, gradient) for n, _, gradient in sizes),
-            math.log2(max((t.lr for t in trained if t.lr), default=math.nan)),
-            _median(t.update_ratio / t.lr for t in trained if t.update_ratio and t.lr),
-            _median(t.state_factor for t in trained if t.state_factor and t.state_factor > 0),
-            math.log2(FP16_MAX / highest.gradient_max) if highest and highest.gradient_max else math.nan,
+            _log_rms(numel_m, weight_m),
+            _log_rms(numel_m, gradient_m),
+            math.log2(lr[lr != 0].max()) if lr.any() else math.nan,
+            _median(ratio[lr != 0] / lr[lr != 0]),
+            _median(factor),
+            math.nan if highest is None else math.log2(FP16_MAX / in_fp16[highest]),
             report.skipped_steps,
-            tuple(t.name for t in trained if t.health is Health.broken),
-            "" if highest is None else highest.name,
+            tuple(names[i] for i in np.flatnonzero(judged.health[trained] == BROKEN).tolist()),
+            "" if highest is None else names[highest],
         )
 
 
-def _log_rms(parts: Iterable[tuple[float, float]]) -> float:
-    total = square = 0.0
-    for n, rms in parts:
-        total, square = total + n, square + n * rms * rms
+def _log_rms(numel_m: Array, rms_m: Array) -> float:
+    # one after the other: the same sums whether or not tensors come later
+    total, square = (
+        0.0 if not len(numel_m) else float(parts.cumsum()[-1]) for parts in (numel_m, numel_m * rms_m * rms_m)
+    )
     return 0.5 * math.log2(square / total) if total and 0 < square < math.inf else math.nan
 
 
-def _median(values: Iterable[float]) -> float:
+def _median(values: Array) -> float:
     """Its log2."""
-    found = [value for value in values if 0 < value < math.inf]
-    return math.log2(statistics.median(found)) if found else math.nan
-
-
-def _is_number(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
+    found = np.sort(values[(values > 0) & (values < math.inf)])
+    middle = len(found) // 2
+    return math.log2((found[middle] + found[~middle]) / 2) if len(found) else math.nan

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
+from update_watch.columns.late_fields import changed
 from update_watch.foresight.divergence import Divergence
+from update_watch.judge.columns.judged import judged_of
 from update_watch.judge.forecast import signs
 from update_watch.judge.forecast.course import Course
 from update_watch.report import Report
@@ -19,7 +20,7 @@ class Divergences:
 
     def add(self, report: Report) -> Report:
         """The report with its `divergence`; as it is where nothing of the run is measured."""
-        points = self._course.add(report)
+        points = self._course.add(report, judged_of(report))
         last = points[-1]
         if not math.isfinite(last.weight) and not last.broken and not last.skipped:
             return report
@@ -35,7 +36,7 @@ class Divergences:
             signs=found,
         )
         headline = f"{report.headline} {made.headline}" if made.is_warning else report.headline
-        return dataclasses.replace(report, headline=headline, divergence=made)
+        return changed(report, headline=headline, divergence=made)
 
 
 def _power_of_two(log2: float) -> float | None:

@@ -13,6 +13,7 @@ import logging
 import numpy as np
 import numpy.typing as npt
 
+from update_watch.columns.late_fields import changed
 from update_watch.foresight.forecasts import Forecast, TensorForecast
 from update_watch.foresight.schedules import Schedule
 from update_watch.judge.forecast.clock import Clock, rate_at
@@ -65,7 +66,7 @@ class Forecaster:
         if made is None:
             return report
         headline = report.headline if made.from_step is None else f"{report.headline} {made.headline}"
-        return dataclasses.replace(report, headline=headline, forecast=made)
+        return changed(report, headline=headline, forecast=made)
 
     def _forecast(self, report: Report, schedule: Schedule) -> Forecast | None:
         now = rate_at(schedule, max(report.step - 1, 0))
