@@ -1,4 +1,4 @@
-"""Products of matrices that stay on one thread."""
+"""Products of matrices that stay on one thread, and sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -14,4 +14,12 @@ def product(a_nX: Array, b_XS: Array) -> Array:
     found = np.empty((len(a_nX), b_XS.shape[1]))
     for start in range(0, len(a_nX), _ROWS):
         np.matmul(a_nX[start : start + _ROWS], b_XS, out=found[start : start + _ROWS])
+    return found
+
+
+def summed(values_nX: Array) -> Array:
+    """[n] sums over X, one after the other: as numbers are added that come one by one."""
+    found = np.zeros(len(values_nX))
+    for values_n in np.ascontiguousarray(values_nX.T):
+        found = found + values_n
     return found

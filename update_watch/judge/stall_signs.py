@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
+
+import numpy as np
 
 from update_watch.evidence import TensorEvidence
 from update_watch.judge.efficiency_grade import known, share
@@ -30,6 +32,6 @@ def share_well_above(histogram: tuple[float, ...] | None) -> float | None:
     return share(sum(histogram[WELL_ABOVE:]) / total) if total > 0 else None
 
 
-def most_lost(above: float, numel: int) -> float:
-    """The largest lost fraction that rounding explains where so large a share of updates is well above half a gap."""
-    return 1 - above + _OTHER_STEPS + _OF_ONE / math.sqrt(max(numel, 1))
+def most_lost(above: Any, numel: Any) -> Any:
+    """[n] or of one: the largest lost fraction that rounding explains where so large a share of updates is well above half a gap."""
+    return 1 - above + _OTHER_STEPS + _OF_ONE / np.sqrt(np.maximum(numel, 1))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from update_watch.columns.evidence_columns import Columns, Part
+from update_watch.columns.evidence_columns import Columns, Part, having
 from update_watch.columns.late_fields import quick
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
 from update_watch.judge import reasons
@@ -167,7 +167,7 @@ class Verdicts:
             return np.ones(len(self.places), bool)
         is_odd: Mask = ~np.isnan(self._values.column("value"))
         is_odd |= np.isin(self._rows, list(odd))
-        is_odd |= np.array([bool(note) for note in self._values.raw("note")], bool)
+        is_odd |= having(self.raw("note"), bool)
         return is_odd
 
     def _judge_alone(self, i: int, columns: Columns, of_weight: int, histories: Histories) -> None:
@@ -196,7 +196,7 @@ class Verdicts:
         return found
 
     def _without_numbers(self, is_open: Mask) -> Mask:
-        found: Mask = is_open & np.array([bool(reason) for reason in self._values.raw("reason")], bool)
+        found: Mask = is_open & having(self.raw("reason"), bool)
         self._say(found, UNKNOWN, _Why.reason)
         return found
 
@@ -206,9 +206,9 @@ class Verdicts:
 
     def _bits(self) -> Array:
         """[n] significant bits of the format; NaN where that is not known."""
-        dtypes = self._values.raw("dtype")
+        dtypes = self.raw("dtype")
         bits = {dtype: float(SIGNIFICANT_BITS.get(dtype, np.nan)) for dtype in set(dtypes)}
-        return np.array([bits[dtype] for dtype in dtypes], float)
+        return np.fromiter(map(bits.__getitem__, dtypes), float, len(dtypes))
 
     def _by_efficiency(self, columns: Columns, is_open: Mask) -> None:
         cause, limits = _OF_NAME[self.name], self._setting.limits
@@ -228,9 +228,8 @@ class Verdicts:
         self._settle(is_open & ~nothing, verdict, cause, np.ones(len(verdict)))
 
     def _state(self, columns: Columns, is_open: Mask) -> None:
-        schemes = [columns.raw("scheme")[place] for place in self.places.tolist()]
         # it holds what rounding took from the weight: small changes are its nature
-        is_open = is_open & np.array([scheme != f"carried:{self.name}" for scheme in schemes], bool)
+        is_open = is_open & columns.having("scheme", f"carried:{self.name}".__ne__)[self.places]
         bits, rate = self._bits(), known(self._values.column("rate"))
         growth, decay = (self._if_wanted(part) for part in ("growth", "decay"))
         previous = self._histories.grade[self._rows]
@@ -250,7 +249,7 @@ class Verdicts:
         self._nothing_wanted(nothing)
         self._histories.grade[self._rows[is_well & ~nothing]] = HEALTHY
         # where a compensation may hold the rest, a first window can mislead
-        is_carried = np.array([scheme.startswith("carried") for scheme in schemes], bool)
+        is_carried = columns.having("scheme", lambda scheme: scheme.startswith("carried"))[self.places]
         windows = np.where(np.isnan(rate) | is_carried, 2.0, 1.0)
         self._settle(is_open & ~is_well, verdict, Cause.state_rounding, windows)
 

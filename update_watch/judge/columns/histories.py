@@ -95,14 +95,14 @@ class Histories:
         found |= {name: np.zeros(count) for name in _NUMBERS}
         found["lr"][:] = found["written_step"][:] = np.nan
         found["proven"] = np.zeros(count, bool)
-        found["pool_mFW"], found["pooled"] = np.zeros((count, _POOLED, self._windows)), np.zeros(count, np.int64)
-        found["drift_mD"], found["drifts"] = np.zeros((count, self._drifts)), np.zeros(count, np.int64)
+        found["pool_FWm"], found["pooled"] = np.zeros((_POOLED, self._windows, count)), np.zeros(count, np.int64)
+        found["drift_Dm"], found["drifts"] = np.zeros((self._drifts, count)), np.zeros(count, np.int64)
         return found
 
     proven: npt.NDArray[np.bool_]
-    pool_mFW: Array  # `pooled` of the W are in use
+    pool_FWm: Array  # `pooled` of the W are in use
     pooled: npt.NDArray[np.int64]
-    drift_mD: Array  # `drifts` of the D are in use
+    drift_Dm: Array  # `drifts` of the D are in use
     drifts: npt.NDArray[np.int64]
 
     def rows_of(self, names: Sequence[str]) -> Rows:
@@ -118,7 +118,7 @@ class Histories:
         more = len(self.rows) - len(self.health)
         if more:
             for name, values in self._fresh(more).items():
-                setattr(self, name, np.concatenate([getattr(self, name), values]))
+                setattr(self, name, np.concatenate([getattr(self, name), values], -1))
             for columns in self.accumulators.values():
                 columns.grow(len(self.rows))
 
@@ -135,20 +135,19 @@ class Histories:
         """Start the evidence of these anew."""
         self.pooled[rows] = self.drifts[rows] = self.age[rows] = 0
 
-    def remember(self, rows: Rows, pooled_nF: Array) -> None:
+    def remember(self, rows: Rows, pooled_Fn: Array) -> None:
         """Add a window to the pools of these."""
-        pool = self.pool_mFW[rows]
-        pool[:, :, :-1] = pool[:, :, 1:]
-        pool[:, :, -1] = pooled_nF
-        self.pool_mFW[rows] = pool
+        pool_FWm = self.pool_FWm
+        for w in range(self._windows - 1):
+            pool_FWm[:, w, rows] = pool_FWm[:, w + 1, rows]
+        pool_FWm[:, -1, rows] = pooled_Fn
         self.pooled[rows] = np.minimum(self.pooled[rows] + 1, self._windows)
 
     def add_drift(self, rows: Rows, drift_n: Array) -> None:
         """Add a displacement efficiency to what is known of these."""
-        drift = self.drift_mD[rows]
-        drift[:, :-1] = drift[:, 1:]
-        drift[:, -1] = drift_n
-        self.drift_mD[rows] = drift
+        for d in range(self._drifts - 1):
+            self.drift_Dm[d, rows] = self.drift_Dm[d + 1, rows]
+        self.drift_Dm[-1, rows] = drift_n
         self.drifts[rows] = np.minimum(self.drifts[rows] + 1, self._drifts)
 
     # --- of one ------------------------------------------------------------------------------------
@@ -165,10 +164,10 @@ class Histories:
         found.peak_lr, found.stalled_lr = float(self.peak_lr[row]), float(self.stalled_lr[row])
         found.written_step = None if np.isnan(self.written_step[row]) else int(self.written_step[row])
         found.proven = bool(self.proven[row])
-        for steps, efficiency, error, *rest in self.pool_mFW[row, :, self._windows - self.pooled[row] :].T.tolist():
+        for steps, efficiency, error, *rest in self.pool_FWm[:, self._windows - self.pooled[row] :, row].T.tolist():
             stated = None if error != error else error
             found.pool.append(PooledWindow(int(steps), efficiency, stated, *rest))
-        found.drift = self.drift_mD[row, self._drifts - self.drifts[row] :].tolist()
+        found.drift = self.drift_Dm[self._drifts - self.drifts[row] :, row].tolist()
         return found
 
     def put(self, row: int, history: TensorHistory) -> None:
@@ -185,9 +184,9 @@ class Histories:
         pool, drift = history.pool[-self._windows :], history.drift[-self._drifts :]
         self.pooled[row], self.drifts[row] = len(pool), len(drift)
         if pool:
-            self.pool_mFW[row, :, -len(pool) :] = np.array(pool, dtype=np.float64).T
+            self.pool_FWm[:, -len(pool) :, row] = np.array(pool, dtype=np.float64).T
         if drift:
-            self.drift_mD[row, -len(drift) :] = drift
+            self.drift_Dm[-len(drift) :, row] = drift
 
     def accumulator(self, row: int, name: str) -> AccumulatorHistory:
         """The history of one accumulator, new at first."""

@@ -46,14 +46,14 @@ def pool(histories: Histories, rows: Rows, exact: Mask, previous: Codes, limits:
 
     `exact`: of rounding that is not at random. `previous`: what hysteresis starts from.
     """
-    found = np.zeros((len(rows), len(PooledColumns._fields)))
+    found = np.zeros((len(PooledColumns._fields), len(rows)))
     open_n = np.flatnonzero(histories.pooled[rows] > 0)
     for used in range(1, limits.pool_windows + 1):
         if not len(open_n):
             break
         at = rows[open_n]
-        joined = _joined(histories.pool_mFW[at, :, -used:])
-        found[open_n] = np.stack(joined, 1)
+        joined = _joined(histories.pool_FWm[:, -used:, at])
+        found[:, open_n] = np.stack(joined)
         is_enough: Mask = (
             ~(joined.steps < limits.minimum_steps)
             & ~(joined.error > limits.maximum_error)
@@ -63,45 +63,45 @@ def pool(histories: Histories, rows: Rows, exact: Mask, previous: Codes, limits:
         is_known: Mask = is_decided(joined.efficiency, joined.error, margin, exact[open_n], previous[open_n], limits)
         has_more: Mask = histories.pooled[at] > used
         open_n = open_n[has_more & ~(is_enough & is_known)]
-    windows = found[:, -1]
+    windows = found[-1]
     histories.pooled[rows] = np.minimum(histories.pooled[rows], windows.astype(np.int64))
-    return PooledColumns(*found.T)
+    return PooledColumns(*found)
 
 
-def _joined(windows_nFW: Array) -> PooledColumns:
+def _joined(windows_FWn: Array) -> PooledColumns:
     """Some windows of each as one; summed up in the order in which they came."""
-    steps_nW, error_nW, movement_nW = (windows_nFW[:, kind] for kind in (STEPS, ERROR, MOVEMENT))
-    is_lone_nW = np.isnan(error_nW)
-    are_weighed_n1 = (is_lone_nW & (movement_nW > 0)).all(1, keepdims=True)
-    weight_nW = steps_nW * np.where(are_weighed_n1, movement_nW, 1.0)
-    total = _sum(weight_nW)
+    steps_Wn, error_Wn, movement_Wn = (windows_FWn[kind] for kind in (STEPS, ERROR, MOVEMENT))
+    is_lone_Wn = np.isnan(error_Wn)
+    are_weighed_1n = (is_lone_Wn & (movement_Wn > 0)).all(0, keepdims=True)
+    weight_Wn = steps_Wn * np.where(are_weighed_1n, movement_Wn, 1.0)
+    total = _sum(weight_Wn)
     with np.errstate(all="ignore"):
-        efficiency_nW = windows_nFW[:, EFFICIENCY]
-        efficiency = _sum(weight_nW * efficiency_nW) / total
-        common_nW = windows_nFW[:, IN_COMMON]
-        in_common = _sum(weight_nW * common_nW)
-        square = _sum(np.where(is_lone_nW, 0.0, weight_nW**2 * (error_nW**2 - common_nW**2)))
-        lone = is_lone_nW.sum(1)
-        lone_nW = np.where(is_lone_nW, weight_nW, 0.0)
-        least = (UNDEFINED * _sum(lone_nW)) ** 2 / np.maximum(lone, 1)
-        apart_nW = np.where(is_lone_nW, (efficiency_nW - efficiency[:, None]) ** 2, 0.0)
-        spread = _sum(apart_nW) / np.maximum(lone - 1, 1)
-        square = square + np.where(lone > 0, np.maximum(least, spread * _sum(lone_nW**2)), 0.0)
+        efficiency_Wn = windows_FWn[EFFICIENCY]
+        efficiency = _sum(weight_Wn * efficiency_Wn) / total
+        common_Wn = windows_FWn[IN_COMMON]
+        in_common = _sum(weight_Wn * common_Wn)
+        square = _sum(np.where(is_lone_Wn, 0.0, weight_Wn**2 * (error_Wn**2 - common_Wn**2)))
+        lone = is_lone_Wn.sum(0)
+        lone_Wn = np.where(is_lone_Wn, weight_Wn, 0.0)
+        least = (UNDEFINED * _sum(lone_Wn)) ** 2 / np.maximum(lone, 1)
+        apart_Wn = np.where(is_lone_Wn, (efficiency_Wn - efficiency) ** 2, 0.0)
+        spread = _sum(apart_Wn) / np.maximum(lone - 1, 1)
+        square = square + np.where(lone > 0, np.maximum(least, spread * _sum(lone_Wn**2)), 0.0)
         return PooledColumns(
-            _sum(steps_nW),
+            _sum(steps_Wn),
             efficiency,
             np.sqrt(np.maximum(square, 0.0) + in_common**2) / total,
-            _sum(weight_nW * windows_nFW[:, LOST]) / total,
-            _sum(windows_nFW[:, EXPECTED]),
-            np.full(len(total), float(windows_nFW.shape[2])),
+            _sum(weight_Wn * windows_FWn[LOST]) / total,
+            _sum(windows_FWn[EXPECTED]),
+            np.full(len(total), float(windows_FWn.shape[1])),
         )
 
 
-def _sum(values_nW: Array) -> Array:
+def _sum(values_Wn: Array) -> Array:
     """[n] one after the other: as numbers are added that come one by one."""
-    found = values_nW[:, 0]
-    for w in range(1, values_nW.shape[1]):
-        found = found + values_nW[:, w]
+    found: Array = values_Wn[0]
+    for values_n in values_Wn[1:]:
+        found = found + values_n
     return found
 
 
@@ -116,15 +116,15 @@ def is_decided(
 
 def lost_drift(histories: Histories, rows: Rows, previous: Codes, limits: Thresholds) -> Array:
     """[n] mean displacement efficiency of the latest windows, where it is certainly low; else NaN."""
-    count, drift_nD = histories.drifts[rows], histories.drift_mD[rows]
-    most = drift_nD.shape[1]
-    is_used_nD = np.arange(most) >= most - count[:, None]
+    count, drift_Dn = histories.drifts[rows], histories.drift_Dm[:, rows]
+    most = len(drift_Dn)
+    is_used_Dn = np.arange(most)[:, None] >= most - count
     n = np.maximum(count, 1)
-    mean = _sum(np.where(is_used_nD, drift_nD, 0.0)) / n
-    squares = _sum(np.where(is_used_nD, (drift_nD - mean[:, None]) ** 2, 0.0))
+    mean = _sum(np.where(is_used_Dn, drift_Dn, 0.0)) / n
+    squares = _sum(np.where(is_used_Dn, (drift_Dn - mean) ** 2, 0.0))
     spread = np.sqrt(squares / np.maximum(n - 1, 1))
     was_healthy = previous == HEALTHY
     limit = np.where(was_healthy, limits.stalling, limits.stalling_exit)
     is_low = mean + SURER * np.maximum(spread, WINDOW_NOISE) / np.sqrt(n) < limit
-    is_low &= (count >= limits.drift_windows) & ~(was_healthy & (drift_nD[:, -1] >= limit))
+    is_low &= (count >= limits.drift_windows) & ~(was_healthy & (drift_Dn[-1] >= limit))
     return np.where(is_low, mean, np.nan)

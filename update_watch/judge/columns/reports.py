@@ -112,10 +112,13 @@ class OfWindow(Judged):
 
     def _accumulators(self, place: int, e: TensorEvidence) -> dict[str, AccumulatorReport]:
         rows = [(part, self._row(part).get(place)) for part in self._parts]
-        if isinstance(e, TensorEvidence):
-            found = {part.name: part.report(row, e.accumulators[part.name], e) for part, row in rows if row is not None}
-            return {name: found[name] for name in e.accumulators}
-        return {part.name: part.report_from_lists(row, e) for part, row in rows if row is not None}
+        return {
+            part.name: part.report(row, e.accumulators[part.name], e)
+            if isinstance(e, TensorEvidence)
+            else part.report_from_lists(row, e)
+            for part, row in rows
+            if row is not None
+        }
 
     def _beside(self, place: int, e: TensorEvidence, accumulators: Mapping[str, AccumulatorReport]) -> str:
         """What is said of a tensor of which nothing else is to be told."""

@@ -45,10 +45,7 @@ def sort(
     is_moving |= np.nan_to_num(known(column("changed_fraction"))) != 0
 
     cause = np.full(len(rows), NONE, np.int8)
-    trainable, held = (
-        column("trainable") != 0,
-        np.array([bool(group) for group in columns.raw("optimizer_group")], bool),
-    )
+    trainable, held = column("trainable") != 0, columns.having("optimizer_group", bool)
     own = np.where(steps > 0, column("skipped_steps"), skipped)
     is_odd = (own > 0) & (own >= NEARLY_ALL * np.maximum(steps, own))
     is_odd |= trainable & (column("finite") == 0)
@@ -79,19 +76,16 @@ def sort(
     is_odd |= is_off & (histories.stalled_lr[rows] != 0)
     is_open &= ~is_off
     is_odd |= is_open & (column("numbers.wanted_fraction") == 0) & ~is_moving
-    is_odd |= is_open & np.array([bool(reason) for reason in columns.raw("reason")], bool)
+    is_odd |= is_open & columns.having("reason", bool)
 
     # what is left is judged by its numbers, unless more than they speak
     size, stored = known(column("gradient_rms")), known(column("stored"))
     if usual is not None:
         is_noise = (size < NOISE * usual) & ~(gradient_max >= LARGEST_NOISE * usual) & (gradient_max != 0)
         is_odd |= is_open & is_noise & (lr != 0) & ~np.isnan(known(column("update_ratio"))) & (stored != 0)
-    schemes = {
-        scheme: (is_exact(scheme), is_exact(scheme) or scheme == "stochastic") for scheme in set(columns.raw("scheme"))
-    }
-    exact, by_steps = np.array([schemes[scheme] for scheme in columns.raw("scheme")], bool).reshape(-1, 2).T
-    is_odd |= is_open & ~by_steps
-    is_odd |= is_open & np.array([dtype == "float64" for dtype in columns.raw("dtype")], bool)
+    exact = columns.having("scheme", is_exact)
+    is_odd |= is_open & ~(exact | columns.having("scheme", "stochastic".__eq__))
+    is_odd |= is_open & columns.having("dtype", "float64".__eq__)
     peak = histories.peak_lr[rows]
     is_odd |= is_open & (lr_max <= limits.negligible_lr * peak)
     is_odd |= is_open & (_is_undone(columns, histories, rows, limits) | _is_off(columns, histories, rows, limits))

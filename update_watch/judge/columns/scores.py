@@ -89,9 +89,9 @@ def score(columns: Columns, places: Rows, histories: Histories, rows: Rows, exac
     measured = columns.column("measured_steps")[places]
     is_seen = (measured > 0) & ~np.isnan(efficiency)
     seen = np.flatnonzero(is_seen)
-    pooled_nF = _pooled(columns, places[seen], efficiency[seen], measured[seen], exact[seen])
+    pooled_Fn = _pooled(columns, places[seen], efficiency[seen], measured[seen], exact[seen])
     histories.age[rows[seen]] = 0
-    histories.remember(rows[seen], pooled_nF)
+    histories.remember(rows[seen], pooled_Fn)
     unseen = rows[~is_seen]
     histories.age[unseen] += 1
     histories.forget_evidence(unseen[histories.age[unseen] > limits.pool_windows])
@@ -107,7 +107,7 @@ def score(columns: Columns, places: Rows, histories: Histories, rows: Rows, exac
     is_empty = ~is_seen & (histories.pooled[rows] == 0)
     found = pool(histories, rows, exact, previous, limits)
     # rounding to nearest: what was lost cannot arrive later, whatever the displacement of a few steps says
-    plain = np.array([columns.raw("scheme")[place] == "plain" for place in places.tolist()], dtype=bool)
+    plain = columns.having("scheme", "plain".__eq__)[places]
     health, why = _by_steps(
         found,
         np.where(plain, np.nan, displacement),
@@ -126,7 +126,7 @@ def score(columns: Columns, places: Rows, histories: Histories, rows: Rows, exac
 
 
 def _pooled(columns: Columns, places: Rows, efficiency: Array, measured: Array, exact: Mask) -> Array:
-    """[n, F] what the window has shown of each."""
+    """[F, n] what the window has shown of each."""
 
     def of(name: str) -> Array:
         return columns.column(name)[places]
@@ -149,7 +149,7 @@ def _pooled(columns: Columns, places: Rows, efficiency: Array, measured: Array, 
         movement = np.where((size != 0) & (lr != 0), size / lr**2, 0.0)
     movement = np.where((movement > 0) & (movement < ALWAYS**2), movement, 0.0)
     lost = np.nan_to_num(share(of("numbers.lost_fraction")))
-    return np.stack([measured, efficiency, stated, lost, expected, in_common, movement], 1)
+    return np.stack([measured, efficiency, stated, lost, expected, in_common, movement])
 
 
 def _by_steps(

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from update_watch.columns.evidence_columns import Columns
+from update_watch.columns.products import summed
 from update_watch.evidence import TensorEvidence
 from update_watch.judge import reasons
 from update_watch.judge.advice import say
@@ -127,8 +128,7 @@ class _Scored:
             return
         histories.grade[rows[bad]] = scores.health[bad]
         self._above[bad] = _share_well_above(columns.histogram("headroom_histogram", HEADROOM_BINS)[places[bad]])
-        numels = columns.raw("numel")
-        most = [most_lost(above, numels[place]) for above, place in zip(self._above[bad], places[bad], strict=True)]
+        most = most_lost(self._above[bad], columns.column("numel")[places[bad]])
         is_unwritten = np.zeros_like(is_bad)
         is_unwritten[bad] = np.isnan(scores.drift[bad]) & (scores.lost[bad] > most)
         self.cause[is_unwritten] = CAUSE_CODES[Cause.not_written]
@@ -174,9 +174,8 @@ def _or_none(value: np.float64) -> float | None:
 def _share_well_above(histogram_nB: Array) -> Array:
     """As `stall_signs` has it for one; NaN where there is none."""
     with np.errstate(all="ignore"):
-        sums_nB = histogram_nB.cumsum(1)  # one after the other
-        above = histogram_nB[:, WELL_ABOVE:].cumsum(1)[:, -1]
-        return np.where(sums_nB[:, -1] > 0, share(above / sums_nB[:, -1]), np.nan)
+        sums, above = summed(histogram_nB), summed(histogram_nB[:, WELL_ABOVE:])
+        return np.where(sums > 0, share(above / sums), np.nan)
 
 
 def since(histories: Histories, rows: Rows, health: Codes, first_step: int) -> npt.NDArray[np.int64]:
