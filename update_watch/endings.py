@@ -155,8 +155,9 @@ def _after_fork() -> None:
         watch.leave_to_parent()
 
 
-def say_forked() -> None:
-    """A fork of a process that watches trains."""
+def say_forked(detach: Callable[[], None]) -> None:
+    """A fork of a process that watches trains: `detach` the copy, which does nothing more."""
+    detach()
     logger.warning(FORKED)
     warn(FORKED)
 

@@ -79,10 +79,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._discovery = Discovery(self._model, self._tap, self._attach)
         put = lambda window: self._ranks.is_joining or self._judge.put(window)  # noqa: E731
         self._silence = Silence(self._model, window, put, self._discovery, lambda: self._tap.enabled)
-        for one in [one for optimizer in optimizers for one in chain(optimizer)]:
-            self._attach(one)
-        self._discovery.start()
-        self._silence.start()
+        self._attach_all([one for optimizer in optimizers for one in chain(optimizer)])
         endings.add(self, self._model.has)
 
     # --- attaching -------------------------------------------------------------------------------
@@ -96,10 +93,18 @@ class Watch(run_journal.Shown, memory.Remembering):
         """
         if self._closed:
             raise RuntimeError("Watch.attach: this watch is closed; make another with update_watch.watch")
-        for one in chain(optimizer):
-            self._attach(one)
-        self._discovery.start()
-        self._silence.start()
+        self._attach_all(chain(optimizer))
+
+    def _attach_all(self, optimizers: Sequence[Any]) -> None:
+        for one in optimizers:  # what is none is said before anything is attached
+            unwrap(one)
+        try:
+            for one in optimizers:
+                self._attach(one)
+            self._discovery.start()
+            self._silence.start()
+        except Exception as error:
+            self._fail(error)
 
     def _attach(self, optimizer: Any, outside: Sequence[Optimizer] = ()) -> None:
         inner = unwrap(optimizer)
@@ -141,10 +146,10 @@ class Watch(run_journal.Shown, memory.Remembering):
         started = time.perf_counter()
         self._silence.end()
         watched = self._model.stepping(optimizer)
-        if watched is None or self._attention.looks(id(optimizer), watched.window_steps):
-            return True
-        self._attention.spend(time.perf_counter() - started)
-        return False
+        looks = watched is None or self._attention.looks(id(optimizer), watched.window_steps)
+        if not looks:
+            self._attention.spend(time.perf_counter() - started)
+        return looks
 
     def _passed(self, optimizer: Optimizer) -> None:
         """A step is over that was not looked at."""
@@ -281,11 +286,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._closed = True
         self._judge, self._post = Worker("judging", self._judge_window), Worker("sink", Sinks([]))
         self._model.streams = StepStreams()
-        self._tap.replace(self._tell_to_watch_anew)
-
-    def _tell_to_watch_anew(self, optimizer: Optimizer) -> None:
-        self.detach()
-        endings.say_forked()
+        self._tap.replace(lambda _: endings.say_forked(self.detach))
 
 
 def watch(
@@ -326,8 +327,7 @@ def watch(
         step: gives the trainer's global step, to number reports; else optimizer steps are counted.
         join: all ranks put together what they saw. False: each reports its own shards. A process group: its ranks join.
         check_replicas: compare, once a window, what ranks store that should be the same; `broken` where replicas differ.
-        include: names with wildcards ("*norm*") of the tensors that are reported; everything is watched.
-        exclude: of those that are not.
+        include, exclude: names with wildcards ("*norm*") of tensors that are reported, or not; everything is watched.
         journal: file to keep the run in ("run.jsonl"): what `update-watch report` and `top` read. Rank 0 writes it.
         name: of the model, in alerts and the log; else that of its class is told where the process has several watches.
 

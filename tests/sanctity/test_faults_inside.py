@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import update_watch as uw
 from tests.support.watch_nets import Net, train
@@ -511,3 +512,22 @@ def test_a_resumed_run_tells_no_alert_again_and_goes_on_in_the_same_journal(tmp_
     assert first and anew == first  # a run that remembers nothing tells all again
     assert resumed == []
     assert [r.step for r in read_journal(path)][-4:] == [40, 48, 56, 64]
+
+
+def test_a_model_that_cannot_be_planned_for_is_trained_unwatched_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In torch's simulations (an estimate of memory) as well, in which values cannot be compared."""
+    model = torch.nn.Linear(8, 8).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.warns(UserWarning, match="training goes on unwatched"):
+        watch = uw.watch(model, optimizer, budget=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model(torch.ones(2, 8, dtype=torch.bfloat16)).sum().backward()
+            optimizer.step()
+        assert watch.flush() is None
+        watch.close()
+    with pytest.raises(TypeError):
+        uw.watch(model, object())

@@ -100,9 +100,14 @@ class Window:
     time: float = dataclasses.field(default_factory=time.time)
 
 
-@np.errstate(all="ignore")  # sums of updates that overflow are infinite: that is a verdict and no warning
 def read(window: Window) -> WindowEvidence:
     """Wait for the device and make the evidence. Runs on the background thread."""
+    # sums of updates that overflow are infinite: that is a verdict and no warning; not as a decorator, which threads would share
+    with np.errstate(all="ignore"):
+        return _read(window)
+
+
+def _read(window: Window) -> WindowEvidence:
     skipped = max((int(t.wait()[0]) for t in window.skipped), default=0)
     sums = [cohort.sums() for cohort in window.cohorts]
     ledger, alone, blocks = Reading(window.ledger), list(window.others), []

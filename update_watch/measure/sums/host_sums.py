@@ -46,9 +46,13 @@ Mask = npt.NDArray[np.bool_]
 class HostSums(DeviceSums):
     """Adds without torch, but for the headroom."""
 
-    @np.errstate(all="ignore")  # what is no number is reported as that
     def add(self, added: AddedSteps) -> None:
         """See `DeviceSums.add`."""
+        # what is no number is reported as that; not as a decorator, which threads would share
+        with np.errstate(all="ignore"):
+            self._add(added)
+
+    def _add(self, added: AddedSteps) -> None:
         mask_RK, states_SRK, slots = added.mask_RK, added.states_SRK, added.slots
         before_ark, intended_ark = added.before_ARK.numpy(), added.intended_ARK.numpy()
         after_rk = added.after_RK.numpy()
