@@ -115,9 +115,12 @@ class Format:
         # neighbour in this format is at least as far. Where d points away from zero,
         # copysign(w, d) is w and nextafter stays; elsewhere it is -w, and nextafter moves one.
         nudged = torch.nextafter(w, torch.copysign(w, d))
-        # the exponent is held where the result, 2**e * 2**-(m+1), does not drop under 2**-149
-        lowest = max(self.min_exponent, -149 + self.mantissa_bits + 1)
-        return _binade(nudged, lowest).mul_(self.unit_roundoff)
+        return _binade(nudged, self.lowest_exponent).mul_(self.unit_roundoff)
+
+    @property
+    def lowest_exponent(self) -> int:
+        """Below which half gaps stay what they are: where they, 2**e * 2**-(m+1), do not drop under FP32's 2**-149."""
+        return max(self.min_exponent, -149 + self.mantissa_bits + 1, -126)
 
     def round(self, x: Tensor) -> Tensor:
         """`x` rounded to nearest in this format, ties to even.

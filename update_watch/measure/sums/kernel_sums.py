@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from update_watch.formats import BF16, FP32, Format
+from update_watch.formats import BF16, FP32
 from update_watch.measure.device import falling_back, multi_gather
 from update_watch.measure.device.pinned_ring import PinnedRing
 from update_watch.measure.sums.added_steps import AddedSteps, Look, Slot
@@ -189,7 +189,7 @@ def _numbers_of(slots: Sequence[Slot], full_rows: int) -> Any:
 def _numbers_of_looks(looks: Sequence[Look], first: int, last: int) -> Any:
     found = np.full((_LOOK, last - first), np.nan)
     for rows, fmt, octaves in looks:
-        told = octaves, fmt.mantissa_bits, _lowest(fmt), fmt.mantissa_bits > BF16.mantissa_bits, 4.0**-octaves
+        told = octaves, fmt.mantissa_bits, fmt.lowest_exponent, fmt.mantissa_bits > BF16.mantissa_bits, 4.0**-octaves
         found[:, rows.start - first : rows.stop - first] = np.array(told, dtype=float)[:, None]
     return found.reshape(-1)
 
@@ -197,13 +197,8 @@ def _numbers_of_looks(looks: Sequence[Look], first: int, last: int) -> Any:
 def _numbers_of_reaches(reaches: Sequence[Reach], rows: int) -> Any:
     found = np.full((3, rows), np.nan)
     for of_rows, fmt, scale in reaches:
-        found[:, of_rows] = np.array((fmt.mantissa_bits, _lowest(fmt), scale), dtype=float)[:, None]
+        found[:, of_rows] = np.array((fmt.mantissa_bits, fmt.lowest_exponent, scale), dtype=float)[:, None]
     return found.reshape(-1)
-
-
-def _lowest(fmt: Format) -> int:
-    """The exponent below which gaps stay what they are, as `Format.half_gap` holds it."""
-    return max(fmt.min_exponent, -149 + fmt.mantissa_bits + 1, -126)
 
 
 def _uploaded(values: Any, device: torch.device) -> Tensor:
