@@ -12,11 +12,13 @@ from update_watch.measure.row_facts import WindowFacts
 
 def told(watch: uw.Watch, optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
     [watched] = watch._model.watched.values()
-    facts = WindowFacts(optimizer, watched._group_facts(), "").facts_of(watched.cohorts[0])()
-    given = facts.given
+    [own] = watched.of_device
+    facts = WindowFacts(optimizer, watched._group_facts(), "").facts_of(watched.cohorts, own.facts)()
+    formats = [dict(zip(of.rows.tolist(), of.dtypes, strict=True)) for of in facts.states.values()]
+    told = zip(facts.given["low_states"], facts.given["accumulators"], strict=True)
     return [
-        {"low": low, "formats": formats, "counters": [*counters]}
-        for low, formats, counters in zip(given["low_states"], facts.state_dtypes, given["accumulators"], strict=True)
+        {"low": low, "formats": tuple(of.get(i, "") for of in formats), "counters": [*counters]}
+        for i, (low, counters) in enumerate(told)
     ]
 
 

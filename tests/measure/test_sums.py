@@ -16,7 +16,7 @@ from update_watch.formats import BF16, FP32, Format
 from update_watch.measure.sums.added_steps import AddedSteps, Look, Slot
 from update_watch.measure.sums.device_sums import DeviceSums
 from update_watch.measure.sums.layout import BEFORE, COUNT, CROSS, DOT, GROUPS, PARTS, SQUARE, WANT, Layout
-from update_watch.measure.sums.measured_block import CohortFacts
+from update_watch.measure.sums.measured_block import CohortFacts, StateFacts
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.measure.sums.step_sizes import Unseen
 from update_watch.measure.sums.steps import Steps
@@ -338,10 +338,15 @@ def as_window(made: list[Step], fmt: Format = BF16, **fields: float) -> Window:
     given: dict[str, list[Any]] = {"name": [f"t{row}" for row in range(N)]}
     same = {"dtype": fmt.name, "numel": K, "steps": len(made), "reason": "", "accumulators": {}, **fields}
     given |= {name: [value] * N for name, value in same.items()}
-    facts = CohortFacts(given, sizes, [("bfloat16", "")] * N, [(None, None)] * N, [fields.get("lr")] * N)
+    nowhere = np.zeros(0, dtype=np.intp)
+    states = {
+        "exp_avg": StateFacts(np.arange(N), ["bfloat16"] * N, [None] * N),
+        "exp_avg_sq": StateFacts(nowhere, [], []),
+    }
+    facts = CohortFacts(given, sizes, states, [fields.get("lr")] * N)
     names = ("exp_avg", "exp_avg_sq")
-    of_all = SumsWindow(part, sums.layout(parts))
-    cohort = CohortWindow(of_all, lambda: facts, names, counted(made), len(made), (0, 0), slice(0, N))
+    of_all = SumsWindow(part, sums.layout(parts), names, lambda: facts)
+    cohort = CohortWindow(of_all, counted(made), len(made), (0, 0), slice(0, N))
     return Window(len(made), len(made), (cohort,), (), {f"t{i}": N - i for i in range(N)}, 1.0)
 
 

@@ -24,6 +24,7 @@ from update_watch.measure.device.one_thread import OnOneThread
 from update_watch.measure.gathers import Common, side_by_side, whole_of
 from update_watch.measure.ledger import kernel_sheet_sums
 from update_watch.measure.parameters import Row
+from update_watch.measure.row_facts import KnownFacts
 from update_watch.measure.sampling import local
 from update_watch.measure.step_replay import Step, replay_samples
 from update_watch.measure.sums import kernel_sums
@@ -99,6 +100,7 @@ class DeviceRows:
         self.sums = self._no_sums()
         ordered = [row for cohort in self.cohorts for row in cohort.rows]
         are_sampled = [not row.is_whole and row.is_first for row in ordered]
+        self.facts = KnownFacts()
         self.gradients = WholeGradients([row.param for row in ordered], are_sampled)
         self._now: tuple[Tensor, Tensor, Tensor] | None = None  # the step that is running, where it cannot wait
 

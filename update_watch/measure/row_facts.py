@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -18,10 +20,10 @@ from update_watch.measure.cohort import Cohort
 from update_watch.measure.identity.names import describe
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local, unsamplable
-from update_watch.measure.sums.measured_block import CohortFacts
+from update_watch.measure.sums.measured_block import CohortFacts, StateFacts
 from update_watch.worker import unhurried
 
-_LEAST = ("name", "dtype", "numel")
+_NO_COUNTERS: Mapping[str, Any] = {}
 
 
 def _low_states(row: Row, state: Mapping[str, Any] | None) -> int | None:
@@ -67,44 +69,109 @@ class WindowFacts:
             identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held}
         return identity | {"scheme": row.scheme.name}
 
-    def facts_of(self, cohort: Cohort) -> Callable[[], CohortFacts]:
-        """Note what changes when the cohort's next window begins; the facts are made when they are asked for."""
-        noted = cohort.steps, cohort.gradless_steps, cohort.first_rates
-        return functools.partial(self._make, cohort, *noted)
+    def facts_of(self, cohorts: Sequence[Cohort], known: KnownFacts) -> Callable[[], CohortFacts]:
+        """Note what changes when the next window of cohorts that were measured begins; the facts of their tensors are made
+        when they are asked for. `known`: what was said of them before.
+        """
+        noted = [(cohort, cohort.steps, cohort.gradless_steps, cohort.first_rates) for cohort in cohorts]
+        return functools.partial(self._make, noted, known)
 
     def _make(
-        self, cohort: Cohort, steps: int, gradless: Sequence[int], first_rates: Mapping[int, float]
+        self, noted: Sequence[tuple[Cohort, int, Sequence[int], Mapping[int, float]]], known: KnownFacts
     ) -> CohortFacts:
-        rows = [cohort.rows[i] for i in cohort.firsts]
-        identities = [self._identity(row) for row in unhurried(rows)]
-        given: dict[str, list[Any]] = {
-            name: [of[name] for of in identities] for name in (identities[0] if rows else _LEAST)
-        }
-        groups = [self._groups[row.group] for row in rows]
-        given |= {name: [of[name] for of in groups] for name in (groups[0] if rows else ())}
+        cohorts = [cohort for cohort, *_ in noted]
+        rows = [cohort.rows[i] for cohort in cohorts for i in cohort.firsts]
+        params = [row.param for row in rows]
+        # by their ids, as a tensor's hash takes longer; of a copy, as a step may add some meanwhile
+        stepped = {id(param): state for param, state in dict(self._optimizer.state).items()}
+        states = [stepped.get(id(param)) or {} for param in params]
+        in_groups = [row.group for row in rows]
+        of_groups = {group: (of["optimizer_group"], of["options"]) for group, of in self._groups.items()}
+        stays = known.of(
+            (
+                *_kinds_of(states),
+                [row.identity or object() for row in rows],
+                [row.rates for row in rows],
+                in_groups,
+                of_groups,
+                cohorts,
+            ),
+            lambda: self._stays(rows, states, cohorts),
+        )
+        given: dict[str, list[Any]] = {**stays.given}
+        for name in ("lr", "lr_max", "weight_decay"):
+            of_group = {group: of[name] for group, of in self._groups.items()}
+            given[name] = list(map(of_group.__getitem__, in_groups))
         given["reason"] = [row.reason or self._twin_error for row in rows]
-        given["steps"], given["gradless_steps"] = [steps] * len(rows), [gradless[i] for i in cohort.firsts]
-        given["requires_grad"] = requires = [row.param.requires_grad for row in rows]
+        given["steps"] = [steps for cohort, steps, *_ in noted for _ in cohort.firsts]
+        given["gradless_steps"] = gradless = [of[i] for cohort, _, of, _ in noted for i in cohort.firsts]
+        given["requires_grad"] = requires = [param.requires_grad for param in params]
         # a master is given its gradient, and need not say that it requires one
         given["trainable"] = [
-            of_row or without < steps for of_row, without in zip(requires, given["gradless_steps"], strict=True)
+            of_row or without < steps for of_row, without, steps in zip(requires, gradless, given["steps"], strict=True)
         ]
-        given["low_states"], given["accumulators"], dtypes = [], [], []
-        for row in unhurried(rows):
-            state = self._optimizer.state.get(row.param) or {}
-            facts = _state_facts(row, state, cohort.states)
-            given["low_states"].append(facts.low)
-            given["accumulators"].append(short_counters(row, state) if facts.may_be_short else {})
-            dtypes.append(facts.formats)
-        stops = [*cohort.firsts[1:], len(cohort.rows)]
-        sizes = [sampler.size for sampler in cohort.samplers]
-        return CohortFacts(
-            given,
-            [sum(sizes[i:stop]) for i, stop in zip(cohort.firsts, stops, strict=True)],
-            dtypes,
-            [tuple([row.rates.get(name) for name in cohort.states]) for row in rows],
-            [first_rates.get(row.group) for row in rows],
-        )
+        counters = [_NO_COUNTERS] * len(rows)
+        for i in unhurried(stays.counting):
+            counters[i] = short_counters(rows[i], states[i])
+        given["accumulators"] = counters
+        rates = [first_rates.get(row.group) for row, (_, _, _, first_rates) in zip(rows, _each(noted), strict=True)]
+        return CohortFacts(given, stays.sizes, stays.states, rates)
+
+    def _stays(self, rows: Sequence[Row], states: Sequence[Mapping[str, Any]], cohorts: Sequence[Cohort]) -> _Stays:
+        identities = [self._identity(row) for row in unhurried(rows)]
+        given: dict[str, list[Any]] = {name: [of[name] for of in identities] for name in identities[0]}
+        groups = [self._groups[row.group] for row in rows]
+        given |= {name: [of[name] for of in groups] for name in ("optimizer_group", "options")}
+        names = cohorts[0].states
+        facts = [_state_facts(row, state, names) for row, state in zip(unhurried(rows), states, strict=True)]
+        given["low_states"] = [one.low for one in facts]
+        sizes = []
+        for cohort in cohorts:
+            of_rows = [sampler.size for sampler in cohort.samplers]
+            sizes += [
+                sum(of_rows[i:stop]) for i, stop in zip(cohort.firsts, [*cohort.firsts[1:], len(of_rows)], strict=True)
+            ]
+        found = {}
+        for k, name in enumerate(names):
+            at = [i for i, one in enumerate(facts) if one.formats[k]]
+            formats, rates = [facts[i].formats[k] for i in at], [rows[i].rates.get(name) for i in at]
+            found[name] = StateFacts(np.array(at, dtype=np.intp), formats, rates)
+        return _Stays(given, sizes, found, [i for i, one in enumerate(facts) if one.may_be_short])
+
+
+def _each(noted: Sequence[tuple[Cohort, int, Sequence[int], Mapping[int, float]]]) -> Iterator[Any]:
+    """Once for each tensor."""
+    return itertools.chain.from_iterable(itertools.repeat(one, len(one[0].firsts)) for one in noted)
+
+
+class _Stays(NamedTuple):
+    """Of the tensors of some cohorts, what seldom changes."""
+
+    given: dict[str, list[Any]]
+    sizes: list[int]
+    states: dict[str, StateFacts]
+    counting: list[int]  # rows with a counter in 16 bits: its value is read anew
+
+
+class KnownFacts:
+    """What was said of the same tensors in the window before, by what it was made of."""
+
+    def __init__(self) -> None:
+        self._made_of: Any = None
+        self._known: Any = None
+
+    def of(self, made_of: Any, make: Callable[[], _Stays]) -> _Stays:
+        """As it was, or made anew."""
+        if self._known is None or made_of != self._made_of:
+            self._known, self._made_of = make(), made_of
+        return self._known  # type: ignore[no-any-return]
+
+
+def _kinds_of(states: Sequence[Mapping[str, Any]]) -> tuple[list[Any], ...]:
+    """What the facts of states are made of, of all in a row."""
+    values = [value for state in states for value in state.values()]
+    names = [name for state in states for name in state]
+    return list(map(len, states)), names, list(map(type, values)), [getattr(value, "dtype", None) for value in values]
 
 
 class _StateFacts(NamedTuple):

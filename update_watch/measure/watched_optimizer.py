@@ -289,24 +289,22 @@ class Watched:
         self._measured = None
         for own in self.of_device:
             own.add()
-            if not any(cohort.steps for cohort in own.cohorts):
-                others += [window.identity(cohort.rows[i]) for cohort in own.cohorts for i in cohort.firsts]
+            measured = [cohort for cohort in own.cohorts if cohort.steps]
+            others += [
+                window.identity(cohort.rows[i]) for cohort in own.cohorts if not cohort.steps for i in cohort.firsts
+            ]
+            if not measured:
                 continue
             packing = own.packing(self.window_steps, batch.is_later(own.device))
             transfer = batch.add_later(own.device, packing)
-            sums = SumsWindow(transfer, own.sums.layout(own.parts))
-            for cohort in own.cohorts:
-                if not cohort.steps:
-                    others += [window.identity(cohort.rows[i]) for i in cohort.firsts]
-                    continue
-                facts = window.facts_of(cohort)
+            states = tuple(measured[0].states)
+            sums = SumsWindow(transfer, own.sums.layout(own.parts), states, window.facts_of(measured, own.facts))
+            for cohort in measured:
                 steps = cohort.counted_steps(self._order.group_steps, own.gradients)
-                states = tuple(cohort.states)
                 suspect = functools.partial(own.gradients.suspect, cohort.place.start)
                 where = self.window_steps, (self.index, self.part), cohort.place
-                told = suspect, cohort.draw_from
                 of_tensors = tuple(cohort.firsts), cohort.usual
-                cohorts.append(CohortWindow(sums, facts, states, steps, *where, *told, *of_tensors))
+                cohorts.append(CohortWindow(sums, steps, *where, suspect, cohort.draw_from, *of_tensors))
             own.open_window()
         others += map(window.identity, self._outside)
         skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]

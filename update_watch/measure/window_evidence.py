@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from update_watch.columns.evidence_columns import Columns, OneByOne, Tensors
+from update_watch.columns.evidence_columns import Columns, OneByOne, Tensors, having
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence, changed
 from update_watch.measure.accumulators.average_windows import AverageWindow, UnreadWindow
 from update_watch.measure.accumulators.average_windows import read as read_average
@@ -28,7 +29,7 @@ from update_watch.measure.sums.measured_block import CohortFacts, MeasuredBlock
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
 from update_watch.measure.sums.step_sizes import Unseen, UsualSizes, sizes_of, unseen
 from update_watch.measure.sums.steps import Steps
-from update_watch.measure.sums.window_sums import WindowSums
+from update_watch.measure.sums.window_sums import Mask, WindowSums
 from update_watch.measure.transfer import Later, Part, Transfer
 from update_watch.worker import rest, unhurried
 
@@ -39,6 +40,8 @@ class SumsWindow:
 
     transfer: Transfer | Part | Later
     layout: Layout
+    states: tuple[str, ...]
+    facts: Callable[[], CohortFacts]  # of the tensors of all cohorts that were measured; made on the background thread
 
     @functools.cached_property
     def sums(self) -> WindowSums:
@@ -51,8 +54,6 @@ class CohortWindow:
     """A cohort's closed window on its way to the background thread."""
 
     of_all: SumsWindow
-    facts: Callable[[], CohortFacts]  # of thousands of tensors: made on the background thread
-    states: tuple[str, ...]
     steps: Steps
     window_steps: int
     optimizer: tuple[int, int]  # cohorts of one optimizer are measured in steps of one window
@@ -62,21 +63,42 @@ class CohortWindow:
     firsts: tuple[int, ...] = ()  # rows of `place` at which tensors begin; (): each is one
     usual: UsualSizes = dataclasses.field(default_factory=UsualSizes)  # the cohort's, of the windows before
 
-    def sums(self) -> WindowSums:
-        """Its own, by tensor. Waits for the device."""
-        own = self.of_all.sums.of(self.place, len(self.steps.parts_Pn))
-        return own if len(self.firsts) in (0, self.place.stop - self.place.start) else own.joined(self.firsts)
-
-    def tell(self, own: WindowSums) -> None:
-        """Have whole gradients looked at, and tensors read where what moves is."""
+    def tell(self, suspects: Mask, uneven: Mask) -> None:
+        """Have whole gradients looked at, and tensors read where what moves is. [n] its tensors each."""
         firsts = self.firsts or range(self.place.stop - self.place.start)
-        for tell, tensors in ((self.suspect, own.suspects(self.steps)), (self.draw_from, own.uneven(self.steps))):
+        for tell, are_told in ((self.suspect, suspects), (self.draw_from, uneven)):
             if tell is not None:
-                tell(frozenset(firsts[i] for i in tensors))
+                tell(frozenset(firsts[i] for i in np.flatnonzero(are_told).tolist()))
 
-    @functools.cached_property
-    def rows(self) -> CohortFacts:
-        return self.facts()
+
+class _Measured:
+    """The tensors of the cohorts whose sums came together, side by side."""
+
+    def __init__(self, cohorts: Sequence[CohortWindow]) -> None:
+        self.cohorts, self.of_all = cohorts, cohorts[0].of_all
+        self.steps = Steps.side_by_side([cohort.steps for cohort in cohorts])
+        stops = list(itertools.accumulate(cohort.steps.parts_Pn.shape[1] for cohort in cohorts))
+        self.rows = [slice(*ends) for ends in zip([0, *stops], stops, strict=False)]  # of each cohort, by tensor
+        self.sums = self._sums()
+
+    def _sums(self) -> WindowSums:
+        """By tensor. Waits for the device."""
+        own = [np.arange(cohort.place.start, cohort.place.stop) for cohort in self.cohorts]
+        rows = np.concatenate(own)
+        is_whole = len(rows) == self.of_all.layout.rows and (rows[1:] > rows[:-1]).all()
+        found = self.of_all.sums.of(slice(None) if is_whole else rows, len(self.steps.parts_Pn))
+        starts = itertools.accumulate(map(len, own), initial=0)
+        firsts = [
+            start + np.array(cohort.firsts or range(len(rows)), dtype=np.intp)
+            for cohort, rows, start in zip(self.cohorts, own, starts, strict=False)
+        ]
+        joined = np.concatenate(firsts)
+        return found if len(joined) == len(rows) else found.joined(joined)
+
+    def tell(self) -> None:
+        suspects, uneven = self.sums.suspects(self.steps), self.sums.uneven(self.steps)
+        for cohort, rows in zip(self.cohorts, self.rows, strict=True):
+            cohort.tell(suspects[rows], uneven[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +131,16 @@ def read(window: Window) -> WindowEvidence:
 
 def _read(window: Window) -> WindowEvidence:
     skipped = max((int(t.wait()[0]) for t in window.skipped), default=0)
-    sums = [cohort.sums() for cohort in window.cohorts]
+    by_sums: defaultdict[int, list[CohortWindow]] = defaultdict(list)
+    for cohort in window.cohorts:
+        by_sums[id(cohort.of_all)].append(cohort)
+    measured = [_Measured(cohorts) for cohorts in by_sums.values()]
     ledger, alone, blocks = Reading(window.ledger), list(window.others), []
-    for cohort, own, of_others in zip(window.cohorts, sums, _unmeasured(window.cohorts, sums), strict=True):
-        block, others = _tensors(own, cohort, of_others, skipped)
+    for one, of_others in zip(measured, _unmeasured(measured), strict=True):
+        block, others = _tensors(one, of_others, skipped)
         alone += others
         blocks.append(block)
-        cohort.tell(own)
+        one.tell()
         rest()
     names = [tensor.name for tensor in alone] + [name for block in blocks for name in block.names]
     if len(set(names)) < len(names):
@@ -128,10 +153,10 @@ def _read(window: Window) -> WindowEvidence:
         columns, is_alone = ledger.of_all(block.names, block.column("numbers.displacement_efficiency"))
         alone += [ledger.of(block.tensor(row)) for row in unhurried(np.flatnonzero(is_alone).tolist())]
         block.put(columns)
-        has_more = np.array([name in more for name in block.names], bool) & ~is_alone
-        alone += [block.tensor(row) for row in unhurried(np.flatnonzero(has_more).tolist())]
-        is_kept = ~(is_alone | has_more)
-        kept.append(block if is_kept.all() else block.kept(np.flatnonzero(is_kept)))
+        if is_alone.any():
+            block = block.kept(np.flatnonzero(~is_alone))
+        _add(block, more)
+        kept.append(block)
     alone = [_with(tensor, more.get(tensor.name)) for tensor in unhurried(alone)]
     names = [tensor.name for tensor in alone] + [name for block in kept for name in block.names]
     places = np.array([window.order.get(name, len(window.order)) for name in names], dtype=np.intp)
@@ -165,6 +190,17 @@ def _beside(window: Window) -> dict[str, _More]:
     return found
 
 
+def _add(block: MeasuredBlock, more: Mapping[str, _More]) -> None:
+    """The same of its tensors, as columns."""
+    told = [(row, more[name]) for row, name in enumerate(block.names) if name in more] if more else []
+    for field in dict.fromkeys(field for _, one in told for field in one.fields):
+        of_field = [(row, one.fields[field]) for row, one in told if field in one.fields]
+        block.put_some([row for row, _ in of_field], field, [value for _, value in of_field])
+    for name in dict.fromkeys(name for _, one in told for name in one.accumulators):
+        members = [(row, one.accumulators[name]) for row, one in told if name in one.accumulators]
+        block.add(name, np.array([row for row, _ in members], dtype=np.intp), [member for _, member in members])
+
+
 def _with(tensor: TensorEvidence, more: _More | None) -> TensorEvidence:
     if more is None:
         return tensor
@@ -182,32 +218,38 @@ def _one_each(tensors: list[TensorEvidence]) -> list[TensorEvidence]:
     return [tensor for tensor in tensors if tensor.optimizer_group.partition("/")[0] == owner[tensor.name]]
 
 
-def _unmeasured(cohorts: Sequence[CohortWindow], sums: Sequence[WindowSums]) -> list[tuple[Unseen, Missed | None]]:
-    """Per cohort; see `error_bars` and `missed_steps`. Cohorts of one optimizer share its steps."""
+def _unmeasured(measured: Sequence[_Measured]) -> list[list[tuple[Unseen, Missed | None]]]:
+    """Of each cohort; see `step_sizes` and `missed_steps`. Cohorts of one optimizer share its steps."""
+    every = [
+        (cohort, one.sums.parts_PFn[: len(cohort.steps.parts_Pn), WANT, rows])
+        for one in measured
+        for cohort, rows in zip(one.cohorts, one.rows, strict=True)
+    ]
     found: dict[int, tuple[Unseen, Missed | None]] = {}
-    for optimizer in dict.fromkeys(cohort.optimizer for cohort in cohorts):
-        own = [i for i, cohort in enumerate(cohorts) if cohort.optimizer == optimizer]
-        energies = [sums[i].parts_PFn[:, WANT] for i in own]
-        steps = [cohorts[i].steps.parts_Pn for i in own]
-        rates = [cohorts[i].steps.squared_rates_P for i in own]
-        usual = [cohorts[i].usual for i in own]
+    for optimizer in dict.fromkeys(cohort.optimizer for cohort, _ in every):
+        cohorts, energies = zip(*[pair for pair in every if pair[0].optimizer == optimizer], strict=True)
+        steps = [cohort.steps.parts_Pn for cohort in cohorts]
+        rates = [cohort.steps.squared_rates_P for cohort in cohorts]
+        usual = [cohort.usual for cohort in cohorts]
         sizes = [sizes_of(*each) for each in zip(energies, steps, rates, usual, strict=True)]
-        window_steps = cohorts[own[0]].window_steps
-        pairs = zip(unseen(energies, steps, window_steps, sizes), missed_steps(sizes, rates, window_steps), strict=True)
-        found |= zip(own, pairs, strict=True)
-    return [found[i] for i in range(len(cohorts))]
+        window_steps = cohorts[0].window_steps
+        of_steps = unseen(list(energies), steps, window_steps, sizes), missed_steps(sizes, rates, window_steps)
+        found |= zip(map(id, cohorts), zip(*of_steps, strict=True), strict=True)
+    return [[found[id(cohort)] for cohort in one.cohorts] for one in measured]
 
 
 def _tensors(
-    sums: WindowSums, cohort: CohortWindow, others: tuple[Unseen, Missed | None], skipped: int
+    measured: _Measured, others: Sequence[tuple[Unseen, Missed | None]], skipped: int
 ) -> tuple[MeasuredBlock, list[TensorEvidence]]:
-    """The evidence of all rows of a cohort: of those that were measured, and of the others."""
-    facts = cohort.rows
-    block = MeasuredBlock(sums, cohort.steps, sums.numbers(cohort.steps, *others), facts, skipped)
-    block.add_states(sums, cohort.states, facts)
-    has_numbers = (cohort.steps.measured_n != 0) & np.array([not reason for reason in facts.given["reason"]], bool)
+    """The evidence of all tensors: of those that were measured, and of the others."""
+    facts, sums, steps = measured.of_all.facts(), measured.sums, measured.steps
+    of_steps = Unseen(*(np.concatenate(kind) for kind in zip(*(one for one, _ in others), strict=True)))
+    missed = [(rows, one) for rows, (_, one) in zip(measured.rows, others, strict=True) if one is not None]
+    block = MeasuredBlock(sums, steps, sums.numbers(steps, of_steps, missed), facts, skipped)
+    block.add_states(sums, measured.of_all.states, facts)
+    has_numbers = (steps.measured_n != 0) & ~having(facts.given["reason"], bool)
     # a counter is read by itself, and is said of its tensor first
-    is_plain = has_numbers & np.array([not counters for counters in facts.given["accumulators"]], bool)
+    is_plain = has_numbers & ~np.fromiter(map(bool, facts.given["accumulators"]), bool, len(facts))
     if is_plain.all():
         return block, []
     alone = [

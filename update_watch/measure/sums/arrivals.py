@@ -22,7 +22,7 @@ from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 _FURTHEST = HIGHEST + 8  # octaves up and down that a curve is known for
 _MOVES = np.arange(-3 * FINE, 3 * FINE + 1) / FINE  # that it may lie off
 _RELUCTANCE = 0.1  # of efficiency, for each octave that it is moved
-_BELOW, _ABOVE = (0.75, 1.5), (1.0,)  # octaves that the size of a step may be off
+_AROUND: Array = np.array([0.0, -0.75, -1.5, 1.0])  # octaves that the size of a step may be off
 _LEAST, _PART = 0.1, 0.8  # how far an efficiency told so may be off, at least and of what it changes by within those
 
 
@@ -35,7 +35,9 @@ class Curves:
         places_nQ = places_nQ / np.maximum(places_nQ.sum(1, keepdims=True), 1e-300)
         self.is_known_n = np.isfinite(looked_n) & (looked_n > 0) & (movement_nB.sum(1) > 0)
         shares_nX = (shares_nB[:, :, None] * places_nQ[:, None]).reshape(len(shares_nB), -1)
-        self._curve_nS = product(shares_nX, _table())
+        curve_nS = product(shares_nX, _table())
+        self._curve, self._most = curve_nS.ravel(), curve_nS.shape[1] - 1.001
+        self._begin_n = np.arange(len(curve_nS)) * curve_nS.shape[1]
         with np.errstate(all="ignore"):
             first_n = 0.5 * np.log2(want_n / looked_n)
         self._first_n = np.where(np.isfinite(first_n), np.clip(first_n, -HIGHEST, HIGHEST), 0.0)
@@ -47,44 +49,46 @@ class Curves:
         octaves, group_P = np.unique(np.rint(own_P * FINE), return_inverse=True)
         is_of = (group_P == np.arange(len(octaves))[:, None]).astype(float)
         share_Gn = is_of @ np.nan_to_num(want_Pn / np.maximum(want_Pn.sum(0), 1e-300))
-        least_n = np.full(len(efficiency_n), np.inf)
-        for move in _MOVES:
-            at_n = self._first_n + move
-            said_n = sum(share_Gn[g] * self._value(at_n + at / FINE) for g, at in enumerate(octaves.tolist()))
-            off_n = np.abs(said_n - efficiency_n) + _RELUCTANCE * abs(move)
-            self._at_n = np.where(off_n < least_n, at_n, self._at_n)
-            least_n = np.fmin(least_n, off_n)
+        # moves and sizes are whole numbers of steps of one width: there are few different places
+        steps_G, lowest = octaves.astype(int), int(octaves.min())
+        places = _MOVES[0] + np.arange(lowest, octaves.max() + len(_MOVES)) / FINE
+        value_Kn = self._value(self._first_n + places[:, None])
+        said_Mn = np.zeros((len(_MOVES), len(efficiency_n)))
+        for share_n, step in zip(share_Gn, steps_G - lowest, strict=True):
+            said_Mn += share_n * value_Kn[step : step + len(_MOVES)]
+        off_Mn = np.abs(said_Mn - efficiency_n) + _RELUCTANCE * np.abs(_MOVES)[:, None]
+        off_Mn = np.where(np.isnan(off_Mn), np.inf, off_Mn)
+        moved_n = self._first_n + _MOVES[off_Mn.argmin(0)]
+        self._at_n = np.where(off_Mn.min(0) < np.inf, moved_n, self._at_n)
 
-    def at(self, octaves_n: Array | float) -> Array:
-        """[n] efficiency of updates so many octaves larger than those of the mean measured step."""
-        return self._value(self._at_n + octaves_n)
+    def at(self, octaves: Array | float) -> Array:
+        """[..., n] efficiency of updates so many octaves larger than those of the mean measured step."""
+        return self._value(self._at_n + octaves)
 
     def more(self, want_Pn: Array, missed: Missed) -> Array:
         """[P, n] what arrives of the steps that each part stands for beyond as large a part as of its own |intended|^2."""
         used = np.flatnonzero(missed.stands_PG.any(0))
-        there_Gn = np.stack([self.at(OCTAVES[g]) for g in used])
-        own_Pn = np.stack([self.at(octave) for octave in missed.own_P.tolist()])
+        there_Gn, own_Pn = self.at(OCTAVES[used][:, None]), self.at(missed.own_P[:, None])
         stands_PG = missed.stands_PG[:, used]
         more_Pn: Array = want_Pn * (stands_PG @ there_Gn - stands_PG.sum(1, keepdims=True) * own_Pn)
         return np.where(self.is_known_n, more_Pn, 0.0)
 
     def reach(self, octave: float) -> Array:
         """[n] how far the efficiency in a step of that size may be from what the curve says."""
-        there_n = self.at(octave)
-        changes = [np.abs(self.at(octave - by) - there_n) for by in _BELOW]
-        changes += [np.abs(self.at(octave + by) - there_n) for by in _ABOVE]
-        found: Array = np.clip(_LEAST + _PART * np.maximum.reduce(changes), 0.0, 1.0)
+        there_n, *others = self.at(octave + _AROUND[:, None])
+        found: Array = np.clip(_LEAST + _PART * np.abs(np.stack(others) - there_n).max(0), 0.0, 1.0)
         return found
 
     def beyond(self, largest_n: Array, by: float) -> Array:
         """[n] how much more arrives of updates that are `by` octaves larger than those of the largest measured step."""
         return np.maximum(self.at(largest_n + by) - self.at(largest_n), 0.0)
 
-    def _value(self, octaves_n: Array) -> Array:
-        place_n = np.clip((octaves_n + _FURTHEST) * FINE, 0.0, self._curve_nS.shape[1] - 1.001)
-        low_n = place_n.astype(int)
-        rows_n, part_n = np.arange(len(low_n)), place_n - low_n
-        found: Array = (1 - part_n) * self._curve_nS[rows_n, low_n] + part_n * self._curve_nS[rows_n, low_n + 1]
+    def _value(self, octaves: Array) -> Array:
+        """[..., n] as the octaves are."""
+        place = np.clip((octaves + _FURTHEST) * FINE, 0.0, self._most)
+        low = place.astype(np.intp)
+        part, at = place - low, self._begin_n + low
+        found: Array = (1 - part) * self._curve.take(at) + part * self._curve.take(at + 1)
         return found
 
 
@@ -96,10 +100,21 @@ def tail(curves: Curves, energy_Pn: Array, steps_Pn: Array, missed: Missed) -> A
         octave_Pn = 0.5 * np.log2(per_step_Pn / ratio(energy_Pn.sum(0), steps_Pn.sum(0)))
     known_n = np.isfinite(octave_Pn).any(0)
     octave_Pn = np.where(np.isfinite(octave_Pn), octave_Pn, np.nan)
-    largest_n = np.nanmax(np.where(known_n, octave_Pn, 0.0), 0)
-    by = 2 * float(np.median(np.nanstd((octave_Pn - missed.own_P[:, None])[:, known_n], 0))) if known_n.any() else 0.0
+    largest_n = np.where(known_n, np.fmax.reduce(octave_Pn, 0), 0.0)
+    spread_n = _deviation((octave_Pn - missed.own_P[:, None])[:, known_n])
+    by = 2 * float(np.median(spread_n)) if known_n.any() else 0.0
     odds_n = 4.0 ** (largest_n + by) / np.maximum(steps_Pn.sum(0), 1)
     return np.where(curves.is_known_n, curves.beyond(largest_n, by) * odds_n / (1 + odds_n), 0.0)
+
+
+def _deviation(values_Pn: Array) -> Array:
+    """[n] as `np.nanstd` over P."""
+    known_Pn = ~np.isnan(values_Pn)
+    count_n = known_Pn.sum(0)
+    mean_n = np.where(known_Pn, values_Pn, 0.0).sum(0) / count_n
+    away_Pn = np.where(known_Pn, values_Pn - mean_n, 0.0)
+    found: Array = np.sqrt((away_Pn * away_Pn).sum(0) / count_n)
+    return found
 
 
 @functools.cache

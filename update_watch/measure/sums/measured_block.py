@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from update_watch.columns.evidence_columns import Part, Rows
+from update_watch.columns.evidence_columns import Objects, Part, Rows
+from update_watch.columns.products import summed
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, made
 from update_watch.measure.sums.error_bars import Array
 from update_watch.measure.sums.steps import Steps
@@ -31,14 +32,21 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
+class StateFacts(NamedTuple):
+    """A state of the tensors that have it and whose replay of it is exact."""
+
+    rows: Rows
+    dtypes: list[str]
+    rates: list[float | None]  # 1 - beta, where it is known
+
+
 @dataclasses.dataclass(frozen=True)
 class CohortFacts:
-    """What the host knows of a cohort's tensors when its window closes: a value of each in every list."""
+    """What the host knows of tensors when their window closes: a value of each in every list."""
 
     given: Mapping[str, list[Any]]  # identity, settings and counters, by the names of `TensorEvidence`; no numbers yet
     sizes: list[int]  # real samples per step
-    state_dtypes: list[tuple[str, ...]]  # "" for a state that does not exist or whose replay is not exact
-    state_rates: list[tuple[float | None, ...]]  # 1 - beta, where it is known
+    states: Mapping[str, StateFacts]
     first_rates: list[float | None]  # learning rate at the window's first look at headroom
 
     def __len__(self) -> int:
@@ -74,9 +82,9 @@ class MeasuredBlock:
         headroom_2nB = sums.headroom_2nB
         movement_nB, places_nQ = sums.movement_nB, sums.places_nQ
         first_rate = np.array([rate or np.nan for rate in facts.first_rates], dtype=np.float64)
-        moved = movement_nB.cumsum(1)[:, -1]  # one after the other
+        moved = summed(movement_nB)
         moved = np.where((moved > 0) & np.isfinite(moved) & ~np.isnan(first_rate), moved, np.nan)
-        counted = headroom_2nB[0].cumsum(1)[:, -1]
+        counted = summed(headroom_2nB[0])
         with np.errstate(all="ignore"):
             self._histograms = {
                 "headroom_histogram": headroom_2nB[0] / np.where(counted != 0, counted, np.nan)[:, None],
@@ -84,7 +92,9 @@ class MeasuredBlock:
                 "movement_places": places_nQ / moved[:, None],
             }
             critical = first_rate * 2.0 ** -median_headrooms(headroom_2nB[1])
-        has_states = np.array([any(dtypes) for dtypes in facts.state_dtypes], bool)
+        has_states = np.zeros(n, bool)
+        for state in facts.states.values():
+            has_states[state.rows] = True
         is_untouched = sums.is_untouched() & steps.is_whole_n & has_states
         measured = np.rint(steps.measured_n).astype(np.int64)
         sizes = np.array(facts.sizes)
@@ -98,37 +108,45 @@ class MeasuredBlock:
             "critical_lr": critical,
             "displacement_evidence": sums.evidence_n / np.where(steps.is_whole_n, sizes, sizes // 2),
         }
-        self._parts: dict[str, _Accumulators] = {}
+        self._parts: dict[str, _Accumulators | _Told] = {}
 
     def add_states(self, sums: WindowSums, states: Sequence[str], facts: CohortFacts) -> None:
         """The numbers of these states, and those of the decay."""
         parts = sums.state_numbers()
         for k, name in enumerate(states):
-            rows = [i for i, dtypes in enumerate(facts.state_dtypes) if dtypes[k]]
+            state = facts.states[name]
             numbers = [{field: values_Sn[k] for field, values_Sn in part.items()} for part in parts]
-            formats = [facts.state_dtypes[i][k] for i in rows]
-            self._add(name, rows, numbers, formats, [facts.state_rates[i][k] for i in rows])
+            self._add(name, state.rows, numbers, state.dtypes, state.rates)
         decay = sums.decay_numbers()
-        rows = np.flatnonzero(~np.isnan(decay["wanted_fraction"])).tolist()
-        formats = [self._given["dtype"][i] for i in rows]
+        rows = np.flatnonzero(~np.isnan(decay["wanted_fraction"]))
+        formats = [self._given["dtype"][i] for i in rows.tolist()]
         self._add("weight_decay", rows, [decay, {}, {}], formats, [None] * len(rows))
 
     def _add(
         self,
         name: str,
-        rows: list[int],
+        rows: Rows,
         numbers: Sequence[Mapping[str, Array]],
         dtypes: list[str],
         rates: list[float | None],
     ) -> None:
-        if rows:
-            at = np.array(rows, dtype=np.intp)
-            of_rows = [{field: column[at] for field, column in part.items()} for part in numbers]
-            self._parts[name] = _Accumulators(name, at, of_rows, dtypes, rates)
+        if len(rows):
+            of_rows = [{field: column[rows] for field, column in part.items()} for part in numbers]
+            self._parts[name] = _Accumulators(name, rows, of_rows, dtypes, rates)
 
     def put(self, columns: Mapping[str, npt.NDArray[Any]]) -> None:
         """Put these in the place of what is known under their names."""
         self._columns |= columns
+
+    def put_some(self, rows: list[int], name: str, values: list[Any]) -> None:
+        """Put these of some rows in the place of what is known under this name."""
+        column = np.array(self.raw(name), dtype=object)
+        column[rows] = values
+        self._columns[name] = column
+
+    def add(self, name: str, rows: Rows, members: Sequence[AccumulatorEvidence]) -> None:
+        """Accumulators that others than the optimizer have, of these rows, rising."""
+        self._parts[name] = _Told(name, rows, members)
 
     # --- as a block of a window --------------------------------------------------------------------
 
@@ -215,8 +233,7 @@ class _Accumulators:
         self._parts = dict(zip(("numbers", "growth", "decay"), numbers, strict=True))
 
     def place(self, row: int) -> int | None:
-        at = int(np.searchsorted(self.rows, row))
-        return at if at < len(self.rows) and self.rows[at] == row else None
+        return _place(self.rows, row)
 
     def kept(self, rows: Rows) -> _Accumulators:
         """Those of the block's rows, which are rising, as they are counted from now on."""
@@ -245,6 +262,34 @@ class _Accumulators:
         part, _, field = name.rpartition(".")
         column = self._parts[part].get(field) if part else None
         return np.array(self.raw(name), dtype=np.float64) if column is None else column
+
+
+class _Told(Objects):
+    """One accumulator of some tensors of a block, each an object."""
+
+    _rows: Sequence[AccumulatorEvidence]
+
+    def __init__(self, name: str, rows: Rows, members: Sequence[AccumulatorEvidence]) -> None:
+        super().__init__(members)
+        self.name, self.rows = name, rows
+
+    def place(self, row: int) -> int | None:
+        return _place(self.rows, row)
+
+    def kept(self, rows: Rows) -> _Told:
+        """As `_Accumulators.kept`."""
+        places = np.flatnonzero(np.isin(self.rows, rows))
+        members = [self._rows[i] for i in places.tolist()]
+        return _Told(self.name, np.searchsorted(rows, self.rows[places]), members)
+
+    def evidence(self, at: int) -> AccumulatorEvidence:
+        return self._rows[at]
+
+
+def _place(rows: Rows, row: int) -> int | None:
+    """Of a row among some that are rising."""
+    at = int(np.searchsorted(rows, row))
+    return at if at < len(rows) and rows[at] == row else None
 
 
 _OF_ACCUMULATOR = AccumulatorEvidence._field_defaults

@@ -22,19 +22,35 @@ class Steps:
     groups_Gn: Array  # the same, by group
     window_Gn: Array  # steps of the window in which the row had a gradient, as far as that was seen, by group
     checks_n: Array  # looks at the row's whole gradient
-    squared_rates_P: Array  # mean square of the learning rate, by part
+    squared_rates_P: Array  # mean square of the learning rate, by part; [P, n] of rows of several cohorts
     is_whole_n: npt.NDArray[np.bool_]  # all its elements are read
     is_plain_n: npt.NDArray[np.bool_]  # its steps are independent of each other: nothing is carried between them
     blind_n: Array  # steps that were looked at in which nobody saw the row's gradient, though it could have been
 
-    def of(self, rows: Sequence[int]) -> Steps:
-        """Those of some rows."""
+    def of(self, rows: Sequence[int] | slice, parts: int | None = None) -> Steps:
+        """Those of some rows, of which so many parts are in use (None: all)."""
         kept = {
             field.name: getattr(self, field.name)[..., rows]
             for field in dataclasses.fields(self)
-            if field.name != "squared_rates_P"
+            if field.name != "squared_rates_P" or self.squared_rates_P.ndim > 1
         }
-        return dataclasses.replace(self, **kept)
+        return dataclasses.replace(self, **{**kept, "parts_Pn": kept["parts_Pn"][:parts]})
+
+    @classmethod
+    def side_by_side(cls, steps: Sequence[Steps]) -> Steps:
+        """Those of several cohorts, whose rows follow each other."""
+        parts = max(len(one.parts_Pn) for one in steps)
+        found = {
+            field.name: np.concatenate([getattr(one, field.name) for one in steps], -1)
+            for field in dataclasses.fields(cls)
+            if field.name not in ("parts_Pn", "squared_rates_P")
+        }
+        rates = [np.repeat(one.squared_rates_P[:, None], one.parts_Pn.shape[1], 1) for one in steps]
+        found |= {
+            name: np.concatenate([np.pad(one_Pn, ((0, parts - len(one_Pn)), (0, 0))) for one_Pn in of_all], 1)
+            for name, of_all in (("parts_Pn", [one.parts_Pn for one in steps]), ("squared_rates_P", rates))
+        }
+        return cls(**found)
 
     @property
     def measured_n(self) -> Array:

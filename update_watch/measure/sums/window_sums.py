@@ -34,6 +34,8 @@ from update_watch.measure.sums.missed_steps import Missed
 from update_watch.measure.sums.step_sizes import Unseen
 from update_watch.measure.sums.steps import Steps
 
+Mask = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.intp]
 _DECAY_EVIDENCE = 12.0  # changes that should have been seen: by chance none of them is, e^-12
 _NEARLY_ALL = 1 - 1e-9  # of the gradients are 0, though all samples were
 _SPARSE = 0.1  # of the gradients at most are not 0
@@ -76,12 +78,12 @@ class WindowSums:
             raise ValueError(f"the vector of sums has {flat.size} values, {spans['parts_PFn'].stop} expected")
         return cls(**{name: flat[spans[name]].reshape(shape) for name, shape in layout.shapes().items()})
 
-    def of(self, rows: slice, parts: int) -> WindowSums:
+    def of(self, rows: slice | Rows, parts: int) -> WindowSums:
         """Those of some rows, of which so many parts are in use."""
         found = {name: values[(slice(None),) * axis + (rows,)] for name, values, axis in self._by_rows()}
         return WindowSums(**{**found, "parts_PFn": found["parts_PFn"][:parts]})
 
-    def joined(self, firsts: Sequence[int]) -> WindowSums:
+    def joined(self, firsts: Rows) -> WindowSums:
         """Rows of one tensor each, from each of `firsts` to the next, as one."""
         found = {name: np.add.reduceat(values, firsts, axis) for name, values, axis in self._by_rows()}
         return WindowSums(**{**found, "gradient_max_n": np.maximum.reduceat(self.gradient_max_n, firsts)})
@@ -100,10 +102,11 @@ class WindowSums:
         found: Array = self.parts_PFn.sum(0)
         return found
 
-    def numbers(self, steps: Steps, unseen: Unseen, missed: Missed | None = None) -> dict[str, Array]:
+    def numbers(self, steps: Steps, unseen: Unseen, missed: Sequence[tuple[slice, Missed]] = ()) -> dict[str, Array]:
         """The numbers of the weights, [n] each, by their names in `TensorEvidence` and `Numbers`.
 
-        `unseen`: what was not measured of the window's energy, see `error_bars`; `missed`: what the measured parts stand for.
+        `unseen`: what was not measured of the window's energy, see `step_sizes`; `missed`: what the measured parts of the rows
+        of a cohort stand for.
         """
         t = self.total_Fn
         measured = steps.measured_n
@@ -113,8 +116,15 @@ class WindowSums:
         # of a tensor whose steps were all measured nothing is unseen, whatever others were measured in
         energy_n = np.where(np.isnan(unseen.energy_n), steps.unmeasured_n, unseen.energy_n)
         energy_n = np.where(steps.unmeasured_n > 0, energy_n, 0.0)
-        stood_P = np.ones(len(self.parts_PFn)) if missed is None else missed.steps_P
-        dot_Pn, want_Pn, reach_n, tail_n = self._of_all_steps(steps, missed)
+        dot_Pn, want_Pn = self.parts_PFn[:, DOT].copy(), self.parts_PFn[:, WANT].copy()
+        stood_Pn, reach_n, tail_n = np.ones_like(dot_Pn), np.full(len(measured), np.nan), np.zeros(len(measured))
+        for rows, stood in missed:
+            own = slice(len(stood.steps_P)), rows
+            of_cohort = self.of(rows, len(stood.steps_P))
+            dot_Pn[own], want_Pn[own], reach_n[rows], tail_n[rows] = of_cohort._of_all_steps(
+                steps.of(rows, len(stood.steps_P)), stood
+            )
+            stood_Pn[own] = stood.steps_P[:, None]
         efficiency = ratio(dot_Pn.sum(0), want_Pn.sum(0)) + np.where(
             steps.is_whole_n, 0.0, too_low(t[DOT], t[WANT], t[CROSS], t[SQUARE])
         )
@@ -138,7 +148,7 @@ class WindowSums:
             is_touched = (self.touched_n != 0) | self._has_risen(steps)
             zeros = np.where((zeros == 1) & is_touched, _NEARLY_ALL, zeros)
             is_seen &= ~is_touched
-            lost_Pn, wanted_Pn = (stood_P[:, None] * self.parts_PFn[:, kind] for kind in (LOST, WANTED))
+            lost_Pn, wanted_Pn = (stood_Pn * self.parts_PFn[:, kind] for kind in (LOST, WANTED))
             lost = ratio(lost_Pn.sum(0), wanted_Pn.sum(0))
             lost_spread = spread_over_steps(lost_Pn, wanted_Pn, steps.parts_Pn)
             lost_error = standard_error(*lost_spread, steps.unmeasured_n, unseen.largest_n, cells, is_exact)
@@ -169,13 +179,10 @@ class WindowSums:
                 "what_if": ratio(self.what_if_2n[0], self.what_if_2n[1]),
             }
 
-    def _of_all_steps(self, steps: Steps, missed: Missed | None) -> tuple[Array, Array, Array, Array]:
+    def _of_all_steps(self, steps: Steps, missed: Missed) -> tuple[Array, Array, Array, Array]:
         """[P, n] twice: <applied, intended> and |intended|^2 of the steps that each part stands for; [n] twice: how far the
         efficiency of the largest of them may be off (NaN: not known from the histogram), and what may lie beyond it."""
         dot_Pn, want_Pn = self.parts_PFn[:, DOT], self.parts_PFn[:, WANT]
-        n = dot_Pn.shape[1]
-        if missed is None:
-            return dot_Pn, want_Pn, np.full(n, np.nan), np.zeros(n)
         of_all = missed.energy_P[:, None]
         counted_n, t = self.headroom_2nB[0].sum(1), self.total_Fn
         curves = Curves(
@@ -189,12 +196,13 @@ class WindowSums:
         tail_n = np.where(is_known, tail(curves, want_Pn, steps.parts_Pn, missed), 0.0)
         return of_all * dot_Pn + more_Pn, of_all * want_Pn, reach_n, tail_n
 
-    def _has_risen(self, steps: Steps) -> npt.NDArray[np.bool_]:
+    def _has_risen(self, steps: Steps) -> Mask:
         """[n] whether updates grew from one measured step to the next: without gradients momentum makes them but smaller, so
         some came in between."""
-        want_Pn = ratio(self.parts_PFn[:, WANT], steps.parts_Pn * steps.squared_rates_P[:, None])
+        rates_Pn = steps.squared_rates_P.reshape(len(self.parts_PFn), -1)
+        want_Pn = ratio(self.parts_PFn[:, WANT], steps.parts_Pn * rates_Pn)
         # a rate of 0 is counted as 1: nothing is wanted then, whatever the gradient
-        want_Pn = np.where((want_Pn == 0) & (steps.squared_rates_P == 1)[:, None], np.nan, want_Pn)
+        want_Pn = np.where((want_Pn == 0) & (rates_Pn == 1), np.nan, want_Pn)
         most_n = np.where(steps.is_whole_n, _GROWN, _GROWN_SAMPLES)
         risen_n = np.zeros(len(most_n), bool)
         last_n = np.full(len(most_n), np.inf)
@@ -292,26 +300,27 @@ class WindowSums:
         }
         return {name: np.where(enough, values, np.nan) for name, values in found.items()}
 
-    def suspects(self, steps: Steps) -> frozenset[int]:
-        """Rows of which all sampled gradients were 0, and nobody knows of other elements, or of other steps."""
+    def suspects(self, steps: Steps) -> Mask:
+        """[n] rows of which all sampled gradients were 0, and nobody knows of other elements, or of other steps."""
         nonzero_n = self.parts_PFn[:, NONZERO].sum(0)
         is_partly_seen = ~steps.is_whole_n | (steps.unmeasured_n > 0)
-        found = (nonzero_n == 0) & is_partly_seen & (steps.measured_n > 0)
-        return frozenset(np.flatnonzero(found).tolist())
+        found: Mask = (nonzero_n == 0) & is_partly_seen & (steps.measured_n > 0)
+        return found
 
-    def uneven(self, steps: Steps) -> frozenset[int]:
-        """Rows of which few elements carry what moves: all but some gradients are 0, or few of the cells hold the sum."""
+    def uneven(self, steps: Steps) -> Mask:
+        """[n] rows of which few elements carry what moves: all but some gradients are 0, or few of the cells hold the sum."""
         t = self.total_Fn
         is_sparse = (t[NONZERO] < _SPARSE * t[COUNT]) & ((t[NONZERO] > 0) | (self.touched_n != 0))
         are_few = (ratio(t[WANT] ** 2, t[SQUARE]) < _FEW_CELLS * t[COUNT]) & (t[COUNT] >= _TOLD_BY)
-        return frozenset(np.flatnonzero(~steps.is_whole_n & (is_sparse | are_few)).tolist())
-
-    def is_untouched(self) -> npt.NDArray[np.bool_]:
-        """[n]: every state was 0 and stayed it, so far as it was looked at: no gradient has come yet."""
-        found: npt.NDArray[np.bool_] = (self.states_FSn[STATE_WANTED] == 0).all(0) & (self.full_n > 0)
+        found: Mask = ~steps.is_whole_n & (is_sparse | are_few)
         return found
 
-    def is_finite(self) -> npt.NDArray[np.bool_]:
+    def is_untouched(self) -> Mask:
+        """[n]: every state was 0 and stayed it, so far as it was looked at: no gradient has come yet."""
+        found: Mask = (self.states_FSn[STATE_WANTED] == 0).all(0) & (self.full_n > 0)
+        return found
+
+    def is_finite(self) -> Mask:
         """[n]: no NaN or infinity among weights and updates. Gradients may overflow where a scaler skips the step."""
         return np.asarray(np.isfinite(self.total_Fn[[DOT, WANT, MOVED, BEFORE]]).all(0))
 
