@@ -142,11 +142,11 @@ class Watch(run_journal.Shown, memory.Remembering):
     # --- in the step -----------------------------------------------------------------------------
 
     def _wants(self, optimizer: Optimizer) -> bool:
-        """Whether to look at the step that begins."""
+        """Whether to look at the step that begins: not while another thread closes the watch, as nobody would report it."""
         started = time.perf_counter()
         self._silence.end()
         watched = self._model.stepping(optimizer)
-        looks = watched is None or self._attention.looks(id(optimizer), watched.window_steps)
+        looks = not self._closed and (watched is None or self._attention.looks(id(optimizer), watched.window_steps))
         if not looks:
             self._attention.spend(time.perf_counter() - started)
         return looks
