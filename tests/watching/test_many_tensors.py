@@ -72,10 +72,12 @@ def test_a_window_that_nobody_reads_leaves_no_object_for_a_tensor() -> None:
         watch, windows = windows_of(tensors, STALLED)
         for window in windows[:-1]:
             watch._judge_window(window)
+        watch._post.wait()
         watch.last = None  # else the report of before makes room
         gc.collect()
         before = len(gc.get_objects())
         watch._judge_window(windows[-1])
+        watch._post.wait()
         gc.collect()
         left[tensors] = len(gc.get_objects()) - before
         watch.close()
