@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from update_watch.columns.late_fields import allow
 from update_watch.foresight.divergence import Divergence, divergence_of
 from update_watch.foresight.forecasts import Case, Forecast, Plan, TensorForecast
-from update_watch.foresight.rounding_curve import Places, efficiency_of, octaves_for, place_of
+from update_watch.foresight.rounding_curve import Places, efficiency_of, keeps_all, octaves_for, place_of
 
 _T = TypeVar("_T")
 SCHEMA_VERSION = 1
@@ -206,7 +206,7 @@ class TensorReport:
     @property
     def keeps_all(self) -> bool:
         """Whether what rounding takes of an update arrives in the end: it is carried, or rounding is at random."""
-        return self.scheme == "stochastic" or self.scheme.startswith("carried")
+        return keeps_all(self.scheme)
 
 
 allow(TensorReport, ("advice", "accumulators", "what_if"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from update_watch.columns.late_fields import allow
+
 SURE = 0.05  # efficiency, by which the truth may be off what is said without doubt
 
 
@@ -41,6 +43,9 @@ class Forecast:
         None  # 90% of this window's efficiencies are as near to what was forecast at half of the run so far
     )
     course: tuple[tuple[int, float, float], ...] = ()  # (step, efficiency of the run, learning rate over that of now)
+
+
+allow(Forecast, ("tensors",))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 Places = Sequence[float] | float | None
 
 _FINE = 16  # points in an octave
-_ALIKE = 0.6  # share in one part of every octave from which on updates are taken to be of one size
+ALIKE = 0.6  # share in one part of every octave from which on updates are taken to be of one size
 _BESIDE = 0.06  # octaves beside that part at which they may lie, as rates differ a little within a window
 _LOWEST, _HIGHEST = -1, 12  # octaves of headroom: nothing arrives below, everything above
 
@@ -86,6 +86,11 @@ def octaves_for(movement: Sequence[float], first: float, efficiency: float, plac
     return found
 
 
+def keeps_all(scheme: str) -> bool:
+    """Whether under this scheme what rounding takes of an update arrives in the end."""
+    return scheme == "stochastic" or scheme.startswith("carried")
+
+
 def place_of(
     places: Sequence[float] | None,
     update_ratio: float | None,
@@ -99,7 +104,7 @@ def place_of(
     Gaps between stored values are powers of two, so the headroom of an update is log2 of its size and a whole number. The rms is
     over the window, in which the rate went from `movement_lr`, that of the shares, to `lr`; of the share `wanted` of the elements.
     """
-    if places is None or max(places) <= _ALIKE:
+    if places is None or max(places) <= ALIKE:
         return places
     if not (update_ratio and weight_rms and wanted and lr and movement_lr):
         return places

@@ -27,6 +27,7 @@ from update_watch.judge.columns.codes import (
     Rows,
 )
 from update_watch.judge.columns.judged import LEVELS, Judged, levels_of
+from update_watch.judge.forecast.forecaster import will_stall
 from update_watch.judge.rest_sentences import is_left_behind
 from update_watch.judge.run_summary import (
     is_bad,
@@ -204,11 +205,11 @@ def _find_ahead(report: Report, judged: Judged, keys: Keys, bad: dict[str, Membe
     place_of = {name: place for place, name in enumerate(judged.names)}
     ahead = keys.of(judged.names, AHEAD)
     latest = (1 - _AHEAD_SHARE) * forecast.until
+    # for certain: also were it to go as well as may be
+    names, will = will_stall(forecast, latest)
+    told = np.array([place_of[name] for name in names], dtype=np.intp)
     is_ahead, is_well = np.zeros(len(judged), bool), np.zeros(len(judged), bool)
-    for one in unhurried(forecast.tensors):
-        # for certain: also were it to go as well as may be
-        will = one.stalling_step is not None and one.latest is not None and forecast.step < one.latest <= latest
-        (is_ahead if will else is_well)[place_of[one.name]] = True
+    is_ahead[told], is_well[told] = will, ~will
     places = np.flatnonzero(is_ahead & (judged.health == HEALTHY))
     if len(places) and judged.numel(places) >= _AHEAD_SHARE * (judged.numel(judged.trainable) or 1):
         bad[AHEAD] = _members(judged, places, ahead[places], WARN, NONE, forecast.headline)

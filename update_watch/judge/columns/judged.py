@@ -69,6 +69,10 @@ class Judged:
         """[n] as numbers; NaN is what is not known."""
         return self._columns.column(self._fields.get(field, field))
 
+    def histogram(self, field: str, length: int) -> Array:
+        """[n, length] of shares; NaN of those that have none."""
+        return self._columns.histogram(field, length)
+
     def having(self, field: str, test: Callable[[Any], bool]) -> Mask:
         """[n] whether the value, of which there are few different ones, is as asked."""
         return self._columns.having(self._fields.get(field, field), test)

@@ -77,12 +77,25 @@ def read(curves_nG: Array, octaves_nS: Array) -> Array:
 
 def read_drifted(curves_nG: Array, octaves_nS: Array, drift_nS: Array, alike_n: npt.NDArray[np.bool_]) -> Array:
     """The same at `octaves + drift`; where updates are alike, a drift takes a part of them to the next octave."""
-    found = read(curves_nG, octaves_nS + drift_nS)
-    if alike_n.any():
-        some, drift = octaves_nS[alike_n], np.broadcast_to(drift_nS, octaves_nS.shape)[alike_n]
+    drift_nS = np.broadcast_to(drift_nS, octaves_nS.shape)
+    found = np.empty(octaves_nS.shape)
+    for is_alike, rows in ((False, np.flatnonzero(~alike_n)), (True, np.flatnonzero(alike_n))):
+        if not len(rows):
+            continue
+        if len(rows) == len(found):
+            rows = slice(None)  # type: ignore[assignment]
+        some_nG, octaves, drift = curves_nG[rows], octaves_nS[rows], drift_nS[rows]
+        if not is_alike:
+            found[rows] = read(some_nG, octaves + drift)
+            continue
         whole = np.floor(drift)
-        low, high = (read(curves_nG[alike_n], some + whole + more) for more in (0.0, 1.0))
-        found[alike_n] = low + (drift - whole) * (high - low)
+        octaves = octaves + whole
+        low = read(some_nG, octaves)
+        high = read(some_nG, octaves + 1.0)
+        high -= low
+        high *= drift - whole
+        high += low
+        found[rows] = high
     return found
 
 

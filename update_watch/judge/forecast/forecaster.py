@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from update_watch.columns.late_fields import changed
+from update_watch.columns.late_fields import changed, made, maker_of
 from update_watch.foresight.forecasts import Forecast, TensorForecast
+from update_watch.foresight.rounding_curve import keeps_all
 from update_watch.foresight.schedules import Schedule
+from update_watch.judge.columns.judged import Judged, judged_of
 from update_watch.judge.forecast.clock import Clock, rate_at
 from update_watch.judge.forecast.curves import first_octave, read_drifted
 from update_watch.judge.forecast.history import Position, Sizes
-from update_watch.report import Report, TensorReport
+from update_watch.report import Report
 from update_watch.thresholds import Thresholds
 from update_watch.wording import number, percent
 
@@ -58,15 +62,15 @@ class Forecaster:
         if self._schedule is None:
             return report
         try:
-            made = self._forecast(report, self._schedule)
+            found = self._forecast(report, self._schedule)
         except Exception as error:  # most likely of the user's function
             logger.warning("update-watch: no more forecasts, since one failed, or its schedule: %r", error)
             self._schedule = None
             return report
-        if made is None:
+        if found is None:
             return report
-        headline = report.headline if made.from_step is None else f"{report.headline} {made.headline}"
-        return changed(report, headline=headline, forecast=made)
+        headline = report.headline if found.from_step is None else f"{report.headline} {found.headline}"
+        return changed(report, headline=headline, forecast=found)
 
     def _forecast(self, report: Report, schedule: Schedule) -> Forecast | None:
         now = rate_at(schedule, max(report.step - 1, 0))
@@ -74,17 +78,18 @@ class Forecaster:
             return None
         if self._sizes is None:
             self._sizes = Sizes(Clock(schedule))
-        position = self._sizes.add(report, report.tensors, schedule)
-        course = _course(report, position, schedule, self._sizes.clock, self._limits, now)
+        judged = judged_of(report)
+        position = self._sizes.add(report, judged, schedule)
+        course = _course(report, judged, position, schedule, self._sizes.clock, self._limits, now)
         if course is None:
             return None
         earlier = [one for one in self._said if one.step <= report.step / 2] or self._said[:1]
-        errors = [] if not earlier else earlier[-1].off(report)
+        errors = np.zeros(0) if not earlier else earlier[-1].off(report, judged)
         self._windows += 1
         if self._windows & (self._windows - 1) == 0:
             self._said.append(course)
-        error = float(np.quantile(errors, 0.9)) if errors else None
-        return dataclasses.replace(_told(course, report, schedule, self._limits, now), error=error)
+        error = float(np.quantile(errors, 0.9)) if len(errors) else None
+        return _told(course, report, schedule, self._limits, now, error)
 
 
 def forecast(report: Report, schedule: Schedule, limits: Thresholds) -> Forecast | None:
@@ -97,7 +102,8 @@ class _Course:
     """Of n tensors, at S steps to come: efficiencies, what they are between, and the steps of passing a limit."""
 
     step: int
-    tensors: tuple[TensorReport, ...]
+    names: list[str]
+    numel_n: Array
     steps_S: Steps
     rates_S: Array  # over that of now
     middle_nS: Array
@@ -107,21 +113,36 @@ class _Course:
     is_sure_n: npt.NDArray[np.bool_]  # of the most likely step
     floors_n: Array  # rate, over that of now, that keeps a tensor moving at the end
 
-    def off(self, report: Report) -> list[float]:
-        """How far this window's efficiencies are from what was said of them."""
-        measured, found = {t.name: t.efficiency for t in report.tensors}, []
-        for t, middle_S in zip(self.tensors, self.middle_nS, strict=True):
-            efficiency = measured.get(t.name)
-            if efficiency is not None:
-                said = float(np.interp(report.step - report.window / 2, self.steps_S, middle_S))
-                found.append(abs(min(said, 1.0) - min(efficiency, 1.0)))
-        return found
+    def off(self, report: Report, judged: Judged) -> Array:
+        """How far this window's efficiencies are from what was said of them, where both are known."""
+        place_of = {name: place for place, name in enumerate(judged.names)}
+        places = np.array([place_of.get(name, -1) for name in self.names], dtype=np.intp)
+        efficiency_n = np.where(places < 0, np.nan, judged.column("efficiency")[places])
+        said_n = _between(report.step - report.window / 2, self.steps_S, self.middle_nS)
+        found: Array = np.abs(np.minimum(said_n, 1.0) - np.minimum(efficiency_n, 1.0))
+        return found[~np.isnan(efficiency_n)]
+
+
+def _between(step: float, steps_S: Steps, values_nS: Array) -> Array:
+    """[n] as `np.interp` of each row."""
+    i = int(np.searchsorted(steps_S, step, "right")) - 1
+    if i < 0 or i >= len(steps_S) - 1 or steps_S[i] == step:
+        return values_nS[:, max(i, 0)]
+    slope_n = (values_nS[:, i + 1] - values_nS[:, i]) / float(steps_S[i + 1] - steps_S[i])
+    found: Array = slope_n * (step - steps_S[i]) + values_nS[:, i]
+    return found
 
 
 def _course(
-    report: Report, position: Position, schedule: Schedule, clock: Clock, limits: Thresholds, now: float
+    report: Report,
+    judged: Judged,
+    position: Position,
+    schedule: Schedule,
+    clock: Clock,
+    limits: Thresholds,
+    now: float,
 ) -> _Course | None:
-    is_known = np.isfinite(position.curves_nG[:, 0]) & np.array([bool(t.lr) for t in report.tensors])
+    is_known = np.isfinite(position.curves_nG[:, 0]) & (np.nan_to_num(judged.column("lr")) != 0)
     steps = np.unique(np.linspace(report.step, schedule.steps - 1, _POINTS).round().astype(np.int64))
     rates = np.array([rate_at(schedule, int(step)) for step in steps]) / now
     # the last part of a decay to nothing is the end of a schedule, not a stall
@@ -129,8 +150,8 @@ def _course(
     steps, rates = steps[counts], rates[counts]
     if not is_known.any() or len(steps) < 2:
         return None
-    tensors = tuple(t for t, known in zip(report.tensors, is_known.tolist(), strict=True) if known)
-    keeps_n = np.array([t.scheme == "stochastic" or t.scheme.startswith("carried") for t in tensors])
+    keeps_n = judged.having("scheme", keeps_all)[is_known]
+    numel_n = judged.column("numel")[is_known]
     curves_nG, drift = position.curves_nG[is_known], position.drift
     times = clock(steps)
     change_nS = drift.change(times)[is_known]
@@ -148,7 +169,7 @@ def _course(
     middle_nS, later_nS = at(change_nS), at(change_nS + noise_nS)
     # single windows scatter, so the last one above a limit lies beyond the step at which their mean passes it
     early_nS, late_nS = (at(change_nS + noise_nS + part * _NINE_OF_TEN * error_nS) for part in (-1.0, 1.0))
-    few_n = _CURVE_OF_ONE / np.sqrt([max(t.numel, 1) for t in tensors])
+    few_n = _CURVE_OF_ONE / np.sqrt(np.maximum(numel_n, 1))
     curve_n = np.hypot(np.where(position.alike_n[is_known], _CURVE_ALIKE, _CURVE), few_n)
     curve_n1 = np.where(keeps_n, 0.0, curve_n)[:, None]
     early_nS -= curve_n1
@@ -177,7 +198,8 @@ def _course(
     floor = first_octave(curves_nG, limits.stalling)
     return _Course(
         report.step,
-        tensors,
+        [name for name, known in zip(judged.names, is_known.tolist(), strict=True) if known],
+        numel_n,
         steps,
         rates,
         middle_nS,
@@ -222,41 +244,74 @@ def _passing(steps_S: Steps, course_nS: Array, limit: float) -> Steps:
     return never
 
 
-def _told(course: _Course, report: Report, schedule: Schedule, limits: Thresholds, now: float) -> Forecast:
-    """The course of each tensor and of the run, in numbers for people."""
-    middle_nS = np.minimum(course.middle_nS, 1.0)
-    lost_n = (1 - middle_nS) @ course.rates_S / course.rates_S.sum()
-    sizes_n = np.array([float(t.numel) for t in course.tensors])
-    total = max(float(sizes_n.sum()), 1.0)
-    tensors, starts, first = [], [], None
-    for i, t in enumerate(course.tensors):
+class Tensors:
+    """What is told of each of a forecast's tensors: made when somebody asks for it."""
+
+    def __init__(self, course: _Course, until: int) -> None:
+        self._course, self._until = course, until
+        self.names = course.names
+        self.is_stalling_n = course.stalling_3n[1] != _NEVER
+        self.latest_n = course.stalling_3n[2]  # _NEVER: not before the end
+        middle_nS = np.minimum(course.middle_nS, 1.0)
+        self.lost_n = (1 - middle_nS) @ course.rates_S / course.rates_S.sum()
+
+    def __call__(self, place: int) -> Mapping[str, Any]:
+        return {"tensors": tuple(map(self.tensor, range(len(self.names))))}
+
+    def tensor(self, i: int) -> TensorForecast:
+        """That of one."""
+        course = self._course
         early, likely, late = (None if step == _NEVER else int(step) for step in course.stalling_3n[:, i])
         stalled = None if course.stalled_n[i] == _NEVER else int(course.stalled_n[i])
-        tensors.append(
-            TensorForecast(
-                *(t.name, likely, stalled, float(course.end_3n[1, i]), float(1 - lost_n[i])),
-                *(early, late, float(course.end_3n[0, i]), float(course.end_3n[2, i])),
-                "" if course.is_sure_n[i] else _doubt(early, late, schedule.steps),
-            )
+        return TensorForecast(
+            *(self.names[i], likely, stalled, float(course.end_3n[1, i]), float(1 - self.lost_n[i])),
+            *(early, late, float(course.end_3n[0, i]), float(course.end_3n[2, i])),
+            "" if course.is_sure_n[i] else _doubt(early, late, self._until),
         )
-        if likely is not None and likely > report.step:
-            starts.append(likely)
-            first = tensors[-1] if likely == min(starts) else first
-    is_stall = course.stalling_3n[1] != _NEVER
+
+
+def _told(
+    course: _Course, report: Report, schedule: Schedule, limits: Thresholds, now: float, error: float | None
+) -> Forecast:
+    """The course of each tensor and of the run, in numbers for people."""
+    tensors, sizes_n = Tensors(course, schedule.steps), course.numel_n
+    total = max(float(sizes_n.sum()), 1.0)
+    likely_n = course.stalling_3n[1]
+    starts_n = np.where(likely_n > report.step, likely_n, _NEVER)
+    start = int(starts_n.min())
+    # of those that begin together the last
+    first = None if start == _NEVER else tensors.tensor(int(np.flatnonzero(starts_n == start)[-1]))
+    is_stall = tensors.is_stalling_n
     floors_n = course.floors_n[is_stall & (course.middle_nS[:, 0] >= limits.stalling) & np.isfinite(course.floors_n)]
     floor = float(floors_n.max()) * now if len(floors_n) else None
     share = float(sizes_n[is_stall].sum()) / total
-    run_S = sizes_n @ middle_nS / total
-    return Forecast(
-        step=report.step,
-        until=schedule.steps,
-        tensors=tuple(tensors),
-        stalling_share=share,
-        lost_share=float(sizes_n @ lost_n) / total,
-        from_step=min(starts) if starts else None,
-        floor=floor,
-        course=tuple(zip(course.steps_S.tolist(), run_S.tolist(), course.rates_S.tolist(), strict=True))[::_COURSE],
-        headline=_headline(share, first, schedule.steps, floor),
+    run_S = sizes_n @ np.minimum(course.middle_nS, 1.0) / total
+    fields = {
+        "step": report.step,
+        "until": schedule.steps,
+        "stalling_share": share,
+        "lost_share": float(sizes_n @ tensors.lost_n) / total,
+        "from_step": None if first is None else start,
+        "floor": floor,
+        "headline": _headline(share, first, schedule.steps, floor),
+        "error": error,
+        "course": tuple(zip(course.steps_S.tolist(), run_S.tolist(), course.rates_S.tolist(), strict=True))[::_COURSE],
+    }
+    return made(Forecast, fields, tensors, 0)
+
+
+def will_stall(forecast: Forecast, latest: float) -> tuple[Sequence[str], npt.NDArray[np.bool_]]:
+    """The names of its tensors, and whether each stalls, for certain, after it was made and up to a step."""
+    tensors = maker_of(forecast)
+    if isinstance(tensors, Tensors):
+        latest_n, is_stalling_n = tensors.latest_n, tensors.is_stalling_n
+        return tensors.names, is_stalling_n & (forecast.step < latest_n) & (latest_n <= latest)
+    return [one.name for one in forecast.tensors], np.array(
+        [
+            one.stalling_step is not None and one.latest is not None and forecast.step < one.latest <= latest
+            for one in forecast.tensors
+        ],
+        bool,
     )
 
 

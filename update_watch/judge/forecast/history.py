@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from update_watch.foresight.rounding_curve import ALIKE, place_of
 from update_watch.foresight.schedules import Schedule
+from update_watch.judge.columns.judged import Judged
 from update_watch.judge.forecast.clock import Clock
 from update_watch.judge.forecast.curves import are_alike, curves, moved
 from update_watch.judge.forecast.drift import Drift, fit, slope_of, wander
-from update_watch.report import HEADROOM_BINS, PLACES, Report, TensorReport
+from update_watch.report import HEADROOM_BINS, PLACES, Report
 
 Array = npt.NDArray[np.float64]
 
@@ -22,7 +23,6 @@ _POOLED = 5  # latest windows whose histograms are put together
 _HALF_LIFE = 0.3  # octaves of time, over which a window's weight among them halves
 _SINCE = 0.25  # of the time so far
 _POINTS = 8  # of a window at which the schedule is asked
-_EVEN = (1.0 / PLACES,) * PLACES
 
 
 @dataclasses.dataclass
@@ -54,19 +54,19 @@ class Sizes:
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self._names: tuple[str, ...] = ()
+        self._names: list[str] = []
         self._windows: list[_Window] = []
 
-    def add(self, report: Report, tensors: Sequence[TensorReport], schedule: Schedule) -> Position:
+    def add(self, report: Report, judged: Judged, schedule: Schedule) -> Position:
         """Keep a window of these tensors; where they are now."""
         if self._windows and report.step <= self._windows[-1].step:
             self._windows = []  # gone back to an earlier checkpoint
-        self._follow(tuple(t.name for t in tensors))
+        self._follow(judged.names)
         self._thin()
-        self._windows.append(_window(report, tensors, schedule, self.clock))
+        self._windows.append(_window(report, judged, schedule, self.clock))
         return self._position()
 
-    def _follow(self, names: tuple[str, ...]) -> None:
+    def _follow(self, names: list[str]) -> None:
         """Columns for these tensors from now on."""
         if names == self._names:
             return
@@ -115,28 +115,47 @@ class Sizes:
         return Position(found / np.where(total > 0, total, np.nan), drift, alike, wander(earlier, drift))
 
 
-def _window(report: Report, tensors: Sequence[TensorReport], schedule: Schedule, clock: Clock) -> _Window:
+def _window(report: Report, judged: Judged, schedule: Schedule, clock: Clock) -> _Window:
     last = max(report.step - 1, 0)  # the last step's number
     steps = np.unique(np.linspace(max(report.step - report.window, 0), last, _POINTS).round().astype(int))
     rates = [float(schedule.rate(int(step))) for step in steps]
     usual = math.sqrt(math.fsum(rate * rate for rate in rates) / len(rates))
     now = rates[-1]
-    sizes, octaves = [], []
-    for t in tensors:
-        is_known = bool(t.movement_histogram and t.movement_lr and t.lr and now > 0)
-        unit = math.log2(now / t.lr) if is_known and t.lr else math.nan
-        sizes.append(math.log2(t.update_ratio / usual) if is_known and t.update_ratio else math.nan)
-        octaves.append(math.log2(t.movement_lr) + unit if is_known and t.movement_lr else 0.0)
-    empty = (0.0,) * HEADROOM_BINS
+    lr, movement_lr, ratio, weight = (
+        np.nan_to_num(judged.column(field), posinf=np.inf)
+        for field in ("lr", "movement_lr", "update_ratio", "weight_rms")
+    )
+    movement_nB = judged.histogram("movement_histogram", HEADROOM_BINS)
+    places_nQ = judged.histogram("movement_places", PLACES)
+    is_known = ~np.isnan(movement_nB[:, 0]) & (movement_lr != 0) & (lr != 0) & (now > 0)
+    octaves_n = np.zeros(len(lr))
+    octaves_n[is_known] = _log2(movement_lr[is_known]) + _log2(now / lr[is_known])
+    size_n, weight_n = np.full(len(lr), np.nan), np.full(len(lr), np.nan)
+    moves, is_there = is_known & (ratio != 0), (weight != 0) & (weight < math.inf)
+    size_n[moves], weight_n[is_there] = _log2(ratio[moves] / usual), _log2(weight[is_there])
     return _Window(
         report.step,
         float(clock(report.step - report.window / 2)),
-        np.array(sizes),
-        np.array([math.log2(t.weight_rms) if t.weight_rms and t.weight_rms < math.inf else math.nan for t in tensors]),
+        size_n,
+        weight_n,
         math.log2(now) if now > 0 else 0.0,
-        np.array(octaves),
-        np.array([t.movement_histogram or empty for t in tensors]),
-        np.array([t.movement_places or _EVEN for t in tensors]),
-        # to a thousandth of an octave, so that tensors of one rate have one curve
-        np.array([round(place, 3) if isinstance(place := t.places, float) else math.nan for t in tensors]),
+        octaves_n,
+        np.where(np.isnan(movement_nB), 0.0, movement_nB),
+        np.where(np.isnan(places_nQ), 1.0 / PLACES, places_nQ),
+        _place(judged, places_nQ),
     )
+
+
+def _log2(values: Array) -> Array:
+    return np.fromiter(map(math.log2, values.tolist()), float, len(values))
+
+
+def _place(judged: Judged, places_nQ: Array) -> Array:
+    """[n] where in an octave all updates lie, where that is known exactly; else NaN."""
+    found = np.full(len(places_nQ), np.nan)
+    sizes = [judged.raw(field) for field in ("update_ratio", "weight_rms", "wanted_fraction", "lr", "movement_lr")]
+    for i in np.flatnonzero(places_nQ.max(1, initial=0.0) > ALIKE).tolist():
+        place = place_of(places_nQ[i].tolist(), *(of_size[i] for of_size in sizes))
+        if isinstance(place, float):
+            found[i] = round(place, 3)  # to a thousandth of an octave, so that tensors of one rate have one curve
+    return found
