@@ -6,6 +6,7 @@ somebody asks for it. Names are those of `TensorEvidence`, with a dot within its
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -33,11 +34,18 @@ class Values(Protocol):
         """As numbers; NaN is what is not known."""
 
 
+class Members(Values, Protocol):
+    """The values of the accumulators of one name."""
+
+    def member(self, row: int) -> Any:
+        """All of one."""
+
+
 class Part(NamedTuple):
     """One accumulator of the tensors that have it; names are those of `AccumulatorEvidence`."""
 
     rows: Rows
-    values: Values
+    values: Members
 
 
 class Block(Values, Protocol):
@@ -66,6 +74,9 @@ class Objects:
 
     def __init__(self, rows: Sequence[Any]) -> None:
         self._rows = rows
+
+    def member(self, row: int) -> Any:
+        return self._rows[row]
 
     def raw(self, name: str) -> list[Any]:
         get = operator.attrgetter(name)
@@ -127,7 +138,7 @@ class _Joined:
     """Values of several blocks, one after the other."""
 
     def __init__(self, values: Sequence[Values]) -> None:
-        self._values = values
+        self._values: Sequence[Any] = values
 
     def raw(self, name: str) -> list[Any]:
         return list(itertools.chain.from_iterable([one.raw(name) for one in self._values]))
@@ -136,11 +147,24 @@ class _Joined:
         return np.concatenate([one.column(name) for one in self._values])
 
 
+class _JoinedMembers(_Joined):
+    def __init__(self, parts: Sequence[Part]) -> None:
+        super().__init__([part.values for part in parts])
+        self._starts = [0, *itertools.accumulate(len(part.rows) for part in parts)]
+
+    def member(self, row: int) -> Any:
+        at = bisect.bisect_right(self._starts, row) - 1
+        return self._values[at].member(row - self._starts[at])
+
+
 class _Some:
     """Some rows of others."""
 
-    def __init__(self, values: Values, rows: Rows) -> None:
+    def __init__(self, values: Members, rows: Rows) -> None:
         self._values, self._rows = values, rows
+
+    def member(self, row: int) -> Any:
+        return self._values.member(int(self._rows[row]))
 
     def raw(self, name: str) -> list[Any]:
         values = self._values.raw(name)
@@ -215,7 +239,7 @@ class Columns:
                 elif len(kept):
                     found[name].append(Part(places[kept], _Some(part.values, kept)))
         return {
-            name: Part(np.concatenate([part.rows for part in parts]), _Joined([part.values for part in parts]))
+            name: Part(np.concatenate([part.rows for part in parts]), _JoinedMembers(parts))
             for name, parts in found.items()
             if parts
         }

@@ -33,9 +33,6 @@ from update_watch.thresholds import Thresholds
 from update_watch.wording import plural
 
 LOSSES = (Cause.average_rounding, Cause.average_diverges, Cause.average_not_updated, Cause.accumulation_rounding)
-_NEVER_UPDATED = 3  # windows in which an average that never was updated is waited for
-_NEVER_STEPS = 64  # and steps: libraries update after every tenth step, or every fiftieth
-_STOPPED = 8  # windows, and times as many steps as ever before, in which one that was updated has not been
 _STAYS = 8  # windows in a row that an average's bad verdict outlives without a number of its own
 _STAYS_WELL = 4  # and a good one
 _AWAY = -0.1  # efficiency of an average from which on it moves away from the weights
@@ -184,11 +181,9 @@ def _quiet(evidence: AccumulatorEvidence, tensor: TensorEvidence, history: Accum
         return _nothing_wanted(evidence, tensor.measured_steps or tensor.steps)
     history.quiet_windows += 1
     history.quiet_steps += tensor.steps
-    before = history.longest_quiet
-    windows, steps = (_NEVER_UPDATED, _NEVER_STEPS) if before is None else (_STOPPED, _STOPPED * before)
-    if before == -1 or history.quiet_windows < windows or history.quiet_steps < steps:
+    if not history.is_overdue:
         return report_of(evidence, UNKNOWN, advice=unknown("no update of it was seen in this window"))
-    seen = Seen(accumulator=evidence.name, steps=history.quiet_steps, reason="" if before is None else "stopped")
+    seen = Seen(accumulator=evidence.name, steps=history.quiet_steps, reason="stopped" if history.was_updated else "")
     return report_of(evidence, Health.idle, Cause.average_not_updated, say(Cause.average_not_updated, seen))
 
 

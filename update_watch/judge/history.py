@@ -11,6 +11,10 @@ from update_watch.report import Cause, Health
 # looking a member up on its enum costs more than what is done with it, thousands of times per window
 HEALTHY, STALLING, STALLED, UNKNOWN = Health.healthy, Health.stalling, Health.stalled, Health.unknown
 GRADES = (HEALTHY, STALLING, STALLED)
+_ONCE = -1  # in a checkpoint: an average that was updated in one window
+_NEVER_UPDATED = 3  # windows in which an average that never was updated is waited for
+_NEVER_STEPS = 64  # and steps: libraries update after every tenth step, or every fiftieth
+_STOPPED = 8  # windows, and times as many steps as ever before, in which one that was updated has not been
 
 
 class PooledWindow(NamedTuple):
@@ -30,7 +34,7 @@ class AccumulatorHistory:
 
     __slots__ = (
         *("bad_steps", "bad_windows", "grade", "longest_quiet", "quiet_steps", "quiet_windows", "value"),
-        *("bad_cause", "bad_efficiency", "bad_lost", "is_well", "unseen"),
+        *("bad_cause", "bad_efficiency", "bad_lost", "is_well", "unseen", "was_updated"),
     )
 
     def __init__(self) -> None:
@@ -39,8 +43,10 @@ class AccumulatorHistory:
         self.bad_windows = 0  # in that run
         self.value: float | None = None  # of a counter, in the window before
         self.quiet_windows = self.quiet_steps = 0  # of an average: in a row, in which it was not written
-        # of an average: the most steps between windows with an update; None: it never was updated, -1: in one window
-        self.longest_quiet: int | None = None
+        self.was_updated = False  # an average: in any window
+        self.longest_quiet: int | None = (
+            None  # and the most steps from one such window to the next; None: there was one at most
+        )
         # of an average: why its last verdict was bad (None: it was not), at which efficiency and lost fraction, and how many
         # windows in a row have not measured it since
         self.bad_cause: Cause | None = None
@@ -56,11 +62,23 @@ class AccumulatorHistory:
 
     def update(self) -> None:
         """An average was written."""
-        self.longest_quiet = -1 if self.longest_quiet is None else max(self.longest_quiet, self.quiet_steps)
+        if self.was_updated:
+            self.longest_quiet = max(self.longest_quiet or 0, self.quiet_steps)
+        self.was_updated = True
         self.quiet_windows = self.quiet_steps = 0
 
+    @property
+    def is_overdue(self) -> bool:
+        """An average: no update has come for longer than one waits for it."""
+        if not self.was_updated:
+            return self.quiet_windows >= _NEVER_UPDATED and self.quiet_steps >= _NEVER_STEPS
+        if self.longest_quiet is None:  # how often it is updated is not known yet
+            return False
+        return self.quiet_windows >= _STOPPED and self.quiet_steps >= _STOPPED * self.longest_quiet
+
     def to_plain(self) -> list[Any]:
-        quiet = [self.quiet_windows, self.quiet_steps, self.longest_quiet]
+        longest = _ONCE if self.was_updated and self.longest_quiet is None else self.longest_quiet
+        quiet = [self.quiet_windows, self.quiet_steps, longest]
         bad = [
             None if self.bad_cause is None else self.bad_cause.value,
             self.bad_efficiency,
@@ -77,8 +95,9 @@ class AccumulatorHistory:
         history.grade, history.value = _grade(grade), _optional(value)
         history.bad_steps, history.bad_windows = _count(bad_steps), _count(bad_windows)
         history.quiet_windows, history.quiet_steps = _count(quiet_windows), _count(quiet_steps)
-        if longest is not None and longest is not False:  # once it was kept whether it ever was updated
-            history.longest_quiet = -1 if longest is True or longest == -1 else _count(longest)
+        history.was_updated = longest is not None and longest is not False  # once that was all that was kept
+        if history.was_updated and longest is not True and longest != _ONCE:
+            history.longest_quiet = _count(longest)
         history.bad_cause = None if bad[0] is None else Cause(bad[0])
         history.bad_efficiency, history.bad_lost, history.unseen = _optional(bad[1]), _optional(bad[2]), _count(bad[3])
         history.is_well = bool(bad[4])

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import IntEnum, auto
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from update_watch.columns.evidence_columns import Columns, Part, having
+from update_watch.columns.evidence_columns import Columns, Part, View, having
 from update_watch.columns.late_fields import quick
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence
 from update_watch.judge import reasons
@@ -172,9 +172,9 @@ class Verdicts:
 
     def _judge_alone(self, i: int, columns: Columns, of_weight: int, histories: Histories) -> None:
         place, row = int(self.places[i]), int(self._rows[i])
-        tensor = columns.tensor(place)
+        tensor = cast(TensorEvidence, View(columns, place))  # all of it takes ten times as long
         history = histories.accumulator(row, self.name)
-        found = judge_accumulator(tensor.accumulators[self.name], tensor, HEALTHS[of_weight], history, self._setting)
+        found = judge_accumulator(self._values.member(i), tensor, HEALTHS[of_weight], history, self._setting)
         histories.put_accumulator(row, self.name, history)
         self.alone[i] = found
         self.health[i] = HEALTH_CODES[found.health]

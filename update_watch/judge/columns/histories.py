@@ -54,7 +54,7 @@ class AccumulatorColumns:
 def is_plain(history: AccumulatorHistory) -> bool:
     """Whether it holds no more than `AccumulatorColumns` can."""
     few = (history.value, history.longest_quiet, history.bad_cause, history.bad_efficiency, history.bad_lost)
-    counts = history.quiet_windows or history.quiet_steps or history.unseen or history.is_well
+    counts = history.quiet_windows or history.quiet_steps or history.unseen or history.is_well or history.was_updated
     return all(value is None for value in few) and not counts
 
 

@@ -189,7 +189,7 @@ class MeasuredBlock:
             fields[name] = None if shares[0] != shares[0] else tuple(shares)
         what_if = _value(self._what_if, row)
         accumulators = {
-            name: part.evidence(at) for name, part in self._parts.items() if (at := part.place(row)) is not None
+            name: part.member(at) for name, part in self._parts.items() if (at := part.place(row)) is not None
         }
         fields["accumulators"] = {**fields.get("accumulators", {}), **accumulators}
         return made(
@@ -243,7 +243,7 @@ class _Accumulators:
         dtypes, rates = [self._dtypes[i] for i in at], [self._rates[i] for i in at]
         return _Accumulators(self.name, np.searchsorted(rows, self.rows[places]), numbers, dtypes, rates)
 
-    def evidence(self, at: int) -> AccumulatorEvidence:
+    def member(self, at: int) -> AccumulatorEvidence:
         numbers, growth, decay = (
             Numbers(**{name: _value(column, at) for name, column in part.items()}) for part in self._parts.values()
         )
@@ -281,9 +281,6 @@ class _Told(Objects):
         places = np.flatnonzero(np.isin(self.rows, rows))
         members = [self._rows[i] for i in places.tolist()]
         return _Told(self.name, np.searchsorted(rows, self.rows[places]), members)
-
-    def evidence(self, at: int) -> AccumulatorEvidence:
-        return self._rows[at]
 
 
 def _place(rows: Rows, row: int) -> int | None:
