@@ -64,6 +64,8 @@ class TensorEvidence:
     steps: int = 0  # optimizer steps of its optimizer in the window
     measured_steps: int = 0  # of those, steps in which its update was measured
     gradless_steps: int = 0  # of those, steps in which its grad was None
+    # it was not its turn in this window, of a model that is too large to be looked at as a whole: what was said of it stands
+    is_resting: bool = False
     skipped_steps: int = 0  # of those, steps the gradient scaler skipped
     zero_gradient_fraction: float | None = None  # sampled gradients equal to 0, 0..1
     finite: bool = True  # False: NaN or infinity among sampled weights, gradients or updates

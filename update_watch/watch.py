@@ -178,8 +178,7 @@ class Watch(run_journal.Shown, memory.Remembering):
             return
         started = time.perf_counter()
         watched: Watched = snapshot[0]
-        self._model.after(watched, snapshot[1])
-        self._attention.saw()
+        self._attention.saw(self._model.after(watched, snapshot[1]))
         if self._model.is_full(watched, self.window) and self._attention.may_close(watched.window_steps):
             self._close_window()
         self._attention.spend(time.perf_counter() - started)

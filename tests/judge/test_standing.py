@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.evidence_samples import GONE, STILL, tensor, verdicts
+from tests.support.evidence_samples import GONE, STILL, tensor, verdicts, window
 from update_watch.evidence import Numbers, TensorEvidence, changed
+from update_watch.judge.diagnosis import Diagnosis
 from update_watch.report import Cause, Health
+from update_watch.thresholds import Thresholds
 
 _LOOKED: dict[str, Any] = {"zero_gradient_fraction": 1.0, "gradient_looks": 128}
 FOUND = {
@@ -33,7 +35,7 @@ def unseen(of: TensorEvidence, **more: Any) -> TensorEvidence:
         )
     )
     short = {"steps": 4, "measured_steps": 0, "gradient_looks": 0, "numbers": Numbers(), "headroom_histogram": ()}
-    return changed(of, **nothing, **short, trainable=of.requires_grad, **more)
+    return changed(of, **{**nothing, **short, "trainable": of.requires_grad, **more})
 
 
 @pytest.mark.parametrize("kind", FOUND)
@@ -74,3 +76,68 @@ def test_a_tensor_that_was_unfrozen_is_not_called_frozen() -> None:
     frozen = FOUND["frozen, and moves"][0]
     thawed = changed(unseen(frozen), requires_grad=True, trainable=True)
     assert [t.cause for t in verdicts(frozen, thawed)] == [Cause.requires_grad_off, None]
+
+
+# --- tensors whose turn it is not ------------------------------------------------------------------
+
+RESTED = {
+    "healthy": tensor(),
+    "stalled": tensor(0.0, **GONE),
+    "overwritten": tensor(net_efficiency=0.0, undone_fraction=1.0, written_steps=40, written_step=120),
+    "without a gradient": tensor(None, **STILL, gradless_steps=128),
+    "no signal": FOUND["idle"][0],
+    "not replayable": tensor(None, reason="its rule is odd", moved=1e-3),
+    "not finite": tensor(finite=False),
+}
+
+
+def resting(of: TensorEvidence, **more: Any) -> TensorEvidence:
+    """A window in which it was not its turn."""
+    ledger = {"net_efficiency": None, "undone_fraction": None, "written_steps": 0, "written_step": None}
+    return unseen(of, **{**ledger, "steps": 128, "finite": True, "gradless_steps": 0, "is_resting": True, **more})
+
+
+@pytest.mark.parametrize("kind", RESTED)
+def test_a_verdict_stands_till_it_is_the_tensors_turn_again(kind: str) -> None:
+    evidence = RESTED[kind]
+    first = verdicts(evidence, evidence)[-1]
+    found = verdicts(evidence, evidence, *[resting(evidence)] * 100, tensor())
+    assert {(t.health, t.cause, t.advice) for t in found[1:-1]} == {(first.health, first.cause, first.advice)}
+    assert len({t.since_step for t in found[:-1]}) == 1
+    assert found[-2].efficiency is None  # nobody has looked
+    assert found[-1].efficiency == 0.99
+
+
+def test_windows_pool_over_those_in_which_it_was_not_its_turn() -> None:
+    noisy = tensor(0.9, efficiency_error=0.06, displacement_efficiency=None)
+    rest = [resting(noisy)] * 30
+    found = verdicts(noisy, *rest, noisy, *rest)
+    assert [t.health for t in found] == [Health.unknown] * 31 + [Health.healthy] * 31
+
+
+@pytest.mark.parametrize(
+    ("more", "health", "cause"),
+    [
+        ({"requires_grad": False}, Health.frozen, Cause.requires_grad_off),
+        ({"lr": 0.0, "lr_max": 0.0, "lr_min": 0.0}, Health.idle, Cause.zero_learning_rate),
+        ({"replicas_differ": True}, Health.broken, Cause.replicas_differ),
+    ],
+)
+def test_what_the_host_knows_is_said_though_it_is_not_its_turn(
+    more: dict[str, Any], health: Health, cause: Cause
+) -> None:
+    news = resting(tensor(), **more, trainable=more.get("requires_grad", True))
+    found = verdicts(tensor(), resting(tensor()), news)
+    assert [(t.health, t.cause) for t in found] == [(Health.healthy, None)] * 2 + [(health, cause)]
+
+
+def test_one_whose_turn_has_not_come_yet_is_not_judged() -> None:
+    (found,) = verdicts(resting(tensor()))
+    assert found.health is Health.unknown and "measured in none" in found.advice
+
+
+def test_the_headline_says_at_how_many_tensors_somebody_has_looked() -> None:
+    judge, names = Diagnosis(Thresholds()), ("a", "b", "c", "d")
+    judge.judge(window(*[tensor(name=name) for name in names]))
+    report = judge.judge(window(tensor(name="a"), *[resting(tensor(name=name)) for name in names[1:]], step=256))
+    assert report.headline == "All 4 tensors are healthy (efficiency 0.99); looked at 1 of them."

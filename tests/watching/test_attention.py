@@ -43,7 +43,7 @@ class Simulated:
             self.window_steps += 1
             if look and self.attention.may_close(self.window_steps):
                 spent += self._spend(4e-3)
-                _, observed, share = self.attention.close_window()
+                _, observed, share, _ = self.attention.close_window()
                 self.observed.append(observed)
                 self.shares.append(share)
                 self.window_steps, self.windows = 0, self.windows + 1

@@ -56,6 +56,7 @@ from update_watch.judge.columns.codes import CAUSE_CODES, HEALTH_CODES, IDLE, NO
 from update_watch.judge.columns.codes import known as known_values
 from update_watch.judge.columns.histories import Histories
 from update_watch.judge.columns.reports import LateReport, OfWindow
+from update_watch.judge.columns.resting import Resting
 from update_watch.judge.columns.rests import sort, usual_gradient
 from update_watch.judge.columns.standing import Standing
 from update_watch.judge.columns.verdicts import judge, since
@@ -85,7 +86,7 @@ class Diagnosis:
         self._limits = thresholds
         self.trainer = "torch"  # in whose words cures are told: a key of `cures.TRAINERS`
         self._histories = Histories(thresholds)
-        self._standing = Standing()
+        self._standing, self._resting = Standing(), Resting()
         self._last_step: int | None = None
         self._moving: set[str] = set()  # optimizers of which any tensor moved in this window
 
@@ -106,7 +107,7 @@ class Diagnosis:
             "step": evidence.step,
             "window": evidence.window,
             "health": run_health(judged),
-            "headline": headline(judged, evidence.step, self.trainer, looked),
+            "headline": headline(judged, evidence.step, self.trainer, looked, self._resting.count),
             "time": evidence.time,
             "cost_ms": evidence.cost_ms,
             "skipped_steps": evidence.skipped_steps,
@@ -158,10 +159,14 @@ class Diagnosis:
         rows = histories.rows_of(tuple(columns.raw("name")))
         usual = usual_gradient(columns)
         sorts = sort(columns, histories, rows, usual, evidence.skipped_steps, limits)
-        standing = self._standing.take(columns, sorts)
+        rest_now = self._resting.take(columns, sorts, histories, rows, limits)
+        standing = self._standing.take(columns, sorts, rest_now)
         found = judge(columns, sorts, histories, rows, self.trainer, limits)
-        texts: dict[int, str] = {}
-        alone = np.flatnonzero(~(sorts.rests | sorts.scored)).tolist()
+        found.health[rest_now], found.cause[rest_now] = (
+            of[rows[rest_now]] for of in (histories.health, histories.cause)
+        )
+        texts = dict(self._resting.texts(columns, rest_now, found.health, found.cause))
+        alone = np.flatnonzero(~(sorts.rests | sorts.scored | rest_now)).tolist()
         if alone:
             pairs = zip(columns.raw("optimizer_group"), columns.raw("moved"), strict=True)
             self._moving = {_owner(group) for group, moved in pairs if moved}
@@ -183,11 +188,14 @@ class Diagnosis:
             for name, part in columns.parts().items()
         ]
         since_step = since(histories, rows, found.health, first_step)
+        histories.cause[rows] = found.cause
 
         def text(place: int, e: TensorEvidence) -> str:
-            return texts[place] if place in texts else found.text(place, e)
+            return texts[place] if place in texts else "" if rest_now[place] else found.text(place, e)
 
-        return OfWindow(columns, found.health, found.cause, text, parts, since_step, first_step)
+        judged = OfWindow(columns, found.health, found.cause, text, parts, since_step, first_step)
+        self._resting.keep(rest_now, judged)
+        return judged
 
     def _verdict(
         self, e: TensorEvidence, history: TensorHistory, window: WindowEvidence, usual: float | None

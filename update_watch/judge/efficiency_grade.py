@@ -101,7 +101,7 @@ def score(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Scor
         if (known(e.displacement_evidence) or 0.0) >= limits.displacement_evidence:
             displacement = known(e.numbers.displacement_efficiency)
     else:
-        history.age += 1
+        history.age += not e.is_resting
         if history.age > limits.pool_windows:
             history.forget_evidence()
         if not history.pool:

@@ -52,8 +52,13 @@ _PROBABLE = {  # why nothing at all trains: what was seen, what it most often is
 }
 
 
-def headline(judged: Judged, step: int = 0, trainer: str = "torch", looked: tuple[int, int] | None = None) -> str:
-    """One sentence on the run. `trainer`: in whose words cures are told; `looked`: at how many of how many steps."""
+def headline(
+    judged: Judged, step: int = 0, trainer: str = "torch", looked: tuple[int, int] | None = None, resting: int = 0
+) -> str:
+    """One sentence on the run.
+
+    `trainer`: in whose words cures are told; `looked`: at how many of how many steps; `resting`: tensors whose turn it was not.
+    """
     if not len(judged):
         return "No tensors are watched."
     if is_training_nothing(judged):
@@ -65,7 +70,7 @@ def headline(judged: Judged, step: int = 0, trainer: str = "torch", looked: tupl
     ]
     findings = _accumulator_findings(judged)
     if not groups and not findings:
-        return _calm(judged, looked)
+        return _calm(judged, looked, resting)
     also = [f"{len(members)} {HEALTHS[code]} ({cause_label(cause_of(cause))})" for code, cause, members in groups[1:]]
     if groups:
         text = _group(*groups[0], judged, trainer)
@@ -167,7 +172,7 @@ def _unknown_averages(judged: Judged) -> list[str]:
     return [f"{name} of {count} not known" for name, count in counts.items() if count]
 
 
-def _calm(judged: Judged, looked: tuple[int, int] | None) -> str:
+def _calm(judged: Judged, looked: tuple[int, int] | None, resting: int) -> str:
     counts = counts_of(judged.health)
     is_healthy = judged.health == HEALTHY
     efficiency = judged.mean("efficiency", is_healthy)
@@ -178,6 +183,8 @@ def _calm(judged: Judged, looked: tuple[int, int] | None) -> str:
     more = [", ".join(averages)] if averages else []
     if looked is not None and looked[0] * _FEW_LOOKS < looked[1]:  # a budget: what else happened is not known
         more.append(f"looked at {looked[0]} of {plural(looked[1], 'step')}")
+    if resting:
+        more.append(f"looked at {len(judged) - resting} of them")
     also = "".join(f"; {one}" for one in more)
     others = [(health, counts[HEALTH_CODES[health]]) for health in SEVERITY if health is not Health.healthy]
     rest = [f"{count} {health}" for health, count in others if count]

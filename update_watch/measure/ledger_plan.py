@@ -19,6 +19,7 @@ def lines_of(belonging: Belonging) -> list[Line]:
 
 def plan(ledger: Ledger, belonging: Belonging, watched: Mapping[Any, Watched], is_old: bool) -> None:
     """Every tensor of the model, with who steps it or its master. `is_old`: that must be found out anew."""
+    ledger.open({key: one.open_panel for key, one in watched.items()})
     measured = {id(row.param) for one in watched.values() for row in one.rows if not row.reason}
     held = {key: one.ids for key, one in watched.items()}
     masters = {key: id(master) for key, master in belonging.masters.items()}
@@ -32,5 +33,7 @@ def plan(ledger: Ledger, belonging: Belonging, watched: Mapping[Any, Watched], i
     for line in lines_of(belonging):
         ids = {id(line.tensor)} if line.master is None else {id(line.tensor)} | belonging.stepped_as(line.master)
         who = frozenset(owner for tensor_id in ids for owner in owners.get(tensor_id, ()))
-        planned.append((line, who, bool(who) and measured.isdisjoint(ids)))
+        panels = {(key, watched[key].panel_of(tensor_id)) for key in who for tensor_id in ids & watched[key].ids}
+        panel = panels.pop() if len(panels) == 1 else None
+        planned.append((line, who, bool(who) and measured.isdisjoint(ids), panel))
     ledger.plan(planned)

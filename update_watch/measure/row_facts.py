@@ -24,6 +24,7 @@ from update_watch.measure.sums.measured_block import CohortFacts, StateFacts
 from update_watch.worker import unhurried
 
 _NO_COUNTERS: Mapping[str, Any] = {}
+Resting = Callable[[], Mapping[str, list[Any]]]  # values of each of some tensors, by the names of `TensorEvidence`
 
 
 def _low_states(row: Row, state: Mapping[str, Any] | None) -> int | None:
@@ -68,6 +69,25 @@ class WindowFacts:
             shape = row.piece.shape
             identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held}
         return identity | {"scheme": row.scheme.name}
+
+    def resting(self, rows: Sequence[Row]) -> Resting:
+        """What is known of tensors that were not looked at, since it was not their turn; made when it is asked for."""
+        return functools.partial(self._make_resting, rows)
+
+    def _make_resting(self, rows: Sequence[Row]) -> Mapping[str, list[Any]]:
+        identities = [self._identity(row) for row in unhurried(rows)]
+        given: dict[str, list[Any]] = {name: [of[name] for of in identities] for name in identities[0]}
+        groups = [self._groups[row.group] for row in rows]
+        given |= {name: [of[name] for of in groups] for name in groups[0]}
+        given["reason"] = [row.reason or self._twin_error for row in rows]
+        given["requires_grad"] = requires = [row.param.requires_grad for row in rows]
+        given["trainable"] = [of or row.piece is not None for of, row in zip(requires, rows, strict=True)]
+        given["is_resting"] = [True] * len(rows)
+        given["low_states"] = [
+            _low_states(row, self._optimizer.state.get(row.param)) if row.state_facts is None else row.state_facts.low
+            for row in unhurried(rows)
+        ]
+        return given
 
     def facts_of(self, cohorts: Sequence[Cohort], known: KnownFacts) -> Callable[[], CohortFacts]:
         """Note what changes when the next window of cohorts that were measured begins; the facts of their tensors are made

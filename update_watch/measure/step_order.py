@@ -62,6 +62,61 @@ class StepOrder(Generic[T]):
         return min(-(-self._window // groups), _LONGEST)
 
 
+class Roster(Generic[T]):
+    """Who is measured in the steps of each window: all in turns or, of many, one panel of them.
+
+    Each panel has one window of as many as there are panels, in an order that is drawn anew every time round: no panel is
+    always met by what training does in every so manieth window.
+    """
+
+    def __init__(
+        self,
+        everybody: Sequence[Sequence[T]],
+        window: int,
+        rng: random.Random,
+        panels: Sequence[Sequence[T]] = (),
+        cycle: int = 0,
+    ) -> None:
+        """`everybody`: the turns in which all are measured. `cycle`: steps in which each of a panel comes once."""
+        self._everybody, self._panels, self._cycle = everybody, panels, cycle
+        self._window, self._rng = window, rng
+        self.panel: int | None = None  # whose window it is; None: everybody's
+        self._left: list[int] = []  # panels that are still to come in this round
+        self._order: StepOrder[Sequence[T]] = StepOrder(everybody, window, rng)
+
+    def open_window(self, is_full: bool = True) -> None:
+        """Start a new window. `is_full`: all are measured in it."""
+        if is_full or len(self._panels) < 2:
+            if self.panel is None:
+                self._order.open_window()
+                return
+            self.panel, turns = None, self._everybody
+        else:
+            if not self._left:
+                self._left = self._rng.sample(range(len(self._panels)), len(self._panels))
+            self.panel = self._left.pop()
+            turns = [(one,) for one in self._panels[self.panel]]
+        self._order = StepOrder(turns, self._window, self._rng)
+
+    def pass_by(self) -> None:
+        """A step in which nobody is measured, though it was somebody's turn."""
+        self._order.pass_by()
+
+    def next(self, turns: int) -> tuple[Sequence[T], int]:
+        """Who are measured in the next step, and which group the step belongs to. `turns`: steps in which each of all comes
+        once, if that is more than they need."""
+        if self.panel is None:
+            found, group = self._order.next(turns - len(self._everybody))
+        else:
+            found, group = self._order.next(self._cycle - len(self._panels[self.panel]))
+        return found or (), group
+
+    @property
+    def group_steps(self) -> list[int]:
+        """Of the open window."""
+        return self._order.group_steps
+
+
 class OneOf:
     """Says yes once in every so many steps, each time at another place, drawn at random.
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from update_watch.evidence import TensorEvidence
 from update_watch.measure import ledger_plan
 from update_watch.measure.accumulators.averages import Averages
 from update_watch.measure.accumulators.gradient_accumulation import AccumulationWindow
@@ -256,14 +256,15 @@ class WatchedModel:
             self._averages.pass_by()
         return watched.pass_by()
 
-    def after(self, watched: Watched, seen: Any) -> None:
-        """Measure what was stored."""
+    def after(self, watched: Watched, seen: Any) -> bool:
+        """Measure what was stored. Returns as `pass_by`."""
         measured, sheets = seen
         with joint_reads.joined():
             self._ledger.after(sheets)
-            watched.after(measured)
+            has_changed = watched.after(measured)
         for device in watched.devices:
             self.streams.note(device)
+        return has_changed
 
     # --- windows -----------------------------------------------------------------------------------
 
@@ -284,20 +285,19 @@ class WatchedModel:
         )
 
     def close_window(
-        self, step: int, seconds: float, observed: int | None = None, cost_share: float | None = None
+        self, step: int, seconds: float, observed: int | None, cost_share: float | None, is_full: bool
     ) -> Window:
         """The window's sums, on their way to the host, and a new window.
 
-        `seconds` the watch took in it on this thread, `observed` steps were looked at, `cost_share`: see `Report`.
+        `seconds` the watch took in it on this thread, `observed` steps were looked at, `cost_share`: see `Report`. `is_full`: in
+        the new one all tensors are to be looked at, however many there are.
         """
         steps = self.window_steps
         self._lead = max(self.watched, key=lambda key: self.watched[key].window_steps, default=None)
         self._look_at_identity(step - steps)
-        cohorts: list[Any] = []
-        others: list[TensorEvidence] = []
-        skipped: list[Any] = []
-        shadows: list[ShadowWindow] = []
-        accumulations: list[AccumulationWindow] = []
+        parts: list[tuple[list[Any], ...]] = [([], [], [], [])]
+        shadows: list[ShadowWindow | None] = []
+        accumulations: list[AccumulationWindow | None] = []
         batch = Batch()
         for key, optimizer_parts in self._parts.items():
             for unused in optimizer_parts.forget_unused():
@@ -308,14 +308,9 @@ class WatchedModel:
             self._lead = next(iter(self.watched), None)
         with torch.no_grad():
             for watched in self.watched.values():
-                parts = watched.close_window(batch)
-                cohorts += parts[0]
-                others += parts[1]
-                skipped += parts[2]
-                shadow = watched.shadow.close_window(batch)
-                shadows += [] if shadow is None else [shadow]
-                accumulation = watched.accumulation.close_window(batch)
-                accumulations += [] if accumulation is None else [accumulation]
+                parts.append(watched.close_window(batch, is_full))
+                shadows.append(watched.shadow.close_window(batch))
+                accumulations.append(watched.accumulation.close_window(batch))
             averages = tuple(self._averages.close_window(batch))
             checksums: tuple[ChecksumWindow, ...] = ()
             if self._checksums is not None:
@@ -324,6 +319,7 @@ class WatchedModel:
             ledger = self._ledger.close_window(batch)
             batch.send()
         self._plan_ledger()
+        cohorts, others, skipped, resting = (list(chain.from_iterable(kind)) for kind in zip(*parts, strict=True))
         others += self._belonging.unheld(frozenset().union(*(one.row_ids for one in self.watched.values())), steps)
         order = self._belonging.named.order()
         return Window(
@@ -335,12 +331,13 @@ class WatchedModel:
             1e3 * seconds / steps if steps else None,
             tuple(skipped),
             averages,
-            tuple(shadows),
-            tuple(accumulations),
+            tuple([shadow for shadow in shadows if shadow is not None]),
+            tuple([accumulation for accumulation in accumulations if accumulation is not None]),
             checksums,
             observed,
             cost_share,
             ledger,
+            tuple(resting),
         )
 
     def silent_window(self, reason: str, ledger: tuple[SheetWindow, ...]) -> Window:

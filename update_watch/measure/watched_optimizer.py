@@ -17,16 +17,15 @@ from update_watch.cures import options_of
 from update_watch.evidence import TensorEvidence
 from update_watch.measure.accumulators.gradient_accumulation import Accumulation
 from update_watch.measure.accumulators.state_factor import Shadow
-from update_watch.measure.cohort import Cohort
-from update_watch.measure.device.turns import samples_for, turns_of
-from update_watch.measure.device_rows import DeviceRows, Measured
-from update_watch.measure.identity.names import members_of
+from update_watch.measure.device.panels import Plan
+from update_watch.measure.device.turns import samples_for
+from update_watch.measure.device_rows import Measured
+from update_watch.measure.identity.names import members_of, outline_of
 from update_watch.measure.identity.partitions import Piece
 from update_watch.measure.learning_rates import LearningRates, as_number
 from update_watch.measure.parameters import Row, build_rows, forget_failed_trials
-from update_watch.measure.row_facts import WindowFacts
+from update_watch.measure.row_facts import Resting, WindowFacts
 from update_watch.measure.sampling import local
-from update_watch.measure.step_order import StepOrder
 from update_watch.measure.transfer import Batch, Part
 from update_watch.measure.window_evidence import CohortWindow, SumsWindow
 from update_watch.odd_tensors import unreadable
@@ -77,6 +76,7 @@ class Watched:
         self._is_replayed = False  # the step that is running
         self._odd: dict[int, str] = {}  # id of a parameter whose gradient or state could not be read -> why
         self.is_resting = False  # only some steps are looked at
+        self._is_new_plan = False  # made in the step that is running
         self._has_gaps = False  # a parameter was without gradient while another had one
         self._plan()
         self.read_counters()
@@ -93,8 +93,8 @@ class Watched:
 
     def _plan(self) -> None:
         """Rows and cohorts for the parameters the optimizer holds now."""
-        self._measured: Measured | None = None  # the step that is running
-        self._members, self._sizes = members_of(self.optimizer), _sizes(self.optimizer)
+        self._measured: list[Measured] = []  # the step that is running
+        self._members, self._sizes = members_of(self.optimizer), outline_of(self.optimizer)
         self.groups = self.optimizer.param_groups
         self.ids = frozenset(map(id, self._members))
         self.first = self._members[0] if self._members else None  # by which a part is known
@@ -108,29 +108,17 @@ class Watched:
             row.reason = row.reason or self._odd.get(id(row.param), "")
             row.lived = lived.get(id(row.param), ((), 0))
         self._counts_lives = any(local(row.param).device.type != "cpu" for row in self.rows)
-        self.of_device: list[DeviceRows] = []
-        self._home: dict[Cohort, DeviceRows] = {}
-        self.cohorts: list[Cohort] = []
-        self._order: StepOrder[Cohort] = StepOrder(self.cohorts, self._window, self._rng)
         self._skipped: dict[torch.device, Tensor] = {}
         self._is_checked = False  # whether its tensors are what was planned for, in this window
         self.devices: tuple[torch.device, ...] = ()
-        self._outside = self.rows  # of all cohorts
         self._shapeless = [row for row in self.rows if is_lazy(row.param)]  # till a forward pass uses it
         self.row_ids = frozenset(id(row.param) for row in self.rows)
-        if self._twin is None:
-            return
-        for device in dict.fromkeys(local(row.param).device for row in self.rows):
-            rows = [r for r in self.rows if r.is_measured and local(r.param).device == device]
-            if not rows:  # on the meta device, say
-                continue
-            turns = turns_of([local(row.param).numel() for row in rows], self._samples, device)
-            own = DeviceRows(self.optimizer, self._twin, rows, self._samples, self._rng, self._window, turns)
-            self.of_device.append(own)
-            self._home |= dict.fromkeys(own.cohorts, own)
-            self.cohorts += own.cohorts
+        measured = [row for row in self.rows if row.is_measured and self._twin is not None]
+        self._plan_of = Plan(self.optimizer, self._twin, measured, self._samples, self._rng, self._window)
+        self.cohorts, self._roster = self._plan_of.cohorts, self._plan_of.roster
+        self._open_rows = self.rows  # those that are looked at in the open window
         inside = {id(row.of or row) for cohort in self.cohorts for row in cohort.rows}
-        self._outside = [row for row in self.rows if id(row) not in inside]
+        self._outside = [row for row in self.rows if id(row) not in inside]  # of all cohorts
         self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))
 
     @property
@@ -142,6 +130,15 @@ class Watched:
     def window_step(self) -> int:
         """Of the open window."""
         return self.earlier_in_window + self.window_steps
+
+    def panel_of(self, param: int) -> int | None:
+        """Of a parameter, given by its id; None where there is but one panel, or it is looked at in all windows."""
+        return self._plan_of.panel_of.get(param)
+
+    @property
+    def open_panel(self) -> int | None:
+        """The only one that is looked at in the open window; None: all are."""
+        return self._roster.panel
 
     def exclude(self, ids: frozenset[int]) -> bool:
         """Tensors that an optimizer within this one steps, or that are no longer the model's. False: nothing is new."""
@@ -164,7 +161,7 @@ class Watched:
 
     def zeros(self) -> set[int]:
         """Ids of those of which all gradients that were measured are 0."""
-        return set().union(*(own.zeros() for own in self.of_device))
+        return set().union(*(own.zeros() for own in self._plan_of.open))
 
     def read_counters(self) -> None:
         """Learn which parameters are at the same step. Reads device values: not for use inside a step."""
@@ -180,72 +177,78 @@ class Watched:
         """Let a step go by unseen. Returns whether something has changed that should be looked at."""
         self.steps += 1
         self.window_steps += 1
-        self._order.pass_by()
+        self._roster.pass_by()
         self.accumulation.pause()
         if self._has_gaps:
             self._count_lives()
         is_new = len(self.optimizer.param_groups) != len(self._sizes)
         return self._rates.note(self.optimizer.param_groups) or is_new
 
-    def before(self, is_replayed: bool = False) -> Measured | None:
-        """Measure the cohort whose turn it is, just before the rule runs.
+    def before(self, is_replayed: bool = False) -> list[Measured]:
+        """Measure the cohorts whose turn it is, just before the rule runs.
 
         `is_replayed`: in a CUDA graph, which makes the gradients too; they are read in `after`.
         """
         self._is_replayed = is_replayed
-        members, sizes = members_of(self.optimizer), _sizes(self.optimizer)
+        # of panels all members are looked at in the first step of a window, and in the others who they seem to be
+        is_first = not self._is_checked or self._plan_of.panels == 1
+        members, sizes = members_of(self.optimizer) if is_first else self._members, outline_of(self.optimizer)
         # some optimizers set themselves up in their first step: what could not be tried before it may be tried now
         may_run = False
         if self.steps and not self._was_set_up:
             self._was_set_up = True
             may_run = forget_failed_trials(self.optimizer, self.rows, self.found)
         # moved or converted after attaching, made in the first forward pass: seen before the first look of a window
-        checked = self._shapeless if self._is_checked else self.rows
-        has_changed = any(row.has_changed for row in checked)
+        checked = self._shapeless if self._is_checked else self._open_rows
+        has_changed = any([row.has_changed for row in checked])
         self._is_checked = True
         is_other = sizes != self._sizes or not all(map(operator.is_, members, self._members))
         if may_run or has_changed or is_other:
             self._plan()
+            self._is_new_plan = True
             self.shadow.replan()
         self.groups = self.optimizer.param_groups
         if not is_replayed:
             if self.is_shadowed and not self.shadow.rest(self.is_resting):
                 self.shadow.before()
-            self.accumulation.before(self.rows)
-        for own in self.of_device:
-            own.gradients.look(own.sums)
+            self.accumulation.before(self._open_rows)
+        for block in self._plan_of.open:
+            block.gradients.look(block.sums)
+        self._measured = []
         if not self.cohorts or (is_replayed and not self._can_be_replayed):
-            return None
-        cohort, group = self._order.next(self.turns - len(self.cohorts))
+            return self._measured
+        cohorts, group = self._roster.next(self.turns)
         try:
-            self._measured = None if cohort is None else self._home[cohort].before(cohort, group)
+            for cohort in cohorts:
+                self._measured.append(self._plan_of.home[cohort].before(cohort, group))
         except Exception as error:
             self._leave_out(error)
         return self._measured
 
-    def after(self, measured: Measured | None) -> None:
-        """Add the step, just after the rule has run."""
-        if measured is not None and measured is self._measured:  # else the window was closed within the step
-            cohort, snapshot = measured
-            if self._is_replayed:
-                cohort.take_gradients(snapshot)
-            try:
-                self._home[cohort].after(measured)
-            except Exception as error:
-                self._leave_out(error)
-        self._measured = None
+    def after(self, measured: list[Measured]) -> bool:
+        """Add the step, just after the rule has run. Returns as `pass_by`."""
+        is_open = measured is self._measured  # else the window was closed within the step
+        try:
+            for cohort, snapshot in measured if is_open else ():
+                if self._is_replayed:
+                    cohort.take_gradients(snapshot)
+                self._plan_of.home[cohort].after((cohort, snapshot))
+        except Exception as error:
+            self._leave_out(error)
+        self._measured = []
         if not self._is_replayed:
             if self.is_shadowed and not self.is_resting:
-                self.shadow.after(self.rows)
+                self.shadow.after(self._open_rows)
             self.accumulation.after()
         self._count_lives()
         overflow = getattr(self.optimizer, "found_inf", None)  # exists only inside a GradScaler's fused step
         if isinstance(overflow, Tensor):
             total = self._skipped.get(overflow.device)
             self._skipped[overflow.device] = overflow.clone() if total is None else total.add_(overflow)
-        self._rates.note(self.optimizer.param_groups)
         self.steps += 1
         self.window_steps += 1
+        has_changed, self._is_new_plan = self._is_new_plan, False
+        return self._rates.note(self.optimizer.param_groups) or has_changed
 
     def _leave_out(self, error: Exception) -> None:
         """Plan without the rows that cannot be read any more, and let this step pass; raise what is not their fault."""
@@ -277,17 +280,21 @@ class Watched:
     @property
     def is_waiting(self) -> bool:
         """Whether measured steps are still to be added."""
-        return any(own.is_waiting for own in self.of_device)
+        return any(block.is_waiting for block in self._plan_of.open)
 
     # --- at the end of a window --------------------------------------------------------------------
 
-    def close_window(self, batch: Batch) -> tuple[list[CohortWindow], list[TensorEvidence], list[Part]]:
-        """Hand the sums to `batch` and start a new window."""
+    def close_window(
+        self, batch: Batch, is_full: bool = True
+    ) -> tuple[list[CohortWindow], list[TensorEvidence], list[Part], list[Resting]]:
+        """Hand the sums to `batch` and start a new window. `is_full`: all tensors are to be looked at in that one."""
         cohorts: list[CohortWindow] = []
         others: list[TensorEvidence] = []
         window = WindowFacts(self.optimizer, self._group_facts(), self._twin_error)
-        self._measured = None
-        for own in self.of_device:
+        self._measured = []
+        is_open = set(map(id, self._plan_of.open))
+        resting = [block for block in self._plan_of.blocks if id(block) not in is_open]
+        for number, own in enumerate(self._plan_of.open):
             own.add()
             measured = [cohort for cohort in own.cohorts if cohort.steps]
             others += [
@@ -299,10 +306,12 @@ class Watched:
             transfer = batch.add_later(own.device, packing)
             states = tuple(measured[0].states)
             sums = SumsWindow(transfer, own.sums.layout(own.parts), states, window.facts_of(measured, own.facts))
+            # of several panels each is told by itself what it has not seen
+            owner = self.index, self.part, number if self._plan_of.panels > 1 else 0
             for cohort in measured:
-                steps = cohort.counted_steps(self._order.group_steps, own.gradients)
+                steps = cohort.counted_steps(self._roster.group_steps, own.gradients)
                 suspect = functools.partial(own.gradients.suspect, cohort.place.start)
-                where = self.window_steps, (self.index, self.part), cohort.place
+                where = self.window_steps, owner, cohort.place
                 of_tensors = tuple(cohort.firsts), cohort.usual
                 cohorts.append(CohortWindow(sums, steps, *where, suspect, cohort.draw_from, *of_tensors))
             own.open_window()
@@ -312,8 +321,13 @@ class Watched:
         self._skipped, self.window_steps, self.earlier_in_window = {}, 0, 0
         self._is_checked = False
         self._rates.open_window()
-        self._order.open_window()
-        return cohorts, others, skipped
+        self._open_window(is_full)
+        rows = [cohort.rows[i] for block in resting for cohort in block.cohorts for i in cohort.firsts]
+        return cohorts, others, skipped, [window.resting(rows)] if rows else []
+
+    def _open_window(self, is_full: bool) -> None:
+        self._roster.open_window(is_full)
+        self._open_rows = self.rows if self._roster.panel is None else self._outside + self._plan_of.open_rows
 
     def _group_facts(self) -> dict[int, dict[str, Any]]:
         """What is said of the tensors of each group, as it is now."""
@@ -331,7 +345,3 @@ class Watched:
                 "options": options_of(group),
             }
         return facts
-
-
-def _sizes(optimizer: Optimizer) -> list[int]:
-    return [len(group["params"]) for group in optimizer.param_groups]

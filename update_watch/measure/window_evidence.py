@@ -24,6 +24,7 @@ from update_watch.measure.accumulators.replicas import read as read_checksums
 from update_watch.measure.accumulators.state_factor import read as read_shadow
 from update_watch.measure.ledger.reading import Reading
 from update_watch.measure.ledger.sheet import SheetWindow
+from update_watch.measure.row_facts import Resting
 from update_watch.measure.sums.layout import WANT, Layout
 from update_watch.measure.sums.measured_block import CohortFacts, MeasuredBlock
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
@@ -56,7 +57,7 @@ class CohortWindow:
     of_all: SumsWindow
     steps: Steps
     window_steps: int
-    optimizer: tuple[int, int]  # cohorts of one optimizer are measured in steps of one window
+    owner: tuple[int, ...]  # cohorts of one owner are measured in other steps of one window
     place: slice  # of its rows among those of the sums
     suspect: Callable[[frozenset[int]], None] | None = None  # told the rows whose whole gradients are to be looked at
     draw_from: Callable[[frozenset[int]], None] | None = None  # told the rows that few elements carry
@@ -119,6 +120,7 @@ class Window:
     observed: int | None = None  # steps looked at
     cost_share: float | None = None  # of the window's time, what the watch took
     ledger: tuple[SheetWindow, ...] = ()
+    resting: tuple[Resting, ...] = ()  # tensors whose turn it was not
     time: float = dataclasses.field(default_factory=time.time)
 
 
@@ -142,6 +144,9 @@ def _read(window: Window) -> WindowEvidence:
         blocks.append(block)
         one.tell()
         rest()
+    for given in window.resting:
+        blocks.append(MeasuredBlock.unmeasured(given()))
+        blocks[-1].put({"skipped_steps": np.full(len(blocks[-1]), skipped)})
     names = [tensor.name for tensor in alone] + [name for block in blocks for name in block.names]
     if len(set(names)) < len(names):
         every = [block.tensor(row) for block in blocks for row in unhurried(range(len(block)))]
@@ -219,15 +224,15 @@ def _one_each(tensors: list[TensorEvidence]) -> list[TensorEvidence]:
 
 
 def _unmeasured(measured: Sequence[_Measured]) -> list[list[tuple[Unseen, Missed | None]]]:
-    """Of each cohort; see `step_sizes` and `missed_steps`. Cohorts of one optimizer share its steps."""
+    """Of each cohort; see `step_sizes` and `missed_steps`. Cohorts of one owner share its steps."""
     every = [
         (cohort, one.sums.parts_PFn[: len(cohort.steps.parts_Pn), WANT, rows])
         for one in measured
         for cohort, rows in zip(one.cohorts, one.rows, strict=True)
     ]
     found: dict[int, tuple[Unseen, Missed | None]] = {}
-    for optimizer in dict.fromkeys(cohort.optimizer for cohort, _ in every):
-        cohorts, energies = zip(*[pair for pair in every if pair[0].optimizer == optimizer], strict=True)
+    for owner in dict.fromkeys(cohort.owner for cohort, _ in every):
+        cohorts, energies = zip(*[pair for pair in every if pair[0].owner == owner], strict=True)
         steps = [cohort.steps.parts_Pn for cohort in cohorts]
         rates = [cohort.steps.squared_rates_P for cohort in cohorts]
         usual = [cohort.usual for cohort in cohorts]

@@ -9,6 +9,10 @@ a burst begins when the account is not overdrawn. A window then ends when enough
 
 For a window all steps are looked at again when a verdict has changed, a learning rate has jumped or a group was added. That
 is drawn from the account, too, so that it cannot happen all the time.
+
+Without a budget every step is looked at. All tensors are for as many windows at first; of a large model on a CPU then one part
+after the other (`measure.device.panels`), and all again in the window after a learning rate has jumped or a group was added.
+That depends on steps alone, so that it is the same each time.
 """
 
 from __future__ import annotations
@@ -57,7 +61,8 @@ class Attention:
         self._burst_cost = 0.0  # s, of the last whole one
         self._burst_spent = 0.0
         # windows left that are looked at in full
-        self._full = max(FIRST_WINDOWS, -(-FIRST_STEPS // window)) if budget is not None else 0
+        self._full = max(FIRST_WINDOWS, -(-FIRST_STEPS // window))
+        self._is_woken = False  # something has changed in the open window
         self._seen = 0  # steps, while nothing is drawn yet
         self._is_first = True  # nothing is drawn yet
         self.observed = 0  # steps of the open window
@@ -104,8 +109,9 @@ class Attention:
             self._looks = self._account >= 0
             self._burst = BURST - 1 if self._looks else 0
 
-    def saw(self) -> None:
-        """An optimizer's step was looked at to its end; one that raises is none."""
+    def saw(self, has_changed: bool = False) -> None:
+        """An optimizer's step was looked at to its end; one that raises is none. `has_changed`: and it was a reason to `wake`."""
+        self._is_woken |= has_changed
         self.observed += not self._is_counted  # those that step in turn are one
         self._seen += not self._is_counted
         self._is_counted = True
@@ -152,7 +158,9 @@ class Attention:
         return self._budget is None or self._full > 0
 
     def wake(self) -> None:
-        """Look at all steps for a window, unless that is not paid for yet from the last time."""
+        """Look at all steps for a window, unless that is not paid for yet from the last time. Without a budget: at all tensors in
+        the next one."""
+        self._is_woken = True
         if self._budget is not None and not self._full and self._account >= -_SAVINGS * self._burst_cost:
             self._full = 1
 
@@ -164,8 +172,9 @@ class Attention:
             return False
         return self.is_full or self._is_exact() or self.observed * _ENOUGH >= self._window
 
-    def close_window(self) -> tuple[float, int, float | None]:
-        """Of the window that ends: seconds on the training thread, steps looked at, share of its time the watch took."""
+    def close_window(self) -> tuple[float, int, float | None, bool]:
+        """Of the window that ends: seconds on the training thread, steps looked at, share of its time the watch took; and
+        whether all tensors are looked at in the next one, as they are by budget: it bounds what that costs."""
         observed, self.observed = self.observed, 0
         now = self._clock()
         began, self._window_began = self._window_began, now
@@ -175,8 +184,12 @@ class Attention:
         if self._full:
             self._full -= 1
             self._is_first = self._is_first and self._full > 0
+        if self._is_woken and self._budget is None:
+            self._full = max(self._full, 1)
+        self._is_woken = False
+        is_whole = self._full > 0 or self._budget is not None or self._is_exact()
         share = (spent + beside) / (now - began) if now > began else None
-        return spent, observed, share
+        return spent, observed, share, is_whole
 
     def judged(self, report: Report) -> None:
         """Learn from a report; called on the judging thread."""

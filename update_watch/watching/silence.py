@@ -81,7 +81,7 @@ class Silence:
     def _look(self, count: int) -> None:
         if self._ledger is None or count <= self._count:  # a new silence
             self._ledger = Ledger(random.Random(0))
-            self._ledger.plan([(line, frozenset(), False) for line in self._model.lines()])
+            self._ledger.plan([(line, frozenset(), False, None) for line in self._model.lines()])
         self._count = count
         self._ledger.after(self._ledger.before(None, (), count, leads=True))
         if count % self._window == 0:

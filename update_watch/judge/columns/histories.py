@@ -67,6 +67,7 @@ class Histories:
         self._names: Sequence[str] = ()  # of the window before
         self._rows_n: Rows = np.zeros(0, np.intp)
         self.health: Codes
+        self.cause: Codes  # of the last report, in this process
         self.grade: Codes
         self.graded: Codes
         self.net_grade: Codes
@@ -91,6 +92,7 @@ class Histories:
         """The columns of so many tensors that nothing is known of."""
         found: dict[str, Any] = {name: np.full(count, HEALTHY, np.int8) for name in _HEALTHS}
         found["health"][:] = found["graded"][:] = NONE
+        found["cause"] = np.full(count, NONE, np.int8)
         found |= {name: np.zeros(count, np.int64) for name in _COUNTS}
         found |= {name: np.zeros(count) for name in _NUMBERS}
         found["lr"][:] = found["written_step"][:] = np.nan

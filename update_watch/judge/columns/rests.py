@@ -88,7 +88,7 @@ def sort(
     is_odd |= is_open & columns.having("dtype", "float64".__eq__)
     peak = histories.peak_lr[rows]
     is_odd |= is_open & (lr_max <= limits.negligible_lr * peak)
-    is_odd |= is_open & (_is_undone(columns, histories, rows, limits) | _is_off(columns, histories, rows, limits))
+    is_odd |= is_open & (_is_undone(columns, histories, rows, limits) | is_state_off(columns, histories, rows, limits))
     is_resting = (cause != NONE) & ~is_odd & ~is_moving
     return Sorted(is_resting, cause, looked, is_open & ~is_odd, exact, is_moving)
 
@@ -104,7 +104,7 @@ def _is_undone(columns: Columns, histories: Histories, rows: Rows, limits: Thres
     return found
 
 
-def _is_off(columns: Columns, histories: Histories, rows: Rows, limits: Thresholds) -> Mask:
+def is_state_off(columns: Columns, histories: Histories, rows: Rows, limits: Thresholds) -> Mask:
     """[n] whether `beyond_steps.by_state` has anything to say."""
     factor, error = known(columns.column("state_factor")), known(columns.column("state_factor_error"))
     inside = np.where(histories.bad_state_windows[rows] >= 2, 1 + limits.state_margin, 1.0)

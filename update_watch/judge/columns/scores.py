@@ -92,7 +92,7 @@ def score(columns: Columns, places: Rows, histories: Histories, rows: Rows, exac
     pooled_Fn = _pooled(columns, places[seen], efficiency[seen], measured[seen], exact[seen])
     histories.age[rows[seen]] = 0
     histories.remember(rows[seen], pooled_Fn)
-    unseen = rows[~is_seen]
+    unseen = rows[~is_seen & (columns.column("is_resting")[places] == 0)]  # evidence does not age while nobody looks
     histories.age[unseen] += 1
     histories.forget_evidence(unseen[histories.age[unseen] > limits.pool_windows])
     evidence = np.nan_to_num(known(columns.column("displacement_evidence")[places]))

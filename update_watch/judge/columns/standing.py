@@ -30,13 +30,13 @@ class Standing:
     def __init__(self) -> None:
         self._known: dict[str, _Found] = {}
 
-    def take(self, columns: Columns, sorts: Sorted) -> dict[int, Verdict]:
-        """Verdicts by place, of tensors that are neither at rest nor scored from here on."""
+    def take(self, columns: Columns, sorts: Sorted, but: Mask) -> dict[int, Verdict]:
+        """Verdicts by place, of tensors that are neither at rest nor scored from here on. `but`: [n] not of these."""
         if not self._known:
             return {}
         is_off = sorts.cause == CAUSE_CODES[Cause.requires_grad_off]
         is_open = _is_unseen(columns) & (columns.column("finite") != 0) & (columns.column("replicas_differ") == 0)
-        is_open &= ~sorts.rests | is_off
+        is_open &= (~sorts.rests | is_off) & ~but
         names, requires = columns.raw("name"), columns.column("requires_grad") != 0
         taken: dict[int, Verdict] = {}
         for place in np.flatnonzero(is_open).tolist():

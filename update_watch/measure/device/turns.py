@@ -19,7 +19,7 @@ _ALL = 16
 _FEW = 8  # so many times the samples where the whole model has no more tensors than that: there is time for them
 _ELEMENTS = 8192
 _AT_LEAST = 8
-_MOST_TURNS = 8
+MOST_TURNS = 8
 _AT_ONCE = 512  # by one launch; the host still has to look at every address
 _MOST_TURNS_OF_OPTIMIZERS = 16
 _SHADOWED = 4  # optimizers whose states are compared with FP32 ones
@@ -37,7 +37,7 @@ def turns_of(sizes: Sequence[int], samples: int, device: torch.device) -> int:
         return math.ceil(tensors / _AT_ONCE)
     if tensors <= _ALL or (max(sizes) <= samples and sum(sizes) <= _ELEMENTS):
         return 1
-    return min(_MOST_TURNS, math.ceil(tensors / _AT_LEAST))
+    return min(MOST_TURNS, math.ceil(tensors / _AT_LEAST))
 
 
 def turns_of_optimizers(optimizers: int, tensors: int) -> tuple[int, int]:

@@ -169,6 +169,12 @@ def members_of(optimizer: Optimizer) -> list[Tensor]:
     return [param for group in optimizer.param_groups for param in group["params"]]
 
 
+def outline_of(optimizer: Optimizer) -> list[tuple[int, ...]]:
+    """Of each group how many members it has, and which are the first and the last of them."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    return [(len(params), id(params[0]), id(params[-1])) if params else (0,) for params in groups]
+
+
 def short(value: Any) -> str:
     """For messages: small values as they are, of others the type."""
     text = repr(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from update_watch.measure.ledger.sheet import Line, Sheet, SheetWindow, can_be_read
@@ -20,6 +20,7 @@ from update_watch.measure.transfer import Batch
 logger = logging.getLogger("update_watch")
 
 Owners = frozenset[Hashable]  # of the optimizers that step a tensor
+Panel = tuple[Hashable, int | None]  # of which optimizer, which; its sheets are read in the windows of it
 
 
 class Ledger:
@@ -33,6 +34,8 @@ class Ledger:
         self._planned_for: tuple[object, object] = None, None
         self._is_complete = False  # all that there is can be read
         self.sheets: list[Sheet] = []
+        self._panels: dict[Sheet, Panel | None] = {}
+        self._open: dict[Hashable, int | None] = {}
 
     def is_planned_for(self, tensors: object, facts: object) -> bool:
         """Whether a plan would be what it was: of the same list, with equal facts, all of which can still be read."""
@@ -40,33 +43,46 @@ class Ledger:
         is_as_it_was = known[0] is tensors and known[1] == facts and self._plan is not None and self._is_complete
         return is_as_it_was and not any(sheet.has_changed for sheet in self.sheets)
 
-    def plan(self, lines: Sequence[tuple[Line, Owners, bool]]) -> None:
-        """What there is to read: lines, who steps them, and whether their gradients are to be looked at.
+    def open(self, panels: Mapping[Hashable, int | None]) -> None:
+        """From now on read of each optimizer's tensors those of this panel; None: all."""
+        if panels != self._open:
+            self._open = dict(panels)
+            self._turn()
+
+    def _turn(self) -> None:
+        for sheet, panel in self._panels.items():
+            of_owner = None if panel is None else self._open.get(panel[0])
+            sheet.turn(of_owner is None or panel is None or panel[1] in (None, of_owner))
+
+    def plan(self, lines: Sequence[tuple[Line, Owners, bool, Panel | None]]) -> None:
+        """What there is to read: lines, who steps them, whether their gradients are to be looked at, and their panel.
 
         Does nothing where that is as it was; else all sums begin anew.
         """
         readable = [one for one in lines if can_be_read(one[0].tensor) and (one[0].master is None or _is_alike(one[0]))]
         self._is_complete = len(readable) == len(lines)
         now = [
-            (id(line.tensor), id(line.master), line.names, owners, needs, local(line.tensor).shape, line.tensor.dtype)
-            for line, owners, needs in readable
+            (*map(id, line[::2]), line.names, owners, needs, panel, local(line.tensor).shape, line.tensor.dtype)
+            for line, owners, needs, panel in readable
         ]
         if now == self._plan and not any(sheet.has_changed for sheet in self.sheets):
             return
         self._plan = now
         groups: dict[Any, list[Line]] = {}
-        for line, owners, needs in readable:
+        for line, owners, needs, panel in readable:
             master = None if line.master is None else line.master.dtype
-            key = (owners, local(line.tensor).device, line.tensor.dtype, master, needs)
+            key = (owners, local(line.tensor).device, line.tensor.dtype, master, needs, panel)
             groups.setdefault(key, []).append(line)
-        self._of_owner, self._unowned, self.sheets = {}, [], []
-        for (owners, _, _, _, needs), members in groups.items():
+        self._of_owner, self._unowned, self.sheets, self._panels = {}, [], [], {}
+        for (owners, _, _, _, needs, panel), members in groups.items():
             sheet = Sheet(members, self._rng, bool(owners), needs)
             self.sheets.append(sheet)
+            self._panels[sheet] = panel
             for owner in owners:
                 self._of_owner.setdefault(owner, []).append(sheet)
             if not owners:
                 self._unowned.append(sheet)
+        self._turn()
 
     def before(self, owner: Hashable, outside: Iterable[Hashable], step: int, leads: bool) -> list[Sheet]:
         """Read just before `owner` steps, what no step around it has read. The result is for `after`."""
@@ -76,7 +92,7 @@ class Ledger:
             sheets = [sheet for sheet in sheets if id(sheet) not in around]
         elif leads:
             sheets = sheets + self._unowned
-        return [sheet for sheet in sheets if self._reads(sheet, sheet.before, step)]
+        return [sheet for sheet in sheets if sheet.is_open and self._reads(sheet, sheet.before, step)]
 
     def miss(self, owner: Hashable, leads: bool) -> None:
         """A step of `owner` passes unseen."""

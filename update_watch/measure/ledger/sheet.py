@@ -87,6 +87,7 @@ class Sheet:
         self._slots = [[[ring[t, side].view(-1) for ring in self._rings] for side in (0, 1)] for t in range(self._most)]
         self._no_gradient = torch.zeros(ELEMENTS, device=self.device)
         self._has_moved = True  # since its tensors were looked at
+        self.is_open = True  # read in the steps of this window
         self._open_span()
 
     @property
@@ -104,6 +105,12 @@ class Sheet:
         )
         self._has_moved = has_changed
         return has_changed
+
+    def turn(self, is_open: bool) -> None:
+        """Be read from now on, or not. What passes unread is no part of a span."""
+        if is_open and not self.is_open:
+            self._open_span()
+        self.is_open = is_open
 
     def _open_span(self) -> None:
         """Choose other elements and start all sums anew."""

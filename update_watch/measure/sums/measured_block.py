@@ -18,7 +18,7 @@ from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, 
 from update_watch.measure.sums.error_bars import Array
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.window_sums import WindowSums
-from update_watch.report import HEADROOM_LOW
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 
 _NOTHING = Numbers()
 _OF_NUMBERS = tuple(f"numbers.{name}" for name in Numbers._fields)
@@ -109,6 +109,19 @@ class MeasuredBlock:
             "displacement_evidence": sums.evidence_n / np.where(steps.is_whole_n, sizes, sizes // 2),
         }
         self._parts: dict[str, _Accumulators | _Told] = {}
+
+    @classmethod
+    def unmeasured(cls, given: Mapping[str, list[Any]]) -> MeasuredBlock:
+        """A block of tensors of which no more is known than what is `given`, as in `CohortFacts`."""
+        new = object.__new__(cls)
+        new._given, new._count, new._columns, new._parts = dict(given), len(given["name"]), {}, {}
+        new._what_if = np.full(new._count, np.nan)
+        lengths = (HEADROOM_BINS, HEADROOM_BINS, PLACES)
+        new._histograms = {
+            name: np.broadcast_to(np.nan, (new._count, length))
+            for name, length in zip(_HISTOGRAMS, lengths, strict=True)
+        }
+        return new
 
     def add_states(self, sums: WindowSums, states: Sequence[str], facts: CohortFacts) -> None:
         """The numbers of these states, and those of the decay."""

@@ -1,0 +1,80 @@
+"""How the rows of one device are measured: all of them in every window or, of many, a panel of them, for a window at a time.
+
+What a look costs grows with the tensors that are looked at. Where one launch reads all of them that is little; else more than
+`FEW` tensors are shared out among panels, as those who are asked in a survey: each step of a window looks at so many tensors
+and no more, however large the model is, and each panel has one window of as many as there are panels. A panel is a fair part of
+the model: every so manieth tensor of each kind. In the first windows all panels are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from update_watch.measure.cohort import Cohort
+from update_watch.measure.device.turns import MOST_TURNS, turns_of
+from update_watch.measure.device_rows import DeviceRows
+from update_watch.measure.parameters import Row
+from update_watch.measure.sampling import local
+from update_watch.measure.step_order import Roster
+from update_watch.replay.twin import Twin
+
+FEW = 320  # tensors, up to which all take turns in every window: 40 in a step
+_AT_ONCE = 32  # tensors of a panel that are looked at in one step
+_PER_STEP = 8  # tensors that are looked at in a step, in the mean: a few looks at many cost less than many looks at few
+_LEAST, _MOST = 32, 256  # tensors of a panel
+
+
+class Plan:
+    """What measures the rows of one optimizer, and in which steps."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        twin: Twin | None,
+        rows: Sequence[Row],
+        samples: int,
+        rng: random.Random,
+        window: int,
+    ) -> None:
+        """`rows`: that can be measured. `window`: steps of one."""
+        self.blocks: list[DeviceRows] = []
+        self.panels = 1
+        devices = dict.fromkeys(local(row.param).device for row in rows)
+        cycle, measured = 0, window
+        for device in devices:
+            assert twin is not None  # else nothing can be measured
+            own = [row for row in rows if local(row.param).device == device]
+            turns = turns_of([local(row.param).numel() for row in own], samples, device)
+            if turns == MOST_TURNS and len(own) > FEW and len(devices) == 1:
+                size = min(max(window, _LEAST), _MOST)
+                self.panels, turns = math.ceil(len(own) / size), max(size // _AT_ONCE, 2)
+                cycle = size // _PER_STEP
+                # in a window of its own each row is measured once in a cycle
+                measured = max(window // cycle, 1) * turns
+            for panel in range(self.panels):
+                of_panel = own[panel :: self.panels]
+                self.blocks.append(DeviceRows(optimizer, twin, of_panel, samples, rng, measured, turns))
+        self.cohorts = [cohort for block in self.blocks for cohort in block.cohorts]
+        self.home = {cohort: block for block in self.blocks for cohort in block.cohorts}
+        everybody = [self.cohorts[k::MOST_TURNS] for k in range(MOST_TURNS)] if cycle else [(c,) for c in self.cohorts]
+        by_panel = [block.cohorts for block in self.blocks] if cycle else ()
+        # id of a parameter -> the panel it is in, where there are several
+        self.panel_of: dict[int, int] = {}
+        for panel, block in enumerate(self.blocks if cycle else ()):
+            self.panel_of.update({id(row.param): panel for cohort in block.cohorts for row in cohort.rows})
+        self.roster: Roster[Cohort] = Roster(everybody, window, rng, by_panel, cycle)
+
+    @property
+    def open(self) -> list[DeviceRows]:
+        """Those that are measured in the open window."""
+        panel = self.roster.panel
+        return self.blocks if panel is None else [self.blocks[panel]]
+
+    @property
+    def open_rows(self) -> list[Row]:
+        """The rows of these."""
+        return [row.of or row for block in self.open for cohort in block.cohorts for row in cohort.rows if row.is_first]
