@@ -1,13 +1,15 @@
 """What a watch costs at scale, worked out from real windows on stand-ins: as many tensors as the model has, small ones.
 
-    python bench/scale.py [--only WORDS] [--json FILE]
+    python bench/scale.py [--only WORDS] [--tensors N ...] [--json FILE]
 
 What the watch does depends on how many tensors there are and how many elements of each are looked at, not on their size: so
 7B parameters on 8 ranks, 70B on 512 and a mixture of experts of 10,000 tensors are each stood for by as many small BF16
 tensors as one rank steps. Measured on them (CPU): operators per step that is looked at, host time of it and of a window's
 end, processor time of the judging thread, bytes held, bytes that leave the device (and are summed over ranks) per window,
 lines of a journal, and what a W&B run is given. The share of steps that is looked at follows from the step time and the budget of
-1%; what is written in a day is the most: every step looked at, in windows of 128.
+1%; what is written in a day is the most: every step looked at, in windows of 128. Without a budget more than 320 tensors are looked at
+a part a window once the first windows are over: for that operators, processor time of the training thread and a window's end
+are measured again. `--tensors`: of so many small tensors instead.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import update_watch as uw
 from bench.overhead import Operators
 from update_watch.dashboards import Journal
 from update_watch.measure import transfer
+from update_watch.watching import attention
 
 WINDOW, USUAL_WINDOW, DAY, BUDGET = 32, 128, 86_400.0, 0.01
 
@@ -57,13 +60,19 @@ SETUPS = [
 ]
 
 
-def measure(setup: Setup) -> dict[str, Any]:
+def stand_ins(setup: Setup) -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+    """As many tensors as a rank has, small ones, and what steps them."""
     torch.manual_seed(0)
     params = [nn.Parameter((torch.randn(32, 32) * 0.02).bfloat16()) for _ in range(setup.tensors)]
     for p in params:
         p.grad = torch.randn_like(p) * 1e-3
     optimizer = torch.optim.AdamW(params, lr=3e-4, weight_decay=0.1, fused=True)
     optimizer.step()
+    return params, optimizer
+
+
+def measure(setup: Setup) -> dict[str, Any]:
+    params, optimizer = stand_ins(setup)
     gc.collect()
     before = _storages()
     sent: list[int] = []
@@ -128,6 +137,7 @@ def measure(setup: Setup) -> dict[str, Any]:
                 optimizer.step()
         lines = journal.stat().st_size / windows
         watch.close()
+    later = measure_later(setup)
     look_ms, end_ms = statistics.fmean(added), statistics.median(ends)
     window_ms = WINDOW * look_ms + end_ms + 1e3 * statistics.median(judged)
     # of the steps of a day, those that fit into the budget
@@ -149,7 +159,60 @@ def measure(setup: Setup) -> dict[str, Any]:
         "windows_per_day": windows,
         "journal_mb_per_day": windows * lines / 1e6,
         "logged_mb_per_day": windows * statistics.median(logged) / 1e6,
+        **later,
     }
+
+
+def measure_later(setup: Setup) -> dict[str, Any]:
+    """Without a budget: what the watch adds to a step in the first windows, and what once they are over."""
+    (params, optimizer), (_, other) = stand_ins(setup), stand_ins(setup)
+    names = [f"layers.{i // 9}.{'qkvoghudn'[i % 9]}.weight" for i in range(setup.tensors)]
+    sizes: list[int] = []
+
+    def looked_at(report: uw.Report) -> None:
+        sizes.append(sum(t.efficiency is not None for t in report.tensors))
+
+    found = {}
+    given = list(zip(names, params, strict=True)), optimizer
+    with uw.watch(*given, window=USUAL_WINDOW, budget=None, sinks=[looked_at]) as watch:
+        _steps(optimizer, USUAL_WINDOW)
+        watch._judge.wait()
+        found["first_added_ms"] = _added(optimizer, other, USUAL_WINDOW)
+        first = max(attention.FIRST_WINDOWS, -(-attention.FIRST_STEPS // USUAL_WINDOW)) - 2
+        _steps(optimizer, (first + 1) * USUAL_WINDOW)
+        watch._judge.wait()
+        found["later_added_ms"] = min(_added(optimizer, other, USUAL_WINDOW) for _ in range(3))
+        counter, alone = Operators(), Operators()
+        ends: list[float] = []
+        for step in range(2 * USUAL_WINDOW):
+            watch._judge.wait()
+            if step < USUAL_WINDOW:
+                with counter:
+                    optimizer.step()
+                with alone:
+                    other.step()
+            elif (step + 1) % USUAL_WINDOW:
+                optimizer.step()
+            else:
+                ends.append(_timed(optimizer.step) - statistics.median(_timed(other.step) for _ in range(9)))
+        found["later_operators"] = (counter.seen.total() - alone.seen.total()) / USUAL_WINDOW
+        found["later_window_end_ms"] = 1e3 * statistics.median(ends)
+        watch.flush()
+    found["later_tensors"] = sizes[-2]
+    return found
+
+
+def _steps(optimizer: torch.optim.Optimizer, count: int) -> float:
+    """Processor time of this thread, s."""
+    began = time.thread_time()
+    for _ in range(count):
+        optimizer.step()
+    return time.thread_time() - began
+
+
+def _added(optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer, count: int) -> float:
+    """What the watch adds to a step of `optimizer`, ms in the mean over so many, windows' ends among them."""
+    return 1e3 * (_steps(optimizer, count) - _steps(other, count)) / count
 
 
 def _numbers(report: uw.Report) -> dict[str, Any]:
@@ -177,17 +240,22 @@ def _storages() -> dict[int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", metavar="WORDS", default="", help="setups with these words in their name")
+    parser.add_argument("--tensors", type=int, nargs="+", default=[], help="this many small ones, no setup")
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
     given = parser.parse_args()
     logging.getLogger("update_watch").setLevel(logging.CRITICAL)
     found = {}
-    for setup in SETUPS:
+    small = [Setup(f"{count:,} small tensors", count, 1024.0 * count, 1, 0.05) for count in given.tensors]
+    for setup in small or SETUPS:
         if given.only in setup.name:
             found[setup.name] = r = measure(setup)
             print(
                 f"{setup.name}: {r['tensors']:,} tensors a rank; attached in {r['attach_s']:.1f} s\n"
                 f"  a step looked at: {r['operators']:.0f} operators, {r['look_ms']:.2f} ms; a window's end {r['window_end_ms']:.1f} ms;"
                 f" judged in {r['judging_ms']:.0f} ms\n"
+                f"  without a budget, in the mean: {r['first_added_ms']:.2f} ms a step in the first windows; later"
+                f" {r['later_operators']:.0f} operators and {r['later_added_ms']:.2f} ms, {r['later_tensors']:,} tensors a window,"
+                f" a window's end {r['later_window_end_ms']:.1f} ms\n"
                 f"  holds {r['held_mb']:.1f} MB ({100 * r['held_share']:.2f}% of a rank's weights); {r['window_kb']:.0f} kB leave per window\n"
                 f"  with steps of {setup.step_s:g} s: {100 * r['looked_at']:.0f}% are looked at, a window is"
                 f" {r['journal_kb']:.0f} kB in a journal, {r['logged_kb']:.0f} kB to a logger; at most {r['windows_per_day']:.0f} a day:"
