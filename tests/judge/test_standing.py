@@ -131,6 +131,12 @@ def test_what_the_host_knows_is_said_though_it_is_not_its_turn(
     assert [(t.health, t.cause) for t in found] == [(Health.healthy, None)] * 2 + [(health, cause)]
 
 
+def test_states_that_are_at_fault_are_told_meanwhile() -> None:
+    off = resting(tensor(), state_factor=3.0, state_factor_steps=128)
+    found = verdicts(tensor(), resting(tensor()), *[off] * 40)
+    assert [t.cause for t in found] == [None] * 3 + [Cause.state_rounding] * 39
+
+
 def test_one_whose_turn_has_not_come_yet_is_not_judged() -> None:
     (found,) = verdicts(resting(tensor()))
     assert found.health is Health.unknown and "measured in none" in found.advice

@@ -149,7 +149,7 @@ class Diagnosis:
                     type(error).__name__,
                     error,
                 )
-        self._histories, self._last_step = Histories(self._limits), last_step
+        self._histories, self._resting, self._last_step = Histories(self._limits), Resting(), last_step
         self._histories.take(memories)
 
     # --- the tensors -------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ HEALTHY, STALLING, STALLED, UNKNOWN, IDLE, FROZEN, BROKEN = range(len(HEALTHS))
 HEALTH_CODES = {health: i for i, health in enumerate(HEALTHS)}
 CAUSES = tuple(Cause)
 CAUSE_CODES = {cause: i for i, cause in enumerate(CAUSES)}
-NONE = -1  # no health, no cause
+NONE, UNSAID = -1, -2  # no health, no cause; and that nobody has said which
 
 
 def cause_of(code: int) -> Cause | None:

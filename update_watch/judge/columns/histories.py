@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from update_watch.judge.columns.codes import HEALTH_CODES, HEALTHS, HEALTHY, NONE, Array, Codes, Rows
+from update_watch.judge.columns.codes import HEALTH_CODES, HEALTHS, HEALTHY, NONE, UNSAID, Array, Codes, Rows
 from update_watch.judge.history import AccumulatorHistory, PooledWindow, TensorHistory
 from update_watch.thresholds import Thresholds
 
@@ -67,7 +67,7 @@ class Histories:
         self._names: Sequence[str] = ()  # of the window before
         self._rows_n: Rows = np.zeros(0, np.intp)
         self.health: Codes
-        self.cause: Codes  # of the last report, in this process
+        self.cause: Codes  # of the last report; UNSAID where there was none in this process
         self.grade: Codes
         self.graded: Codes
         self.net_grade: Codes
@@ -92,7 +92,7 @@ class Histories:
         """The columns of so many tensors that nothing is known of."""
         found: dict[str, Any] = {name: np.full(count, HEALTHY, np.int8) for name in _HEALTHS}
         found["health"][:] = found["graded"][:] = NONE
-        found["cause"] = np.full(count, NONE, np.int8)
+        found["cause"] = np.full(count, UNSAID, np.int8)
         found |= {name: np.zeros(count, np.int64) for name in _COUNTS}
         found |= {name: np.zeros(count) for name in _NUMBERS}
         found["lr"][:] = found["written_step"][:] = np.nan

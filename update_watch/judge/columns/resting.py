@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from update_watch.columns.evidence_columns import Columns
-from update_watch.judge.columns.codes import CAUSE_CODES, HEALTHY, NONE, Codes, Mask, Rows, known
+from update_watch.judge.columns.codes import CAUSE_CODES, HEALTHY, NONE, UNSAID, Codes, Mask, Rows, known
 from update_watch.judge.columns.histories import Histories
 from update_watch.judge.columns.judged import Judged
 from update_watch.judge.columns.rests import Sorted, is_state_off
@@ -38,7 +38,7 @@ class Resting:
     def take(self, columns: Columns, sorts: Sorted, histories: Histories, rows: Rows, limits: Thresholds) -> Mask:
         """[n] those whose verdict stands; from here on neither at rest nor scored."""
         column = columns.column
-        found: Mask = (column("is_resting") != 0) & (histories.health[rows] != NONE)
+        found: Mask = (column("is_resting") != 0) & (histories.cause[rows] != UNSAID)
         if not found.any():
             return found
         steps = column("steps")
