@@ -36,6 +36,7 @@ import update_watch as uw
 from bench.overhead import Operators
 from update_watch.dashboards import Journal
 from update_watch.measure import transfer
+from update_watch.measure.hooks.tap import StepTap
 from update_watch.watching import attention
 
 WINDOW, USUAL_WINDOW, DAY, BUDGET = 32, 128, 86_400.0, 0.01
@@ -172,47 +173,62 @@ def measure_later(setup: Setup) -> dict[str, Any]:
     def looked_at(report: uw.Report) -> None:
         sizes.append(sum(t.efficiency is not None for t in report.tensors))
 
-    found = {}
     given = list(zip(names, params, strict=True)), optimizer
-    with uw.watch(*given, window=USUAL_WINDOW, budget=None, sinks=[looked_at]) as watch:
-        _steps(optimizer, USUAL_WINDOW)
-        watch._judge.wait()
-        found["first_added_ms"] = _added(optimizer, other, USUAL_WINDOW)
-        first = max(attention.FIRST_WINDOWS, -(-attention.FIRST_STEPS // USUAL_WINDOW)) - 2
-        _steps(optimizer, (first + 1) * USUAL_WINDOW)
-        watch._judge.wait()
-        found["later_added_ms"] = min(_added(optimizer, other, USUAL_WINDOW) for _ in range(3))
+    with InHooks() as spent, uw.watch(*given, window=USUAL_WINDOW, budget=None, sinks=[looked_at]) as watch:
+        first = [_window(optimizer, watch, spent) for _ in range(attention.FIRST_WINDOWS)]
+        later = [_window(optimizer, watch, spent) for _ in range(4)]
         counter, alone = Operators(), Operators()
-        ends: list[float] = []
-        for step in range(2 * USUAL_WINDOW):
+        for _ in range(USUAL_WINDOW):
             watch._judge.wait()
-            if step < USUAL_WINDOW:
-                with counter:
-                    optimizer.step()
-                with alone:
-                    other.step()
-            elif (step + 1) % USUAL_WINDOW:
+            with counter:
                 optimizer.step()
-            else:
-                ends.append(_timed(optimizer.step) - statistics.median(_timed(other.step) for _ in range(9)))
-        found["later_operators"] = (counter.seen.total() - alone.seen.total()) / USUAL_WINDOW
-        found["later_window_end_ms"] = 1e3 * statistics.median(ends)
+            with alone:
+                other.step()
         watch.flush()
-    found["later_tensors"] = sizes[-2]
-    return found
+    return {
+        "first_added_ms": min(statistics.fmean(window) for window in first[1:]),
+        "first_window_end_ms": min(window[-1] for window in first[1:-1]),
+        "later_added_ms": min(statistics.fmean(window) for window in later[1:]),
+        "later_window_end_ms": min(window[-1] for window in later[1:]),
+        "later_operators": (counter.seen.total() - alone.seen.total()) / USUAL_WINDOW,
+        "later_tensors": sizes[-2],
+    }
 
 
-def _steps(optimizer: torch.optim.Optimizer, count: int) -> float:
-    """Processor time of this thread, s."""
-    began = time.thread_time()
-    for _ in range(count):
+class InHooks:
+    """Processor time of the training thread in the hooks of watches that are made within, since it was last asked for."""
+
+    def __enter__(self) -> InHooks:
+        self.seconds = 0.0
+        self._hooks = {name: getattr(StepTap, name) for name in ("_ask", "_run_before", "_run_after")}
+        for name, hook in self._hooks.items():
+            setattr(StepTap, name, self._timed(hook))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name, hook in self._hooks.items():
+            setattr(StepTap, name, hook)
+
+    def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            began = time.thread_time()
+            try:
+                return hook(*args)
+            finally:
+                self.seconds += time.thread_time() - began
+
+        return timed
+
+
+def _window(optimizer: torch.optim.Optimizer, watch: uw.Watch, spent: InHooks) -> list[float]:
+    """Of each step of a window what the watch adds to it, ms. Judging is waited for: it shares the interpreter."""
+    found = []
+    for _ in range(USUAL_WINDOW):
+        watch._judge.wait()
+        spent.seconds = 0.0
         optimizer.step()
-    return time.thread_time() - began
-
-
-def _added(optimizer: torch.optim.Optimizer, other: torch.optim.Optimizer, count: int) -> float:
-    """What the watch adds to a step of `optimizer`, ms in the mean over so many, windows' ends among them."""
-    return 1e3 * (_steps(optimizer, count) - _steps(other, count)) / count
+        found.append(1e3 * spent.seconds)
+    return found
 
 
 def _numbers(report: uw.Report) -> dict[str, Any]:
@@ -253,7 +269,8 @@ def main() -> int:
                 f"{setup.name}: {r['tensors']:,} tensors a rank; attached in {r['attach_s']:.1f} s\n"
                 f"  a step looked at: {r['operators']:.0f} operators, {r['look_ms']:.2f} ms; a window's end {r['window_end_ms']:.1f} ms;"
                 f" judged in {r['judging_ms']:.0f} ms\n"
-                f"  without a budget, in the mean: {r['first_added_ms']:.2f} ms a step in the first windows; later"
+                f"  without a budget, in the mean: {r['first_added_ms']:.2f} ms a step in the first windows, {r['first_window_end_ms']:.1f}"
+                f" ms at their end; later"
                 f" {r['later_operators']:.0f} operators and {r['later_added_ms']:.2f} ms, {r['later_tensors']:,} tensors a window,"
                 f" a window's end {r['later_window_end_ms']:.1f} ms\n"
                 f"  holds {r['held_mb']:.1f} MB ({100 * r['held_share']:.2f}% of a rank's weights); {r['window_kb']:.0f} kB leave per window\n"
