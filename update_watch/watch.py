@@ -317,7 +317,8 @@ def watch(
         window: optimizer steps per report.
         samples: elements looked at per parameter.
         budget: share of the time between steps that the watch may take after 256 steps, once every tensor has a verdict (or
-            after four windows): it then looks at fewer steps, and reports say at how many. None: every step.
+            after four windows): it then looks at fewer steps, and reports say at how many. None: at every step; on a CPU
+            from then on at a part of more than 320 tensors in each window.
         sinks: callables that take a `Report`, on a background thread, of several ranks on rank 0; a failing one is dropped.
         thresholds: limits of the verdicts and alerts.
         averages: further accumulators to watch, `{"ema": averaged_model}`, or with their decay `{"ema": (model, 0.999)}`.

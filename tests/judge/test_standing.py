@@ -145,5 +145,9 @@ def test_one_whose_turn_has_not_come_yet_is_not_judged() -> None:
 def test_the_headline_says_at_how_many_tensors_somebody_has_looked() -> None:
     judge, names = Diagnosis(Thresholds()), ("a", "b", "c", "d")
     judge.judge(window(*[tensor(name=name) for name in names]))
-    report = judge.judge(window(tensor(name="a"), *[resting(tensor(name=name)) for name in names[1:]], step=256))
+    others = [resting(tensor(name=name)) for name in names[1:]]
+    report = judge.judge(window(tensor(name="a"), *others, step=256))
     assert report.headline == "All 4 tensors are healthy (efficiency 0.99); looked at 1 of them."
+    report = judge.judge(window(tensor(0.0, "a", **GONE), *others, step=384))
+    assert report.headline.startswith("1 of 4 tensors is stalled")
+    assert report.headline.endswith("; also 1 looked at now.")

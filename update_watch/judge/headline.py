@@ -83,6 +83,8 @@ def headline(
     pending = counts_of(judged.health)[UNKNOWN] - lacking
     if pending:
         also.append(f"{pending} not known yet")
+    if resting:
+        also.append(f"{len(judged) - resting} looked at now")
     return f"{text}; also {', '.join(also)}." if also else f"{text}."
 
 
