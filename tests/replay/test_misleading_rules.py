@@ -168,8 +168,26 @@ def test_random_draws_closures_and_divergence_are_unknown_with_their_reason() ->
     assert probed(noisy).reason == "Sketch draws random numbers in its step, and a replay draws others"
     assert probed(diverging).reason == "Sketch makes a plain FP32 parameter infinite or NaN"
     reason = find_rule(Closure([parameter(8)], noisy), 0, 1).reason
-    assert reason.startswith("Closure fails on a plain FP32 parameter")
-    assert "closure" in reason
+    assert reason == "the step of Closure calls a closure that evaluates the model, and a replay has none"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cut", [False, True], ids=["rounded", "cut off"])
+def test_a_rule_that_rounds_the_weights_itself_is_not_replayed_on_fp32_copies(dtype: torch.dtype, cut: bool) -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            new = param.float() - group["lr"] * param.grad.float()  # type: ignore[union-attr]
+            if cut:  # towards 0
+                new = (new.view(torch.int32) & -(1 << (16 if dtype is torch.bfloat16 else 13))).view(torch.float32)
+            param.copy_(new.to(dtype))
+
+    found = probed(update)
+    assert found.kind is Kind.unknown
+    assert found.reason.startswith("Sketch rounds FP32 weights to ")
+    if dtype is torch.bfloat16:
+        weight = torch.nn.Parameter(torch.zeros(300, 40, dtype=dtype))
+        found = find_rule(Sketch([weight], update), 0, 2, shape=(300, 40), dtype=dtype)
+        assert found.kind is Kind.elementwise and found.scaled is not None
 
 
 def test_a_rule_that_breaks_on_odd_gradients_is_known_for_ordinary_ones() -> None:

@@ -22,6 +22,8 @@ def _not_to_be_copied(param: Tensor) -> dict[str, Any]:
     return {
         "one of its parameters outside param_groups": [param],
         "something per parameter outside optimizer.state": {param: 1},
+        "something per parameter": {id(param): torch.zeros(8)},
+        "something per parameter outside": [torch.zeros_like(param)],
         "too large to copy at every step": torch.ones(5000),
         "closes over a Tensor": lambda: held,
         "a list of 5000 items": list(range(5000)),
@@ -33,6 +35,8 @@ def _not_to_be_copied(param: Tensor) -> dict[str, Any]:
 USES: dict[str, Callable[[Any], Any]] = {
     "one of its parameters outside param_groups": lambda thing: thing[0] + 1,
     "something per parameter outside optimizer.state": lambda thing: thing.get(1),
+    "something per parameter": lambda thing: [*thing.values()],
+    "something per parameter outside": lambda thing: thing[0].add(1),
     "too large to copy at every step": lambda thing: torch.sum(thing),
     "closes over a Tensor": lambda thing: thing(),
     "a list of 5000 items": lambda thing: [*thing],

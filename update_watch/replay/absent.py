@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -61,6 +62,20 @@ class Absent:
         if not found:
             raise AbsentError("its step computes with something that a replay cannot have")
         return _refuse(found[0], getattr(func, "__name__", "torch"))
+
+
+def asks_for_closure(step: Callable[..., Any]) -> bool:
+    """Whether a step that failed without a closure runs with one, and calls it."""
+    calls: list[None] = []
+
+    def closure() -> Tensor:
+        calls.append(None)
+        return torch.zeros(())
+
+    with suppress(Exception):
+        step(closure)
+        return bool(calls)
+    return False
 
 
 def _refuse(absent: Absent, name: str) -> Any:

@@ -120,7 +120,7 @@ class Copier:
             self._visit(value.__self__, depth + 1)
         elif isinstance(value, types.GeneratorType):
             self._refuse(value, "an iterator")
-        elif isinstance(value, dict) and any(isinstance(key, Tensor) for key in value):
+        elif self._is_by_parameter(value):
             self._refuse(value, "something per parameter outside optimizer.state")
         else:
             if isinstance(value, dict):
@@ -154,6 +154,19 @@ class Copier:
         if self._widen and type(value) is Tensor and value.dtype in _LOW_PRECISION:
             copied, self.has_widened = copied.to(torch.float32), True
         self.replace(value, torch.nn.Parameter(copied) if isinstance(value, torch.nn.Parameter) else copied)
+
+    def _is_by_parameter(self, value: Any) -> bool:
+        """A map from parameters, or a list of other tensors of their shapes, as FP32 weights are."""
+        if isinstance(value, dict):
+            return any(isinstance(key, Tensor) or key in self._members() for key in value)
+        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, Tensor) for item in value):
+            return False
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        lists = [group["params"] for group in groups]
+        shapes = [item.shape for item in value]
+        return self._members().isdisjoint(map(id, value)) and any(
+            shapes == [param.shape for param in params] for params in (*lists, [p for params in lists for p in params])
+        )
 
     def _members(self) -> frozenset[int]:
         if self._member_ids is None:

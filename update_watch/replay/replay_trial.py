@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from update_watch import formats
 from update_watch.odd_tensors import described, unreadable
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import Copier
@@ -73,6 +74,18 @@ class ReplayTrial:
                     self._step()
                 except RuleError:
                     return  # as schedules of fixed length do
+
+    def refuse_rounded(self) -> None:
+        """Raise `ReplayError` where the rule has rounded its FP32 weights to fewer bits: its replay would lose what the step
+        loses, and call that the update.
+        """
+        values = torch.cat([param.detach().reshape(-1) for param in self.training.params])
+        for dtype in formats.HALVES if values.dtype is torch.float32 and bool(values.any()) else ():
+            if torch.equal(values.to(dtype).float(), values):
+                fmt = str(dtype).removeprefix("torch.")
+                raise ReplayError(
+                    f"{self.training.name} rounds FP32 weights to {fmt}, and would round those of a replay"
+                )
 
     def low_states(self) -> frozenset[str]:
         """Those that are kept in fewer bits than FP32."""

@@ -213,6 +213,7 @@ def _first_right(settings: TrainingSettings, shape: tuple[int, ...], ways: tuple
             for training, steps in _trainings(starts, way, shape, size_matters):
                 trials.append(ReplayTrial(training, way))
                 trials[-1].run(steps)
+            trials[-1].refuse_rounded()
             return _rule(way, trials, _kept_low(trials[-1]))
         except RuleError:
             raise

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.odd_tensors import unreadable
-from update_watch.replay.absent import Absent, ReplayError
+from update_watch.replay.absent import Absent, AbsentError, ReplayError, asks_for_closure
 from update_watch.replay.attribute_copy import Copier
 from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
 from update_watch.replay.premade_state import state_for
@@ -163,7 +163,13 @@ class SyntheticTraining:
         """One step of the rule. Raises `RuleError` when it fails."""
         try:
             self._rule(self.optimizer)
+        except AbsentError as error:
+            raise RuleError(str(error)) from error
         except Exception as error:
+            if asks_for_closure(functools.partial(self._rule, self.optimizer)):
+                raise RuleError(
+                    f"the step of {self.name} calls a closure that evaluates the model, and a replay has none"
+                ) from error
             if "dense gradients" in str(error):  # no fault of it, and none of the trial
                 raise RuleError(f"{self.name} takes sparse gradients, of which no step is replayed") from error
             raise RuleError(f"{self.name} fails on a plain {self._format} parameter: {error!r}") from error
