@@ -193,6 +193,23 @@ def test_parameters_that_are_grouped_anew_are_replayed_with_the_settings_of_thei
     assert [t.efficiency for t in report.tensors] == pytest.approx([1.0] * len(report.tensors), abs=1e-4)
 
 
+def test_numbers_of_the_steps_since_parameters_were_grouped_anew_are_not_said_to_be_those_of_the_whole_window() -> None:
+    torch.manual_seed(0)
+    model = Net(torch.bfloat16)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=1e-3)
+    with uw.watch(model, optimizer, window=10**6) as watch:
+        train(model, optimizer, 24)
+        moved = optimizer.param_groups[0]["params"].pop()
+        optimizer.param_groups[1]["params"].append(moved)
+        train(model, optimizer, 8)
+        report = watch.flush()
+    assert report is not None
+    assert report.window == 32
+    assert all(t.efficiency_error is None or t.efficiency_error > 0.01 for t in report.tensors)
+    assert all(t.displacement_efficiency is None for t in report.tensors)
+
+
 def test_sparse_gradients_are_unknown_with_the_reason_and_the_other_tensors_are_measured() -> None:
     net = torch.nn.Sequential(torch.nn.Embedding(32, 48, sparse=True), torch.nn.Linear(48, 64))
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)

@@ -116,6 +116,8 @@ class Watched:
         measured = [row for row in self.rows if row.is_measured and self._twin is not None]
         self._plan_of = Plan(self.optimizer, self._twin, measured, self._samples, self._rng, self._window)
         self.cohorts, self._roster = self._plan_of.cohorts, self._plan_of.roster
+        for _ in range(self.window_steps):  # what was measured of them was of other rows
+            self._roster.pass_by()
         self._open_rows = self.rows  # those that are looked at in the open window
         inside = {id(row.of or row) for cohort in self.cohorts for row in cohort.rows}
         self._outside = [row for row in self.rows if id(row) not in inside]  # of all cohorts
