@@ -169,6 +169,21 @@ def test_random_draws_closures_and_divergence_are_unknown_with_their_reason() ->
     assert probed(diverging).reason == "Sketch makes a plain FP32 parameter infinite or NaN"
     reason = find_rule(Closure([parameter(8)], noisy), 0, 1).reason
     assert reason == "the step of Closure calls a closure that evaluates the model, and a replay has none"
+    reason = find_rule(torch.optim.LBFGS([parameter(8)]), 0, 1).reason
+    assert reason == "the step of LBFGS calls a closure that evaluates the model, and a replay has none"
+
+    def failing(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        optimizer.seen = getattr(optimizer, "seen", 0) + 1
+        if optimizer.seen % 3 == 0:
+            raise RuntimeError("now and then")
+
+    class Template(Sketch):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            if closure is not None:
+                closure()
+            super().step()
+
+    assert "now and then" in find_rule(Template([parameter(8)], failing), 0, 1).reason
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -65,17 +64,23 @@ class Absent:
 
 
 def asks_for_closure(step: Callable[..., Any]) -> bool:
-    """Whether a step that failed without a closure runs with one, and calls it."""
+    """Whether a step that fails without a closure calls the one it is given, and does not fail in the same way then."""
     calls: list[None] = []
 
     def closure() -> Tensor:
         calls.append(None)
         return torch.zeros(())
 
-    with suppress(Exception):
-        step(closure)
-        return bool(calls)
-    return False
+    without = _problem_of(step)
+    return bool(without) and _problem_of(step, closure) != without and bool(calls)
+
+
+def _problem_of(step: Callable[..., Any], *given: Any) -> str:
+    try:
+        step(*given)
+    except Exception as error:
+        return repr(error)
+    return ""
 
 
 def _refuse(absent: Absent, name: str) -> Any:

@@ -159,7 +159,11 @@ class Copier:
         """A map from parameters, or a list of other tensors of their shapes, as FP32 weights are."""
         if isinstance(value, dict):
             return any(isinstance(key, Tensor) or key in self._members() for key in value)
-        if not isinstance(value, (list, tuple)) or not value or not all(isinstance(item, Tensor) for item in value):
+        if (
+            not isinstance(value, (list, tuple))
+            or not value
+            or not all(issubclass(type(item), Tensor) for item in value)
+        ):
             return False
         groups = self._optimizer.param_groups if self._optimizer is not None else []
         lists = [group["params"] for group in groups]
