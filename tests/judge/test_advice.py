@@ -154,7 +154,7 @@ SENTENCES = [
     pytest.param(
         Cause.no_gradient,
         Seen(steps=128),
-        "Its gradient was None in all 128 steps of this window; check that forward uses it and that nothing detaches it"
+        "Its gradient was None in all 128 steps that were looked at; check that forward uses it and that nothing detaches it"
         " from the loss.",
         id="no_gradient",
     ),

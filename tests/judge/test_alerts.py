@@ -251,6 +251,13 @@ def test_what_cannot_be_measured_is_told_where_it_is_more_than_a_tenth(
         assert found[0].text == f"{unknown} of 20 tensors cannot be measured: its rule draws random numbers."
 
 
+def test_a_tensor_of_no_elements_lacks_no_measurement(alerts: Alerts) -> None:
+    empty = tensor(
+        "e", Health.unknown, cause=Cause.not_replayable, advice="Unknown, because it has no elements.", numel=0
+    )
+    assert not told(alerts, empty, tensor("g", Health.healthy))
+
+
 def test_what_is_frozen_and_moves_by_its_optimizer_is_a_warning(alerts: Alerts) -> None:
     text = "It is frozen (requires_grad is False) and yet it moves, by 0.001 of its size per step; take it out."
     moving = tensor("a.w", Health.healthy, cause=Cause.requires_grad_off, advice=text, trainable=False)

@@ -225,3 +225,11 @@ def test_a_real_run_planted_for_one_sign_is_told_and_its_twin_is_not(name: str, 
     warnings, _, infos = told(record(planted, planted.kinds[0], 0, window=16))
     assert planted.sign in infos and warnings == []
     assert told(record(well, well.kinds[0], 0, window=16)) == ([], {}, {})
+
+
+def test_windows_without_a_step_say_nothing_of_where_a_run_is_heading() -> None:
+    divergences = Divergences()
+    silent = dataclasses.replace(window(0, tensor()), window=0)
+    for i in range(8):
+        assert divergences.add(window(i, tensor(), skipped=1)).divergence is not None
+        assert divergences.add(silent) is silent

@@ -234,3 +234,11 @@ def test_a_displacement_without_evidence_counts_for_nothing() -> None:
     assert {t.health for t in verdicts(*[low] * 6)} == {Health.healthy}
     high = tensor(0.0, displacement_efficiency=1.0, displacement_evidence=0.3, lost=1.0)
     assert verdicts(high)[0].health is Health.stalled
+
+
+def test_a_tensor_that_moved_in_steps_that_were_not_looked_at_had_a_gradient_there() -> None:
+    seldom = {"steps": 11, "measured_steps": 0, "gradless_steps": 11, "applied_ratio": None, "changed_fraction": None}
+    one = tensor(None, zero_gradient_fraction=None, moved=0.009, **seldom)
+    assert verdicts(one)[0].advice == (
+        "Unknown, because it had no gradient in the 11 of 128 steps that were looked at, and moved in the others."
+    )

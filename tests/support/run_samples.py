@@ -149,7 +149,7 @@ def _tensor(spec: Spec, lr: float, peak: float, z: np.ndarray, precision: str, h
         )
     if kind == "idle":
         text = (
-            "Its gradient was None in all 128 steps of this window; check that forward uses it and that nothing "
+            "Its gradient was None in all 128 steps that were looked at; check that forward uses it and that nothing "
             "detaches it from the loss."
         )
         return dataclasses.replace(base, health=Health.idle, cause=Cause.no_gradient, advice=text)

@@ -128,7 +128,20 @@ def test_gradients_that_nobody_sets_to_zero_are_no_micro_batches_where_another_o
     assert report is not None and all("not one sampled bit" in t.advice for t in report.tensors)
 
 
-@pytest.mark.parametrize("make", [stepped, accumulating])
+def skipping_the_last(model: nn.Module) -> Callable[[], None]:
+    """As a gradient scaler does where gradients overflow."""
+    optimizer, count = torch.optim.SGD(model.parameters(), lr=1e-3), [0]
+
+    def update() -> None:
+        count[0] += 1
+        if count[0] <= 61:
+            optimizer.step()
+        optimizer.zero_grad()
+
+    return update
+
+
+@pytest.mark.parametrize("make", [stepped, accumulating, skipping_the_last])
 def test_where_an_optimizer_steps_nothing_is_said(make: Callable[[nn.Module], Callable[[], None]]) -> None:
     texts, report, _ = run(make, 64)
     assert texts == []

@@ -19,6 +19,7 @@ from update_watch.report import Cause, Health
 from update_watch.thresholds import Thresholds
 
 NEARLY_ALL = 0.9  # of the steps, skipped
+_OVER_WINDOW = "in this window"
 NOISE = 2.0**-18  # a gradient so much smaller than the usual one of the run is what rounding left of it
 LARGEST_NOISE = 64 * NOISE  # and its largest element
 FAR_BELOW = 0.1  # of the learning rate: what a rule that normalises gives any real gradient is more
@@ -50,9 +51,9 @@ def movement(e: TensorEvidence) -> tuple[float, str]:
     if between > 0:
         return between, "per step, written between the steps"
     if over_window > 0:
-        return over_window, "in this window"
+        return over_window, _OVER_WINDOW
     changed = known(e.changed_fraction) or 0.0
-    return changed and 1.0, "in this window" if changed else ""
+    return changed and 1.0, _OVER_WINDOW if changed else ""
 
 
 def rest(
@@ -81,6 +82,8 @@ def rest(
     if not e.steps:
         return UNKNOWN, None, reasons.unknown(reasons.no_step(e.reason, known(e.moved)))
     if e.gradless_steps >= e.steps:
+        if e.steps < window.window and movement(e)[1] == _OVER_WINDOW:  # an expert that starves, say
+            return UNKNOWN, None, reasons.unknown(reasons.moved_unseen(e.steps, window.window))
         return Rest(Cause.no_gradient, Seen(steps=e.steps))
     return _without_gradient(e, history, limits)
 

@@ -50,6 +50,10 @@ def not_always_looked_at(looks: int, blind: int) -> str:
     )
 
 
+def moved_unseen(looked: int, steps: int) -> str:
+    return f"it had no gradient in the {looked} of {steps} steps that were looked at, and moved in the others"
+
+
 def rate_ran_out(lr: float, peak: float) -> str:
     return (
         f"its learning rate of {number(lr)} has all but run out (peak {number(peak)}): what is lost at the end of a"

@@ -58,11 +58,11 @@ def not_in_optimizer(seen: Seen) -> Advice:
 def no_gradient(seen: Seen) -> Advice:
     if seen.moved:
         return Advice(
-            f"its gradient was None in {_all(seen.steps)}, and yet it moves, {_movement(seen)}",
+            f"its gradient was None in {_looked(seen.steps)}, and yet it moves, {_movement(seen)}",
             "if it should stay as it is, look for what writes to it, such as an optimizer that makes gradients where none are",
         )
     return Advice(
-        f"its gradient was None in {_all(seen.steps)}",
+        f"its gradient was None in {_looked(seen.steps)}",
         "check that forward uses it and that nothing detaches it from the loss",
     )
 
@@ -132,6 +132,10 @@ def _movement(seen: Seen) -> str:
     return (
         f"by {percent(seen.moved) if (seen.moved or 0) > 0.1 else number(seen.moved or 0.0)} of its size {seen.mover}"
     )
+
+
+def _looked(steps: int) -> str:
+    return "the one step that was looked at" if steps == 1 else f"all {steps} steps that were looked at"
 
 
 def _all(steps: int) -> str:

@@ -68,8 +68,8 @@ def is_bad(health: Codes) -> Mask:
 
 
 def is_measurable(judged: Judged) -> Mask:
-    """[n] whether its updates should be measured: it requires a gradient, and an optimizer holds it."""
-    found: Mask = judged.trainable & ~judged.is_caused(Cause.not_in_optimizer)
+    """[n] whether its updates should be measured: it requires a gradient, an optimizer holds it, and there is something of it."""
+    found: Mask = judged.trainable & (judged.column("numel") > 0) & ~judged.is_caused(Cause.not_in_optimizer)
     return found
 
 

@@ -93,8 +93,11 @@ class Silence:
                 warn(message)
 
     def flush(self) -> bool:
-        """Report the silence that lasts, if one does."""
-        if self._ledger is None or self._count < 2 or not self._passes.is_silent:
+        """Report the silence that lasts, if one does; where steps were seen before, only one as long as a window: steps that a
+        gradient scaler skips are none.
+        """
+        least = self._window if self._model.step else 2
+        if self._ledger is None or self._count < least or not self._passes.is_silent:
             return False
         if self._count % self._window:
             plain = PlainTorch()
@@ -105,7 +108,7 @@ class Silence:
     def _finding(self) -> str:
         return (
             f"a step of an optimizer of this model was never seen in {self._count} backward passes, though gradients arrive"
-            f"{self._strangers()} (does its rule run under another name than `step`?)"
+            f"{self._strangers()} (does its rule run under another name than `step`, or does a gradient scaler skip every step?)"
         )
 
     def _close(self) -> None:

@@ -20,6 +20,8 @@ class Divergences:
 
     def add(self, report: Report) -> Report:
         """The report with its `divergence`; as it is where nothing of the run is measured."""
+        if not report.window:
+            return report
         points = self._course.add(report, judged_of(report))
         last = points[-1]
         if not math.isfinite(last.weight) and not last.broken and not last.skipped:
