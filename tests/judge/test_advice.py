@@ -69,6 +69,14 @@ SENTENCES = [
     ),
     pytest.param(
         Cause.state_rounding,
+        Seen(
+            dtype="bfloat16", accumulator="sum", efficiency=0.24, rate=0.0, is_growth=True
+        ),  # of Adagrad: it has no beta
+        "Optimizer state sum in BF16 rounds its growth away (efficiency of the growth 0.24); keep the optimizer state in FP32.",
+        id="state_rounding-sum",
+    ),
+    pytest.param(
+        Cause.state_rounding,
         Seen(dtype="bfloat16", accumulator="exp_avg_sq", efficiency=0.0, rate=0.001, state_factor=0.45),
         "Optimizer state exp_avg_sq in BF16 rounds its decay away at 1 - beta = 0.001 (efficiency of the decay 0.00),"
         " and the updates are 0.45 of what FP32 state would give; keep the optimizer state in FP32 or use a beta of at"

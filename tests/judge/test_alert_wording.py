@@ -43,6 +43,17 @@ def test_a_few_norms_are_to_be_kept_in_fp32_alone(alerts: Alerts) -> None:
     assert "Fix: keep all 5 norms in FP32 (+1.28 kB), or store norm weights zero-centred (w - 1), or keep" in alert.text
 
 
+def test_no_cost_is_told_of_formats_whose_cost_is_not_known(alerts: Alerts) -> None:
+    (alert,) = told(alerts, tensor("a.w", Health.stalled, shape=(64, 8), dtype="float8_e4m3fn"))
+    assert "model.float() and torch.autocast, or use" in alert.text and "Kahan summation (optimi);" in alert.text
+
+
+def test_a_number_that_is_none_is_written_as_it_is(alerts: Alerts) -> None:
+    said = "NaN or infinity among its weights; go back."
+    (alert,) = told(alerts, tensor("b.w", Health.broken, cause=Cause.non_finite, advice=said))
+    assert alert.text.startswith("b.w since step 129: NaN or infinity among its weights.")
+
+
 def test_the_trainer_at_hand_gives_the_words(alerts: Alerts) -> None:
     (alert,) = alerts.update(report(tensor("a.w", Health.stalled, dtype="bfloat16")), "lightning").alerts
     assert "Trainer(precision='bf16-mixed')" in alert.text

@@ -371,3 +371,27 @@ def test_a_run_that_decay_alone_moves_trains_nothing() -> None:
         "Nothing is being trained: every gradient is exactly 0, and weight decay and momentum alone move 1 of 2 tensors; look"
         " for a clipping norm of 0, a loss that is multiplied by 0, or a product of two zeros at the start."
     )
+
+
+def test_masters_that_were_seen_to_be_copied_back_are_waited_for() -> None:
+    still = tensor(is_master=True, net_efficiency=0.0, moved=0.0)
+    copied = tensor(is_master=True, net_efficiency=0.0, moved=0.01, written_steps=1)
+    accused, healthy = (Health.stalled, Cause.not_copied_back), (Health.healthy, None)
+    seldom = [still, still, copied] * 4
+    assert [(t.health, t.cause) for t in verdicts(*seldom)] == [accused, accused, *[healthy] * 10]
+    ended = verdicts(still, copied, *[still] * 12)
+    assert [(t.health, t.cause) for t in ended] == [accused, *[healthy] * 9, *[accused] * 4]
+    beside = tensor(is_master=True, net_efficiency=1.0, moved=0.01)  # a window that is judged with all others
+    found = verdicts(still, still, copied, beside, still, beside, still, still)
+    assert [t.health for t in found[2:]] == [Health.healthy] * 6
+
+
+def test_what_is_waited_for_goes_on_after_a_resume() -> None:
+    still = tensor(is_master=True, net_efficiency=0.0, moved=0.0)
+    copied = tensor(is_master=True, net_efficiency=0.0, moved=0.01, written_steps=1)
+    diagnosis = Diagnosis(Thresholds())
+    for i, one in enumerate((still, copied)):
+        diagnosis.judge(window(one, step=128 * (i + 1)))
+    resumed = Diagnosis(Thresholds())
+    resumed.load_state_dict(diagnosis.state_dict())
+    assert resumed.judge(window(still, step=384)).tensors[0].health is Health.healthy

@@ -7,7 +7,7 @@ import math
 from update_watch.evidence import TensorEvidence
 from update_watch.judge.accumulators import is_state
 from update_watch.judge.efficiency_grade import grade, known, share
-from update_watch.judge.history import HEALTHY, STALLING, TensorHistory
+from update_watch.judge.history import HEALTHY, MOST_WAITED, STALLING, TensorHistory
 from update_watch.judge.no_signal import Verdict, verdict
 from update_watch.judge.number_formats import FULL, SIGNIFICANT_BITS
 from update_watch.judge.seen import Seen
@@ -19,6 +19,9 @@ _FURTHER = 1.5  # than all steps between two writes in one direction; both ends 
 UNDONE = 0.8  # of what the steps applied: Lookahead takes back half by design, ranks that average more
 
 
+_PATIENCE = 8  # times as many windows as the first copy was waited for
+
+
 def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Verdict | None:
     """The steps apply their updates, but are they still there at the window's end?"""
     net, error = known(e.net_efficiency), known(e.net_efficiency_error) or 0.0
@@ -28,8 +31,16 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
     is_uncopied = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
     is_undone = undone >= UNDONE and not _travels(e)
     if health is HEALTHY or not (is_uncopied or is_undone):
+        if (
+            e.is_master and before is not HEALTHY and known(e.moved)
+        ):  # what one copy brings is no share of its window's updates
+            history.lossy_windows = -min(_PATIENCE * max(history.lossy_windows, 1), MOST_WAITED)
+            return None
         return _still(e, before, history)
     history.lossy_windows += 1
+    if not is_undone and history.lossy_windows <= 0:  # copied now and then: the next time is waited for
+        history.net_grade = HEALTHY
+        return None
     if is_undone and not _is_again(e, history):  # a checkpoint may have been loaded, or a layer begun anew
         return None
     history.net_grade = health

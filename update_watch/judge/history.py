@@ -11,6 +11,7 @@ from update_watch.report import Cause, Health
 # looking a member up on its enum costs more than what is done with it, thousands of times per window
 HEALTHY, STALLING, STALLED, UNKNOWN = Health.healthy, Health.stalling, Health.stalled, Health.unknown
 GRADES = (HEALTHY, STALLING, STALLED)
+MOST_WAITED = 64  # windows
 _ONCE = -1  # in a checkpoint: an average that was updated in one window
 _NEVER_UPDATED = 3  # windows in which an average that never was updated is waited for
 _NEVER_STEPS = 64  # and steps: libraries update after every tenth step, or every fiftieth
@@ -142,7 +143,8 @@ class TensorHistory:
         self.proven = False  # a displacement has shown that its updates arrive
         self.bad_state_windows = 0  # in a row with a state factor outside the band
         self.net_grade = HEALTHY  # of what is left of the applied updates at a window's end
-        self.lossy_windows = 0  # in a row in which they were undone
+        # in a row in which they were undone; below 0 so many windows are waited for the next copy of masters
+        self.lossy_windows = 0
         self.written_step: int | None = None  # the last at which that was seen
         self.still_steps = 0  # in a row, in which it had gradients and not one bit of it moved
         self.skipped_windows = 0  # in a row with nearly all steps skipped
@@ -208,7 +210,7 @@ class TensorHistory:
         history.proven = bool(data["proven"])
         history.bad_state_windows = _count(data["bad_state_windows"])
         history.net_grade = _grade(data["net_grade"])
-        history.lossy_windows = _count(data["lossy_windows"])
+        history.lossy_windows = _count(data["lossy_windows"], -MOST_WAITED)
         history.written_step = None if data["written_step"] is None else _count(data["written_step"])
         history.zero_looks = _count(data["zero_looks"])
         history.skipped_windows = _count(data["skipped_windows"])

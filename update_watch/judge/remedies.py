@@ -31,16 +31,17 @@ def remedy(cause: Cause | None, mine: Rows, judged: Judged, trainer: str, advice
         return _cure_of(advice)
     masters, trained = switch(trainer, dtype), judged.trainable
     if cause is Cause.weight_rounding:
-        whole = f"keep FP32 master weights: {masters} (+{size(judged.cost_of(Cure.masters, trained))})"
+        whole = f"keep FP32 master weights: {masters}{_price(judged.cost_of(Cure.masters, trained))}"
         option = "kahan_sum=True" if judged.having("options", _has_kahan)[mine].all() else "optimi"
-        kahan = f"Kahan summation ({option}, +{size(judged.cost_of(Cure.kahan, trained))})"
+        price = judged.cost_of(Cure.kahan, trained)
+        kahan = f"Kahan summation ({option}{f', +{size(price)}' if price else ''})"
         if _can_stand_alone(judged, mine):
-            alone = f"keep {', '.join(judged.words(mine))} in FP32 (+{size(judged.cost_of(Cure.masters, mine))})"
+            alone = f"keep {', '.join(judged.words(mine))} in FP32{_price(judged.cost_of(Cure.masters, mine))}"
             centred = ", or store norm weights zero-centred (w - 1)" if are_norms(judged, mine) else ""
             return f"{alone}{centred}, or {whole}"
         return f"{whole}, or use stochastic rounding (torchao, +0 B) or {kahan}; then retune the learning rate"
     if cause is Cause.decay_rounding:
-        whole = f"FP32 master weights: {masters} (+{size(judged.cost_of(Cure.masters, trained))})"
+        whole = f"FP32 master weights: {masters}{_price(judged.cost_of(Cure.masters, trained))}"
         if Cure.fused_decay not in cures_for(cause.value, _options(judged, mine)):
             return f"keep {whole}, or use stochastic rounding (torchao, +0 B)"
         return f"fused=True in the optimizer, which adds decay and gradient in one rounding (+0 B), or {whole}"
@@ -84,6 +85,11 @@ def _options(judged: Judged, mine: Rows) -> set[tuple[str, ...]]:
 
 def _has_kahan(options: tuple[str, ...]) -> bool:
     return "kahan_sum" in options
+
+
+def _price(more: int) -> str:
+    """Of formats of other than 16 bits it is not known."""
+    return f" (+{size(more)})" if more else ""
 
 
 def _cost_of_average(judged: Judged, mine: Rows, name: str) -> int:

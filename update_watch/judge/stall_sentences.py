@@ -51,14 +51,14 @@ def state_rounding(seen: Seen) -> Advice:
         finding = f"{name} in {kind} has stopped at {seen.counter:g}, where adding 1 changes nothing"
         cure = "keep the step counter in FP32"
     else:
-        rate = f" at 1 - beta = {number(seen.rate)}" if seen.rate is not None else ""
+        rate = f" at 1 - beta = {number(seen.rate)}" if seen.rate else ""  # 0: a sum, as of Adagrad
         part = "growth" if seen.is_growth else "decay"
         finding = f"{name} in {kind} rounds its {part} away{rate}"
         if seen.efficiency is not None:
             finding += f" (efficiency of the {part} {fixed(seen.efficiency)})"
         cure = "keep the optimizer state in FP32"
         floor = smallest_rate(seen.dtype)
-        has_beta = seen.rate is not None or any(name in seen.options for name in BETAS)
+        has_beta = bool(seen.rate) if seen.rate is not None else any(name in seen.options for name in BETAS)
         if floor is not None and has_beta and (seen.rate is None or seen.rate < floor):
             cure += f" or use a beta of at most {1 - floor:.4g}"
     factor = fixed(seen.state_factor)

@@ -160,7 +160,7 @@ def _head(members: Members, mine: Rows, judged: Judged, trainer: str) -> str:
     fix = remedy(cause, mine, judged, trainer, advice, part)
     is_worst = (members.parts == OWN) & np.isin(members.health, (BROKEN, STALLED))
     text = f"{_who(mine, judged, members.places[is_worst])}: "
-    text += f"{seen[:1].lower() if seen[1:2].islower() else seen[:1]}{seen[1:]}"
+    text += f"{seen[:1].lower() if seen.split(maxsplit=1)[0][1:].islower() else seen[:1]}{seen[1:]}"
     return f"{text}\nFix: {fix}." if fix else text
 
 

@@ -140,7 +140,7 @@ class _Scored:
         at = rows[is_healthy]
         histories.grade[at], histories.stalled_lr[at] = HEALTHY, 0.0
         histories.net_grade[at] = HEALTHY
-        histories.lossy_windows[at] = 0
+        histories.lossy_windows[at] = np.minimum(histories.lossy_windows[at], 0)  # below 0 what is waited for goes on
         histories.bad_state_windows[rows[is_healthy & has_state_factor(columns, self._limits)[places]]] = 0
 
     def text(self, i: int, e: TensorEvidence) -> str:
