@@ -205,6 +205,31 @@ def test_a_rule_that_rounds_the_weights_itself_is_not_replayed_on_fp32_copies(dt
         assert found.kind is Kind.elementwise and found.scaled is not None
 
 
+@pytest.mark.parametrize("every", [1, 3, 10**9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_rule_that_steps_a_copy_in_its_state_and_never_the_weight_is_named(dtype: torch.dtype, every: int) -> None:
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            state = optimizer.state[param]
+            if "master" not in state:
+                state["momentum"] = torch.zeros_like(param, dtype=torch.float32)
+                state["master"] = param.detach().float().clone()
+            state["momentum"].mul_(0.9).add_(param.grad)
+            state["master"].add_(state["momentum"], alpha=-float(group["lr"]))
+            if optimizer.count(param) % every == 0:
+                param.copy_(state["master"])
+
+    weight = torch.nn.Parameter(torch.zeros(300, 40, dtype=dtype))
+    found = find_rule(Sketch([weight], update), 0, 2, shape=(300, 40), dtype=dtype)
+    if every == 10**9:
+        assert found.kind is Kind.unknown
+        assert (
+            found.reason == "in its trial Sketch stepped a copy of the weight and never the weight (its state 'master')"
+        )
+    else:
+        assert found.kind is Kind.elementwise
+
+
 def test_a_rule_that_breaks_on_odd_gradients_is_known_for_ordinary_ones() -> None:
     def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
         for param in params:

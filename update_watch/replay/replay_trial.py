@@ -18,11 +18,13 @@ from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import Copier
 from update_watch.replay.synthetic_training import Counters, RuleError, SyntheticTraining, TrainingSettings, sampled
 from update_watch.replay.twin import Run, Twin
+from update_watch.wording import copy_is_stepped
 
 STEPS = 13  # past the switches of RAdam (5), Lookahead (5, 6) and the like
 TOLERANCE = 1e-5  # of the largest update; torch's own rules differ by exactly 0
 _WIDE_TOLERANCE = 0.05  # the same where the rule keeps BF16 state, which replays hold in FP32
 _STEPS_THERE = 3  # at each step the counters are moved to: the one before, it, the one after
+_STANDING, _NEAR = 1e-8, 0.01  # of the learning rate, and of the weight: where a copy of it stays
 _SECONDS = 1.0  # of this thread, whatever else the machine does, for one training; slow rules are tried on fewer steps
 _ROUNDING = 2.0**-22  # of the stored value: two FP32 roundings, of vectorised against scalar arithmetic
 
@@ -40,6 +42,7 @@ class ReplayTrial:
     def __init__(self, settings: TrainingSettings, way: Way, widen: bool = False) -> None:
         self.training = SyntheticTraining(settings)
         self.settings, self.way, self.widen = settings, way, widen
+        self._start = [param.detach().clone() for param in self.training.params]
         self.twin = Twin(self.training.optimizer)
         self.error = 0.0
         self.state_errors: dict[str, float] = {}
@@ -86,6 +89,18 @@ class ReplayTrial:
                 raise ReplayError(
                     f"{self.training.name} rounds FP32 weights to {fmt}, and would round those of a replay"
                 )
+
+    def refuse_unmoved(self) -> None:
+        """Raise `ReplayError` where no weight has moved, but a state that began as the weight has."""
+        params = self.training.params
+        if not all(torch.equal(param.detach(), start) for param, start in zip(params, self._start, strict=True)):
+            return
+        slow = SyntheticTraining(self.settings._replace(lr_factor=_STANDING))
+        slow.set_gradients()
+        slow.step()
+        each = zip(self._start, self.training.states(), slow.states(), strict=True)
+        for name in set.intersection(*(_copies(start, *states) for start, *states in each)):
+            raise ReplayError(copy_is_stepped(self.training.name, name))
 
     def low_states(self) -> frozenset[str]:
         """Those that are kept in fewer bits than FP32."""
@@ -225,6 +240,17 @@ def alike(first: dict[str, Any], *others: dict[str, Any]) -> bool:
             elif not isinstance(value, Tensor) and value != other[name]:
                 return False
     return True
+
+
+def _copies(start: Tensor, moved: dict[str, Any], slow: dict[str, Any]) -> set[str]:
+    """States that began as the weight and have moved: at hardly any learning rate they are still where it is."""
+    found = set()
+    for name, value in slow.items():
+        if isinstance(value, Tensor) and not unreadable(value) and value.shape == start.shape and name in moved:
+            is_near = (value.float() - start.float()).norm() < _NEAR * start.float().norm()
+            if is_near and not torch.equal(moved[name].float(), start.float()):
+                found.add(name)
+    return found
 
 
 def _values(run: Run) -> dict[str, Tensor]:

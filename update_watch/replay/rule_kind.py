@@ -38,7 +38,7 @@ from update_watch.replay.synthetic_training import (
 )
 from update_watch.replay.trial_guards import refuse_marks, silence
 from update_watch.replay.twin import Twin
-from update_watch.wording import first_line
+from update_watch.wording import first_line, is_copy_stepped
 
 _STEPS_SMALL = 6
 _FEW = 256  # elements
@@ -81,7 +81,8 @@ def find_rule(
         reasons += found.reasons
         has_failed |= found.has_failed
     first, *others = dict.fromkeys(reasons)
-    reason = first + "".join(f"; and in its own format {scaled}" for scaled in others[:1] if low)
+    scaled = others[:1] if low and not is_copy_stepped(first) else []
+    reason = first + "".join(f"; and in its own format {other}" for other in scaled)
     return Rule(Kind.unknown, reason, has_failed=has_failed)
 
 
@@ -214,6 +215,7 @@ def _first_right(settings: TrainingSettings, shape: tuple[int, ...], ways: tuple
                 trials.append(ReplayTrial(training, way))
                 trials[-1].run(steps)
             trials[-1].refuse_rounded()
+            trials[-1].refuse_unmoved()
             return _rule(way, trials, _kept_low(trials[-1]))
         except RuleError:
             raise

@@ -54,3 +54,38 @@ def test_what_was_applied_is_reported_though_the_rule_is_not_known() -> None:
         assert tensor.moved == pytest.approx(rms(p.double() - begin[k].double()) / rms(begin[k]), rel=1e-4)
         assert tensor.unmoved_fraction == pytest.approx(float((p == begin[k]).double().mean()), abs=1e-6)
         assert tensor.applied_ratio > 0 and tensor.unmoved_fraction == 0.5
+
+
+class HoldsMasters(torch.optim.SGD):
+    """Steps FP32 weights in its state, and writes them to the model after every so many steps."""
+
+    every = 1
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        group = self.param_groups[0]
+        for p in group["params"]:
+            state = self.state[p]
+            if not state:
+                state.update(master=p.detach().float().clone(), steps=0)
+            state["master"].add_(p.grad.float(), alpha=-group["lr"])
+            state["steps"] += 1
+            if state["steps"] % self.every == 0:
+                p.copy_(state["master"])
+
+
+@pytest.mark.parametrize("every", [1, 10**9])
+def test_masters_in_the_state_that_are_never_copied_back_are_said(every: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(16, 16).to(torch.bfloat16))
+    optimizer = HoldsMasters([weight], lr=1e-3)
+    optimizer.every = every
+    with uw.watch([("w", weight)], optimizer, window=32) as watch:
+        for _ in range(96):
+            weight.grad = torch.randn(16, 16).add(0.5).to(torch.bfloat16)
+            optimizer.step()
+        report = watch.flush()
+    assert report is not None
+    (tensor,) = report.tensors
+    expected = (Health.healthy, None) if every == 1 else (Health.stalled, Cause.not_copied_back)
+    assert (tensor.health, tensor.cause) == expected
