@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from update_watch.worker import rest
 
 Array = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
 _T = TypeVar("_T")
 
 
@@ -56,6 +57,9 @@ class Block(Values, Protocol):
     def tensor(self, row: int) -> TensorEvidence:
         """All of one."""
 
+    def having(self, name: str, test: Callable[[Any], bool]) -> Mask:
+        """[n] whether the value, of which there are few different ones, is as asked."""
+
     def histogram(self, name: str, length: int) -> Array:
         """[n, length] of shares; NaN of those that have none."""
 
@@ -63,10 +67,37 @@ class Block(Values, Protocol):
         """The accumulators, by name."""
 
 
-def having(values: Sequence[Any], test: Callable[[Any], bool]) -> npt.NDArray[np.bool_]:
+def having(values: Sequence[Any], test: Callable[[Any], bool]) -> Mask:
     """[n] whether a value, of which there are few different ones, is as asked."""
     found = {value: bool(test(value)) for value in set(values)}
     return np.fromiter(map(found.__getitem__, values), bool, len(values))
+
+
+class Lists:
+    """Values that stay the same from window to window; what is made of them is kept."""
+
+    def __init__(self, values: Mapping[str, list[Any]]) -> None:
+        self.values = values
+        self._columns: dict[str, Array] = {}
+        self._codes: dict[str, tuple[Rows, list[Any]]] = {}
+
+    def column(self, name: str) -> Array:
+        """[n] as numbers; not to be written to."""
+        found = self._columns.get(name)
+        if found is None:
+            found = self._columns[name] = np.array(self.values[name], dtype=np.float64)
+        return found
+
+    def having(self, name: str, test: Callable[[Any], bool]) -> Mask:
+        """[n] whether the value is as asked."""
+        known = self._codes.get(name)
+        if known is None:
+            values = self.values[name]
+            code_of = {value: code for code, value in enumerate(dict.fromkeys(values))}
+            codes = np.fromiter(map(code_of.__getitem__, values), np.intp, len(values))
+            known = self._codes[name] = codes, list(code_of)
+        codes, different = known
+        return np.array([bool(test(value)) for value in different], bool)[codes]
 
 
 class Objects:
@@ -101,6 +132,9 @@ class OneByOne(Objects):
 
     def tensor(self, row: int) -> TensorEvidence:
         return self._rows[row]
+
+    def having(self, name: str, test: Callable[[Any], bool]) -> Mask:
+        return having(self.raw(name), test)
 
     def histogram(self, name: str, length: int) -> Array:
         found = np.full((len(self._rows), length), np.nan)
@@ -212,9 +246,12 @@ class Columns:
             rest()
         return found
 
-    def having(self, name: str, test: Callable[[Any], bool]) -> npt.NDArray[np.bool_]:
+    def having(self, name: str, test: Callable[[Any], bool]) -> Mask:
         """[n] whether the value, of which there are few different ones, is as asked."""
-        return having(self.raw(name), test)
+        if not self._blocks:
+            return np.zeros(0, bool)
+        found: Mask = np.concatenate([block.having(name, test) for block in self._blocks])[self.order]
+        return found
 
     def histogram(self, name: str, length: int) -> Array:
         """[n, length] of shares; NaN of those that have none."""

@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from update_watch import formats
+from update_watch.columns.evidence_columns import Lists
 from update_watch.evidence import TensorEvidence, made
 from update_watch.measure.accumulators.counters import short_counters
 from update_watch.measure.cohort import Cohort
@@ -105,24 +106,24 @@ class WindowFacts:
         # by their ids, as a tensor's hash takes longer; of a copy, as a step may add some meanwhile
         stepped = {id(param): state for param, state in dict(self._optimizer.state).items()}
         states = [stepped.get(id(param)) or {} for param in params]
-        in_groups = [row.group for row in rows]
+        in_groups, reasons = [row.group for row in rows], [row.reason or self._twin_error for row in rows]
         of_groups = {group: (of["optimizer_group"], of["options"]) for group, of in self._groups.items()}
         stays = known.of(
             (
                 *_kinds_of(states),
                 [row.identity or object() for row in rows],
                 [row.rates for row in rows],
+                reasons,
                 in_groups,
                 of_groups,
                 cohorts,
             ),
-            lambda: self._stays(rows, states, cohorts),
+            lambda: self._stays(rows, states, cohorts, reasons),
         )
-        given: dict[str, list[Any]] = {**stays.given}
+        given: dict[str, list[Any]] = {**stays.lists.values}
         for name in ("lr", "lr_max", "weight_decay"):
             of_group = {group: of[name] for group, of in self._groups.items()}
             given[name] = list(map(of_group.__getitem__, in_groups))
-        given["reason"] = [row.reason or self._twin_error for row in rows]
         given["steps"] = [steps for cohort, steps, *_ in noted for _ in cohort.firsts]
         given["gradless_steps"] = gradless = [of[i] for cohort, _, of, _ in noted for i in cohort.firsts]
         given["requires_grad"] = requires = [param.requires_grad for param in params]
@@ -135,16 +136,18 @@ class WindowFacts:
             counters[i] = short_counters(rows[i], states[i])
         given["accumulators"] = counters
         rates = [first_rates.get(row.group) for row, (_, _, _, first_rates) in zip(rows, _each(noted), strict=True)]
-        return CohortFacts(given, stays.sizes, stays.states, rates)
+        return CohortFacts(given, stays.sizes, stays.states, rates, stays.lists)
 
-    def _stays(self, rows: Sequence[Row], states: Sequence[Mapping[str, Any]], cohorts: Sequence[Cohort]) -> _Stays:
+    def _stays(
+        self, rows: Sequence[Row], states: Sequence[Mapping[str, Any]], cohorts: Sequence[Cohort], reasons: list[str]
+    ) -> _Stays:
         identities = [self._identity(row) for row in unhurried(rows)]
         given: dict[str, list[Any]] = {name: [of[name] for of in identities] for name in identities[0]}
         groups = [self._groups[row.group] for row in rows]
         given |= {name: [of[name] for of in groups] for name in ("optimizer_group", "options")}
         names = cohorts[0].states
         facts = [_state_facts(row, state, names) for row, state in zip(unhurried(rows), states, strict=True)]
-        given["low_states"] = [one.low for one in facts]
+        given |= {"low_states": [one.low for one in facts], "reason": reasons}
         sizes = []
         for cohort in cohorts:
             of_rows = [sampler.size for sampler in cohort.samplers]
@@ -156,7 +159,7 @@ class WindowFacts:
             at = [i for i, one in enumerate(facts) if one.formats[k]]
             formats, rates = [facts[i].formats[k] for i in at], [rows[i].rates.get(name) for i in at]
             found[name] = StateFacts(np.array(at, dtype=np.intp), formats, rates)
-        return _Stays(given, sizes, found, [i for i, one in enumerate(facts) if one.may_be_short])
+        return _Stays(Lists(given), sizes, found, [i for i, one in enumerate(facts) if one.may_be_short])
 
 
 def _each(noted: Sequence[tuple[Cohort, int, Sequence[int], Mapping[int, float]]]) -> Iterator[Any]:
@@ -167,7 +170,7 @@ def _each(noted: Sequence[tuple[Cohort, int, Sequence[int], Mapping[int, float]]
 class _Stays(NamedTuple):
     """Of the tensors of some cohorts, what seldom changes."""
 
-    given: dict[str, list[Any]]
+    lists: Lists  # by the names of `TensorEvidence`
     sizes: list[int]
     states: dict[str, StateFacts]
     counting: list[int]  # rows with a counter in 16 bits: its value is read anew

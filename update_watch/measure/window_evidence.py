@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from update_watch.columns.evidence_columns import Columns, OneByOne, Tensors, having
+from update_watch.columns.evidence_columns import Columns, OneByOne, Tensors
 from update_watch.evidence import AccumulatorEvidence, TensorEvidence, WindowEvidence, changed
 from update_watch.measure.accumulators.average_windows import AverageWindow, UnreadWindow
 from update_watch.measure.accumulators.average_windows import read as read_average
@@ -252,7 +252,7 @@ def _tensors(
     missed = [(rows, one) for rows, (_, one) in zip(measured.rows, others, strict=True) if one is not None]
     block = MeasuredBlock(sums, steps, sums.numbers(steps, of_steps, missed), facts, skipped)
     block.add_states(sums, measured.of_all.states, facts)
-    has_numbers = (steps.measured_n != 0) & ~having(facts.given["reason"], bool)
+    has_numbers = (steps.measured_n != 0) & ~block.having("reason", bool)
     # a counter is read by itself, and is said of its tensor first
     is_plain = has_numbers & ~np.fromiter(map(bool, facts.given["accumulators"]), bool, len(facts))
     if is_plain.all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -125,7 +126,8 @@ class Reading:
         `arrived`: their displacement efficiencies. What is written between steps, or copied from a master, is told one by one.
         """
         n, nowhere = len(names), (-1, -1)
-        sheet_n, place_n = np.array([self._places.get(name, nowhere) for name in names]).reshape(n, 2).T
+        places = itertools.chain.from_iterable([self._places.get(name, nowhere) for name in names])
+        sheet_n, place_n = np.fromiter(places, np.intp, 2 * n).reshape(n, 2).T
         found: dict[str, npt.NDArray[Any]] = {
             name: np.full(n, np.nan) for name in ("written_between", "moved", "net_efficiency", "undone_fraction")
         }

@@ -6,13 +6,13 @@ Legend: n tensors, S states, B bins of headroom, Q parts of an octave. NaN is wh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from update_watch.columns.evidence_columns import Objects, Part, Rows
+from update_watch.columns.evidence_columns import Lists, Mask, Objects, Part, Rows, having
 from update_watch.columns.products import summed
 from update_watch.evidence import AccumulatorEvidence, Numbers, TensorEvidence, made
 from update_watch.measure.sums.error_bars import Array
@@ -48,6 +48,9 @@ class CohortFacts:
     sizes: list[int]  # real samples per step
     states: Mapping[str, StateFacts]
     first_rates: list[float | None]  # learning rate at the window's first look at headroom
+    stays: Lists = dataclasses.field(
+        default_factory=lambda: Lists({})
+    )  # of `given`, what was the same in the window before
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -73,7 +76,7 @@ class MeasuredBlock:
         self, sums: WindowSums, steps: Steps, numbers: Mapping[str, Array], facts: CohortFacts, skipped: int
     ) -> None:
         """`numbers`: of the weights, from `sums`."""
-        self._given, self._count = dict(facts.given), len(facts)
+        self._given, self._stays, self._count = dict(facts.given), facts.stays, len(facts)
         self._columns: dict[str, npt.NDArray[Any]] = {
             f"numbers.{name}" if name in Numbers._fields else name: column for name, column in numbers.items()
         }
@@ -153,7 +156,15 @@ class MeasuredBlock:
 
     def put_some(self, rows: list[int], name: str, values: list[Any]) -> None:
         """Put these of some rows in the place of what is known under this name."""
-        column = np.array(self.raw(name), dtype=object)
+        default = _default(name)
+        if (
+            name in self._columns
+            or name in self._given
+            or {*map(type, values)} != {float if default is None else type(default)}
+        ):
+            column = np.array(self.raw(name), dtype=object)
+        else:  # numbers
+            column = np.full(self._count, np.nan if default is None else default)
         column[rows] = values
         self._columns[name] = column
 
@@ -179,11 +190,19 @@ class MeasuredBlock:
 
     def column(self, name: str) -> Array:
         column = self._columns.get(name)
+        if column is None and self._does_stay(name):
+            return self._stays.column(name)
         if column is None and name not in self._given:
             default = _default(name)
             return np.full(self._count, np.nan if default is None else default, dtype=np.float64)
         found: Array = np.array(self.raw(name) if column is None else column, dtype=np.float64)
         return found
+
+    def having(self, name: str, test: Callable[[Any], bool]) -> Mask:
+        return self._stays.having(name, test) if self._does_stay(name) else having(self.raw(name), test)
+
+    def _does_stay(self, name: str) -> bool:
+        return name not in self._columns and self._stays.values.get(name) is self._given.get(name, _NOTHING)
 
     def histogram(self, name: str, length: int) -> Array:
         found: Array = self._histograms[name]
@@ -221,6 +240,7 @@ class MeasuredBlock:
         """Those of these rows."""
         new = object.__new__(MeasuredBlock)
         at = rows.tolist()
+        new._stays = Lists({})
         new._given, new._count = {name: [values[row] for row in at] for name, values in self._given.items()}, len(at)
         new._columns = {name: column[rows] for name, column in self._columns.items()}
         new._what_if = self._what_if[rows]
@@ -318,11 +338,12 @@ def _value(column: npt.NDArray[Any], row: int) -> Any:
 
 def median_headrooms(counts_nB: Array) -> Array:
     """[n] as `evidence.median_headroom`; NaN of those that are empty."""
-    sums_nB = counts_nB.cumsum(1)
-    half_n = sums_nB[:, -1] / 2
-    is_past_nB = (counts_nB > 0) & (sums_nB >= half_n[:, None])
-    first_n, rows_n = is_past_nB.argmax(1), np.arange(len(counts_nB))
-    below_n = np.where(first_n > 0, sums_nB[rows_n, first_n - 1], 0.0)
+    counts_Bn = np.ascontiguousarray(counts_nB.T)
+    sums_Bn = counts_Bn.cumsum(0)
+    half_n = sums_Bn[-1] / 2
+    is_past_Bn = (counts_Bn > 0) & (sums_Bn >= half_n)
+    first_n, rows_n = is_past_Bn.argmax(0), np.arange(len(half_n))
+    below_n = np.where(first_n > 0, sums_Bn[first_n - 1, rows_n], 0.0)
     with np.errstate(all="ignore"):
-        found = HEADROOM_LOW + first_n + (half_n - below_n) / counts_nB[rows_n, first_n]
-    return np.where(is_past_nB.any(1), found, np.nan)
+        found = HEADROOM_LOW + first_n + (half_n - below_n) / counts_Bn[first_n, rows_n]
+    return np.where(is_past_Bn.any(0), found, np.nan)

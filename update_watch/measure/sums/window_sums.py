@@ -33,6 +33,7 @@ from update_watch.measure.sums.layout import (
 from update_watch.measure.sums.missed_steps import Missed
 from update_watch.measure.sums.step_sizes import Unseen
 from update_watch.measure.sums.steps import Steps
+from update_watch.worker import rest
 
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.intp]
@@ -125,6 +126,7 @@ class WindowSums:
                 steps.of(rows, len(stood.steps_P)), stood
             )
             stood_Pn[own] = stood.steps_P[:, None]
+            rest()
         efficiency = ratio(dot_Pn.sum(0), want_Pn.sum(0)) + np.where(
             steps.is_whole_n, 0.0, too_low(t[DOT], t[WANT], t[CROSS], t[SQUARE])
         )
