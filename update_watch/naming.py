@@ -130,11 +130,18 @@ class ModelWords:
         self._of_family = np.bincount(self.family_P, minlength=len(words))
         self._pair_P = self.family_P * len(tree.kinds) + tree.kind_P
         pairs, counts = np.unique(self._pair_P, return_counts=True)
+        self._last: tuple[int, NDArray[np.int64], list[str]] | None = None
         self._of_pair = dict(zip(pairs.tolist(), counts.tolist(), strict=True))
 
     def group(self, members: Sequence[int] | NDArray[np.intp], limit: int) -> list[str]:
         """The tensors with these indices, in increasing order; see `group_words`."""
         inside = np.array(members, dtype=np.int64)
+        last = self._last  # window after window it is the same
+        if last is None or last[0] != limit or not np.array_equal(last[1], inside):
+            last = self._last = limit, inside, self._group(inside, limit)
+        return list(last[2])
+
+    def _group(self, inside: NDArray[np.int64], limit: int) -> list[str]:
         if len(inside) > 1 and len(inside) == len(self._names):
             return [f"{_all(len(inside))} tensors"]
         phrases: list[tuple[int, str]] = []

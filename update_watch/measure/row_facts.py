@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.sums.measured_block import CohortFacts, StateFacts
 from update_watch.worker import unhurried
 
+_dtype = operator.attrgetter("dtype")
 _NO_COUNTERS: Mapping[str, Any] = {}
 Resting = Callable[[], Mapping[str, list[Any]]]  # values of each of some tensors, by the names of `TensorEvidence`
 
@@ -194,7 +196,11 @@ def _kinds_of(states: Sequence[Mapping[str, Any]]) -> tuple[list[Any], ...]:
     """What the facts of states are made of, of all in a row."""
     values = [value for state in states for value in state.values()]
     names = [name for state in states for name in state]
-    return list(map(len, states)), names, list(map(type, values)), [getattr(value, "dtype", None) for value in values]
+    try:
+        dtypes: list[Any] = list(map(_dtype, values))
+    except AttributeError:  # counters that are numbers
+        dtypes = [getattr(value, "dtype", None) for value in values]
+    return list(map(len, states)), names, list(map(type, values)), dtypes
 
 
 class _StateFacts(NamedTuple):
