@@ -193,3 +193,13 @@ def test_all_is_well_says_of_how_few_steps_that_is_known(looks: int | None, said
 
 def test_a_printed_report_is_its_step_and_its_headline() -> None:
     assert str(Report(1280, 128, Health.healthy, "All is well.", ())) == "step 1,280: All is well."
+
+
+def test_what_a_few_looks_of_a_window_say_by_chance_is_no_number_beside_the_verdict() -> None:
+    few = {"measured_steps": 3, "efficiency_error": 0.33}
+    diagnosis = Diagnosis(Thresholds())
+    diagnosis.judge(window(healthy("a.w"), healthy("b.w")))
+    found = diagnosis.judge(window(tensor(0.16, name="a.w", **few), tensor(0.2, name="b.w", **few), step=256))
+    assert found.headline == "All 2 tensors are healthy."
+    low = Diagnosis(Thresholds(stalling=0.3, stalling_exit=0.4))  # whoever calls that healthy reads the number
+    assert low.judge(window(tensor(0.6, name="a.w"))).headline == "The one tensor is healthy (efficiency 0.60)."

@@ -30,6 +30,7 @@ from update_watch.wording import cause_label, fixed, plural
 from update_watch.worker import unhurried
 
 _FEW_LOOKS = 16  # of so many steps less than one was looked at: that all is well says the less
+_WELL, _SURE = 0.8, 0.1  # an efficiency that nobody wonders at, and a standard error
 _PROBABLE = {  # why nothing at all trains: what was seen, what it most often is
     Cause.zero_gradient: (
         "every gradient is exactly 0",
@@ -178,7 +179,10 @@ def _calm(judged: Judged, looked: tuple[int, int] | None, resting: int) -> str:
     counts = counts_of(judged.health)
     is_healthy = judged.health == HEALTHY
     efficiency = judged.mean("efficiency", is_healthy)
-    known = f" (efficiency {fixed(efficiency)})" if efficiency is not None else ""
+    # verdicts are of many windows: what a few looks of this one say by chance is no number beside them
+    error = judged.mean("efficiency_error", is_healthy)
+    is_sure = efficiency is not None and (efficiency >= _WELL or (error is not None and error < _SURE))
+    known = f" (efficiency {fixed(efficiency)})" if efficiency is not None and is_sure else ""
     moving = judged.cause[is_moving_unasked(judged) & is_healthy]
     healthy = counts[HEALTHY] - len(moving)
     averages = _unknown_averages(judged)
