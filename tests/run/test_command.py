@@ -14,7 +14,7 @@ import torch
 
 from update_watch.dashboards.journal import read_journal
 from update_watch.report import Health, Report
-from update_watch.run.session import brief
+from update_watch.run.session import brief, free_path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "tests" / "support" / "run_script.py")
@@ -98,6 +98,7 @@ def test_every_model_of_a_script_is_watched_and_has_a_journal(tmp_path: Path) ->
     assert (critic.step, last.step) == (48, 48)  # the first step of both is seen
     assert "of Critic: STALLED" in run.stderr
     assert f"update-watch: Critic: {critic.headline}" in run.stderr
+    assert f"update-watch: Sequential: {last.headline}" in run.stderr
     assert f" of Critic: {brief(critic)}" in run.stderr and f" of Sequential: {brief(last)}" in run.stderr
 
 
@@ -173,3 +174,16 @@ def test_a_script_that_watches_itself_is_left_alone(tmp_path: Path) -> None:
 def test_a_command_must_be_named(tmp_path: Path) -> None:
     run = watched(tmp_path)
     assert run.returncode == 2 and "name the command to run" in run.stderr
+
+
+def test_processes_that_begin_together_have_journals_of_their_own(tmp_path: Path) -> None:
+    journal = tmp_path / "run.jsonl"
+    assert free_path(journal) == journal
+    assert free_path(journal) == tmp_path / f"run-{os.getpid()}.jsonl"  # though nothing is written yet
+    assert free_path(tmp_path / "none" / "run.jsonl") == tmp_path / "none" / "run.jsonl"
+
+
+def test_an_empty_journal_is_none(tmp_path: Path) -> None:
+    run = watched(tmp_path, sys.executable, "-c", "import pathlib; pathlib.Path('run.jsonl').touch()")
+    assert "no step of a torch optimizer was seen" in run.stderr
+    assert not (tmp_path / "run.jsonl").exists()

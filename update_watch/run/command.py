@@ -94,7 +94,9 @@ def _end_as(number: int) -> None:
 
 def _journals(path: Path) -> list[Path]:
     others = sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
-    return [one for one in (path, *others) if one.exists()]
+    if path.exists() and not path.stat().st_size:  # of a process that ended before its first window
+        path.unlink()
+    return [one for one in (path, *others) if one.exists() and one.stat().st_size]
 
 
 def _last(journal: Path) -> tuple[str, Report] | None:
@@ -118,6 +120,8 @@ def _say(journals: Sequence[Path], last: Mapping[Path, tuple[str, Report]], repo
         sys.stderr.write("update-watch: no step of a torch optimizer was seen in the processes of this command\n")
         return
     for journal, (name, found) in last.items():
+        own = journal.stem.removeprefix(f"{journals[0].stem}-")  # the second of a class has a number
+        name = own if name and own.startswith(name) else name
         of = f" {name}:" if name and len(journals) > 1 else ""
         sys.stderr.write(
             f"update-watch:{of} {printable(found.headline)}\n  Open: update-watch report --open {_short(journal)}\n"

@@ -100,9 +100,19 @@ def rank() -> int:
 
 
 def free_path(journal: Path, name: str = "") -> Path:
-    """The journal, or one beside it: for a further model of this `name`, and where another process of the command keeps it."""
+    """The journal, or one beside it: for a further model of this `name`, and where another process of the command keeps it.
+
+    It is made at once, empty: processes that begin together would all find it free.
+    """
     path = journal.with_name(f"{journal.stem}-{name}{journal.suffix}") if name else journal
-    return path if not path.exists() else path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")
+    beside = path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        path.open("x").close()
+    except FileExistsError:
+        return beside
+    except OSError:  # of a folder that cannot be written to the journal itself warns
+        pass
+    return path
 
 
 def model_of(optimizer: Optimizer) -> Any:
