@@ -65,7 +65,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self.last: Report | None = None
         self._ranks = Ranks(join)
         rng = random.Random(seed + 1_000_003 * self._ranks.rank)  # replicas look at different elements
-        self._model = WatchedModel(model, samples, rng, averages, check_replicas, window)
+        self._model = WatchedModel(model, samples, rng, averages, check_replicas, window, budget is None)
         self._attention = Attention(budget, window, lambda: self._ranks.is_joining)
         self._selection = selection or Selection()
         self._closed = self._is_closing_window = self._has_failed = False

@@ -45,8 +45,10 @@ class WatchedModel:
         averages: Mapping[str, Any],
         check_replicas: bool,
         window: int,
+        in_panels: bool = False,
     ) -> None:
-        self._samples, self._rng, self._window = samples, rng, window
+        """`in_panels`: of many tensors on a CPU windows may be of a part."""
+        self._samples, self._rng, self._window = samples, rng, (window, in_panels)
         self._belonging = Belonging(model)
         self._checksums = Checksums() if check_replicas else None
         self.found: dict[Any, Any] = {}  # what probes found out
@@ -92,7 +94,7 @@ class WatchedModel:
         def make(part: int, found: dict[Any, Any]) -> Watched:
             plain = PlainTorch(optimizer)
             with plain, plain:
-                settings = self._samples, self._rng, found, pieces, part, groups, self._window
+                settings = self._samples, self._rng, found, pieces, part, groups, *self._window
                 watched = Watched(optimizer, index, names, *settings)
             key = id(optimizer), part
             if part == 0:

@@ -48,8 +48,10 @@ class Watched:
         part: int = 0,
         all_groups: list[dict[str, Any]] | None = None,
         window: int = 128,
+        in_panels: bool = False,
     ) -> None:
-        """`pieces`: id(flat tensor) -> what lies in it. `all_groups`: those of all parts. `window`: steps of a report."""
+        """`pieces`: id(flat tensor) -> what lies in it. `all_groups`: those of all parts. `window`: steps of a report.
+        `in_panels`: of many tensors on a CPU windows may be of a part."""
         self.optimizer, self.index, self.part = optimizer, index, part
         self.groups = optimizer.param_groups  # a part's are not to be found there when it is not stepped
         self._all_groups = self.groups if all_groups is None else all_groups
@@ -61,7 +63,7 @@ class Watched:
         self.quiet_windows = 0  # closed in a row without a step of it
         self._excluded: set[int] = set()  # ids of tensors that are not its to answer for
         self._names, self._asked, self._rng, self.found = names, samples + samples % 2, rng, found  # two sets
-        self._window = window
+        self._windows = window, in_panels
         self._members: list[Tensor] = []
         self._rates = LearningRates()
         self._twin_error = ""
@@ -114,7 +116,7 @@ class Watched:
         self._shapeless = [row for row in self.rows if is_lazy(row.param)]  # till a forward pass uses it
         self.row_ids = frozenset(id(row.param) for row in self.rows)
         measured = [row for row in self.rows if row.is_measured and self._twin is not None]
-        self._plan_of = Plan(self.optimizer, self._twin, measured, self._samples, self._rng, self._window)
+        self._plan_of = Plan(self.optimizer, self._twin, measured, self._samples, self._rng, *self._windows)
         self.cohorts, self._roster = self._plan_of.cohorts, self._plan_of.roster
         for _ in range(self.window_steps):  # what was measured of them was of other rows
             self._roster.pass_by()
@@ -134,7 +136,7 @@ class Watched:
         return self.earlier_in_window + self.window_steps
 
     def panel_of(self, param: int) -> int | None:
-        """Of a parameter, given by its id; None where there is but one panel, or it is looked at in all windows."""
+        """Of a parameter, by its id; None where it is looked at in all windows."""
         return self._plan_of.panel_of.get(param)
 
     @property
@@ -294,8 +296,7 @@ class Watched:
         others: list[TensorEvidence] = []
         window = WindowFacts(self.optimizer, self._group_facts(), self._twin_error)
         self._measured = []
-        is_open = set(map(id, self._plan_of.open))
-        resting = [block for block in self._plan_of.blocks if id(block) not in is_open]
+        resting = [block for block in self._plan_of.blocks if block not in self._plan_of.open]
         for number, own in enumerate(self._plan_of.open):
             own.add()
             measured = [cohort for cohort in own.cohorts if cohort.steps]

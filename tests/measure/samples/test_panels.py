@@ -46,9 +46,9 @@ class Training:
     def _normal(self, shape: tuple[int, ...], size: float) -> Tensor:
         return (torch.randn(shape, generator=self._random) * size).bfloat16()
 
-    def watch(self, **options: Any) -> uw.Watch:
+    def watch(self, budget: float | None = None, **options: Any) -> uw.Watch:
         named = list(zip(self.names, self.params, strict=True))
-        return uw.watch(named, self.optimizer, window=WINDOW, budget=None, **options)
+        return uw.watch(named, self.optimizer, window=WINDOW, budget=budget, **options)
 
     def overwrite(self, i: int) -> None:
         """From now on after each step."""
@@ -89,10 +89,16 @@ def test_each_panel_has_one_window_of_as_many_as_there_are_in_no_fixed_order() -
     assert Counter(one for _ in range(16) for one in roster.next(1)[0]) == dict.fromkeys(sum(panels, []), 4)
 
 
-@pytest.mark.parametrize(("tensors", "are_all"), [(FEW, True), (FEW + 1, False)])
-def test_only_models_of_more_tensors_than_fit_are_looked_at_in_parts(tensors: int, are_all: bool) -> None:
+@pytest.mark.parametrize(
+    ("tensors", "budget", "are_all"), [(FEW, None, True), (FEW + 1, None, False), (FEW + 1, 0.01, True)]
+)
+def test_only_models_of_more_tensors_than_fit_are_looked_at_in_parts_and_none_by_budget(
+    tensors: int, budget: float | None, are_all: bool
+) -> None:
     training, found = Training(tensors), []
-    with training.watch(sinks=[found.append]) as watch:
+    with training.watch(budget, sinks=[found.append]) as watch:
+        (watched,) = watch._model.watched.values()
+        assert (watched._plan_of.panels == 1) == are_all
         training.windows(4, watch)
         watch.flush()
     assert [len(looked_at(report)) == tensors for report in found] == [True, True, are_all, are_all]

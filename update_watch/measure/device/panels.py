@@ -39,8 +39,9 @@ class Plan:
         samples: int,
         rng: random.Random,
         window: int,
+        in_panels: bool,
     ) -> None:
-        """`rows`: that can be measured. `window`: steps of one."""
+        """`rows`: that can be measured. `window`: steps of one. `in_panels`: whether there may be several panels."""
         self.blocks: list[DeviceRows] = []
         self.panels = 1
         devices = dict.fromkeys(local(row.param).device for row in rows)
@@ -49,7 +50,7 @@ class Plan:
             assert twin is not None  # else nothing can be measured
             own = [row for row in rows if local(row.param).device == device]
             turns = turns_of([local(row.param).numel() for row in own], samples, device)
-            if turns == MOST_TURNS and len(own) > FEW and len(devices) == 1:
+            if in_panels and turns == MOST_TURNS and len(own) > FEW and len(devices) == 1:
                 size = min(max(window, _LEAST), _MOST)
                 self.panels, turns = math.ceil(len(own) / size), max(size // _AT_ONCE, 2)
                 cycle = size // _PER_STEP
