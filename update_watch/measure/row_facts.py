@@ -105,9 +105,7 @@ class WindowFacts:
         cohorts = [cohort for cohort, *_ in noted]
         rows = [cohort.rows[i] for cohort in cohorts for i in cohort.firsts]
         params = [row.param for row in rows]
-        # by their ids, as a tensor's hash takes longer; of a copy, as a step may add some meanwhile
-        stepped = {id(param): state for param, state in dict(self._optimizer.state).items()}
-        states = [stepped.get(id(param)) or {} for param in params]
+        states = self._states(params)
         in_groups, reasons = [row.group for row in rows], [row.reason or self._twin_error for row in rows]
         of_groups = {group: (of["optimizer_group"], of["options"]) for group, of in self._groups.items()}
         stays = known.of(
@@ -139,6 +137,14 @@ class WindowFacts:
         given["accumulators"] = counters
         rates = [first_rates.get(row.group) for row, (_, _, _, first_rates) in zip(rows, _each(noted), strict=True)]
         return CohortFacts(given, stays.sizes, stays.states, rates, stays.lists)
+
+    def _states(self, params: Sequence[Tensor]) -> list[Mapping[str, Any]]:
+        state = self._optimizer.state
+        if 2 * len(params) < len(state):
+            return [state.get(param) or {} for param in params]
+        # by their ids, as a tensor's hash takes longer; of a copy, as a step may add some meanwhile
+        by_id = {id(param): of_one for param, of_one in dict(state).items()}
+        return [by_id.get(id(param)) or {} for param in params]
 
     def _stays(
         self, rows: Sequence[Row], states: Sequence[Mapping[str, Any]], cohorts: Sequence[Cohort], reasons: list[str]

@@ -135,10 +135,9 @@ class Reading:
         found |= {"written_steps": np.zeros(n, np.int64), "was_rounded": np.zeros(n, bool)}
         found["written_step"] = np.full(n, None, dtype=object)
         alone_n = np.zeros(n, bool)
-        for w, window in enumerate(self._windows):
+        for w in np.unique(sheet_n[sheet_n >= 0]).tolist():
             at = np.flatnonzero(sheet_n == w)
-            if len(at):
-                alone_n[at] = self._of_sheet(window, self._sums[w][:, place_n[at]], arrived_n[at], at, found)
+            alone_n[at] = self._of_sheet(self._windows[w], self._sums[w][:, place_n[at]], arrived_n[at], at, found)
         return found, alone_n
 
     def _of_sheet(

@@ -117,6 +117,7 @@ class MeasuredBlock:
     def unmeasured(cls, given: Mapping[str, list[Any]]) -> MeasuredBlock:
         """A block of tensors of which no more is known than what is `given`, as in `CohortFacts`."""
         new = object.__new__(cls)
+        new._stays = Lists({})
         new._given, new._count, new._columns, new._parts = dict(given), len(given["name"]), {}, {}
         new._stays = Lists({})
         new._what_if = np.full(new._count, np.nan)
