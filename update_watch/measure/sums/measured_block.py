@@ -119,7 +119,6 @@ class MeasuredBlock:
         new = object.__new__(cls)
         new._stays = Lists({})
         new._given, new._count, new._columns, new._parts = dict(given), len(given["name"]), {}, {}
-        new._stays = Lists({})
         new._what_if = np.full(new._count, np.nan)
         lengths = (HEADROOM_BINS, HEADROOM_BINS, PLACES)
         new._histograms = {
