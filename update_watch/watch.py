@@ -231,7 +231,7 @@ class Watch(run_journal.Shown, memory.Remembering):
             self._is_closing_window = True
             try:
                 plain = PlainTorch(*self._model.optimizers)
-                with closing.alone(self._tap.lock, timeout), self._model.streams.resumed(), plain, plain:
+                with closing.alone(self._tap, timeout), self._model.streams.resumed(), plain, plain:
                     self._tap.mend(self._model.renew)
                     self._close_window()
             except Exception as error:
@@ -266,7 +266,7 @@ class Watch(run_journal.Shown, memory.Remembering):
                 self.flush(timeout)
         finally:
             endings.remove(self)  # first: an interrupt may end what follows
-            with closing.alone(self._tap.lock, timeout):
+            with closing.alone(self._tap, timeout):
                 self.detach()
             if self._judge.wait(0.0):  # else the group goes when the process ends
                 self._ranks.close()

@@ -1,25 +1,34 @@
-"""Closing a window from outside of the training thread, while that may be in a hook of ours."""
+"""Closing a window from outside of the training thread, while that may be in a step."""
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from update_watch.measure.hooks.tap import StepTap
+
 _PATIENCE = 1.0  # seconds
+_PAUSE = 1e-3
 
 
 @contextmanager
-def alone(lock: threading.RLock, timeout: float | None = None) -> Iterator[None]:  # type: ignore[valid-type]  # a function
-    """While no hook of ours runs in another thread.
+def alone(tap: StepTap, timeout: float | None = None) -> Iterator[None]:
+    """While no other thread is in a hook of ours, nor between the two of a step: what it applies would be seen as written
+    between the steps of the next window.
 
     One that holds on for longer than `timeout` (s) is not waited for: it may be this process's main thread, which waits
     for us in the handler of a signal.
     """
     patience = _PATIENCE if timeout is None else min(timeout, _PATIENCE)
-    has_lock = lock.acquire(timeout=patience)  # type: ignore[attr-defined]
+    end = time.monotonic() + patience
+    has_lock = tap.lock.acquire(timeout=patience)
+    while has_lock and tap.is_mid_step() and time.monotonic() < end:
+        tap.lock.release()
+        time.sleep(_PAUSE)
+        has_lock = tap.lock.acquire(timeout=max(end - time.monotonic(), _PAUSE))
     try:
         yield
     finally:
         if has_lock:
-            lock.release()  # type: ignore[attr-defined]
+            tap.lock.release()

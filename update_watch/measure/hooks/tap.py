@@ -122,6 +122,10 @@ class StepTap:
         """Whether one of our hooks is on the stack."""
         return self._depth > 0
 
+    def is_mid_step(self) -> bool:
+        """Whether another thread is between the two hooks of a step."""
+        return bool(self._live) and self._thread != threading.get_ident()
+
     @contextmanager
     def around(self, optimizer: Any) -> Iterator[None]:
         """See, as one step of `optimizer`, what happens inside: the replay of a graph that its step was captured in."""
@@ -201,8 +205,10 @@ class StepTap:
     def _post(self, opt: Optimizer, args: Any, kwargs: Any) -> None:
         step = self._live.get(id(opt))
         if step is not None and step.frame is sys._getframe(1):
-            del self._live[id(opt)]
-            self._finish(opt, step)
+            try:
+                self._finish(opt, step)
+            finally:  # till then it is the middle of the step
+                self._live.pop(id(opt), None)
             if not self._is_last(opt):
                 self._go_last(opt, step.frame)
 
