@@ -25,7 +25,6 @@ from update_watch.measure.hooks.tap import StepTap
 from update_watch.measure.identity.partitions import chain
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.watched_model import WatchedModel
-from update_watch.measure.watched_optimizer import Watched
 from update_watch.measure.window_evidence import Window, read
 from update_watch.ranks.joining import Ranks
 from update_watch.report import Report
@@ -177,8 +176,8 @@ class Watch(run_journal.Shown, memory.Remembering):
         if snapshot is None:
             return
         started = time.perf_counter()
-        watched: Watched = snapshot[0]
-        self._attention.saw(self._model.after(watched, snapshot[1]))
+        watched, measured = snapshot
+        self._attention.saw(self._model.after(watched, measured))
         if self._model.is_full(watched, self.window) and self._attention.may_close(watched.window_steps):
             self._close_window()
         self._attention.spend(time.perf_counter() - started)
@@ -227,7 +226,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         if is_capturing():  # whatever is done now becomes a part of the graph
             warn("update-watch: Watch.flush inside the capture of a CUDA graph does nothing; call it before or after")
             return self.last
-        if not self._silence.flush() and (self._model.window_steps or (self._windows == 0 and self._model.watched)):
+        if self._model.window_steps or (not self._silence.lasts and self._windows == 0 and self._model.watched):
             self._is_closing_window = True
             try:
                 plain = PlainTorch(*self._model.optimizers)
@@ -241,6 +240,7 @@ class Watch(run_journal.Shown, memory.Remembering):
                 raise
             finally:
                 self._is_closing_window = False
+        self._silence.flush()
         self._settle(timeout)
         return self.last
 
@@ -262,7 +262,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._closed = True
         self._ranks.hurry(timeout / 2)
         try:
-            if self._windows or self._model.window_steps or self._silence.flush():
+            if self._windows or self._model.window_steps or self._silence.lasts:
                 self.flush(timeout)
         finally:
             endings.remove(self)  # first: an interrupt may end what follows

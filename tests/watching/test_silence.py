@@ -116,6 +116,27 @@ def test_a_rule_that_hooks_do_not_see_is_said_once_and_that_the_weights_move(
     assert all("moved by" in t.advice for t in report.tensors)
 
 
+def test_what_steps_did_before_a_silence_is_reported_too_and_before_it() -> None:
+    """Gradients that are looked at when training is over, say; each is reported once."""
+    model, seen = Net(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    steps, passes = WINDOW // 2, 2 * WINDOW - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with uw.watch(model, optimizer, window=WINDOW, budget=None, sinks=[seen.append]) as watch:
+            for t, x in enumerate(batches(steps + passes)):
+                backward(model, x)
+                if t < steps:
+                    optimizer.step()
+                model.zero_grad()
+            watch.flush()
+            watch.flush()
+    (of_steps,) = [report for report in seen if report.window == steps]
+    assert all(t.efficiency is not None for t in of_steps.tensors)
+    silent = [report for report in seen if "never seen" in report.headline]
+    assert len(seen) == 1 + len(silent) == 3 and seen[-1] is silent[-1]
+
+
 def test_where_no_bit_moves_that_is_said() -> None:
     texts, report, _ = run(lambda model: lambda: model.zero_grad())
     assert len(texts) == 1 and report is not None

@@ -43,7 +43,7 @@ class Silence:
         self._passes = BackwardPasses(self._passed, discovery.strange_steps)
         self.end = self._passes.reset  # a step was seen
         self._ledger: Ledger | None = None
-        self._count = 0
+        self._count = self._told = 0  # passes of the silence, and of what was reported
         self._is_said, self._is_stopped = False, True
 
     def start(self) -> None:
@@ -80,7 +80,7 @@ class Silence:
 
     def _look(self, count: int) -> None:
         if self._ledger is None or count <= self._count:  # a new silence
-            self._ledger = Ledger(random.Random(0))
+            self._ledger, self._told = Ledger(random.Random(0)), 0
             self._ledger.plan([(line, frozenset(), False, None) for line in self._model.lines()])
         self._count = count
         self._ledger.after(self._ledger.before(None, (), count, leads=True))
@@ -92,18 +92,19 @@ class Silence:
                 logger.warning(message)
                 warn(message)
 
-    def flush(self) -> bool:
-        """Report the silence that lasts, if one does; where steps were seen before, only one as long as a window: steps that a
-        gradient scaler skips are none.
-        """
+    @property
+    def lasts(self) -> bool:
+        """Whether there is one; where steps were seen before, only one as long as a window: steps that a gradient scaler skips
+        are none."""
         least = self._window if self._model.step else 2
-        if self._ledger is None or self._count < least or not self._passes.is_silent:
-            return False
-        if self._count % self._window:
+        return self._ledger is not None and self._count >= least and self._passes.is_silent
+
+    def flush(self) -> None:
+        """Report the silence that lasts, if one does."""
+        if self.lasts and self._count != self._told:
             plain = PlainTorch()
             with plain, plain:
                 self._close()
-        return True
 
     def _finding(self) -> str:
         return (
@@ -113,6 +114,7 @@ class Silence:
 
     def _close(self) -> None:
         assert self._ledger is not None
+        self._told = self._count
         batch = Batch()
         sheets = self._ledger.close_window(batch)
         batch.send()
