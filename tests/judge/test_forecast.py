@@ -15,6 +15,7 @@ from torch import nn
 import update_watch as uw
 from update_watch.foresight.schedules import schedule_of
 from update_watch.judge.alerts.alerts import Alerts
+from update_watch.judge.columns.judged import judged_of
 from update_watch.judge.forecast import Forecaster, forecast
 from update_watch.judge.forecast.clock import Clock
 from update_watch.judge.forecast.drift import fit
@@ -249,7 +250,8 @@ def test_weights_that_grow_are_foretold_to_grow_for_longer_than_gradients_shrink
 def test_what_is_kept_of_a_long_run_does_not_grow() -> None:
     sizes = Sizes(Clock(HALVING))
     for step in range(1, 400):
-        sizes.add(report(tensor("w", 3), step=step), [tensor("w", 3)], HALVING)
+        of_step = report(tensor("w", 3), step=step)
+        sizes.add(of_step, judged_of(of_step), HALVING)
     assert len(sizes._windows) <= 32
 
 
