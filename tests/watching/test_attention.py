@@ -105,7 +105,8 @@ def test_what_did_not_stay_in_one_window_wakes_for_another() -> None:
     assert sum(run.looked[-40:]) < 40
     run.attention.judged(report(True, net=0.1))
     run.take(200)
-    assert all(run.looked[-190:-80])
+    # once the burst before is paid for, and to the end of the window
+    assert "x" * (3 * WINDOW // 4) in "".join("x" if look else "." for look in run.looked[-200:])
 
 
 def test_all_steps_are_seen_for_four_windows_where_a_tensor_stays_unknown() -> None:
@@ -140,6 +141,20 @@ def test_a_changed_verdict_wakes_for_a_window_and_not_again_before_it_is_paid_fo
     run.attention.judged(report(True))
     run.take(100)
     assert sum(run.looked[-90:]) == 0
+
+
+def test_what_the_first_windows_owe_is_paid_before_a_window_is_seen_in_full() -> None:
+    """With short steps a window in full takes the budget of thousands of them."""
+    run = Simulated(0.005)
+    run.take(400)
+    owed = 1.9 * run.attention._burst_cost
+    assert owed > 0
+    run.attention.spend(owed + run.attention._account)  # judging the first windows took long
+    run.attention.judged(report(True, "stalled"))
+    run.take(60)
+    assert sum(run.looked[-60:]) == 0
+    run.take(2000)
+    assert "x" * (3 * WINDOW // 4) in "".join("x" if look else "." for look in run.looked[-2000:])
 
 
 def test_optimizers_that_step_in_turn_agree() -> None:

@@ -34,6 +34,7 @@ BURST = 8  # steps
 _ENOUGH = 4  # a window ends when this part of its steps was looked at: every fourth
 _STAYS = 0.5  # of what was applied
 _SAVINGS = 2.0  # bursts that may be saved up, while training pauses or steps are slow
+_DEBT = 1.0  # bursts that may be unpaid when all steps of a window are looked at: the last one
 
 always = False  # tests: every step, whatever the budget is
 
@@ -144,9 +145,8 @@ class Attention:
                 seconds, self._beside = self._beside, 0.0
             if not self._is_first:
                 self._account -= seconds
-        if self._has_changed:
+        if self._has_changed and self.wake():  # else once it is paid for, unless the next report says otherwise
             self._has_changed = False
-            self.wake()
         if self._is_known and self._is_first and self._seen >= FIRST_STEPS:
             self._full = 0
             self._is_first = False
@@ -157,12 +157,15 @@ class Attention:
         """Whether every step is looked at just now."""
         return self._budget is None or self._full > 0
 
-    def wake(self) -> None:
-        """Look at all steps for a window, unless that is not paid for yet from the last time. Without a budget: at all tensors in
-        the next one."""
+    def wake(self) -> bool:
+        """Look at all steps for a window, unless that is not paid for yet from the last time: False. Without a budget: at all
+        tensors in the next one."""
         self._is_woken = True
-        if self._budget is not None and not self._full and self._account >= -_SAVINGS * self._burst_cost:
-            self._full = 1
+        if self._budget is None or self._full:
+            return True
+        may = self._account >= -_DEBT * self._burst_cost
+        self._full = int(may)
+        return may
 
     # --- windows -----------------------------------------------------------------------------------
 
