@@ -17,9 +17,14 @@ def product(a_nX: Array, b_XS: Array) -> Array:
     return found
 
 
-def summed(values_nX: Array) -> Array:
+def summed(values_Xn: Array) -> Array:
     """[n] sums over X, one after the other: as numbers are added that come one by one."""
-    found = np.zeros(len(values_nX))
-    for values_n in np.ascontiguousarray(values_nX.T):
+    found: Array = values_Xn[0]
+    for values_n in values_Xn[1:]:
         found = found + values_n
     return found
+
+
+def total(values_m: Array) -> float:
+    """The sum, one after the other; it is the same whether or not more come later that are 0."""
+    return 0.0 + float(values_m.cumsum()[-1]) if len(values_m) else 0.0

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,15 +73,19 @@ class WindowFacts:
             identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held}
         return identity | {"scheme": row.scheme.name}
 
+    def _identities(self, rows: Sequence[Row], of_groups: Iterable[str]) -> dict[str, list[Any]]:
+        """Who they are, and what these settings of their groups are."""
+        identities = [self._identity(row) for row in unhurried(rows)]
+        groups = [self._groups[row.group] for row in rows]
+        given = {name: [of[name] for of in identities] for name in identities[0]}
+        return given | {name: [of[name] for of in groups] for name in of_groups}
+
     def resting(self, rows: Sequence[Row]) -> Resting:
         """What is known of tensors that were not looked at, since it was not their turn; made when it is asked for."""
         return functools.partial(self._make_resting, rows)
 
     def _make_resting(self, rows: Sequence[Row]) -> Mapping[str, list[Any]]:
-        identities = [self._identity(row) for row in unhurried(rows)]
-        given: dict[str, list[Any]] = {name: [of[name] for of in identities] for name in identities[0]}
-        groups = [self._groups[row.group] for row in rows]
-        given |= {name: [of[name] for of in groups] for name in groups[0]}
+        given = self._identities(rows, self._groups[rows[0].group])
         given["reason"] = [row.reason or self._twin_error for row in rows]
         given["requires_grad"] = requires = [row.param.requires_grad for row in rows]
         given["trainable"] = [of or row.piece is not None for of, row in zip(requires, rows, strict=True)]
@@ -149,10 +153,7 @@ class WindowFacts:
     def _stays(
         self, rows: Sequence[Row], states: Sequence[Mapping[str, Any]], cohorts: Sequence[Cohort], reasons: list[str]
     ) -> _Stays:
-        identities = [self._identity(row) for row in unhurried(rows)]
-        given: dict[str, list[Any]] = {name: [of[name] for of in identities] for name in identities[0]}
-        groups = [self._groups[row.group] for row in rows]
-        given |= {name: [of[name] for of in groups] for name in ("optimizer_group", "options")}
+        given = self._identities(rows, ("optimizer_group", "options"))
         names = cohorts[0].states
         facts = [_state_facts(row, state, names) for row, state in zip(unhurried(rows), states, strict=True)]
         given |= {"low_states": [one.low for one in facts], "reason": reasons}

@@ -48,7 +48,7 @@ class WatchedModel:
         in_panels: bool = False,
     ) -> None:
         """`in_panels`: of many tensors on a CPU windows may be of a part."""
-        self._samples, self._rng, self._window = samples, rng, (window, in_panels)
+        self._samples, self._rng, self._windows = samples, rng, (window, in_panels)
         self._belonging = Belonging(model)
         self._checksums = Checksums() if check_replicas else None
         self.found: dict[Any, Any] = {}  # what probes found out
@@ -94,7 +94,7 @@ class WatchedModel:
         def make(part: int, found: dict[Any, Any]) -> Watched:
             plain = PlainTorch(optimizer)
             with plain, plain:
-                settings = self._samples, self._rng, found, pieces, part, groups, *self._window
+                settings = self._samples, self._rng, found, pieces, part, groups, *self._windows
                 watched = Watched(optimizer, index, names, *settings)
             key = id(optimizer), part
             if part == 0:

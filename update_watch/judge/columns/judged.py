@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from update_watch.columns.evidence_columns import Columns, OneByOne, having
 from update_watch.columns.late_fields import maker_of
+from update_watch.columns.products import total
 from update_watch.cures import Cure, extra_bytes
 from update_watch.foresight.what_if import BITS, is_beside
 from update_watch.judge.accumulators import alert_level
@@ -121,9 +122,8 @@ class Judged:
         known = np.isfinite(values)
         if not known.any():
             return None
-        # one after the other, as numbers are added that come one by one
-        above, total = (0.0 + sums.cumsum()[-1] for sums in (values[known] * weights[known], weights[known]))
-        return float(above / total) if total else None
+        above, weight = total(values[known] * weights[known]), total(weights[known])
+        return above / weight if weight else None
 
     def worst_first(self, places: Rows) -> Rows:
         """These by severity, then by efficiency, then the larger ones first."""

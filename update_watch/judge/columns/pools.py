@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from update_watch.columns.products import summed
 from update_watch.judge.columns.codes import HEALTHY, Array, Codes, Mask, Rows, grade
 from update_watch.judge.columns.histories import (
     EFFICIENCY,
@@ -74,35 +75,27 @@ def _joined(windows_FWn: Array) -> PooledColumns:
     is_lone_Wn = np.isnan(error_Wn)
     are_weighed_1n = (is_lone_Wn & (movement_Wn > 0)).all(0, keepdims=True)
     weight_Wn = steps_Wn * np.where(are_weighed_1n, movement_Wn, 1.0)
-    total = _sum(weight_Wn)
+    total = summed(weight_Wn)
     with np.errstate(all="ignore"):
         efficiency_Wn = windows_FWn[EFFICIENCY]
-        efficiency = _sum(weight_Wn * efficiency_Wn) / total
+        efficiency = summed(weight_Wn * efficiency_Wn) / total
         common_Wn = windows_FWn[IN_COMMON]
-        in_common = _sum(weight_Wn * common_Wn)
-        square = _sum(np.where(is_lone_Wn, 0.0, weight_Wn**2 * (error_Wn**2 - common_Wn**2)))
+        in_common = summed(weight_Wn * common_Wn)
+        square = summed(np.where(is_lone_Wn, 0.0, weight_Wn**2 * (error_Wn**2 - common_Wn**2)))
         lone = is_lone_Wn.sum(0)
         lone_Wn = np.where(is_lone_Wn, weight_Wn, 0.0)
-        least = (UNDEFINED * _sum(lone_Wn)) ** 2 / np.maximum(lone, 1)
+        least = (UNDEFINED * summed(lone_Wn)) ** 2 / np.maximum(lone, 1)
         apart_Wn = np.where(is_lone_Wn, (efficiency_Wn - efficiency) ** 2, 0.0)
-        spread = _sum(apart_Wn) / np.maximum(lone - 1, 1)
-        square = square + np.where(lone > 0, np.maximum(least, spread * _sum(lone_Wn**2)), 0.0)
+        spread = summed(apart_Wn) / np.maximum(lone - 1, 1)
+        square = square + np.where(lone > 0, np.maximum(least, spread * summed(lone_Wn**2)), 0.0)
         return PooledColumns(
-            _sum(steps_Wn),
+            summed(steps_Wn),
             efficiency,
             np.sqrt(np.maximum(square, 0.0) + in_common**2) / total,
-            _sum(weight_Wn * windows_FWn[LOST]) / total,
-            _sum(windows_FWn[EXPECTED]),
+            summed(weight_Wn * windows_FWn[LOST]) / total,
+            summed(windows_FWn[EXPECTED]),
             np.full(len(total), float(windows_FWn.shape[1])),
         )
-
-
-def _sum(values_Wn: Array) -> Array:
-    """[n] one after the other: as numbers are added that come one by one."""
-    found: Array = values_Wn[0]
-    for values_n in values_Wn[1:]:
-        found = found + values_n
-    return found
 
 
 def is_decided(
@@ -120,8 +113,8 @@ def lost_drift(histories: Histories, rows: Rows, previous: Codes, limits: Thresh
     most = len(drift_Dn)
     is_used_Dn = np.arange(most)[:, None] >= most - count
     n = np.maximum(count, 1)
-    mean = _sum(np.where(is_used_Dn, drift_Dn, 0.0)) / n
-    squares = _sum(np.where(is_used_Dn, (drift_Dn - mean) ** 2, 0.0))
+    mean = summed(np.where(is_used_Dn, drift_Dn, 0.0)) / n
+    squares = summed(np.where(is_used_Dn, (drift_Dn - mean) ** 2, 0.0))
     spread = np.sqrt(squares / np.maximum(n - 1, 1))
     was_healthy = previous == HEALTHY
     limit = np.where(was_healthy, limits.stalling, limits.stalling_exit)

@@ -174,7 +174,8 @@ def _or_none(value: np.float64) -> float | None:
 def _share_well_above(histogram_nB: Array) -> Array:
     """As `stall_signs` has it for one; NaN where there is none."""
     with np.errstate(all="ignore"):
-        sums, above = summed(histogram_nB), summed(histogram_nB[:, WELL_ABOVE:])
+        bins_Bn = np.ascontiguousarray(histogram_nB.T)
+        sums, above = summed(bins_Bn), summed(bins_Bn[WELL_ABOVE:])
         return np.where(sums > 0, share(above / sums), np.nan)
 
 

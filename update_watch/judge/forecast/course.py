@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from update_watch.columns.products import total
 from update_watch.judge.columns.codes import BROKEN, Array, Mask
 from update_watch.judge.columns.judged import Judged
 from update_watch.report import Report
@@ -109,11 +110,8 @@ class Course:
 
 
 def _log_rms(numel_m: Array, rms_m: Array) -> float:
-    # one after the other: the same sums whether or not tensors come later
-    total, square = (
-        0.0 if not len(numel_m) else float(parts.cumsum()[-1]) for parts in (numel_m, numel_m * rms_m * rms_m)
-    )
-    return 0.5 * math.log2(square / total) if total and 0 < square < math.inf else math.nan
+    count, square = total(numel_m), total(numel_m * rms_m * rms_m)
+    return 0.5 * math.log2(square / count) if count and 0 < square < math.inf else math.nan
 
 
 def _median(values: Array) -> float:

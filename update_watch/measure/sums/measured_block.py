@@ -85,9 +85,9 @@ class MeasuredBlock:
         headroom_2nB = sums.headroom_2nB
         movement_nB, places_nQ = sums.movement_nB, sums.places_nQ
         first_rate = np.array([rate or np.nan for rate in facts.first_rates], dtype=np.float64)
-        moved = summed(movement_nB)
+        moved = summed(np.ascontiguousarray(movement_nB.T))
         moved = np.where((moved > 0) & np.isfinite(moved) & ~np.isnan(first_rate), moved, np.nan)
-        counted = summed(headroom_2nB[0])
+        counted = summed(np.ascontiguousarray(headroom_2nB[0].T))
         with np.errstate(all="ignore"):
             self._histograms = {
                 "headroom_histogram": headroom_2nB[0] / np.where(counted != 0, counted, np.nan)[:, None],
