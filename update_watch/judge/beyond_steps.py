@@ -11,7 +11,7 @@ from update_watch.judge.history import HEALTHY, MOST_WAITED, STALLING, TensorHis
 from update_watch.judge.no_signal import Verdict, verdict
 from update_watch.judge.number_formats import FULL, SIGNIFICANT_BITS
 from update_watch.judge.seen import Seen
-from update_watch.judge.stall_sentences import NOT_AGAIN
+from update_watch.judge.stall_sentences import AT_ZERO, NOT_AGAIN
 from update_watch.report import Cause, Health
 from update_watch.thresholds import Thresholds
 
@@ -30,6 +30,8 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
     undone = share(e.undone_fraction) or 0.0
     is_uncopied = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
     is_undone = undone >= UNDONE and not _travels(e)
+    if is_undone and e.is_at_zero and not e.is_master:
+        return _pruned(e, history)
     if health is HEALTHY or not (is_uncopied or is_undone):
         if (
             e.is_master and before is not HEALTHY and known(e.moved)
@@ -46,6 +48,14 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
     history.net_grade = health
     cause = Cause.overwritten if is_undone else Cause.not_copied_back
     return verdict(health, cause, Seen(dtype=e.dtype, net=net, written_step=e.written_step))
+
+
+def _pruned(e: TensorEvidence, history: TensorHistory) -> Verdict:
+    """Written by somebody who wants zeros there: frozen where all samples are 0, else the rest of it trains."""
+    history.lossy_windows, history.written_step = 0, e.written_step
+    return verdict(
+        HEALTHY if known(e.stored) else Health.frozen, Cause.overwritten, Seen(dtype=e.dtype, reason=AT_ZERO)
+    )
 
 
 def _is_again(e: TensorEvidence, history: TensorHistory) -> bool:

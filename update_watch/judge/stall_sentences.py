@@ -126,10 +126,16 @@ def not_written(seen: Seen) -> Advice:
     )
 
 
+AT_ZERO = "set to exactly 0 before the next step, as pruning does"
 NOT_AGAIN = "in this window nothing was seen of it, and the next one decides"
 
 
 def overwritten(seen: Seen) -> Advice:
+    if seen.reason == AT_ZERO:
+        return Advice(
+            f"it is held at 0: what its steps apply to the elements of it that were read is {AT_ZERO}",
+            "if they should train, find what writes zeros to it between steps",
+        )
     kept = f"{percent(min(max(seen.net, 0.0), 1.0))} of" if seen.net is not None else "next to nothing of"
     last = f", last after step {seen.written_step}" if seen.written_step is not None else ""
     left = f": {kept} the intended update is left at the end" if not seen.reason else f"; {seen.reason}"

@@ -20,6 +20,8 @@ from update_watch.measure.sampling import VARIED
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 _PART = 1e-4  # of what was applied: less of it says nothing
+_AT_BOUNDS = 1 / 3  # the same of elements at no bound: the others are clipped, and these may have been a step before
+_UNDOING = -1.0  # what was written is twice what was applied: it does something else than to take that back
 _FEW = 4  # elements
 _OFTEN = 4  # writes of a window, from which on it tells by itself how far a tensor got,
 _MORE_OFTEN = 1.25  # where it was written so many times as often as in the span
@@ -51,14 +53,22 @@ class _Entry:
             return None, 0.0
         shares = []
         if self.size > _FEW:  # of fewer, all may be the smallest or the largest
-            if not s[f"{prefix}free_square"] > _PART * square:
-                return None, 0.0  # all that is read lies at a bound
+            if not s[f"{prefix}free_square"] > _AT_BOUNDS * square:
+                return None, 0.0  # nearly all that is read lies at a bound
             shares.append(s[f"{prefix}free_dot"] / s[f"{prefix}free_square"])
         if s[f"{prefix}across_square"] > _PART * square:
             shares.append(s[f"{prefix}across_dot"] / s[f"{prefix}across_square"])
         if not shares:
             shares.append(s[f"{prefix}dot"] / square)
         return max(shares), math.sqrt(max(s[f"{prefix}spread"], 0.0)) / square
+
+    @property
+    def is_at_zero(self) -> bool:
+        """All that is read was 0 before the last step: then all of it counts as free (they are equal), and nothing of what was
+        applied lies along them.
+        """
+        s, square = self.sums, self.sums["square"]
+        return s["own_writes"] > 0 and square > 0 and s["free_square"] == square == s["across_square"]
 
     def travelled(self) -> float | None:
         """How far it got in the span, in what the steps from one write to the next can move it by: all in one direction.
@@ -69,6 +79,8 @@ class _Entry:
         way = s["own_travelled"] if self.size > _FEW else s["own_moved"]
         found = _reached(way, steps, s["own_writes"], s["own_step_square"])
         is_new = s["writes"] * steps > _MORE_OFTEN * s["own_writes"] * self.window.steps
+        # further than all steps together in one direction: it was put there
+        is_new = is_new or (found is not None and found > s["own_writes"])
         if self.window.has_masters or s["writes"] < _OFTEN or not is_new:
             return found
         # what it travelled in the span is from before it was written
@@ -175,6 +187,14 @@ class Reading:
         return alone_n
 
 
+def _lowest(shares: Iterable[tuple[float | None, float]]) -> tuple[float | None, float]:
+    """The share that is lowest for certain, with its error: one jump (weights rounded to a grid, or clipped, for the first time)
+    may be all that a span shows.
+    """
+    known = [(share, error) for share, error in shares if share is not None and share + 2 * error > _UNDOING]
+    return min(known, key=lambda found: found[0] + 2 * found[1], default=(None, 0.0))
+
+
 def _around(name: str, levels: int) -> set[str]:
     """The modules a tensor lies in, the nearest ones."""
     parts = name.split(".")
@@ -204,10 +224,10 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
         found["undone_fraction"] = 0.0
     else:
         # what is written once in a window, or in some, may be a checkpoint: that it comes again shows over the span
-        shares = [entry.kept(prefix) for prefix in ("", "span_")]
         found["written_steps"] = int(s["own_writes"])
-        kept, error = min(shares, key=lambda share: math.inf if share[0] is None else share[0])
+        kept, error = _lowest(entry.kept(prefix) for prefix in ("", "span_"))
         if kept is not None:
+            found["is_at_zero"] = entry.is_at_zero
             went = any((place, entry.writes) in elsewhere for place in _around(t.name, 3))
             found["travelled"] = entry.travelled()
             found["undone_fraction"] = 0.0 if went else min(max(1 - kept, 0.0), 1.0)

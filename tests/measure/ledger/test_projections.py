@@ -1,0 +1,91 @@
+"""Weights that are put back where somebody wants them: at 0, within bounds, on a grid. The first time may be a jump."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import update_watch as uw
+from tests.support.watch_nets import Net, backward, batches
+from update_watch.report import Cause, Health, Report, TensorReport
+
+WINDOW = 16
+
+
+def adamw(params: Any) -> Optimizer:
+    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
+
+
+def run(
+    between: Callable[[Any], Any], model: Net | None = None, rule: Callable[[Any], Optimizer] = adamw
+) -> list[Report]:
+    """The reports of a training with something that is done to the model after every step."""
+    reports: list[Report] = []
+    model = model or Net()
+    optimizer = rule(model.parameters())
+    with uw.watch(model, optimizer, window=WINDOW, sinks=[reports.append]):
+        for x in batches(4 * WINDOW):
+            model.zero_grad()
+            backward(model, x)
+            optimizer.step()
+            with torch.no_grad():
+                between(model)
+    return reports
+
+
+def named(report: Report, name: str) -> TensorReport:
+    return next(t for t in report.tensors if t.name == name)
+
+
+def test_a_tensor_that_is_held_at_0_is_told_as_such_without_an_alarm() -> None:
+    model = Net()
+    nn.init.zeros_(model.leave.weight)
+    reports = run(lambda model: model.leave.weight.zero_(), model=model)
+    for report in reports[1:]:
+        t = named(report, "leave.weight")
+        assert (t.health, t.cause) == (Health.frozen, Cause.overwritten)
+        assert "held at 0" in t.advice
+    assert not [alert for report in reports for alert in report.alerts]
+
+
+def test_a_tensor_that_is_held_at_anything_else_is_overwritten() -> None:
+    model = Net()
+    nn.init.constant_(model.leave.weight, 0.5)
+    t = named(run(lambda model: model.leave.weight.fill_(0.5), model=model)[-1], "leave.weight")
+    assert (t.health, t.cause) == (Health.stalled, Cause.overwritten)
+
+
+def test_a_matrix_of_few_weights_beside_pruned_ones_trains() -> None:
+    rng = torch.Generator().manual_seed(0)
+    mask = (torch.rand(Net().enter.weight.shape, generator=rng) < 0.02).float()
+    model = Net()
+    with torch.no_grad():
+        model.enter.weight.mul_(mask)
+    reports = run(lambda model: model.enter.weight.mul_(mask), model=model)
+    assert {named(report, "enter.weight").health for report in reports[1:]} == {Health.healthy}
+    assert "held at 0" in named(reports[-1], "enter.weight").advice
+    assert not [alert for report in reports for alert in report.alerts]
+
+
+@pytest.mark.parametrize("rule", [adamw, lambda params: torch.optim.RMSprop(params, lr=5e-4)], ids=["adamw", "rmsprop"])
+def test_weights_that_begin_far_outside_of_the_bounds_they_are_clipped_to_are_not_overwritten(
+    rule: Callable[[Any], Optimizer],
+) -> None:
+    reports = run(lambda model: [p.clamp_(-0.01, 0.01) for p in model.parameters()], rule=rule)
+    assert not [t.name for report in reports for t in report.tensors if t.cause is Cause.overwritten]
+    assert not [alert for report in reports for alert in report.alerts]
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_what_a_grid_takes_is_seen_behind_the_jump_onto_it(maximize: bool) -> None:
+    def put(model: nn.Module) -> None:
+        for p in model.parameters():
+            p.copy_(p.to(torch.float8_e4m3fn))
+
+    report = run(put, rule=lambda params: torch.optim.SGD(params, lr=1e-6, maximize=maximize))[2]
+    assert {t.name: t.cause for t in report.tensors} == {t.name: Cause.overwritten for t in report.tensors}
