@@ -60,6 +60,7 @@ class TensorEvidence:
     trainable: bool = True
     requires_grad: bool = True  # False beside `trainable`: it is still given gradients
     reason: str = ""  # why the update cannot be replayed ("" when it can)
+    steps_copy: bool = False  # beside `reason`: the rule moves a state that began as the weight, and never the weight
     note: str = ""  # how it came about that no optimizer holds it
     steps: int = 0  # optimizer steps of its optimizer in the window
     measured_steps: int = 0  # of those, steps in which its update was measured

@@ -35,7 +35,6 @@ _CAUSES = {
     "replicas_differ": "ranks differ",
     "not_replayable": "cannot be replayed",
 }
-_STEPS_A_COPY = "stepped a copy of the weight and never the weight"
 _NAMES = 8  # of tensors, in a sentence
 _LONGEST = 200  # characters of an error, in a sentence
 _LONGEST_NAME = 100  # characters, in a table
@@ -159,13 +158,3 @@ def _handlers_of_rich() -> Iterator[None]:
         for handler, own, proxy in moved:
             if handler.stream is proxy:
                 handler.setStream(own)
-
-
-def copy_is_stepped(optimizer: str, state: str) -> str:
-    """Why a rule that only moves a state, which began as the weight, cannot be replayed."""
-    return f"in its trial {optimizer} {_STEPS_A_COPY} (its state '{state}')"
-
-
-def is_copy_stepped(reason: str) -> bool:
-    """Whether that is the reason."""
-    return _STEPS_A_COPY in reason

@@ -70,7 +70,6 @@ from update_watch.judge.seen import Seen
 from update_watch.judge.stall_signs import STEEP, is_norm_near_one, most_lost, share_well_above
 from update_watch.report import Cause, Health, Report
 from update_watch.thresholds import Thresholds
-from update_watch.wording import is_copy_stepped
 from update_watch.worker import unhurried
 
 _VERSION = 2
@@ -237,7 +236,7 @@ class Diagnosis:
         if history.still_steps < _STILL:
             return verdict(UNKNOWN, Cause.not_replayable, Seen(reason=e.reason))
         seen = Seen(dtype=e.dtype, steps=history.still_steps, lr=known(e.lr), options=e.options, trainer=self.trainer)
-        cause = Cause.not_copied_back if is_copy_stepped(e.reason) else Cause.weight_rounding
+        cause = Cause.not_copied_back if e.steps_copy else Cause.weight_rounding
         return verdict(Health.stalled, cause, seen)
 
     def _unasked(self, e: TensorEvidence, history: TensorHistory, found: Rest, seen: Seen) -> Verdict:

@@ -25,6 +25,7 @@ from update_watch.measure.position_weights import Normalised, PositionWeights, c
 from update_watch.measure.positions import SHARES, share
 from update_watch.measure.sampling import Sampler, local, mask, pack_views
 from update_watch.odd_tensors import unreadable
+from update_watch.replay.kept_states import states_of
 from update_watch.wording import first_line
 
 _FINE = (torch.float32, torch.float64)
@@ -195,12 +196,12 @@ class Gathers:
 
     def stored_states(self) -> list[dict[str, Any]]:
         """The states of all rows, as the optimizer has them."""
-        found = self.optimizer.state
+        found = states_of(self.optimizer)
         return [found.get(row.param) or {} for row in self.rows]
 
     def problem(self, row: Row) -> str:
         """Why what is read of a row, beside its weight, cannot be read now; "" when it can."""
-        state = self.optimizer.state.get(row.param) or {}
+        state = states_of(self.optimizer).get(row.param) or {}
         read = {"its gradient": row.param.grad, **{f"its state '{name}'": state.get(name) for name in row.shaped}}
         for what, tensor in read.items():
             if not isinstance(tensor, Tensor):

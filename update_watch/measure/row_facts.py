@@ -23,6 +23,7 @@ from update_watch.measure.identity.names import describe
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.sums.measured_block import CohortFacts, StateFacts
+from update_watch.replay.kept_states import states_of
 from update_watch.worker import unhurried
 
 _dtype = operator.attrgetter("dtype")
@@ -57,7 +58,7 @@ class WindowFacts:
             identity["trainable"] = True  # a flat tensor need not say so
         if is_lazy(row.param):  # no forward pass has used it
             identity["gradless_steps"] = self._groups[row.group]["steps"]
-        state = self._optimizer.state.get(row.param)
+        state = states_of(self._optimizer).get(row.param)
         return made(**identity, **self._groups[row.group], low_states=_low_states(row, state))
 
     def _identity(self, row: Row) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class WindowFacts:
         if row.piece is not None:
             shape = row.piece.shape
             identity |= {"shape": shape, "numel": math.prod(shape), "held": row.piece.held}
-        return identity | {"scheme": row.scheme.name}
+        return identity | {"scheme": row.scheme.name, "steps_copy": row.rule.steps_copy}
 
     def _identities(self, rows: Sequence[Row], of_groups: Iterable[str]) -> dict[str, list[Any]]:
         """Who they are, and what these settings of their groups are."""
@@ -90,8 +91,9 @@ class WindowFacts:
         given["requires_grad"] = requires = [row.param.requires_grad for row in rows]
         given["trainable"] = [of or row.piece is not None for of, row in zip(requires, rows, strict=True)]
         given["is_resting"] = [True] * len(rows)
+        states = states_of(self._optimizer)
         given["low_states"] = [
-            _low_states(row, self._optimizer.state.get(row.param)) if row.state_facts is None else row.state_facts.low
+            _low_states(row, states.get(row.param)) if row.state_facts is None else row.state_facts.low
             for row in unhurried(rows)
         ]
         return given
@@ -143,7 +145,7 @@ class WindowFacts:
         return CohortFacts(given, stays.sizes, stays.states, rates, stays.lists)
 
     def _states(self, params: Sequence[Tensor]) -> list[Mapping[str, Any]]:
-        state = self._optimizer.state
+        state = states_of(self._optimizer)
         if 2 * len(params) < len(state):
             return [state.get(param) or {} for param in params]
         # by their ids, as a tensor's hash takes longer; of a copy, as a step may add some meanwhile

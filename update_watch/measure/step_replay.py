@@ -20,6 +20,7 @@ from update_watch.measure.parameters import WHOLE_LIMIT, Row, holds_elements
 from update_watch.measure.sampling import local
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import is_plain
+from update_watch.replay.kept_states import states_of
 from update_watch.replay.rounding_scheme import Join
 from update_watch.replay.rule import Kind, Rule
 from update_watch.replay.twin import GroupSettings, Run, Twin
@@ -339,10 +340,10 @@ def _replay_whole(twin: Twin, row: Row, state: dict[str, Any]) -> Run:
 
 def _replay_together(twin: Twin, optimizer: Optimizer, rule: Rule) -> dict[int, Run]:
     """Of all tensors of an optimizer, by their ids."""
-    runs: dict[int, Run] = {}
+    runs, states = dict[int, Run](), states_of(optimizer)
     for index, group in enumerate(optimizer.param_groups):
         for param in group["params"]:
-            state = optimizer.state.get(param) or {}
+            state = states.get(param) or {}
             shards = {name: local(value) if isinstance(value, Tensor) else value for name, value in state.items()}
             grad = None if param.grad is None else local(param.grad)
             runs[id(param)] = Run(index, local(param.detach()), grad, shards)

@@ -52,6 +52,7 @@ def catalogue(evidence: WindowEvidence) -> list[Entry]:
             "options": list(t.options),
             "reason": t.reason if elements_held(t) else "",
             "note": t.note,
+            "steps_copy": t.steps_copy,
             "is_held": bool(elements_held(t) and t.optimizer_group),
             "is_plain": t.held is None,
             "part": t.part,

@@ -213,6 +213,7 @@ def read_tensor(
         trainable=means.get("frozen") != 1.0,
         reason="" if means.weight("measured") else entry["reason"],
         note=entry["note"],
+        steps_copy=entry["steps_copy"],
         steps=round(steps),
         measured_steps=max(round(means.get("measured") or 0.0), int(means.weight("measured") > 0)),
         # a gradient anywhere is a gradient

@@ -22,6 +22,10 @@ class AbsentError(ReplayError):
     """The rule asks for something that a copy does not have."""
 
 
+class CopySteppedError(ReplayError):
+    """The rule moves a state that began as the weight, and never the weight."""
+
+
 class Absent:
     """Something in its place, which is not None and says nothing else of itself: asking for its class is a use too.
 

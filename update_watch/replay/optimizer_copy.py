@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from update_watch.replay import kept_states
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import Copier, is_plain
 
@@ -45,10 +46,13 @@ def copy_of(
     groups: list[dict[str, Any]] | None = None,
     state: defaultdict[Tensor, dict[str, Any]] | None = None,
     copier: Copier | None = None,
+    *,
+    are_synthetic: bool = False,
 ) -> Optimizer:
     """An optimizer of the same class with copies of all attributes, given parameters and state, and no hooks.
 
-    Raises `ReplayError` for attributes that cannot or must not be copied.
+    `are_synthetic`: the parameters are not copies of the optimizer's, and nothing is known of their states. Raises `ReplayError`
+    for attributes that cannot or must not be copied.
     """
     cls = type(optimizer)
     if hasattr(cls, "__del__"):  # DeepSpeedCPUAdam frees C++ state that a copy would share
@@ -61,15 +65,17 @@ def copy_of(
     copier.replace(optimizer, twin)
     copier.replace(optimizer.param_groups, groups)
     copier.replace(optimizer.state, state)
+    kept = kept_states.attributes(optimizer)
     try:
         for name, value in _attributes(optimizer):
-            if name in OWN or shadows_method(cls, name, value):
+            if name in OWN or name in kept or shadows_method(cls, name, value):
                 continue
             copied = value if is_plain(value) else copier.copy(value, f"{cls.__name__}.{name}")
             object.__setattr__(twin, name, copied)
         for name in _HOOKS:
             setattr(twin, name, OrderedDict())
         twin.param_groups, twin.state = groups, state
+        kept_states.furnish(twin, optimizer, state, are_synthetic=are_synthetic)
         if twin.defaults.get("differentiable"):
             twin.defaults["differentiable"] = False  # same arithmetic; autograd through a replay helps nobody
     except AttributeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -14,11 +15,10 @@ from torch import Tensor
 
 from update_watch import formats
 from update_watch.odd_tensors import described, unreadable
-from update_watch.replay.absent import ReplayError
+from update_watch.replay.absent import CopySteppedError, ReplayError
 from update_watch.replay.attribute_copy import Copier
 from update_watch.replay.synthetic_training import Counters, RuleError, SyntheticTraining, TrainingSettings, sampled
 from update_watch.replay.twin import Run, Twin
-from update_watch.wording import copy_is_stepped
 
 STEPS = 13  # past the switches of RAdam (5), Lookahead (5, 6) and the like
 TOLERANCE = 1e-5  # of the largest update; torch's own rules differ by exactly 0
@@ -91,7 +91,7 @@ class ReplayTrial:
                 )
 
     def refuse_unmoved(self) -> None:
-        """Raise `ReplayError` where no weight has moved, but a state that began as the weight has."""
+        """Raise `CopySteppedError` where no weight has moved, but a state that began as the weight has."""
         params = self.training.params
         if not all(torch.equal(param.detach(), start) for param, start in zip(params, self._start, strict=True)):
             return
@@ -100,7 +100,9 @@ class ReplayTrial:
         slow.step()
         each = zip(self._start, self.training.states(), slow.states(), strict=True)
         for name in set.intersection(*(_copies(start, *states) for start, *states in each)):
-            raise ReplayError(copy_is_stepped(self.training.name, name))
+            raise CopySteppedError(
+                f"in its trial {self.training.name} stepped a copy of the weight and never the weight (its state '{name}')"
+            )
 
     def low_states(self) -> frozenset[str]:
         """Those that are kept in fewer bits than FP32."""
@@ -273,3 +275,24 @@ def _difference(replayed: Tensor, stored: Tensor, start: Tensor | None) -> float
         return math.inf if math.isnan(worst) else 0.0
     largest = float((stored if start is None else stored - start.float()).abs().max())
     return worst / largest if largest > 0 else math.inf
+
+
+def refuse_marks(settings: TrainingSettings) -> None:
+    """Raise `ReplayError` when the rule asks its parameters for attributes that samples would not have."""
+    looked_up: set[str] = set()
+
+    class Listening(torch.nn.Parameter):
+        __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch does itself
+
+        def __getattr__(self, name: str) -> Any:  # only asked for what a parameter does not have
+            looked_up.add(name)
+            raise AttributeError(name)
+
+    training = SyntheticTraining(settings, Listening)
+    with suppress(RuleError):
+        for _ in range(2):
+            training.set_gradients()
+            training.step()
+    for param in settings.optimizer.param_groups[settings.group]["params"]:
+        if marks := looked_up & set(getattr(param, "__dict__", ())):
+            raise ReplayError(f"{training.name} reads {sorted(marks)} from its parameters, which samples do not have")

@@ -40,6 +40,9 @@ class Rule:
     has_failed: bool = False  # the rule did not run: it may do so once its optimizer has set itself up in a first step
     skips_first: bool = False  # the first step sets up what the later ones go by: it cannot be replayed
     may_draw: bool = False  # the rule throws dice, and its update does not depend on them
+    steps_copy: bool = (
+        False  # of an unknown one: in its trial it moved a state that began as the weight, and not the weight
+    )
     apart: bool = False  # scalar state differs by parameter, beyond step counts: replay each parameter on its own
 
     @property

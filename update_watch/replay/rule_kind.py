@@ -20,13 +20,14 @@ import torch
 from torch.optim import Optimizer
 
 from update_watch import formats
-from update_watch.replay.absent import AbsentError, ReplayError
+from update_watch.replay import kept_states
+from update_watch.replay.absent import AbsentError, CopySteppedError, ReplayError
 from update_watch.replay.premade_state import made_before, premade_state
-from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way
+from update_watch.replay.replay_trial import STEPS, TOLERANCE, ReplayTrial, Way, refuse_marks
 from update_watch.replay.rounding_scheme import Scheme
 from update_watch.replay.rule import Kind, Rule
 from update_watch.replay.scaled_trial import try_scaled
-from update_watch.replay.side_effects import WithoutEffects
+from update_watch.replay.side_effects import WithoutEffects, silence
 from update_watch.replay.synthetic_training import (
     RuleError,
     SyntheticTraining,
@@ -36,9 +37,8 @@ from update_watch.replay.synthetic_training import (
     small,
     uncounted,
 )
-from update_watch.replay.trial_guards import refuse_marks, silence
 from update_watch.replay.twin import Twin
-from update_watch.wording import first_line, is_copy_stepped
+from update_watch.wording import first_line
 
 _STEPS_SMALL = 6
 _FEW = 256  # elements
@@ -65,11 +65,23 @@ def find_rule(
         dtype: their format. Rules that are bound to one below FP32 are tried in it.
 
     Costs 10 to 40 ms for torch's optimizers, and 0.2 s for a rule that is bound to a low-precision format. Random states,
-    parameters and optimizer state stay untouched.
+    parameters and optimizer state stay untouched. A rule that needs what its optimizer keeps per parameter in attributes is
+    tried with these as states.
     """
     shape = _TYPICAL[min(ndim, 4)] if shape is None else tuple(shape)
+    rule = _find_rule(optimizer, group, shape, dtype)
+    if not rule.has_failed or not kept_states.adopt(optimizer):
+        return rule
+    with_kept = _find_rule(optimizer, group, shape, dtype)
+    if with_kept.kind is Kind.unknown and not with_kept.steps_copy:
+        kept_states.let_go(optimizer)
+        return rule
+    return with_kept
+
+
+def _find_rule(optimizer: Optimizer, group: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rule:
     reasons: list[str] = []
-    has_failed = False
+    has_failed = steps_copy = False
     for device in dict.fromkeys((torch.device("cpu"), _device(optimizer, group))):
         settings = TrainingSettings(optimizer, group, small(shape), device, premade=premade_state(optimizer, group))
         low = settings._replace(dtype=dtype) if dtype in formats.HALVES else None
@@ -80,15 +92,17 @@ def find_rule(
             return found
         reasons += found.reasons
         has_failed |= found.has_failed
+        steps_copy |= found.steps_copy
     first, *others = dict.fromkeys(reasons)
-    scaled = others[:1] if low and not is_copy_stepped(first) else []
+    scaled = others[:1] if low and not steps_copy else []
     reason = first + "".join(f"; and in its own format {other}" for other in scaled)
-    return Rule(Kind.unknown, reason, has_failed=has_failed)
+    return Rule(Kind.unknown, reason, has_failed=has_failed, steps_copy=steps_copy)
 
 
 class _Failed(NamedTuple):
     reasons: list[str]
     has_failed: bool  # when it was run, and not in what it did
+    steps_copy: bool
 
 
 def _tried(
@@ -98,7 +112,7 @@ def _tried(
     past its exits.
     """
     reasons: list[str] = []
-    has_failed = has_run = False
+    has_failed = has_run = steps_copy = False
 
     def found(rule: Rule) -> Rule:
         return rule if low is None else dataclasses.replace(rule, low_states=_states_of(low) - rule.forms.keys())
@@ -110,6 +124,7 @@ def _tried(
         return found(_find(settings, shape))
     except ReplayError as error:
         has_failed = isinstance(error, (AbsentError, RuleError))
+        steps_copy = isinstance(error, CopySteppedError)
         reasons.append(str(error))
     except Exception as error:  # the optimizer holds what nobody could foresee
         has_failed = True
@@ -124,7 +139,7 @@ def _tried(
         for others, ways in ((settings._replace(skips_first=True), _ALONE), (settings, (Way.together,))):
             with suppress(Exception):  # it stays unknown for the first reason
                 return found(_find(others, shape, ways))
-    return _Failed(reasons, has_failed)
+    return _Failed(reasons, has_failed, steps_copy)
 
 
 def find_scaled_rule(optimizer: Optimizer, group: int, shape: tuple[int, ...], dtype: torch.dtype) -> Rule:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import optimizer as _torch_optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -111,3 +113,18 @@ def eval_frame() -> Any:
 def _set_global_hooks(before: Any, after: Any) -> None:
     _torch_optimizer._global_optimizer_pre_hooks = before
     _torch_optimizer._global_optimizer_post_hooks = after
+
+
+class _Silence(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Keeps rules from talking to other processes, which would wait for an answer."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in func.namespace:
+            raise RuntimeError("its step talks to other processes")
+        return func(*args, **(kwargs or {}))
+
+
+def silence() -> AbstractContextManager[Any]:
+    """Where there are other processes, a rule that talks to them fails."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return _Silence() if is_distributed else nullcontext()  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import Copier
+from update_watch.replay.kept_states import states_of
 from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
 from update_watch.replay.premade_state import made_before, state_for
 from update_watch.replay.side_effects import WithoutEffects
@@ -47,7 +48,7 @@ class SyntheticParameter:
             settings["lr"] = torch.full_like(old, lr) if isinstance(old, Tensor) else lr
         if "weight_decay" in settings and isinstance(settings["weight_decay"], (int, float)):
             settings["weight_decay"] = weight_decay
-        self._twin = copy_of(optimizer, [settings], None, copier)
+        self._twin = copy_of(optimizer, [settings], None, copier, are_synthetic=True)
         train = getattr(type(optimizer), "train", None)
         if callable(train):  # schedule-free rules refuse to step before it
             train(self._twin)
@@ -69,7 +70,7 @@ class SyntheticParameter:
 
     @property
     def state(self) -> dict[str, Any]:
-        return self._twin.state.get(self.param) or {}
+        return states_of(self._twin).get(self.param) or {}
 
     def value(self) -> Tensor:
         """The parameter in FP64 on the CPU."""

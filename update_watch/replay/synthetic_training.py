@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from update_watch.odd_tensors import unreadable
 from update_watch.replay.absent import Absent, AbsentError, ReplayError, asks_for_closure
 from update_watch.replay.attribute_copy import Copier
+from update_watch.replay.kept_states import states_of
 from update_watch.replay.optimizer_copy import copy_of, rule_of, settings_of
 from update_watch.replay.premade_state import state_for
 
@@ -97,7 +98,7 @@ class SyntheticTraining:
         copier = Copier(None, optimizer=optimizer)
         group = settings_of(optimizer.param_groups[settings.group], list(self.params), copier)
         _adapt(group, settings)
-        self.optimizer = copy_of(optimizer, [group], None, copier)
+        self.optimizer = copy_of(optimizer, [group], None, copier, are_synthetic=True)
         for key, value in optimizer.state.items():
             if not isinstance(key, Tensor):  # state of all parameters together
                 self.optimizer.state[key] = copier.copy(value, f"state '{key}'")
@@ -120,7 +121,8 @@ class SyntheticTraining:
 
     def states(self) -> list[dict[str, Any]]:
         """The state of each parameter."""
-        return [self.optimizer.state.get(param) or {} for param in self.params]
+        states = states_of(self.optimizer)
+        return [states.get(param) or {} for param in self.params]
 
     def form(self, name: str) -> str:
         """ "element": one FP value per weight; "scalar": one number; "none": None so far; "other": anything else."""
@@ -182,7 +184,8 @@ class SyntheticTraining:
     def numbers(self) -> Counters:
         """Every number the rule could count steps in."""
         found: Counters = {}
-        for i, place in enumerate((self.group, vars(self.optimizer), *self.states())):
+        states = [self.optimizer.state.get(param) or {} for param in self.params]  # to be written to
+        for i, place in enumerate((self.group, vars(self.optimizer), *states)):
             for name, value in place.items():
                 if type(value) is Absent:
                     continue

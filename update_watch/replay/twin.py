@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.attribute_copy import Copier, is_plain
+from update_watch.replay.kept_states import states_of
 from update_watch.replay.optimizer_copy import LIMIT, OWN, copy_of, rule_of, settings_of, shadows_method
 from update_watch.replay.scaled_weights import ScaledWeights
 from update_watch.replay.side_effects import WithoutEffects
@@ -186,8 +187,10 @@ class Twin:
                     for k, v in (changes or {}).items()
                     if not callable(v) or k in group
                 )
+            left: Mapping[Tensor, dict[str, Any]]
             if self._is_native:
                 self._rule(self._native(groups, state, copier, is_earlier=settings is not None))
+                left = state
             else:
                 twin = copy_of(self._optimizer, groups, state, copier)
                 for key, value in self._optimizer.state.items():
@@ -196,6 +199,7 @@ class Twin:
                 quiet = WithoutEffects(params[0].device)
                 with quiet, quiet:
                     self._rule(twin)
+                    left = states_of(twin)
                     self.has_drawn_of_its_own = self.has_drawn_of_its_own or copier.have_drawn
                     has_drawn = (
                         quiet.random_states.have_moved()
@@ -210,7 +214,7 @@ class Twin:
             raise ReplayError(f"{self._name} fails on {copies}: {error!r}") from error
         finally:
             self._let_go()
-        results = _results(runs, params, state)
+        results = _results(runs, params, left)
         return results if scaled is None else [_in_fp32(*found) for found in zip(given, starts, results, strict=True)]
 
     def _native(
@@ -276,7 +280,9 @@ def _leave_counters(groups: list[dict[str, Any]], state: _States) -> None:
             group["capturable"] = any(isinstance(step, Tensor) and step.device.type != "cpu" for step in counters)
 
 
-def _results(runs: Sequence[Run], params: list[torch.nn.Parameter], state: _States) -> list[Run]:
+def _results(
+    runs: Sequence[Run], params: list[torch.nn.Parameter], state: Mapping[Tensor, dict[str, Any]]
+) -> list[Run]:
     return [
         Run(run.group, param.detach(), run.grad, dict(state.get(param, ())))
         for run, param in zip(runs, params, strict=True)

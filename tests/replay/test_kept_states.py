@@ -1,0 +1,177 @@
+"""Optimizers that keep what they need of each parameter in attributes of their own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import update_watch as uw
+from tests.support.watch_nets import Net, backward, batches
+from update_watch.replay import kept_states
+from update_watch.replay.rule import Kind
+from update_watch.replay.rule_kind import find_rule
+from update_watch.report import Cause, Health, Report
+
+BF16 = torch.bfloat16
+LAYOUTS = ("beside", "tuple", "by_group", "by_param", "by_id")
+
+
+class Keeping(torch.optim.Optimizer):
+    """Momentum on FP32 weights, both in attributes; written to the model after every so many steps."""
+
+    def __init__(self, params: Any, lr: float = 1e-5, layout: str = "beside", every: int = 1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.layout, self.every, self.steps = layout, every, 0
+        self.mine = [p for group in self.param_groups for p in group["params"]]
+        self.masters = self._kept(lambda p: p.detach().float().clone())
+        self.momenta = self._kept(lambda p: torch.zeros_like(p, dtype=torch.float32))
+
+    def _kept(self, make: Any) -> Any:
+        if self.layout == "by_group":
+            return [[make(p) for p in group["params"]] for group in self.param_groups]
+        if self.layout in ("by_param", "by_id"):
+            return {p if self.layout == "by_param" else id(p): make(p) for p in self.mine}
+        return (tuple if self.layout == "tuple" else list)(make(p) for p in self.mine)
+
+    def _of(self, kept: Any, g: int, i: int, k: int, p: Tensor) -> Tensor:
+        if self.layout == "by_group":
+            return kept[g][i]
+        return kept[{"by_param": p, "by_id": id(p)}.get(self.layout, k)]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        k = 0
+        for g, group in enumerate(self.param_groups):
+            for i in range(len(group["params"])):
+                p = self.mine[k]
+                momentum = self._of(self.momenta, g, i, k, p).mul_(0.9).add_(p.grad.float())
+                master = self._of(self.masters, g, i, k, p).sub_(momentum.sign() * group["lr"])
+                if self.steps % self.every == 0:
+                    p.copy_(master)
+                k += 1
+
+
+class Gathering(torch.optim.Optimizer):
+    """SGD on the gradients of four steps, which are gathered in a dict that is filled in the first one."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+        self.sums: dict[int, Tensor] = {}
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                total = self.sums.setdefault(id(p), torch.zeros_like(p, dtype=torch.float32)).add_(p.grad.float())
+                if self.steps % 4 == 0:
+                    p.copy_(p.float() - group["lr"] * total)
+                    total.zero_()
+
+
+def groups(model: Net) -> list[dict[str, Any]]:
+    first, *others = model.parameters()
+    return [{"params": [first]}, {"params": others}]
+
+
+def trained(model: Net, optimizer: Any, steps: int = 64, is_watched: bool = True) -> Report | None:
+    watch = uw.watch(model, optimizer, window=16, budget=None) if is_watched else None
+    for x in batches(steps, BF16 if next(model.parameters()).dtype is BF16 else torch.float32):
+        model.zero_grad()
+        backward(model, x)
+        optimizer.step()
+    if watch is None:
+        return None
+    report = watch.flush()
+    watch.close()
+    return report
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masters_in_attributes_are_replayed_and_healthy(layout: str) -> None:
+    model = Net(BF16)
+    report = trained(model, Keeping(groups(model), layout=layout))
+    assert report is not None
+    assert {(t.health, t.cause) for t in report.tensors} == {(Health.healthy, None)}
+    assert all(t.efficiency == pytest.approx(1, abs=0.01) for t in report.tensors)
+
+
+@pytest.mark.parametrize("layout", ["beside", "by_id"])
+def test_masters_in_attributes_that_are_never_written_to_the_model_are_said(layout: str) -> None:
+    model = Net(BF16)
+    report = trained(model, Keeping(model.parameters(), layout=layout, every=10**9))
+    assert report is not None
+    assert {(t.health, t.cause) for t in report.tensors} == {(Health.stalled, Cause.not_copied_back)}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lr", "expected"), [(torch.float32, 1e-3, Health.healthy), (BF16, 1e-7, Health.stalled)]
+)
+def test_gradients_that_an_optimizer_gathers_by_itself(dtype: torch.dtype, lr: float, expected: Health) -> None:
+    model = Net(dtype)
+    report = trained(model, Gathering(model.parameters(), lr))
+    assert report is not None
+    assert {t.health for t in report.tensors} == {expected}
+    assert {t.cause for t in report.tensors} == {None if expected is Health.healthy else Cause.weight_rounding}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_is_the_same_with_and_without_a_watch(layout: str) -> None:
+    ends = []
+    for is_watched in (False, True):
+        model = Net(BF16)
+        optimizer = Keeping(groups(model), lr=1e-3, layout=layout, every=3)
+        trained(model, optimizer, 40, is_watched)
+        kept = [
+            optimizer._of(optimizer.masters, 0 if not k else 1, max(k - 1, 0), k, p)
+            for k, p in enumerate(optimizer.mine)
+        ]
+        ends.append([*map(torch.clone, kept), *(p.detach().clone() for p in model.parameters())])
+        assert optimizer.steps == 40
+        assert all(mine is p for mine, p in zip(optimizer.mine, model.parameters(), strict=True))
+    assert all(map(torch.equal, *ends))
+
+
+def test_what_a_rule_can_do_without_stays_an_attribute() -> None:
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.begin = [weight.detach().clone()]  # type: ignore[attr-defined]
+    assert find_rule(optimizer, 0, 2, shape=(8, 8)).kind is Kind.elementwise
+    assert dict(kept_states.states_of(optimizer)) == {}
+
+
+class Swapping(Keeping):
+    """What it keeps depends on chance."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step()
+        for p, master in zip(self.mine, self.masters, strict=True):
+            p.copy_(master + 1e-3 * torch.randn_like(master))
+
+
+def test_where_that_does_not_help_the_first_reason_is_given_and_nothing_is_taken_for_a_state() -> None:
+    model = Net()
+    optimizer = Swapping(model.parameters())
+    rule = find_rule(optimizer, 0, 2, shape=(48, 48))
+    assert rule.kind is Kind.unknown and "holds something per parameter outside optimizer.state" in rule.reason
+    assert dict(kept_states.states_of(optimizer)) == {}
+
+
+def test_a_copy_of_an_optimizer_is_another_one() -> None:
+    model = Net(BF16)
+    optimizer = Keeping(model.parameters())
+    assert kept_states.adopt(optimizer) and not kept_states.adopt(optimizer)
+    assert {name for state in kept_states.states_of(optimizer).values() for name in state} == {
+        "self.masters",
+        "self.momenta",
+    }
+    assert dict(kept_states.states_of(copy.deepcopy(optimizer))) == {}
+    kept_states.let_go(optimizer)
+    assert dict(kept_states.states_of(optimizer)) == {}

@@ -1,0 +1,214 @@
+"""States that an optimizer keeps in attributes of its own: a list beside its parameters, a dict by parameter or by its id.
+
+FP32 weights, compensations, gathered gradients. They are replayed as other states are, under the attribute's name, where a rule
+cannot be replayed without them (`adopt`); whether what was made of them is right, the trial of the rule says.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from update_watch.odd_tensors import unreadable
+
+_PREFIX = "self."  # before the attribute's name: the optimizer may keep a state of that name as well
+_NEAR = 0.05  # of the weight: so near to it is a copy of it
+_ENOUGH = 4096  # elements to take an average of
+
+
+class Layout(Enum):
+    beside = "a list of one for each parameter"
+    by_group = "a list of such lists, one for each group"
+    by_param = "a dict by parameter"
+    by_id = "a dict by a parameter's id"
+    own = "a list of the parameters themselves"
+
+
+class Shelf(NamedTuple):
+    """One attribute that holds something for each parameter."""
+
+    attribute: str
+    layout: Layout
+
+    @property
+    def state(self) -> str:
+        """The name under which it is a state."""
+        return _PREFIX + self.attribute
+
+
+_adopted: weakref.WeakKeyDictionary[Optimizer, tuple[Shelf, ...]] = weakref.WeakKeyDictionary()
+
+
+def shelves_of(optimizer: Optimizer) -> tuple[Shelf, ...]:
+    """The attributes of an optimizer that hold something for each of its parameters; () where there is but its own list of them."""
+    groups = [group["params"] for group in optimizer.param_groups]
+    params = [param for group in groups for param in group]
+    found = []
+    for name, value in vars(optimizer).items():
+        layout = None if name in ("param_groups", "state", "defaults") else _layout(value, params, groups)
+        if layout is not None:
+            found.append(Shelf(name, layout))
+    return tuple(found) if any(shelf.layout is not Layout.own for shelf in found) else ()
+
+
+def adopt(optimizer: Optimizer) -> bool:
+    """Take what an optimizer keeps in attributes for states. False: there is nothing, or it is done."""
+    if optimizer in _adopted:
+        return False
+    shelves = shelves_of(optimizer)
+    if shelves:
+        _adopted[optimizer] = shelves
+    return bool(shelves)
+
+
+def let_go(optimizer: Optimizer) -> None:
+    """Take them for attributes again."""
+    _adopted.pop(optimizer, None)
+
+
+def attributes(optimizer: Optimizer) -> frozenset[str]:
+    """Those that are states."""
+    return frozenset(shelf.attribute for shelf in _adopted.get(optimizer, ()))
+
+
+def states_of(optimizer: Optimizer) -> Mapping[Tensor, dict[str, Any]]:
+    """`optimizer.state`, with what else is taken for states; then a state is a dict made anew."""
+    shelves = _adopted.get(optimizer)
+    return optimizer.state if shelves is None else _States(optimizer, shelves)
+
+
+def furnish(
+    twin: Optimizer, original: Optimizer, state: Mapping[Tensor, dict[str, Any]], *, are_synthetic: bool
+) -> None:
+    """Give a copy of an optimizer shelves of its own, with what is in the `state` of its parameters, and taken from there.
+
+    `are_synthetic`: its parameters are not the original's, and get something like what those have.
+    """
+    shelves = _adopted.get(original)
+    if shelves is None:
+        return
+    _adopted[twin] = shelves
+
+    def item(shelf: Shelf, param: Tensor) -> Any:
+        if shelf.layout is Layout.own:
+            return param
+        mine = state.get(param) or {}
+        return _stand_in(original, shelf, param) if are_synthetic else mine.pop(shelf.state, None)
+
+    for shelf in shelves:
+        kept = [[(param, item(shelf, param)) for param in group["params"]] for group in twin.param_groups]
+        value = getattr(original, shelf.attribute)
+        object.__setattr__(twin, shelf.attribute, _container(shelf.layout, kept, value))
+
+
+class _States(Mapping[Tensor, dict[str, Any]]):
+    def __init__(self, optimizer: Optimizer, shelves: tuple[Shelf, ...]) -> None:
+        self._optimizer, self._shelves = optimizer, shelves
+        params = [(g, i, p) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])]
+        self._places = {id(param): (k, g, i) for k, (g, i, param) in enumerate(params)}
+        self._params = [param for *_, param in params]
+
+    def __getitem__(self, param: Tensor) -> dict[str, Any]:
+        found = dict(self._optimizer.state.get(param) or {})
+        for shelf in self._shelves:
+            value = _at(getattr(self._optimizer, shelf.attribute, None), shelf.layout, param, self._places)
+            if value is not None:
+                found[shelf.state] = value
+        if not found:
+            raise KeyError(param)
+        return found
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (param for param in self._params if param in self)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+
+def _at(container: Any, layout: Layout, param: Tensor, places: Mapping[int, tuple[int, int, int]]) -> Any:
+    if layout is Layout.own or id(param) not in places:
+        return None
+    place, group, within = places[id(param)]
+    try:
+        if layout is Layout.beside:
+            return container[place]
+        if layout is Layout.by_group:
+            return container[group][within]
+        return container.get(param if layout is Layout.by_param else id(param))
+    except (IndexError, AttributeError, TypeError):  # put away, or not there for a group that was added
+        return None
+
+
+def _container(layout: Layout, kept: list[list[tuple[Tensor, Any]]], original: Any) -> Any:
+    if layout is Layout.by_group:
+        return type(original)([[value for _, value in group] for group in kept])
+    flat = [pair for group in kept for pair in group]
+    if layout in (Layout.beside, Layout.own):
+        return type(original)([value for _, value in flat])
+    by_key = {param if layout is Layout.by_param else id(param): value for param, value in flat if value is not None}
+    return defaultdict(original.default_factory, by_key) if isinstance(original, defaultdict) else by_key
+
+
+def _layout(value: Any, params: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> Layout | None:
+    if type(value) in (list, tuple):
+        if len(value) == len(params) and all(map(_is, value, params)):
+            return Layout.own
+        if _is_beside(value, params):
+            return Layout.beside
+        are_lists = len(value) == len(groups) and all(type(one) in (list, tuple) for one in value)
+        return Layout.by_group if are_lists and all(map(_is_beside, value, groups)) else None
+    if type(value) not in (dict, defaultdict) or not value:
+        return None
+    known = {id(param): param for param in params}
+    if all(isinstance(key, Tensor) for key in value):
+        by_id, layout = {id(key): one for key, one in value.items()}, Layout.by_param
+    else:
+        by_id, layout = value, Layout.by_id
+    if not by_id.keys() <= known.keys():
+        return None
+    return layout if all(_fits(one, known[key]) for key, one in by_id.items()) else None
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
+
+
+def _is_beside(value: Any, params: Sequence[Tensor]) -> bool:
+    """One for each parameter, of its shape; not the parameters, of which a copy must not have other ones."""
+    if len(value) != len(params) or not any(isinstance(one, Tensor) for one in value):
+        return False
+    known = {id(param) for param in params}
+    return all(id(one) not in known and _fits(one, param) for one, param in zip(value, params, strict=True))
+
+
+def _fits(value: Any, param: Tensor) -> bool:
+    if isinstance(value, Tensor):
+        return type(value) in (Tensor, torch.nn.Parameter) and not unreadable(value) and value.shape == param.shape
+    return value is None or type(value) in (int, float)
+
+
+def _stand_in(optimizer: Optimizer, shelf: Shelf, param: Tensor) -> Any:
+    """What a synthetic parameter has in place of what real ones have: a copy of its weights, or the same everywhere."""
+    states = states_of(optimizer)
+    given = (
+        (real, states.get(real, {}).get(shelf.state)) for group in optimizer.param_groups for real in group["params"]
+    )
+    real, value = max(
+        ((real, value) for real, value in given if value is not None),
+        key=lambda pair: pair[0].numel(),
+        default=(param, None),
+    )
+    if not isinstance(value, Tensor):
+        return value
+    kept, weight = value.detach().float(), real.detach().float()
+    if float((kept - weight).norm()) <= _NEAR * float(weight.norm()):
+        return param.detach().to(value.dtype, copy=True)
+    mean = float(kept.reshape(-1)[:_ENOUGH].double().mean())
+    return torch.full_like(param, mean, dtype=value.dtype, requires_grad=False)
