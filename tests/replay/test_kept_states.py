@@ -17,7 +17,7 @@ from update_watch.replay.rule_kind import find_rule
 from update_watch.report import Cause, Health, Report
 
 BF16 = torch.bfloat16
-LAYOUTS = ("beside", "tuple", "by_group", "by_param", "by_id")
+LAYOUTS = ("beside", "tuple", "by_group", "by_param", "by_id", "flat")
 
 
 class Keeping(torch.optim.Optimizer):
@@ -35,6 +35,8 @@ class Keeping(torch.optim.Optimizer):
             return [[make(p) for p in group["params"]] for group in self.param_groups]
         if self.layout in ("by_param", "by_id"):
             return {p if self.layout == "by_param" else id(p): make(p) for p in self.mine}
+        if self.layout == "flat":
+            return torch.cat([make(p).reshape(-1) for p in self.mine])
         return (tuple if self.layout == "tuple" else list)(make(p) for p in self.mine)
 
     def _of(self, kept: Any, g: int, i: int, k: int, p: Tensor) -> Tensor:
@@ -45,6 +47,8 @@ class Keeping(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.steps += 1
+        if self.layout == "flat":
+            return self._step_flat()
         k = 0
         for g, group in enumerate(self.param_groups):
             for i in range(len(group["params"])):
@@ -54,6 +58,14 @@ class Keeping(torch.optim.Optimizer):
                 if self.steps % self.every == 0:
                     p.copy_(master)
                 k += 1
+
+    def _step_flat(self) -> None:
+        self.momenta.mul_(0.9).add_(torch.cat([p.grad.float().reshape(-1) for p in self.mine]))
+        self.masters -= self.momenta.sign() * self.param_groups[0]["lr"]
+        parts = self.masters.split([p.numel() for p in self.mine])
+        for p, part in zip(self.mine, parts, strict=True):
+            if self.steps % self.every == 0:
+                p.copy_(part.view(p.shape))
 
 
 class Gathering(torch.optim.Optimizer):
@@ -102,7 +114,7 @@ def test_masters_in_attributes_are_replayed_and_healthy(layout: str) -> None:
     assert all(t.efficiency == pytest.approx(1, abs=0.01) for t in report.tensors)
 
 
-@pytest.mark.parametrize("layout", ["beside", "by_id"])
+@pytest.mark.parametrize("layout", ["beside", "by_id", "flat"])
 def test_masters_in_attributes_that_are_never_written_to_the_model_are_said(layout: str) -> None:
     model = Net(BF16)
     report = trained(model, Keeping(model.parameters(), layout=layout, every=10**9))
@@ -123,18 +135,18 @@ def test_gradients_that_an_optimizer_gathers_by_itself(dtype: torch.dtype, lr: f
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_is_the_same_with_and_without_a_watch(layout: str) -> None:
-    ends = []
+    ends: list[list[Tensor]] = []
     for is_watched in (False, True):
         model = Net(BF16)
         optimizer = Keeping(groups(model), lr=1e-3, layout=layout, every=3)
         trained(model, optimizer, 40, is_watched)
-        kept = [
-            optimizer._of(optimizer.masters, 0 if not k else 1, max(k - 1, 0), k, p)
-            for k, p in enumerate(optimizer.mine)
-        ]
-        ends.append([*map(torch.clone, kept), *(p.detach().clone() for p in model.parameters())])
-        assert optimizer.steps == 40
+        states = kept_states.states_of(optimizer)
+        assert optimizer.steps == 40 and bool(states) == is_watched
         assert all(mine is p for mine, p in zip(optimizer.mine, model.parameters(), strict=True))
+        kept_states.adopt(optimizer)
+        states = kept_states.states_of(optimizer)
+        ends.append([t.detach().clone() for p in model.parameters() for t in (p, *states[p].values())])
+    assert len(ends[0]) == 3 * len(optimizer.mine)
     assert all(map(torch.equal, *ends))
 
 

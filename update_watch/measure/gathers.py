@@ -46,6 +46,7 @@ class Common(NamedTuple):
         carriers = {row.scheme.carrier for row in rows if row.scheme.carrier}
         states = carriers.union(*{row.rule.element_states for row in rows})
         is_fine = any([local(row.param).dtype in _FINE for row in rows])
+        is_fine = is_fine and not any([row.rule.is_bound_to_fp32 for row in rows])
         cell = cell_of([row.sampler for row in rows if row.sampler is not None])
         return cls(sorted(states), is_fine, cell, any([row.is_whole for row in rows]), keeps)
 

@@ -1,4 +1,4 @@
-"""States that an optimizer keeps in attributes of its own: a list beside its parameters, a dict by parameter or by its id.
+"""States that an optimizer keeps in attributes of its own: a list beside its parameters, a dict by parameter or by its id, one flat tensor.
 
 FP32 weights, compensations, gathered gradients. They are replayed as other states are, under the attribute's name, where a rule
 cannot be replayed without them (`adopt`); whether what was made of them is right, the trial of the rule says.
@@ -6,6 +6,7 @@ cannot be replayed without them (`adopt`); whether what was made of them is righ
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ class Layout(Enum):
     by_group = "a list of such lists, one for each group"
     by_param = "a dict by parameter"
     by_id = "a dict by a parameter's id"
+    flat = "one tensor, the elements of all parameters one after the other"
     own = "a list of the parameters themselves"
 
 
@@ -113,12 +115,18 @@ class _States(Mapping[Tensor, dict[str, Any]]):
         self._optimizer, self._shelves = optimizer, shelves
         params = [(g, i, p) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])]
         self._places = {id(param): (k, g, i) for k, (g, i, param) in enumerate(params)}
+        ends = itertools.accumulate(param.numel() for *_, param in params)
+        self._ends = {id(param): end for (*_, param), end in zip(params, ends, strict=True)}
         self._params = [param for *_, param in params]
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
         found = dict(self._optimizer.state.get(param) or {})
         for shelf in self._shelves:
-            value = _at(getattr(self._optimizer, shelf.attribute, None), shelf.layout, param, self._places)
+            kept = getattr(self._optimizer, shelf.attribute, None)
+            if shelf.layout is Layout.flat:
+                value = _part(kept, param, self._ends.get(id(param), 0))
+            else:
+                value = _at(kept, shelf.layout, param, self._places)
             if value is not None:
                 found[shelf.state] = value
         if not found:
@@ -146,10 +154,20 @@ def _at(container: Any, layout: Layout, param: Tensor, places: Mapping[int, tupl
         return None
 
 
+def _part(flat: Any, param: Tensor, end: int) -> Tensor | None:
+    """The elements of a parameter in a flat tensor, in its shape."""
+    if not isinstance(flat, Tensor) or not param.numel() <= end <= flat.numel():
+        return None
+    return flat.detach()[end - param.numel() : end].view(param.shape)
+
+
 def _container(layout: Layout, kept: list[list[tuple[Tensor, Any]]], original: Any) -> Any:
     if layout is Layout.by_group:
         return type(original)([[value for _, value in group] for group in kept])
     flat = [pair for group in kept for pair in group]
+    if layout is Layout.flat:
+        parts = [value.reshape(-1) for _, value in flat]
+        return torch.cat(parts) if parts else original.new_empty(0)
     if layout in (Layout.beside, Layout.own):
         return type(original)([value for _, value in flat])
     by_key = {param if layout is Layout.by_param else id(param): value for param, value in flat if value is not None}
@@ -157,6 +175,10 @@ def _container(layout: Layout, kept: list[list[tuple[Tensor, Any]]], original: A
 
 
 def _layout(value: Any, params: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> Layout | None:
+    if isinstance(value, Tensor):
+        numel = sum(param.numel() for param in params)
+        is_flat = value.dim() == 1 and not unreadable(value) and value.numel() == numel and len(params) > 1
+        return Layout.flat if is_flat else None
     if type(value) in (list, tuple):
         if len(value) == len(params) and all(map(_is, value, params)):
             return Layout.own

@@ -104,6 +104,21 @@ class ReplayTrial:
                 f"in its trial {self.training.name} stepped a copy of the weight and never the weight (its state '{name}')"
             )
 
+    def fails_in_fp64(self) -> bool:
+        """Whether the rule does not run on FP64 samples, by which what FP32 weights lose is seen: it may cast to FP32 itself."""
+        if self._is_native or self.way not in (Way.flat, Way.rows):
+            return False
+        self.training.set_gradients()
+        parts = [self._part(i) for i in range(len(self.training.params))]
+        try:
+            for part in parts:
+                state = {k: v.double() if is_element(v, part.param) else v for k, v in part.state.items()}
+                assert part.grad is not None
+                self._replay_parts([part._replace(param=part.param.double(), grad=part.grad.double(), state=state)])
+        except ReplayError:
+            return True
+        return False
+
     def low_states(self) -> frozenset[str]:
         """Those that are kept in fewer bits than FP32."""
         found = set()

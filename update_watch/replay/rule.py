@@ -43,6 +43,7 @@ class Rule:
     steps_copy: bool = (
         False  # of an unknown one: in its trial it moved a state that began as the weight, and not the weight
     )
+    is_bound_to_fp32: bool = False  # it casts to FP32 itself, and does not run on FP64 copies
     apart: bool = False  # scalar state differs by parameter, beyond step counts: replay each parameter on its own
 
     @property

@@ -316,6 +316,7 @@ def _rule(way: Way, trials: list[ReplayTrial], low_kept: frozenset[str]) -> Rule
         widens=not low_kept,
         low_kept=low_kept,
         apart=any(trial.apart for trial in trials),
+        is_bound_to_fp32=trials[-1].fails_in_fp64(),
         may_draw=any(trial.twin.has_drawn for trial in trials),
         skips_first=any(trial.skips_first for trial in trials),
     )
