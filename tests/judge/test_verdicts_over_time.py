@@ -87,6 +87,31 @@ def test_the_end_of_a_schedule_is_no_stall() -> None:
     assert found.advice.startswith("Its learning rate of 1e-06 has all but run out (peak 0.001)")
 
 
+@pytest.mark.parametrize(
+    ("group", "lr", "expected"),
+    [
+        ("1/0", 1e-5, (Health.stalled, Cause.weight_rounding)),
+        ("0/1", 1e-5, (Health.idle, Cause.zero_learning_rate)),
+        ("", 1e-5, (Health.idle, Cause.not_in_optimizer)),
+    ],
+)
+def test_a_far_lower_rate_under_another_optimizer_is_no_end_of_a_schedule(
+    group: str, lr: float, expected: tuple[Health, Cause]
+) -> None:
+    high = tensor(lr=0.1, lr_max=0.1, lr_min=0.1)
+    low = tensor(0.0, **GONE | STILL, lr=lr, lr_max=lr, lr_min=lr, optimizer_group=group)
+    found = verdicts(high, high, low, low)[-1]
+    assert (found.health, found.cause) == expected
+
+
+def test_optimizers_that_are_made_anew_along_a_schedule_end_with_it() -> None:
+    rates = [1e-1 * 4.0**-k for k in range(8)]
+    windows = [tensor(lr=lr, lr_max=lr, lr_min=lr, optimizer_group=f"{k}/0") for k, lr in enumerate(rates)]
+    last = tensor(0.0, **GONE | STILL, lr=rates[-1], lr_max=rates[-1], lr_min=rates[-1], optimizer_group="9/0")
+    found = verdicts(*windows, last)[-1]
+    assert (found.health, found.cause) == (Health.idle, Cause.zero_learning_rate)
+
+
 @pytest.mark.parametrize("last", [0.0, 1e-9])
 def test_a_run_that_was_stalled_ends_so_and_not_idle_where_its_learning_rate_runs_out(last: float) -> None:
     stuck = {**GONE, "shape": (64,), "name": "norm.weight"}

@@ -76,6 +76,7 @@ _VERSION = 2
 _STILL = 48  # steps in which no tensor of an optimizer moved by one bit, though it has gradients and a learning rate
 _EARNEST = 0.1  # of the peak learning rate: what stalls only below that is the end of a schedule, and not the run
 
+_FAR_LOWER = 0.1  # than under the optimizer before: schedules over optimizers that are made anew go on smoothly
 _GOOD = (HEALTHY, None, "")
 _LATE = ("tensors", "layers")  # fields of a report that are made when somebody asks for them
 
@@ -89,6 +90,7 @@ class Diagnosis:
         self._histories = Histories(thresholds)
         self._standing, self._resting = Standing(), Resting()
         self._last_step: int | None = None
+        self._owned: tuple[list[str], list[str]] = [], []  # names of the last window, and the groups that held them
         self._moving: set[str] = set()  # optimizers of which any tensor moved in this window
 
     def judge(self, evidence: WindowEvidence, trainer: str = "torch") -> Report:
@@ -158,6 +160,7 @@ class Diagnosis:
     def _judge(self, evidence: WindowEvidence, first_step: int) -> OfWindow:
         columns, histories, limits = columns_of(evidence.tensors), self._histories, self._limits
         rows = histories.rows_of(tuple(columns.raw("name")))
+        self._begin_anew(columns, rows)
         usual = usual_gradient(columns)
         sorts = sort(columns, histories, rows, usual, evidence.skipped_steps, limits)
         rest_now = self._resting.take(columns, sorts, histories, rows, limits)
@@ -197,6 +200,21 @@ class Diagnosis:
         judged = OfWindow(columns, found.health, found.cause, text, parts, since_step, first_step)
         self._resting.keep(rest_now, judged)
         return judged
+
+    def _begin_anew(self, columns: Columns, rows: Rows) -> None:
+        """Under another optimizer a far lower rate is that of what begins now, and not the end of a schedule."""
+        names, groups = list(columns.raw("name")), list(columns.raw("optimizer_group"))
+        if (names, groups) == self._owned:
+            return
+        before = dict(zip(*self._owned, strict=True))
+        known_groups = [group or before.get(name, "") for name, group in zip(names, groups, strict=True)]
+        self._owned = names, known_groups
+        pairs = [(before.get(name, ""), group) for name, group in zip(names, known_groups, strict=True)]
+        is_other = np.array([bool(old) and _owner(old) != _owner(new) for old, new in pairs], dtype=bool)
+        lr_max = known_values(columns.column("lr_max"))
+        at = rows[is_other & (lr_max < _FAR_LOWER * self._histories.lr[rows])]
+        self._histories.peak_lr[at] = self._histories.stalled_lr[at] = 0.0
+        self._histories.lr[at] = np.nan
 
     def _verdict(
         self, e: TensorEvidence, history: TensorHistory, window: WindowEvidence, usual: float | None
