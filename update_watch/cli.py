@@ -87,8 +87,8 @@ def _watch_command(options: argparse.Namespace) -> int:
     if not command:
         raise UsageError("name the command to run, as in: update-watch run python train.py --lr 1e-5")
     for path in (options.journal, options.report):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder, name a file in it")
+        if path is not None and path.exists() and not path.is_file():  # no device either: it would be written to
+            raise UsageError(f"{path} is {'a folder, name a file in it' if path.is_dir() else 'no file, name one'}")
     return run(command, options.window, options.journal, options.report, options.wandb, options.fail_on_stall)
 
 

@@ -183,7 +183,38 @@ def test_processes_that_begin_together_have_journals_of_their_own(tmp_path: Path
     assert free_path(tmp_path / "none" / "run.jsonl") == tmp_path / "none" / "run.jsonl"
 
 
-def test_an_empty_journal_is_none(tmp_path: Path) -> None:
-    run = watched(tmp_path, sys.executable, "-c", "import pathlib; pathlib.Path('run.jsonl').touch()")
-    assert "no step of a torch optimizer was seen" in run.stderr
-    assert not (tmp_path / "run.jsonl").exists()
+TRAINS = """
+import os, pathlib, torch
+m = torch.nn.Linear(4, 4).bfloat16()
+o = torch.optim.SGD(m.parameters(), lr=0.1)
+for i in range(20):
+    m(torch.ones(4, dtype=torch.bfloat16)).sum().backward()
+    o.step()
+"""
+
+
+def test_files_of_the_script_are_no_journals_and_stay(tmp_path: Path) -> None:
+    touch = "pathlib.Path('run-notes.jsonl').write_text('{}')\npathlib.Path('run-empty.jsonl').touch()\n"
+    run = watched(tmp_path, sys.executable, "-c", f"{TRAINS}\n{touch}", options=("--report", "r.html"))
+    assert run.returncode == 0 and "report: r.html" in run.stderr, run.stderr
+    assert "notes" not in run.stderr
+    assert sorted(p.name for p in tmp_path.glob("*.jsonl")) == ["run-empty.jsonl", "run-notes.jsonl", "run.jsonl"]
+    idle = watched(tmp_path, sys.executable, "-c", "import pathlib; pathlib.Path('run.jsonl').write_text('')")
+    assert "no step of a torch optimizer was seen" in idle.stderr
+    assert (tmp_path / "run.jsonl").exists()
+
+
+def test_an_empty_journal_of_ours_is_none(tmp_path: Path) -> None:
+    killed = f"{TRAINS.replace('range(20)', 'range(2)')}\nos.kill(os.getpid(), 9)\n"
+    run = watched(tmp_path, sys.executable, "-c", killed)
+    assert run.returncode == -signal.SIGKILL
+    assert "training ended before anything was reported" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_is_no_journal(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # as /dev/null: it was removed, being empty
+    run = watched(tmp_path, sys.executable, "-c", TRAINS, options=("--journal", str(pipe)))
+    assert run.returncode == 2 and "pipe is no file, name one" in run.stderr
+    assert pipe.exists()

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from update_watch.report import Health, Report
+from update_watch.run import claims
 from update_watch.run.settings import VARIABLE, Settings
 from update_watch.wording import printable
 
@@ -33,8 +34,7 @@ def run(
 ) -> int:
     """Run `command`. Returns its exit status, or `STALLED` where it is 0 and tensors are stalled at the end."""
     path = (journal or Path(time.strftime("update-watch-%Y%m%d-%H%M%S.jsonl"))).absolute()
-    settings = Settings(str(path), window, wandb)
-    began = time.time()
+    settings = Settings(str(path), window, wandb, claims.begin())
     try:
         status = _start(command, settings)
     except FileNotFoundError:
@@ -43,9 +43,10 @@ def run(
     except PermissionError:
         sys.stderr.write(f"update-watch run: {command[0]}: permission denied{_by_python(command)}\n")
         return _NOT_RUNNABLE
-    journals = [one for one in _journals(path) if one.stat().st_mtime >= began - 1]
+    finally:
+        journals, begun = claims.end(settings.claims, path)
     last = {one: found for one in journals if (found := _last(one)) is not None}
-    _say(journals, last, report)
+    _say(journals, begun, last, report)
     if status < 0:
         _end_as(-status)
     if (
@@ -92,13 +93,6 @@ def _end_as(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def _journals(path: Path) -> list[Path]:
-    others = sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
-    if path.exists() and not path.stat().st_size:  # of a process that ended before its first window
-        path.unlink()
-    return [one for one in (path, *others) if one.exists() and one.stat().st_size]
-
-
 def _last(journal: Path) -> tuple[str, Report] | None:
     """The model's name and the last report."""
     from update_watch.dashboards.frame import report_of
@@ -115,9 +109,10 @@ def _last(journal: Path) -> tuple[str, Report] | None:
     return None
 
 
-def _say(journals: Sequence[Path], last: Mapping[Path, tuple[str, Report]], report: Path | None) -> None:
+def _say(journals: Sequence[Path], begun: int, last: Mapping[Path, tuple[str, Report]], report: Path | None) -> None:
     if not journals:
-        sys.stderr.write("update-watch: no step of a torch optimizer was seen in the processes of this command\n")
+        nothing = "training ended before anything was reported" if begun else "no step of a torch optimizer was seen"
+        sys.stderr.write(f"update-watch: {nothing} in the processes of this command\n")
         return
     for journal, (name, found) in last.items():
         own = journal.stem.removeprefix(f"{journals[0].stem}-")  # the second of a class has a number

@@ -21,6 +21,7 @@ from update_watch.measure.hooks.process_steps import leave_place
 from update_watch.measure.identity import masters, owners
 from update_watch.measure.identity.names import members_of, named_tensors, names_of
 from update_watch.report import SEVERITY, Report
+from update_watch.run import claims
 from update_watch.run.settings import Settings
 from update_watch.watch import Watch, watch
 from update_watch.wording import above_progress_bars, percent, plural
@@ -75,7 +76,10 @@ def _watch(model: Any, optimizer: Optimizer) -> Watch:
             from update_watch.dashboards import WandbSink
 
             sinks.append(WandbSink(run))
-    journal = free_path(Path(settings.journal), "" if is_first else name) if is_leader else None
+    journal = None
+    if is_leader:
+        journal = free_path(Path(settings.journal), "" if is_first else name)
+        claims.note(settings.claims, journal)
     found = watch(model, optimizer, window=settings.window, sinks=sinks, journal=journal)
     found.name = name
     return found

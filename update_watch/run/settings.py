@@ -22,6 +22,9 @@ class Settings:
     wandb: bool = False
     """Log to the W&B run that the script has open."""
 
+    claims: str = ""
+    """File of the command's own in which its processes note the journals they keep, a line each."""
+
     def to_variable(self) -> str:
         """For the environment."""
         return json.dumps(dataclasses.asdict(self))
