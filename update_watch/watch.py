@@ -284,7 +284,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         """In a forked process: the one it was forked from goes on reporting, this copy does nothing more."""
         self._closed = True
         self._judge, self._post = Worker("judging", self._judge_window), Worker("sink", Sinks([]))
-        self._model.streams = StepStreams()
+        self._model.streams, self._tap.wants = StepStreams(), None  # which wants no step of a closed watch
         self._tap.replace(lambda _: endings.say_forked(self.detach))
 
 

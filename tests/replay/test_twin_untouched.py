@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import threading
 from collections import deque
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tests.support.replay.twin_samples import Plain, parameter, replayed
 from update_watch.replay.absent import ReplayError
 from update_watch.replay.optimizer_copy import rule_of
+from update_watch.replay.side_effects import WithoutEffects
 from update_watch.replay.twin import Run, Twin
 
 
@@ -206,3 +209,32 @@ def test_a_compiled_rule_is_not_compiled_for_the_twin() -> None:
     result = replayed(Compiled([param]), param)
     assert compiled == []
     torch.testing.assert_close(result, param.detach() - 0.1 * param.grad)
+
+
+def test_two_threads_that_try_rules_leave_the_hooks_for_all_optimizers_where_they_were() -> None:
+    hooks = torch_optimizer._global_optimizer_pre_hooks
+    handle = torch_optimizer.register_optimizer_step_pre_hook(lambda *_: None)
+    is_inside, may_end = threading.Event(), threading.Event()
+
+    def outer() -> None:
+        first = WithoutEffects(torch.device("cpu"))
+        with first, first:
+            is_inside.set()
+            may_end.wait(0.2)
+
+    def inner() -> None:
+        second = WithoutEffects(torch.device("cpu"))
+        with second, second:
+            may_end.set()
+            thread.join()  # the first is put back before
+
+    thread, other = threading.Thread(target=outer), threading.Thread(target=inner)
+    try:
+        thread.start()
+        is_inside.wait()
+        other.start()
+        other.join()
+        assert torch_optimizer._global_optimizer_pre_hooks is hooks
+    finally:
+        torch_optimizer._global_optimizer_pre_hooks = hooks
+        handle.remove()

@@ -212,6 +212,29 @@ def test_an_empty_journal_of_ours_is_none(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_models_of_two_threads_are_watched_and_none_is_trained_unseen(tmp_path: Path) -> None:
+    code = """
+import threading, torch
+torch.set_num_threads(1)
+models = [torch.nn.Linear(4, 4).bfloat16() for _ in range(2)]
+ready = threading.Barrier(2)
+def train(m):
+    o = torch.optim.SGD(m.parameters(), lr=0.1)
+    ready.wait()
+    for i in range(20):
+        m(torch.ones(4, dtype=torch.bfloat16)).sum().backward()
+        o.step()
+threads = [threading.Thread(target=train, args=(m,)) for m in models]
+[t.start() for t in threads]
+[t.join() for t in threads]
+"""
+    run = watched(tmp_path, sys.executable, "-c", code)
+    assert run.returncode == 0 and "rror" not in run.stderr, run.stderr
+    journals = sorted(tmp_path.glob("*.jsonl"))
+    assert [one.name for one in journals] == ["run-Linear2.jsonl", "run.jsonl"]
+    assert [list(read_journal(one))[-1].step for one in journals] == [20, 20]  # the first step of both is seen
+
+
 def test_a_device_is_no_journal(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)  # as /dev/null: it was removed, being empty

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+HOOKS = (
+    threading.RLock()
+)  # held while torch's hooks for all optimizers are away, or one is added: else two threads that
+# take them away would put back what the other had left in their place
+_PATIENCE = 5.0  # s
 
 
 class RandomStates:
@@ -86,18 +94,26 @@ class WithoutEffects(Undone):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._hooks = _torch_optimizer._global_optimizer_pre_hooks, _torch_optimizer._global_optimizer_post_hooks
+        self._hooks: tuple[Any, Any] | None = None
+        self._is_holding = False
         self.random_states = RandomStates(device)
         self._grad, self._stance = torch.is_grad_enabled(), eval_frame()._stance
 
     def change(self) -> None:
         torch.set_grad_enabled(False)
         torch.compiler.set_stance("force_eager")
-        if any(self._hooks):  # `super().step()` calls the hooks that are registered for all optimizers
+        self._is_holding = HOOKS.acquire(timeout=_PATIENCE)
+        hooks = _torch_optimizer._global_optimizer_pre_hooks, _torch_optimizer._global_optimizer_post_hooks
+        if any(hooks):  # `super().step()` calls the hooks that are registered for all optimizers
+            self._hooks = hooks
             _set_global_hooks(OrderedDict(), OrderedDict())
 
     def undo(self) -> None:
-        _set_global_hooks(*self._hooks)
+        if self._hooks is not None:
+            _set_global_hooks(*self._hooks)
+        if self._is_holding:
+            self._is_holding = False
+            HOOKS.release()
         self.random_states.restore()
         eval_frame()._set_stance(self._stance)
         torch.set_grad_enabled(self._grad)

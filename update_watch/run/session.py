@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from update_watch import endings
 from update_watch.measure.device.streams import is_capturing
-from update_watch.measure.hooks.process_steps import leave_place
+from update_watch.measure.hooks.process_place import PLACE
 from update_watch.measure.identity import masters, owners
 from update_watch.measure.identity.names import members_of, named_tensors, names_of
 from update_watch.report import SEVERITY, Report
@@ -26,38 +27,37 @@ from update_watch.run.settings import Settings
 from update_watch.watch import Watch, watch
 from update_watch.wording import above_progress_bars, percent, plural
 
+_BEGINNING = threading.RLock()
 _models: list[tuple[str, Callable[[], Any]]] = []  # that are watched, with their names
 _met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
-def begin(optimizer: Optimizer, place: RemovableHandle) -> Watch | None:
-    """Watch the model whose first step this is. None where the script watches itself.
+def begin(optimizer: Optimizer, place: RemovableHandle) -> None:
+    """Watch the model whose first step this is, and those that come later; nothing where the script watches itself.
 
     `place`: the hook of all optimizers from which it is called.
     """
-    if endings.is_any_open():
-        return None
-    leave_place(place)
-    return _watch(model_of(optimizer), optimizer)
+    PLACE.take(place)
+    if not endings.is_any_open():
+        _watch(model_of(optimizer), optimizer)
+        PLACE.last = torch.compiler.disable(_follow)  # type: ignore[no-untyped-call]  # torch's
 
 
-def follow(optimizer: Optimizer, place: RemovableHandle) -> bool:
-    """Before a step: one that no watch has taken may train a model of its own, as a critic or a discriminator has one.
-
-    `place`: the hook of all optimizers from which it is called, behind those of the open watches. Returns whether another
-    watch has taken it.
-    """
-    if optimizer in _met or not _models or is_capturing():
-        return False
-    _met.add(optimizer)
-    if endings.is_watched(optimizer):
-        return False
-    model = model_of(optimizer)
-    if not isinstance(model, torch.nn.Module) or any(known() is model for _, known in _models):
-        return False
-    leave_place(place)
-    _watch(model, optimizer)
-    return True
+def _follow(optimizer: Optimizer, *_: Any) -> None:
+    """Before a step, behind the open watches: one that none has taken may train a model of its own, as a critic has one."""
+    if optimizer in _met or is_capturing():
+        return
+    with _BEGINNING:  # two threads may each train a model
+        if optimizer in _met:
+            return
+        _met.add(optimizer)
+        try:
+            if not endings.is_watched(optimizer):
+                model = model_of(optimizer)
+                if isinstance(model, torch.nn.Module) and not any(known() is model for _, known in _models):
+                    _watch(model, optimizer)
+        except Exception as error:
+            print(f"update-watch: a model of this process is not watched: {error!r}", file=sys.stderr)
 
 
 def _watch(model: Any, optimizer: Optimizer) -> Watch:

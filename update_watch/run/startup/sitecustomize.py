@@ -11,10 +11,12 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+import threading
 from types import ModuleType
 from typing import Any
 
 _AWAITED = "torch.optim.optimizer"
+_BEGINNING = threading.RLock()
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -40,59 +42,50 @@ class _Waiting:
 def _listen(module: ModuleType) -> None:
     try:
         _steps.place = module.register_optimizer_step_pre_hook(_steps)  # type: ignore[attr-defined]
-        module.register_optimizer_step_post_hook(_after)  # type: ignore[attr-defined]
     except Exception as error:  # a torch of another kind: the command runs as it would have
         print(f"update-watch: this torch cannot be watched: {error!r}", file=sys.stderr)
 
 
-def _steps(optimizer: Any, *_: Any) -> None:
+def _steps(optimizer: Any, *more: Any) -> None:
     """Just before the first step of an optimizer: masters still have the values of what they are masters of.
 
-    Another hook takes its place: torch goes through them just now.
+    Another hook takes its place: torch goes through them just now. Other threads that train wait.
     """
     cuda = sys.modules["torch"].cuda
     if cuda.is_available() and cuda.is_current_stream_capturing():
         return  # what was done here would be captured: the next step will do
     place = _steps.place  # type: ignore[attr-defined]
-    place.hooks_dict_ref()[place.id] = _nothing
+    hooks = place.hooks_dict_ref()
+    with _BEGINNING:
+        if hooks[place.id] is not _steps:  # another thread was first
+            hooks[place.id](optimizer, *more)
+        elif not _steps.has_begun:  # type: ignore[attr-defined]
+            _steps.has_begun = True  # type: ignore[attr-defined]
+            try:
+                _begin(optimizer, place)
+            finally:
+                if hooks[place.id] is _steps:
+                    hooks[place.id] = _nothing
+
+
+def _begin(optimizer: Any, place: Any) -> None:
     try:
         if importlib.util.find_spec("update_watch") is None:  # installed for another Python than this one
             sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(_HERE))))
         from update_watch.run import session
 
         # the script may have compiled its step: nothing of this may be traced
-        disable = sys.modules["torch"].compiler.disable
-        if disable(session.begin)(optimizer, place) is not None:
-            _more.follow = disable(session.follow)  # type: ignore[attr-defined]
+        sys.modules["torch"].compiler.disable(session.begin)(optimizer, place)
     except Exception as error:
         print(f"update-watch: this process is not watched: {error!r}", file=sys.stderr)
-
-
-def _more(optimizer: Any, *_: Any) -> None:
-    """Just before any later step: it may be the first of another model, whose watch takes the place of this hook."""
-    try:
-        if _more.follow(optimizer, _more.place):  # type: ignore[attr-defined]
-            _more.place = None  # type: ignore[attr-defined]
-    except Exception as error:
-        _more.follow = None  # type: ignore[attr-defined]
-        place, _more.place = _more.place, None  # type: ignore[attr-defined]
-        place.hooks_dict_ref()[place.id] = _nothing
-        print(f"update-watch: further models of this process are not watched: {error!r}", file=sys.stderr)
-
-
-def _after(*_: Any) -> None:
-    """Just after any step, when hooks may be added: one that waits for the next model."""
-    if _more.follow is not None and _more.place is None:  # type: ignore[attr-defined]
-        register = sys.modules[_AWAITED].register_optimizer_step_pre_hook
-        _more.place = register(_more)  # type: ignore[attr-defined]
 
 
 def _nothing(*_: Any) -> None:
     """In place of a hook."""
 
 
-_more.follow = _more.place = None  # type: ignore[attr-defined]
-for _hook in (_steps, _more, _after, _nothing):
+_steps.has_begun = False  # type: ignore[attr-defined]
+for _hook in (_steps, _begin, _nothing):
     _hook._torchdynamo_disable = True  # type: ignore[union-attr]
 
 
