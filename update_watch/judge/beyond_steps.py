@@ -28,8 +28,9 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
     before, history.net_grade = history.net_grade, HEALTHY
     health = HEALTHY if net is None else grade(net + 2 * error, before, limits)
     undone = share(e.undone_fraction) or 0.0
-    is_uncopied = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
-    is_undone = undone >= UNDONE and not _travels(e)
+    is_still = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
+    is_undone = undone >= UNDONE and (is_still or not _travels(e))
+    is_uncopied = is_still and not is_undone
     if is_undone and e.is_at_zero and not e.is_master:
         return _pruned(e, history)
     if health is HEALTHY or not (is_uncopied or is_undone):

@@ -13,6 +13,8 @@ import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from update_watch.measure.ledger.sheet import Line, Sheet, SheetWindow, can_be_read
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch
@@ -33,6 +35,7 @@ class Ledger:
         self._plan: Any = None
         self._planned_for: tuple[object, object] = None, None
         self._is_complete = False  # all that there is can be read
+        self._places: dict[int, int] = {}  # of states that hold all of a weight
         self.sheets: list[Sheet] = []
         self._panels: dict[Sheet, Panel | None] = {}
         self._open: dict[Hashable, int | None] = {}
@@ -42,6 +45,11 @@ class Ledger:
         known, self._planned_for = self._planned_for, (tensors, facts)
         is_as_it_was = known[0] is tensors and known[1] == facts and self._plan is not None and self._is_complete
         return is_as_it_was and not any(sheet.has_changed for sheet in self.sheets)
+
+    def standing(self, states: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Those whose memory is where it was when this was asked before: some rules make their states anew in every step."""
+        before, self._places = self._places, {key: local(state).data_ptr() for key, state in states.items()}
+        return {key: state for key, state in states.items() if before.get(key) == self._places[key]}
 
     def open(self, panels: Mapping[Hashable, int | None]) -> None:
         """From now on read of each optimizer's tensors those of this panel; None: all."""

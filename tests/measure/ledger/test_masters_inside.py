@@ -1,0 +1,69 @@
+"""FP32 weights in an optimizer's state: seen in the ledger as other masters are, also where they are written to between steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import update_watch as uw
+from tests.support.watch_nets import Net, backward, batches
+from update_watch.report import Cause, Health, Report
+
+BF16 = torch.bfloat16
+
+
+class HoldsMasters(torch.optim.Optimizer):
+    """Steps of one size on FP32 weights in its state, written to the model after every so many; `is_new`: by tensors made anew."""
+
+    def __init__(self, params: Any, lr: float, every: int = 1, is_new: bool = False) -> None:
+        super().__init__(params, {"lr": lr})
+        self.every, self.is_new = every, is_new
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(steps=0, master=p.detach().float().clone(), momentum=torch.zeros_like(p).float())
+                state["steps"] += 1
+                update = state["momentum"].mul_(0.9).add_(p.grad.float()).sign() * group["lr"]
+                state["master"] = state["master"] - update if self.is_new else state["master"].sub_(update)
+                if state["steps"] % self.every == 0:
+                    p.copy_(state["master"])
+
+
+def run(is_robbed: bool = False, steps: int = 160, **options: Any) -> Report:
+    model = Net(BF16)
+    optimizer = HoldsMasters(model.parameters(), **options)
+    with uw.watch(model, optimizer, window=32) as watch:
+        for x in batches(steps, BF16):
+            model.zero_grad()
+            backward(model, x)
+            optimizer.step()
+            for p in model.parameters() if is_robbed else ():
+                optimizer.state[p]["master"].copy_(p.detach())
+        report = watch.flush()
+    assert report is not None
+    return report
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e-5])
+def test_masters_that_are_taken_from_the_weights_again_after_each_step_hold_nothing(lr: float) -> None:
+    report = run(is_robbed=True, lr=lr)
+    norm = next(t for t in report.tensors if t.name == "norm.weight")
+    assert (norm.health, norm.cause) == (Health.stalled, Cause.overwritten)
+    assert {t.cause for t in report.tensors} <= {None, Cause.overwritten}
+
+
+@pytest.mark.parametrize("options", [{"every": 1}, {"every": 50}, {"is_new": True}], ids=str)
+def test_masters_that_are_left_alone_are_healthy(options: dict[str, Any]) -> None:
+    report = run(lr=1e-4, **options)
+    assert {(t.health, t.cause) for t in report.tensors} == {(Health.healthy, None)}
+
+
+def test_what_is_left_of_steps_that_come_every_fourth_time_is_all_of_them() -> None:
+    report = run(lr=1e-3, every=4)
+    assert all(t.net_efficiency == pytest.approx(1, abs=0.25) for t in report.tensors)
