@@ -232,7 +232,8 @@ class Watch(run_journal.Shown, memory.Remembering):
                 plain = PlainTorch(*self._model.optimizers)
                 with closing.alone(self._tap, timeout), self._model.streams.resumed(), plain, plain:
                     self._tap.mend(self._model.renew)
-                    self._close_window()
+                    if self._model.window_steps or self._windows == 0 or self._ranks.is_joining:
+                        self._close_window()
             except Exception as error:
                 self._fail(error)
             except BaseException:  # Ctrl-C
@@ -282,9 +283,8 @@ class Watch(run_journal.Shown, memory.Remembering):
 
     def leave_to_parent(self) -> None:
         """In a forked process: the one it was forked from goes on reporting, this copy does nothing more."""
-        self._closed = True
         self._judge, self._post = Worker("judging", self._judge_window), Worker("sink", Sinks([]))
-        self._model.streams, self._tap.wants = StepStreams(), None  # which wants no step of a closed watch
+        self._closed, self._model.streams, self._tap.wants = True, StepStreams(), None  # a closed watch wants no step
         self._tap.replace(lambda _: endings.say_forked(self.detach))
 
 

@@ -208,7 +208,7 @@ def test_an_empty_journal_of_ours_is_none(tmp_path: Path) -> None:
     killed = f"{TRAINS.replace('range(20)', 'range(2)')}\nos.kill(os.getpid(), 9)\n"
     run = watched(tmp_path, sys.executable, "-c", killed)
     assert run.returncode == -signal.SIGKILL
-    assert "training ended before anything was reported" in run.stderr
+    assert "training ended before anything was kept" in run.stderr
     assert not list(tmp_path.iterdir())
 
 

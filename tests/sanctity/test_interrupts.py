@@ -23,6 +23,7 @@ from torch.optim import optimizer as torch_optimizer
 import update_watch as uw
 from tests.support.watch_nets import Net
 from update_watch.measure.plain_torch import PlainTorch
+from update_watch.measure.watched_model import WatchedModel
 
 OURS = str(Path(uw.__file__).parent)
 
@@ -212,3 +213,28 @@ def test_a_change_that_is_entered_once_is_a_mistake() -> None:
     with plain, plain:
         assert not torch.is_grad_enabled()
     assert torch.is_grad_enabled()
+
+
+def test_an_interrupt_in_a_measurement_leaves_the_verdicts_of_the_windows_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    param = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    optimizer = torch.optim.SGD([param], lr=1e-5)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with uw.watch([("param", param)], optimizer, window=8, budget=None) as watch:
+        train(10)
+        with monkeypatch.context() as patch:
+            patch.setattr(WatchedModel, "before", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train(1)
+    assert watch.last is not None  # the two steps that were torn are no window
+    assert (watch.last.step, watch.last.window) == (8, 8)
+    assert [str(t.health) for t in watch.last.tensors] == ["stalled"]
