@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,3 +129,12 @@ def test_a_folder_stands_for_its_newest_journal(tmp_path, capsys, monkeypatch):
 def test_a_folder_without_a_journal_is_named(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert f"{tmp_path}: no journal in this folder or below" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_copy_of_a_running_watch_is_refused_in_words(copied: Callable[[Any], Any]) -> None:
+    model = nn.Linear(4, 4)
+    with uw.watch(model) as watch:
+        model.keeper = [watch]  # as a trainer's module may have it
+        with pytest.raises(TypeError, match="a running Watch cannot be copied or pickled; keep it outside"):
+            copied(watch if copied is copy.copy else model)

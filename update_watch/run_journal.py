@@ -155,6 +155,13 @@ class Shown:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> Any:
+        """Raises TypeError: what a watch holds is of one process and one model."""
+        raise TypeError(
+            "a running Watch cannot be copied or pickled; keep it outside of what is (the model, its checkpoint):"
+            " state_dict() is what goes into a checkpoint"
+        )
+
     def __repr__(self) -> str:
         said = self.last.headline if self.last is not None else "no window was closed so far"
         return f"<update_watch.Watch, step {self.step:,}: {said}>"
