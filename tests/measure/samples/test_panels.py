@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import update_watch as uw
 from bench.overhead import Operators
+from update_watch.measure.cohort import Cohort, Snapshot
 from update_watch.measure.device.panels import FEW
 from update_watch.measure.step_order import Roster
 from update_watch.report import Cause, Health, Report
@@ -166,6 +167,42 @@ def test_all_of_it_is_looked_at_in_the_window_after_a_change(what: str) -> None:
         watch.flush()
     seen = [len(looked_at(report)) >= FEW + 20 for report in found]
     assert seen[:3] == [True, True, False] and seen[-2:] == [True, False]
+
+
+@pytest.mark.parametrize("tensors", [400, pytest.param(3000, marks=pytest.mark.slow)])
+def test_the_first_window_has_all_verdicts_and_numbers_as_a_full_comparison(
+    tensors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training, window, found, read = Training(tensors), 128, [], []
+    small = range(0, tensors, 20)
+    training.sizes[list(small)] = 1e-3
+    before = Cohort.before
+
+    def counted(cohort: Cohort, group: int) -> Snapshot:
+        read[-1] += len(cohort.rows)
+        return before(cohort, group)
+
+    monkeypatch.setattr(Cohort, "before", counted)
+    named = list(zip(training.names, training.params, strict=True))
+    above, below = torch.zeros(2, tensors, dtype=torch.float64)
+    with uw.watch(named, training.optimizer, window=window, budget=None, sinks=[found.append]) as watch:
+        for _ in range(window):
+            read.append(0)
+            old = torch.stack([p.detach() for p in training.params]).double()
+            training.steps(1)
+            applied = torch.stack([p.detach() for p in training.params]).double() - old
+            intended = -1e-3 * training._gradients.double()
+            above += (applied * intended).sum((1, 2))
+            below += intended.square().sum((1, 2))
+        watch._judge.wait()
+        watch.flush()
+    assert sum(read) == 16 * tensors and max(read) <= 1.25 * tensors / 8  # a verdict needs six looks, a sure one more
+    true, seen = above / below, found[0].tensors
+    for i, tensor in enumerate(seen):
+        is_accused = tensor.health in (Health.stalled, Health.stalling)
+        assert is_accused if i in small else tensor.health is Health.healthy, (i, tensor.health)
+        assert tensor.efficiency is not None and tensor.efficiency_error is not None
+        assert abs(tensor.efficiency - float(true[i])) <= max(2 * tensor.efficiency_error, 0.02), i
 
 
 class Calls:
