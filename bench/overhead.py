@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -189,22 +190,31 @@ def reads_on_a_device() -> int:
 
 
 def memory() -> tuple[int, int]:
-    """Bytes of tensors that a watch holds between steps, and at most in a step, of this model."""
+    """Bytes of tensors and arrays that a watch holds between steps, and at most in a step, of this model."""
     bench = Bench()
     bench.prepare()
     bench.optimizer.step()
     gc.collect()
     known = _storages()
+    tracemalloc.start()
     with uw.watch(bench.named, bench.optimizer, budget=None):
-        for _ in range(40):
+        held = 0
+        for step in range(48):
             bench.prepare()
             bench.optimizer.step()
-        gc.collect()
-        new = {key: size for key, size in _storages().items() if key not in known}
-        gradients = {p.grad.untyped_storage().data_ptr() for p in bench.weights if p.grad is not None}
-        held = sum(size for key, size in new.items() if key not in gradients)
+            if step >= 40:  # between two steps that add up what waits, some have come to wait
+                held = max(held, _held(bench, known))
+        tracemalloc.stop()
         peak = held + _transient(bench)
     return held, peak
+
+
+def _held(bench: Bench, known: dict[int, int]) -> int:
+    gc.collect()
+    new = {key: size for key, size in _storages().items() if key not in known}
+    gradients = {p.grad.untyped_storage().data_ptr() for p in bench.weights if p.grad is not None}
+    arrays = tracemalloc.take_snapshot().filter_traces([tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)])
+    return sum(size for key, size in new.items() if key not in gradients) + sum(trace.size for trace in arrays.traces)
 
 
 def _storages() -> dict[int, int]:
@@ -212,6 +222,8 @@ def _storages() -> dict[int, int]:
     for thing in gc.get_objects():
         if type(thing) in (Tensor, nn.Parameter):
             storage = thing.untyped_storage()
+            if not storage.resizable():  # an array's, which NumPy counts
+                continue
             found[storage.data_ptr()] = storage.nbytes()
     return found
 

@@ -60,7 +60,8 @@ class Snapshot:
         "turn",
     )
 
-    def __init__(self, held: Tensor, live: list[bool], spans: list[Span], settings: GroupSettings | None) -> None:
+    def __init__(self, held: Any, live: list[bool], spans: list[Span], settings: GroupSettings | None) -> None:
+        # `held`, `after`: what was read, as the gathers have it
         self.held, self.live, self.spans = held, live, spans
         self.settings = settings  # None: it cannot wait
         self.states: list[dict[str, Any]] | None = None  # of the optimizer, where it cannot wait
@@ -70,7 +71,7 @@ class Snapshot:
         self.drawn: dict[int, Tensor] = {}  # weights of rows that are read where their gradient is large
         self.rate = 1.0  # of the first group; where it cannot be read, always the same
         self.rates: list[float | None] = []  # learning rates of the runs of like rows, where it looks at headroom
-        self.after: Tensor | None = None
+        self.after: Any = None
 
 
 class _Run(NamedTuple):
@@ -190,8 +191,6 @@ class Cohort:
         held, copies = self.gathers.before(states, dense, [scalars[name] for scalars, name in counters])
         for (scalars, name), copy in zip(counters, copies, strict=True):
             scalars[name] = copy
-        if held.device != self.device:
-            raise RuntimeError(f"parameters planned for on {self.device} are on {held.device}")
         can_wait = self.replay.can_wait and not hasattr(self.optimizer, "found_inf")
         snapshot = Snapshot(held, live, spans, self.replay.settings(spans) if can_wait else None)
         snapshot.group, snapshot.turn, snapshot.moving_first = group, turn, moving_first
@@ -210,7 +209,8 @@ class Cohort:
         """Gather gradients that did not exist at `before`, in a step that can wait; call when the rule has run."""
         gradients_nK = self.gathers.gradients([row.param.grad for row in self.rows])
         joint_reads.launch()
-        snapshot.held[-len(self.rows) :].copy_(gradients_nK)
+        snapshot.held = self.gathers.unpacked(snapshot.held)
+        snapshot.held[-len(self.rows) :].copy_(self.gathers.unpacked(gradients_nK))
 
     def after(self, snapshot: Snapshot) -> None:
         """Gather what was stored."""

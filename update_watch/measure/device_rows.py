@@ -37,7 +37,7 @@ from update_watch.measure.sums.whole_gradients import WholeGradients
 from update_watch.replay.twin import Twin
 
 _AT_MOST, _AT_LEAST = 8, 4  # steps that are added together,
-_HELD = 1 / 300  # or as many as take so much of the weights' bytes,
+_HELD = 1 / 300
 # or so many samples: on a CPU more at once are no faster; on a GPU they would take memory in the step, 0.2 KB each by torch's
 # operators, 0.07 by the kernel
 _ENOUGH, _ENOUGH_ON_GPU, _ENOUGH_FOR_KERNEL = 2**16, 2**19, 2**20

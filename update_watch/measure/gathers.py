@@ -1,15 +1,15 @@
 """What is read of an optimizer's parameters in a step: weights, gradients and states at the same positions, side by side.
 
 One strided view per tensor and array, packed into one block; see `sampling`. The samples of a row are those of the kept set
-and then those of the moving set (`positions`), or all of a small tensor. Where nothing is made of the kept set, as of tensors
-in turns whose steps are independent, it goes on as the moving set does, and both are counted. States that hold what rounding took from a weight
-are joined with it here.
+and then those of the moving set (`positions`), or all of a small tensor. Where nothing is made of the kept set, as of tensors in turns
+whose steps are independent, it goes on as the moving set does, and both are counted. States that hold what rounding took from a weight are joined with it here.
 
 Legend: A accumulators (0 the weight, then states), n rows, K samples.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -219,21 +219,24 @@ class Gathers:
 
     def before(
         self, states: list[dict[str, Any]], grads: list[Tensor | None], counters: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
-        """[(A + 1) n, K]: weights, states, gradients, in a format that holds them all; and copies of step counters."""
-        packed = pack_views(self._stored() + self._states(states) + self._views(grads), self.samplers)
+    ) -> tuple[Any, list[Tensor]]:
+        """[(A + 1) n, K]: weights, states, gradients; and copies of step counters."""
+        packed = self._read(self._stored() + self._states(states) + grads)
         return packed, [counter.clone() for counter in counters]
 
-    def gradients(self, grads: list[Tensor | None]) -> Tensor:
-        """[n, K]: gradients alone, in a format that holds them all."""
-        return pack_views(self._views(grads), self.samplers)
+    def gradients(self, grads: list[Tensor | None]) -> Any:
+        """[n, K]: gradients alone."""
+        return self._read(grads)
 
-    def after(self, states: list[dict[str, Any]] | None) -> Tensor:
+    def after(self, states: list[dict[str, Any]] | None) -> Any:
         """[A n, K]: weights, and states unless None, as `before`."""
-        views = self._stored() if states is None else self._stored() + self._states(states)
-        return pack_views(views, self.samplers)
+        return self._read(self._stored() if states is None else self._stored() + self._states(states))
 
-    def widened(self, packed: Tensor, moving_first: bool) -> Tensor:
+    def unpacked(self, packed: Any) -> Tensor:
+        """[rows, K], in a format that holds them all: what `before`, `gradients` or `after` have read, in their own form."""
+        return packed  # type: ignore[no-any-return]
+
+    def widened(self, packed: Any, moving_first: bool) -> Tensor:
         """[accumulators, n, K] in `dtype` from one row per accumulator and parameter: the kept set, the moving set."""
         return side_by_side([(self, packed, moving_first)])
 
@@ -269,35 +272,41 @@ class Gathers:
                 self._mask = valid
         return self._mask
 
-    def _stored(self) -> list[Tensor]:
-        return self._views([row.param for row in self.rows])
+    def _stored(self) -> list[Tensor | None]:
+        return [row.param for row in self.rows]
 
-    def _states(self, states: list[dict[str, Any]]) -> list[Tensor]:
-        """Views of all states, in the order of the slots; zeros for those that do not exist (yet)."""
-        views: list[Tensor] = []
-        for name in self.slots:
-            views += self._views(
-                [state.get(name) if name in row.shaped else None for row, state in zip(self.rows, states, strict=True)]
-            )
-        return views
-
-    def _views(self, tensors: list[Tensor | None]) -> list[Tensor]:
-        """One view per row. For this step only: kept, it would keep the memory of what training lets go."""
-        if self._is_sharded:
-            tensors = [None if tensor is None else local(tensor) for tensor in tensors]
+    def _states(self, states: list[dict[str, Any]]) -> list[Tensor | None]:
+        """All states, in the order of the slots; None for those that do not exist (yet)."""
         return [
-            zeros if tensor is None else view(tensor)
-            for view, zeros, tensor in zip(self._view, self._zeros, tensors, strict=True)
+            state.get(name) if name in row.shaped else None
+            for name in self.slots
+            for row, state in zip(self.rows, states, strict=True)
         ]
 
+    def _shards(self, tensors: list[Tensor | None]) -> list[Tensor | None]:
+        return [None if t is None else local(t) for t in tensors] if self._is_sharded else tensors
 
-def side_by_side(steps: Sequence[tuple[Gathers, Tensor, bool]], only: slice = slice(None)) -> Tensor:
+    def _read(self, tensors: list[Tensor | None]) -> Any:
+        """[len(tensors), K], one row after the other for each array of them; zeros for None.
+
+        Views are made for this step only: kept, they would keep the memory of what training lets go.
+        """
+        readers = zip(self._shards(tensors), itertools.cycle(zip(self._view, self._zeros, strict=True)), strict=False)
+        packed = pack_views([zeros if t is None else view(t) for t, (view, zeros) in readers], self.samplers)
+        if packed.device != self.device:
+            raise RuntimeError(f"parameters planned for on {self.device} are on {packed.device}")
+        return packed
+
+
+def side_by_side(steps: Sequence[tuple[Gathers, Any, bool]], only: slice = slice(None)) -> Tensor:
     """[accumulators, R, K] in the gathers' `dtype`: what was read in some steps, R rows together, the kept sets first.
 
     Of each step its gathers, what they have packed (`only` some accumulators of it), and whether the moving set comes first.
     """
     first = steps[0][0]
-    pieces = [packed.view(-1, len(gathers.rows), gathers.samples)[only] for gathers, packed, _ in steps]
+    pieces = [
+        gathers.unpacked(packed).view(-1, len(gathers.rows), gathers.samples)[only] for gathers, packed, _ in steps
+    ]
     are_turned = [moving_first and not first.are_whole for _, _, moving_first in steps]
     if first.device.type == "cpu" and not multi_gather.is_available(first.device):
         of_steps = zip(steps, pieces, are_turned, strict=True)

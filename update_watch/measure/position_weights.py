@@ -14,17 +14,19 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from update_watch.measure.device import multi_gather
-from update_watch.measure.positions import GOLDEN, SHARES, Positions
+from update_watch.measure.positions import GOLDEN, SHARES, Positions, share
 from update_watch.measure.sampling import Sampler
 
 # turns worked out at once, by a dozen operators for all of them; where operators are launches, more of so many weights
-_AHEAD, _AHEAD_AT_MOST, _WEIGHTS = 16, 64, 2**19
+_AHEAD, _AHEAD_AT_MOST, _AHEAD_ON_HOST, _WEIGHTS = 16, 64, 4, 2**19
 
 
 _TO_DRAW_FROM = 2**18  # elements: squaring them takes a fifth of a millisecond
@@ -47,35 +49,51 @@ class PositionWeights:
         plans = [s.positions or Positions(half, 1, half, 1, 1) for s in samplers]  # of one offset: m is 1
         self.cell = cell_of(samplers) if cell is None else cell
         self._phase, self._device = phase, device
-        self._room_n1 = column([p.room for p in plans], device)
-        self._step_n1 = column([p.step for p in plans], device)
-        cell_J = torch.arange(half // self.cell, device=device)
-        per_block_n1 = column([max(p.block // self.cell, 1) for p in plans], device)
-        blocks_n1 = column([p.blocks for p in plans], device)
-        self._left_nJ = cell_J.div(per_block_n1, rounding_mode="floor").clamp(max=blocks_n1 - 1)  # blocks to the left
-        self._right_nJ = blocks_n1 - 1 - self._left_nJ
+        facts = zip(*((max(p.block // self.cell, 1), p.blocks, p.room, p.step) for p in plans), strict=True)
+        cell_J: Any
+        columns: list[Any]
+        if device.type == "cpu":  # by NumPy, whose operators cost less
+            cell_J, columns = np.arange(half // self.cell), [np.array(own, np.int64)[:, None] for own in facts]
+        else:
+            cell_J, columns = torch.arange(half // self.cell, device=device), [column(own, device) for own in facts]
+        per_block_n1, blocks_n1, room_n1, step_n1 = columns
+        left_nJ = (cell_J // per_block_n1).clip(max=blocks_n1 - 1)  # blocks to the left
+        self._facts = room_n1, step_n1, left_nJ, blocks_n1 - 1 - left_nJ
         self._turns = _AHEAD
-        if multi_gather.is_available(device):
-            self._turns = min(max(_WEIGHTS // self._left_nJ.numel(), _AHEAD), _AHEAD_AT_MOST)
+        if device.type == "cpu":
+            self._turns = _AHEAD_ON_HOST
+        elif multi_gather.is_available(device):
+            self._turns = min(max(_WEIGHTS // left_nJ.numel(), _AHEAD), _AHEAD_AT_MOST)
         self._first = 0
-        self._ahead_TnJ: Tensor | None = None
+        self._ahead_TnJ: Any = None
 
     def at(self, turn: int) -> Tensor:
         """[n, J] FP32: weights of a set at the positions of a turn."""
         if self._ahead_TnJ is None or not 0 <= turn - self._first < self._turns:
             self._first = turn
-            self._ahead_TnJ = self._of(turn)
-        return self._ahead_TnJ[turn - self._first]
+            self._ahead_TnJ = self._on_host(turn) if self._device.type == "cpu" else self._on_device(turn)
+        weights: Tensor = torch.as_tensor(self._ahead_TnJ[turn - self._first])
+        return weights
 
-    def _of(self, first: int) -> Tensor:
+    def _on_device(self, first: int) -> Tensor:
+        room_n1, step_n1, left_nJ, right_nJ = self._facts
         # no number of the host's becomes a tensor: the shares of `positions` are made on the device
         turn_T11 = torch.arange(first, first + self._turns, device=self._device).view(-1, 1, 1)
         share_T11 = turn_T11.mul_(GOLDEN).add_(self._phase).bitwise_and_(SHARES - 1)
-        offset_Tn1 = (self._room_n1 * share_T11).bitwise_right_shift_(32)
-        behind_Tn1 = (self._room_n1 - 1 - offset_Tn1).div_(self._step_n1, rounding_mode="floor")
-        before_Tn1 = offset_Tn1.div_(self._step_n1, rounding_mode="floor")
-        ways_TnJ = torch.minimum(before_Tn1, self._right_nJ).add_(torch.minimum(behind_Tn1, self._left_nJ)).add_(1)
+        offset_Tn1 = (room_n1 * share_T11).bitwise_right_shift_(32)
+        behind_Tn1 = (room_n1 - 1 - offset_Tn1).div_(step_n1, rounding_mode="floor")
+        before_Tn1 = offset_Tn1.div_(step_n1, rounding_mode="floor")
+        ways_TnJ = torch.minimum(before_Tn1, right_nJ).add_(torch.minimum(behind_Tn1, left_nJ)).add_(1)
         return ways_TnJ.to(torch.float32).reciprocal_()
+
+    def _on_host(self, first: int) -> npt.NDArray[np.float32]:
+        room_n1, step_n1, left_nJ, right_nJ = self._facts
+        share_T11 = np.array([share(self._phase, first + t) for t in range(self._turns)], np.int64)[:, None, None]
+        offset_Tn1 = room_n1 * share_T11 >> 32
+        ways_TnJ = 1 + np.minimum(offset_Tn1 // step_n1, right_nJ)
+        ways_TnJ += np.minimum((room_n1 - 1 - offset_Tn1) // step_n1, left_nJ)
+        weights_TnJ: npt.NDArray[np.float32] = np.reciprocal(ways_TnJ.astype(np.float32))
+        return weights_TnJ
 
 
 class Normalised(NamedTuple):

@@ -23,12 +23,12 @@ from update_watch.measure.positions import SHARES, Positions, plan
 from update_watch.odd_tensors import unreadable
 
 VARIED = 6  # values that differ, of FP32 values that BF16 holds: constants and zeros are no sign of a rounding
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def local(tensor: Tensor) -> Tensor:
     """The shard of a DTensor that lives here; any other tensor as it is."""
-    if type(tensor) in _PLAIN:
+    if type(tensor) in PLAIN:
         return tensor
     # there is none before their module is loaded, which takes a second that we do not ask for
     module = sys.modules.get("torch.distributed.tensor")
@@ -40,7 +40,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def unsamplable(tensor: Tensor) -> str:
     """Why elements of this (local) tensor cannot be sampled one by one; "" when they can."""
-    if type(tensor) not in _PLAIN and not is_lazy(tensor) and not _is_plain_subclass(tensor):
+    if type(tensor) not in PLAIN and not is_lazy(tensor) and not _is_plain_subclass(tensor):
         return f"{type(tensor).__name__} is a tensor subclass that hides its stored values"
     if problem := unreadable(tensor):
         return problem
@@ -84,12 +84,11 @@ class Sampler:
 
     `size` is the number of samples that are real (K, or the parameter's size if that is smaller); `is_whole`: there are too
     few elements to choose from, all are read. Else there are one or two `sets` of blocks; see `positions`. Of a `stretch` these
-    are the elements from one place in memory order to another. `drawn`: cells of the whole
+    are the elements from one place in memory order to another: `first` elements lie before it. `drawn`: cells of the whole
     parameter that are read until the next `place` instead of all sets, or of those after the first that was placed.
     """
 
     __slots__ = (
-        "_first",
         "_gap",
         "_low",
         "_moves_first",
@@ -98,6 +97,7 @@ class Sampler:
         "_strides",
         "_view_strides",
         "drawn",
+        "first",
         "is_whole",
         "positions",
         "samples",
@@ -117,7 +117,7 @@ class Sampler:
         self._shape = tuple(param.shape)
         self._strides = param.stride()
         self.is_whole = length <= samples
-        self._first = self._low = stretch.start  # elements before it, and before the first set
+        self.first = self._low = stretch.start  # elements before it, and before the first set
         self._gap = 0  # from there to the second
         self.positions: Positions | None = None
         self.drawn: Tensor | None = None
@@ -136,6 +136,11 @@ class Sampler:
             return self._shape[-1]
         return next((n for n, stride in zip(self._shape, self._strides, strict=True) if stride == 1 and n > 1), 1)
 
+    @property
+    def begins(self) -> list[int]:
+        """Elements before the first block of each set, in the order in which `view` reads them."""
+        return [self._low + k * self._gap for k in range(self.sets)]
+
     def redraw(self, rng: random.Random) -> None:
         """Choose new positions."""
         self.place(*(rng.randrange(SHARES) for _ in range(self.sets)))
@@ -147,7 +152,7 @@ class Sampler:
             # offsets grow with shares
             low, high = self.positions.offset(min(shares)), self.positions.offset(max(shares))
             block = self.positions.block
-            self._low, self._gap = self._first + block * low, block * (high - low)
+            self._low, self._gap = self.first + block * low, block * (high - low)
             self._moves_first = shares[-1] < shares[0]
             self._view_strides = (self._gap, *self._view_strides[1:])
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from update_watch.measure.device import joint_reads, kernel_gathers
-from update_watch.measure.device.multi_gather import MultiGather
+from update_watch.measure.accumulators.fixed_samples import FixedSamples
+from update_watch.measure.device import joint_reads
 from update_watch.measure.device.one_thread import OnOneThread
 from update_watch.measure.parameters import Row
-from update_watch.measure.sampling import Sampler, local, mask, pack_views
+from update_watch.measure.sampling import local, mask
 from update_watch.measure.transfer import Batch, Part
 from update_watch.replay.rule import Kind
 from update_watch.replay.twin import GroupSettings, Run, Twin
 
-_T = TypeVar("_T")
 _SAMPLES = 64
 _COMPARE_EVERY = 16  # steps
 
@@ -84,7 +83,9 @@ class _Span(NamedTuple):
 class _Step(NamedTuple):
     """A step that is still to be replayed: many in a row cost less than each on its own."""
 
-    held_AnhK: Tensor  # gradients and, where they are needed, weights: once, or for both halves
+    held: (
+        Any  # [A, n, h, K] gradients and, where they are needed, weights: once, or for both halves; see `FixedSamples`
+    )
     spans: list[_Span]  # with gradients
     settings: GroupSettings | None  # of the groups; None: as they are when it is replayed, at once
 
@@ -103,7 +104,6 @@ class FullStates:
         for sampler in self._samplers:
             sampler.redraw(rng)
         self._device, self._names, carrier, self._left_out, *_ = form(self.rows[0], optimizer.state[self.rows[0].param])
-        self._multi: MultiGather | None = None  # by one launch, where the device can
         self._carrier = carrier if carrier in self._names else ""
         short = {name for row in self.rows for name in short_states(row, optimizer.state[row.param])}
         self._is_split = not short.issubset(self._names)
@@ -136,10 +136,10 @@ class FullStates:
         compare = self.steps % _COMPARE_EVERY == 0
         grads = [row.param if row.param.grad is None else row.param.grad for row in self.rows]  # of idle ones: anything
         weights = [row.param for row in self.rows] if compare or self._needs_weight else []
-        held_AnhK = self._gather([s.view(local(t)) for s, t in zip(self._samplers * 2, grads + weights, strict=False)])
+        held = self._reads.read([local(t) for t in grads + weights])
         spans = [span for span in self._spans if live[span.start]]
         can_wait = self._twin.can_wait and not self._is_scaled()
-        self._waiting.append(_Step(held_AnhK, spans, self._twin.settings(self._groups) if can_wait else None))
+        self._waiting.append(_Step(held, spans, self._twin.settings(self._groups) if can_wait else None))
         if compare or not can_wait:
             self._replay(compare)
 
@@ -152,13 +152,15 @@ class FullStates:
             self._replay_all(waiting, waiting.pop() if compare else None)
 
     def _replay_all(self, waiting: list[_Step], compared: _Step | None) -> None:
+        waiting = [step._replace(held=self._reads.tensor(step.held)) for step in waiting]
         for _, alike in itertools.groupby(waiting, lambda step: (step.spans, step.settings is None)):
             steps = list(alike)
             self._run([span.parts[-1] for span in steps[0].spans], steps)
         if compared is not None:
+            compared = compared._replace(held=self._reads.tensor(compared.held))
             self._take_states()
             self._run([part for span in compared.spans for part in span.parts], [compared])
-            self._add(compared.held_AnhK[1, :, :1])
+            self._add(compared.held[1, :, :1])
 
     def _run(self, parts: list[_Part], steps: list[_Step]) -> None:
         if not parts:
@@ -182,15 +184,15 @@ class FullStates:
 
     def _fill(self, step: _Step) -> GroupSettings:
         """Gradients and weights of a step into the buffers."""
-        if self._multi is None:
-            self._values_2n2K[: len(step.held_AnhK)].copy_(step.held_AnhK)
+        if self._reads.are_once:
+            self._values_2n2K[: len(step.held)].copy_(step.held)
             return step.settings or {}
         # read for both halves: where a gradient lies is changed, which is no launch
         for span in self._spans:
             for part in span.parts:
-                part.grad.data = part.of(step.held_AnhK[0])
-        if len(step.held_AnhK) > 1:
-            self._values_2n2K[1].copy_(step.held_AnhK[1])
+                part.grad.data = part.of(step.held[0])
+        if len(step.held) > 1:
+            self._values_2n2K[1].copy_(step.held[1])
         return step.settings or {}
 
     def _is_scaled(self) -> bool:
@@ -206,7 +208,9 @@ class FullStates:
 
     def _take_states(self) -> None:
         """Start the half of the stored states from them."""
-        stored_SnhK = self._gather([view for name in self._names for view in self._views(name)])
+        stored = self._optimizer.state
+        tensors = [local(stored[row.param][name]) for name in self._names for row in self.rows]
+        stored_SnhK = self._reads.tensor(self._reads.read(tensors))
         joint_reads.launch()
         self._states_Sn2K[:, :, 0].copy_(stored_SnhK[:, :, 0])
         if self._carrier:  # an FP32 weight has no remainder that would have to be added to the update
@@ -244,8 +248,7 @@ class FullStates:
     def _lay_out(self, spans: list[tuple[list[Row], tuple[dict[str, Any], ...]]]) -> None:
         """Buffers and parts of `spans`: rows, and scalar state for each part."""
         self._values_2n2K = self._buffer(2)  # gradients, weights
-        if kernel_gathers.reads(self._device, set()) and all(type(sampler) is Sampler for sampler in self._samplers):
-            self._multi = self._one_launch()
+        self._reads = FixedSamples(self.rows, self._samplers, self._is_split, self._device)
         valid_nK = mask(self._samplers, self._device)
         self._mask_n1K = None if valid_nK is None else valid_nK.unsqueeze(1)
         self._spans: list[_Span] = []
@@ -294,34 +297,6 @@ class FullStates:
 
     def _is_scalar(self, name: str) -> bool:
         return name not in self._names and name not in self._left_out
-
-    def _views(self, name: str) -> list[Tensor]:
-        stored = self._optimizer.state
-        return [s.view(local(stored[row.param][name])) for s, row in zip(self._samplers, self.rows, strict=True)]
-
-    def _one_launch(self) -> MultiGather:
-        """Reads views as they are, positions from the first element on; each for both halves, as in `_buffer`."""
-        samplers = self._twice(self._samplers)
-        numels = [s.size if s.is_whole else _SAMPLES + 1 for s in samplers]
-        positions = [None if s.positions is None else s.positions._replace(room=1) for s in samplers]
-        views = self._twice([s.view(local(row.param)) for s, row in zip(self._samplers, self.rows, strict=True)])
-
-        def read(i: int, view: Tensor) -> Tensor:
-            return pack_views([view], samplers[i : i + 1])[0]
-
-        return MultiGather(numels, positions, [view.stride() for view in views], _SAMPLES, self._device, read)
-
-    def _twice(self, items: list[_T]) -> list[_T]:
-        return items * 2 if self._is_split else [item for item in items for _ in (0, 1)]
-
-    def _gather(self, views: list[Tensor]) -> Tensor:
-        """[arrays, n, h, K]: of each array a view of every row; h is 1, or 2 of the same."""
-        n = len(self.rows)
-        if self._multi is None:
-            return pack_views(views, self._samplers).view(-1, n, 1, _SAMPLES)
-        each = [view for first in range(0, len(views), n) for view in self._twice(views[first : first + n])]
-        read = self._multi(each, (0, 0), fresh=len(each))
-        return read.view(-1, 2, n, _SAMPLES).transpose(1, 2) if self._is_split else read.view(-1, n, 2, _SAMPLES)
 
     def _versions(self) -> list[Any]:
         """Identity and number of writes of every state tensor looked at."""

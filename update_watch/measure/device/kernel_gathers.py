@@ -1,4 +1,4 @@
-"""A step's samples by one launch (`multi_gather`), where the device can; else by torch's views (`gathers`).
+"""A step's samples by one launch (`multi_gather`), where the device can; on the host by addresses; else by torch's views (`gathers`).
 
 The first time on a device both ways read the weights, and must agree to the bit; else torch's way is used from then on, and
 that is said once.
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from update_watch.measure.device import falling_back, joint_reads, multi_gather
+from update_watch.measure.device.host_gathers import HostGathers
+from update_watch.measure.device.host_memory import HostBlocks
 from update_watch.measure.gathers import Common, Gathers
 from update_watch.measure.parameters import Row
 from update_watch.measure.positions import share
@@ -28,6 +30,9 @@ def gathers_of(optimizer: Optimizer, rows: list[Row], samples: int, rng: random.
     device = local(rows[0].param).device
     is_plain = all(type(row.sampler) is Sampler and row.param.dtype is not torch.float64 for row in rows)
     if not is_plain or not multi_gather.is_available(device):
+        blocks = HostBlocks.of([row.sampler for row in rows if row.sampler], [local(row.param) for row in rows])
+        if blocks is not None:
+            return HostGathers(blocks, optimizer, rows, samples, rng, common)
         return Gathers(optimizer, rows, samples, rng, common)
     state = rng.getstate()
     try:
@@ -63,7 +68,7 @@ class KernelGathers(Gathers):
             [shard.stride() for shard in shards],
             samples,
             self.device,
-            self._read,
+            self._read_one,
         )
 
     @property
@@ -106,7 +111,7 @@ class KernelGathers(Gathers):
         self, states: list[dict[str, Any]], grads: list[Tensor | None], counters: Sequence[Tensor] = ()
     ) -> tuple[Tensor, list[Tensor]]:
         """[(A + 1) n, K]: weights, states, gradients; and copies of step counters, by the same launch where that can."""
-        tensors = self._stored() + self._states(states) + self._views(grads)
+        tensors = self._shards(self._stored() + self._states(states) + grads)
         can = [c.dtype is torch.float32 and c.device == self.device and c.numel() == 1 for c in counters]
         numbers = [counter for counter, is_read in zip(counters, can, strict=True) if is_read]
         fresh = len(grads) + len(numbers)
@@ -117,25 +122,20 @@ class KernelGathers(Gathers):
 
     def gradients(self, grads: list[Tensor | None]) -> Tensor:
         """[n, K]: gradients alone."""
-        return self._multi(self._views(grads), self._shares, fresh=len(grads))
+        return self._multi(self._shards(grads), self._shares, fresh=len(grads))
 
     def after(self, states: list[dict[str, Any]] | None) -> Tensor:
         """[A n, K]: weights, and states unless None."""
-        return self._multi(self._stored() if states is None else self._stored() + self._states(states), self._shares)
+        stored = self._stored() if states is None else self._stored() + self._states(states)
+        return self._multi(self._shards(stored), self._shares)
 
     def samples_of(self, i: int, tensor: Tensor, moving_first: bool) -> Tensor:
         """[K]: the samples of one row in a tensor laid out like it, as `widened`."""
-        return self._read(i, tensor).to(self.dtype)
+        return self._read_one(i, tensor).to(self.dtype)
 
-    def _read(self, i: int, tensor: Tensor) -> Tensor:
+    def _read_one(self, i: int, tensor: Tensor) -> Tensor:
         sampler = self._placed(i)
         values_K = pack_views([sampler.view(tensor)], [sampler])[0]
         kept, moving = self._shares
         is_turned = moving < kept and not sampler.is_whole
         return values_K.view(2, -1).flip(0).view(-1) if is_turned else values_K
-
-    def _views(self, tensors: list[Tensor | None]) -> list[Tensor]:
-        """The tensors themselves; None reads zeros."""
-        if self._is_sharded:
-            tensors = [None if tensor is None else local(tensor) for tensor in tensors]
-        return tensors  # type: ignore[return-value]

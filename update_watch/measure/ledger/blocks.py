@@ -1,16 +1,24 @@
-"""The few elements of a tensor that the ledger reads, and how those of many are read by one launch."""
+"""The few elements of a tensor that the ledger reads, and how those of many are read by one launch, or by their addresses."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from update_watch.measure.device import host_memory
 from update_watch.measure.device.multi_gather import MultiGather
 from update_watch.measure.positions import Positions
 
 ELEMENTS = 16
+_MOST_RUNS = (
+    4  # of neighbours that are alike; of more, elements are read one by one, which takes 10 us more for 68 tensors
+)
 _TALL = 4  # rows per column, from which on a matrix is taken for an embedding
 
 
@@ -56,3 +64,42 @@ class BlockGather:
 
     def __call__(self, out_nE: Tensor) -> None:
         self._multi(self._firsts, (0, 0), out=out_nE)
+
+
+class HostBlockReads:
+    """The blocks of some tensors of the host, all of one format, by their addresses, into places that stay."""
+
+    def __init__(self, blocks: Sequence[Sequence[Tensor]], places: Sequence[Tensor]) -> None:
+        """`blocks`: of each tensor its views; somebody keeps them, and with them what is read. `places`: [n E] each."""
+        size = blocks[0][0].element_size()
+        into = [place.view(-1, ELEMENTS).view(torch.uint8).numpy() for place in places]
+        self._addresses: list[npt.NDArray[np.int64]] = []
+        self._places: list[list[npt.NDArray[Any]]] = [[] for _ in places]
+        runs = [(is_one, len(list(run))) for is_one, run in itertools.groupby([len(views) == 1 for views in blocks])]
+        if len(runs) > _MOST_RUNS:
+            runs = [(False, len(blocks))]
+        start = 0
+        for is_one, length in runs:
+            stop, width = start + length, ELEMENTS * size if is_one else size
+            begins = [
+                [view.data_ptr() + k for view in views for k in _bytes(view, width)] for views in blocks[start:stop]
+            ]
+            self._addresses.append(host_memory.at(np.array(begins, np.int64)))
+            for place, rows in zip(self._places, into, strict=True):
+                place.append(rows[start:stop].view(f"V{width}"))
+            start = stop
+
+    @staticmethod
+    def can_read(blocks: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether what their addresses hold is what they hold."""
+        return host_memory.is_available() and all(host_memory.can_read(view) for views in blocks for view in views)
+
+    def __call__(self, place: int) -> None:
+        """Read all of them into one of the places."""
+        for addresses, rows in zip(self._addresses, self._places[place], strict=True):
+            host_memory.read_into(addresses, rows)
+
+
+def _bytes(view: Tensor, width: int) -> range:
+    """From the beginning of a view to each of its parts of so many bytes."""
+    return range(0, view.numel() * view.element_size(), width)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from update_watch.measure.device import joint_reads, kernel_gathers
-from update_watch.measure.ledger.blocks import ELEMENTS, BlockGather, block_of
+from update_watch.measure.ledger.blocks import ELEMENTS, BlockGather, HostBlockReads, block_of
 from update_watch.measure.ledger.kernel_sheet_sums import sums_of
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.transfer import Batch, Later, Part
@@ -117,6 +117,7 @@ class Sheet:
         self._place = self._rng.random()
         self._pointers: list[int] = []
         self._views: list[list[Tensor]] = []
+        self._reads: list[HostBlockReads | None] = []
         self._waiting = self._span_windows = 0
         self._steps: list[int] = []  # of the run, that were looked at
         self._gaps: list[int] = []  # those of the waiting steps before which others passed unseen
@@ -163,6 +164,7 @@ class Sheet:
             # what was put in a tensor's place is compared by its values like anything else
             blocks = [[block_of(local(tensor.detach()), self._place) for tensor in run] for run in self._runs]
             self._views = [[view for block in run for view in block] for run in blocks]
+            self._reads = [self._by_address(k, run) for k, run in enumerate(blocks)]
             self._pointers, self._has_moved = pointers, True
             for gather, run in zip(self._gathers, blocks, strict=False):
                 gather.go_to(run)
@@ -170,8 +172,16 @@ class Sheet:
             for gather, slot in zip(self._gathers, self._slots[self._waiting][side], strict=True):
                 gather(slot.view(-1, ELEMENTS))
             return
-        for views, slot in zip(self._views, self._slots[self._waiting][side], strict=True):
-            torch.cat(views, out=slot)
+        for views, reads, slot in zip(self._views, self._reads, self._slots[self._waiting][side], strict=True):
+            if reads is None:
+                torch.cat(views, out=slot)
+            else:
+                reads(2 * self._waiting + side)
+
+    def _by_address(self, k: int, blocks: list[list[Tensor]]) -> HostBlockReads | None:
+        if self._gathers or not HostBlockReads.can_read(blocks):
+            return None
+        return HostBlockReads(blocks, [slots[k] for sides in self._slots for slots in sides])
 
     def _look_at_gradients(self) -> None:
         blocks: list[Tensor] = []
