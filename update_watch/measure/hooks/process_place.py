@@ -34,7 +34,6 @@ class Place:
         self._hooks: dict[int, Hook] = {}  # a new one for each change: other threads may be going through it
         self._handle: RemovableHandle | None = None
         self._threads: set[int] = set()  # that step
-        hide_from_dynamo(Place._call)
 
     def add(self, key: int, hook: Hook) -> None:
         """Call `hook`, which others know by `key`."""
@@ -43,6 +42,7 @@ class Place:
                 self._threads = set()
             self._hooks = {**self._hooks, key: hook}
             if self._handle is None:
+                hide_from_dynamo(Place._call)  # here: what does it takes a second to load before there is an optimizer
                 self._handle = register_optimizer_step_pre_hook(self._call)
 
     def remove(self, key: int) -> None:
@@ -59,6 +59,7 @@ class Place:
         hooks = handle.hooks_dict_ref()
         if hooks is None:
             return
+        hide_from_dynamo(Place._call)
         with HOOKS:  # giving a present key another value does not disturb a running iteration
             hooks[handle.id] = nothing if self._handle is not None else self._call
             self._handle = self._handle or handle
