@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -34,6 +35,10 @@ from update_watch.dashboards.report.vega import vega
 _POLL_SECONDS = 2.0
 _RELOAD_SECONDS = 10.0
 _SCRIPTS = ("page.js", "charts.js", "map.js", "table.js", "start.js")
+# marks, embeddings, overrides and isolates of direction, of Unicode's bidirectional algorithm (UAX 9)
+_TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_STRAIGHT = dict.fromkeys(map(ord, _TURNS), "\ufffd")
+_ESCAPED_TURN = re.compile(rf"(?<!\\)((?:\\\\)*)\\u(?:{'|'.join(f'{ord(c):04x}' for c in _TURNS)})")  # in JSON
 _INSTALL = "The HTML report needs {}: pip install 'update-watch[report]'"
 
 
@@ -61,7 +66,7 @@ def render_html(histories: Sequence[History], reload_seconds: float | None = Non
     # a scope of its own: the bundle's thousands of short names are global
     script = '(() => {\n"use strict";\n' + "\n".join(_resource(name) for name in _SCRIPTS) + "})();\n"
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_kept_straight
     )
     screens = [first_screen(history) for history in histories]
     drawn = every_chart(histories, screens)
@@ -199,7 +204,13 @@ def _policy(*scripts: str) -> str:
 def _script_json(data: Any) -> str:
     """JSON that is safe inside a script element: no character that could end it or begin a comment."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    text = _ESCAPED_TURN.sub(r"\1\\ufffd", text)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _kept_straight(value: Any) -> Any:
+    """What a page shows of a text: nothing that turns the writing direction, by which a name could read as another."""
+    return value.translate(_STRAIGHT) if type(value) is str else value
 
 
 def _state(path: Path) -> tuple[int, int] | None:

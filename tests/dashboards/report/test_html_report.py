@@ -191,6 +191,26 @@ def test_nothing_from_a_run_becomes_markup():
     assert visible(text).count(HOSTILE.split('"')[1].split("'")[1]) > 0  # it is there, as text
 
 
+def test_a_name_cannot_turn_the_writing_direction_and_read_as_another() -> None:
+    turned = "x.\u202eevil\u2066\u200f", "y\\u202e.straight"  # the second says it, and does not do it
+    reports = [
+        dataclasses.replace(
+            report,
+            tensors=tuple(
+                dataclasses.replace(t, name=f"{turned[i % 2]}.{i}", names=(f"{turned[i % 2]}.{i}",))
+                for i, t in enumerate(report.tensors)
+            ),
+        )
+        for report in synthetic_run(gpt(1), windows=4)
+    ]
+    page = render_html([dataclasses.replace(history_of(reports), name="run\u202ename")])
+    data = page.split('type="application/json"')[1].split("</script>")[0]
+    assert "x.\\ufffdevil" in data and "\\u202e" not in data.replace("\\\\u202e", "")
+    assert "y\\\\u202e.straight" in data
+    assert not set(re.sub(r"<script.*?</script>", "", page, flags=re.S)) & set("\u202e\u2066\u200f")
+    assert "run\ufffdname" in page
+
+
 def test_the_page_loads_nothing_and_runs_only_its_own_scripts(mixed):
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', mixed)
     policy = html.unescape(policy)
