@@ -98,6 +98,7 @@ class DeviceRows:
             self._way, self._enough = kernel_sums.KernelSums, _ENOUGH_FOR_KERNEL
             kernel_sheet_sums.check(self.device)
         self.sums = self._no_sums()
+        self.tensors = [cohort.rows[i] for cohort in self.cohorts for i in cohort.firsts]  # of each its first row
         ordered = [row for cohort in self.cohorts for row in cohort.rows]
         are_sampled = [not row.is_whole and row.is_first for row in ordered]
         self.facts = KnownFacts()

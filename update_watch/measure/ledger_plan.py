@@ -24,12 +24,14 @@ def lines_of(belonging: Belonging) -> list[Line]:
 def plan(ledger: Ledger, belonging: Belonging, watched: Mapping[Any, Watched], is_old: bool) -> None:
     """Every tensor of the model, with who steps it or its master. `is_old`: that must be found out anew."""
     ledger.open({key: one.open_panel for key, one in watched.items()})
-    measured = {id(row.param) for one in watched.values() for row in one.rows if not row.reason}
-    held = {key: one.ids for key, one in watched.items()}
+    # of thousands: sets that are made anew each time would take most of a window's end
+    unmeasured = [id(row.param) for one in watched.values() for row in one.rows if row.reason]
+    held = {key: (one.ids, one.row_ids) for key, one in watched.items()}
     inside = ledger.standing(_masters_inside(watched))
     masters = {key: id(master) for key, master in (inside | belonging.masters).items()}
-    if ledger.is_planned_for(belonging.named.pairs, (measured, held, masters)) and not is_old:
+    if ledger.is_planned_for(belonging.named.pairs, (unmeasured, held, masters)) and not is_old:
         return
+    measured = {id(row.param) for one in watched.values() for row in one.rows if not row.reason}
     owners: dict[int, set[Hashable]] = {}
     for key, one in watched.items():
         for tensor_id in one.ids:

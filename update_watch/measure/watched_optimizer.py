@@ -114,7 +114,7 @@ class Watched:
         self._is_checked = False  # whether its tensors are what was planned for, in this window
         self.devices: tuple[torch.device, ...] = ()
         self._shapeless = [row for row in self.rows if is_lazy(row.param)]  # till a forward pass uses it
-        self.row_ids = frozenset(id(row.param) for row in self.rows)
+        self.row_ids, self._used_groups = frozenset(id(r.param) for r in self.rows), {r.group for r in self.rows}
         measured = [row for row in self.rows if row.is_measured and self._twin is not None]
         self._plan_of = Plan(self.optimizer, self._twin, measured, self._samples, self._rng, *self._windows)
         self.cohorts, self._roster = self._plan_of.cohorts, self._plan_of.roster
@@ -325,7 +325,7 @@ class Watched:
         self._is_checked = False
         self._rates.open_window()
         self._open_window(is_full)
-        rows = [cohort.rows[i] for block in resting for cohort in block.cohorts for i in cohort.firsts]
+        rows = [row for block in resting for row in block.tensors]
         return cohorts, others, skipped, [window.resting(rows)] if rows else []
 
     def _open_window(self, is_full: bool) -> None:
@@ -335,7 +335,7 @@ class Watched:
     def _group_facts(self) -> dict[int, dict[str, Any]]:
         """What is said of the tensors of each group, as it is now."""
         facts = {}
-        for index in {row.group for row in self.rows}:
+        for index in self._used_groups:
             group = self.groups[index] if index < len(self.groups) else {}  # taken away since
             lr, lr_max = self._rates.of(index)
             number = next((i for i, other in enumerate(self._all_groups) if other is group), index)
