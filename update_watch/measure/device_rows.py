@@ -37,7 +37,7 @@ from update_watch.measure.sums.whole_gradients import WholeGradients
 from update_watch.replay.twin import Twin
 
 _AT_MOST, _AT_LEAST = 8, 4  # steps that are added together,
-_HELD = 1 / 300
+_HELD = 1 / 300  # or as many as take so much of the weights' bytes,
 # or so many samples: on a CPU more at once are no faster; on a GPU they would take memory in the step, 0.2 KB each by torch's
 # operators, 0.07 by the kernel
 _ENOUGH, _ENOUGH_ON_GPU, _ENOUGH_FOR_KERNEL = 2**16, 2**19, 2**20
@@ -304,7 +304,9 @@ def _together(arrays: Sequence[Tensor]) -> Tensor:
 
 
 def _after(cohort: Cohort, snapshot: Snapshot) -> tuple[Any, Tensor, bool]:
-    assert snapshot.after is not None
+    snapshot.after = cohort.gathers.unpacked(
+        snapshot.after
+    )  # once: of full steps weights and states are asked for apart
     return cohort.gathers, snapshot.after, snapshot.moving_first
 
 

@@ -1,8 +1,8 @@
 """What is read of an optimizer's parameters in a step: weights, gradients and states at the same positions, side by side.
 
 One strided view per tensor and array, packed into one block; see `sampling`. The samples of a row are those of the kept set
-and then those of the moving set (`positions`), or all of a small tensor. Where nothing is made of the kept set, as of tensors in turns
-whose steps are independent, it goes on as the moving set does, and both are counted. States that hold what rounding took from a weight are joined with it here.
+and then those of the moving set (`positions`), or all of a small tensor. Where nothing is made of the kept set, as of tensors
+in turns whose steps are independent, it goes on as the moving set does. States that hold what rounding took are joined here.
 
 Legend: A accumulators (0 the weight, then states), n rows, K samples.
 """
@@ -45,8 +45,8 @@ class Common(NamedTuple):
     def of(cls, rows: Sequence[Row], keeps: bool) -> Common:
         carriers = {row.scheme.carrier for row in rows if row.scheme.carrier}
         states = carriers.union(*{row.rule.element_states for row in rows})
-        is_fine = any([local(row.param).dtype in _FINE for row in rows])
-        is_fine = is_fine and not any([row.rule.is_bound_to_fp32 for row in rows])
+        is_bound = any([row.rule.is_bound_to_fp32 for row in rows])
+        is_fine = not is_bound and any([local(row.param).dtype in _FINE for row in rows])
         cell = cell_of([row.sampler for row in rows if row.sampler is not None])
         return cls(sorted(states), is_fine, cell, any([row.is_whole for row in rows]), keeps)
 
@@ -116,14 +116,16 @@ class Gathers:
 
     def settle(self) -> None:
         """Both sets at the kept positions."""
-        for sampler in self._moving:
-            sampler.place(*[share(self._phase, self._kept_turn)] * 2)
+        self._go_to(*[share(self._phase, self._kept_turn)] * 2)
 
     def _place(self) -> bool:
         kept, moving = share(self._phase, self._kept_turn), share(self._phase, self._turn)
+        self._go_to(kept, moving)
+        return moving < kept
+
+    def _go_to(self, kept: int, moving: int) -> None:
         for sampler in self._moving:
             sampler.place(kept, moving)
-        return moving < kept
 
     def draw(
         self, tensors: Iterable[int], grads: Sequence[Tensor | None], states: Sequence[Mapping[str, Any]]
@@ -287,10 +289,8 @@ class Gathers:
         return [None if t is None else local(t) for t in tensors] if self._is_sharded else tensors
 
     def _read(self, tensors: list[Tensor | None]) -> Any:
-        """[len(tensors), K], one row after the other for each array of them; zeros for None.
-
-        Views are made for this step only: kept, they would keep the memory of what training lets go.
-        """
+        """[len(tensors), K], one row after the other for each array of them; zeros for None."""
+        # views for this step only: kept, they would keep the memory of what training lets go
         readers = zip(self._shards(tensors), itertools.cycle(zip(self._view, self._zeros, strict=True)), strict=False)
         packed = pack_views([zeros if t is None else view(t) for t, (view, zeros) in readers], self.samplers)
         if packed.device != self.device:

@@ -50,17 +50,12 @@ class HostGathers(Gathers):
 
     def settle(self) -> None:
         """Both sets at the kept positions."""
-        self._go_to((share(self._phase, self._kept_turn),) * 2)
+        super().settle()
         self._put()
 
-    def _place(self) -> bool:
-        kept, moving = share(self._phase, self._kept_turn), share(self._phase, self._turn)
-        self._go_to((kept, moving))
-        return moving < kept
-
-    def _go_to(self, shares: tuple[int, int]) -> None:
-        self._shares, self._is_placed, self._is_drawn = shares, False, False
-        self._begins = self._ahead[1] if self._ahead[0] == shares else self._blocks.begins(*shares)
+    def _go_to(self, kept: int, moving: int) -> None:
+        self._shares, self._is_placed, self._is_drawn = (kept, moving), False, False
+        self._begins = self._ahead[1] if self._ahead[0] == self._shares else self._blocks.begins(kept, moving)
 
     def _look_ahead(self) -> None:
         """Work out where the next `move` goes: while steps are added up it is a third of the work that it is in one."""

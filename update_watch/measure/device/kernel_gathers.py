@@ -19,7 +19,6 @@ from update_watch.measure.device.host_gathers import HostGathers
 from update_watch.measure.device.host_memory import HostBlocks
 from update_watch.measure.gathers import Common, Gathers
 from update_watch.measure.parameters import Row
-from update_watch.measure.positions import share
 from update_watch.measure.sampling import Sampler, local, pack_views
 
 _verified: set[torch.device] = set()
@@ -93,12 +92,11 @@ class KernelGathers(Gathers):
 
     # --- where: the kernel works positions out itself, so nothing is done per row -----------------
 
-    def settle(self) -> None:
-        """Both sets at the kept positions."""
-        self._shares = (share(self._phase, self._kept_turn),) * 2
+    def _go_to(self, kept: int, moving: int) -> None:
+        self._shares = kept, moving
 
     def _place(self) -> bool:
-        self._shares = share(self._phase, self._kept_turn), share(self._phase, self._turn)
+        super()._place()
         return False  # it reads the kept set first, wherever that is
 
     def _placed(self, i: int) -> Sampler:
