@@ -7,6 +7,7 @@ import itertools
 import logging
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def test_progress_bar_shows_the_last_report_in_every_epoch() -> None:
     class Look(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
             shown.append(dict(trainer.progress_bar_metrics))
+            time.sleep(0.02)  # a batch of this model takes less than judging its first window beside other processes
 
     watch = Watched(thresholds=FAST)
     fit(Module(lr=LOW), watch, Look(), max_epochs=2, **STALLS)
