@@ -117,10 +117,11 @@ class Watch(run_journal.Shown, memory.Remembering):
 
     def detach(self) -> None:
         """Remove every hook; `attach` puts them back."""
+        self._base_step += self._model.step
         self._discovery.stop()
         self._silence.stop()
         self._tap.detach()
-        self._model.clear()
+        self._model.clear(for_good=self._closed)
 
     @property
     def enabled(self) -> bool:
@@ -207,8 +208,7 @@ class Watch(run_journal.Shown, memory.Remembering):
 
     def _judge_window(self, window: Window | Callable[[], None]) -> None:
         if not isinstance(window, Window):
-            window()
-            return
+            return window()
         try:
             evidence = self._selection.of(self._ranks.join(read(window)))
             self._alerts.is_logging = self._ranks.rank == 0 or not self._ranks.is_joining
@@ -258,8 +258,7 @@ class Watch(run_journal.Shown, memory.Remembering):
     def close(self, timeout: float = 5.0) -> None:
         """Report the window that is open, detach everything, stop the threads. May be called again."""
         if self._closed:
-            self._settle(timeout)
-            return
+            return self._settle(timeout)
         self._closed = True
         self._ranks.hurry(timeout / 2)
         try:
@@ -267,6 +266,7 @@ class Watch(run_journal.Shown, memory.Remembering):
                 self.flush(timeout)
         finally:
             endings.remove(self)  # first: an interrupt may end what follows
+            self._step = closing.stopped(self._step)
             with closing.alone(self._tap, timeout):
                 self.detach()
             if self._judge.wait(0.0):  # else the group goes when the process ends

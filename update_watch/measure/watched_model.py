@@ -141,11 +141,10 @@ class WatchedModel:
         self._averages.close_window(Batch(), goes_on=False)  # and nobody reads it
         self._ledger, self._is_ledger_old = Ledger(random.Random(self._rng.random())), True
 
-    def clear(self) -> None:
-        """Let go of all optimizers."""
-        for handle in self._handles.values():
-            handle.remove()
-        self._handles.clear()
+    def clear(self, for_good: bool = False) -> None:
+        """Let go of all optimizers; `for_good`: of the model and its averages too, whose memory may be wanted elsewhere."""
+        while self._handles:
+            self._handles.popitem()[1].remove()
         for watched in self.watched.values():
             watched.accumulation.remove()
         self.watched.clear()
@@ -154,6 +153,9 @@ class WatchedModel:
         self._parts.clear()
         self._lead, self._is_ledger_old = None, True
         self._ledger.plan(())  # what happens from now on is not seen
+        if for_good:
+            nothing = Averages({}, [], self._samples, self._rng)
+            self._belonging, self._averages, self._checksums = Belonging(()), nothing, None
 
     def release(self) -> list[Optimizer]:
         """Let go of the optimizers that have not stepped for some windows while others stepped all their tensors."""
@@ -323,13 +325,12 @@ class WatchedModel:
         self._plan_ledger()
         cohorts, others, skipped, resting = (list(chain.from_iterable(kind)) for kind in zip(*parts, strict=True))
         others += self._belonging.unheld(frozenset().union(*(one.row_ids for one in self.watched.values())), steps)
-        order = self._belonging.named.order()
         return Window(
             step,
             steps,
             tuple(cohorts),
             tuple(others),
-            order,
+            self._belonging.named.order(),
             1e3 * seconds / steps if steps else None,
             tuple(skipped),
             averages,

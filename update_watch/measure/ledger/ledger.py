@@ -76,6 +76,8 @@ class Ledger:
         if now == self._plan and not any(sheet.has_changed for sheet in self.sheets):
             return
         self._plan = now
+        if not lines:  # it was for tensors that are to be let go of
+            self._planned_for = None, None
         groups: dict[Any, list[Line]] = {}
         for line, owners, needs, panel in readable:
             master = None if line.master is None else line.master.dtype
