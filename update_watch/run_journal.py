@@ -13,6 +13,7 @@ import torch
 from update_watch import endings
 from update_watch.report import Report
 from update_watch.watching.trainers import trainer_at_work
+from update_watch.worker import warn
 
 Self = TypeVar("Self", bound="Shown")
 NAME = "update_watch.jsonl"  # beside a trainer's logs
@@ -67,29 +68,43 @@ def _is_distributed() -> bool:
 
 
 def how_to_open(path: Path, last: Report) -> str:
-    """One line for the end of a training."""
-    return f"update-watch: {last.headline} Open: update-watch report --open {path}"
+    """One line for the end of a training; no way to a journal that was never written."""
+    there = (
+        f" Open: update-watch report --open {path}"
+        if os.path.isfile(path)
+        else f" No journal could be written ({path})."
+    )
+    return f"update-watch: {last.headline}{there}"
 
 
 def write_page(path: str | os.PathLike[str], journal: str | os.PathLike[str] | None, last: Report | None) -> Path:
-    """The HTML report at `path`, of the whole run where a journal is kept, else of the last window.
+    """The HTML report at `path`, of the whole run where a journal is kept and can be read, else of the last window, which is in it
+    also where the journal could not be written any more.
 
     Raises:
         ValueError: no window was closed so far.
         OutputError: a file that is no report is there already.
         ImportError: a package for it is missing.
     """
+    from update_watch.dashboards.journal import JournalError
     from update_watch.dashboards.outputs import check_output, replace_text
-    from update_watch.dashboards.report import history_of, render_html, write_report
+    from update_watch.dashboards.report import history_of, read_history, render_html
 
-    path = Path(path)
-    if journal is not None and os.path.exists(journal):
-        write_report([Path(journal)], path)
-        return path
-    if last is None:
+    path, kept, history = Path(path), Path(journal or ""), None
+    is_kept = journal is not None and os.path.isfile(kept)
+    if last is None and not is_kept:
         raise ValueError("Watch.report: no window was closed so far; train on, or call flush() first")
-    check_output(path, "report", "path", [])
-    replace_text(path, render_html([history_of([last], "last window")]))
+    check_output(path, "report", "path", [kept] if is_kept else [])
+    try:
+        history = read_history(kept, last=last) if is_kept else None
+    except (JournalError, OSError) as error:
+        if last is None:
+            raise
+        warn(f"Watch.report: the page is of the last window, as the journal cannot be read: {error}")
+    if history is None and last is not None:
+        history = history_of([last], "last window")
+    assert history is not None
+    replace_text(path, render_html([history]))
     return path
 
 
@@ -104,7 +119,7 @@ class Shown:
     """A watch as a person has it at hand: its `with` block, its line, its view in a notebook, its page."""
 
     last: Report | None
-    journal: str | os.PathLike[str] | None = None  # the one that `watch(journal=...)` keeps
+    journal: Path | None = None  # the one that `watch(journal=...)` keeps
     trainer = "torch"  # whose words advice takes: a key of `cures.TRAINERS`
     name = ""  # of the model
     _is_named = False
@@ -113,7 +128,8 @@ class Shown:
         self: Self, journal: str | os.PathLike[str] | None, name: str, model: Any, optimizers: Iterable[Any]
     ) -> Self:
         """Itself, knowing of its journal, its trainer and its name: of the model's class where none is given."""
-        self.journal, self._is_named = journal, bool(name)
+        self.journal = None if journal is None else Path(journal).absolute()  # wherever the script goes later
+        self._is_named = bool(name)
         self.hear(optimizers)
         self.name = name or name_of(model)
         return self

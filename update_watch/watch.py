@@ -271,7 +271,7 @@ class Watch(run_journal.Shown, memory.Remembering):
                 self.detach()
             if self._judge.wait(0.0):  # else the group goes when the process ends
                 self._ranks.close()
-                self._post.stop(None)
+                self._post.stop(None, timeout=min(timeout, 0.5))
             else:  # behind the report that is still to come
                 self._judge.put(lambda: self._post.stop(None))
             self._judge.stop()

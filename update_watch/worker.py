@@ -95,10 +95,12 @@ class Worker:
         self._start()  # an interrupt may have come between handing over and this
         return reached.wait(timeout)
 
-    def stop(self, *last: Any) -> None:
-        """End the thread once it has handled what was put before, and `last`."""
+    def stop(self, *last: Any, timeout: float = 0.0) -> None:
+        """End the thread once it has handled what was put before, and `last`; that is waited for `timeout` seconds."""
         for item in last:
             self.put(item)
+        if timeout:
+            self.wait(timeout)
         self._line.jobs.put(None)
 
 
@@ -141,16 +143,25 @@ def _serve(line: _Line) -> None:
 class Sinks:
     """Calls every sink with every report. A sink that raises is warned of once and dropped; the others go on.
 
+    One that may work again, by the kinds of errors it names (`tries_again_after`), is kept, and what it missed is said at the end.
+
     Where ranks join, only the first calls its sinks, whoever was given some: all have the same report, and nobody wants an
     alert as often as there are ranks. A sink whose `on_every_rank` is true is called on all of them.
     """
 
     def __init__(self, sinks: list[Sink], is_first_rank: Callable[[], bool] = lambda: True) -> None:
         self._sinks, self._is_first_rank = list(sinks), is_first_rank
+        self._missed: dict[int, int] = {}  # id of a sink -> reports that it could not take
+        self._failing: set[int] = set()  # those that could not take the last one
 
     def close(self) -> None:
         """Close the sinks that say so (`closes_with_watch`): the file of a journal, which a later report opens again."""
         for sink in self._sinks:
+            if id(sink) in self._missed:
+                count = self._missed.pop(id(sink))
+                missing = "1 window" if count == 1 else f"{count:,} windows"
+                last = ", the last one too" if id(sink) in self._failing else ""
+                _say(f"update-watch: {missing} could not be handed to {describe(sink)}{_place(sink)}{last}")
             if getattr(sink, "closes_with_watch", False):
                 sink.close()  # type: ignore[attr-defined]
 
@@ -166,12 +177,22 @@ class Sinks:
             try:
                 sink(report)
             except BaseException as error:  # SystemExit too: it would end this thread and no process
-                self._sinks.remove(sink)
-                path = getattr(sink, "path", None)
-                place = "" if path is None else f" ({path})"
-                message = f"update-watch: sink {describe(sink)} failed and is dropped: {error!r}{place}"
-                logger.warning(message, exc_info=True)
-                warn(message)
+                self._failed(sink, error)
+            else:
+                if id(sink) in self._failing:
+                    self._failing.remove(id(sink))
+                    logger.info("update-watch: sink %s works again%s", describe(sink), _place(sink))
+
+    def _failed(self, sink: Sink, error: BaseException) -> None:
+        if not isinstance(error, getattr(sink, "tries_again_after", ())):
+            self._sinks.remove(sink)
+            _say(f"update-watch: sink {describe(sink)} failed and is dropped: {error!r}{_place(sink)}", exc_info=True)
+            return
+        if id(sink) not in self._missed:
+            tries = "failed and is tried again with every window"
+            _say(f"update-watch: sink {describe(sink)} {tries}: {error!r}{_place(sink)}", exc_info=True)
+        self._failing.add(id(sink))
+        self._missed[id(sink)] = self._missed.get(id(sink), 0) + 1
 
 
 def warn(message: str) -> None:
@@ -180,6 +201,18 @@ def warn(message: str) -> None:
         warnings.warn(message, stacklevel=3)
     except Warning:
         pass
+
+
+def _say(message: str, exc_info: bool = False) -> None:
+    """To who reads the log and to who reads warnings."""
+    logger.warning(message, exc_info=exc_info)
+    warn(message)
+
+
+def _place(sink: Sink) -> str:
+    """Which file a sink writes, in brackets."""
+    path = getattr(sink, "path", None)
+    return "" if path is None else f" ({path})"
 
 
 def describe(sink: Any) -> str:

@@ -16,8 +16,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from update_watch.dashboards.frame import TensorTable, frame_of
-from update_watch.dashboards.journal.lines import SCHEMA, START, decode, encode, header_line, window_line
+from update_watch.dashboards.frame import Frame, TensorTable, frame_of
+from update_watch.dashboards.journal.lines import (
+    SCHEMA,
+    START,
+    decode,
+    encode,
+    header_line,
+    missing_line,
+    window_line,
+)
 from update_watch.dashboards.journal.reader import JournalError, newer
 from update_watch.dashboards.journal.table import table_line
 from update_watch.dashboards.journal.thinning import thin
@@ -46,10 +54,12 @@ class Journal:
         watch = uw.watch(model, optimizer, sinks=[Journal("runs/gpt.jsonl", run={"name": "gpt"})])
 
     Calling it raises OSError when the file cannot be written (disk full, read-only folder), and `JournalError` when
-    `path` is another kind of file or a journal of a newer version. What was written before stays readable.
+    `path` is another kind of file or a journal of a newer version. What was written before stays readable; where it can be
+    written again, it says how many windows are missing. A relative path is that of the folder it was made in.
     """
 
     closes_with_watch = True  # its file, which a later report opens again
+    tries_again_after = (OSError,)  # a disk has room again
 
     def __init__(
         self, path: str | os.PathLike[str], run: Mapping[str, Any] | None = None, max_bytes: int | None = MAX_BYTES
@@ -68,25 +78,35 @@ class Journal:
             self.run = json.loads(json.dumps(dict(run or {}), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise ValueError(f"Journal(run=...) must be plain JSON data: {error}.") from None
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.max_bytes = max_bytes
         self._limit = max_bytes
         self._file: BinaryIO | None = None
         self._is_shared = False  # somebody else writes to it too
         self._tables: dict[TensorTable, str] = {}  # written since the file was opened -> digest
+        self._size = 0  # bytes, after what was written last
+        self._missing = 0  # windows that could not be written, and that the file does not speak of yet
 
     def __call__(self, report: Report) -> None:
-        frame = frame_of(report)
+        """Write a window."""
+        try:
+            self._keep(frame_of(report))
+        except OSError:
+            self._missing += 1
+            raise
+        self._missing = 0
+
+    def _keep(self, frame: Frame) -> None:
         if self._file is not None and not self._is_in_place():
             self.close()
         if self._file is None:
             self._file = self._open()
-        lines = b""
+        lines = encode(missing_line(self._missing)) if self._missing else b""
         if frame.table not in self._tables:
             if len(self._tables) >= _TABLES:
                 self._tables.clear()
             line = table_line(frame.table)
-            lines = encode(line)
+            lines += encode(line)
             self._tables[frame.table] = line["table"]
         try:
             self._write(lines + encode(window_line(frame, self._tables[frame.table])))
@@ -114,6 +134,8 @@ class Journal:
 
     def _open(self) -> BinaryIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not self.path.is_file():  # reading what a device begins with may never end
+            raise JournalError(f"Journal({str(self.path)!r}) is no file but a folder, a pipe or a device; name a file.")
         file = open(self.path, "a+b", buffering=0)  # noqa: SIM115  # closed by `close`
         try:
             _check_start(self.path, file)
@@ -141,12 +163,14 @@ class Journal:
             with suppress(OSError):  # where even this fails, the reader and the next opening cope with half a line
                 self._file.truncate(size)
             raise
+        self._size = size + len(data)
 
     def _is_in_place(self) -> bool:
-        """Whether the open file is still the one at `path`: nobody moved or removed it."""
+        """Whether the open file is still the one at `path`, with all that was written: nobody moved, removed or emptied it."""
         assert self._file is not None
         try:
-            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+            ours = os.fstat(self._file.fileno())
+            return os.path.samestat(ours, os.stat(self.path)) and ours.st_size >= self._size
         except OSError:
             return False
 

@@ -94,6 +94,11 @@ def header_line(run: Mapping[str, Any], time: float) -> dict[str, Any]:
     return {"kind": "header", "format": FORMAT, "schema": SCHEMA, "time": round(time, 3), "run": dict(run)}
 
 
+def missing_line(windows: int) -> dict[str, Any]:
+    """So many windows before the next one could not be written."""
+    return {"kind": "missing", "windows": windows}
+
+
 # --- windows -----------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from update_watch.dashboards.frame import TENSOR_NUMBERS, Frame, TensorTable, report_of
+from update_watch.dashboards.journal.checks import whole_of
 from update_watch.dashboards.journal.lines import (
     AT_ACCUMULATORS,
     FORMAT,
@@ -62,6 +63,7 @@ class JournalReader:
         self.path = Path(path)
         self.run: dict[str, Any] = {}  # what the last header says about the run
         self.damaged: list[tuple[int, str]] = []  # (line number, what is wrong)
+        self.missing = 0  # windows that could not be written
         # the last window: number, place, beginning, table
         self._newest: tuple[int, int, bytes, TensorTable] | None = None
 
@@ -73,7 +75,7 @@ class JournalReader:
         With `numbers`, those of the tensors that are named and nothing else of them: `newest` has the last window whole.
         """
         tables: dict[str, TensorTable] = {}
-        self.run, self.damaged, self._newest = {}, [], None
+        self.run, self.damaged, self._newest, self.missing = {}, [], None, 0
         lines = 0
         is_ours = False
 
@@ -106,6 +108,8 @@ class JournalReader:
                             self._newest = (found.number, found.at, raw[:_HEAD], frame.table)
                         del line  # of many tensors hundreds of megabytes
                         yield frame
+                    elif kind == "missing":
+                        self.missing += max(whole_of(line.get("windows")), 0)
                     # other kinds carry nothing a window needs
                     is_ours = True
                 except JournalError:

@@ -136,6 +136,15 @@ def _notes(history: History) -> tuple[str, ...]:
     if history.damaged:
         lines = "1 damaged line" if history.damaged == 1 else f"{history.damaged:,} damaged lines"
         notes.append(f"{lines} of the journal could not be read and are left out.")
+    if history.missing:
+        windows = "1 window" if history.missing == 1 else f"{history.missing:,} windows"
+        notes.append(
+            f"{windows} could not be written to the journal (a full disk?); what happened in them is not shown."
+        )
+    if history.ends_at is not None:
+        notes.append(
+            f"The journal could not be written after step {history.ends_at:,}; of what came then only the last window is shown."
+        )
     if history.last.skipped_steps:
         notes.append(f"{history.last.skipped_steps:,} steps of the last window were skipped for overflow.")
     return tuple(notes)

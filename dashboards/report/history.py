@@ -79,6 +79,8 @@ class History:
     ranges_H: tuple[Ranges, ...]
     alerts: tuple[Alert, ...]
     damaged: int = 0  # journal lines that could not be read
+    missing: int = 0  # windows that could not be written
+    ends_at: int | None = None  # step at which the journal ends, where the last window is not in it
     run: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     foretold: Outlook | None = None  # the first forecast from a fifth of the schedule on
 
@@ -100,8 +102,12 @@ class History:
         return np.array([getattr(numbers, name) for numbers in self.run_H], dtype=np.float64)
 
 
-def read_history(path: str | os.PathLike[str], name: str | None = None, spans: int = SPANS) -> History:
+def read_history(
+    path: str | os.PathLike[str], name: str | None = None, spans: int = SPANS, last: Report | None = None
+) -> History:
     """The history in a journal. Where a run was resumed from an earlier checkpoint, the later windows count.
+
+    `last`: the run's last report, which may be missing in the journal, as where the disk was full.
 
     Raises:
         JournalError: not a journal, or of a newer version; EmptyJournalError: without a window so far.
@@ -111,22 +117,31 @@ def read_history(path: str | os.PathLike[str], name: str | None = None, spans: i
     kept: dict[int, int] = {}  # line number -> step
     earliest: float = float("inf")
     numbered = window_steps(path)
+    ends_at = numbered[-1][1] if numbered else None
+    if last is None or last.step == ends_at:
+        last = ends_at = None
+    else:
+        earliest = last.step
     for number, step, _ in reversed(numbered):
         if step < earliest:
             earliest, kept[number] = step, step
     reader = JournalReader(path)
-    builder = _Builder(min(kept.values(), default=0), max(kept.values(), default=0), spans)
+    at = [*kept.values(), *([] if last is None else [last.step])]
+    builder = _Builder(min(at, default=0), max(at, default=0), spans)
     behind = {number for number, _, _ in numbered}.difference(kept)  # of a run before it was resumed
     for frame in reader.frames(lambda number: number not in behind, _READ):
         builder.add(frame)
+    label = name or str(reader.run.get("name") or path.stem)
+    if last is not None:
+        builder.add(frame_of(last))
+        return builder.finish(label, reader, ends_at)
     if builder.last is None:
         raise reader.without_windows()
     # only the state at the end is shown in full, and of very many tensors no what-if, which asks for all there is
     is_asked = len(builder.last.table.name) <= MOST
     end, drawn = (WHOLE, None) if is_asked else (AT_MOVEMENT, _DRAWN)
     builder.last = reader.newest(builder.last, end, drawn)
-    label = name or str(reader.run.get("name") or path.stem)
-    return builder.finish(label, len(reader.damaged), reader.run)
+    return builder.finish(label, reader)
 
 
 def history_of(
@@ -146,7 +161,7 @@ def history_of(
     builder = _Builder(kept[-1].step, kept[0].step, spans)
     for report in reversed(kept):
         builder.add(frame_of(report))
-    return builder.finish(name, run=run)
+    return dataclasses.replace(builder.finish(name), run=run or {})
 
 
 class _Builder:
@@ -183,7 +198,7 @@ class _Builder:
             self._foretold = frame.outlook
         self.last = frame
 
-    def finish(self, name: str, damaged: int = 0, run: Mapping[str, Any] | None = None) -> History:
+    def finish(self, name: str, reader: JournalReader | None = None, ends_at: int | None = None) -> History:
         self._close()
         assert self.last is not None
         table, places = _union(self._tables, self.last.table)
@@ -207,8 +222,10 @@ class _Builder:
             run_H=tuple(span.run for span in self._spans),
             ranges_H=tuple(span.ranges for span in self._spans),
             alerts=tuple(self._alerts),
-            damaged=damaged,
-            run=run or {},
+            damaged=0 if reader is None else len(reader.damaged),
+            missing=0 if reader is None else reader.missing,
+            ends_at=ends_at,
+            run={} if reader is None else reader.run,
             foretold=self._foretold,
         )
 

@@ -64,7 +64,7 @@ def no_file_beyond(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_fills_up_ends_the_journal_with_one_warning_and_training_goes_on(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_warned_of_once_what_is_lost_is_counted_and_training_goes_on(tmp_path: Path) -> None:
     model, seen, path = Net(torch.bfloat16), [], tmp_path / "j.jsonl"
     optimizer = adamw(model)
     with warnings.catch_warnings(record=True) as caught, no_file_beyond(20_000):
@@ -75,7 +75,9 @@ def test_a_disk_that_fills_up_ends_the_journal_with_one_warning_and_training_goe
     kept = [r.step for r in read_journal(path)]
     assert 2 <= len(kept) < 20 and kept == [r.step for r in seen][: len(kept)]
     assert path.read_bytes().endswith(b"\n") and path.stat().st_size <= 20_000
-    assert len(caught) == 1 and "sink Journal failed and is dropped: OSError(27" in told(caught)[0]
+    first, last = told(caught)
+    assert "sink Journal failed and is tried again with every window: OSError(27" in first
+    assert f"{20 - len(kept)} windows could not be handed to Journal" in last and "the last one too" in last
     assert all(map(torch.equal, weights(model), unwatched(40)))
 
 
@@ -88,7 +90,9 @@ def test_an_output_folder_that_cannot_be_written_is_warned_of_once_and_training_
         with uw.watch(model, optimizer, window=4, sinks=[Journal(tmp_path / "file" / "j.jsonl"), seen.append]):
             train(model, optimizer, 12)
     assert [r.step for r in seen] == [4, 8, 12]
-    assert len(caught) == 1 and "sink Journal failed and is dropped: " in told(caught)[0] and "file" in told(caught)[0]
+    first, last = told(caught)
+    assert "sink Journal failed and is tried again with every window: " in first and "file" in first
+    assert "3 windows could not be handed to Journal" in last
     assert all(map(torch.equal, weights(model), unwatched(12)))
 
 

@@ -18,8 +18,6 @@ from tests.support.journals import environment, steps, tiny, write
 from tests.support.run_samples import fully_filled_report
 from update_watch.dashboards.journal import Journal, JournalError, packing, read_journal
 from update_watch.dashboards.journal.packing import PACKED_FROM
-from update_watch.report import Report
-from update_watch.worker import Sinks
 
 ROOT = Path(__file__).parents[3]
 
@@ -170,14 +168,3 @@ def test_a_folder_that_cannot_be_written_raises_an_os_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         Journal(tmp_path / "file" / "j.jsonl")(tiny(10))
-
-
-def test_a_failing_journal_is_dropped_with_one_warning_and_the_other_sinks_go_on(tmp_path):
-    (tmp_path / "file").write_text("")
-    seen: list[Report] = []
-    sinks = Sinks([Journal(tmp_path / "file" / "j.jsonl"), seen.append])
-    with pytest.warns(UserWarning, match="sink Journal failed and is dropped") as caught:
-        sinks(tiny(10))
-        sinks(tiny(20))
-    assert len(caught) == 1
-    assert [report.step for report in seen] == [10, 20]
