@@ -57,6 +57,7 @@ def _callback_class() -> Any:
 
 
 _Callback = _callback_class()
+_LIGHTNINGS = ("log", "log_dict")  # attributes that every Trainer sets when it begins, bound to its module
 
 
 class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only when it runs
@@ -223,7 +224,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
         session = self._session
         if session is None:
             return []
-        session.watch.enabled = False
+        session.watch.enabled, session.has_begun = False, True
         reports = session.take()
         for report in reports:
             self.last = report
@@ -255,17 +256,23 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the optimizers."""
         self._end(trainer)
-        self._names = None
+        self._let_go()
 
     @harmless
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Report the last window, let go of the optimizers; Lightning does not call `teardown` after an error."""
         self._end(trainer)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the module, which whoever reads `last` after fit would keep in memory."""
         self._names = None
+        for name in _LIGHTNINGS:
+            self.__dict__.pop(name, None)
 
     def _end(self, trainer: Any) -> None:
         self._counts.end()
-        session, self._session = self._session, None
+        session, self._session, self._response = self._session, None, None
         if session is None:
             return
         try:
@@ -304,8 +311,7 @@ class UpdateWatch(_Callback):  # type: ignore[misc, valid-type]  # known only wh
             "_model": None,
             "_state": self.state_dict(),
         }
-        lightnings = ("log", "log_dict")  # set by every Trainer, bound to its module
-        return {**{name: value for name, value in self.__dict__.items() if name not in lightnings}, **fresh}
+        return {**{name: value for name, value in self.__dict__.items() if name not in _LIGHTNINGS}, **fresh}
 
 
 def _logged_step(trainer: Any) -> int:

@@ -95,10 +95,15 @@ class Session:
         """
         self._inbox = Inbox()  # appended to by the watch's thread
         self._is_leader = is_leader
+        self.has_begun = False  # a batch or step is over: there is something to report of
         self._options = options
         self.optimizers = list(optimizers)
         watchable = watchable_of(self.optimizers)
-        if not watchable:
+        if not watchable and all(map(_is_placeholder, self.optimizers)):
+            logger.warning(
+                "update-watch: the trainer has no optimizer; one that steps the model is watched from its first step"
+            )
+        elif not watchable:
             kinds = ", ".join(type(o).__name__ for o in self.optimizers) or "none"
             raise TypeError(f"no torch optimizer with step hooks among the trainer's optimizers ({kinds})")
         self._names = names
@@ -113,12 +118,12 @@ class Session:
         settings["sinks"] = [self._inbox, *sinks, *options.sinks] if is_leader else [self._inbox]
         settings |= {"step": step, "schedule": schedule}
         try:
-            self.watch: Watch = watch(names, watchable, averages=dict(averages), **settings)
+            self.watch: Watch = watch(names, watchable or None, averages=dict(averages), **settings)
         except (TypeError, ValueError) as error:
             if not averages:
                 raise
             logger.warning("update-watch: averaged models are not watched: %s", error)
-            self.watch = watch(names, watchable, **settings)
+            self.watch = watch(names, watchable or None, **settings)
         self.watch.trainer = trainer or "torch"
 
     def follow(self, optimizers: Sequence[Any]) -> None:
@@ -164,6 +169,8 @@ class Session:
             raise error
 
     def _audited(self, averages: Mapping[str, Any], dashboards: Sequence[Any]) -> StallExpected | None:
+        if not self._names.optimizers:
+            return None
         try:
             found, text = _audit(self._names, averages, self.watch.trainer, self._options.print_audit == "full")
             if self._options.print_audit:
@@ -189,8 +196,9 @@ class Session:
         return None
 
     def finish(self, timeout: float = FLUSH_SECONDS) -> list[Report]:
-        """Report the open window; the reports that were not taken yet."""
-        self.watch.flush(timeout)
+        """Report the open window, if training has begun; the reports that were not taken yet."""
+        if self.has_begun:
+            self.watch.flush(timeout)
         return self.take()
 
     def close(self) -> None:
@@ -254,10 +262,14 @@ def watchable_of(optimizers: Iterable[Any]) -> list[Optimizer]:
         except TypeError as error:
             logger.warning("update-watch: an optimizer is not watched: %s", error)
             continue
-        # what Lightning puts in place of no optimizer
-        if type(inner).__name__ != "_MockOptimizer":
+        if not _is_placeholder(inner):
             found.append(inner)
     return found
+
+
+def _is_placeholder(optimizer: Any) -> bool:
+    """What Lightning puts in place of no optimizer."""
+    return type(optimizer).__name__ == "_MockOptimizer"
 
 
 def counts_to_show(report: Report) -> dict[str, int]:

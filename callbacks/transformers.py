@@ -185,6 +185,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
         """The reports that came, noted; after the last step that of the window that is open, before the summary."""
         if self._session is None:
             return []
+        self._session.has_begun = True
         if optimizer is not None:
             self._session.follow([optimizer])
         reports = self._session.finish() if is_last else self._session.take()

@@ -164,20 +164,42 @@ def test_replaced_optimizers_are_watched_and_the_old_ones_let_go() -> None:
     assert all(t.efficiency == pytest.approx(1.0, abs=0.02) for t in watch.reports[-1].tensors)
 
 
-def test_an_optimizer_that_cannot_be_watched_is_said_once_and_training_goes_on(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    class NoOptimizer(Module):
-        def configure_optimizers(self) -> Any:
-            return None
+class NoOptimizer(Module):
+    """Manual; the Trainer knows of no optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__(manual=True)
+
+    def configure_optimizers(self) -> Any:
+        return None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+def test_a_trainer_without_an_optimizer_is_said_to_have_none(caplog: pytest.LogCaptureFixture) -> None:
+    watch = Watched(print_audit=True)
+    with pytest.warns(UserWarning, match="optimizer"):
+        fit(NoOptimizer(), watch)
+    assert watch.last is None and "the trainer has no optimizer" in caplog.text
+    assert not [one for one in caplog.records if one.levelname == "ERROR"]
+
+
+def test_an_optimizer_of_the_modules_own_is_found() -> None:
+    class Own(NoOptimizer):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 0:
+                self.__dict__["own"] = torch.optim.AdamW(self.parameters(), lr=1e-3)
+            optimizer = self.__dict__["own"]
+            optimizer.zero_grad()
+            self.loss(0, batch).backward()
+            optimizer.step()
 
     watch = Watched()
-    module = NoOptimizer(manual=True)
-    module.training_step = lambda batch, batch_idx: None  # type: ignore[method-assign, assignment]
     with pytest.warns(UserWarning, match="optimizer"):
-        fit(module, watch)
-    assert watch.last is None
-    assert "no torch optimizer with step hooks among the trainer's optimizers (_MockOptimizer)" in caplog.text
+        fit(Own(), watch)
+    assert [report.window for report in watch.reports] == [4, 4, 4]
+    assert watch.last is not None and {str(t.health) for t in watch.last.tensors} == {"healthy"}
 
 
 def test_validation_between_steps_changes_nothing_that_is_seen() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,34 @@ def test_nothing_stays_attached_after_an_exception_and_the_last_window_is_kept(e
         fitted.fit(Fails())
     assert hook_count(fitted) == 0
     assert watch.windows == [(3, 4), (6, 2)]
+
+
+@pytest.mark.parametrize("where", ["training_step", "on_train_start"])
+def test_of_a_fit_that_fails_before_its_first_step_nothing_is_reported(where: str) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("boom")
+
+    class Fails(Callback):
+        pass
+
+    watch, module, other = Watched(), Module(), Fails()
+    setattr(module if where == "training_step" else other, where, fail)
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(callbacks=[watch, other]).fit(module)
+    assert watch.reports == [] and watch.last is None  # and no alert of tensors that are not measured
+
+
+def test_a_callback_that_is_kept_after_fit_keeps_neither_module_nor_trainer() -> None:
+    watch, module = Watched(), Module()
+    fitted = fit(module, watch)
+    gone = weakref.ref(module), weakref.ref(fitted), weakref.ref(fitted.optimizers[0])
+    del module, fitted
+    deadline = time.monotonic() + 10
+    while any(ref() is not None for ref in gone) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.05)
+    assert [ref() for ref in gone] == [None, None, None]
+    assert watch.last is not None
 
 
 def test_an_error_of_ours_does_not_reach_training(caplog: pytest.LogCaptureFixture) -> None:
