@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,20 @@ if TYPE_CHECKING:
     import wandb
 
 
+# where the facts of a run are: beside a section of that name that its user has, as of a configuration file
+_PLACES: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_BESIDE = f"{RUN_SECTION}_facts"
+
+
+def _place(run: wandb.Run) -> str:
+    if run not in _PLACES:
+        is_users = RUN_SECTION in run.config and not getattr(run, "resumed", False)  # else an earlier process wrote it
+        _PLACES[run] = _BESIDE if is_users else RUN_SECTION
+    return _PLACES[run]
+
+
 def write_facts(run: wandb.Run, facts: Mapping[str, Any]) -> None:
-    run.config.update({RUN_SECTION: _trim(facts)}, allow_val_change=True)  # type: ignore[no-untyped-call]
+    run.config.update({_place(run): _trim(facts)}, allow_val_change=True)  # type: ignore[no-untyped-call]
     audit = facts.get("audit")
     scalars = {k: v for k, v in audit.items() if isinstance(v, (str, int, float))} if isinstance(audit, Mapping) else {}
     if scalars:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,9 @@ HEATMAP_KINDS = 64
 HEATMAP_COLUMNS = 64
 
 _logger = logging.getLogger(__name__)
+_WRITERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = (
+    weakref.WeakKeyDictionary()
+)  # run -> the sink that logs to it
 
 
 class WandbSink:
@@ -65,6 +69,8 @@ class WandbSink:
 
     Nothing else raises: trouble is reported once through `logging`, and after `run.finish()` the sink is silent.
     """
+
+    closes_with_watch = True  # from then on another may log to the run
 
     def __init__(
         self,
@@ -110,7 +116,13 @@ class WandbSink:
             if session is not None:
                 session.log(report)
         except Exception as error:  # noqa: BLE001  # watching must not stop training
-            self._give_up(error)
+            self._give_up(error, report.step)
+
+    def close(self) -> None:
+        """The watch is closed: the run is free for another watch's sink."""
+        run = self._current_run()
+        if run is not None and _writer_of(run) is self:
+            del _WRITERS[run]
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Put settings and audit into the run's config, and the numbers of `facts["audit"]` into its summary.
@@ -143,15 +155,28 @@ class WandbSink:
             self._session = _Session(run, self._step_key, self._series, self._alerts, self._commit)
             if self._facts:
                 write_facts(run, self._facts)
+        if _writer_of(run) not in (None, self):
+            self._warn_once(
+                "shared",
+                "WandbSink: another watch logs to this W&B run under the same keys, so their rows are mixed; watch both models as"
+                " one, `update_watch.watch([*a.named_parameters(), *b.named_parameters()])`, or give each watch a run of its own",
+            )
+        else:
+            _WRITERS[run] = weakref.ref(self)
         return None if self._session.finished else self._session
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: Exception, step: int | None = None) -> None:
         from wandb.errors import UsageError
 
         # This is what every call of a finished run raises; nothing later can succeed.
         if isinstance(error, UsageError) and self._session is not None:
             self._session.finished = True
-            self._warn_once("finished", f"WandbSink: the W&B run takes no more data, reports are not logged: {error}")
+            which = "reports" if step is None else f"reports from step {step:,} on"
+            self._warn_once(
+                "finished",
+                f"WandbSink: the W&B run is finished and takes no more data: {which} are not logged. Call `watch.close()` before"
+                " `run.finish()`",
+            )
         else:
             self._warn_once("error", f"WandbSink: a report was not logged to W&B: {type(error).__name__}: {error}")
 
@@ -282,6 +307,11 @@ class _Session:
         if changed:
             self._run.summary.update(changed)
             self._summary = summary
+
+
+def _writer_of(run: Any) -> Any:
+    found = _WRITERS.get(run)
+    return None if found is None else found()
 
 
 def _without_numbers(text: str) -> str:

@@ -313,7 +313,7 @@ def test_after_finish_the_sink_warns_once_and_is_silent(start_run: Any, caplog: 
     told = [(r.levelname, r.getMessage()) for r in caplog.records if "WandbSink" in r.getMessage()]
     assert len(told) == 1  # and nothing at a lower level: the run is not tried again
     assert told[0][0] == "WARNING"
-    assert "takes no more data" in told[0][1]
+    assert "takes no more data: reports from step 256 on are not logged. Call `watch.close()` before" in told[0][1]
     assert [row[STEP] for row in OfflineRun(run).history] == [128]
 
 

@@ -122,6 +122,8 @@ class OfflineRun:
                 (self.pictures if _has_table(row) else self.history).append(row)
             elif kind == "summary":
                 self.summary.update(_items(record.summary.update))
+            elif kind == "run":  # what `wandb.init` was given
+                self.config.update(_items(record.run.config.update))
             elif kind == "config":
                 self.config.update(_items(record.config.update))
             elif kind == "metric":

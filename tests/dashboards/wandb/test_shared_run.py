@@ -1,0 +1,73 @@
+"""A run that is not ours alone: its user's configuration, and other watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+
+from tests.support.wandb.samples import OfflineRun, sample_report
+from update_watch.dashboards.wandb.sink import WandbSink
+from update_watch.worker import Sinks
+
+
+@pytest.fixture
+def start_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def start(**options: Any) -> Any:
+        settings = wandb.Settings(console="off", x_disable_stats=True)
+        return wandb.init(mode="offline", project="p", dir=tmp_path, settings=settings, reinit="create_new", **options)
+
+    yield start
+    wandb.finish()
+
+
+def shared(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if "another watch logs to this W&B run" in r.getMessage()]
+
+
+@pytest.mark.parametrize("users", ["mine", {"window": 9, "enabled": True}])
+def test_a_section_of_that_name_in_the_users_configuration_stays_as_it_is(start_run: Any, users: Any) -> None:
+    run = start_run(config={"update_watch": users, "lr": 0.1})
+    for window in (64, 128):  # a second fit in the same run
+        sink = WandbSink(run)
+        sink.describe({"window": window})
+        sink.describe({"samples": 256})
+        sink(sample_report())
+    run.finish()
+    config = OfflineRun(run).config
+    assert config["update_watch"] == users and config["lr"] == 0.1
+    assert config["update_watch_facts"] == {"window": 128, "samples": 256}
+
+
+def test_two_watches_in_one_run_are_told_once_that_their_rows_are_mixed(
+    start_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start_run()
+    first, second = WandbSink(run), WandbSink(run)
+    for step in (128, 256):
+        first(sample_report(step))
+        second(sample_report(step))
+    assert len(shared(caplog)) == 1 and "a run of its own" in shared(caplog)[0]
+
+
+def test_watches_one_after_the_other_and_runs_beside_each_other_are_told_nothing(
+    start_run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, other = start_run(), start_run()
+    beside = WandbSink(other)
+    for step in (128, 256):
+        sinks = Sinks([WandbSink(run)])
+        sinks(sample_report(step))
+        beside(sample_report(step))
+        sinks(None)  # its watch is closed
+    dropped = WandbSink(run)
+    dropped(sample_report(384))
+    del dropped  # never closed, and gone
+    WandbSink(run)(sample_report(512))
+    assert shared(caplog) == []
