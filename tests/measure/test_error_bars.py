@@ -22,10 +22,11 @@ from update_watch.measure.sums.error_bars import (
     standard_error,
 )
 from update_watch.measure.sums.layout import GROUPS, WANT
+from update_watch.measure.sums.missed_steps import all_pairs
 from update_watch.measure.sums.packing import packed
 from update_watch.measure.sums.step_sizes import Sizes, sizes_of, unseen
 from update_watch.measure.sums.steps import Steps
-from update_watch.measure.sums.window_sums import WindowSums, all_pairs
+from update_watch.measure.sums.window_sums import WindowSums
 
 T, COHORTS, ROWS = 128, 8, 4
 

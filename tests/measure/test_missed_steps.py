@@ -10,8 +10,8 @@ import pytest
 from update_watch.measure.step_order import StepOrder
 from update_watch.measure.sums.arrivals import Curves, tail
 from update_watch.measure.sums.error_bars import Array, ratio
-from update_watch.measure.sums.missed_steps import Missed, missed_steps
-from update_watch.measure.sums.step_sizes import UsualSizes, sizes_of
+from update_watch.measure.sums.missed_steps import Missed, Stood, missed_steps
+from update_watch.measure.sums.step_sizes import UsualSizes, sizes_of, sizes_of_each
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 
 T, COHORTS, ROWS, ELEMENTS = 128, 8, 8, 32
@@ -21,6 +21,12 @@ def rounded(gaps: Array) -> Array:
     """What is kept of updates of so many gaps."""
     kept: Array = np.rint(gaps)
     return kept
+
+
+def alone_of(missed: Missed, rows: int) -> Stood:
+    """Of one cohort."""
+    (found,) = Stood.of([(slice(0, rows), missed)])
+    return found
 
 
 def histogram(gaps: Array) -> tuple[Array, Array]:
@@ -62,8 +68,9 @@ def window(
         assert missed is not None
         alone.append(dot.sum(0) / want.sum(0))
         curves = Curves(movement, places, (looks**2).mean((0, 2)), want.sum(0) / (ELEMENTS * len(want)))
-        curves.move(alone[-1], want, missed.own_P)
-        arrived = missed.energy_P @ dot + curves.more(want, missed).sum(0)
+        stood = alone_of(missed, ROWS)
+        curves.move(alone[-1], want, stood.cohorts)
+        arrived = missed.energy_P @ dot + curves.more(want, stood).sum(0)
         told.append(arrived / (missed.energy_P @ want))
     return alone, told, truths
 
@@ -127,8 +134,9 @@ def of_short_windows(remembers: bool) -> tuple[Array, Array]:
             movement, places = (np.stack(of) for of in zip(*map(histogram, looked), strict=True))
             single = dot[order[c], c] / energies[c][0]
             curves = Curves(movement, places, (looked**2).mean(1), (looked**2).mean(1))
-            curves.move(single, energies[c], missed.own_P)
-            arrived = missed.energy_P @ dot[order[c], c][None] + curves.more(energies[c], missed).sum(0)
+            stood = alone_of(missed, len(single))
+            curves.move(single, energies[c], stood.cohorts)
+            arrived = missed.energy_P @ dot[order[c], c][None] + curves.more(energies[c], stood).sum(0)
             alone.append(single - truth[c])
             told.append(arrived / (missed.energy_P @ energies[c]) - truth[c])
     return np.concatenate(told), np.concatenate(alone)
@@ -147,14 +155,14 @@ def test_windows_of_one_look_tell_its_size_by_what_was_usual_in_those_before() -
 def test_what_is_usual_follows_the_training() -> None:
     """Of the last 8 looks or so, by rows; steps in which a row was not looked at, or wanted nothing, change nothing."""
     usual = UsualSizes()
-    first, was_known = usual.with_these(np.array([[4.0, np.nan, 0.0]]))
+    first, (was_known,) = UsualSizes.with_these([usual], [3], np.array([[4.0, np.nan, 0.0]]))
     assert not was_known
     assert first[0] == pytest.approx(4.0) and np.isnan(first[1:]).all()
     for _ in range(40):
-        found, was_known = usual.with_these(np.array([[1.0, 9.0, 0.0]]))
+        found, (was_known,) = UsualSizes.with_these([usual], [3], np.array([[1.0, 9.0, 0.0]]))
     assert was_known
     assert found[:2] == pytest.approx([1.0, 9.0], rel=0.05) and np.isnan(found[2])
-    found, _ = usual.with_these(np.array([[np.nan, 9.0 * 2**9, 0.0]]))
+    found, _ = UsualSizes.with_these([usual], [3], np.array([[np.nan, 9.0 * 2**9, 0.0]]))
     assert found[:2] == pytest.approx([1.0, 18.0], rel=0.05)
 
 
@@ -210,7 +218,7 @@ def test_where_nothing_moved_larger_steps_may_have_moved_it_only_if_they_come_ne
     curves = Curves(movement[None], places[None], (moves[:2] ** 2).mean((0, 2)), (moves**2).mean((0, 2)))
     missed = known_of([[1.0] * 16, [1.0] * 112])[0]
     assert missed is not None
-    found = tail(curves, want, np.ones_like(want), missed)
+    found = tail(curves, want, np.ones_like(want), alone_of(missed, 1))
     assert found[0] > 0.05 if is_near else found[0] == 0
 
 
@@ -218,9 +226,10 @@ def test_a_row_without_a_histogram_gets_nothing_from_it() -> None:
     nothing = Curves(np.zeros((1, HEADROOM_BINS)), np.zeros((1, PLACES)), ratio(np.zeros(1), np.zeros(1)), np.ones(1))
     missed = known_of([[1.0, 1.0], [1.0, 900.0]])[0]
     assert missed is not None and not nothing.is_known_n.any()
-    assert (nothing.more(np.ones((2, 1)), missed) == 0).all()
+    stood = alone_of(missed, 1)
+    assert (nothing.more(np.ones((2, 1)), stood) == 0).all()
     for want in (np.ones((2, 1)), np.zeros((2, 1))):
-        assert (tail(nothing, want, np.ones((2, 1)), missed) == 0).all()
+        assert (tail(nothing, want, np.ones((2, 1)), stood) == 0).all()
 
 
 def test_a_curve_is_laid_where_it_says_what_was_measured() -> None:
@@ -230,5 +239,55 @@ def test_a_curve_is_laid_where_it_says_what_was_measured() -> None:
     looks = (gaps**2).mean(keepdims=True)
     curves = Curves(movement[None], places[None], looks, 4 * looks)  # as if those looked at were half as large as usual
     assert abs(curves.at(0.0) - truth)[0] > 0.2
-    curves.move(truth, np.ones((1, 1)), np.zeros(1))
+    nothing_missed = Missed(np.ones(1), np.ones(1), np.zeros(1), np.zeros((1, 65)), 0.0)
+    curves.move(truth, np.ones((1, 1)), [(slice(0, 1), nothing_missed)])
     assert abs(curves.at(0.0) - truth)[0] < 0.1
+
+
+@np.errstate(all="ignore")
+def test_cohorts_side_by_side_are_told_what_each_is_told_alone() -> None:
+    """To the bit: of how many parts, of how many rows and how many together, changes nothing."""
+    rng = np.random.default_rng(1)
+    energies = [rng.lognormal(0, 1, (parts, rows)) for parts, rows in [(4, 7), (4, 3), (5, 7), (2, 6), (4, 7), (2, 1)]]
+    energies[1][:, 2], energies[0][1, 3], energies[4][2] = 0.0, np.inf, 900.0
+    steps = [np.where(rng.random(energy.shape) < 0.8, 2.0, 0.0) for energy in energies]
+    scales = [rng.lognormal(0, 1, len(energy)) for energy in energies]
+    usual = [[UsualSizes() for _ in energies] for _ in range(2)]
+    for _ in range(3):  # what is usual is remembered from one to the next
+        together = sizes_of_each(list(zip(energies, steps, scales, usual[0], strict=True)))
+        for found, *given in zip(together, energies, steps, scales, usual[1], strict=True):
+            for a, b in zip(found, sizes_of(*given), strict=True):
+                np.testing.assert_array_equal(a, b)
+    counts = [energy.shape[1] for energy in energies]
+    starts = np.cumsum([0, *counts]).tolist()
+    missed = missed_steps(together, scales, 64)
+    every = [(slice(starts[c], starts[c + 1]), one) for c, one in enumerate(missed) if one is not None]
+    movement, places = (np.stack(of) for of in zip(*map(histogram, rng.normal(0, 0.5, (starts[-1], 64))), strict=True))
+    looked, want = rng.lognormal(0, 0.1, (2, starts[-1]))
+    efficiency = rng.random(starts[-1])
+    assert len(every) > 3 and len(Stood.of(every)) == 3
+
+    def told(cohorts: list[tuple[slice, Missed]]) -> list[tuple[Array, ...]]:
+        found = []
+        for stood in Stood.of(cohorts):
+            parts, rows = len(stood.own_Pn), np.concatenate([np.arange(each.start, each.stop) for each, _ in cohorts])
+            rows = np.arange(starts[-1])[stood.rows]
+            of_cohorts = [c for c, start in enumerate(starts[:-1]) if start in rows]
+            energy, step = (np.concatenate([of[c] for c in of_cohorts], 1) for of in (energies, steps))
+            curves = Curves(movement[rows], places[rows], looked[rows], want[rows])
+            curves.move(efficiency[rows], energy, stood.cohorts)
+            of_all = (
+                stood.energy_Pn,
+                curves.more(energy, stood),
+                curves.reach(stood.top_n),
+                tail(curves, energy, step, stood),
+            )
+            assert len(energy) == parts
+            found += [tuple(values[..., inside] for values in of_all) for inside, _ in stood.cohorts]
+        return found
+
+    together_told = told(sorted(every, key=lambda one: len(one[1].own_P)))
+    alone_told = [told([one])[0] for one in sorted(every, key=lambda one: len(one[1].own_P))]
+    for together_one, alone_one in zip(together_told, alone_told, strict=True):
+        for a, b in zip(together_one, alone_one, strict=True):
+            np.testing.assert_array_equal(a, b)

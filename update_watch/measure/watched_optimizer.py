@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 import random
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from update_watch.measure.parameters import Row, build_rows, forget_failed_trial
 from update_watch.measure.row_facts import Resting, WindowFacts
 from update_watch.measure.sampling import local
 from update_watch.measure.transfer import Batch, Part
-from update_watch.measure.window_evidence import CohortWindow, SumsWindow
+from update_watch.measure.window_evidence import CohortWindow
 from update_watch.odd_tensors import unreadable
 from update_watch.replay.twin import Twin
 from update_watch.wording import first_line
@@ -292,32 +291,13 @@ class Watched:
         self, batch: Batch, is_full: bool = True
     ) -> tuple[list[CohortWindow], list[TensorEvidence], list[Part], list[Resting]]:
         """Hand the sums to `batch` and start a new window. `is_full`: all tensors are to be looked at in that one."""
-        cohorts: list[CohortWindow] = []
         others: list[TensorEvidence] = []
         window = WindowFacts(self.optimizer, self._group_facts(), self._twin_error)
         self._measured = []
         resting = [block for block in self._plan_of.blocks if block not in self._plan_of.open]
-        for number, own in enumerate(self._plan_of.open):
-            own.add()
-            measured = [cohort for cohort in own.cohorts if cohort.steps]
-            others += [
-                window.identity(cohort.rows[i]) for cohort in own.cohorts if not cohort.steps for i in cohort.firsts
-            ]
-            if not measured:
-                continue
-            packing = own.packing(self.window_steps, batch.is_later(own.device))
-            transfer = batch.add_later(own.device, packing)
-            states = tuple(measured[0].states)
-            sums = SumsWindow(transfer, own.sums.layout(own.parts), states, window.facts_of(measured, own.facts))
-            # of several panels each is told by itself what it has not seen
-            owner = self.index, self.part, number if self._plan_of.panels > 1 else 0
-            for cohort in measured:
-                steps = cohort.counted_steps(self._roster.group_steps, own.gradients)
-                suspect = functools.partial(own.gradients.suspect, cohort.place.start)
-                where = self.window_steps, owner, cohort.place
-                of_tensors = tuple(cohort.firsts), cohort.usual
-                cohorts.append(CohortWindow(sums, steps, *where, suspect, cohort.draw_from, *of_tensors))
-            own.open_window()
+        others += [window.identity(row) for row in self._plan_of.add()]
+        who = self.index, self.part
+        cohorts = self._plan_of.close_window(batch, window, self.window_steps, who)
         others += map(window.identity, self._outside)
         skipped = [batch.add(total.reshape(1).float()) for total in self._skipped.values()]
         self.quiet_windows = 0 if self.window_steps else self.quiet_windows + 1

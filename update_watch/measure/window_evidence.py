@@ -28,7 +28,7 @@ from update_watch.measure.row_facts import Resting
 from update_watch.measure.sums.layout import WANT, Layout
 from update_watch.measure.sums.measured_block import CohortFacts, MeasuredBlock
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
-from update_watch.measure.sums.step_sizes import Unseen, UsualSizes, sizes_of, unseen
+from update_watch.measure.sums.step_sizes import Unseen, UsualSizes, sizes_of_each, unseen
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.window_sums import Mask, WindowSums
 from update_watch.measure.transfer import Later, Part, Transfer
@@ -37,17 +37,22 @@ from update_watch.worker import rest, unhurried
 
 @dataclasses.dataclass(frozen=True)
 class SumsWindow:
-    """The sums of a closed window, of all cohorts of an optimizer on one device, on their way to the background thread."""
+    """The sums of a closed window, of all cohorts of an optimizer on one device, on their way to the background thread.
 
-    transfer: Transfer | Part | Later
-    layout: Layout
+    They come in one vector, or in one of each panel: of as many rows, one after the other."""
+
+    vectors: tuple[tuple[Transfer | Part | Later, Layout], ...]
     states: tuple[str, ...]
     facts: Callable[[], CohortFacts]  # of the tensors of all cohorts that were measured; made on the background thread
 
     @functools.cached_property
     def sums(self) -> WindowSums:
         """Waits for the device."""
-        return WindowSums.unpack(self.transfer.wait(), self.layout)
+        return WindowSums.side_by_side([WindowSums.unpack(vector.wait(), layout) for vector, layout in self.vectors])
+
+    @property
+    def rows(self) -> int:
+        return sum(layout.rows for _, layout in self.vectors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,7 @@ class _Measured:
         """By tensor. Waits for the device."""
         own = [np.arange(cohort.place.start, cohort.place.stop) for cohort in self.cohorts]
         rows = np.concatenate(own)
-        is_whole = len(rows) == self.of_all.layout.rows and (rows[1:] > rows[:-1]).all()
+        is_whole = len(rows) == self.of_all.rows and (rows[1:] > rows[:-1]).all()
         found = self.of_all.sums.of(slice(None) if is_whole else rows, len(self.steps.parts_Pn))
         starts = itertools.accumulate(map(len, own), initial=0)
         firsts = [
@@ -230,16 +235,21 @@ def _unmeasured(measured: Sequence[_Measured]) -> list[list[tuple[Unseen, Missed
         for one in measured
         for cohort, rows in zip(one.cohorts, one.rows, strict=True)
     ]
+    sizes_of_all = sizes_of_each(
+        [(energy_Pn, of.steps.parts_Pn, of.steps.squared_rates_P, of.usual) for of, energy_Pn in every]
+    )
     found: dict[int, tuple[Unseen, Missed | None]] = {}
-    for owner in dict.fromkeys(cohort.owner for cohort, _ in every):
-        cohorts, energies = zip(*[pair for pair in every if pair[0].owner == owner], strict=True)
+    by_owner: dict[tuple[int, ...], list[int]] = {}
+    for i, (cohort, _) in enumerate(every):
+        by_owner.setdefault(cohort.owner, []).append(i)
+    for own in by_owner.values():
+        cohorts, energies = zip(*[every[i] for i in own], strict=True)
         steps = [cohort.steps.parts_Pn for cohort in cohorts]
         rates = [cohort.steps.squared_rates_P for cohort in cohorts]
-        usual = [cohort.usual for cohort in cohorts]
-        sizes = [sizes_of(*each) for each in zip(energies, steps, rates, usual, strict=True)]
-        window_steps = cohorts[0].window_steps
+        sizes, window_steps = [sizes_of_all[i] for i in own], cohorts[0].window_steps
         of_steps = unseen(list(energies), steps, window_steps, sizes), missed_steps(sizes, rates, window_steps)
         found |= zip(map(id, cohorts), zip(*of_steps, strict=True), strict=True)
+        rest()
     return [[found[id(cohort)] for cohort in one.cohorts] for one in measured]
 
 

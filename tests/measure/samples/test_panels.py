@@ -239,3 +239,21 @@ def test_what_a_step_costs_does_not_grow_with_the_model() -> None:
         operators[tensors] = counter.seen.total() - WINDOW * alone.seen.total()
         calls[tensors] = called.count - WINDOW * called_alone.count
     assert max(operators.values()) <= 1.05 * operators[400] and max(calls.values()) <= 1.05 * calls[400]
+
+
+def test_the_panels_of_a_window_are_judged_as_one_block() -> None:
+    calls = {}
+    for tensors in (FEW + 1, 2 * FEW + 1):
+        training, windows = Training(tensors), []
+        with training.watch() as watch:
+            judge, watch._judge._handle = watch._judge._handle, windows.append
+            training.windows(2, watch)
+            assert all(len({id(cohort.of_all) for cohort in window.cohorts}) == 1 for window in windows)
+            judge(windows[0])
+            counter = Calls()
+            with counter:
+                judge(windows[1])
+            calls[tensors] = counter.count
+            watch._judge._handle = judge
+    panels = FEW // WINDOW
+    assert calls[2 * FEW + 1] - calls[FEW + 1] <= 600 * panels  # as a block of its own each took 2,400

@@ -8,9 +8,10 @@ the model: every so manieth tensor of each kind. In the first windows all panels
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from torch.optim import Optimizer
 
@@ -18,8 +19,11 @@ from update_watch.measure.cohort import Cohort
 from update_watch.measure.device.turns import MOST_TURNS, turns_of
 from update_watch.measure.device_rows import DeviceRows
 from update_watch.measure.parameters import Row
+from update_watch.measure.row_facts import KnownFacts, WindowFacts
 from update_watch.measure.sampling import local
 from update_watch.measure.step_order import Roster
+from update_watch.measure.transfer import Batch
+from update_watch.measure.window_evidence import CohortWindow, SumsWindow
 from update_watch.replay.twin import Twin
 
 FEW = 320  # tensors, up to which all take turns in every window: 40 in a step
@@ -68,6 +72,7 @@ class Plan:
         for panel, block in enumerate(self.blocks if cycle else ()):
             self.panel_of.update({id(row.param): panel for cohort in block.cohorts for row in cohort.rows})
         self.roster: Roster[Cohort] = Roster(everybody, window, rng, by_panel, cycle)
+        self._facts: dict[Hashable, KnownFacts] = {}  # of the tensors of several blocks
 
     @property
     def open(self) -> list[DeviceRows]:
@@ -79,3 +84,63 @@ class Plan:
     def open_rows(self) -> list[Row]:
         """The rows of these."""
         return [row.of or row for block in self.open for cohort in block.cohorts for row in cohort.rows if row.is_first]
+
+    # --- at the end of a window --------------------------------------------------------------------
+
+    def add(self) -> list[Row]:
+        """Add the steps that wait. Returns those of the open ones that were in no step of the window: their first rows."""
+        for block in self.open:
+            block.add()
+        cohorts = [cohort for block in self.open for cohort in block.cohorts if not cohort.steps]
+        return [cohort.rows[i] for cohort in cohorts for i in cohort.firsts]
+
+    def close_window(self, batch: Batch, facts: WindowFacts, steps: int, who: tuple[int, ...]) -> list[CohortWindow]:
+        """Hand the sums of what is open to `batch`, and start new ones. Several panels are judged side by side.
+
+        `steps`: of the window. `who`: by which cohorts of one optimizer are known.
+        """
+        alike: dict[Hashable, list[tuple[int, DeviceRows]]] = {}
+        for number, own in enumerate(self.open):
+            if any(cohort.steps for cohort in own.cohorts):
+                kind = own.device, own.sums.has_clusters, tuple(own.cohorts[0].states)
+                alike.setdefault(kind, []).append((number, own))
+        found: list[CohortWindow] = []
+        for key, blocks in alike.items():
+            measured = [cohort for _, own in blocks for cohort in own.cohorts if cohort.steps]
+            known = blocks[0][1].facts if len(blocks) == 1 else self._facts.setdefault(key, KnownFacts())
+            vectors = [
+                (
+                    batch.add_later(own.device, own.packing(steps, batch.is_later(own.device))),
+                    own.sums.layout(own.parts),
+                )
+                for _, own in blocks
+            ]
+            sums = SumsWindow(tuple(vectors), tuple(measured[0].states), facts.facts_of(measured, known))
+            start = 0
+            for number, own in blocks:
+                # of several panels each is told by itself what it has not seen
+                owner = *who, number if self.panels > 1 else 0
+                found += [
+                    self._closed(own, cohort, sums, steps, owner, start) for cohort in own.cohorts if cohort.steps
+                ]
+                start += own.sums.rows
+        for blocks in alike.values():
+            for _, own in blocks:
+                own.open_window()
+        return found
+
+    def _closed(
+        self, own: DeviceRows, cohort: Cohort, sums: SumsWindow, steps: int, owner: tuple[int, ...], start: int
+    ) -> CohortWindow:
+        """`start`: of its block's rows among those of the sums."""
+        return CohortWindow(
+            sums,
+            cohort.counted_steps(self.roster.group_steps, own.gradients),
+            steps,
+            owner,
+            slice(start + cohort.place.start, start + cohort.place.stop),
+            functools.partial(own.gradients.suspect, cohort.place.start),
+            cohort.draw_from,
+            tuple(cohort.firsts),
+            cohort.usual,
+        )

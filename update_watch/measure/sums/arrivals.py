@@ -10,13 +10,15 @@ Legend: P parts of a window, n rows, B bins of headroom, Q places in an octave, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 from update_watch.columns.products import product
 from update_watch.foresight.rounding_curve import efficiency_of
 from update_watch.measure.sums.error_bars import Array, ratio
-from update_watch.measure.sums.missed_steps import FINE, HIGHEST, OCTAVES, Missed
+from update_watch.measure.sums.missed_steps import FINE, HIGHEST, OCTAVES, Missed, Stood
+from update_watch.measure.sums.step_sizes import median_of_each
 from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 
 _FURTHEST = HIGHEST + 8  # octaves up and down that a curve is known for
@@ -43,19 +45,22 @@ class Curves:
         self._first_n = np.where(np.isfinite(first_n), np.clip(first_n, -HIGHEST, HIGHEST), 0.0)
         self._at_n = self._first_n
 
-    def move(self, efficiency_n: Array, want_Pn: Array, own_P: Array) -> None:
-        """Lay the curves where they say the efficiency that was measured in the parts, whose sizes are `own`."""
-        # parts of about one size together: there are few sizes
-        octaves, group_P = np.unique(np.rint(own_P * FINE), return_inverse=True)
-        is_of = (group_P == np.arange(len(octaves))[:, None]).astype(float)
-        share_Gn = is_of @ np.nan_to_num(want_Pn / np.maximum(want_Pn.sum(0), 1e-300))
-        # moves and sizes are whole numbers of steps of one width: there are few different places
-        steps_G, lowest = octaves.astype(int), int(octaves.min())
-        places = _MOVES[0] + np.arange(lowest, octaves.max() + len(_MOVES)) / FINE
+    def move(self, efficiency_n: Array, want_Pn: Array, cohorts: Sequence[tuple[slice, Missed]]) -> None:
+        """Lay the curves where they say the efficiency that was measured in the parts, whose sizes are `own_P` of each cohort's."""
+        # parts of about one size together: there are few sizes, whole numbers of steps of one width, as moves are
+        sizes_CP = np.rint(np.array([one.own_P for _, one in cohorts]) * FINE).astype(int)
+        lowest, highest = int(sizes_CP.min()), int(sizes_CP.max())
+        part_Pn = np.nan_to_num(want_Pn / np.maximum(want_Pn.sum(0), 1e-300))
+        share_Gn = np.zeros((highest - lowest + 1, len(efficiency_n)))
+        for (rows, _), size_P in zip(cohorts, sizes_CP, strict=True):
+            sizes, group_P = np.unique(size_P, return_inverse=True)
+            is_of = (group_P == np.arange(len(sizes))[:, None]).astype(float)
+            share_Gn[sizes - lowest, rows] = is_of @ part_Pn[:, rows]
+        places = _MOVES[0] + np.arange(lowest, highest + len(_MOVES)) / FINE
         value_Kn = self._value(self._first_n + places[:, None])
         said_Mn = np.zeros((len(_MOVES), len(efficiency_n)))
-        for share_n, step in zip(share_Gn, steps_G - lowest, strict=True):
-            said_Mn += share_n * value_Kn[step : step + len(_MOVES)]
+        for step in np.flatnonzero(share_Gn.any(1)).tolist():
+            said_Mn += share_Gn[step] * value_Kn[step : step + len(_MOVES)]
         off_Mn = np.abs(said_Mn - efficiency_n) + _RELUCTANCE * np.abs(_MOVES)[:, None]
         off_Mn = np.where(np.isnan(off_Mn), np.inf, off_Mn)
         moved_n = self._first_n + _MOVES[off_Mn.argmin(0)]
@@ -65,22 +70,26 @@ class Curves:
         """[..., n] efficiency of updates so many octaves larger than those of the mean measured step."""
         return self._value(self._at_n + octaves)
 
-    def more(self, want_Pn: Array, missed: Missed) -> Array:
+    def more(self, want_Pn: Array, stood: Stood) -> Array:
         """[P, n] what arrives of the steps that each part stands for beyond as large a part as of its own |intended|^2."""
-        used = np.flatnonzero(missed.stands_PG.any(0))
-        there_Gn, own_Pn = self.at(OCTAVES[used][:, None]), self.at(missed.own_P[:, None])
-        stands_PG = missed.stands_PG[:, used]
-        more_Pn: Array = want_Pn * (stands_PG @ there_Gn - stands_PG.sum(1, keepdims=True) * own_Pn)
-        return np.where(self.is_known_n, more_Pn, 0.0)
+        used = np.flatnonzero(np.any([one.stands_PG.any(0) for _, one in stood.cohorts], 0))
+        there_Gn, own_Pn = self.at(OCTAVES[used][:, None]), self.at(stood.own_Pn)
+        beyond_Pn = np.empty_like(want_Pn)
+        for rows, one in stood.cohorts:
+            own = np.flatnonzero(one.stands_PG.any(0))
+            stands_PG = one.stands_PG[:, own]
+            arrives_Pn = stands_PG @ there_Gn[np.searchsorted(used, own), rows]
+            beyond_Pn[:, rows] = arrives_Pn - stands_PG.sum(1, keepdims=True) * own_Pn[:, rows]
+        return np.where(self.is_known_n, want_Pn * beyond_Pn, 0.0)
 
-    def reach(self, octave: float) -> Array:
+    def reach(self, octave_n: Array) -> Array:
         """[n] how far the efficiency in a step of that size may be from what the curve says."""
-        there_n, *others = self.at(octave + _AROUND[:, None])
+        there_n, *others = self.at(octave_n + _AROUND[:, None])
         found: Array = np.clip(_LEAST + _PART * np.abs(np.stack(others) - there_n).max(0), 0.0, 1.0)
         return found
 
-    def beyond(self, largest_n: Array, by: float) -> Array:
-        """[n] how much more arrives of updates that are `by` octaves larger than those of the largest measured step."""
+    def beyond(self, largest_n: Array, by: Array) -> Array:
+        """[n] how much more arrives of updates that are `by` [n] octaves larger than those of the largest measured step."""
         return np.maximum(self.at(largest_n + by) - self.at(largest_n), 0.0)
 
     def _value(self, octaves: Array) -> Array:
@@ -92,7 +101,7 @@ class Curves:
         return found
 
 
-def tail(curves: Curves, energy_Pn: Array, steps_Pn: Array, missed: Missed) -> Array:
+def tail(curves: Curves, energy_Pn: Array, steps_Pn: Array, stood: Stood) -> Array:
     """[n] what steps larger than any that was measured may have made of the efficiency: of n steps alike one more is larger
     than all with the chance 1 / n, by twice what sizes spread."""
     with np.errstate(all="ignore"):
@@ -101,10 +110,11 @@ def tail(curves: Curves, energy_Pn: Array, steps_Pn: Array, missed: Missed) -> A
     known_n = np.isfinite(octave_Pn).any(0)
     octave_Pn = np.where(np.isfinite(octave_Pn), octave_Pn, np.nan)
     largest_n = np.where(known_n, np.fmax.reduce(octave_Pn, 0), 0.0)
-    spread_n = _deviation((octave_Pn - missed.own_P[:, None])[:, known_n])
-    by = 2 * float(np.median(spread_n)) if known_n.any() else 0.0
-    odds_n = 4.0 ** (largest_n + by) / np.maximum(steps_Pn.sum(0), 1)
-    return np.where(curves.is_known_n, curves.beyond(largest_n, by) * odds_n / (1 + odds_n), 0.0)
+    spread_n = np.full(known_n.shape, np.nan)
+    spread_n[known_n] = _deviation((octave_Pn - stood.own_Pn)[:, known_n])
+    by_n = 2 * np.nan_to_num(median_of_each([rows for rows, _ in stood.cohorts], spread_n))
+    odds_n = 4.0 ** (largest_n + by_n) / np.maximum(steps_Pn.sum(0), 1)
+    return np.where(curves.is_known_n, curves.beyond(largest_n, by_n) * odds_n / (1 + odds_n), 0.0)
 
 
 def _deviation(values_Pn: Array) -> Array:

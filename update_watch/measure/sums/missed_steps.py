@@ -10,13 +10,15 @@ Legend: P parts of a window, J all steps of the window, as far as they are known
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from update_watch.measure.sums.error_bars import Array
+from update_watch.measure.sums.error_bars import Array, ratio
 from update_watch.measure.sums.step_sizes import ALIKE, Sizes
 
 FINE = 4  # sizes in an octave of updates
@@ -34,6 +36,45 @@ class Missed(NamedTuple):
     own_P: Array  # octaves of the part
     stands_PG: Array  # `energy` by the size of the steps that are stood for
     top: float  # octaves of the largest step of the window
+
+
+class Stood(NamedTuple):
+    """What the measured parts of several cohorts stand for, of as many parts each, row by row."""
+
+    cohorts: list[tuple[slice, Missed]]  # of which of the rows
+    rows: slice | npt.NDArray[np.intp]  # these are among others
+    energy_Pn: Array  # as in `Missed`
+    steps_Pn: Array
+    own_Pn: Array
+    top_n: Array
+
+    @classmethod
+    def of(cls, missed: Sequence[tuple[slice, Missed]]) -> list[Stood]:
+        """Of cohorts, each with where its rows are."""
+        alike: dict[int, list[tuple[slice, Missed]]] = {}
+        for rows, one in missed:
+            alike.setdefault(len(one.steps_P), []).append((rows, one))
+        return [cls._of(cohorts) for cohorts in alike.values()]
+
+    @classmethod
+    def _of(cls, cohorts: list[tuple[slice, Missed]]) -> Stood:
+        counts = [rows.stop - rows.start for rows, _ in cohorts]
+        stops = list(itertools.accumulate(counts))
+        inside = [
+            (slice(*ends), one) for ends, (_, one) in zip(zip([0, *stops], stops, strict=False), cohorts, strict=True)
+        ]
+        first, last = cohorts[0][0].start, cohorts[-1][0].stop
+        are_neighbours = all(one[0].stop == other[0].start for one, other in itertools.pairwise(cohorts))
+        rows = (
+            slice(first, last) if are_neighbours else np.concatenate([np.arange(r.start, r.stop) for r, _ in cohorts])
+        )
+
+        def by_row(name: str) -> Array:
+            of_cohorts_CP = np.array([getattr(one, name) for _, one in cohorts])
+            of_rows: Array = np.repeat(of_cohorts_CP, counts, 0).T.copy()
+            return of_rows
+
+        return cls(inside, rows, by_row("energy_P"), by_row("steps_P"), by_row("own_P"), by_row("top"))
 
 
 def missed_steps(known: list[Sizes], squared_rates: list[Array], window_steps: int) -> list[Missed | None]:
@@ -118,3 +159,18 @@ def _usual_share(energy_J: Array, is_far_J: npt.NDArray[np.bool_], spread: float
     mu = math.log(far / rest) - sigma2 / 2
     factor = math.exp(mu / math.sqrt(1 + math.pi / 8 * sigma2)) * rest / far
     return np.where(is_far_J, factor, 1.0)
+
+
+def all_pairs(sums_GGn: Array, single_Gn: Array, n_Gn: Array, whole_Gn: Array) -> Array:
+    """[G, G, n] products of the sums over all steps of two groups, from those over measured ones.
+
+    `sums`: products of sums over measured steps; `single`: of those, what pairs of a step with itself make.
+    """
+    share_Gn = ratio(whole_Gn, n_Gn)
+    found: Array = np.nan_to_num(sums_GGn * share_Gn[:, None] * share_Gn[None])
+    with np.errstate(all="ignore"):
+        pairs_Gn = np.where(n_Gn > 1, whole_Gn * (whole_Gn - 1) / (n_Gn * (n_Gn - 1)), 0.0)
+    for g, share in enumerate(share_Gn):
+        other = sums_GGn[g, g] - single_Gn[g]
+        found[g, g] = np.nan_to_num(pairs_Gn[g] * other + share * single_Gn[g])
+    return found

@@ -8,6 +8,8 @@ All arrays have the rows last: [P, n] parts by rows, [n] rows. NaN is what is no
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -46,22 +48,32 @@ class UsualSizes:
     def __init__(self) -> None:
         self._log_n, self._looks_n = np.zeros(0), np.zeros(0)
 
-    def with_these(self, size_Pn: Array) -> tuple[Array, bool]:
-        """[n] usual sizes, with these looks of a new window among them, and whether anything was known before.
+    @staticmethod
+    def with_these(known: Sequence[UsualSizes], counts: Sequence[int], size_Pn: Array) -> tuple[Array, list[bool]]:
+        """[n] usual sizes of the rows of some cohorts, so many of each, with these looks of a new window among them; and of
+        which cohorts anything was known before.
 
         `size`: of one look, NaN where there was none. The new ones are remembered.
         """
-        if len(self._log_n) != size_Pn.shape[1]:
-            self._log_n, self._looks_n = np.zeros((2, size_Pn.shape[1]))
-        was_known = bool(self._looks_n.any())
+        for one, count in zip(known, counts, strict=True):
+            if len(one._log_n) != count:
+                one._log_n, one._looks_n = np.zeros((2, count))
+        were_known = [bool(one._looks_n.any()) for one in known]
+        log_n, looks_n = (
+            np.concatenate(each) for each in zip(*((one._log_n, one._looks_n) for one in known), strict=True)
+        )
         with np.errstate(all="ignore"):
             log_Pn = np.log(size_Pn)
             is_known_Pn = np.isfinite(log_Pn)
-            looks_n = self._looks_n + is_known_Pn.sum(0)
-            log_n = (self._log_n * self._looks_n + np.where(is_known_Pn, log_Pn, 0.0).sum(0)) / looks_n
-        self._log_n = np.where(looks_n > 0, log_n, 0.0)
-        self._looks_n = np.minimum(looks_n, _REMEMBERED)
-        return np.where(looks_n > 0, np.exp(self._log_n), np.nan), was_known
+            now_n = looks_n + is_known_Pn.sum(0)
+            log_n = (log_n * looks_n + np.where(is_known_Pn, log_Pn, 0.0).sum(0)) / now_n
+        log_n = np.where(now_n > 0, log_n, 0.0)
+        for one, rows in zip(known, _side_by_side(counts), strict=True):
+            one._log_n, one._looks_n = log_n[rows].copy(), np.minimum(now_n[rows], _REMEMBERED)
+        return np.where(now_n > 0, np.exp(log_n), np.nan), were_known
+
+
+Measured = tuple[Array, Array, Array | None, UsualSizes | None]  # of a cohort, as `sizes_of` has them
 
 
 def sizes_of(
@@ -72,22 +84,57 @@ def sizes_of(
     learning rate, by which updates grow and fall in a schedule; what is usual is meant beside them. `before`: what was usual
     in earlier windows, for one of few looks.
     """
-    scale_P = np.ones(len(energy_Pn)) if squared_rates_P is None else squared_rates_P
+    return sizes_of_each([(energy_Pn, steps_Pn, squared_rates_P, before)])[0]
+
+
+def sizes_of_each(cohorts: Sequence[Measured]) -> list[Sizes]:
+    """The same of several cohorts: of those of as many parts together, since thousands of tensors are in a hundred of them."""
+    found: dict[int, Sizes] = {}
+    for parts in dict.fromkeys(len(energy_Pn) for energy_Pn, *_ in cohorts):
+        alike = [i for i, (energy_Pn, *_) in enumerate(cohorts) if len(energy_Pn) == parts]
+        found |= zip(alike, _sizes_of([cohorts[i] for i in alike], parts), strict=True)
+    return [found[i] for i in range(len(cohorts))]
+
+
+def _sizes_of(cohorts: Sequence[Measured], parts: int) -> list[Sizes]:
+    """C cohorts of P parts."""
+    counts, usual = [one[0].shape[1] for one in cohorts], [one[3] for one in cohorts]
+    of_cohort_n = np.repeat(np.arange(len(cohorts)), counts)
+    energy_Pn, steps_Pn = (np.concatenate(each, 1) for each in list(zip(*cohorts, strict=True))[:2])
+    scale_CP = np.array([np.ones(parts) if rates_P is None else rates_P for _, _, rates_P, _ in cohorts])
     with np.errstate(all="ignore"):
-        per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1) / scale_P[:, None], np.nan)
-        usual_n, are_remembered = _median(np.where(per_step > 0, per_step, np.nan), 0), False
-        if before is not None:
-            remembered_n, was_known = before.with_these(per_step)
-            if was_known and len(energy_Pn) < _FEW_PARTS:
-                usual_n, are_remembered = remembered_n, True
-        alike_P = _median(per_step / usual_n, 1)
-        size_P = np.nan_to_num(alike_P * scale_P)
-        is_usual_P = (alike_P < ALIKE) & (alike_P > 1 / ALIKE)
+        per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1) / scale_CP[of_cohort_n].T, np.nan)
+        usual_n = _median(np.where(per_step > 0, per_step, np.nan), 0)
+        remembered_n, were_known = UsualSizes.with_these([one or UsualSizes() for one in usual], counts, per_step)
+        are_remembered = np.array(were_known) & np.array([one is not None for one in usual]) & (parts < _FEW_PARTS)
+        usual_n = np.where(are_remembered[of_cohort_n], remembered_n, usual_n)
+        alike_CP = _median(_apart(counts, per_step / usual_n), 2)
+        size_CP = np.nan_to_num(alike_CP * scale_CP)
+        is_usual_CP = (alike_CP < ALIKE) & (alike_CP > 1 / ALIKE)
         # means of k steps spread by 1 / sqrt(k) of what single ones do
-        octaves_Pn = (0.5 * np.log2(per_step / usual_n) * np.sqrt(steps_Pn))[is_usual_P]
-    away = np.abs(octaves_Pn[np.isfinite(octaves_Pn)])
-    spread = _DEVIATION * float(np.median(away)) if away.size else 0.0
-    return Sizes(size_P, steps_Pn.max(1, initial=0), usual_n, spread, are_remembered)
+        away_Pn = np.abs(0.5 * np.log2(per_step / usual_n) * np.sqrt(steps_Pn))
+        away_Pn[~(np.isfinite(away_Pn) & is_usual_CP[of_cohort_n].T)] = np.nan
+        spread_C = _DEVIATION * np.nan_to_num(_median(_apart(counts, away_Pn).reshape(len(cohorts), -1), 1))
+    return [
+        Sizes(size_P, one[1].max(1, initial=0), usual_n[rows], spread, is_remembered)
+        for one, rows, size_P, spread, is_remembered in zip(
+            cohorts, _side_by_side(counts), size_CP, spread_C.tolist(), are_remembered.tolist(), strict=True
+        )
+    ]
+
+
+def _side_by_side(counts: Sequence[int]) -> list[slice]:
+    """Where the rows of each cohort are, one after the other."""
+    stops = list(itertools.accumulate(counts))
+    return [slice(*ends) for ends in zip([0, *stops], stops, strict=False)]
+
+
+def _apart(counts: Sequence[int], values: Array) -> Array:
+    """[C, ..., m] of [..., n]: the rows of each cohort, with NaN up to the largest."""
+    apart = np.full((len(counts), *values.shape[:-1], max(counts)), np.nan)
+    for of_cohort, rows in zip(apart, _side_by_side(counts), strict=True):
+        of_cohort[..., : rows.stop - rows.start] = values[..., rows]
+    return apart
 
 
 def unseen(energies: list[Array], steps: list[Array], window_steps: int, known: list[Sizes]) -> list[Unseen]:
@@ -133,3 +180,9 @@ def _median(values: Array, axis: int) -> Array:
     high = np.take_along_axis(ordered, np.expand_dims((last + 1) // 2, axis), axis)
     middle = np.squeeze((low + high) / 2, axis)
     return np.where(known > 0, middle, np.nan)
+
+
+def median_of_each(cohorts: Sequence[slice], values_n: Array) -> Array:
+    """[n] of the rows of each cohort, which follow each other, the median of what is known."""
+    counts = [rows.stop - rows.start for rows in cohorts]
+    return np.repeat(_median(_apart(counts, values_n), 1), counts)

@@ -27,7 +27,7 @@ class Steps:
     is_plain_n: npt.NDArray[np.bool_]  # its steps are independent of each other: nothing is carried between them
     blind_n: Array  # steps that were looked at in which nobody saw the row's gradient, though it could have been
 
-    def of(self, rows: Sequence[int] | slice, parts: int | None = None) -> Steps:
+    def of(self, rows: Sequence[int] | npt.NDArray[np.intp] | slice, parts: int | None = None) -> Steps:
         """Those of some rows, of which so many parts are in use (None: all)."""
         kept = {
             field.name: getattr(self, field.name)[..., rows]
@@ -45,11 +45,14 @@ class Steps:
             for field in dataclasses.fields(cls)
             if field.name not in ("parts_Pn", "squared_rates_P")
         }
-        rates = [np.repeat(one.squared_rates_P[:, None], one.parts_Pn.shape[1], 1) for one in steps]
-        found |= {
-            name: np.concatenate([np.pad(one_Pn, ((0, parts - len(one_Pn)), (0, 0))) for one_Pn in of_all], 1)
-            for name, of_all in (("parts_Pn", [one.parts_Pn for one in steps]), ("squared_rates_P", rates))
-        }
+        counts = [one.parts_Pn.shape[1] for one in steps]
+        of_all: dict[str, Array] = {name: np.zeros((parts, sum(counts))) for name in ("parts_Pn", "squared_rates_P")}
+        start = 0
+        for one, count in zip(steps, counts, strict=True):
+            own = slice(len(one.parts_Pn)), slice(start, start + count)
+            of_all["parts_Pn"][own], of_all["squared_rates_P"][own] = one.parts_Pn, one.squared_rates_P[:, None]
+            start += count
+        found |= of_all
         return cls(**found)
 
     @property

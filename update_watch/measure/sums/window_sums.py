@@ -30,7 +30,7 @@ from update_watch.measure.sums.layout import (
     WANTED,
     Layout,
 )
-from update_watch.measure.sums.missed_steps import Missed
+from update_watch.measure.sums.missed_steps import Missed, Stood, all_pairs
 from update_watch.measure.sums.step_sizes import Unseen
 from update_watch.measure.sums.steps import Steps
 from update_watch.worker import rest
@@ -79,6 +79,22 @@ class WindowSums:
             raise ValueError(f"the vector of sums has {flat.size} values, {spans['parts_PFn'].stop} expected")
         return cls(**{name: flat[spans[name]].reshape(shape) for name, shape in layout.shapes().items()})
 
+    @classmethod
+    def side_by_side(cls, sums: Sequence[WindowSums]) -> WindowSums:
+        """The rows of one after those of the other, all of the same states; parts that one does not use are 0 of it."""
+        if len(sums) == 1:
+            return sums[0]
+        parts = max(len(one.parts_PFn) for one in sums)
+        found = {}
+        for name, _, axis in sums[0]._by_rows():
+            every = [getattr(one, name) for one in sums]
+            if name == "parts_PFn":
+                every = [
+                    one if len(one) == parts else np.pad(one, ((0, parts - len(one)), (0, 0), (0, 0))) for one in every
+                ]
+            found[name] = np.concatenate(every, axis)
+        return cls(**found)
+
     def of(self, rows: slice | Rows, parts: int) -> WindowSums:
         """Those of some rows, of which so many parts are in use."""
         found = {name: values[(slice(None),) * axis + (rows,)] for name, values, axis in self._by_rows()}
@@ -119,13 +135,14 @@ class WindowSums:
         energy_n = np.where(steps.unmeasured_n > 0, energy_n, 0.0)
         dot_Pn, want_Pn = self.parts_PFn[:, DOT].copy(), self.parts_PFn[:, WANT].copy()
         stood_Pn, reach_n, tail_n = np.ones_like(dot_Pn), np.full(len(measured), np.nan), np.zeros(len(measured))
-        for rows, stood in missed:
-            own = slice(len(stood.steps_P)), rows
-            of_cohort = self.of(rows, len(stood.steps_P))
-            dot_Pn[own], want_Pn[own], reach_n[rows], tail_n[rows] = of_cohort._of_all_steps(
-                steps.of(rows, len(stood.steps_P)), stood
+        for stood in Stood.of(missed):
+            rows, parts = stood.rows, len(stood.steps_Pn)
+            own = slice(parts), rows
+            of_cohorts = self.of(rows, parts)
+            dot_Pn[own], want_Pn[own], reach_n[rows], tail_n[rows] = of_cohorts._of_all_steps(
+                steps.of(rows, parts), stood
             )
-            stood_Pn[own] = stood.steps_P[:, None]
+            stood_Pn[own] = stood.steps_Pn
             rest()
         efficiency = ratio(dot_Pn.sum(0), want_Pn.sum(0)) + np.where(
             steps.is_whole_n, 0.0, too_low(t[DOT], t[WANT], t[CROSS], t[SQUARE])
@@ -181,22 +198,22 @@ class WindowSums:
                 "what_if": ratio(self.what_if_2n[0], self.what_if_2n[1]),
             }
 
-    def _of_all_steps(self, steps: Steps, missed: Missed) -> tuple[Array, Array, Array, Array]:
+    def _of_all_steps(self, steps: Steps, stood: Stood) -> tuple[Array, Array, Array, Array]:
         """[P, n] twice: <applied, intended> and |intended|^2 of the steps that each part stands for; [n] twice: how far the
         efficiency of the largest of them may be off (NaN: not known from the histogram), and what may lie beyond it."""
         dot_Pn, want_Pn = self.parts_PFn[:, DOT], self.parts_PFn[:, WANT]
-        of_all = missed.energy_P[:, None]
+        of_all_Pn = stood.energy_Pn
         counted_n, t = self.headroom_2nB[0].sum(1), self.total_Fn
         curves = Curves(
             self.movement_nB, self.places_nQ, ratio(self.movement_nB.sum(1), counted_n), ratio(t[WANT], t[WANTED])
         )
-        curves.move(ratio(t[DOT], t[WANT]), want_Pn, missed.own_P)
+        curves.move(ratio(t[DOT], t[WANT]), want_Pn, stood.cohorts)
         # where something is carried, or rounding is at random, as much arrives of small updates as of large ones
-        more_Pn = np.where(steps.is_plain_n, curves.more(want_Pn, missed), 0.0)
+        more_Pn = np.where(steps.is_plain_n, curves.more(want_Pn, stood), 0.0)
         is_known = steps.is_plain_n & curves.is_known_n
-        reach_n = np.where(is_known, curves.reach(missed.top), np.nan)
-        tail_n = np.where(is_known, tail(curves, want_Pn, steps.parts_Pn, missed), 0.0)
-        return of_all * dot_Pn + more_Pn, of_all * want_Pn, reach_n, tail_n
+        reach_n = np.where(is_known, curves.reach(stood.top_n), np.nan)
+        tail_n = np.where(is_known, tail(curves, want_Pn, steps.parts_Pn, stood), 0.0)
+        return of_all_Pn * dot_Pn + more_Pn, of_all_Pn * want_Pn, reach_n, tail_n
 
     def _has_risen(self, steps: Steps) -> Mask:
         """[n] whether updates grew from one measured step to the next: without gradients momentum makes them but smaller, so
@@ -325,18 +342,3 @@ class WindowSums:
     def is_finite(self) -> Mask:
         """[n]: no NaN or infinity among weights and updates. Gradients may overflow where a scaler skips the step."""
         return np.asarray(np.isfinite(self.total_Fn[[DOT, WANT, MOVED, BEFORE]]).all(0))
-
-
-def all_pairs(sums_GGn: Array, single_Gn: Array, n_Gn: Array, whole_Gn: Array) -> Array:
-    """[G, G, n] products of the sums over all steps of two groups, from those over measured ones.
-
-    `sums`: products of sums over measured steps; `single`: of those, what pairs of a step with itself make.
-    """
-    share_Gn = ratio(whole_Gn, n_Gn)
-    found: Array = np.nan_to_num(sums_GGn * share_Gn[:, None] * share_Gn[None])
-    with np.errstate(all="ignore"):
-        pairs_Gn = np.where(n_Gn > 1, whole_Gn * (whole_Gn - 1) / (n_Gn * (n_Gn - 1)), 0.0)
-    for g, share in enumerate(share_Gn):
-        other = sums_GGn[g, g] - single_Gn[g]
-        found[g, g] = np.nan_to_num(pairs_Gn[g] * other + share * single_Gn[g])
-    return found
