@@ -38,6 +38,7 @@ _SCRIPTS = ("page.js", "charts.js", "map.js", "table.js", "start.js")
 # marks, embeddings, overrides and isolates of direction, of Unicode's bidirectional algorithm (UAX 9)
 _TURNS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _STRAIGHT = dict.fromkeys(map(ord, _TURNS), "\ufffd")
+_NUMBER = re.compile(r"\d[\d.]*e-\d+")
 _ESCAPED_TURN = re.compile(rf"(?<!\\)((?:\\\\)*)\\u(?:{'|'.join(f'{ord(c):04x}' for c in _TURNS)})")  # in JSON
 _INSTALL = "The HTML report needs {}: pip install 'update-watch[report]'"
 
@@ -68,6 +69,7 @@ def render_html(histories: Sequence[History], reload_seconds: float | None = Non
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_kept_straight
     )
+    environment.filters["whole"] = _whole_numbers
     screens = [first_screen(history) for history in histories]
     drawn = every_chart(histories, screens)
     data = {
@@ -211,6 +213,14 @@ def _script_json(data: Any) -> str:
 def _kept_straight(value: Any) -> Any:
     """What a page shows of a text: nothing that turns the writing direction, by which a name could read as another."""
     return value.translate(_STRAIGHT) if type(value) is str else value
+
+
+def _whole_numbers(text: str) -> Any:
+    """A text in which no line breaks within a number such as 2.1e-4; safe HTML."""
+    import jinja2
+
+    escaped = str(jinja2.utils.markupsafe.escape(_kept_straight(text)))
+    return jinja2.utils.markupsafe.Markup(_NUMBER.sub(r'<span class="whole">\g<0></span>', escaped))
 
 
 def _state(path: Path) -> tuple[int, int] | None:

@@ -152,6 +152,7 @@ def chart_config(theme: str) -> dict[str, Any]:
             "epsilon": {"color": c["epsilon"], "strokeDash": [4, 3]},
             "edge": {"color": c["text"]},
             "note": {"color": c["quiet"], "fontSize": 10.5, "font": SANS},
+            "halo": {"color": c["page"], "stroke": c["page"], "strokeWidth": 4, "fontSize": 10.5, "font": SANS},
             "main": {"color": c["accent"], "strokeWidth": 2},
             "second": {"color": c["stalled"], "strokeWidth": 2},
             "spread": {"color": c["accent"], "opacity": 0.16},

@@ -58,9 +58,10 @@ def headroom_by_row(history: History, rows: Rows, scales: Scales, step_px: int =
                     "type": "quantitative",
                     "scale": {"domain": list(scales.octaves), "nice": False},
                     "axis": {
-                        "title": "doublings above the smallest step that is stored",
+                        "title": "doublings above the smallest step",
                         "grid": False,
                         "tickCount": 12,
+                        "labelSeparation": 5,
                     },
                 },
                 "x2": {"field": "to"},

@@ -9,6 +9,7 @@ from update_watch.dashboards.report.charts.parts import Scales, Spec, nearest, n
 from update_watch.dashboards.report.history import History
 
 _MARKS = 3
+_WORD = 0.22  # of the chart's width: what a mark's word takes, and what is free around it
 
 
 def arrived(
@@ -71,7 +72,7 @@ def arrived(
         {"field": "lr", "type": "quantitative", "title": "learning rate", "format": ".2e"},
         {"field": "step", "type": "quantitative", "title": "up to step", "format": ","},
     ]
-    layers += [_mark(step, text, i, scales, height) for i, (step, text) in enumerate(marks[:_MARKS])]
+    layers += _marks(sorted(marks[:_MARKS]), scales, height)
     layers.append(nearest(values, tooltip))
     names_ = ", ".join(history.name for history in histories)
     return time_chart(
@@ -122,19 +123,27 @@ def _forecast(coming: Sequence[dict[str, Any]], x: Spec, y: Spec, rate: Spec) ->
     ]
 
 
-def _mark(step: int, text: str, row: int, scales: Scales, height: int) -> Spec:
+def _marks(marks: Sequence[tuple[int, str]], scales: Scales, height: int) -> list[Spec]:
+    """A line at each step, with its word on the side on which no other line is: on the right where both are free."""
     first, last = scales.steps
-    is_late = step - first > 0.7 * (last - first)  # no room for its word on the right
-    align, dx = ("right", -4) if is_late else ("left", 4)
+    at = [0.0, *[(step - first) / max(1, last - first) for step, _ in marks], 1.0]
+    found = []
+    for i, (step, text) in enumerate(marks):
+        on_left, on_right = at[i + 1] - at[i], at[i + 2] - at[i + 1]
+        found.append(_mark(step, text, height - 13 * i, on_right >= min(_WORD, on_left)))
+    return found
+
+
+def _mark(step: int, text: str, y: int, is_right: bool) -> Spec:
+    align, dx = ("left", 4) if is_right else ("right", -4)
     x = {"field": "step", "type": "quantitative"}
-    data = {"values": [{"step": step, "text": text}]}
+    encoding = {"x": x, "y": {"value": y}, "text": {"field": "text"}}
+    word = {"type": "text", "align": align, "baseline": "bottom", "dx": dx, "dy": -3}
     return {
-        "data": data,
+        "data": {"values": [{"step": step, "text": text}]},
         "layer": [
             {"mark": {"type": "rule", "style": "onset"}, "encoding": {"x": x}},
-            {
-                "mark": {"type": "text", "style": "note", "align": align, "baseline": "bottom", "dx": dx, "dy": -3},
-                "encoding": {"x": x, "y": {"value": height - 13 * row}, "text": {"field": "text"}},
-            },
+            # where a curve or another line runs through it all the same
+            *({"mark": {**word, "style": style}, "encoding": encoding} for style in ("halo", "note")),
         ],
     }

@@ -57,10 +57,24 @@ function onAxis(id, spec) {
   return walk(spec);
 }
 
+// On a phone the names of rows leave the chart half of the width.
+const NARROW = 480, SHORT = 0.32;
+function narrowed(node, width) {
+  if (Array.isArray(node)) return node.map((one) => narrowed(one, width));
+  if (node === null || typeof node !== "object") return node;
+  const made = {};
+  for (const [name, value] of Object.entries(node)) {
+    if (name === "labelLimit") made[name] = Math.min(value, SHORT * width);
+    else made[name] = name === "values" ? value : narrowed(value, width);
+  }
+  return made;
+}
+
 async function embed(element, id, spec) {
   const old = element.drawn;
   let shown = onAxis(id, spec);
   if (shown.usermeta.map && shown.width > element.clientWidth) shown = { ...shown, width: element.clientWidth };
+  if (element.clientWidth < NARROW) shown = narrowed(shown, element.clientWidth);
   element.drawn = await vegaEmbed(element, shown, {
     actions: false,
     ast: true, // expressions are interpreted: the page's policy forbids eval

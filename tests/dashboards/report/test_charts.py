@@ -86,6 +86,29 @@ def test_every_chart_is_a_valid_specification(name):
     altair.Chart.from_dict(every_chart(RUN)[name], validate=True)
 
 
+@pytest.mark.parametrize(
+    ("shares", "sides"),
+    [
+        ((0.3,), "right"),
+        ((0.9,), "left"),  # no room on the right
+        ((0.617, 0.717), "left right"),  # both on the right: the first would run through the second's line
+        ((0.1, 0.5), "right right"),
+        ((0.85, 0.95), "left left"),
+        ((0.4, 0.5, 0.6), "left right right"),
+    ],
+)
+def test_the_words_of_what_began_are_where_no_other_line_is(shares, sides):
+    history = small_run(40)
+    scales = scales_of([history])
+    first, last = scales.steps
+    marks = [(round(first + share * (last - first)), f"word {share}") for share in shares]
+    layers = [one for one in arrived([history], scales, marks[::-1])["layer"] if "onset" in str(one)]
+    words = [one["layer"][-1] for one in layers]
+    assert [one["data"]["values"][0]["text"] for one in layers] == [text for _, text in marks]
+    assert [{"left": "right", "right": "left"}[one["mark"]["align"]] for one in words] == sides.split()
+    assert len({one["encoding"]["y"]["value"] for one in words}) == len(shares)  # each on a line of its own
+
+
 @pytest.mark.parametrize("theme", list(THEMES))
 @pytest.mark.parametrize("name", list(every_chart(RUN)))
 def test_every_chart_draws_marks_in_the_colours_of_its_theme(name, theme):

@@ -406,6 +406,12 @@ def test_nothing_makes_the_page_wider_than_the_window(browser, tmp_path, mixed, 
         names = page.js("return [...document.querySelectorAll('#table td.name')].map(e => [e.title, e.textContent])")
         layers = [(re.search(r"[.](\d+)[.]", whole), shown) for whole, shown in names]
         assert [shown for number, shown in layers if number and number[1] not in shown] == []  # a layer stays told
+        rows = "['heatmap-0', 'headroom-0'].map(id => document.querySelector(`[data-chart='${id}']`))"
+        page.js("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+        assert until(lambda: page.js(f"return {rows}.every(e => e === null || e.drawn)"))
+        # names of rows leave the chart most of the width
+        shares = page.js(f"return {rows}.filter(e => e).map(e => e.drawn.view.width() / e.clientWidth)")
+        assert len(shares) == 2 and min(shares) > 0.6
         several = [history_of(list(synthetic_run(gpt(1), windows=4, seed=i)), f"run {i}") for i in range(5)]
         page = Page(browser, to_file(tmp_path, render_html(several)))
         assert page.js("return document.documentElement.scrollWidth") <= width

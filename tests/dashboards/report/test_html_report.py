@@ -50,6 +50,20 @@ def test_a_stalled_run_has_code_to_paste_for_every_trainer_with_what_it_costs():
     assert "AdamW" in words
 
 
+def test_no_line_of_the_verdict_breaks_within_a_number_and_no_column_is_empty():
+    page = render_html([history_of(list(synthetic_run(gpt(1), windows=20)))])
+    reason = re.findall(r'<p class="reason">(.*?)</p>', page, re.S)[0]
+    assert re.search(r'learning rate <span class="whole">\d[.\d]*e-\d</span>', reason)
+    assert "whole" in reason and not re.search(r"\de-\d", re.sub(r'<span class="whole">.*?</span>', "", reason))
+    hostile = history_of([dataclasses.replace(hostile_run()[0], headline=HOSTILE)])
+    assert HOSTILE not in render_html([hostile]).split('id="data"')[0]
+    cases = re.findall(r'aria-label="What each change would give.*?</table>', page, re.S)[0]
+    head, *rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", cases)]
+    assert len(rows) >= 2
+    for i, title in enumerate(head):
+        assert any(row[i] for row in rows), title
+
+
 def test_one_number_is_called_arrived_and_no_other_efficiency_is_on_the_first_screen(mixed):
     first = visible(mixed.split('id="where"')[0])
     assert "Arrived, of each update:" in first
