@@ -155,7 +155,9 @@ def _held(history: History) -> str:
 def run_facts(history: History) -> tuple[str, ...]:
     frame, run = history.last, history.run
     numel = sum(frame.table.numel)
-    facts = [f"{len(frame.table.name):,} tensors, {parameters(numel)} parameters"]
+    count = len(frame.table.name)
+    tensors = "1 tensor" if count == 1 else f"{count:,} tensors"
+    facts = [f"{tensors}, {parameters(numel)} parameters"]
     if run.get("optimizer"):
         facts.append(str(run["optimizer"]))
     facts.append(formats(frame))

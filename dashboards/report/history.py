@@ -8,6 +8,7 @@ P is the number of tensors, H the number of spans; NaN stands for "not known".
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,6 +97,17 @@ class History:
     def windows_per_span(self) -> int:
         """Windows a column of a chart stands for, rounded."""
         return max(1, round(self.windows / len(self.spans)))
+
+    @property
+    def gaps(self) -> list[int]:
+        """The spans before which there is nothing for longer than two of them: windows that could not be written, or were not seen.
+
+        By what lies between windows in general: steps are numbered as the trainer does, not always one by one.
+        """
+        begins, ends = np.array(self.spans, dtype=np.float64).T
+        usual = float(np.median(np.diff(ends))) if len(ends) > 2 else math.inf
+        found: list[int] = (np.flatnonzero(begins[1:] - ends[:-1] > 2 * usual) + 1).tolist()
+        return found
 
     def of_run(self, name: str) -> Floats:
         """One of the run's numbers per span, (H,)."""

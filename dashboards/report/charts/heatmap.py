@@ -22,7 +22,7 @@ def heatmap(history: History, rows: Rows, scales: Scales, step_px: int = 16) -> 
     classes_PH = cell_class(history.health_PH, efficiency_PH)
     # one number to order by: class, then efficiency
     order_PH = classes_PH * 100.0 + np.clip(np.nan_to_num(efficiency_PH, nan=9.0), -9.0, 9.0)
-    values = []
+    values, gaps = [], history.gaps
     for r, members in enumerate(rows.members):
         if not members:
             continue
@@ -30,8 +30,8 @@ def heatmap(history: History, rows: Rows, scales: Scales, step_px: int = 16) -> 
         worst_H = index[order_PH[index].argmin(axis=0)]
         order_H = order_PH[worst_H, range(len(worst_H))]
         classes_H = (order_H + 9.0) // 100.0
-        edges = [0, *(np.flatnonzero(np.diff(classes_H)) + 1).tolist(), len(classes_H)]
-        for first, beyond in itertools.pairwise(edges):
+        edges = {0, *(np.flatnonzero(np.diff(classes_H)) + 1).tolist(), *gaps, len(classes_H)}
+        for first, beyond in itertools.pairwise(sorted(edges)):
             if classes_H[first] == NO_CLASS:
                 continue
             h = first + int(order_H[first:beyond].argmin())

@@ -28,6 +28,10 @@ def arrived(
                 history.spans, history.of_run("efficiency"), history.of_run("lr"), strict=True
             )
         ]
+        nothing: dict[str, Any] = {"run": run, "name": history.name, "arrived": None, "lr": None}
+        for h in reversed(history.gaps):  # a line would say what nobody saw
+            begin = history.spans[h][0]
+            rows[h:h] = [{**nothing, "step": history.spans[h - 1][1]}, {**rows[h], "step": begin}]
         values += [{**rows[0], "step": history.first_step}, *rows]
     is_one = len(histories) == 1
     coming = _coming(histories[0]) if len(histories) == 1 else []

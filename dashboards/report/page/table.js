@@ -224,7 +224,7 @@ function fill() {
     if (opened.has(row)) { tr.classList.add("open"); lines.push(detail(row)); }
   }
   body.replaceChildren(...lines);
-  document.getElementById("found").textContent = found.length === total ? `${whole(total)} tensors` : `${whole(found.length)} of ${whole(total)} tensors`;
+  document.getElementById("found").textContent = found.length === total ? `${whole(total)} tensor${total === 1 ? "" : "s"}` : `${whole(found.length)} of ${whole(total)} tensors`;
   moreTensors.replaceChildren();
   if (found.length > limit) {
     for (const [label, count] of [[`Show ${Math.min(STEP, found.length - limit)} more`, limit + STEP], [`Show all ${whole(found.length)}`, Infinity]]) {

@@ -485,3 +485,18 @@ def test_text_is_readable(theme):
     for name in ("quiet", "faint", "stalled", "stalling-strong", "accent"):
         assert _contrast(colors[name], colors["page"]) > 4.5, name
     assert _contrast(colors["quiet"], colors["panel"]) > 4.5
+
+
+def test_what_is_missing_of_a_run_is_a_gap_in_its_charts():
+    reports = list(synthetic_run(gpt(1), windows=40, precision="fp32"))
+    whole, cut = history_of(reports), history_of(reports[:10] + reports[20:])
+    gap = reports[9].step, reports[20].step - reports[20].window
+    assert whole.gaps == [] and [cut.spans[h - 1][1] for h in cut.gaps] == [gap[0]]
+    far_apart = [dataclasses.replace(report, step=report.step * 1000) for report in reports]  # numbered by tokens
+    assert history_of(far_apart).gaps == [] and history_of(reports[:2]).gaps == []
+    scales = scales_of([cut])
+    cells = heatmap(cut, kind_rows(cut.table.name, 40), scales)["layer"][0]["data"]["values"]
+    assert cells and [cell for cell in cells if cell["begin"] < gap[1] and cell["end"] > gap[0]] == []
+    line = [(row["step"], row["arrived"] is None) for row in arrived([cut], scales)["data"]["values"]]
+    assert (gap[0], True) in line and line[line.index((gap[0], True)) + 1] == (gap[1], False)
+    assert [step for step, is_none in line if is_none] == [gap[0]]
