@@ -91,9 +91,11 @@ def replace_text(path: Path, text: str) -> None:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             os.unlink(name)
+        if isinstance(error, OSError):  # a full disk names no file, and ours is gone
+            error.filename, error.filename2 = str(path), None
         raise
 
 

@@ -190,7 +190,7 @@ class Sinks:
             return
         if id(sink) not in self._missed:
             tries = "failed and is tried again with every window"
-            _say(f"update-watch: sink {describe(sink)} {tries}: {error!r}{_place(sink)}", exc_info=True)
+            _say(f"update-watch: sink {describe(sink)} {tries}: {error!r}{_place(sink)}")
         self._failing.add(id(sink))
         self._missed[id(sink)] = self._missed.get(id(sink), 0) + 1
 

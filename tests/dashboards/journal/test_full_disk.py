@@ -61,11 +61,15 @@ def test_a_disk_that_is_full_for_a_while_costs_the_windows_of_that_while(tmp_pat
     assert last == f"update-watch: 3 windows could not be handed to Journal ({path})"
 
 
-def test_a_disk_that_stays_full_is_told_twice(tmp_path, monkeypatch):
+def test_a_disk_that_stays_full_is_told_twice(tmp_path, monkeypatch, caplog):
     path = tmp_path / "j.jsonl"
     first, last = run(path, Disk(monkeypatch), set(range(30, 110, 10)), 100)
     assert steps(path) == [10, 20]
     assert last == f"update-watch: 8 windows could not be handed to Journal ({path}), the last one too"
+    assert [record.exc_info for record in caplog.records] == [
+        None,
+        None,
+    ]  # where it failed is said, not by which lines of ours
 
 
 def test_what_is_missing_is_on_the_page_also_where_the_journal_was_thinned(tmp_path, monkeypatch):
@@ -93,6 +97,20 @@ def test_the_page_of_a_run_whose_journal_is_of_an_earlier_one_alone(tmp_path):
     path = write(tmp_path / "j.jsonl", *(tiny(step) for step in (10, 20, 30, 40)))
     history = read_history(path, last=tiny(20, efficiency=0.5))  # resumed from step 10, and never written
     assert history.spans[-1][1] == 20 and history.windows == 2
+
+
+def test_a_page_for_which_there_is_no_room_names_its_file_and_leaves_the_old_one(tmp_path, monkeypatch):
+    path = write(tmp_path / "j.jsonl", tiny(10))
+    page = run_journal.write_page(tmp_path / "page.html", path, tiny(10))
+    before = page.read_bytes()
+
+    def chmod(*_: object) -> None:  # after the text was written
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("update_watch.dashboards.outputs.os.chmod", chmod)
+    with pytest.raises(OSError, match=r"No space left on device: .*page\.html'"):
+        run_journal.write_page(page, path, tiny(10))
+    assert page.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["j.jsonl", "page.html"]
 
 
 @pytest.mark.parametrize("what", ["folder", "text"])
