@@ -29,7 +29,7 @@ from update_watch.measure.window_evidence import Window, read
 from update_watch.ranks.joining import Ranks
 from update_watch.report import Report
 from update_watch.thresholds import Thresholds
-from update_watch.watching import arguments, closing, graphs, memory
+from update_watch.watching import arguments, closing, graphs, memory, resting
 from update_watch.watching.attention import Attention
 from update_watch.watching.discovery import Discovery
 from update_watch.watching.selection import Selection
@@ -66,18 +66,18 @@ class Watch(run_journal.Shown, memory.Remembering):
         rng = random.Random(seed + 1_000_003 * self._ranks.rank)  # replicas look at different elements
         self._model = WatchedModel(model, samples, rng, averages, check_replicas, window, budget is None)
         self._attention = Attention(budget, window, lambda: self._ranks.is_joining)
-        self._selection = selection or Selection()
         self._closed = self._is_closing_window = self._has_failed = False
         self._base_step = self._windows = 0  # windows closed so far
+        self._selection = selection or Selection()
         self._diagnosis, self._alerts = Diagnosis(thresholds), Alerts(thresholds)
         self._outlook = Outlook(None if schedule is None else schedule_of(schedule), thresholds)
         self._judge = Worker("judging", self._attention.beside(self._judge_window))
         self._post = Worker("sink", self._attention.beside(Sinks(list(sinks), lambda: self._ranks.rank == 0)))
-        self._tap = StepTap(self._before, self._after, self._fail, graphs.say_what_was_captured)
-        self._tap.wants, self._tap.passed = self._wants, self._passed
+        self._tap = StepTap(self._before, self._after, self._fail, graphs.say_captured, self._wants, self._passed)
         self._discovery = Discovery(self._model, self._tap, self._attach)
         put = lambda window: self._ranks.is_joining or self._judge.put(window)  # noqa: E731
         self._silence = Silence(self._model, window, put, self._discovery, lambda: self._tap.enabled)
+        resting.Rests(self._tap, self._model, self._attention, self._silence.end)
         self._attach_all([one for optimizer in optimizers for one in chain(optimizer)])
         endings.add(self, self._model.has)
 
@@ -135,9 +135,7 @@ class Watch(run_journal.Shown, memory.Remembering):
     @property
     def step(self) -> int:
         """The step reports are numbered by: the trainer's global step if it was given, else steps counted here."""
-        if self._step is not None:
-            return int(self._step())
-        return self._base_step + self._model.step
+        return int(self._step()) if self._step is not None else self._base_step + self._model.step
 
     # --- in the step -----------------------------------------------------------------------------
 
@@ -169,9 +167,9 @@ class Watch(run_journal.Shown, memory.Remembering):
         if self._attention.may_close(watched.window_step):  # one that was waited for did not step
             self._close_window()
         watched.is_resting = not self._attention.is_full
-        measured = self._model.before(watched, outside)
+        seen = watched, self._model.before(watched, outside)
         self._attention.spend(time.perf_counter() - started)
-        return watched, measured
+        return seen
 
     def _after(self, optimizer: Optimizer, snapshot: Any) -> None:
         if snapshot is None:
@@ -284,7 +282,8 @@ class Watch(run_journal.Shown, memory.Remembering):
     def leave_to_parent(self) -> None:
         """In a forked process: the one it was forked from goes on reporting, this copy does nothing more."""
         self._judge, self._post = Worker("judging", self._judge_window), Worker("sink", Sinks([]))
-        self._closed, self._model.streams, self._tap.wants = True, StepStreams(), None  # a closed watch wants no step
+        self._closed, self._model.streams = True, StepStreams()
+        self._tap.wants = self._tap.rests = None  # a closed watch wants no step
         self._tap.replace(lambda _: endings.say_forked(self.detach))
 
 

@@ -13,7 +13,11 @@ from update_watch.measure.row_facts import WindowFacts
 def told(watch: uw.Watch, optimizer: torch.optim.Optimizer) -> list[dict[str, object]]:
     [watched] = watch._model.watched.values()
     [own] = watched._plan_of.blocks
-    facts = WindowFacts(optimizer, watched._group_facts(), "").facts_of(watched.cohorts, own.facts)()
+    facts = WindowFacts(
+        optimizer,
+        watched._rates.facts(watched.groups, watched.groups, watched._used_groups, 0, watched.window_steps),
+        "",
+    ).facts_of(watched.cohorts, own.facts)()
     formats = [dict(zip(of.rows.tolist(), of.dtypes, strict=True)) for of in facts.states.values()]
     told = zip(facts.given["low_states"], facts.given["accumulators"], strict=True)
     return [

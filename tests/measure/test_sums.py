@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import update_watch as uw
 from update_watch.evidence import Numbers, median_headroom
 from update_watch.formats import BF16, FP32, Format
+from update_watch.measure import cohort, device_rows
 from update_watch.measure.sums.added_steps import AddedSteps, Look, Slot
 from update_watch.measure.sums.device_sums import DeviceSums
 from update_watch.measure.sums.layout import BEFORE, COUNT, CROSS, DOT, GROUPS, PARTS, SQUARE, WANT, Layout
@@ -497,3 +499,26 @@ def test_two_standard_errors_of_an_update_ratio_cover_it_where_tails_are_heavy(s
     found = sums.numbers(steps, Unseen(none + np.nan, none, none + np.nan))
     covered = np.abs(found["update_ratio"] - 1) <= 2 * found["update_ratio_error"]
     assert 0.93 <= covered.mean() <= 0.98
+
+
+def test_a_window_of_fewer_parts_than_steps_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts become one where all are in use: what is told is the same within its errors."""
+    found = []
+    for parts in (None, 4):
+        if parts is not None:
+            monkeypatch.setattr(cohort, "parts_for", lambda _: 4)
+            monkeypatch.setattr(device_rows, "parts_for", lambda _: 4)
+        torch.manual_seed(0)
+        named = [(f"w{i}", torch.nn.Parameter(torch.randn(64, 64).bfloat16())) for i in range(20)]
+        optimizer = torch.optim.AdamW([p for _, p in named], lr=3e-4)
+        with uw.watch(named, optimizer, window=96, budget=None) as watch:
+            for _ in range(96):
+                for _, p in named:
+                    p.grad = torch.randn_like(p)
+                optimizer.step()
+        assert watch.last is not None
+        found.append(watch.last.tensors)
+    for one, other in zip(*found, strict=True):
+        assert one.efficiency is not None and other.efficiency is not None and one.efficiency_error is not None
+        assert abs(one.efficiency - other.efficiency) < 2 * one.efficiency_error
+        assert other.efficiency_error is not None and 0.3 < one.efficiency_error / other.efficiency_error < 3

@@ -11,6 +11,7 @@ from update_watch.measure.sums.device_sums import DeviceSums
 from update_watch.measure.sums.kernel_sums import KernelSums, Kind
 from update_watch.measure.sums.layout import GROUPS, PARTS
 from update_watch.measure.sums.packing import Reach, packed
+from update_watch.measure.sums.window_sums import WindowSums
 
 CPU = torch.device("cpu")
 STATES, N, K = 2, 3, 18
@@ -71,5 +72,7 @@ def added(
     reaches = [Reach(slice(0, 1), BF16, 2.0), Reach(slice(1, 2), ALL[1], 1.5)]  # the third one was not measured
     window = PARTS, stored_nK if masked else None, kept_weights_nJ, reaches
     vector = sums.packed(*window) if isinstance(sums, KernelSums) else packed(sums, *window)
-    found = [vector, sums.way_G2nK, sums.state_way_2SnK]
+    arrays = vars(WindowSums.unpack(vector.numpy(), sums.layout(PARTS))).values()
+    whole = torch.cat([torch.from_numpy(array).flatten() for array in arrays if array is not None])
+    found = [whole, sums.way_G2nK, sums.state_way_2SnK]
     return found if sums.elements_2nK is None else [*found, sums.elements_2nK]

@@ -34,7 +34,8 @@ class Simulated:
     def take(self, count: int, optimizers: int = 1) -> None:
         for _ in range(count):
             spent = 0.0
-            looks = {self.attention.looks(key, self.window_steps) for key in range(optimizers)}
+            rests = optimizers == 1 and self.attention.rests()  # then nothing else is asked
+            looks = {False} if rests else {self.attention.looks(key, self.window_steps) for key in range(optimizers)}
             assert len(looks) == 1
             look = looks.pop()
             spent += self._spend(1e-3 if look else 5e-6)
@@ -149,7 +150,9 @@ def test_what_the_first_windows_owe_is_paid_before_a_window_is_seen_in_full() ->
     run.take(400)
     owed = 1.9 * run.attention._burst_cost
     assert owed > 0
-    run.attention.spend(owed + run.attention._account)  # judging the first windows took long
+    assert run.attention._at is not None
+    has = run.attention._account + 0.01 * (run.now - run.attention._at)
+    run.attention.spend(owed + has)  # judging the first windows took long
     run.attention.judged(report(True, "stalled"))
     run.take(60)
     assert sum(run.looked[-60:]) == 0

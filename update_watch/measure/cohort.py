@@ -28,7 +28,7 @@ from update_watch.measure.sampling import local
 from update_watch.measure.step_order import OneOf
 from update_watch.measure.step_replay import Span, StepReplay
 from update_watch.measure.sums.added_steps import Look
-from update_watch.measure.sums.layout import GROUPS, PARTS
+from update_watch.measure.sums.layout import GROUPS, parts_for
 from update_watch.measure.sums.step_sizes import UsualSizes
 from update_watch.measure.sums.steps import Steps
 from update_watch.measure.sums.whole_gradients import WholeGradients
@@ -110,6 +110,7 @@ class Cohort:
         self._look = OneOf(max(min(_HEADROOM_EVERY, window // 2), 1), rng)
         # of each tensor its first row: it may be read in several
         self.firsts = [i for i, row in enumerate(rows) if row.is_first]
+        self._most_parts = parts_for(window)
         self._is_plain_n = np.array([row.scheme.name == "plain" for row in rows])
         self._is_whole_n = np.array([row.is_whole for row in rows])
         self.usual = UsualSizes()  # of its tensors' updates, as windows tell on the background thread
@@ -131,8 +132,9 @@ class Cohort:
         self._large_n, self.steps = np.zeros(n), 0
         self._added, self._per_part = 0, 1  # steps; the latter doubles when the parts are full
         self._gradless_n = np.zeros(n)
-        self._live_Pn, self._live_Gn = np.zeros((PARTS, n)), np.zeros((GROUPS, n))
-        self._rates_2P = np.zeros((2, PARTS))  # steps, and squared learning rates added up
+        self._live_Pn = np.zeros((self._most_parts, n), np.float32)  # counts
+        self._live_Gn = np.zeros((GROUPS, n))
+        self._rates_2P = np.zeros((2, self._most_parts))  # steps, and squared learning rates added up
         self.first_rates: dict[int, float] = {}  # group -> learning rate at the first look
 
     @property
@@ -232,9 +234,9 @@ class Cohort:
         `merge` makes two parts one in the sums, where all are in use.
         """
         part = self._added // self._per_part
-        if part == PARTS:
+        if part == self._most_parts:
             merge()
-            part = half = PARTS // 2
+            part = half = self._most_parts // 2
             self._per_part *= 2
             self._live_Pn[:half] = self._live_Pn.reshape(half, 2, -1).sum(1)
             self._live_Pn[half:] = 0
@@ -276,7 +278,9 @@ class Cohort:
         kinds = self._is_whole_n, self._is_plain_n
         rates_P = squares_P / np.maximum(count_P, 1)
         looks_n, blind_n = gradients.looks_n[self.place], gradients.blind(self.place, self.steps)
-        steps = Steps(self._live_Pn[:parts], self._live_Gn, window_Gn, looks_n, rates_P, *kinds, blind_n)
+        steps = Steps(
+            self._live_Pn[:parts].astype(np.float64), self._live_Gn, window_Gn, looks_n, rates_P, *kinds, blind_n
+        )
         return steps if len(self.firsts) == len(self.rows) else steps.of(self.firsts)
 
     @property

@@ -31,7 +31,7 @@ from update_watch.measure.sums import kernel_sums
 from update_watch.measure.sums.added_steps import AddedSteps, Look, Slot
 from update_watch.measure.sums.device_sums import DeviceSums
 from update_watch.measure.sums.host_sums import HostSums
-from update_watch.measure.sums.layout import COUNT
+from update_watch.measure.sums.layout import COUNT, parts_for
 from update_watch.measure.sums.packing import Reach, packed
 from update_watch.measure.sums.whole_gradients import WholeGradients
 from update_watch.replay.twin import Twin
@@ -74,6 +74,7 @@ class DeviceRows:
             rows = _stretched(rows, samples)
         # whether single elements are added up: where steps are not independent
         has_clusters = any(row.is_whole and row.scheme.name != "plain" for row in rows)
+        self._parts = parts_for(window // turns)
         start, common = 0, Common.of(rows, has_way)
         for k in range(turns):
             own = rows[k::turns]
@@ -106,7 +107,7 @@ class DeviceRows:
         self._now: tuple[Tensor, Tensor, Tensor] | None = None  # the step that is running, where it cannot wait
 
     def _no_sums(self) -> DeviceSums:
-        return self._kind.sums(self._way, self._rows, self._whole_n1, self.device)
+        return self._kind.sums(self._way, self._rows, self._whole_n1, self.device, self._parts)
 
     # --- in the step -----------------------------------------------------------------------------
 

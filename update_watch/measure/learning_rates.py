@@ -1,11 +1,13 @@
-"""The learning rates of an optimizer's groups: first seen and largest of a window, and whether one has jumped."""
+"""The learning rates of an optimizer's groups: last and largest of a window, whether one has jumped, and what else is said of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from update_watch.cures import options_of
 
 _JUMP = 1.5  # from one step to the next
 
@@ -21,8 +23,9 @@ class LearningRates:
         """Learn the rates as they are now. Returns whether one has jumped since the last step."""
         has_jumped = False
         for i, group in enumerate(groups):
-            rate = as_number(group.get("lr"))
-            if rate is not None:
+            given = group.get("lr")
+            rate = given if type(given) is float else as_number(given)
+            if rate is not None and (rate != self._last.get(i) or i not in self._seen):
                 before = self._last.get(i, rate)
                 has_jumped = has_jumped or max(rate, before) > _JUMP * min(rate, before)
                 self._last[i] = rate
@@ -33,6 +36,31 @@ class LearningRates:
         """The window's last rate of a group, and its largest."""
         seen = self._seen.get(group)
         return (seen[0], seen[1]) if seen else (None, None)
+
+    def facts(
+        self,
+        groups: Sequence[dict[str, Any]],
+        all_groups: Sequence[dict[str, Any]],
+        used: Iterable[int],
+        optimizer: int,
+        steps: int,
+    ) -> dict[int, dict[str, Any]]:
+        """What is said of the tensors of each of some groups, as it is now. `all_groups`: of the optimizer, by which they are
+        numbered; `groups` may be a part of them."""
+        facts = {}
+        for index in used:
+            group = groups[index] if index < len(groups) else {}  # taken away since
+            lr, lr_max = self.of(index)
+            number = next((i for i, other in enumerate(all_groups) if other is group), index)
+            facts[index] = {
+                "optimizer_group": f"{optimizer}/{number}",
+                "steps": steps,
+                "lr": lr,
+                "lr_max": lr_max,
+                "weight_decay": as_number(group.get("weight_decay")),
+                "options": options_of(group),
+            }
+        return facts
 
     def open_window(self) -> None:
         """Forget what was seen in the last one."""

@@ -34,14 +34,14 @@ class PlainTorch(Undone):
     def change(self) -> None:
         if torch.is_inference_mode_enabled():
             self._inference = torch._C._InferenceMode(False)  # entered by being made
-        torch.set_grad_enabled(False)
+        torch._C._set_grad_enabled(False)  # torch.set_grad_enabled makes an object, whose code is cold in a step
         self._set(False, torch.float32)
 
     def undo(self) -> None:
         if self._inference is not None and not torch.is_inference_mode_enabled():
             self._inference.__exit__(None, None, None)
         self._set(True, self._dtype)
-        torch.set_grad_enabled(self._grad)
+        torch._C._set_grad_enabled(self._grad)
 
     def _set(self, is_autocast: bool, dtype: torch.dtype) -> None:
         for kind in self._autocast:

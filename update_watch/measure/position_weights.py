@@ -58,7 +58,10 @@ class PositionWeights:
             cell_J, columns = torch.arange(half // self.cell, device=device), [column(own, device) for own in facts]
         per_block_n1, blocks_n1, room_n1, step_n1 = columns
         left_nJ = (cell_J // per_block_n1).clip(max=blocks_n1 - 1)  # blocks to the left
-        self._facts = room_n1, step_n1, left_nJ, blocks_n1 - 1 - left_nJ
+        right_nJ = blocks_n1 - 1 - left_nJ
+        if device.type == "cpu":
+            left_nJ, right_nJ = left_nJ.astype(np.int32), right_nJ.astype(np.int32)  # they are kept, and small
+        self._facts = room_n1, step_n1, left_nJ, right_nJ
         self._turns = _AHEAD
         if device.type == "cpu":
             self._turns = _AHEAD_ON_HOST

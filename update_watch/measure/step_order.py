@@ -35,10 +35,15 @@ class StepOrder(Generic[T]):
         self._steps = 0
         self.group_steps = [0] * GROUPS  # of this window
 
-    def pass_by(self) -> None:
-        """A step in which nobody is measured, though it was somebody's turn."""
-        self.group_steps[self._steps // self._group_length() % GROUPS] += 1
-        self._steps += 1
+    def pass_by(self, steps: int = 1) -> None:
+        """Steps in which nobody is measured, though it was somebody's turn."""
+        length = self._group_length()
+        while steps:
+            group, inside = divmod(self._steps, length)
+            here = min(steps, length - inside)
+            self.group_steps[group % GROUPS] += here
+            self._steps += here
+            steps -= here
 
     def next(self, rests: int = 0) -> tuple[T | None, int]:
         """Who is measured in the next step, and which group the step belongs to.
@@ -98,9 +103,9 @@ class Roster(Generic[T]):
             turns = [(one,) for one in self._panels[self.panel]]
         self._order = StepOrder(turns, self._window, self._rng)
 
-    def pass_by(self) -> None:
-        """A step in which nobody is measured, though it was somebody's turn."""
-        self._order.pass_by()
+    def pass_by(self, steps: int) -> None:
+        """Steps in which nobody is measured, though it was somebody's turn."""
+        self._order.pass_by(steps)
 
     def next(self, turns: int) -> tuple[Sequence[T], int]:
         """Who are measured in the next step, and which group the step belongs to. `turns`: steps in which each of all comes

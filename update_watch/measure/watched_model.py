@@ -87,7 +87,8 @@ class WatchedModel:
         if id(optimizer) in self._parts:
             return
         self._belonging.claim(optimizer, wrapper, self._stepped(outside), self.step)
-        index, groups = self._free_index(), optimizer.param_groups
+        taken, groups = {watched.index for watched in self.watched.values()}, optimizer.param_groups
+        index = next(i for i in range(len(taken) + 1) if i not in taken)
         earlier = self._earlier(set(map(id, members_of(optimizer))))
         names, pieces = self._belonging.names, self._belonging.pieces
 
@@ -119,10 +120,6 @@ class WatchedModel:
         turns, shadowed = turns_of_optimizers(len(distinct), sum(distinct.values()))
         for i, watched in enumerate(every):
             watched.turns, watched.is_shadowed = turns, i % shadowed == 0
-
-    def _free_index(self) -> int:
-        taken = {watched.index for watched in self.watched.values()}
-        return next(i for i in range(len(taken) + 1) if i not in taken)
 
     def _earlier(self, ids: set[int]) -> tuple[int, int]:
         """Steps of the run and of the open window before an optimizer's first one.
@@ -202,6 +199,10 @@ class WatchedModel:
                 for part in self._parts[id(outer)].all if id(outer) in self._parts else ():
                     self._is_ledger_old |= part.exclude(self._belonging.covered_by(current.ids))
         return current
+
+    def only(self) -> Watched | None:
+        """The part of an optimizer that is watched, where there is no other and no average is read just now."""
+        return next(iter(self.watched.values())) if len(self.watched) == 1 and not self._averages.are_read else None
 
     @property
     def optimizers(self) -> list[Optimizer]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from update_watch.cures import options_of
 from update_watch.evidence import TensorEvidence
 from update_watch.measure.accumulators.gradient_accumulation import Accumulation
 from update_watch.measure.accumulators.state_factor import Shadow
@@ -21,7 +20,7 @@ from update_watch.measure.device.turns import samples_for
 from update_watch.measure.device_rows import Measured
 from update_watch.measure.identity.names import members_of, outline_of
 from update_watch.measure.identity.partitions import Piece
-from update_watch.measure.learning_rates import LearningRates, as_number
+from update_watch.measure.learning_rates import LearningRates
 from update_watch.measure.parameters import Row, build_rows, forget_failed_trials
 from update_watch.measure.row_facts import Resting, WindowFacts
 from update_watch.measure.sampling import local
@@ -117,12 +116,12 @@ class Watched:
         measured = [row for row in self.rows if row.is_measured and self._twin is not None]
         self._plan_of = Plan(self.optimizer, self._twin, measured, self._samples, self._rng, *self._windows)
         self.cohorts, self._roster = self._plan_of.cohorts, self._plan_of.roster
-        for _ in range(self.window_steps):  # what was measured of them was of other rows
-            self._roster.pass_by()
+        self._roster.pass_by(self.window_steps)  # what was measured of them was of other rows
+        self._unnoted = 0
         self._open_rows = self.rows  # those that are looked at in the open window
         inside = {id(row.of or row) for cohort in self.cohorts for row in cohort.rows}
         self._outside = [row for row in self.rows if id(row) not in inside]  # of all cohorts
-        self.devices = tuple(dict.fromkeys(cohort.device for cohort in self.cohorts))
+        self.devices = tuple(dict.fromkeys(c.device for c in self.cohorts if c.device.type != "cpu"))  # with streams
 
     @property
     def step(self) -> int:
@@ -178,14 +177,28 @@ class Watched:
 
     def pass_by(self) -> bool:
         """Let a step go by unseen. Returns whether something has changed that should be looked at."""
-        self.steps += 1
-        self.window_steps += 1
-        self._roster.pass_by()
         self.accumulation.pause()
         if self._has_gaps:
             self._count_lives()
-        is_new = len(self.optimizer.param_groups) != len(self._sizes)
-        return self._rates.note(self.optimizer.param_groups) or is_new
+        return self.rest()
+
+    def may_rest(self, optimizer: Optimizer) -> bool:
+        """Whether it is what `optimizer` is about to step, and `rest` enough for a step that passes unseen after another."""
+        groups = optimizer.param_groups
+        is_it = optimizer is self.optimizer and groups and groups[0]["params"] and groups[0]["params"][0] is self.first
+        return bool(is_it) and not self._has_gaps
+
+    def rest(self) -> bool:
+        """Let one more step go by unseen, with as little code as there can be. Returns as `pass_by`."""
+        self.steps += 1
+        self.window_steps += 1
+        self._unnoted += 1
+        groups = self.optimizer.param_groups
+        return self._rates.note(groups) or len(groups) != len(self._sizes)
+
+    def _note_unseen(self) -> None:
+        unnoted, self._unnoted = self._unnoted, 0
+        self._roster.pass_by(unnoted)
 
     def before(self, is_replayed: bool = False) -> list[Measured]:
         """Measure the cohorts whose turn it is, just before the rule runs.
@@ -220,6 +233,7 @@ class Watched:
         self._measured = []
         if not self.cohorts or (is_replayed and not self._can_be_replayed):
             return self._measured
+        self._note_unseen()
         cohorts, group = self._roster.next(self.turns)
         try:
             for cohort in cohorts:
@@ -291,8 +305,10 @@ class Watched:
         self, batch: Batch, is_full: bool = True
     ) -> tuple[list[CohortWindow], list[TensorEvidence], list[Part], list[Resting]]:
         """Hand the sums to `batch` and start a new window. `is_full`: all tensors are to be looked at in that one."""
+        self._note_unseen()
         others: list[TensorEvidence] = []
-        window = WindowFacts(self.optimizer, self._group_facts(), self._twin_error)
+        given = self.groups, self._all_groups, self._used_groups, self.index, self.window_steps
+        window = WindowFacts(self.optimizer, self._rates.facts(*given), self._twin_error)
         self._measured = []
         resting = [block for block in self._plan_of.blocks if block not in self._plan_of.open]
         others += [window.identity(row) for row in self._plan_of.add()]
@@ -311,20 +327,3 @@ class Watched:
     def _open_window(self, is_full: bool) -> None:
         self._roster.open_window(is_full)
         self._open_rows = self.rows if self._roster.panel is None else self._outside + self._plan_of.open_rows
-
-    def _group_facts(self) -> dict[int, dict[str, Any]]:
-        """What is said of the tensors of each group, as it is now."""
-        facts = {}
-        for index in self._used_groups:
-            group = self.groups[index] if index < len(self.groups) else {}  # taken away since
-            lr, lr_max = self._rates.of(index)
-            number = next((i for i, other in enumerate(self._all_groups) if other is group), index)
-            facts[index] = {
-                "optimizer_group": f"{self.index}/{number}",
-                "steps": self.window_steps,
-                "lr": lr,
-                "lr_max": lr_max,
-                "weight_decay": as_number(group.get("weight_decay")),
-                "options": options_of(group),
-            }
-        return facts

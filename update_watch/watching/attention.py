@@ -89,6 +89,13 @@ class Attention:
         self._round.add(key)
         return self._looks or (self._is_exact() and window_steps + 1 >= self._window)
 
+    def rests(self) -> bool:
+        """Whether the step that begins passes unseen as the one before it did, and there is nothing else to ask; of an optimizer that
+        steps alone. Less than `looks`, which is asked where this is False."""
+        if self._looks or self._full or self._beside or self._has_changed or self._at is None or self._budget is None:
+            return False
+        return self._account + self._budget * (self._clock() - self._at) < 0.0 and not self._is_exact()
+
     def _begin_round(self) -> None:
         self._is_counted = False
         if self._budget is None:

@@ -37,7 +37,7 @@ def replayed(tap: StepTap, model: WatchedModel, optimizers: Sequence[Any]) -> It
         model.is_replaying = was
 
 
-def say_what_was_captured() -> None:
+def say_captured() -> None:
     """Said at the first capture of a step."""
     message = (
         "update-watch: an optimizer step was captured in a CUDA graph. Replays of it run no hooks and are not watched: "

@@ -50,7 +50,7 @@ def test_what_is_read_is_what_views_hold(dtype: torch.dtype, shares: tuple[int, 
     samplers, blocks = blocks_of(tensors)
     for sampler in samplers:
         sampler.place(*shares)
-    read = blocks.read([*tensors, *grads], blocks.begins(*shares))
+    read = blocks.read([*tensors, *grads], blocks.places(*shares))
     assert read is not None
     views = [s.view(t) for s, t in zip(samplers * 2, [*tensors, *grads], strict=True)]
     found = blocks.tensor(read).view(len(views), SAMPLES)
@@ -72,7 +72,7 @@ def test_a_part_of_a_larger_tensor_is_read_from_its_own_beginning() -> None:
     flat = torch.randn(1 << 16).bfloat16()
     tensors = [flat[3 : 3 + 4096].view(64, 64), flat[8195 : 8195 + 4096]]
     samplers, blocks = blocks_of(tensors)
-    read = blocks.read(tensors, blocks.begins(5, 1 << 30))
+    read = blocks.read(tensors, blocks.places(5, 1 << 30))
     for sampler in samplers:
         sampler.place(5, 1 << 30)
     assert read is not None
@@ -116,8 +116,8 @@ class Doubled(torch.Tensor):
 def test_what_lies_elsewhere_or_otherwise_is_left_to_views(other: Callable[[Tensor], Tensor | None]) -> None:
     tensors = [torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()]
     _, blocks = blocks_of(tensors)
-    assert blocks.read([tensors[0], tensors[1].clone()], blocks.begins(0, 1)) is not None
-    assert blocks.read([tensors[0], other(tensors[1].clone())], blocks.begins(0, 1)) is None
+    assert blocks.read([tensors[0], tensors[1].clone()], blocks.places(0, 1)) is not None
+    assert blocks.read([tensors[0], other(tensors[1].clone())], blocks.places(0, 1)) is None
 
 
 def test_tensors_without_memory_are_not_planned_for() -> None:
@@ -244,4 +244,4 @@ def test_nothing_of_torch_is_called_for_a_step_that_waits() -> None:
         cohort.gathers.unpacked(before.held)
         ahead = cohort.gathers._ahead
         cohort.gathers.move()
-        assert cohort.gathers._ahead is ahead and cohort.gathers._begins is ahead[1]
+        assert cohort.gathers._ahead is ahead and cohort.gathers._places is ahead[1]

@@ -112,6 +112,11 @@ class Averages:
         self._open.append(chunk)
         chunk.start()
 
+    @property
+    def are_read(self) -> bool:
+        """Whether some are, just now."""
+        return bool(self._open)
+
     def pass_by(self) -> None:
         """The step that begins is not looked at: what was written is given up, since the next look may see two updates."""
         if self._open:

@@ -41,8 +41,8 @@ class HostGathers(Gathers):
         self._others = sorted({*range(len(rows))} - {*blocks.rows})  # those that torch reads
         self._other_samplers = [self.samplers[i] for i in self._others]
         self._shares = (0, 0)
-        self._begins = blocks.begins(0, 0)
-        self._ahead: tuple[tuple[int, int], Places] = self._shares, self._begins  # of the next `move`
+        self._places: Places | None = None  # held within a step
+        self._ahead = self._shares, blocks.places(0, 0)  # of the next `move`
         self._is_placed = False  # the samplers are where `_shares` says
         self._is_drawn = False  # some are elsewhere
 
@@ -55,7 +55,7 @@ class HostGathers(Gathers):
 
     def _go_to(self, kept: int, moving: int) -> None:
         self._shares, self._is_placed, self._is_drawn = (kept, moving), False, False
-        self._begins = self._ahead[1] if self._ahead[0] == self._shares else self._blocks.begins(kept, moving)
+        self._places = self._ahead[1] if self._ahead[0] == self._shares else self._blocks.places(kept, moving)
 
     def _look_ahead(self) -> None:
         """Work out where the next `move` goes: while steps are added up it is a third of the work that it is in one."""
@@ -63,7 +63,7 @@ class HostGathers(Gathers):
         kept = self._kept_turn if self._keeps else coming - 1
         shares = share(self._phase, kept), share(self._phase, coming)
         if self._ahead[0] != shares:
-            self._ahead = shares, self._blocks.begins(*shares)
+            self._ahead = shares, self._blocks.places(*shares)
 
     def _put(self) -> None:
         if not self._is_placed:
@@ -82,20 +82,28 @@ class HostGathers(Gathers):
 
     # --- what ------------------------------------------------------------------------------------
 
+    def after(self, states: list[dict[str, Any]] | None) -> Any:
+        """See `Gathers.after`: the last that is read in a step."""
+        read = super().after(states)
+        self._places = None
+        return read
+
     def _read(self, tensors: list[Tensor | None]) -> Any:
-        read = None if self._is_drawn else self._read_blocks(self._shards(tensors))
+        if self._places is None:
+            self._places = self._blocks.places(*self._shares)
+        read = None if self._is_drawn else self._read_blocks(self._shards(tensors), self._places)
         if read is None:
             self._put()
             read = super()._read(tensors)
         return read
 
-    def _read_blocks(self, tensors: list[Tensor | None]) -> _Read | None:
+    def _read_blocks(self, tensors: list[Tensor | None], places: Places) -> _Read | None:
         """None where something has to be read by views."""
         if not self._others:
-            blocks = self._blocks.read(tensors, self._begins)
+            blocks = self._blocks.read(tensors, places)
             return None if blocks is None else _Read(blocks, None)
         firsts = range(0, len(tensors), len(self.rows))
-        blocks = self._blocks.read([tensors[first + i] for first in firsts for i in self._blocks.rows], self._begins)
+        blocks = self._blocks.read([tensors[first + i] for first in firsts for i in self._blocks.rows], places)
         if blocks is None:
             return None
         self._put()

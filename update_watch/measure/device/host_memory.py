@@ -60,6 +60,13 @@ def is_available() -> bool:
         return False
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor to be read into; on the host its memory is NumPy's, which is asked for it."""
+    if device.type != "cpu" or dtype.itemsize not in _NUMBERS:
+        return torch.empty(*shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(shape, _NUMBERS[dtype.itemsize])).view(dtype)
+
+
 def can_read(tensor: Tensor) -> bool:
     """Whether the tensor is what lies at its address."""
     is_stored = type(tensor) in PLAIN and tensor.is_cpu and tensor.layout is torch.strided
@@ -92,9 +99,9 @@ class HostBlocks:
         self._number = _NUMBERS[self.dtype.itemsize]
         _, blocks, block = samplers[0].view_shape
         self._size = block * self.dtype.itemsize
-        # bytes from a set's first block to each, and from a tensor's beginning to the first cell of the row
-        steps = np.array([[plan.step] for plan in plans], np.int64)
-        self._blocks_n1P = (steps * self._size * np.arange(blocks))[:, None]
+        # bytes from a set's first block to the next, and from a tensor's beginning to the first cell of the row
+        self._steps_n11 = np.array([plan.step for plan in plans], np.int64)[:, None, None] * self._size
+        self._blocks = blocks
         self._first_n = np.array([sampler.first for sampler in samplers], np.int64) * self.dtype.itemsize
         self._room_n = np.array([plan.room for plan in plans], np.int64)
 
@@ -113,16 +120,20 @@ class HostBlocks:
             return None
         return cls(rows, [samplers[i] for i in rows], [tensors[i] for i in rows])
 
-    def begins(self, *shares: int) -> Places:
-        """[n, sets]: where the sets of these shares begin, the lowest first, from a tensor's beginning."""
-        return np.stack([self._first_n + (share * self._room_n >> 32) * self._size for share in sorted(shares)], 1)
+    def places(self, *shares: int) -> Places:
+        """[n, sets, P / sets]: where the blocks of the sets of these shares lie, the lowest first, from a tensor's beginning."""
+        begins = [self._first_n + (share * self._room_n >> 32) * self._size for share in sorted(shares)]
+        return self._blocks_of(np.stack(begins, 1))
 
     @functools.cached_property
     def placed(self) -> Places:
-        """[n, sets]: where those of the samplers begin, of rows whose samplers stay."""
-        return np.array([sampler.begins for sampler in self._samplers], np.int64) * self.dtype.itemsize
+        """[n, sets, P / sets]: where those of the samplers lie, of rows whose samplers stay."""
+        return self._blocks_of(np.array([sampler.begins for sampler in self._samplers], np.int64) * self.dtype.itemsize)
 
-    def read(self, tensors: Sequence[Tensor | None], begins_nS: Places) -> Blocks | None:
+    def _blocks_of(self, begins_nS: Places) -> Places:
+        return at(begins_nS)[..., None] + self._steps_n11 * np.arange(self._blocks)
+
+    def read(self, tensors: Sequence[Tensor | None], places_nSP: Places) -> Blocks | None:
         """[arrays, n, sets, P / sets] blocks; None where they have to be read otherwise. `tensors`: local ones, an array of rows after
         the other."""
         addresses: list[int] = []
@@ -131,8 +142,7 @@ class HostBlocks:
             if tensor is None or tensor.dtype is not dtype or not can_read(tensor) or tensor.stride() != stride:
                 return None
             addresses.append(tensor.data_ptr())
-        sets_AnS = at(np.array(addresses, np.int64)).reshape(-1, len(begins_nS), 1) + begins_nS
-        return read(sets_AnS[..., None] + self._blocks_n1P, self._size)
+        return read(np.array(addresses, np.int64).reshape(-1, len(places_nSP), 1, 1) + places_nSP, self._size)
 
     def tensor(self, blocks: Blocks) -> Tensor:
         """[arrays, n, K] in the rows' dtype: what was read. Not in `read`: torch's code is not in the caches there."""

@@ -6,9 +6,8 @@ because he goes on with what was read. Outside of it each runs at once.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -50,18 +49,24 @@ _noted = _Noted()
 _failed = False  # several by one launch
 
 
-@contextlib.contextmanager
-def joined() -> Iterator[None]:
+class joined:
     """Gathers asked for in here run at its end, by one launch. Where something was raised they do not run at all."""
-    if _noted.reads is not None:
-        yield
-        return
-    _noted.reads = []
-    try:
-        yield
-        launch()
-    finally:
-        _noted.reads = None
+
+    __slots__ = ("_is_outer",)
+
+    def __enter__(self) -> None:
+        self._is_outer = _noted.reads is None
+        if self._is_outer:
+            _noted.reads = []
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if not self._is_outer:
+            return
+        try:
+            if kind is None:
+                launch()
+        finally:
+            _noted.reads = None
 
 
 def launch() -> None:

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from update_watch.measure.hooks.registered import nothing
 from update_watch.measure.hooks.step_frames import hide_from_dynamo, is_in_step
-from update_watch.measure.hooks.tap import nothing
 from update_watch.replay.side_effects import HOOKS
 
 Hook = Callable[[Optimizer, Any, Any], None]

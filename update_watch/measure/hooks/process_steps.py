@@ -34,7 +34,7 @@ class ProcessSteps:
         self.strange = 0  # steps of those that were answered with False
         self._meet = weakref.WeakMethod(meet)
         self._is_looking = False
-        hide_from_dynamo(ProcessSteps._pre)
+        hide_from_dynamo(ProcessSteps._pre, _size)
         self._ask_plainly = torch.compiler.disable(self._ask)  # type: ignore[no-untyped-call]  # torch's
 
     def start(self) -> None:

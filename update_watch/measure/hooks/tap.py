@@ -30,9 +30,9 @@ import torch
 from torch.optim import Optimizer
 
 from update_watch.measure.device import streams
+from update_watch.measure.hooks.registered import Hook, Hooked, nothing
 from update_watch.measure.hooks.step_frames import hide_from_dynamo, is_in_step
 from update_watch.measure.plain_torch import PlainTorch
-from update_watch.replay.side_effects import Undone
 from update_watch.wrappers import unwrap
 
 logger = logging.getLogger("update_watch")
@@ -63,25 +63,29 @@ class StepTap:
         after: After,
         on_error: OnError | None = None,
         on_capture: Callable[[], Any] | None = None,
+        wants: Callable[[Optimizer], bool] | None = None,
+        passed: Callable[[Optimizer], Any] | None = None,
     ) -> None:
         self.enabled = True  # False: steps pass unseen
         self.missed = 0
-        self.wants: Callable[[Optimizer], bool] | None = None  # asked whether a step is to be seen
-        self.passed: Callable[[Optimizer], Any] | None = None  # told of one that was not, when it is over
+        self.wants = wants  # asked whether a step is to be seen
+        self.passed = passed  # told of one that was not, when it is over
+        self.rests: Callable[[Optimizer], bool] | None = None  # asked before: whether it passes unseen, and
+        self.rested: Callable[[Optimizer], Any] | None = None  # this is told of it. Not to be traced
         self.is_torn = False  # an interrupt has cut off a `before` or `after`: what they keep may be half done
         self.captured = 0  # steps that were recorded in a CUDA graph, not run
         self.error: Exception | None = None
         self._before, self._after, self._on_error, self._on_capture = before, after, on_error, on_capture
-        self._hooked: dict[int, _Hooked] = {}  # by id; the strong reference in it keeps the id from being reused
+        self._hooked: dict[int, Hooked] = {}  # by id; the strong reference in it keeps the id from being reused
         self._live: dict[int, _Step] = {}
-        self._leftover: list[_Hook] = []  # replaced by a no-op, still to be removed
+        self._leftover: list[Hook] = []  # replaced by a no-op, still to be removed
         self.lock = threading.RLock()  # held while one of our hooks runs; who closes windows from outside takes it too
         self._depth = 0  # of our hooks on the stack
         self._thread: int | None = None  # that steps
         self._snap = torch.compiler.disable(self._run_before)  # type: ignore[no-untyped-call]  # torch's
-        self._is_unwanted = torch.compiler.disable(self._ask)  # type: ignore[no-untyped-call]
+        self._begin = torch.compiler.disable(self._run_begin)  # type: ignore[no-untyped-call]
         self._finish = torch.compiler.disable(self._run_after)  # type: ignore[no-untyped-call]
-        hide_from_dynamo(StepTap._pre, StepTap._post)
+        hide_from_dynamo(StepTap._pre, StepTap._post, StepTap._tell, streams.is_capturing)
 
     def attach(self, optimizer: Any) -> None:
         """See the steps of `optimizer`; wrappers are looked through, one that is attached stays as it is.
@@ -92,9 +96,9 @@ class StepTap:
         opt = unwrap(optimizer)
         self._sweep()
         if id(opt) not in self._hooked and self.error is None:
-            pre = _Hook(opt, "_optimizer_step_pre_hooks", opt.register_step_pre_hook(self._pre))
-            post = _Hook(opt, "_optimizer_step_post_hooks", opt.register_step_post_hook(self._post))
-            self._hooked[id(opt)] = _Hooked(opt, pre, post)
+            pre = Hook(opt, "_optimizer_step_pre_hooks", opt.register_step_pre_hook(self._pre))
+            post = Hook(opt, "_optimizer_step_post_hooks", opt.register_step_post_hook(self._post))
+            self._hooked[id(opt)] = Hooked(opt, pre, post)
 
     def detach(self, optimizer: Any = None) -> None:
         """Remove the hooks from `optimizer`, or from all. May be called again, from a hook and from another thread.
@@ -183,14 +187,19 @@ class StepTap:
             return None
         step = self._live[id(opt)] = _Step(frame)
         self._thread = threading.get_ident()
-        step.is_unwanted = self._is_unwanted(opt)
-        if step.is_unwanted:
-            return None
+        if self.rests is not None:  # with little code: after a backward pass none of it is in the caches
+            try:
+                with self.lock:
+                    step.is_resting = self.rests(opt)
+            except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
+                self._fail(error)
+            if step.is_resting:
+                return None
         position = 1 if len(args) > 1 else None
         closure = args[1] if position else kwargs.get("closure")
-        if not callable(closure):
-            if self._is_last(opt):
-                self._snap(opt, step)
+        is_later = callable(closure)
+        self._begin(opt, step, is_later)
+        if step.is_unwanted or not is_later:
             return None
 
         def observed(*closure_args: Any, **closure_kwargs: Any) -> Any:
@@ -206,10 +215,13 @@ class StepTap:
         step = self._live.get(id(opt))
         if step is not None and step.frame is sys._getframe(1):
             try:
-                self._finish(opt, step)
+                if step.is_resting:
+                    self._tell(self.rested, opt)
+                else:
+                    self._finish(opt, step)
             finally:  # till then it is the middle of the step
                 self._live.pop(id(opt), None)
-            if not self._is_last(opt):
+            if not step.is_resting and not self._is_last(opt):
                 self._go_last(opt, step.frame)
 
     def _is_last(self, opt: Optimizer) -> bool:
@@ -240,7 +252,13 @@ class StepTap:
             frame = frame.f_back
         return False
 
-    def _ask(self, opt: Optimizer) -> bool:
+    def _run_begin(self, opt: Optimizer, step: _Step, is_later: bool) -> None:
+        """Ask about a step that begins, and look at it. `is_later`: when its closure has run."""
+        step.is_unwanted = self._is_unwanted(opt)
+        if not step.is_unwanted and not is_later and self._is_last(opt):
+            self._run_before(opt, step)
+
+    def _is_unwanted(self, opt: Optimizer) -> bool:
         try:
             with self.lock:
                 return self.wants is not None and not self.wants(opt)
@@ -248,11 +266,11 @@ class StepTap:
             self._fail(error)
             return True
 
-    def _tell_passed(self, opt: Optimizer) -> None:
+    def _tell(self, passed: Callable[[Optimizer], Any] | None, opt: Optimizer) -> None:
         try:
             with self.lock:
-                if self.passed is not None and self.error is None:
-                    self.passed(opt)
+                if passed is not None and self.error is None:
+                    passed(opt)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
 
@@ -260,9 +278,9 @@ class StepTap:
         if step.is_seen or self.error is not None:
             return
         step.is_seen = True  # before the call: a closure called again must not try again
-        plain, inside = PlainTorch(opt), _Inside(self)
+        inside = _Inside(self, opt)
         try:
-            with self.lock, inside, inside, plain, plain:
+            with self.lock, inside, inside:
                 step.snapshot = self._before(opt)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
@@ -272,14 +290,14 @@ class StepTap:
 
     def _run_after(self, opt: Optimizer, step: _Step) -> None:
         if step.is_unwanted:
-            self._tell_passed(opt)
+            self._tell(self.passed, opt)
             return
         if not step.is_seen:
             self.missed += 1
             return
-        plain, inside = PlainTorch(opt), _Inside(self)
+        inside = _Inside(self, opt)
         try:
-            with self.lock, inside, inside, plain, plain:
+            with self.lock, inside, inside:
                 self._after(opt, step.snapshot)
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
@@ -299,50 +317,30 @@ class StepTap:
             logger.error("update-watch: on_error failed: %r", second, exc_info=second)
 
 
-class _Inside(Undone):
-    """One of our hooks is on the stack."""
+class _Inside(PlainTorch):
+    """One of our hooks is on the stack, and runs in plain torch."""
 
-    def __init__(self, tap: StepTap) -> None:
-        super().__init__()
+    __slots__ = ("_depth", "_tap")
+
+    def __init__(self, tap: StepTap, opt: Optimizer) -> None:
+        super().__init__(opt)
         self._tap, self._depth = tap, tap._depth
 
     def change(self) -> None:
         self._tap._depth = self._depth + 1
+        super().change()
 
     def undo(self) -> None:
+        super().undo()
         self._tap._depth = self._depth
 
 
 class _Step:
     """One running step of one optimizer."""
 
-    __slots__ = ("frame", "is_seen", "is_unwanted", "snapshot")
+    __slots__ = ("frame", "is_resting", "is_seen", "is_unwanted", "snapshot")
 
     def __init__(self, frame: FrameType) -> None:
         self.frame = frame  # of torch's wrapper around `step`: a new one for each call
-        self.is_seen = self.is_unwanted = False
+        self.is_seen = self.is_unwanted = self.is_resting = False
         self.snapshot: Any = None
-
-
-class _Hook:
-    """A registered hook, with the way to silence it."""
-
-    __slots__ = ("handle", "hooks")
-
-    def __init__(self, opt: Optimizer, attribute: str, handle: Any) -> None:
-        self.handle, self.hooks = handle, getattr(opt, attribute)
-
-    def silence(self) -> None:
-        if self.handle.id in self.hooks:  # giving a present key another value does not disturb a running iteration
-            self.hooks[self.handle.id] = nothing
-
-
-class _Hooked:
-    __slots__ = ("optimizer", "post", "pre")
-
-    def __init__(self, optimizer: Optimizer, pre: _Hook, post: _Hook) -> None:
-        self.optimizer, self.pre, self.post = optimizer, pre, post
-
-
-def nothing(*_: Any) -> None:
-    """Takes the place of a hook that cannot be removed just now."""

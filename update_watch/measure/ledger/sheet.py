@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from update_watch.measure.device import joint_reads, kernel_gathers
+from update_watch.measure.device import host_memory, joint_reads, kernel_gathers
 from update_watch.measure.ledger.blocks import ELEMENTS, BlockGather, HostBlockReads, block_of
 from update_watch.measure.ledger.kernel_sheet_sums import sums_of
 from update_watch.measure.sampling import local, unsamplable
@@ -79,9 +79,7 @@ class Sheet:
         self._gathers = [BlockGather([local(tensor) for tensor in run], self.device) for run in runs]
         self._most = _WAITING_ON_GPU if can else _WAITING
         self._rings = [
-            torch.empty(
-                *(self._most, 2, len(run), ELEMENTS), dtype=torch.float32 if can else run[0].dtype, device=self.device
-            )
+            host_memory.empty((self._most, 2, len(run), ELEMENTS), torch.float32 if can else run[0].dtype, self.device)
             for run in self._runs
         ]
         self._slots = [[[ring[t, side].view(-1) for ring in self._rings] for side in (0, 1)] for t in range(self._most)]

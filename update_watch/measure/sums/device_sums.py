@@ -55,7 +55,7 @@ class DeviceSums:
 
     `are_whole`: all rows are read whole; `whole_n1` [n, 1]: those that are, where only some are. `has_clusters`: elements of
     rows read whole are added up one by one, since their steps are not independent. `has_way`: what the kept samples moved
-    and were meant to move by is added up, for the displacement.
+    and were meant to move by is added up, for the displacement. `parts`: of the window, an even number.
     """
 
     def __init__(
@@ -68,24 +68,26 @@ class DeviceSums:
         whole_n1: Tensor | None = None,
         has_clusters: bool = False,
         has_way: bool = True,
+        parts: int = PARTS,
     ) -> None:
         self.states, self.rows, self.samples, self.device = states, rows, samples, device
         self.are_whole, self.whole_n1, self.has_clusters = are_whole, whole_n1, has_clusters
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        layout = self.layout(PARTS)
+        # the way: sums of what was intended and applied, in groups of steps; of single steps the sums of both products
+        kept = samples if are_whole or whole_n1 is not None else samples // 2
+        self.kept = kept = kept if has_way else 0
+        layout = self.layout(parts)
         spans = layout.spans()
         self.vector = zeros(spans["parts_PFn"].stop, dtype=self.dtype, device=device)
         self.views = {name: self.vector[spans[name]].view(shape) for name, shape in layout.shapes().items()}
         self._parts_PFn, self._states_FSn = self.views["parts_PFn"], self.views["states_FSn"]
-        self._single_G2n, self._gradient_max_n = self.views["single_G2n"], self.views["gradient_max_n"]
+        self._gradient_max_n = self.views["gradient_max_n"]
         self.decay_5n = self.views["decay_5n"]  # see decay.decay_sums
         both = slice(spans["headroom_2nB"].start, spans["movement_nB"].stop)
         self._histograms_3nB = self.vector[both].view(3, rows, HEADROOM_BINS)
-        both = slice(spans["meant_GGn"].start, spans["arrived_GGn"].stop)
-        self.products_2GGn = self.vector[both].view(2, GROUPS, GROUPS, rows)
-        # the way: sums of what was intended and applied, in groups of steps; of single steps the sums of both products
-        kept = samples if are_whole or whole_n1 is not None else samples // 2
-        self.kept = kept = kept if has_way else 0
+        if layout.has_way:  # not so on the host: `HostSums`
+            both = slice(spans["meant_GGn"].start, spans["arrived_GGn"].stop)
+            self.products_2GGn = self.vector[both].view(2, GROUPS, GROUPS, rows)
         self.way_G2nK = zeros(GROUPS, 2, rows, kept, dtype=torch.float32, device=device)
         self.state_way_2SnK = zeros(2, states, rows, -(-kept // THIN), dtype=torch.float32, device=device)
         # dot, want of rows read whole
@@ -97,8 +99,8 @@ class DeviceSums:
 
     def merge_parts(self, rows: slice) -> None:
         """Make two parts of some rows one, all of which are in use; the second half is free then."""
-        half = PARTS // 2
         parts_PFn = self._parts_PFn[..., rows]
+        half = len(parts_PFn) // 2
         merged_PFn = torch.unflatten(parts_PFn, 0, (half, 2)).sum(1)
         parts_PFn[:half].copy_(merged_PFn)
         parts_PFn[half:].zero_()
@@ -135,7 +137,7 @@ class DeviceSums:
         for slot in merged(slots, lambda slot: slot.group):
             if self.kept:
                 self.way_G2nK[slot.group][:, slot.rows].add_(_total(values_4RK[:2, :, : self.kept], slot, 1))
-                self._single_G2n[slot.group][:, slot.rows].add_(_total(kept_FR[: WANT + 1], slot))
+                self.views["single_G2n"][slot.group][:, slot.rows].add_(_total(kept_FR[: WANT + 1], slot))
         for slot in merged(slots):
             largest_n, here_Tn = self._gradient_max_n[slot.rows], _piece(largest_R, slot)
             torch.maximum(largest_n, here_Tn[0] if slot.steps == 1 else here_Tn.amax(0), out=largest_n)

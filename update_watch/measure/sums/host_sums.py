@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from update_watch.formats import BF16, Format
 from update_watch.measure.sums.added_steps import AddedSteps, Slot, merged
 from update_watch.measure.sums.device_sums import THIN, DeviceSums
 from update_watch.measure.sums.layout import (
@@ -37,14 +38,20 @@ from update_watch.measure.sums.layout import (
     WANT,
     WANTED,
     F,
+    Layout,
 )
+from update_watch.report import HEADROOM_BINS, HEADROOM_LOW, PLACES
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 
 class HostSums(DeviceSums):
-    """Adds without torch, but for the headroom."""
+    """Adds without torch, but for logarithms."""
+
+    def layout(self, parts: int) -> Layout:
+        """See `DeviceSums.layout`; without a way there is no place for what is made of it."""
+        return super().layout(parts)._replace(has_way=self.kept > 0)
 
     def add(self, added: AddedSteps) -> None:
         """See `DeviceSums.add`."""
@@ -91,7 +98,7 @@ class HostSums(DeviceSums):
             for slot in slots:
                 views["states_FSn"][..., slot.rows] += _total(found_FSR, slot)
         if added.looks:
-            self._add_headroom(added, torch.from_numpy(values_4rk[0]))
+            self._count_headroom(added, values_4rk[0], views)
 
     def _weighed(self, values_4rk: Array, weights: _Weights) -> tuple[Array, Array]:
         """[F, R] sums over what is counted, and [2, R] the first two over what is kept."""
@@ -119,6 +126,40 @@ class HostSums(DeviceSums):
         for slot in merged(slots):
             elements_2nK[:, slot.rows] += _total(products_2rk, slot, 1)
             both_3n[:, slot.rows] += _total(squares_3R, slot)
+
+    def _count_headroom(self, added: AddedSteps, intended_rk: Array, views: dict[str, npt.NDArray[Any]]) -> None:
+        """See `DeviceSums._add_headroom`."""
+        before_rk, weights_R2J, slots = added.before_ARK[0].numpy(), added.weights_R2J, added.looked
+        first = slots[0].start
+        rows_in_all = slots[-1].stop - first
+        found_3RB = np.zeros((3, rows_in_all, HEADROOM_BINS))
+        found_RQ, what_if_2R = np.zeros((rows_in_all, PLACES)), np.zeros((2, rows_in_all))
+        for rows, fmt, octaves in added.looks:
+            wide_rk, n = intended_rk[rows], rows.stop - rows.start
+            w_rk, d_rk = before_rk[rows].astype(np.float32), wide_rk.astype(np.float32)
+            headroom_rk = _headroom(w_rk, d_rk, fmt)
+            wanted_rk, energy_rk = (wide_rk != 0).astype(np.float64), np.square(wide_rk) * 4.0**-octaves
+            if weights_R2J is not None:
+                cells_nJ1 = weights_R2J[rows].numpy().reshape(n, -1, 1)
+                for counted_rk in (energy_rk, wanted_rk) if added.are_drawn else (energy_rk,):
+                    by_cells = counted_rk.reshape(*cells_nJ1.shape[:2], -1)
+                    by_cells *= cells_nJ1
+            inside = slice(rows.start - first, rows.stop - first)
+            wanted_nBQ, energy_nBQ = _histograms(headroom_rk, octaves, wanted_rk, energy_rk)
+            found_3RB[1, inside], found_3RB[2, inside] = wanted_nBQ.sum(-1), energy_nBQ.sum(-1)
+            found_RQ[inside] = energy_nBQ.sum(1)
+            found_3RB[0, inside] = found_3RB[1, inside]
+            if octaves:
+                found_3RB[0, inside] = _histograms(headroom_rk, 0.0, wanted_rk)[0].sum(-1)
+            if fmt.mantissa_bits > BF16.mantissa_bits:
+                w, d = torch.from_numpy(w_rk), torch.from_numpy(d_rk)
+                lost_rk = BF16.absorbs(BF16.round(w), d).numpy() * wanted_rk
+                what_if_2R[:, inside] = lost_rk.sum(-1), wanted_rk.sum(-1)
+        histograms_3nB = self._histograms_3nB.numpy()
+        for slot in merged([slot._replace(start=slot.start - first) for slot in slots]):
+            histograms_3nB[:, slot.rows] += _total(found_3RB, slot, 1)
+            views["places_nQ"][slot.rows] += _total(found_RQ, slot, 0)
+            views["what_if_2n"][:, slot.rows] += _total(what_if_2R, slot)
 
     def _of_states(
         self,
@@ -211,6 +252,30 @@ class _Weights(NamedTuple):
             return both_R
         own_R, other_R = sums_RH[..., int(not kept)], sums_RH[..., int(kept)]
         return own_R if self.whole_R is None else own_R + other_R * self.whole_R
+
+
+def _headroom(w_rk: npt.NDArray[np.float32], d_rk: npt.NDArray[np.float32], fmt: Format) -> npt.NDArray[np.float32]:
+    """log2(|d| / half gap), to the bit what `Format.half_gap` and torch make of it."""
+    w, d = w_rk.view(np.int32), d_rk.view(np.int32)
+    # towards zero the gap is that of the FP32 number before, see `Format.half_gap`
+    exponent = ((w & 0x7FFFFFFF) - ((w ^ d) < 0) >> 23) - 127
+    half_gap = np.maximum(exponent, fmt.lowest_exponent).astype(np.float32) - np.float32(fmt.precision)
+    half_gap[exponent == 128] = np.inf
+    # 1e-38: a zero update must not make log2 complain; torch's, since NumPy's differs in the last bit
+    found: npt.NDArray[np.float32] = torch.from_numpy(np.abs(d_rk)).clamp_min_(1e-38).log2_().numpy()
+    found -= half_gap
+    return found
+
+
+def _histograms(headroom_rk: npt.NDArray[np.float32], octaves: float, *counted: Array) -> list[Array]:
+    """[n, HEADROOM_BINS, PLACES] of each of what is counted: by parts of octaves."""
+    n, bins = len(headroom_rk), HEADROOM_BINS * PLACES
+    part = np.floor((headroom_rk - np.float32(octaves + HEADROOM_LOW)) * np.float32(PLACES))
+    # NaN cannot be an index; those rows are reported as broken from their sums
+    index = np.clip(np.nan_to_num(part, copy=False), 0, bins - 1).astype(np.int64)
+    index += np.arange(n)[:, None] * bins
+    found = [np.bincount(index.ravel(), one.ravel(), n * bins) for one in counted]
+    return [one.astype(np.float64, copy=False).reshape(n, HEADROOM_BINS, PLACES) for one in found]
 
 
 def _halves(values_rk: npt.NDArray[Any]) -> npt.NDArray[Any]:

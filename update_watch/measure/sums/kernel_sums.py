@@ -42,10 +42,12 @@ class Kind(NamedTuple):
     has_clusters: bool
     has_way: bool
 
-    def sums(self, way: type[DeviceSums], rows: int, whole_n1: Tensor | None, device: torch.device) -> DeviceSums:
+    def sums(
+        self, way: type[DeviceSums], rows: int, whole_n1: Tensor | None, device: torch.device, parts: int = PARTS
+    ) -> DeviceSums:
         """New ones, empty."""
         shape = self.states, rows, self.samples, device
-        return way(*shape, not self.cells, whole_n1, self.has_clusters, self.has_way)
+        return way(*shape, not self.cells, whole_n1, self.has_clusters, self.has_way, parts)
 
 
 def is_right(device: torch.device, kind: Kind) -> bool:
@@ -103,7 +105,7 @@ class KernelSums(DeviceSums):
         )
         found = (
             *(views["parts_PFn"], views["states_FSn"], views["full_n"], views["gradient_max_n"], self._histograms_3nB),
-            *(views["places_nQ"], views["what_if_2n"], self._single_G2n, views.get("both_3n", nothing)),
+            *(views["places_nQ"], views["what_if_2n"], views["single_G2n"], views.get("both_3n", nothing)),
             *(nothing if self.elements_2nK is None else self.elements_2nK, self.way_G2nK, self.state_way_2SnK),
         )
         compiled_for = {

@@ -31,8 +31,14 @@ F = 12
 # of a state, and the same of its changes towards zero
 STATE_DOT, STATE_WANT, STATE_LOST, STATE_WANTED = range(4)
 STATE_SUMS = 8
-PARTS = 16  # of a window, kept apart: how much the steps differ
+PARTS = 16  # of a window at most, kept apart: how much the steps differ
 GROUPS = 4  # neighbouring steps of a window, whose summed updates are kept apart
+
+
+def parts_for(steps: int) -> int:
+    """Parts of a window in which a tensor is measured in so many steps: one for each, and some for a window that is longer, in
+    which two become one when all are in use; an even number."""
+    return min(steps + steps % 2 + 2, PARTS)
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -49,6 +55,7 @@ class Layout(NamedTuple):
     states: int
     rows: int
     has_clusters: bool
+    has_way: bool = True  # what is made of the kept samples has a place
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The arrays of `WindowSums`, in the order of the vector. Parts that no step has come to yet are at its end."""
@@ -63,13 +70,16 @@ class Layout(NamedTuple):
             "places_nQ": (n, PLACES),
             "what_if_2n": (2, n),
             "decay_5n": (5, n),
-            "single_G2n": (groups, 2, n),
-            "meant_GGn": (groups, groups, n),
-            "arrived_GGn": (groups, groups, n),
-            "cells_3n": (3, n),
-            "evidence_n": (n,),
-            "state_way_2Sn": (2, self.states, n),
         }
+        if self.has_way:
+            shapes |= {
+                "single_G2n": (groups, 2, n),
+                "meant_GGn": (groups, groups, n),
+                "arrived_GGn": (groups, groups, n),
+                "cells_3n": (3, n),
+                "evidence_n": (n,),
+                "state_way_2Sn": (2, self.states, n),
+            }
         if self.has_clusters:
             shapes |= {"both_3n": (3, n), "elements_3n": (3, n)}
         return shapes | {"parts_PFn": (self.parts, F, n)}

@@ -77,7 +77,8 @@ class WindowSums:
         spans = layout.spans()
         if spans["parts_PFn"].stop != flat.size:
             raise ValueError(f"the vector of sums has {flat.size} values, {spans['parts_PFn'].stop} expected")
-        return cls(**{name: flat[spans[name]].reshape(shape) for name, shape in layout.shapes().items()})
+        shapes = layout._replace(has_way=True).shapes()
+        return cls(**{n: flat[spans[n]].reshape(s) if n in spans else np.zeros(s) for n, s in shapes.items()})
 
     @classmethod
     def side_by_side(cls, sums: Sequence[WindowSums]) -> WindowSums:
