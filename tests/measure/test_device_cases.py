@@ -247,8 +247,7 @@ def test_a_window_that_is_flushed_elsewhere_is_closed_on_the_stream_of_its_steps
     mine = Stream()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: mine)
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    step_streams.note(torch.device("cuda:1"))
-    step_streams.note(torch.device("cpu"))
+    step_streams.note([torch.device("cuda:1"), torch.device("cpu")])
     with step_streams.resumed():
         assert used == [mine]
     assert used == [mine, "left"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -87,8 +87,8 @@ class WatchedModel:
         if id(optimizer) in self._parts:
             return
         self._belonging.claim(optimizer, wrapper, self._stepped(outside), self.step)
-        taken, groups = {watched.index for watched in self.watched.values()}, optimizer.param_groups
-        index = next(i for i in range(len(taken) + 1) if i not in taken)
+        groups = optimizer.param_groups
+        index = next(i for i in count() if all(i != other.index for other in self.watched.values()))
         earlier = self._earlier(set(map(id, members_of(optimizer))))
         names, pieces = self._belonging.names, self._belonging.pieces
 
@@ -267,8 +267,7 @@ class WatchedModel:
         with joint_reads.joined():
             self._ledger.after(sheets)
             has_changed = watched.after(measured)
-        for device in watched.devices:
-            self.streams.note(device)
+        self.streams.note(watched.devices)
         return has_changed
 
     # --- windows -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ is somebody else's by then.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -35,11 +36,12 @@ class StepStreams:
     def __init__(self) -> None:
         self._streams: dict[torch.device, Any] = {}
 
-    def note(self, device: torch.device) -> None:
-        """A step with tensors on `device` is running now."""
-        stream = current(device)
-        if stream is not None:
-            self._streams[device] = stream
+    def note(self, devices: Iterable[torch.device]) -> None:
+        """A step with tensors on these devices is running now."""
+        for device in devices:
+            stream = current(device)
+            if stream is not None:
+                self._streams[device] = stream
 
     def resumed(self) -> AbstractContextManager[Any]:
         """A context in which each device's current stream is that of its last step."""
