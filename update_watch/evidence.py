@@ -85,6 +85,7 @@ class TensorEvidence:
     moved: float | None = None  # rms(stored at the end - at the begin) / rms(before); 0: not one sampled bit changed
     unmoved_fraction: float | None = None  # elements whose stored value is at the end what it was at the begin
     is_at_zero: bool = False  # what is written to it sets all elements that are read to 0
+    may_be_zero: bool = False  # beside it: all that is stored may be what steps applied since
     is_master: bool = False  # its optimizer steps a copy of it, from which it must be written
     # the gradients that were looked at, after unscaling and clipping
     gradient_looks: int = 0  # steps in which they were

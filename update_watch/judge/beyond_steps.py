@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from update_watch.evidence import TensorEvidence
+from update_watch.judge import reasons
 from update_watch.judge.accumulators import is_state
 from update_watch.judge.efficiency_grade import grade, known, share
-from update_watch.judge.history import HEALTHY, MOST_WAITED, STALLING, TensorHistory
+from update_watch.judge.history import HEALTHY, MOST_WAITED, STALLING, UNKNOWN, TensorHistory
 from update_watch.judge.no_signal import Verdict, verdict
 from update_watch.judge.number_formats import FULL, SIGNIFICANT_BITS
 from update_watch.judge.seen import Seen
@@ -54,6 +55,8 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
 def _pruned(e: TensorEvidence, history: TensorHistory) -> Verdict:
     """Written by somebody who wants zeros there: frozen where all samples are 0, else the rest of it trains."""
     history.lossy_windows, history.written_step = 0, e.written_step
+    if e.may_be_zero and known(e.stored):
+        return UNKNOWN, Cause.overwritten, reasons.unknown(reasons.set_to_zero())
     return verdict(
         HEALTHY if known(e.stored) else Health.frozen, Cause.overwritten, Seen(dtype=e.dtype, reason=AT_ZERO)
     )

@@ -97,6 +97,13 @@ def remainder_unclear(efficiency: float) -> str:
     )
 
 
+def set_to_zero() -> str:
+    return (
+        "all elements of it that were read are set to exactly 0 again after some steps, as pruning does, and what else is"
+        " stored is too little to tell whether others train"
+    )
+
+
 def no_signal(ratio: float) -> str:
     """`ratio`: of its gradients to those of the run's other tensors."""
     return (

@@ -126,7 +126,7 @@ def not_written(seen: Seen) -> Advice:
     )
 
 
-AT_ZERO = "set to exactly 0 before the next step, as pruning does"
+AT_ZERO = "set to exactly 0 again, as pruning does"
 NOT_AGAIN = "in this window nothing was seen of it, and the next one decides"
 
 

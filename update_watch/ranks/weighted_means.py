@@ -36,6 +36,7 @@ TENSOR_NUMBERS = (
         "written_step",
         "is_master",
         "is_at_zero",
+        "may_be_zero",
         "requires_grad",
     ),
     *("gradient_looks", "gradient_blind", "gradient", "gradient_spread", "copy_changed", "copy_changed_window"),
@@ -137,6 +138,7 @@ def _put_ledger(t: TensorEvidence, means: Means, held: float) -> None:
     means.put("unmoved", t.unmoved_fraction, held)
     means.put("is_master", float(t.is_master), 1.0)
     means.put("is_at_zero", float(t.is_at_zero), weight)
+    means.put("may_be_zero", float(t.may_be_zero), weight)
     means.put("requires_grad", float(t.requires_grad), 1.0)
     means.put("gradient_looks", float(t.gradient_looks), held)
     means.put("gradient_blind", float(t.gradient_blind), held)
@@ -269,6 +271,7 @@ def read_tensor(
         unmoved_fraction=means.get("unmoved"),
         is_master=bool(means.get("is_master")),
         is_at_zero=(means.get("is_at_zero") or 0.0) > 1 - 1e-9,
+        may_be_zero=(means.get("may_be_zero") or 0.0) > 1 - 1e-9,
         gradient_looks=round(means.get("gradient_looks") or 0.0),
         gradient_blind=round(means.get("gradient_blind") or 0.0),
         gradient_rms=_root(means.get("gradient")),

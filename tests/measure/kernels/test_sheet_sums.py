@@ -35,6 +35,10 @@ def steps(count: int, masters: bool, dtype: torch.dtype, seed: int, planted: flo
     for t in range(count):
         if t % 3 == 1:
             held[:, 0] += 0.1 * torch.randn(ELEMENTS, generator=drawn)  # written between
+            held[:, 0, 9], held[:, 2, 2] = 0.0, held[:, 2].amax(-1) - 0.5
+            held[:, 2].clamp_(max=float(held[0, 2, 2]))
+            if seed == 1:
+                held[:, 1] = 2.0
         read[:, t, 0] = held
         held = held + 0.01 * torch.randn(held.shape, generator=drawn)
         held[:, :, 5] = 0.0

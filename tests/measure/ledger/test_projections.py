@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import update_watch as uw
@@ -22,19 +23,20 @@ def adamw(params: Any) -> Optimizer:
 
 
 def run(
-    between: Callable[[Any], Any], model: Net | None = None, rule: Callable[[Any], Optimizer] = adamw
+    between: Callable[[Any], Any], model: Net | None = None, rule: Callable[[Any], Optimizer] = adamw, every: int = 1
 ) -> list[Report]:
-    """The reports of a training with something that is done to the model after every step."""
+    """The reports of a training with something that is done to the model after every step, or after every so many."""
     reports: list[Report] = []
     model = model or Net()
     optimizer = rule(model.parameters())
     with uw.watch(model, optimizer, window=WINDOW, sinks=[reports.append]):
-        for x in batches(4 * WINDOW):
+        for t, x in enumerate(batches(max(4 * WINDOW, 3 * every)), 1):
             model.zero_grad()
             backward(model, x)
             optimizer.step()
-            with torch.no_grad():
-                between(model)
+            if t % every == 0:
+                with torch.no_grad():
+                    between(model)
     return reports
 
 
@@ -88,4 +90,74 @@ def test_what_a_grid_takes_is_seen_behind_the_jump_onto_it(maximize: bool) -> No
             p.copy_(p.to(torch.float8_e4m3fn))
 
     report = run(put, rule=lambda params: torch.optim.SGD(params, lr=1e-6, maximize=maximize))[2]
+    assert {t.name: t.cause for t in report.tensors} == {t.name: Cause.overwritten for t in report.tensors}
+
+
+# --- after every so many steps ---------------------------------------------------------------------
+
+
+def masks(model: nn.Module, kept: float) -> list[Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    return [(torch.rand(p.shape, generator=rng) < kept).float() for p in model.parameters()]
+
+
+def prune(kept: float) -> tuple[Net, Callable[[Any], Any]]:
+    """A net of few weights, and what holds all others at 0."""
+    model = Net()
+    of_all = masks(model, kept)
+
+    def between(model: nn.Module) -> None:
+        for p, mask in zip(model.parameters(), of_all, strict=True):
+            p.mul_(mask)
+
+    with torch.no_grad():
+        between(model)
+    return model, between
+
+
+@pytest.mark.parametrize("every", [2, 5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kept", [0.5, 0.1, pytest.param(0.02, marks=pytest.mark.slow)])
+def test_weights_that_are_pruned_again_after_some_steps_are_not_overwritten(kept: float, every: int) -> None:
+    model, between = prune(kept)
+    reports = run(between, model, every=every)
+    for report in reports:
+        for t in report.tensors:
+            assert t.health not in (Health.stalled, Health.stalling), (report.step, t)
+            assert t.cause is None or "set to exactly 0 again" in t.advice
+    assert not [alert for report in reports for alert in report.alerts]
+
+
+@pytest.mark.parametrize("every", [2, 5, pytest.param(50, marks=pytest.mark.slow)])
+def test_weights_that_are_clipped_after_some_steps_are_not_overwritten(every: int) -> None:
+    for bound in (0.005, 0.03):
+        for rule in (adamw, lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)):
+            reports = run(
+                lambda model, c=bound: [p.clamp_(-c, c) for p in model.parameters() if p is not model.norm.weight],
+                rule=rule,
+                every=every,
+            )
+            assert not [
+                (t.name, t.advice) for report in reports for t in report.tensors if t.cause is Cause.overwritten
+            ]
+
+
+def test_a_tensor_of_which_all_is_set_to_0_after_some_steps_is_no_all_clear() -> None:
+    reports = run(lambda model: model.leave.weight.zero_(), every=4)
+    for report in reports[1:]:
+        t = named(report, "leave.weight")
+        assert (t.health, t.cause) == (Health.unknown, Cause.overwritten)
+        assert "set to exactly 0 again" in t.advice
+    assert not [alert for report in reports for alert in report.alerts]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_pruned_weights_that_are_loaded_again_and_again_are_overwritten(every: int) -> None:
+    model, _ = prune(0.5)
+    first = copy.deepcopy(list(model.parameters()))
+
+    def load(model: nn.Module) -> None:
+        for p, old in zip(model.parameters(), first, strict=True):
+            p.copy_(old)
+
+    report = run(load, model, every=every)[-1]
     assert {t.name: t.cause for t in report.tensors} == {t.name: Cause.overwritten for t in report.tensors}

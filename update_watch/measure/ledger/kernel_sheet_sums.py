@@ -15,8 +15,9 @@ from update_watch.measure.ledger.sheet_sums import COLUMNS, TURN, SheetSums
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _works: dict[torch.device, bool] = {}
-_STEPS = ("begin_2NE", "last_2NE", "first_NE", "applied_2NE", "writes_2N", "squares_2N", "signature_N", "last_write_N")
-_END = (*_STEPS[:3], "set_out_NE", *_STEPS[3:6], "earlier_N", *_STEPS[6:], "gradients_2n")
+_READ, _SUMMED = ("begin_2NE", "last_2NE", "first_NE"), ("applied_2NE", "written_2NE", "writes_2N", "squares_2N")
+_STEPS = (*_READ, *_SUMMED, "signature_N", "last_write_N")
+_END = (*_READ, "set_out_NE", *_SUMMED, "earlier_N", "signature_N", "last_write_N", "gradients_2n")
 
 
 def check(device: torch.device) -> None:

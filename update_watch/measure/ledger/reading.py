@@ -20,7 +20,7 @@ from update_watch.measure.sampling import VARIED
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 _PART = 1e-4  # of what was applied: less of it says nothing
-_AT_BOUNDS = 1 / 3  # the same of elements at no bound: the others are clipped, and these may have been a step before
+_AT_BOUNDS = 1 / 8  # the same of elements at no bound: of 16 more than two, which may have come there together
 _UNDOING = -1.0  # what was written is twice what was applied: it does something else than to take that back
 _FEW = 4  # elements
 _OFTEN = 4  # writes of a window, from which on it tells by itself how far a tensor got,
@@ -64,11 +64,8 @@ class _Entry:
 
     @property
     def is_at_zero(self) -> bool:
-        """All that is read was 0 before the last step: then all of it counts as free (they are equal), and nothing of what was
-        applied lies along them.
-        """
-        s, square = self.sums, self.sums["square"]
-        return s["own_writes"] > 0 and square > 0 and s["free_square"] == square == s["across_square"]
+        """All that moves of what is read is only ever written to 0."""
+        return 0 < self.sums["span_zero_square"] == self.sums["span_square"]
 
     def travelled(self) -> float | None:
         """How far it got in the span, in what the steps from one write to the next can move it by: all in one direction.
@@ -225,9 +222,12 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
     else:
         # what is written once in a window, or in some, may be a checkpoint: that it comes again shows over the span
         found["written_steps"] = int(s["own_writes"])
+        found["is_at_zero"] = entry.is_at_zero
+        found["may_be_zero"] = (t.update_ratio or 0.0) * len(window.run_steps) >= s["own_writes"]
         kept, error = _lowest(entry.kept(prefix) for prefix in ("", "span_"))
+        if entry.is_at_zero:
+            kept = 0.0
         if kept is not None:
-            found["is_at_zero"] = entry.is_at_zero
             went = any((place, entry.writes) in elsewhere for place in _around(t.name, 3))
             found["travelled"] = entry.travelled()
             found["undone_fraction"] = 0.0 if went else min(max(1 - kept, 0.0), 1.0)

@@ -12,7 +12,7 @@ import triton.language as tl
 from update_watch.measure.device.bf16_rounding import rounded_to_bf16
 
 # one compiled kernel for all sheets: neither sizes nor where the arrays happen to begin are looked at
-_ARRAYS = "begin last first applied writes squares signature last_write copy_steps"
+_ARRAYS = "begin last first applied put writes squares signature last_write copy_steps"
 _SIZES = "n members first_full last_full"
 
 
@@ -26,6 +26,15 @@ def rounded(values, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     return values
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def place_of(before, between):  # type: ignore[no-untyped-def]
+    """Where what was written put each element, as `sheet_sums` has it."""
+    low, high = tl.min(before, 0), tl.max(before, 0)
+    from_below, from_above = (before == low) & (between > 0), (before == high) & (between < 0)
+    place = tl.where(from_below | from_above, tl.where(low == high, 2.0, 3.0), 4.0)
+    return tl.where(between != 0, tl.where(before == 0, 1.0, place), 0.0)
+
+
 @triton.jit(do_not_specialize=f"read read_masters {_ARRAYS} {_SIZES} steps waiting gaps is_new_window".split())  # type: ignore[untyped-decorator]
 def add_steps(  # type: ignore[no-untyped-def]
     read,  # [T, 2, n, E]
@@ -34,6 +43,7 @@ def add_steps(  # type: ignore[no-untyped-def]
     last,
     first,
     applied,
+    put,
     writes,
     squares,
     signature,
@@ -63,6 +73,7 @@ def add_steps(  # type: ignore[no-untyped-def]
     )
     sines, latest, copies = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
     before, after = held, held
+    places = tl.zeros((E,), tl.float32)
     for t in range(waiting):
         at = (t * 2 * n + of_run) * E + e
         before = tl.load(read + at, mask=(row + e * 0) < n, other=0.0)
@@ -83,6 +94,7 @@ def add_steps(  # type: ignore[no-untyped-def]
         step_squares += tl.sum(step * step, 0)
         written += tl.sum(between * between, 0)
         wrote = tl.max((between != 0).to(tl.int32), 0).to(tl.float32)
+        places = tl.maximum(places, place_of(before, between))
         number = (steps + 1 + t).to(tl.float32)
         count += wrote
         latest = tl.maximum(latest, wrote * number)
@@ -94,6 +106,8 @@ def add_steps(  # type: ignore[no-untyped-def]
     tl.store(last + next_side + here, after)
     tl.store(applied + here, tl.load(applied + here) + sums)
     tl.store(applied + next_side + here, tl.load(applied + next_side + here) + sums)
+    tl.store(put + here, tl.maximum(tl.load(put + here), places))
+    tl.store(put + next_side + here, tl.maximum(tl.load(put + next_side + here), places))
     tl.store(squares + row, tl.load(squares + row) + step_squares)
     tl.store(squares + members + row, tl.load(squares + members + row) + written)
     tl.store(writes + row, tl.load(writes + row) + count)
@@ -105,11 +119,9 @@ def add_steps(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def put_products(out, n, applied, begin, held, now):  # type: ignore[no-untyped-def]
-    """The first seven columns, and <D, D>, of one tensor."""
-    low, high = tl.min(held, 0), tl.max(held, 0)
-    is_free = (held != 0) & (held != low) & (held != high)
-    is_free = tl.where(low == high, held == held, is_free).to(tl.float32)
+def put_products(out, n, applied, put, begin, held, now):  # type: ignore[no-untyped-def]
+    """The first eight columns of one tensor."""
+    is_free = ((put != 1.0) & (put != 3.0)).to(tl.float32)
     moved = now - begin
     product, square = moved * applied, applied * applied
     dot, want = tl.sum(product, 0), tl.sum(square, 0)
@@ -123,8 +135,9 @@ def put_products(out, n, applied, begin, held, now):  # type: ignore[no-untyped-
     tl.store(out + 2 * n, tl.sum(spread * spread, 0))
     tl.store(out + 3 * n, tl.sum(product * is_free, 0))
     tl.store(out + 4 * n, tl.sum(square * is_free, 0))
-    tl.store(out + 5 * n, tl.sum(moved * across, 0))
-    tl.store(out + 6 * n, tl.sum(across * across, 0))
+    tl.store(out + 5 * n, tl.sum(square * (put == 1.0).to(tl.float32), 0))
+    tl.store(out + 6 * n, tl.sum(moved * across, 0))
+    tl.store(out + 7 * n, tl.sum(across * across, 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -143,6 +156,7 @@ def end_window(  # type: ignore[no-untyped-def]
     first,
     set_out,
     applied,
+    put,
     writes,
     squares,
     earlier,
@@ -169,23 +183,24 @@ def end_window(  # type: ignore[no-untyped-def]
     held, now = tl.load(last + here), tl.load(last + next_side + here)
     held_own, now_own = tl.load(last + of_own), tl.load(last + next_side + of_own)
     out += row
-    # the window's eleven, the span's eleven
+    # the window's twelve, the span's twelve
     for i in tl.static_range(2):
-        side, columns = i * next_side, out + i * 11 * n
+        side, columns = i * next_side, out + i * 12 * n
         begun, begun_own = tl.load(begin + side + here), tl.load(begin + side + of_own)
-        put_products(columns, n, tl.load(applied + side + of_own), begun_own, held_own, now_own)
+        applied_own, put_own = tl.load(applied + side + of_own), tl.load(put + side + of_own)
+        put_products(columns, n, applied_own, put_own, begun_own, held_own, now_own)
         moved = now - begun
-        tl.store(columns + 7 * n, tl.sum(moved * moved, 0))
-        tl.store(columns + 8 * n, tl.load(writes + i * members + row))
+        tl.store(columns + 8 * n, tl.sum(moved * moved, 0))
+        tl.store(columns + 9 * n, tl.load(writes + i * members + row))
         if HAS_MASTERS:
             if i == 0:  # from before the first step
-                put_copies(columns + 9 * n, n, tl.load(first + here), held, tl.load(first + of_own), held_own, KIND)
+                put_copies(columns + 10 * n, n, tl.load(first + here), held, tl.load(first + of_own), held_own, KIND)
             else:
-                put_copies(columns + 9 * n, n, begun, held, begun_own, held_own, KIND)
+                put_copies(columns + 10 * n, n, begun, held, begun_own, held_own, KIND)
         else:
-            tl.store(columns + 9 * n, 0.0)
             tl.store(columns + 10 * n, 0.0)
-    out += 22 * n
+            tl.store(columns + 11 * n, 0.0)
+    out += 24 * n
     step_square = tl.load(squares + row)
     tl.store(out, step_square)
     tl.store(out + n, step_square - tl.load(earlier + row))
@@ -225,6 +240,7 @@ def end_window(  # type: ignore[no-untyped-def]
         if has_set_out == 0:
             tl.store(set_out + at * E + e, tl.load(last + at * E + e))
         tl.store(applied + at * E + e, tl.zeros((E,), tl.float32))
+        tl.store(put + at * E + e, tl.zeros((E,), tl.float32))
         tl.store(writes + at, 0.0)
         tl.store(squares + members + at, 0.0)
     if is_full:

@@ -1,6 +1,7 @@
 """What a sheet of the ledger adds up: sums of the open window, and of a span of some windows with the same elements.
 
-Elements at a bound (0, or the smallest or largest) are summed apart: clipping and pruning write them.
+Elements that are only ever written to a bound (0, or the smallest from below, the largest from above) are summed apart:
+clipping and pruning do that, whether after each step or after some.
 
 Legend: n tensors, N of them and their masters, E elements of each, T steps that wait to be added up, 2: of the open window,
 of the span.
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from update_watch.measure.ledger.blocks import ELEMENTS
 
-_SUMS = ("dot", "square", "spread", "free_dot", "free_square", "across_dot", "across_square")
+_SUMS = ("dot", "square", "spread", "free_dot", "free_square", "zero_square", "across_dot", "across_square")
 _OF_BOTH = (*_SUMS, "moved", "writes", "due", "copied")
 # what leaves the device per tensor, sums over its elements: D what it moved by, A the sum of what steps applied
 COLUMNS = (
-    # <D, A>, <A, A>, spread of <D, A>; of elements at no bound; of the part of A across the weights: all of the master where
-    # there is one. <D, D>; steps it was written before; <R, R>, <D, R> with R what the master moved by, rounded
+    # <D, A>, <A, A>, spread of <D, A>; of elements at no bound; <A, A> of those at 0; of the part of A across the weights: all
+    # of the master where there is one. <D, D>; steps it was written before; <R, R>, <D, R> with R what the master moved by,
+    # rounded
     *_OF_BOTH,
     *(f"span_{name}" for name in _OF_BOTH),
     *("span_step_square", "step_square"),  # sums over the span's and the window's steps of <A, A> of each
@@ -38,6 +40,8 @@ COLUMNS = (
     # begin, values that differ from each other if all of them are values of BF16
     *("copy_steps", "copy_window", "coarse"),
 )
+# where writes put an element, the largest of all of them; 0: nobody wrote. FILLED: where all others are put
+AT_ZERO, FILLED, AT_BOUND, FREE = 1.0, 2.0, 3.0, 4.0
 TURN = 12.9898  # sines of multiples of it are as good as different for each step
 
 
@@ -59,6 +63,7 @@ class SheetSums:
             "first_NE": (members, ELEMENTS),  # before the window's first step
             "set_out_NE": (members, ELEMENTS),  # before the last step of the span's first window
             "applied_2NE": (2, members, ELEMENTS),
+            "written_2NE": (2, members, ELEMENTS),  # AT_ZERO and so on
             "writes_2N": (2, members),
             # sums of squares: of what steps applied, over the span; of what was written, in the window
             "squares_2N": (2, members),
@@ -89,7 +94,7 @@ class SheetSums:
         if not self._has_set_out:
             v["set_out_NE"].copy_(v["last_2NE"][0])
             self._has_set_out = True
-        for sums in (v["applied_2NE"][0], v["writes_2N"][0], v["squares_2N"][1]):
+        for sums in (v["applied_2NE"][0], v["written_2NE"][0], v["writes_2N"][0], v["squares_2N"][1]):
             sums.zero_()
         if self.full is not None:
             v["copy_steps_n"].zero_()
@@ -143,6 +148,9 @@ class SheetSums:
         v["squares_2N"].add_(moved_2TNE.square().sum((1, 3)))
         wrote_TN = between_TNE.ne(0).any(-1)
         v["writes_2N"].add_(wrote_TN.sum(0))
+        if self.device.type != "cpu" or bool(wrote_TN.any()):
+            put_NE = _put(before_TNE, between_TNE).amax(0)
+            torch.maximum(v["written_2NE"], put_NE, out=v["written_2NE"])
         # made on the device: nothing is copied to it
         first = self.steps + 1
         step_T1 = torch.arange(first, first + T, device=self.device, dtype=torch.float32).unsqueeze(1)
@@ -157,12 +165,12 @@ class SheetSums:
         v, n = self.views, self.rows
         applied_2NE, begin_2NE = v["applied_2NE"], v["begin_2NE"]
         held_NE, now_NE = v["last_2NE"]  # the former: after whatever is written between steps
-        low_N1, high_N1 = held_NE.amin(-1, keepdim=True), held_NE.amax(-1, keepdim=True)
-        free_NE = (held_NE.ne(0) & held_NE.ne(low_N1) & held_NE.ne(high_N1)) | low_N1.eq(high_N1)
+        free_2NE = v["written_2NE"].ne(AT_ZERO) & v["written_2NE"].ne(AT_BOUND)
         length_N1 = held_NE.square().sum(-1, keepdim=True)
         moved_2NE = now_NE - begin_2NE
         products_22NE = torch.stack([moved_2NE * applied_2NE, applied_2NE.square()], 1)  # <D, A>, <A, A>
-        sums_22N, free_22N = products_22NE.sum(-1), (products_22NE * free_NE).sum(-1)
+        sums_22N, free_22N = products_22NE.sum(-1), (products_22NE * free_2NE.unsqueeze(1)).sum(-1)
+        zero_2N = (products_22NE[:, 1] * v["written_2NE"].eq(AT_ZERO)).sum(-1)
         share_2N = torch.where(sums_22N[:, 1] > 0, sums_22N[:, 0] / sums_22N[:, 1], 0.0)
         spread_2N = (products_22NE[:, 0] - share_2N.unsqueeze(-1) * products_22NE[:, 1]).square().sum(-1)
         along_2N1 = (applied_2NE * held_NE).sum(-1, keepdim=True) / length_N1
@@ -175,7 +183,7 @@ class SheetSums:
         copies = [self._compare_copies(begin_NE) for begin_NE in (v["first_NE"], begin_2NE[1])]
         rows: list[Tensor] = []
         for i in (0, 1):
-            rows += [row[-n:] for row in (*sums_22N[i], spread_2N[i], *free_22N[i], *across_22N[i])]
+            rows += [row[-n:] for row in (*sums_22N[i], spread_2N[i], *free_22N[i], zero_2N[i], *across_22N[i])]
             rows += [moved_2N[i], v["writes_2N"][i], *copies[i]]
         squares_N, written_N = v["squares_2N"]
         own = [row[-n:] for row in (v["writes_2N"][1], moved_2N[1], way_NE.square().sum(-1), squares_N)]
@@ -212,3 +220,13 @@ class SheetSums:
     def _nothing_n(self) -> Tensor:
         """Zeros: no steps of copies are counted where they are asked for."""
         return self.views["copy_steps_n"] if self.full is None else torch.zeros(self.rows, device=self.device)
+
+
+def _put(before_TNE: Tensor, between_TNE: Tensor) -> Tensor:
+    """[T, N, E] where what was written put each element. At a bound is what only ever comes to it from beyond."""
+    low_TN1, high_TN1 = torch.aminmax(before_TNE, dim=-1, keepdim=True)
+    low_TNE = before_TNE.eq(low_TN1) & between_TNE.gt(0)
+    high_TNE = before_TNE.eq(high_TN1) & between_TNE.lt(0)
+    bound_TN1 = torch.where(low_TN1.eq(high_TN1), FILLED, AT_BOUND)
+    place_TNE = torch.where(low_TNE | high_TNE, bound_TN1, FREE)
+    return torch.where(before_TNE.eq(0), AT_ZERO, place_TNE) * between_TNE.ne(0)
