@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -166,3 +167,24 @@ def test_other_threads_never_rest(clock: Clock) -> None:
     assert list(unhurried(range(ITEMS))) == list(range(ITEMS))
     rest()
     assert clock.rests == 0 and clock.now == 0
+
+
+def test_what_is_handed_over_last_is_waited_for_unless_something_before_it_is_stuck() -> None:
+    stuck, handled = threading.Event(), list[str]()
+
+    def handle(item: str) -> None:
+        if item == "stuck":
+            stuck.wait(20)
+        time.sleep(0.05)
+        handled.append(item)
+
+    free = Worker("test", handle)
+    free.stop("last", timeout=10.0)
+    assert handled == ["last"]
+    held = Worker("test", handle)
+    held.put("stuck")
+    begin = time.monotonic()
+    held.stop("after it", timeout=10.0)
+    assert time.monotonic() - begin < 5.0
+    stuck.set()
+    assert held.wait(10.0) and handled == ["last", "stuck", "after it"]

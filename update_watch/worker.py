@@ -96,10 +96,14 @@ class Worker:
         return reached.wait(timeout)
 
     def stop(self, *last: Any, timeout: float = 0.0) -> None:
-        """End the thread once it has handled what was put before, and `last`; that is waited for `timeout` seconds."""
+        """End the thread once it has handled what was put before, and `last`.
+
+        `last` is waited for `timeout` seconds, where it has its turn at once: who has waited for what is before it knows enough.
+        """
+        is_next = self._line.waiting == 0
         for item in last:
             self.put(item)
-        if timeout:
+        if timeout and is_next:
             self.wait(timeout)
         self._line.jobs.put(None)
 
