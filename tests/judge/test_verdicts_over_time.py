@@ -374,6 +374,24 @@ def test_overwriting_that_is_seldom_stays_told_over_a_window_without_it() -> Non
     assert [t.health for t in unseen] == [Health.stalled] * 4
 
 
+def test_what_is_put_back_where_there_are_hardly_gradients_is_unknown_till_it_is_seen_to_stay() -> None:
+    often = {**UNDONE, "written_steps": 100, "written_step": 50}
+    of_few, of_many = (tensor(**often, zero_gradient_fraction=zeros) for zeros in (0.99, 0.9))
+    assert [t.health for t in verdicts(of_many, of_many)] == [Health.stalled] * 2
+    stays = tensor(net_efficiency=1.0, zero_gradient_fraction=0.99)
+    found = verdicts(of_few, of_few, tensor(net_efficiency=None), stays, stays)
+    assert [t.health for t in found] == [*[Health.unknown] * 4, Health.healthy]
+    assert "99% of its gradients are 0" in found[0].advice and "nothing was seen of it" in found[2].advice
+
+
+def test_that_it_was_put_back_is_remembered_over_a_resume() -> None:
+    often = tensor(**UNDONE, written_steps=100, written_step=50, zero_gradient_fraction=0.99)
+    first, second = Diagnosis(Thresholds()), Diagnosis(Thresholds())
+    first.judge(window(often))
+    second.load_state_dict(first.state_dict())
+    assert second.judge(window(tensor(net_efficiency=None))).tensors[0].health is Health.unknown
+
+
 def test_momentum_that_gets_lost_after_the_last_gradient_is_no_stall() -> None:
     ended = {
         "zero_gradient_fraction": 1.0,

@@ -20,6 +20,7 @@ _FURTHER = 1.5  # than all steps between two writes in one direction; both ends 
 UNDONE = 0.8  # of what the steps applied: Lookahead takes back half by design, ranks that average more
 
 
+_SIGNAL = 1 / 16  # of the gradients: the ledger reads so few elements that it may have missed all of these
 _PATIENCE = 8  # times as many windows as the first copy was waited for
 
 
@@ -47,6 +48,9 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
         return None
     if is_undone and not _is_again(e, history):  # a checkpoint may have been loaded, or a layer begun anew
         return None
+    if is_undone and (share(e.zero_gradient_fraction) or 0.0) > 1 - _SIGNAL:
+        history.net_grade = UNKNOWN
+        return UNKNOWN, Cause.overwritten, reasons.unknown(reasons.few_with_gradients(share(e.zero_gradient_fraction)))
     history.net_grade = health
     cause = Cause.overwritten if is_undone else Cause.not_copied_back
     return verdict(health, cause, Seen(dtype=e.dtype, net=net, written_step=e.written_step))
@@ -56,6 +60,7 @@ def _pruned(e: TensorEvidence, history: TensorHistory) -> Verdict:
     """Written by somebody who wants zeros there: frozen where all samples are 0, else the rest of it trains."""
     history.lossy_windows, history.written_step = 0, e.written_step
     if e.may_be_zero and known(e.stored):
+        history.net_grade = UNKNOWN
         return UNKNOWN, Cause.overwritten, reasons.unknown(reasons.set_to_zero())
     return verdict(
         HEALTHY if known(e.stored) else Health.frozen, Cause.overwritten, Seen(dtype=e.dtype, reason=AT_ZERO)
@@ -78,6 +83,8 @@ def _still(e: TensorEvidence, before: Health, history: TensorHistory) -> Verdict
     if known(e.net_efficiency) is not None:  # the next window like this acquits
         history.lossy_windows = 0
     history.net_grade = before
+    if before is UNKNOWN:
+        return UNKNOWN, Cause.overwritten, reasons.unknown(reasons.was_put_back())
     cause = Cause.not_copied_back if e.is_master else Cause.overwritten
     return verdict(before, cause, Seen(dtype=e.dtype, reason=NOT_AGAIN))
 

@@ -30,6 +30,7 @@ one that moves is judged by its numbers and keeps the cause, and what moves it i
 | 18 | what the steps applied is undone before the next, more than once; told for one window more | stalled, stalling | overwritten |
 |    | the same by setting it to exactly 0, as pruning does; frozen where all samples are 0 | healthy, frozen | overwritten |
 |    | and all that is stored may be what was applied since | unknown | overwritten |
+|    | it is undone where it was read, and nearly all gradients are 0 | unknown | overwritten |
 |    | the master moves, and not one bit of the model's tensor does | stalled | not_copied_back |
 | 19 | state factor outside its band in two windows running | stalling | state_rounding |
 | 20 | none of these | healthy | |

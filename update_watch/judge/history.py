@@ -142,7 +142,9 @@ class TensorHistory:
         self.drift: list[float] = []  # displacement efficiencies of the latest windows with evidence
         self.proven = False  # a displacement has shown that its updates arrive
         self.bad_state_windows = 0  # in a row with a state factor outside the band
-        self.net_grade = HEALTHY  # of what is left of the applied updates at a window's end
+        self.net_grade = (
+            HEALTHY  # of what is left of the applied updates at a window's end; unknown where it may be no loss
+        )
         # in a row in which they were undone; below 0 so many windows are waited for the next copy of masters
         self.lossy_windows = 0
         self.written_step: int | None = None  # the last at which that was seen
@@ -209,7 +211,7 @@ class TensorHistory:
         history.drift = [_number(value) for value in _items(data["drift"])]
         history.proven = bool(data["proven"])
         history.bad_state_windows = _count(data["bad_state_windows"])
-        history.net_grade = _grade(data["net_grade"])
+        history.net_grade = _grade(data["net_grade"], (*GRADES, UNKNOWN))
         history.lossy_windows = _count(data["lossy_windows"], -MOST_WAITED)
         history.written_step = None if data["written_step"] is None else _count(data["written_step"])
         history.zero_looks = _count(data["zero_looks"])
@@ -258,8 +260,8 @@ def _optional(value: Any) -> float | None:
     return None if value is None else _number(value)
 
 
-def _grade(value: Any) -> Health:
+def _grade(value: Any, grades: tuple[Health, ...] = GRADES) -> Health:
     grade = Health(value)
-    if grade not in GRADES:
+    if grade not in grades:
         raise ValueError(f"{value!r} is not a grade")
     return grade

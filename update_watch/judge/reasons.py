@@ -104,6 +104,18 @@ def set_to_zero() -> str:
     )
 
 
+def few_with_gradients(zeros: float | None) -> str:
+    """`zeros`: share of its gradients that are 0."""
+    return (
+        f"what its steps apply is put back before the next where it was read, but {percent(zeros or 0.0)} of its gradients"
+        " are 0, and those few elements that have one may be left alone, as textual inversion does"
+    )
+
+
+def was_put_back() -> str:
+    return "where it was read, what its steps apply was put back before; in this window nothing was seen of it"
+
+
 def no_signal(ratio: float) -> str:
     """`ratio`: of its gradients to those of the run's other tensors."""
     return (
