@@ -21,7 +21,11 @@ _BESIDE = f"{RUN_SECTION}_facts"
 
 def _place(run: wandb.Run) -> str:
     if run not in _PLACES:
-        is_users = RUN_SECTION in run.config and not getattr(run, "resumed", False)  # else an earlier process wrote it
+        found = run.config.get(RUN_SECTION)
+        is_ours = found is None or (
+            getattr(run, "resumed", False) and isinstance(found, Mapping)
+        )  # of an earlier process
+        is_users = not is_ours or _BESIDE in run.config
         _PLACES[run] = _BESIDE if is_users else RUN_SECTION
     return _PLACES[run]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import wandb
 
+from tests.support.wandb.loopback import API_KEY, ENTITY, LoopbackServer
 from tests.support.wandb.samples import OfflineRun, sample_report
 from update_watch.dashboards.wandb.sink import WandbSink
 from update_watch.worker import Sinks
@@ -43,6 +44,30 @@ def test_a_section_of_that_name_in_the_users_configuration_stays_as_it_is(start_
     config = OfflineRun(run).config
     assert config["update_watch"] == users and config["lr"] == 0.1
     assert config["update_watch_facts"] == {"window": 128, "samples": 256}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("users", [None, {"window": 9}])
+def test_a_run_that_is_resumed_has_its_facts_where_they_were(tmp_path: Path, users: Any) -> None:
+    with LoopbackServer() as server:
+        settings = wandb.Settings(
+            base_url=server.url, api_key=API_KEY, console="off", silent=True, x_disable_stats=True, init_timeout=20
+        )
+        config = {} if users is None else {"update_watch": users}
+        for resume, window, step in (("allow", 64, 128), ("must", 32, 200)):
+            run = wandb.init(
+                project="p", entity=ENTITY, dir=tmp_path, settings=settings, id="r", resume=resume, config=config
+            )
+            sink = WandbSink(run)
+            sink.describe({"window": window})
+            sink(sample_report(step))
+            run.finish()
+            assert run.resumed == (resume == "must")
+        found = {key: value["value"] for key, value in server.run.config.items() if key.startswith("update_watch")}
+        assert found == (
+            {"update_watch": {"window": 32}} if users is None else {**config, "update_watch_facts": {"window": 32}}
+        )
+        assert [row["trainer/global_step"] for row in server.history if "update_watch/efficiency" in row] == [128, 200]
 
 
 def test_two_watches_in_one_run_are_told_once_that_their_rows_are_mixed(

@@ -154,8 +154,20 @@ class LoopbackServer:
     def _server_features_query(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
 
-    def _run_resume_status(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {"model": None}
+    def _run_resume_status(self, v: dict[str, Any]) -> dict[str, Any]:
+        run = self.runs.get(v["name"])
+        if run is None:
+            return {"model": None}
+        counts = {"logLineCount": 0, "historyLineCount": len(run.history), "eventsLineCount": 0}
+        tails = {"historyTail": json.dumps([json.dumps(row) for row in self.history[-1:]]), "eventsTail": "[]"}
+        texts = {
+            "summaryMetrics": json.dumps(run.summary),
+            "config": json.dumps(run.config),
+            "wandbConfig": json.dumps({"t": {"value": 1}}),
+        }
+        bucket = {"id": _global_id("Run", run.name), "name": run.name, "displayName": run.name, "tags": []}
+        model = {"id": "project", "name": run.project, "entity": {"id": "entity", "name": ENTITY}}
+        return {"model": {**model, "bucket": {**bucket, **counts, **tails, **texts}}}
 
     def _upsert_bucket(self, v: dict[str, Any]) -> dict[str, Any]:
         inserted = v["name"] not in self.runs
