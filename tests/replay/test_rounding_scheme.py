@@ -20,6 +20,7 @@ PLAIN = {
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "rmsprop": lambda p: torch.optim.RMSprop(p),
     "adagrad": lambda p: torch.optim.Adagrad(p),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
 }
 
 
@@ -39,6 +40,31 @@ def test_the_kahan_buffer_is_found_where_it_is_in_use(kahan: bool) -> None:
     optimizer = optimi.AdamW(_params(torch.bfloat16), lr=1e-3, kahan_sum=kahan)
     expected = Scheme("carried:kahan_comp", "kahan_comp") if kahan else Scheme("plain")
     assert find_scheme(optimizer, 0, torch.bfloat16, 1) == expected
+
+
+class _Growing(torch.optim.SGD):
+    """Its steps grow by a sixth each time; `holds`: what the weight cannot hold is kept in its state."""
+
+    holds = False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state.setdefault("size", torch.tensor(group["lr"])).mul_(7 / 6)
+                rest = state.setdefault("rest", torch.zeros_like(p))
+                exact = p.float() - state["size"] * p.grad.float() + (rest.float() if self.holds else 0.0)
+                p.copy_(exact)
+                rest.copy_(exact - p.float() if self.holds else rest)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_of_a_rule_whose_steps_grow_the_small_ones_tell(holds: bool) -> None:
+    optimizer = _Growing(_params(torch.bfloat16), lr=0.01)
+    optimizer.holds = holds
+    found = find_scheme(optimizer, 0, torch.bfloat16, 2)
+    assert (found == Scheme("plain")) != holds
 
 
 class _Stochastic(torch.optim.SGD):

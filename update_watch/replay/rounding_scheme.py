@@ -26,6 +26,8 @@ _SMALLER, _LARGER = 1 / 8, 3.0
 _ELEMENTS = 256
 _STAYS_BEHIND = 0.3  # share of the FP32 displacement
 _KEEPS_UP = 0.6
+_SMALL, _FAR, _MOST = 0.9, 1.2, 0.9  # steps, and ways, in half gaps; share of the elements that came as far
+_GROWTH = 1000.0  # of steps, where a sum of all gradients grows by _STEPS: of a rule with step sizes of its own (Rprop)
 _ON_THE_PATH = 0.05  # distance to the FP32 path, as a share of the displacement: other states may be rounded as well
 _NEARER = 0.5  # distance of what is whole to the path, as a share of that of the weight alone
 
@@ -117,21 +119,32 @@ def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: fl
     random = RandomStates(torch.device("cpu"))
     draws = False
     first_moves = 0.0
+    fmt = formats.of(dtype)
+    assert fmt is not None
+    early = start, start  # both weights while steps have been small
+    are_small = True
+    first_step = latest_step = 0.0  # rms of the FP32 weight's steps, but for a factor
     for step in range(_STEPS):
-        before = low.param.detach().clone()
+        before, behind = low.param.detach().clone(), full.param.detach().clone()
         low.step(grad)
         if step < 8:
             first_moves += float(low.param.detach().ne(before).float().mean())
             draws = draws or random.have_moved()
         full.step(grad)
+        now = full.param.detach()
+        latest_step = float((now - behind).norm())
+        first_step = first_step or latest_step
+        are_small = are_small and bool(((now - behind).abs() < _SMALL * fmt.half_gap(start, now - behind)).all())
+        if are_small:
+            early = low.param.detach().float().clone(), now.clone()
     reference = full.param.detach() - start
     size = float(reference.square().sum())
     if not size > 0 or not torch.isfinite(reference).all():
         return _LARGER
-    fmt = formats.of(dtype)
-    assert fmt is not None
     if float((reference.abs() < 2 * fmt.half_gap(start, reference)).float().mean()) > 0.5:
         return _LARGER
+    if not are_small and latest_step > _GROWTH * first_step and _stayed_behind(start, *early, fmt):
+        return Scheme("plain")
     stored = low.param.detach().float()
     share = float(((stored - start) * reference).sum()) / size
     alone = _distance(stored - start, reference)
@@ -155,6 +168,14 @@ def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: fl
     # what is carried comes when there is a gap of it; a weight that strays further is not the one intended
     strays = (stored - start - reference).abs() > 2 * fmt.ulp(stored)
     return Scheme("unknown" if bool(strays.any()) else "carried")
+
+
+def _stayed_behind(start: Tensor, low: Tensor, full: Tensor, fmt: formats.Format) -> bool:
+    """Whether hardly any of what small steps came to arrived, of a rule whose steps grow (Rprop): large ones arrive anyhow."""
+    way = full - start
+    if float((way.abs() > _FAR * fmt.half_gap(start, way)).float().mean()) < _MOST:
+        return False
+    return float(((low - start) * way).sum()) < _STAYS_BEHIND * float(way.square().sum())
 
 
 def _ways(state: Tensor, dtype: torch.dtype) -> list[Join]:
