@@ -55,6 +55,8 @@ def test_no_line_of_the_verdict_breaks_within_a_number_and_no_column_is_empty():
     reason = re.findall(r'<p class="reason">(.*?)</p>', page, re.S)[0]
     assert re.search(r'learning rate <span class="whole">\d[.\d]*e-\d</span>', reason)
     assert "whole" in reason and not re.search(r"\de-\d", re.sub(r'<span class="whole">.*?</span>', "", reason))
+    assert re.search(r'<span>learning rate now <span class="whole">\d[.\d]*e-\d</span></span>', page)
+    assert re.search(r'\(now <span class="whole">', re.findall(r'<ol class="findings">(.*?)</ol>', page, re.S)[0])
     hostile = history_of([dataclasses.replace(hostile_run()[0], headline=HOSTILE)])
     assert HOSTILE not in render_html([hostile]).split('id="data"')[0]
     cases = re.findall(r'aria-label="What each change would give.*?</table>', page, re.S)[0]
