@@ -212,6 +212,22 @@ def test_an_empty_journal_of_ours_is_none(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_journal_that_cannot_be_written_costs_the_training_nothing_and_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code = f"{TRAINS}\nprint('sum', float(m.weight.float().sum()))"
+    alone = subprocess.run(
+        [sys.executable, "-c", f"import torch; torch.manual_seed(0)\n{code}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    options = ("--journal", "file/run.jsonl")
+    run = watched(tmp_path, sys.executable, "-c", f"import torch; torch.manual_seed(0)\n{code}", options=options)
+    assert run.returncode == 0 and run.stdout == alone.stdout
+    assert "is tried again with every window" in run.stderr and "Traceback" not in run.stderr
+    assert "could not be handed to Journal" in run.stderr and "or it could not be written" in run.stderr
+
+
 def test_models_of_two_threads_are_watched_and_none_is_trained_unseen(tmp_path: Path) -> None:
     code = """
 import threading, torch

@@ -111,7 +111,8 @@ def _last(journal: Path) -> tuple[str, Report] | None:
 
 def _say(journals: Sequence[Path], begun: int, last: Mapping[Path, tuple[str, Report]], report: Path | None) -> None:
     if not journals:
-        nothing = "training ended before anything was kept" if begun else "no step of a torch optimizer was seen"
+        ended = "training ended before anything was kept, or it could not be written,"
+        nothing = ended if begun else "no step of a torch optimizer was seen"
         sys.stderr.write(f"update-watch: {nothing} in the processes of this command\n")
         return
     for journal, (name, found) in last.items():
