@@ -348,7 +348,7 @@ def as_window(made: list[Step], fmt: Format = BF16, **fields: float) -> Window:
     facts = CohortFacts(given, sizes, states, [fields.get("lr")] * N)
     names = ("exp_avg", "exp_avg_sq")
     of_all = SumsWindow(((part, sums.layout(parts)),), names, lambda: facts)
-    cohort = CohortWindow(of_all, counted(made), len(made), (0, 0), slice(0, N))
+    cohort = CohortWindow(of_all, lambda: counted(made), len(made), (0, 0), slice(0, N))
     return Window(len(made), len(made), (cohort,), (), {f"t{i}": N - i for i in range(N)}, 1.0)
 
 

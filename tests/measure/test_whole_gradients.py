@@ -75,7 +75,7 @@ def test_of_many_suspects_the_small_ones_are_looked_at_in_every_step(monkeypatch
         for p in params:
             p.grad = torch.full_like(p, float("nan") if p is params[3] and t == 4 else 0.0)
         params[1].grad = None
-        looked.look(sums)
+        looked.look(lambda: sums)
     assert looked.looks_n.tolist() == [0, 10, 0, 10]
     assert sums.views["touched_n"].ne(0).tolist() == [False, False, False, True]
     # the large one is not waited for; the one that nobody suspects is known from the three steps it was measured in

@@ -269,19 +269,22 @@ class Cohort:
         self.gathers.settle()
         return self.gathers.widened(self.gathers.after(None), False)[0, :, :kept].float()
 
-    def counted_steps(self, group_steps: list[int], gradients: WholeGradients) -> Steps:
-        """The steps behind the sums. `group_steps`: of the window, by group."""
-        with_gradient_n = 1 - self._gradless_n / max(self.steps, 1)
-        parts = self.parts
-        window_Gn = np.outer(group_steps, with_gradient_n)
-        count_P, squares_P = self._rates_2P[:, :parts]
+    def counted_steps(self, group_steps: list[int], gradients: WholeGradients) -> Callable[[], Steps]:
+        """The steps behind the sums; made on the background thread. `group_steps`: of the window, by group."""
+        rates_2P, gradless_n, live_Pn, live_Gn = self._rates_2P, self._gradless_n, self._live_Pn, self._live_Gn
+        parts, measured, looks_n = self.parts, self.steps, gradients.looks_n[self.place]
+        blind_n = gradients.blind(self.place, measured)
         kinds = self._is_whole_n, self._is_plain_n
-        rates_P = squares_P / np.maximum(count_P, 1)
-        looks_n, blind_n = gradients.looks_n[self.place], gradients.blind(self.place, self.steps)
-        steps = Steps(
-            self._live_Pn[:parts].astype(np.float64), self._live_Gn, window_Gn, looks_n, rates_P, *kinds, blind_n
-        )
-        return steps if len(self.firsts) == len(self.rows) else steps.of(self.firsts)
+
+        def made() -> Steps:
+            with_gradient_n = 1 - gradless_n / max(measured, 1)
+            window_Gn = np.outer(group_steps, with_gradient_n)
+            count_P, squares_P = rates_2P[:, :parts]
+            rates_P = squares_P / np.maximum(count_P, 1)
+            steps = Steps(live_Pn[:parts].astype(np.float64), live_Gn, window_Gn, looks_n, rates_P, *kinds, blind_n)
+            return steps if len(self.firsts) == len(self.rows) else steps.of(self.firsts)
+
+        return made
 
     @property
     def parts(self) -> int:

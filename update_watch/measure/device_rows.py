@@ -98,7 +98,8 @@ class DeviceRows:
         if kernel_sums.is_right(self.device, self._kind):
             self._way, self._enough = kernel_sums.KernelSums, _ENOUGH_FOR_KERNEL
             kernel_sheet_sums.check(self.device)
-        self.sums = self._no_sums()
+        self._sums: DeviceSums | None = None
+        self._decay_5n: Tensor | None = None  # of the windows before
         self.tensors = [cohort.rows[i] for cohort in self.cohorts for i in cohort.firsts]  # of each its first row
         ordered = [row for cohort in self.cohorts for row in cohort.rows]
         are_sampled = [not row.is_whole and row.is_first for row in ordered]
@@ -106,15 +107,25 @@ class DeviceRows:
         self.gradients = WholeGradients([row.param for row in ordered], are_sampled)
         self._now: tuple[Tensor, Tensor, Tensor] | None = None  # the step that is running, where it cannot wait
 
-    def _no_sums(self) -> DeviceSums:
-        return self._kind.sums(self._way, self._rows, self._whole_n1, self.device, self._parts)
+    @property
+    def sums(self) -> DeviceSums:
+        """Of the open window; made when they are asked for: of many panels they would take most of a window's end."""
+        if self._sums is None:
+            self._sums = self._kind.sums(self._way, self._rows, self._whole_n1, self.device, self._parts)
+            if self._decay_5n is not None:
+                self._sums.decay_5n.copy_(self._decay_5n)
+        return self._sums
 
     # --- in the step -----------------------------------------------------------------------------
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether measured steps are still to be added."""
-        return bool(self._waiting)
+    def waiting(self) -> int:
+        """Measured steps that are still to be added."""
+        return len(self._waiting)
+
+    def look(self) -> None:
+        """In every step, before the rule runs: at whole gradients."""
+        self.gradients.look(lambda: self.sums)
 
     def before(self, cohort: Cohort, group: int) -> Measured:
         """Gather, see `Cohort.before`."""
@@ -126,8 +137,8 @@ class DeviceRows:
             self._now = self._replayed([(cohort, snapshot)])
         return cohort, snapshot
 
-    def after(self, measured: Measured) -> None:
-        """Gather what was stored; add what waits, if it is enough."""
+    def after(self, measured: Measured, adds: bool = True) -> None:
+        """Gather what was stored; add what waits, if it is enough and it `adds` itself."""
         cohort, snapshot = measured
         cohort.after(snapshot)
         now, self._now = self._now, None
@@ -137,7 +148,7 @@ class DeviceRows:
             return
         self._waiting.append(measured)
         rows = sum(len(waiting.rows) for waiting, _ in self._waiting)
-        if len(self._waiting) >= self._most or rows * self._samples >= self._enough:
+        if adds and (len(self._waiting) >= self._most or rows * self._samples >= self._enough):
             self.add()
 
     def add(self) -> None:
@@ -275,9 +286,8 @@ class DeviceRows:
 
     def open_window(self) -> None:
         """Start new sums."""
-        old, self.sums = self.sums, self._no_sums()
         # a decay far below one step of the format shows only over many windows: they are pooled, the old ones less
-        torch.mul(old.decay_5n, _DECAY_MEMORY, out=self.sums.decay_5n)
+        self._decay_5n, self._sums = torch.mul(self.sums.decay_5n, _DECAY_MEMORY), None
         self.gradients.open_window()
         for cohort in self.cohorts:
             cohort.open_window()

@@ -229,7 +229,7 @@ class Watched:
                 self.shadow.before()
             self.accumulation.before(self._open_rows)
         for block in self._plan_of.open:
-            block.gradients.look(block.sums)
+            block.look()
         self._measured = []
         if not self.cohorts or (is_replayed and not self._can_be_replayed):
             return self._measured
@@ -246,10 +246,9 @@ class Watched:
         """Add the step, just after the rule has run. Returns as `pass_by`."""
         is_open = measured is self._measured  # else the window was closed within the step
         try:
-            for cohort, snapshot in measured if is_open else ():
-                if self._is_replayed:
-                    cohort.take_gradients(snapshot)
-                self._plan_of.home[cohort].after((cohort, snapshot))
+            for cohort, snapshot in measured if is_open and self._is_replayed else ():
+                cohort.take_gradients(snapshot)
+            self._plan_of.after(measured if is_open else (), self.window_steps)
         except Exception as error:
             self._leave_out(error)
         self._measured = []
@@ -297,7 +296,7 @@ class Watched:
     @property
     def is_waiting(self) -> bool:
         """Whether measured steps are still to be added."""
-        return any(block.is_waiting for block in self._plan_of.open)
+        return any(block.waiting for block in self._plan_of.open)
 
     # --- at the end of a window --------------------------------------------------------------------
 

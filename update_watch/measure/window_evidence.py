@@ -60,7 +60,7 @@ class CohortWindow:
     """A cohort's closed window on its way to the background thread."""
 
     of_all: SumsWindow
-    steps: Steps
+    count: Callable[[], Steps]  # made on the background thread
     window_steps: int
     owner: tuple[int, ...]  # cohorts of one owner are measured in other steps of one window
     place: slice  # of its rows among those of the sums
@@ -68,6 +68,11 @@ class CohortWindow:
     draw_from: Callable[[frozenset[int]], None] | None = None  # told the rows that few elements carry
     firsts: tuple[int, ...] = ()  # rows of `place` at which tensors begin; (): each is one
     usual: UsualSizes = dataclasses.field(default_factory=UsualSizes)  # the cohort's, of the windows before
+
+    @functools.cached_property
+    def steps(self) -> Steps:
+        """Those that were measured."""
+        return self.count()
 
     def tell(self, suspects: Mask, uneven: Mask) -> None:
         """Have whole gradients looked at, and tensors read where what moves is. [n] its tensors each."""

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from update_watch.measure.cohort import Cohort
 from update_watch.measure.device.turns import MOST_TURNS, turns_of
-from update_watch.measure.device_rows import DeviceRows
+from update_watch.measure.device_rows import DeviceRows, Measured
 from update_watch.measure.parameters import Row
 from update_watch.measure.row_facts import KnownFacts, WindowFacts
 from update_watch.measure.sampling import local
@@ -30,6 +30,7 @@ FEW = 320  # tensors, up to which all take turns in every window: 40 in a step
 _AT_ONCE = 32  # tensors of a panel that are looked at in one step
 _PER_STEP = 8  # tensors that are looked at in a step, in the mean: a few looks at many cost less than many looks at few
 _LEAST, _MOST = 32, 256  # tensors of a panel
+_WAITING = 8  # steps' measurements that wait, of several panels
 
 
 class Plan:
@@ -72,6 +73,7 @@ class Plan:
         for panel, block in enumerate(self.blocks if cycle else ()):
             self.panel_of.update({id(row.param): panel for cohort in block.cohorts for row in cohort.rows})
         self.roster: Roster[Cohort] = Roster(everybody, window, rng, by_panel, cycle)
+        self._window = window
         self._facts: dict[Hashable, KnownFacts] = {}  # of the tensors of several blocks
 
     @property
@@ -84,6 +86,28 @@ class Plan:
     def open_rows(self) -> list[Row]:
         """The rows of these."""
         return [row.of or row for block in self.open for cohort in block.cohorts for row in cohort.rows if row.is_first]
+
+    # --- in the step -----------------------------------------------------------------------------
+
+    def after(self, measured: Sequence[Measured], steps: int) -> None:
+        """Gather what was stored, and add steps that wait. `steps`: of the window, before this one.
+
+        Of several panels so many in each step as are measured, the fullest first: all at once would take three times what
+        the other steps do. Towards the window's end less and less may wait for it.
+        """
+        opened = self.open
+        for cohort, snapshot in measured:
+            self.home[cohort].after((cohort, snapshot), adds=len(opened) == 1)
+        if len(opened) == 1 or not measured:
+            return
+        waiting = sum(block.waiting for block in opened)
+        left = min(max(self._window - steps - 1, 0), MOST_TURNS)
+        share = waiting / max(math.ceil(left / 2), 1) if left < MOST_TURNS else waiting / _WAITING
+        for block in sorted(opened, key=lambda block: -block.waiting):
+            if share <= 0 or not block.waiting:
+                break
+            share -= block.waiting
+            block.add()
 
     # --- at the end of a window --------------------------------------------------------------------
 

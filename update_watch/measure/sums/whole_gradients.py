@@ -9,7 +9,7 @@ Legend: n rows (parameters).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -49,14 +49,15 @@ class WholeGradients:
         self._told[start] = frozenset(start + i for i in rows)
         self._version += 1
 
-    def look(self, sums: DeviceSums) -> None:
-        """In every step that is looked at, before the rule runs."""
+    def look(self, give: Callable[[], DeviceSums]) -> None:
+        """In every step that is looked at, before the rule runs. `give`: the sums, if there is anything to add to them."""
         self.steps += 1
         if self._seen != self._version:
             self._seen = self._version
             self._choose()
         if not self._every:
             return
+        sums = give()
         if self._of is not sums:
             self._of, self._places = sums, [sums.views["touched_n"][i] for i in self._every]
         grads, places = [], []
