@@ -16,6 +16,7 @@ import update_watch as uw
 from bench.overhead import Operators
 from update_watch.measure.cohort import Cohort, Snapshot
 from update_watch.measure.device.panels import FEW
+from update_watch.measure.device_rows import DeviceRows
 from update_watch.measure.step_order import Roster
 from update_watch.report import Cause, Health, Report
 from update_watch.watching import attention
@@ -257,3 +258,28 @@ def test_the_panels_of_a_window_are_judged_as_one_block() -> None:
             watch._judge._handle = judge
     panels = FEW // WINDOW
     assert calls[2 * FEW + 1] - calls[FEW + 1] <= 600 * panels  # as a block of its own each took 2,400
+
+
+def test_in_each_step_about_as_much_is_added_as_is_measured_and_little_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    training, window, added, waiting = Training(1000), 128, [0], []
+    add = DeviceRows.add
+
+    def counted(block: DeviceRows) -> None:
+        added[-1] += block.waiting
+        add(block)
+
+    monkeypatch.setattr(DeviceRows, "add", counted)
+    named = list(zip(training.names, training.params, strict=True))
+    with uw.watch(named, training.optimizer, window=window, budget=None) as watch:
+        (watched,) = watch._model.watched.values()
+        blocks, in_a_step = watched._plan_of.blocks, len(watched.cohorts) / 8
+        for _ in range(window):
+            training.steps(1)
+            waiting.append(sum(block.waiting for block in blocks))
+            added.append(0)
+            watch._judge.wait()
+    assert len(blocks) > 4 and sum(added) == window * in_a_step
+    # each once four steps of it wait, which is for all panels at about the same time: four times as much in some steps
+    assert max(added) <= 3 * in_a_step and max(waiting) <= 4 * in_a_step
+    # at the window's end what its last step has measured, and hardly more
+    assert added[window - 1] <= 2 * in_a_step and waiting[-1] == 0
