@@ -74,6 +74,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._judge = Worker("judging", self._attention.beside(self._judge_window))
         self._post = Worker("sink", self._attention.beside(Sinks(list(sinks), lambda: self._ranks.rank == 0)))
         self._tap = StepTap(self._before, self._after, self._fail, graphs.say_captured, self._wants, self._passed)
+        self._tap.spend = self._attention.spend
         self._discovery = Discovery(self._model, self._tap, self._attach)
         put = lambda window: self._ranks.is_joining or self._judge.put(window)  # noqa: E731
         self._silence = Silence(self._model, window, put, self._discovery, lambda: self._tap.enabled)
@@ -141,24 +142,17 @@ class Watch(run_journal.Shown, memory.Remembering):
 
     def _wants(self, optimizer: Optimizer) -> bool:
         """Whether to look at the step that begins: not while another thread closes the watch, as nobody would report it."""
-        started = time.perf_counter()
         self._silence.end()
         watched = self._model.stepping(optimizer)
-        looks = not self._closed and (watched is None or self._attention.looks(id(optimizer), watched.window_steps))
-        if not looks:
-            self._attention.spend(time.perf_counter() - started)
-        return looks
+        return not self._closed and (watched is None or self._attention.looks(id(optimizer), watched.window_steps))
 
     def _passed(self, optimizer: Optimizer) -> None:
         """A step is over that was not looked at."""
-        started = time.perf_counter()
         watched = self._model.stepping(optimizer)
         if watched is not None and self._model.pass_by(watched):
             self._attention.wake()
-        self._attention.spend(time.perf_counter() - started)
 
     def _before(self, optimizer: Optimizer) -> Any:
-        started = time.perf_counter()
         self._tap.mend(self._model.renew)
         outside = self._tap.outside(optimizer)
         watched = self._model.stepping(optimizer, outside)
@@ -167,19 +161,15 @@ class Watch(run_journal.Shown, memory.Remembering):
         if self._attention.may_close(watched.window_step):  # one that was waited for did not step
             self._close_window()
         watched.is_resting = not self._attention.is_full
-        seen = watched, self._model.before(watched, outside)
-        self._attention.spend(time.perf_counter() - started)
-        return seen
+        return watched, self._model.before(watched, outside)
 
     def _after(self, optimizer: Optimizer, snapshot: Any) -> None:
         if snapshot is None:
             return
-        started = time.perf_counter()
         watched, measured = snapshot
         self._attention.saw(self._model.after(watched, measured))
         if self._model.is_full(watched, self.window) and self._attention.may_close(watched.window_steps):
             self._close_window()
-        self._attention.spend(time.perf_counter() - started)
 
     def replayed(self, *optimizers: Any) -> AbstractContextManager[None]:
         """Put it around the replay of a CUDA graph that steps of these optimizers (none given: of all) were captured in."""

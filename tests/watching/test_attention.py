@@ -21,8 +21,10 @@ WINDOW = 128
 class Simulated:
     """Steps of `step` s with a watch whose looks, window ends and judging take so long."""
 
-    def __init__(self, step: float, budget: float | None = 0.01, window: int = WINDOW, **options: Any) -> None:
-        self.now = 100.0
+    def __init__(
+        self, step: float, budget: float | None = 0.01, window: int = WINDOW, unseen: float = 5e-6, **options: Any
+    ) -> None:
+        self.now, self.unseen = 100.0, unseen
         self.attention = Attention(budget, window, clock=lambda: self.now, **options)
         self.step, self.window_steps, self.windows = step, 0, 0
         self.spent: list[float] = []  # per step
@@ -38,7 +40,7 @@ class Simulated:
             looks = {False} if rests else {self.attention.looks(key, self.window_steps) for key in range(optimizers)}
             assert len(looks) == 1
             look = looks.pop()
-            spent += self._spend(1e-3 if look else 5e-6)
+            spent += self._spend(1e-3 if look else self.unseen)
             for _ in range(optimizers if look else 0):
                 self.attention.saw()
             self.window_steps += 1
@@ -102,7 +104,7 @@ def test_all_of_the_first_steps_are_seen_though_every_tensor_has_a_verdict(windo
 
 def test_what_did_not_stay_in_one_window_wakes_for_another() -> None:
     run = Simulated(0.02)
-    run.take(900)
+    run.take(8000)
     assert sum(run.looked[-40:]) < 40
     run.attention.judged(report(True, net=0.1))
     run.take(200)
@@ -135,13 +137,38 @@ def test_steps_are_seen_in_bursts_and_windows_wait_for_a_fourth_of_theirs() -> N
 
 def test_a_changed_verdict_wakes_for_a_window_and_not_again_before_it_is_paid_for() -> None:
     run = Simulated(0.02)
-    run.take(700)
+    run.take(8000)
     run.attention.judged(report(True, "stalled"))
     run.take(200)
     assert all(run.looked[-190:-80])
     run.attention.judged(report(True))
     run.take(100)
     assert sum(run.looked[-90:]) == 0
+
+
+def test_steps_that_pass_unseen_leave_something_for_looks() -> None:
+    """Where they cost more than the budget of a step they would take all of it, and nothing were seen again."""
+    run = Simulated(0.005, unseen=80e-6)
+    run.take(12000)
+    looked = [1e-3 * look for look in run.looked[1000:]]
+    assert sum(looked) == pytest.approx(0.5 * 0.01 * 0.005 * len(looked), rel=0.3) and run.windows > 4
+
+
+def test_a_window_that_has_been_open_for_long_is_not_the_one_seen_in_full() -> None:
+    """It ends with the first step that is looked at."""
+    run = Simulated(0.02)
+    run.take(8000)
+    for _ in range(2000):
+        if run.window_steps > WINDOW and run.attention.wake():
+            break
+        run.take(1)
+    else:
+        pytest.fail("no window was open for long")
+    run.take(200)
+    assert "x" * (WINDOW // 2) in "".join("x" if look else "." for look in run.looked[-200:])
+    assert sum(run.looked[-200:]) < WINDOW + 24
+    run.take(200)
+    assert sum(run.looked[-200:]) < 24
 
 
 def test_what_the_first_windows_owe_is_paid_before_a_window_is_seen_in_full() -> None:
@@ -152,12 +179,23 @@ def test_what_the_first_windows_owe_is_paid_before_a_window_is_seen_in_full() ->
     assert owed > 0
     assert run.attention._at is not None
     has = run.attention._account + 0.01 * (run.now - run.attention._at)
-    run.attention.spend(owed + has)  # judging the first windows took long
+    run.attention._account -= owed + has  # judging the first windows took long
     run.attention.judged(report(True, "stalled"))
     run.take(60)
     assert sum(run.looked[-60:]) == 0
     run.take(2000)
-    assert "x" * (3 * WINDOW // 4) in "".join("x" if look else "." for look in run.looked[-2000:])
+    text = "".join("x" if look else "." for look in run.looked[-2000:])
+    assert "x" * 16 in text and "x" * 24 not in text  # a whole window would be a tenth of what the run takes
+
+
+@pytest.mark.parametrize("step", [0.005, 0.013, 0.05, 0.3])
+def test_the_budget_is_held_where_verdicts_change_again_and_again(step: float) -> None:
+    run = Simulated(step)
+    for k in range(60):
+        run.take(50)
+        run.attention.judged(report(True, "stalled" if k % 2 else "healthy"))
+    assert run.share(1000) < 0.012 and (run.share(1000) > 0.008 or all(run.looked[1000:]))
+    assert "x" * 16 in "".join("x" if look else "." for look in run.looked[1000:])
 
 
 def test_optimizers_that_step_in_turn_agree() -> None:

@@ -35,6 +35,11 @@ _ENOUGH = 4  # a window ends when this part of its steps was looked at: every fo
 _STAYS = 0.5  # of what was applied
 _SAVINGS = 2.0  # bursts that may be saved up, while training pauses or steps are slow
 _DEBT = 1.0  # bursts that may be unpaid when all steps of a window are looked at: the last one
+# such a window is looked at to its end while no more is unpaid than this part of all that the run has earned: its share stays
+# within a fifth of the budget. At least so many steps are
+_OVERDRAWN, _WOKEN_AT_LEAST = 0.15, 16
+
+_FOR_UNSEEN = 0.5  # of what is earned goes to steps that pass unseen, at most
 
 always = False  # tests: every step, whatever the budget is
 
@@ -56,7 +61,8 @@ class Attention:
         self._window, self._is_exact, self._clock = window, is_exact, clock
         self._round: set[int] = set()  # optimizers that have stepped since the round began
         self._looks = True
-        self._account = 0.0  # s
+        self._account = self._earned = 0.0  # s, now and in the whole run
+        self._spent_unseen = 0.0  # s, in steps since the round began
         self._at: float | None = None  # when the round began
         self._burst = 0  # steps left of it
         self._burst_cost = 0.0  # s, of the last whole one
@@ -65,6 +71,7 @@ class Attention:
         self._full = max(FIRST_WINDOWS, -(-FIRST_STEPS // window))
         self._is_woken = False  # something has changed in the open window
         self._seen = 0  # steps, while nothing is drawn yet
+        self._since_woken = 0  # steps looked at
         self._is_first = True  # nothing is drawn yet
         self.observed = 0  # steps of the open window
         self._is_counted = False  # the step of this round
@@ -94,7 +101,11 @@ class Attention:
         steps alone. Less than `looks`, which is asked where this is False."""
         if self._looks or self._full or self._beside or self._has_changed or self._at is None or self._budget is None:
             return False
-        return self._account + self._budget * (self._clock() - self._at) < 0.0 and not self._is_exact()
+        return self._account + self._left_of(self._budget * (self._clock() - self._at)) < 0.0 and not self._is_exact()
+
+    def _left_of(self, earned: float) -> float:
+        """What can be spent on looks: where steps are short those that pass unseen would take all, and nothing be seen any more."""
+        return earned - min(self._spent_unseen, _FOR_UNSEEN * earned)
 
     def _begin_round(self) -> None:
         self._is_counted = False
@@ -104,9 +115,13 @@ class Attention:
         passed, self._at = now - (now if self._at is None else self._at), now
         self._draw_what_was_spent_beside()
         if not self._is_first:
-            self._account += self._budget * passed
+            self._account += self._left_of(self._budget * passed)
+            self._earned += self._budget * passed
+            self._spent_unseen = 0.0
             # a long pause (a validation) does not pay for many looks after it
             self._account = min(self._account, _SAVINGS * self._burst_cost)
+        if self._full and self._is_overdrawn():
+            self._full = 0
         if self._full:
             self._looks = True
         elif self._burst:
@@ -114,22 +129,30 @@ class Attention:
         else:
             if self._looks:
                 self._burst_cost, self._burst_spent = self._burst_spent, 0.0
-            self._looks = self._account >= 0
+            self._looks, self._burst_spent = self._account >= 0, 0.0  # what steps took that passed unseen is no burst's
             self._burst = BURST - 1 if self._looks else 0
+
+    def _is_overdrawn(self) -> bool:
+        """Whether what was woken for costs more than the run can have paid back soon."""
+        has_looked = not self._is_first and self._since_woken >= _WOKEN_AT_LEAST
+        return has_looked and self._account < -_OVERDRAWN * self._earned
 
     def saw(self, has_changed: bool = False) -> None:
         """An optimizer's step was looked at to its end; one that raises is none. `has_changed`: and it was a reason to `wake`."""
         self._is_woken |= has_changed
         self.observed += not self._is_counted  # those that step in turn are one
         self._seen += not self._is_counted
+        self._since_woken += not self._is_counted
         self._is_counted = True
 
     def spend(self, seconds: float) -> None:
         """The watch took `seconds` on the training thread."""
         self._window_spent += seconds
         self._burst_spent += seconds
-        if not self._is_first:
-            self._account -= seconds
+        if self._looks or self._full:
+            self._account -= 0.0 if self._is_first else seconds
+        else:
+            self._spent_unseen += seconds
 
     def beside(self, function: Callable[[Any], None]) -> Callable[[Any], None]:
         """The same function; the processor time of the thread that runs it is counted."""
@@ -171,7 +194,7 @@ class Attention:
         if self._budget is None or self._full:
             return True
         may = self._account >= -_DEBT * self._burst_cost
-        self._full = int(may)
+        self._full, self._since_woken = int(may), 0
         return may
 
     # --- windows -----------------------------------------------------------------------------------
@@ -191,7 +214,8 @@ class Attention:
         with self._lock:
             beside, self._window_beside = self._window_beside, 0.0
         spent, self._window_spent = self._window_spent, 0.0
-        if self._full:
+        # a window that was open for long when it was woken ends with the next step: it is not the one to be seen in full
+        if self._full and (self._is_first or 2 * self._since_woken >= self._window):
             self._full -= 1
             self._is_first = self._is_first and self._full > 0
         if self._is_woken and self._budget is None:

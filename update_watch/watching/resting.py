@@ -6,7 +6,6 @@ and not one. What passes unseen goes through as few as can be; whatever is not p
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from torch.optim import Optimizer
@@ -26,7 +25,7 @@ class Rests:
         self._model, self._attention, self._heard = model, attention, heard
         self._resting: Watched | None = None  # in the step that is running
         tap.rests, tap.rested = self._begins, self._ends
-        hide_from_dynamo(Rests._begins, Rests._ends, Attention.rests, Attention.spend)
+        hide_from_dynamo(Rests._begins, Rests._ends, Attention.rests, Attention._left_of, Attention.spend)
         hide_from_dynamo(WatchedModel.only, Watched.may_rest, Watched.rest, LearningRates.note, as_number)
 
     def _begins(self, optimizer: Optimizer) -> bool:
@@ -38,10 +37,8 @@ class Rests:
         return self._resting is not None
 
     def _ends(self, optimizer: Optimizer) -> None:
-        started = time.perf_counter()
         watched, self._resting = self._resting, None
         if watched is not None:
             self._heard()
             if watched.rest():
                 self._attention.wake()
-            self._attention.spend(time.perf_counter() - started)

@@ -1,7 +1,8 @@
-"""A hook that is registered at an optimizer, and how to silence it where it cannot be removed just now."""
+"""What a tap keeps: hooks that are registered at an optimizer, and how to silence one that cannot be removed just now; steps that run."""
 
 from __future__ import annotations
 
+from types import FrameType
 from typing import Any
 
 from torch.optim import Optimizer
@@ -28,6 +29,17 @@ class Hooked:
 
     def __init__(self, optimizer: Optimizer, pre: Hook, post: Hook) -> None:
         self.optimizer, self.pre, self.post = optimizer, pre, post
+
+
+class RunningStep:
+    """One running step of one optimizer."""
+
+    __slots__ = ("frame", "is_resting", "is_seen", "is_unwanted", "snapshot")
+
+    def __init__(self, frame: FrameType) -> None:
+        self.frame = frame  # of torch's wrapper around `step`: a new one for each call
+        self.is_seen = self.is_unwanted = self.is_resting = False
+        self.snapshot: Any = None
 
 
 def nothing(*_: Any) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -30,7 +31,7 @@ import torch
 from torch.optim import Optimizer
 
 from update_watch.measure.device import streams
-from update_watch.measure.hooks.registered import Hook, Hooked, nothing
+from update_watch.measure.hooks.registered import Hook, Hooked, RunningStep, nothing
 from update_watch.measure.hooks.step_frames import hide_from_dynamo, is_in_step
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.wrappers import unwrap
@@ -72,12 +73,13 @@ class StepTap:
         self.passed = passed  # told of one that was not, when it is over
         self.rests: Callable[[Optimizer], bool] | None = None  # asked before: whether it passes unseen, and
         self.rested: Callable[[Optimizer], Any] | None = None  # this is told of it. Not to be traced
+        self.spend: Callable[[float], Any] = lambda _: None  # told the seconds that each hook took
         self.is_torn = False  # an interrupt has cut off a `before` or `after`: what they keep may be half done
         self.captured = 0  # steps that were recorded in a CUDA graph, not run
         self.error: Exception | None = None
         self._before, self._after, self._on_error, self._on_capture = before, after, on_error, on_capture
         self._hooked: dict[int, Hooked] = {}  # by id; the strong reference in it keeps the id from being reused
-        self._live: dict[int, _Step] = {}
+        self._live: dict[int, RunningStep] = {}
         self._leftover: list[Hook] = []  # replaced by a no-op, still to be removed
         self.lock = threading.RLock()  # held while one of our hooks runs; who closes windows from outside takes it too
         self._depth = 0  # of our hooks on the stack
@@ -85,7 +87,7 @@ class StepTap:
         self._snap = torch.compiler.disable(self._run_before)  # type: ignore[no-untyped-call]  # torch's
         self._begin = torch.compiler.disable(self._run_begin)  # type: ignore[no-untyped-call]
         self._finish = torch.compiler.disable(self._run_after)  # type: ignore[no-untyped-call]
-        hide_from_dynamo(StepTap._pre, StepTap._post, StepTap._tell, streams.is_capturing)
+        hide_from_dynamo(StepTap._pre, StepTap._enter, StepTap._post, StepTap._tell, streams.is_capturing)
 
     def attach(self, optimizer: Any) -> None:
         """See the steps of `optimizer`; wrappers are looked through, one that is attached stays as it is.
@@ -134,7 +136,7 @@ class StepTap:
     def around(self, optimizer: Any) -> Iterator[None]:
         """See, as one step of `optimizer`, what happens inside: the replay of a graph that its step was captured in."""
         opt = unwrap(optimizer)
-        step = _Step(sys._getframe())
+        step = RunningStep(sys._getframe())
         is_seen = self.enabled and id(opt) in self._hooked and not streams.is_capturing()
         if is_seen:
             self._run_before(opt, step)
@@ -173,6 +175,13 @@ class StepTap:
     # --- the hooks: no decorators here, see above ----------------------------------------------------
 
     def _pre(self, opt: Optimizer, args: Any, kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return self._enter(opt, args, kwargs, sys._getframe(1))
+        finally:
+            self.spend(time.perf_counter() - began)
+
+    def _enter(self, opt: Optimizer, args: Any, kwargs: Any, frame: FrameType) -> Any:
         if not self.enabled:
             self._live.pop(id(opt), None)
             return None
@@ -182,10 +191,9 @@ class StepTap:
             if self.captured == 1 and self._on_capture is not None:
                 self._on_capture()
             return None
-        frame = sys._getframe(1)
         if self._is_nested(opt, frame):
             return None
-        step = self._live[id(opt)] = _Step(frame)
+        step = self._live[id(opt)] = RunningStep(frame)
         self._thread = threading.get_ident()
         if self.rests is not None:  # with little code: after a backward pass none of it is in the caches
             try:
@@ -204,7 +212,9 @@ class StepTap:
 
         def observed(*closure_args: Any, **closure_kwargs: Any) -> Any:
             result = closure(*closure_args, **closure_kwargs)
+            began = time.perf_counter()
             self._snap(opt, step)
+            self.spend(time.perf_counter() - began)
             return result
 
         if position:
@@ -214,6 +224,7 @@ class StepTap:
     def _post(self, opt: Optimizer, args: Any, kwargs: Any) -> None:
         step = self._live.get(id(opt))
         if step is not None and step.frame is sys._getframe(1):
+            began = time.perf_counter()
             try:
                 if step.is_resting:
                     self._tell(self.rested, opt)
@@ -221,6 +232,7 @@ class StepTap:
                     self._finish(opt, step)
             finally:  # till then it is the middle of the step
                 self._live.pop(id(opt), None)
+                self.spend(time.perf_counter() - began)
             if not step.is_resting and not self._is_last(opt):
                 self._go_last(opt, step.frame)
 
@@ -252,7 +264,7 @@ class StepTap:
             frame = frame.f_back
         return False
 
-    def _run_begin(self, opt: Optimizer, step: _Step, is_later: bool) -> None:
+    def _run_begin(self, opt: Optimizer, step: RunningStep, is_later: bool) -> None:
         """Ask about a step that begins, and look at it. `is_later`: when its closure has run."""
         step.is_unwanted = self._is_unwanted(opt)
         if not step.is_unwanted and not is_later and self._is_last(opt):
@@ -274,7 +286,7 @@ class StepTap:
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
 
-    def _run_before(self, opt: Optimizer, step: _Step) -> None:
+    def _run_before(self, opt: Optimizer, step: RunningStep) -> None:
         if step.is_seen or self.error is not None:
             return
         step.is_seen = True  # before the call: a closure called again must not try again
@@ -288,7 +300,7 @@ class StepTap:
             self.is_torn = True
             raise
 
-    def _run_after(self, opt: Optimizer, step: _Step) -> None:
+    def _run_after(self, opt: Optimizer, step: RunningStep) -> None:
         if step.is_unwanted:
             self._tell(self.passed, opt)
             return
@@ -333,14 +345,3 @@ class _Inside(PlainTorch):
     def undo(self) -> None:
         super().undo()
         self._tap._depth = self._depth
-
-
-class _Step:
-    """One running step of one optimizer."""
-
-    __slots__ = ("frame", "is_resting", "is_seen", "is_unwanted", "snapshot")
-
-    def __init__(self, frame: FrameType) -> None:
-        self.frame = frame  # of torch's wrapper around `step`: a new one for each call
-        self.is_seen = self.is_unwanted = self.is_resting = False
-        self.snapshot: Any = None
