@@ -201,7 +201,7 @@ class InHooks:
 
     def __enter__(self) -> InHooks:
         self.seconds = 0.0
-        self._hooks = {name: getattr(StepTap, name) for name in ("_ask", "_run_before", "_run_after")}
+        self._hooks = {name: getattr(StepTap, name) for name in ("_run_begin", "_run_after")}
         for name, hook in self._hooks.items():
             setattr(StepTap, name, self._timed(hook))
         return self
