@@ -282,3 +282,5 @@ def test_a_master_counts_only_where_the_weight_is_its_own() -> None:
     master = torch.tensor([1.003, 1.02, -2.99, 0.0, 0.5])
     joined = Scheme("", "", Join.master).joined(weight, master, formats.BF16)
     assert joined.tolist() == pytest.approx([1.003, 1.0, -2.99, 0.0, 0.0])
+    late = Scheme("", "", Join.master, is_late=True).joined(weight, master, formats.BF16)
+    assert late.tolist() == pytest.approx([1.003, 1.02, -2.99, 0.0, 0.5])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.measure.ledger.test_masters_inside import HoldsMasters
 from update_watch.replay.rounding_scheme import Join, Scheme, find_scheme
 
 
@@ -112,6 +113,12 @@ def test_stochastic_rounding_is_recognised() -> None:
 def test_masters_in_the_state_are_named() -> None:
     optimizer = _Masters(_params(torch.bfloat16), lr=0.1)
     assert find_scheme(optimizer, 0, torch.bfloat16, 1) == Scheme("carried:master", "master", Join.master)
+
+
+@pytest.mark.parametrize("every", [1, 2, 6, 7, 8, 12, 50])
+def test_masters_that_are_written_only_after_some_steps_are_told_from_others(every: int) -> None:
+    found = find_scheme(HoldsMasters(_params(torch.bfloat16), lr=0.1, every=every), 0, torch.bfloat16, 2)
+    assert found == Scheme("carried:master", "master", Join.master, is_late=every > 1)
 
 
 def test_a_remainder_kept_elsewhere_is_recognised() -> None:

@@ -110,8 +110,7 @@ class StepReplay:
         """Make the weights whole that the rule has left in two parts."""
         for i, slot, row in self._gathers.carried:
             at = step.rows.start + i
-            if row.scheme.addend:
-                intended_ARK[0, at].add_(intended_ARK[slot, at])
+            row.scheme.complete(intended_ARK[0, at], intended_ARK[slot, at])
             intended_ARK[slot, at].zero_()
 
     def runs(self, step: Step, intended_ARK: Tensor, grad_RK: Tensor) -> list[Run]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from update_watch.replay.synthetic_parameter import SyntheticParameter, undistur
 
 _STEPS = 160
 _TRIES = 5
+_LATEST = 160  # steps, in which each element passes a few gaps
+_LAGS = 0.4  # behind its master, as a share of the way
 _SMALLER, _LARGER = 1 / 8, 3.0
 _ELEMENTS = 256
 _STAYS_BEHIND = 0.3  # share of the FP32 displacement
@@ -46,11 +49,15 @@ _BIT_DTYPES = (torch.uint16, torch.int16)
 
 @dataclasses.dataclass(frozen=True)
 class Scheme:
-    """`name` as in `TensorEvidence.scheme`; `carrier`: the state that holds what the weight cannot, or ""."""
+    """`name` as in `TensorEvidence.scheme`; `carrier`: the state that holds what the weight cannot, or "".
+
+    `is_late`: a master that is written to the weight only after some steps, and may be far from it in between.
+    """
 
     name: str
     carrier: str = ""
     join: Join = Join.sum
+    is_late: bool = False
 
     @property
     def addend(self) -> str:
@@ -67,11 +74,20 @@ class Scheme:
         if self.join is Join.master:
             # the neighbour that was rounded to is at most a gap away; else the weight is not that of this master
             is_own = (state - weight).abs() <= weight.abs() * fmt.epsilon + fmt.min_subnormal
+            if self.is_late:
+                is_own = is_own | state.ne(0)
             return torch.where(is_own, state, weight)
         bits = state.to(torch.int32)
         if self.join is Join.low_bits:
             bits = bits & 0xFFFF
         return (weight.view(torch.int32) + bits).view(torch.float32)
+
+    def complete(self, weight: Tensor, state: Tensor) -> None:
+        """Make FP32 weights whole, in place, that the rule has stepped beside their carrier since they were `joined`."""
+        if self.is_late:  # it may have stepped the master alone
+            weight.copy_(state)
+        elif self.addend:
+            weight.add_(state)
 
     def parted(self, whole: Tensor, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Stored weights of `dtype` and a carrier of `state_dtype` that together are `whole` (FP32), as near as they can."""
@@ -155,7 +171,10 @@ def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: fl
             for join in _ways(value, dtype):
                 scheme = Scheme(f"carried:{name}", name, join)
                 whole = scheme.joined(stored, value.detach().float(), fmt)
-                if _distance(whole - start, reference) < min(_ON_THE_PATH, _NEARER * alone):
+                is_near = _distance(whole - start, reference) < min(_ON_THE_PATH, _NEARER * alone)
+                if join is Join.master and (is_near or _are_alike(value, full.state.get(name), start, reference)):
+                    return dataclasses.replace(scheme, is_late=_comes_late(low, name, grad))
+                if is_near:
                     return scheme
     if share < _STAYS_BEHIND:
         return Scheme("plain")
@@ -176,6 +195,27 @@ def _stayed_behind(start: Tensor, low: Tensor, full: Tensor, fmt: formats.Format
     if float((way.abs() > _FAR * fmt.half_gap(start, way)).float().mean()) < _MOST:
         return False
     return float(((low - start) * way).sum()) < _STAYS_BEHIND * float(way.square().sum())
+
+
+def _are_alike(state: Tensor, other: Any, start: Tensor, reference: Tensor) -> bool:
+    """Whether states are masters of the BF16 and of the FP32 weight, of which the latter lags behind its own."""
+    if not isinstance(other, Tensor) or other.shape != start.shape:
+        return False
+    way = other.detach().float() - start
+    is_on_it = _distance(way, reference) < _LAGS
+    return is_on_it and _distance(state.detach().float() - start, way) < _ON_THE_PATH
+
+
+def _comes_late(low: SyntheticParameter, master: str, grad: Tensor) -> bool:
+    """Whether the weight is the master rounded after some steps, and not after others."""
+    are_equal = set()
+    for _ in range(_LATEST):
+        low.step(grad)
+        state = low.state.get(master)
+        if not isinstance(state, Tensor):
+            return False
+        are_equal.add(torch.equal(state.detach().to(low.param.dtype), low.param.detach()))
+    return len(are_equal) == 2
 
 
 def _ways(state: Tensor, dtype: torch.dtype) -> list[Join]:

@@ -67,3 +67,34 @@ def test_masters_that_are_left_alone_are_healthy(options: dict[str, Any]) -> Non
 def test_what_is_left_of_steps_that_come_every_fourth_time_is_all_of_them() -> None:
     report = run(lr=1e-3, every=4)
     assert all(t.net_efficiency == pytest.approx(1, abs=0.25) for t in report.tensors)
+
+
+@pytest.mark.parametrize("lr", [1e-5, pytest.param(1e-4, marks=pytest.mark.slow), 1e-3])
+@pytest.mark.parametrize("every", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+def test_masters_that_are_written_after_some_steps_take_what_all_elements_in_fp64_take(lr: float, every: int) -> None:
+    model = Net(BF16)
+    optimizer = HoldsMasters(model.parameters(), lr=lr, every=every)
+    dots = {name: torch.zeros(2, dtype=torch.float64) for name, _ in model.named_parameters()}
+    with uw.watch(model, optimizer, window=32, budget=None) as watch:
+        for x in batches(32, BF16):
+            model.zero_grad()
+            backward(model, x)
+            before = {name: p.detach().double() for name, p in model.named_parameters()}
+            before |= {
+                name: optimizer.state[p]["master"].double()
+                for name, p in model.named_parameters()
+                if optimizer.state[p]
+            }
+            optimizer.step()
+            for name, p in model.named_parameters():
+                state = optimizer.state[p]
+                intended = -lr * state["momentum"].double().sign()
+                applied = state["master"].double() - before[name]
+                dots[name] += torch.stack([(applied * intended).sum(), intended.square().sum()])
+        report = watch.flush()
+    assert report is not None
+    for t in report.tensors:
+        applied, wanted = dots[t.name].tolist()
+        assert t.efficiency == pytest.approx(applied / wanted, abs=0.005), t.name
+        assert t.net_efficiency == pytest.approx(1, abs=0.05), t.name
+        assert t.health is Health.healthy
