@@ -6,6 +6,7 @@ taken in different precision contexts; the user catches it, as a notebook does.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import sys
@@ -19,11 +20,13 @@ import numpy as np
 import pytest
 import torch
 from torch.optim import optimizer as torch_optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import update_watch as uw
 from tests.support.watch_nets import Net
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.watched_model import WatchedModel
+from update_watch.replay import side_effects
 
 OURS = str(Path(uw.__file__).parent)
 
@@ -177,6 +180,7 @@ def test_an_interrupt_at_any_line_of_a_step_leaves_every_mode_as_it_was(
     for place in chosen:
         done += any(interrupt(AROUND[around], place, steps).is_done for _ in range(3))
         assert not run.watch.is_measuring, place
+        assert not side_effects._is_held(), place  # else other threads would wait for ever
     assert done >= 0.6 * len(chosen)  # some lines are run now and then only
     assert run.watch._tap.error is None
     for _ in range(8):
@@ -204,6 +208,45 @@ def test_an_interrupt_while_a_watch_or_an_audit_is_made_leaves_every_mode_as_it_
     assert len(places) > 500
     for place in sampled(places, stride):
         interrupt(AROUND["low default"], place, attach)
+
+
+def test_an_interrupt_at_any_line_of_taking_hooks_away_keeps_no_lock_and_no_hooks() -> None:
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    own = torch_optimizer._global_optimizer_pre_hooks
+    file = side_effects.__file__
+
+    def take_away(stop: int) -> bool:
+        """Interrupted at the line of this number, if there are as many."""
+        lines = itertools.count()
+
+        def trace(frame: FrameType, event: str, _: Any) -> Any:
+            if frame.f_code.co_filename != file:
+                return None
+            if event == "line" and next(lines) == stop:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return trace
+
+        without = side_effects.WithoutEffects(torch.device("cpu"))
+        sys.settrace(trace)
+        try:
+            with without, without:
+                pass
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    interrupted = 0
+    try:
+        while take_away(interrupted):
+            assert not side_effects._is_held(), interrupted
+            assert torch_optimizer._global_optimizer_pre_hooks is own, interrupted
+            interrupted += 1
+    finally:
+        handle.remove()
+    assert interrupted > 30
 
 
 def test_a_change_that_is_entered_once_is_a_mistake() -> None:

@@ -131,9 +131,9 @@ class Cohort:
             self._drawn = tuple(i for i in self._drawn if large[i] >= _ENOUGH_LARGE)
         self._large_n, self.steps = np.zeros(n), 0
         self._added, self._per_part = 0, 1  # steps; the latter doubles when the parts are full
-        self._gradless_n = np.zeros(n)
+        self._gradless_n = np.zeros(n, np.float32)
         self._live_Pn = np.zeros((self._most_parts, n), np.float32)  # counts
-        self._live_Gn = np.zeros((GROUPS, n))
+        self._live_Gn = np.zeros((GROUPS, n), np.float32)
         self._rates_2P = np.zeros((2, self._most_parts))  # steps, and squared learning rates added up
         self.first_rates: dict[int, float] = {}  # group -> learning rate at the first look
 
@@ -277,11 +277,12 @@ class Cohort:
         kinds = self._is_whole_n, self._is_plain_n
 
         def made() -> Steps:
-            with_gradient_n = 1 - gradless_n / max(measured, 1)
+            counts_Pn, counts_Gn = live_Pn[:parts].astype(np.float64), live_Gn.astype(np.float64)
+            with_gradient_n = 1 - gradless_n.astype(np.float64) / max(measured, 1)
             window_Gn = np.outer(group_steps, with_gradient_n)
             count_P, squares_P = rates_2P[:, :parts]
             rates_P = squares_P / np.maximum(count_P, 1)
-            steps = Steps(live_Pn[:parts].astype(np.float64), live_Gn, window_Gn, looks_n, rates_P, *kinds, blind_n)
+            steps = Steps(counts_Pn, counts_Gn, window_Gn, looks_n, rates_P, *kinds, blind_n)
             return steps if len(self.firsts) == len(self.rows) else steps.of(self.firsts)
 
         return made

@@ -60,7 +60,8 @@ class PositionWeights:
         left_nJ = (cell_J // per_block_n1).clip(max=blocks_n1 - 1)  # blocks to the left
         right_nJ = blocks_n1 - 1 - left_nJ
         if device.type == "cpu":
-            left_nJ, right_nJ = left_nJ.astype(np.int32), right_nJ.astype(np.int32)  # they are kept, and small
+            small = np.min_scalar_type(int(blocks_n1.max()))  # they are kept
+            left_nJ, right_nJ = left_nJ.astype(small), right_nJ.astype(small)
         self._facts = room_n1, step_n1, left_nJ, right_nJ
         self._turns = _AHEAD
         if device.type == "cpu":

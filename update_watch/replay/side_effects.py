@@ -95,14 +95,16 @@ class WithoutEffects(Undone):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._hooks: tuple[Any, Any] | None = None
-        self._is_holding = False
+        self._may_hold = False
         self.random_states = RandomStates(device)
         self._grad, self._stance = torch.is_grad_enabled(), eval_frame()._stance
 
     def change(self) -> None:
         torch.set_grad_enabled(False)
         torch.compiler.set_stance("force_eager")
-        self._is_holding = HOOKS.acquire(timeout=_PATIENCE)
+        if not _is_held():  # else by one around this
+            self._may_hold = True  # before it does: an interrupt may come between the two
+            HOOKS.acquire(timeout=_PATIENCE)
         hooks = _torch_optimizer._global_optimizer_pre_hooks, _torch_optimizer._global_optimizer_post_hooks
         if any(hooks):  # `super().step()` calls the hooks that are registered for all optimizers
             self._hooks = hooks
@@ -111,12 +113,17 @@ class WithoutEffects(Undone):
     def undo(self) -> None:
         if self._hooks is not None:
             _set_global_hooks(*self._hooks)
-        if self._is_holding:
-            self._is_holding = False
+        # whatever an interrupt has cut off: a lock that is kept would hold up other threads for ever
+        if self._may_hold and _is_held():
             HOOKS.release()
         self.random_states.restore()
         eval_frame()._set_stance(self._stance)
         torch.set_grad_enabled(self._grad)
+
+
+def _is_held() -> bool:
+    """Whether this thread has `HOOKS`."""
+    return bool(HOOKS._is_owned())  # type: ignore[attr-defined]  # as `threading.Condition` asks
 
 
 def eval_frame() -> Any:

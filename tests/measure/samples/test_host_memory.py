@@ -244,4 +244,4 @@ def test_nothing_of_torch_is_called_for_a_step_that_waits() -> None:
         cohort.gathers.unpacked(before.held)
         ahead = cohort.gathers._ahead
         cohort.gathers.move()
-        assert cohort.gathers._ahead is ahead and cohort.gathers._places is ahead[1]
+        assert ahead is not None and cohort.gathers._places is ahead[1] and cohort.gathers._ahead is None

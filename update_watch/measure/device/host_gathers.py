@@ -42,7 +42,7 @@ class HostGathers(Gathers):
         self._other_samplers = [self.samplers[i] for i in self._others]
         self._shares = (0, 0)
         self._places: Places | None = None  # held within a step
-        self._ahead = self._shares, blocks.places(0, 0)  # of the next `move`
+        self._ahead: tuple[tuple[int, int], Places] | None = None  # of the next `move`, until it comes
         self._is_placed = False  # the samplers are where `_shares` says
         self._is_drawn = False  # some are elsewhere
 
@@ -55,14 +55,15 @@ class HostGathers(Gathers):
 
     def _go_to(self, kept: int, moving: int) -> None:
         self._shares, self._is_placed, self._is_drawn = (kept, moving), False, False
-        self._places = self._ahead[1] if self._ahead[0] == self._shares else self._blocks.places(kept, moving)
+        ahead, self._ahead = self._ahead, None
+        self._places = ahead[1] if ahead is not None and ahead[0] == self._shares else None
 
     def _look_ahead(self) -> None:
         """Work out where the next `move` goes: while steps are added up it is a third of the work that it is in one."""
         coming = self._turn + 1 if self._keeps else self._turn + 2
         kept = self._kept_turn if self._keeps else coming - 1
         shares = share(self._phase, kept), share(self._phase, coming)
-        if self._ahead[0] != shares:
+        if self._ahead is None or self._ahead[0] != shares:
             self._ahead = shares, self._blocks.places(*shares)
 
     def _put(self) -> None:
