@@ -98,3 +98,27 @@ def test_masters_that_are_written_after_some_steps_take_what_all_elements_in_fp6
         assert t.efficiency == pytest.approx(applied / wanted, abs=0.005), t.name
         assert t.net_efficiency == pytest.approx(1, abs=0.05), t.name
         assert t.health is Health.healthy
+
+
+def test_a_few_small_weights_that_travel_do_not_excuse_masters_taken_from_rounded_weights() -> None:
+    """What rounding lets go gets far, as weights do that are normalised; those beside it are lost."""
+    model = Net(BF16)
+    masters = [p.detach().float().requires_grad_() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4)
+    with uw.watch(model, window=32) as watch:
+        for x in batches(160, BF16):
+            model.zero_grad()
+            backward(model, x)
+            for p, master in zip(model.parameters(), masters, strict=True):
+                master.grad = p.grad.float() if p.grad is not None else None
+            optimizer.step()
+            with torch.no_grad():
+                for p, master in zip(model.parameters(), masters, strict=True):
+                    p.copy_(master)
+                    master.copy_(p)
+        report = watch.flush()
+    assert report is not None
+    lost = [t for t in report.tensors if t.net_efficiency is not None and t.net_efficiency < 0.15]
+    assert len(lost) >= 2
+    assert {t.cause for t in lost} == {Cause.overwritten}
+    assert {t.health for t in lost} <= {Health.stalled, Health.stalling}

@@ -229,7 +229,8 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
             kept = 0.0
         if kept is not None:
             went = any((place, entry.writes) in elsewhere for place in _around(t.name, 3))
-            found["travelled"] = entry.travelled()
+            # masters that are taken from rounded weights: where rounding lets a few of them go, the others do not move
+            found["travelled"] = None if window.has_masters and s["coarse"] >= VARIED else entry.travelled()
             found["undone_fraction"] = 0.0 if went else min(max(1 - kept, 0.0), 1.0)
             net = kept if arrived is None else kept * arrived
             found["net_efficiency"] = net if copied is None else min(net, copied)

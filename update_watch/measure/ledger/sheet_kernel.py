@@ -225,9 +225,13 @@ def end_window(  # type: ignore[no-untyped-def]
     value = tl.load(begin + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
     ended = tl.load(last + next_side + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
     low = rounded(value, 0)
-    is_coarse = tl.min((low == value).to(tl.int32), 0) > 0
+    if HAS_MASTERS:
+        seen = tl.load(last + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
+    else:
+        seen = value
+    is_coarse = tl.min((rounded(seen, 0) == seen).to(tl.int32), 0) > 0
     # a value counts where none before it is the same
-    is_same = (value[:, None] == value[None, :]) & (e[None, :] < e[:, None])
+    is_same = (seen[:, None] == seen[None, :]) & (e[None, :] < e[:, None])
     different = tl.sum((tl.max(is_same.to(tl.int32), 1) == 0).to(tl.float32), 0)
     tl.store(out, tl.where(is_full, tl.load(copy_steps + row), 0.0))
     tl.store(out + n, tl.where(is_full, tl.sum((low != rounded(ended, 0)).to(tl.float32), 0), 0.0))

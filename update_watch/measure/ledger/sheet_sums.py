@@ -37,7 +37,7 @@ COLUMNS = (
     "gradient",  # sum of squares of its gradients
     "largest",  # of them
     # FP32 weights, or FP32 masters: values in BF16 that a step changes, summed over steps; that the window changes; and at its
-    # begin, values that differ from each other if all of them are values of BF16
+    # begin, of masters before its last step, values that differ from each other if all of them are values of BF16
     *("copy_steps", "copy_window", "coarse"),
 )
 # where writes put an element, the largest of all of them; 0: nobody wrote. FILLED: where all others are put
@@ -208,8 +208,9 @@ class SheetSums:
             return [self._nothing_n] * 3
         begin_nE, end_nE = v["begin_2NE"][0, rows], v["last_2NE"][1, rows]
         begun_nE = begin_nE.to(torch.bfloat16)
-        is_coarse = begun_nE.float().eq(begin_nE).all(-1)
-        different = begin_nE.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
+        seen_nE = v["last_2NE"][0, rows] if self.has_masters else begin_nE
+        is_coarse = seen_nE.to(torch.bfloat16).float().eq(seen_nE).all(-1)
+        different = seen_nE.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
         return [
             v["copy_steps_n"],
             begun_nE.ne(end_nE.to(torch.bfloat16)).sum(-1).float(),
