@@ -438,3 +438,17 @@ def test_what_is_waited_for_goes_on_after_a_resume() -> None:
     resumed = Diagnosis(Thresholds())
     resumed.load_state_dict(diagnosis.state_dict())
     assert resumed.judge(window(still, step=384)).tensors[0].health is Health.healthy
+
+
+@pytest.mark.parametrize("cause", [Cause.not_copied_back, Cause.overwritten])
+def test_a_window_of_which_nothing_was_seen_changes_no_cause(cause: Cause) -> None:
+    uncopied = {"is_master": True, "net_efficiency": 0.0, "moved": 0.0}
+    bad = tensor(**uncopied) if cause is Cause.not_copied_back else tensor(**UNDONE, is_master=True, written_steps=90)
+    for is_master in (False, True):
+        unseen = tensor(is_master=is_master, net_efficiency=None, measured_steps=0)
+        found = verdicts(bad, bad, unseen, bad)
+        assert [(t.health, t.cause) for t in found] == [(Health.stalled, cause)] * 4
+    diagnosis, resumed = Diagnosis(Thresholds()), Diagnosis(Thresholds())
+    diagnosis.judge(window(bad, step=128))
+    resumed.load_state_dict(diagnosis.state_dict())
+    assert resumed.judge(window(unseen, step=256)).tensors[0].cause is cause

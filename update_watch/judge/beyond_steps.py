@@ -51,7 +51,7 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
     if is_undone and (share(e.zero_gradient_fraction) or 0.0) > 1 - _SIGNAL:
         history.net_grade = UNKNOWN
         return UNKNOWN, Cause.overwritten, reasons.unknown(reasons.few_with_gradients(share(e.zero_gradient_fraction)))
-    history.net_grade = health
+    history.net_grade, history.was_uncopied = health, not is_undone
     cause = Cause.overwritten if is_undone else Cause.not_copied_back
     return verdict(health, cause, Seen(dtype=e.dtype, net=net, written_step=e.written_step))
 
@@ -85,7 +85,8 @@ def _still(e: TensorEvidence, before: Health, history: TensorHistory) -> Verdict
     history.net_grade = before
     if before is UNKNOWN:
         return UNKNOWN, Cause.overwritten, reasons.unknown(reasons.was_put_back())
-    cause = Cause.not_copied_back if e.is_master else Cause.overwritten
+    # not by what is known of this window: one that nothing was seen of does not know of masters
+    cause = Cause.not_copied_back if history.was_uncopied else Cause.overwritten
     return verdict(before, cause, Seen(dtype=e.dtype, reason=NOT_AGAIN))
 
 

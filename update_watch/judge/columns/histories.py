@@ -96,12 +96,13 @@ class Histories:
         found |= {name: np.zeros(count, np.int64) for name in _COUNTS}
         found |= {name: np.zeros(count) for name in _NUMBERS}
         found["lr"][:] = found["written_step"][:] = np.nan
-        found["proven"] = np.zeros(count, bool)
+        found["proven"], found["was_uncopied"] = np.zeros(count, bool), np.zeros(count, bool)
         found["pool_FWm"], found["pooled"] = np.zeros((_POOLED, self._windows, count)), np.zeros(count, np.int64)
         found["drift_Dm"], found["drifts"] = np.zeros((self._drifts, count)), np.zeros(count, np.int64)
         return found
 
     proven: npt.NDArray[np.bool_]
+    was_uncopied: npt.NDArray[np.bool_]
     pool_FWm: Array  # `pooled` of the W are in use
     pooled: npt.NDArray[np.int64]
     drift_Dm: Array  # `drifts` of the D are in use
@@ -165,7 +166,7 @@ class Histories:
         found.lr = None if np.isnan(self.lr[row]) else float(self.lr[row])
         found.peak_lr, found.stalled_lr = float(self.peak_lr[row]), float(self.stalled_lr[row])
         found.written_step = None if np.isnan(self.written_step[row]) else int(self.written_step[row])
-        found.proven = bool(self.proven[row])
+        found.proven, found.was_uncopied = bool(self.proven[row]), bool(self.was_uncopied[row])
         for steps, efficiency, error, *rest in self.pool_FWm[:, self._windows - self.pooled[row] :, row].T.tolist():
             stated = None if error != error else error
             found.pool.append(PooledWindow(int(steps), efficiency, stated, *rest))
@@ -182,7 +183,7 @@ class Histories:
         self.lr[row] = np.nan if history.lr is None else history.lr
         self.peak_lr[row], self.stalled_lr[row] = history.peak_lr, history.stalled_lr
         self.written_step[row] = np.nan if history.written_step is None else history.written_step
-        self.proven[row] = history.proven
+        self.proven[row], self.was_uncopied[row] = history.proven, history.was_uncopied
         pool, drift = history.pool[-self._windows :], history.drift[-self._drifts :]
         self.pooled[row], self.drifts[row] = len(pool), len(drift)
         if pool:
