@@ -147,7 +147,7 @@ def test_states_in_fp32_are_advanced_by_the_same_gradients(request: pytest.Fixtu
                 optimizer.step()
             shadow = w._model.watched[id(optimizer), 0].shadow._copy
             w.flush()
-            assert shadow is not None and (shadow._multi is not None) == multi_gather._interpreted
+            assert shadow is not None and (shadow._reads._multi is not None) == multi_gather._interpreted
         return [t.state_factor for t in seen[0].tensors]
 
     plain = factors()
