@@ -60,7 +60,7 @@ class Attention:
         self._budget = None if always else budget
         self._window, self._is_exact, self._clock = window, is_exact, clock
         self._round: set[int] = set()  # optimizers that have stepped since the round began
-        self._looks = True
+        self._looks, self._may_rest = True, False
         self._account = self._earned = 0.0  # s, now and in the whole run
         self._spent_unseen = 0.0  # s, in steps since the round began
         self._at: float | None = None  # when the round began
@@ -94,18 +94,19 @@ class Attention:
             self._round.clear()
             self._begin_round()
         self._round.add(key)
-        return self._looks or (self._is_exact() and window_steps + 1 >= self._window)
+        is_exact = self._is_exact()
+        self._may_rest = not is_exact
+        return self._looks or (is_exact and window_steps + 1 >= self._window)
 
     def rests(self) -> bool:
         """Whether the step that begins passes unseen as the one before it did, and there is nothing else to ask; of an optimizer that
         steps alone. Less than `looks`, which is asked where this is False."""
-        if self._looks or self._full or self._beside or self._has_changed or self._at is None or self._budget is None:
+        if self._looks or self._full or self._beside or self._has_changed or not self._may_rest:
             return False
-        return self._account + self._left_of(self._budget * (self._clock() - self._at)) < 0.0 and not self._is_exact()
-
-    def _left_of(self, earned: float) -> float:
-        """What can be spent on looks: where steps are short those that pass unseen would take all, and nothing be seen any more."""
-        return earned - min(self._spent_unseen, _FOR_UNSEEN * earned)
+        assert self._at is not None and self._budget is not None  # else all is looked at
+        earned = self._budget * (self._clock() - self._at)
+        left = earned - min(self._spent_unseen, _FOR_UNSEEN * earned)
+        return self._account + left < 0.0
 
     def _begin_round(self) -> None:
         self._is_counted = False
@@ -115,8 +116,10 @@ class Attention:
         passed, self._at = now - (now if self._at is None else self._at), now
         self._draw_what_was_spent_beside()
         if not self._is_first:
-            self._account += self._left_of(self._budget * passed)
-            self._earned += self._budget * passed
+            earned, unseen = self._budget * passed, self._spent_unseen
+            # where steps are short those that pass unseen would take all, and nothing be seen any more
+            self._account += earned - min(unseen, _FOR_UNSEEN * earned)
+            self._earned += earned
             self._spent_unseen = 0.0
             # a long pause (a validation) does not pay for many looks after it
             self._account = min(self._account, _SAVINGS * self._burst_cost)

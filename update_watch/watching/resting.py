@@ -25,7 +25,7 @@ class Rests:
         self._model, self._attention, self._heard = model, attention, heard
         self._resting: Watched | None = None  # in the step that is running
         tap.rests, tap.rested = self._begins, self._ends
-        hide_from_dynamo(Rests._begins, Rests._ends, Attention.rests, Attention._left_of, Attention.spend)
+        hide_from_dynamo(Rests._begins, Rests._ends, Attention.rests, Attention.spend)
         hide_from_dynamo(WatchedModel.only, Watched.may_rest, Watched.rest, LearningRates.note, as_number)
 
     def _begins(self, optimizer: Optimizer) -> bool:

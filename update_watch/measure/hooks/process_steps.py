@@ -54,7 +54,10 @@ class ProcessSteps:
 
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         settled = self._settled.get(id(optimizer))
-        if settled is not None and settled[0]() is optimizer and settled[1] == _size(optimizer):
+        size = 0
+        for group in optimizer.param_groups:  # as `_size`, without its frames: all code is cold in a step
+            size += len(group["params"])
+        if settled is not None and settled[0]() is optimizer and settled[1] == size:
             self.strange += not settled[2]
             return
         if self._is_looking and not streams.is_capturing():  # to plan for it there would be captured
