@@ -131,7 +131,7 @@ class Attention:
             self._burst -= 1
         else:
             if self._looks:
-                self._burst_cost, self._burst_spent = self._burst_spent, 0.0
+                self._burst_cost = self._burst_spent
             self._looks, self._burst_spent = self._account >= 0, 0.0  # what steps took that passed unseen is no burst's
             self._burst = BURST - 1 if self._looks else 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,13 @@ from update_watch.dashboards.wandb.sink import WandbSink
 from update_watch.worker import Sinks
 
 
-@pytest.fixture
-def start_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-
-    def start(**options: Any) -> Any:
-        settings = wandb.Settings(console="off", x_disable_stats=True)
-        return wandb.init(mode="offline", project="p", dir=tmp_path, settings=settings, reinit="create_new", **options)
-
-    yield start
-    wandb.finish()
-
-
 def shared(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if "another watch logs to this W&B run" in r.getMessage()]
 
 
 @pytest.mark.parametrize("users", ["mine", {"window": 9, "enabled": True}])
 def test_a_section_of_that_name_in_the_users_configuration_stays_as_it_is(start_run: Any, users: Any) -> None:
-    run = start_run(config={"update_watch": users, "lr": 0.1})
+    run = start_run(reinit="create_new", config={"update_watch": users, "lr": 0.1})
     for window in (64, 128):  # a second fit in the same run
         sink = WandbSink(run)
         sink.describe({"window": window})
@@ -73,7 +59,7 @@ def test_a_run_that_is_resumed_has_its_facts_where_they_were(tmp_path: Path, use
 def test_two_watches_in_one_run_are_told_once_that_their_rows_are_mixed(
     start_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = start_run()
+    run = start_run(reinit="create_new")
     first, second = WandbSink(run), WandbSink(run)
     for step in (128, 256):
         first(sample_report(step))
@@ -84,7 +70,7 @@ def test_two_watches_in_one_run_are_told_once_that_their_rows_are_mixed(
 def test_watches_one_after_the_other_and_runs_beside_each_other_are_told_nothing(
     start_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, other = start_run(), start_run()
+    run, other = start_run(reinit="create_new"), start_run(reinit="create_new")
     beside = WandbSink(other)
     for step in (128, 256):
         sinks = Sinks([WandbSink(run)])

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +26,6 @@ from update_watch.dashboards.wandb.sink import WandbSink
 from update_watch.report import Health, Level, TensorReport
 
 STEP = "trainer/global_step"
-
-
-@pytest.fixture
-def start_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-
-    def start(**options: Any) -> Any:
-        settings = wandb.Settings(console="off", x_disable_stats=True)
-        return wandb.init(
-            mode="offline", project="p", dir=tmp_path, settings=settings, reinit="finish_previous", **options
-        )
-
-    yield start
-    wandb.finish()
 
 
 def logged(run: Any, *reports: Any, **options: Any) -> OfflineRun:

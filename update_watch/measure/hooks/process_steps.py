@@ -34,7 +34,7 @@ class ProcessSteps:
         self.strange = 0  # steps of those that were answered with False
         self._meet = weakref.WeakMethod(meet)
         self._is_looking = False
-        hide_from_dynamo(ProcessSteps._pre, _size)
+        hide_from_dynamo(ProcessSteps._pre)
         self._ask_plainly = torch.compiler.disable(self._ask)  # type: ignore[no-untyped-call]  # torch's
 
     def start(self) -> None:
@@ -55,21 +55,17 @@ class ProcessSteps:
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         settled = self._settled.get(id(optimizer))
         size = 0
-        for group in optimizer.param_groups:  # as `_size`, without its frames: all code is cold in a step
+        for group in optimizer.param_groups:  # in no function of its own: all code is cold in a step
             size += len(group["params"])
         if settled is not None and settled[0]() is optimizer and settled[1] == size:
             self.strange += not settled[2]
             return
         if self._is_looking and not streams.is_capturing():  # to plan for it there would be captured
-            self._ask_plainly(optimizer)
+            self._ask_plainly(optimizer, size)
 
-    def _ask(self, optimizer: Optimizer) -> None:
+    def _ask(self, optimizer: Optimizer, size: int) -> None:
         meet = self._meet()
         answer = None if meet is None else meet(optimizer)
         if answer is not None:
-            self._settled[id(optimizer)] = weakref.ref(optimizer), _size(optimizer), answer
+            self._settled[id(optimizer)] = weakref.ref(optimizer), size, answer
             self.strange += not answer
-
-
-def _size(optimizer: Optimizer) -> int:
-    return sum([len(group["params"]) for group in optimizer.param_groups])
