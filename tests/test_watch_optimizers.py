@@ -124,6 +124,19 @@ def test_a_schedule_is_followed_step_by_step() -> None:
     assert tensors(report)["enter.weight"].lr == lr
 
 
+def test_a_learning_rate_below_0_is_one_as_any_other() -> None:
+    """Gradient ascent in half of the steps: its sign turns within a window."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.5)
+    with uw.watch(model, optimizer, window=8, budget=None) as watch:
+        for i in range(32):
+            optimizer.param_groups[0]["lr"] = -1e-4 if i % 5 else 1e-4
+            train(model, optimizer, 1, seed=i)
+        report = watch.flush()
+    assert report is not None and report.step == 32
+    all_exact(report)
+
+
 def test_gradients_made_in_a_closure_are_those_replayed() -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)

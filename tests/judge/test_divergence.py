@@ -141,6 +141,19 @@ def test_what_leaves_its_range_is_told_once_and_no_warning(clock: Clock) -> None
         assert len(alert.title) <= 63
 
 
+def test_a_schedule_that_ends_at_zero_within_a_window_does_not_make_updates_look_large() -> None:
+    """In the last window the rate falls from 1e-4 to next to nothing, and updates with it."""
+    last = WINDOWS - 1
+    rates: dict[str, Callable[[int], Any]] = {
+        "movement_lr": lambda i: 1e-3 if i < last else 1e-4,
+        "lr": lambda i: 1e-3 if i < last else 1e-8,
+        "update_ratio": lambda i: 1e-3 if i < last else 1e-4 / 3**0.5,
+    }
+    assert signs(run(lambda t: 1.0, **rates)) == {}
+    rates["movement_lr"] = lambda i: 1e-3 if i < last else 1e-5  # updates are ten times what they should be
+    assert set(signs(run(lambda t: 1.0, **rates))) == {"updates"}
+
+
 def test_gradients_of_a_scale_that_rises_while_the_rate_makes_up_for_it_are_no_sign() -> None:
     scale = {
         "gradient_rms": lambda i: 0.01 * 4.0**i,

@@ -311,10 +311,10 @@ def _left_out(row: Row, grad: Tensor) -> bool:
 
 
 def _rate(value: Any) -> float | None:
-    """A learning rate that can be read without asking a device."""
+    """The size of a learning rate that can be read without asking a device."""
     if isinstance(value, Tensor):
         value = float(value) if value.device.type == "cpu" and value.numel() == 1 else None
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) and value > 0 else None
+    return abs(float(value)) if isinstance(value, (int, float)) and math.isfinite(value) and value != 0 else None
 
 
 def _runs_of(rows: list[Row]) -> list[_Run]:

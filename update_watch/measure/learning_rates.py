@@ -13,7 +13,7 @@ _JUMP = 1.5  # from one step to the next
 
 
 class LearningRates:
-    """Looked at in every step, those that pass unseen included."""
+    """Looked at in every step, those that pass unseen included. Sizes: a rate below 0 climbs by as much."""
 
     def __init__(self) -> None:
         self._seen: dict[int, list[float]] = {}  # of the open window: last, largest
@@ -25,6 +25,7 @@ class LearningRates:
         for i, group in enumerate(groups):
             given = group.get("lr")
             rate = given if type(given) is float else as_number(given)
+            rate = rate if rate is None else abs(rate)
             if rate is not None and (rate != self._last.get(i) or i not in self._seen):
                 before = self._last.get(i, rate)
                 has_jumped = has_jumped or max(rate, before) > _JUMP * min(rate, before)

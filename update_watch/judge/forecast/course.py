@@ -87,10 +87,12 @@ class Course:
         self._sizes_3m[:, self._place_n[known]] = sizes_3n[:, known]
 
     def _point(self, report: Report, judged: Judged, trained: Mask) -> Point:
-        lr, ratio, factor, largest = (
+        lr, first, ratio, factor, largest = (
             np.nan_to_num(judged.column(field)[trained])
-            for field in ("lr", "update_ratio", "state_factor", "gradient_max")
+            for field in ("lr", "movement_lr", "update_ratio", "state_factor", "gradient_max")
         )
+        first = np.where(first > 0, first, lr)
+        usual = np.sqrt((lr * lr + lr * first + first * first) / 3)  # a schedule may end at 0 in the window
         names = [name for name, is_one in zip(judged.names, trained.tolist(), strict=True) if is_one]
         in_fp16 = np.where(judged.having("dtype", "float16".__eq__)[trained], largest, 0.0)
         highest = int(in_fp16.argmax()) if in_fp16.any() else None
@@ -99,8 +101,8 @@ class Course:
             *(report.step, report.window),
             _log_rms(numel_m, weight_m),
             _log_rms(numel_m, gradient_m),
-            math.log2(lr[lr != 0].max()) if lr.any() else math.nan,
-            _median(ratio[lr != 0] / lr[lr != 0]),
+            math.log2(lr.max()) if (lr > 0).any() else math.nan,
+            _median(ratio[usual > 0] / usual[usual > 0]),
             _median(factor),
             math.nan if highest is None else math.log2(FP16_MAX / in_fp16[highest]),
             report.skipped_steps,
