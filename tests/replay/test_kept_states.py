@@ -87,6 +87,30 @@ class Gathering(torch.optim.Optimizer):
                     total.zero_()
 
 
+class Lion(torch.optim.Optimizer):
+    """Its momenta are like the parameters, in a dict that is filled in the first step or in its state; decay is a number in the code."""
+
+    def __init__(self, params: Any, lr: float, is_kept: bool) -> None:
+        super().__init__(params, {"lr": lr})
+        self.is_kept = is_kept
+        self.momenta: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = group["params"]
+            for p in params:
+                kept = self.momenta if self.is_kept else self.state[p]
+                kept.setdefault(p if self.is_kept else "momentum", torch.zeros_like(p))
+            momenta = [self.momenta[p] if self.is_kept else self.state[p]["momentum"] for p in params]
+            updates = torch._foreach_mul(momenta, 0.9)
+            torch._foreach_add_(updates, [p.grad for p in params], alpha=0.1)
+            torch._foreach_sign_(updates)
+            torch._foreach_mul_(params, 1 - group["lr"] * 0.2)
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
+            torch._foreach_lerp_(momenta, [p.grad for p in params], 0.01)
+
+
 def groups(model: Net) -> list[dict[str, Any]]:
     first, *others = model.parameters()
     return [{"params": [first]}, {"params": others}]
@@ -131,6 +155,13 @@ def test_gradients_that_an_optimizer_gathers_by_itself(dtype: torch.dtype, lr: f
     assert report is not None
     assert {t.health for t in report.tensors} == {expected}
     assert {t.cause for t in report.tensors} == {None if expected is Health.healthy else Cause.weight_rounding}
+
+
+def test_what_is_made_in_the_format_of_the_weights_is_replayed_as_it_is_in_the_state() -> None:
+    reports = [trained(m := Net(BF16), Lion(m.parameters(), 4e-3, is_kept)) for is_kept in (False, True)]
+    in_state, kept = ({t.name: t.efficiency for t in report.tensors} for report in reports if report is not None)
+    assert in_state["norm.weight"] < 0.95  # of what decay and sign add up to
+    assert kept == pytest.approx(in_state, abs=1e-3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -217,7 +217,10 @@ def _fits(value: Any, param: Tensor) -> bool:
 
 
 def _stand_in(optimizer: Optimizer, shelf: Shelf, param: Tensor) -> Any:
-    """What a synthetic parameter has in place of what real ones have: a copy of its weights, or the same everywhere."""
+    """What a synthetic parameter has in place of what real ones have: a copy of its weights, or the same everywhere.
+
+    In the parameter's format where it is in the real one's: what is made like a parameter would be so here.
+    """
     states = states_of(optimizer)
     given = (
         (real, states.get(real, {}).get(shelf.state)) for group in optimizer.param_groups for real in group["params"]
@@ -229,8 +232,9 @@ def _stand_in(optimizer: Optimizer, shelf: Shelf, param: Tensor) -> Any:
     )
     if not isinstance(value, Tensor):
         return value
+    dtype = param.dtype if value.dtype is real.dtype else value.dtype
     kept, weight = value.detach().float(), real.detach().float()
     if float((kept - weight).norm()) <= _NEAR * float(weight.norm()):
-        return param.detach().to(value.dtype, copy=True)
+        return param.detach().to(dtype, copy=True)
     mean = float(kept.reshape(-1)[:_ENOUGH].double().mean())
-    return torch.full_like(param, mean, dtype=value.dtype, requires_grad=False)
+    return torch.full_like(param, mean, dtype=dtype, requires_grad=False)
