@@ -281,15 +281,14 @@ def counts_to_show(report: Report) -> dict[str, int]:
 
 
 def run_numbers(report: Report) -> dict[str, float]:
-    """A handful of numbers for any logger; what is not known is left out. Keys as in docs/metrics.md."""
+    """A handful of numbers for any logger; what is not known is left out, as verdicts of a window of which nothing was looked at.
+    Keys as in docs/metrics.md."""
+    healths = ("healthy", "stalling", "stalled", "broken", "unknown") if report.observed_steps != 0 else ()
     displacement = weighted_mean((t.displacement_efficiency, t.numel) for t in report.tensors)
     values: dict[str, float | None] = {
         "efficiency": report.efficiency,
         "net_progress": displacement,
-        **{
-            f"tensors_{health}": float(report.counts[health])
-            for health in ("healthy", "stalling", "stalled", "broken", "unknown")
-        },
+        **{f"tensors_{health}": float(report.counts[health]) for health in healths},
         "skipped_steps": float(report.skipped_steps),
         "cost_ms": report.cost_ms,
     }

@@ -115,6 +115,13 @@ class Frame:
     divergence: Divergence | None = None
     observed_steps: int | None = None  # in which something was measured
     cost_share: float | None = None  # of the time between steps, 0..1
+    observed_at: int | None = None  # step of the last window of which anything was
+    until: int | None = None  # step up to which its verdict stands, where nothing was looked at since; not in a journal
+
+    @property
+    def end(self) -> int:
+        """The last step that it speaks of."""
+        return self.step if self.until is None else self.until
 
     @property
     def begin(self) -> int:
@@ -158,6 +165,7 @@ def frame_of(report: Report) -> Frame:
         divergence=report.divergence,
         observed_steps=report.observed_steps,
         cost_share=report.cost_share,
+        observed_at=report.observed_at,
     )
 
 
@@ -224,6 +232,7 @@ def report_of(frame: Frame) -> Report:
         skipped_steps=frame.skipped_steps,
         observed_steps=frame.observed_steps,
         cost_share=frame.cost_share,
+        observed_at=frame.observed_at,
         forecast=_forecast(frame.outlook, frame.step),
         divergence=frame.divergence,
     )

@@ -59,6 +59,7 @@ def join(first: Frame, second: Frame) -> Frame:
         divergence=second.divergence,
         observed_steps=sum(seen) if len(seen) == 2 else None,
         cost_share=weighted_mean(shares),
+        observed_at=second.observed_at,
     )
 
 

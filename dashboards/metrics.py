@@ -10,10 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from update_watch.dashboards.known_values import known, least, median
+from update_watch.dashboards.known_values import least, median
+from update_watch.dashboards.report_numbers import (
+    decay_efficiency,
+    farthest_state_factor,
+    lost_fraction,
+    lr_margin,
+    stalled_share,
+    state_efficiencies,
+)
+from update_watch.dashboards.unseen import is_unseen
 from update_watch.report import Health, Report, TensorReport, weighted_mean
 
 RUN_SECTION = "update_watch"
@@ -31,6 +40,7 @@ class RunMetric:
     compute: Callable[[Report], float | None]
     is_shown: bool = False  # drawn by W&B of itself; the others are there for charts that somebody makes
     is_summed_up: bool = False  # a column of the runs table, and a line of W&B's summary at the end
+    is_by_host: bool = False  # known of a window of which nothing was looked at, too
 
     @property
     def key(self) -> str:
@@ -60,42 +70,10 @@ class Entry:
     meaning: str
 
 
-def lost_fraction(tensors: Iterable[TensorReport]) -> float | None:
-    """Lost over wanted elements of all `tensors` together, 0..1."""
-    return weighted_mean((t.lost_fraction, t.numel * (t.wanted_fraction or 0.0)) for t in tensors)
-
-
-def lr_margin(tensor: TensorReport) -> float | None:
-    """Learning rate over the one at which half of the updates are lost; under 1 more than half is."""
-    return tensor.lr / tensor.critical_lr if tensor.critical_lr and tensor.lr is not None else None
-
-
-def stalled_share(report: Report) -> float | None:
-    """Share of the trainable elements that lie in stalled or broken tensors, 0..1."""
-    trainable = [t for t in report.tensors if t.trainable]
-    total = sum(t.numel for t in trainable)
-    stalled = sum(t.numel for t in trainable if t.health in (Health.stalled, Health.broken))
-    return stalled / total if total else None
-
-
 def unwell(report: Report) -> list[TensorReport]:
     """Broken, stalled and stalling tensors, worst first: by health, then by efficiency."""
     found = [t for t in report.tensors if t.health in UNWELL]
     return sorted(found, key=lambda t: (UNWELL.index(t.health), math.inf if t.efficiency is None else t.efficiency))
-
-
-def _state_efficiencies(report: Report) -> Iterable[float | None]:
-    return (a.efficiency for t in report.tensors for a in t.accumulators.values() if a.name != "weight_decay")
-
-
-def _decay_efficiency(report: Report) -> float | None:
-    decays = ((t.accumulators.get("weight_decay"), t.numel) for t in report.tensors)
-    return weighted_mean((a.efficiency, numel) for a, numel in decays if a is not None)
-
-
-def _farthest_state_factor(report: Report) -> float | None:
-    factors = [f for f in known(t.state_factor for t in report.tensors) if f > 0]
-    return max(factors, key=lambda f: abs(math.log(f)), default=None)
 
 
 def _count(health: Health, meaning: str, is_shown: bool = False) -> RunMetric:
@@ -204,7 +182,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "ratio",
         "Efficiency of the accumulator that is worst off: optimizer state, averaged model, gradient buffer.",
         "smallest `efficiency` over all accumulators except `weight_decay`",
-        lambda r: least(_state_efficiencies(r)),
+        lambda r: least(state_efficiencies(r)),
         is_shown=True,
     ),
     RunMetric(
@@ -213,14 +191,14 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "Size of the updates with the optimizer's state as it is stored, against the same with FP32 state: outside "
         "0.67..1.5 the state is at fault.",
         "the `state_factor` farthest from 1 in either direction",
-        _farthest_state_factor,
+        farthest_state_factor,
     ),
     RunMetric(
         "decay_efficiency",
         "ratio",
         "How much of the weight decay alone would arrive.",
         "mean of the `weight_decay` accumulator's `efficiency`, weighted by number of elements",
-        _decay_efficiency,
+        decay_efficiency,
     ),
     RunMetric(
         "gradient_rms",
@@ -251,6 +229,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "`skipped_steps`",
         lambda r: float(r.skipped_steps),
         is_shown=True,
+        is_by_host=True,
     ),
     RunMetric(
         "cost_ms",
@@ -259,6 +238,15 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "`cost_ms`: host time of the watch per optimizer step",
         lambda r: r.cost_ms,
         is_shown=True,
+        is_by_host=True,
+    ),
+    RunMetric(
+        "unseen_steps",
+        "steps",
+        "How old the verdict is: 0 as long as windows are looked at. Where a budget let all steps of one pass, these alone are logged.",
+        "`step` less `observed_at`",
+        lambda r: None if r.observed_at is None else float(r.step - r.observed_at),
+        is_by_host=True,
     ),
     RunMetric(
         "alert",
@@ -267,6 +255,7 @@ RUN_METRICS: tuple[RunMetric, ...] = (
         "1 if there was an alert in this window or in one since the previous row",
         lambda r: float(bool(r.alerts)),
         is_shown=True,
+        is_by_host=True,
     ),
 )
 
@@ -330,7 +319,8 @@ ENTRIES: tuple[Entry, ...] = (
 
 def run_values(report: Report) -> dict[str, float]:
     """Run-level key -> value, without what is not known."""
-    values = ((metric.key, metric.compute(report)) for metric in RUN_METRICS)
+    is_seen = not is_unseen(report)
+    values = ((metric.key, metric.compute(report)) for metric in RUN_METRICS if is_seen or metric.is_by_host)
     return {key: float(value) for key, value in values if value is not None and math.isfinite(value)}
 
 

@@ -24,6 +24,7 @@ from update_watch.dashboards.journal.scanning import scan
 from update_watch.dashboards.keyboard import Keyboard
 from update_watch.dashboards.offers import offers_of
 from update_watch.dashboards.terminal import STYLES, Plain, need_rich
+from update_watch.dashboards.unseen import standing
 from update_watch.dashboards.verdict import Verdict, lr_words, verdict_of
 from update_watch.naming import cut_middle, kind_labels, members_by_kind, shared_prefix
 from update_watch.report import SEVERITY, Alert, Health
@@ -167,7 +168,7 @@ def read_tail(path: Path, windows: int = WINDOWS) -> Tail:
     reader = JournalReader(path)
     frames: list[Frame] = []
     alerts: list[Alert] = []
-    for frame in reader.frames({*last, *alerted}.__contains__, numbers=("efficiency",)):
+    for frame in standing(reader.frames({*last, *alerted}.__contains__, numbers=("efficiency",))):
         # resumed from an earlier checkpoint: what was there before is no part of this run
         frames = [f for f in frames if f.step < frame.step]
         alerts = [alert for alert in alerts if alert.step < frame.step] + list(frame.alerts)

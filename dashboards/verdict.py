@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from update_watch.dashboards.frame import CAUSES, NO_CODE, Frame
 from update_watch.dashboards.run_numbers import weighted
+from update_watch.dashboards.unseen import unseen_words
 from update_watch.naming import ModelWords, model_words, plural_of
 from update_watch.report import SEVERITY, Cause, Health
 from update_watch.wording import short
@@ -84,6 +85,12 @@ def verdict_of(frame: Frame, lr_at: Callable[[int], float] | None = None, first_
         lr_at: learning rate of the run at a step; NaN where it is not known.
         first_step: the step before the run's first window.
     """
+    found = _verdict(frame, lr_at, first_step)
+    unseen = unseen_words(frame)
+    return dataclasses.replace(found, reason=f"{unseen} {found.reason}".rstrip()) if unseen else found
+
+
+def _verdict(frame: Frame, lr_at: Callable[[int], float] | None, first_step: int) -> Verdict:
     groups = groups_of(frame, UNWELL)
     if groups:
         text = "; ".join(_clause(group, first_step) for group in groups[:_NAMED])

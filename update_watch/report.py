@@ -2,7 +2,6 @@
 
 A `Report` is plain, immutable data: floats, strings, tuples. Everything that shows, stores or sends results (dashboards, alerts,
 journals) reads these types and nothing else. `None` always means "not known in this window", never zero.
-
 Ratios are without unit. "Step" is the optimizer's counted by the watch, or the trainer's global step where one tells it.
 """
 
@@ -257,6 +256,7 @@ class Report:
     cost_share: float | None = None  # of the time between steps, what the watch took, 0..1
     forecast: Forecast | None = None  # where the schedule is known; read from a journal it has no `tensors`
     divergence: Divergence | None = None  # where the run is heading, from the windows so far
+    observed_at: int | None = None  # step of the last report of which anything was seen: that verdict stands
 
     def __str__(self) -> str:
         return f"step {self.step:,}: {self.headline}"

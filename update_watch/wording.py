@@ -87,6 +87,12 @@ def percent(share: float | None) -> str:
     return f"{100 * share:.0f}%"
 
 
+def last_looked(seen: int, until: int) -> str:
+    """That nothing was looked at since the report of step `seen`, up to step `until`."""
+    age = until - seen
+    return f"Not looked at since the report of step {seen:,} ({age:,} {'step' if age == 1 else 'steps'} ago)"
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 

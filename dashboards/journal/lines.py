@@ -121,6 +121,8 @@ def window_line(frame: Frame, table: str) -> dict[str, Any]:
     }
     if frame.observed_steps is not None:
         line["observed_steps"] = frame.observed_steps
+    if frame.observed_at is not None:
+        line["observed_at"] = frame.observed_at
     if (share := short(frame.cost_share)) is not None:
         line["cost_share"] = share
     if frame.outlook is not None:
@@ -174,7 +176,8 @@ def _frame(
     table = tables[digest]
     count = len(table.name)
     headroom, movement, places = (line.get(name) for name in ("headroom", "movement", "places"))
-    cost, share, seen = (line.get(name) for name in ("cost_ms", "cost_share", "observed_steps"))
+    cost, share = (line.get(name) for name in ("cost_ms", "cost_share"))
+    seen, seen_at = (line.get(name) for name in ("observed_steps", "observed_at"))
     tensors = _columns(line["tensors"], count, numbers, drawn, has_dtype=False)
     run = line.get("run")  # early journals have none: it is worked out from the tensors
     return Frame(
@@ -187,6 +190,7 @@ def _frame(
         cost_ms=None if cost is None else number_of(cost),
         cost_share=None if share is None else number_of(share),
         observed_steps=None if seen is None else whole_of(seen),
+        observed_at=None if seen_at is None else whole_of(seen_at),
         skipped_steps=whole_of(line["skipped_steps"]),
         alerts=tuple(_alert(alert, table) for alert in line["alerts"]),
         table=table,

@@ -23,6 +23,7 @@ from update_watch.dashboards.journal.lines import (
 )
 from update_watch.dashboards.journal.scanning import WHOLE, Scanned, scan
 from update_watch.dashboards.journal.table import table_of
+from update_watch.dashboards.unseen import stands
 from update_watch.report import Report
 
 _LINES_NAMED = 5  # in a warning
@@ -78,6 +79,7 @@ class JournalReader:
         self.run, self.damaged, self._newest, self.missing = {}, [], None, 0
         lines = 0
         is_ours = False
+        last: Frame | None = None  # that something was looked at for
 
         def asked(number: int, head: bytes) -> bytes | None:
             if not head.startswith(WINDOW_START):
@@ -104,8 +106,8 @@ class JournalReader:
                             tables[digest] = table
                     elif kind == "window":
                         frame = frame_of_line(line, tables, numbers)
-                        if numbers is not None:
-                            self._newest = (found.number, found.at, raw[:_HEAD], frame.table)
+                        if numbers is not None and not stands(last, frame):
+                            last, self._newest = frame, (found.number, found.at, raw[:_HEAD], frame.table)
                         del line  # of many tensors hundreds of megabytes
                         yield frame
                     elif kind == "missing":
@@ -120,7 +122,7 @@ class JournalReader:
             raise JournalError(f"{self.path} is not an update-watch journal: none of its {lines} lines can be read.")
 
     def newest(self, frame: Frame, end: bytes = WHOLE, drawn: Collection[str] | None = None) -> Frame:
-        """The last of `frames` as a whole, of a long line up to its `end`; of a damaged one what can be read.
+        """The last of `frames` of which anything was looked at as a whole, of a long line up to its `end`; of a damaged one what can be read.
 
         `drawn`: the numbers of tensors and accumulators that are read, all by default; others are not known.
         """
@@ -130,7 +132,8 @@ class JournalReader:
         for until, numbers in ((end, None), (AT_ACCUMULATORS, TENSOR_NUMBERS)):
             try:
                 line = _decoded(self._again(at, head, until))
-                return frame_of_line(line, {str(line.get("table")): table}, numbers, drawn)
+                found = frame_of_line(line, {str(line.get("table")): table}, numbers, drawn)
+                return dataclasses.replace(found, until=frame.until)
             except ValueError as error:
                 if numbers is None:
                     self.damaged.append((number, str(error)))

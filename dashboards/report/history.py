@@ -25,6 +25,7 @@ from update_watch.dashboards.journal.scanning import WHOLE
 from update_watch.dashboards.journal.thinning import window_steps
 from update_watch.dashboards.report.cases import MOST
 from update_watch.dashboards.run_numbers import RunNumbers, mean_of
+from update_watch.dashboards.unseen import standing
 from update_watch.report import SEVERITY, Alert, Health, Report
 
 SPANS = 200
@@ -91,7 +92,7 @@ class History:
 
     @property
     def last_step(self) -> int:
-        return self.spans[-1][1]
+        return max(self.last.end, self.spans[-1][1])
 
     @property
     def windows_per_span(self) -> int:
@@ -141,7 +142,7 @@ def read_history(
     at = [*kept.values(), *([] if last is None else [last.step])]
     builder = _Builder(min(at, default=0), max(at, default=0), spans)
     behind = {number for number, _, _ in numbered}.difference(kept)  # of a run before it was resumed
-    for frame in reader.frames(lambda number: number not in behind, _READ):
+    for frame in standing(reader.frames(lambda number: number not in behind, _READ)):
         builder.add(frame)
     label = name or str(reader.run.get("name") or path.stem)
     if last is not None:
@@ -171,8 +172,8 @@ def history_of(
         if not kept or report.step < kept[-1].step:
             kept.append(report)
     builder = _Builder(kept[-1].step, kept[0].step, spans)
-    for report in reversed(kept):
-        builder.add(frame_of(report))
+    for frame in standing(map(frame_of, reversed(kept))):
+        builder.add(frame)
     return dataclasses.replace(builder.finish(name), run=run or {})
 
 
@@ -192,7 +193,9 @@ class _Builder:
         self.last: Frame | None = None
 
     def add(self, frame: Frame) -> None:
-        frame = dataclasses.replace(frame, table=self._one_of_it(frame.table))
+        self.last = frame = dataclasses.replace(frame, table=self._one_of_it(frame.table))
+        if frame.until is not None:  # it is there already
+            return
         if self._length is None:
             spans = min(self._most, max(8, MOST_VALUES // max(1, len(frame.table.name))))
             self._length = max(1.0, self._steps / max(1, spans - 1))
@@ -208,7 +211,6 @@ class _Builder:
         self._windows += frame.windows
         if self._foretold is None and frame.outlook is not None and frame.step >= _FORETOLD * frame.outlook.until:
             self._foretold = frame.outlook
-        self.last = frame
 
     def finish(self, name: str, reader: JournalReader | None = None, ends_at: int | None = None) -> History:
         self._close()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from update_watch.dashboards import metrics
 from update_watch.dashboards.report.notebook import first_screen_html
+from update_watch.dashboards.unseen import is_unseen
 from update_watch.dashboards.wandb.alerts import AlertSender
 from update_watch.dashboards.wandb.facts import write_facts
 from update_watch.dashboards.wandb.grid import LayerGrid
@@ -224,16 +225,17 @@ class _Session:
             self._defined = True
         now = report.time or time.time()
         self._alert_pending |= bool(report.alerts)
-        kinds = self._rows.of(report)
-        begin = max(0, report.step - report.window)
-        self._grid.add(begin, report.step, {k: metrics.BY_KIND.compute(tensors) for k, tensors in kinds.items()})
+        kinds, is_seen = self._rows.of(report), not is_unseen(report)
+        if is_seen:
+            begin = max(0, report.step - report.window)
+            self._grid.add(begin, report.step, {k: metrics.BY_KIND.compute(tensors) for k, tensors in kinds.items()})
         try:
             if self._row_pace.take(report.step, now, urgent=self._alert_pending):
                 # One dict, so that the step is always the one these values belong to.
                 self._run.log(self._row(report, now), commit=self._commit)
                 self._alert_pending = False
                 self._summarize(report)
-                tables = self._tables(report, kinds, now)
+                tables = self._tables(report, kinds, now) if is_seen else {}  # the last ones stand
                 if tables:
                     self._pictures.log({self._step_key: report.step}, tables)
         finally:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.support.evidence_samples import GONE, STILL, tensor, verdicts, window
-from update_watch.evidence import Numbers, TensorEvidence, changed
+from tests.support.evidence_samples import GONE, STILL, accumulator, tensor, verdicts, window
+from update_watch.evidence import Numbers, TensorEvidence, WindowEvidence, changed
+from update_watch.judge.alerts import Alerts
 from update_watch.judge.diagnosis import Diagnosis
-from update_watch.report import Cause, Health
+from update_watch.report import Cause, Health, Report
 from update_watch.thresholds import Thresholds
 
 _LOOKED: dict[str, Any] = {"zero_gradient_fraction": 1.0, "gradient_looks": 128}
@@ -151,3 +152,87 @@ def test_the_headline_says_at_how_many_tensors_somebody_has_looked() -> None:
     report = judge.judge(window(tensor(0.0, "a", **GONE), *others, step=384))
     assert report.headline.startswith("1 of 4 tensors is stalled")
     assert report.headline.endswith("; also 1 looked at now.")
+
+
+# --- windows of which nothing was seen, since a budget let their steps pass -----------------------------------
+
+HEALTHY, GOOD = tensor(name="a.w"), tensor(name="b.w")
+STALLED = tensor(0.0, name="b.w", **GONE)
+STATE = tensor(name="a.w", accumulators=accumulator("exp_avg_sq", 0.0, growth=0.0, decay=0.0))
+RESTS = tensor(None, name="a.w", zero_gradient_fraction=1.0, gradient_looks=128, moved=0.0, **STILL)
+
+
+class Run:
+    """Reports with alerts, window after window."""
+
+    def __init__(self) -> None:
+        self.limits = Thresholds()
+        self.diagnosis, self.alerts, self.step = Diagnosis(self.limits), Alerts(self.limits), 0
+
+    def sees(self, *tensors: TensorEvidence, observed: int = 32) -> Report:
+        return self._judge(window(*tensors), observed)
+
+    def passes(self, *tensors: TensorEvidence, **more: Any) -> Report:
+        """The same tensors, not looked at."""
+        return self._judge(window(*(unseen(one, steps=700, accumulators={}, **more) for one in tensors)), 0)
+
+    def _judge(self, evidence: WindowEvidence, observed: int) -> Report:
+        self.step += 700
+        evidence = changed(evidence, step=self.step, window=700, observed_steps=observed)
+        return self.alerts.update(self.diagnosis.judge(evidence))
+
+
+@pytest.mark.parametrize("kind", ["healthy", "stalled", "state", "at rest"])
+def test_a_verdict_stands_however_many_windows_pass_unseen(kind: str) -> None:
+    tensors = {"healthy": (HEALTHY, GOOD), "stalled": (HEALTHY, STALLED), "state": (STATE, GOOD), "at rest": (RESTS,)}[
+        kind
+    ]
+    run = Run()
+    seen = [run.sees(*tensors) for _ in range(4)][-1]
+    assert seen.observed_at == seen.step
+    later = [run.passes(*tensors) for _ in range(12)]
+    for report in later:
+        assert (report.health, report.alerts, report.observed_at) == (seen.health, (), seen.step)
+        assert [(t.health, t.cause) for t in report.tensors] == [(t.health, t.cause) for t in seen.tensors]
+        age = report.step - seen.step
+        assert report.headline == f"Not looked at since the report of step 2,800 ({age:,} steps ago): {seen.headline}"
+    again = run.sees(*tensors)
+    assert (again.headline, again.alerts, again.observed_at) == (seen.headline, (), again.step)
+
+
+def test_a_fault_that_began_meanwhile_is_told_once_it_is_seen() -> None:
+    run = Run()
+    run.sees(HEALTHY, GOOD)
+    assert not run.passes(HEALTHY, STALLED).alerts
+    found = run.sees(HEALTHY, STALLED)
+    assert found.health is Health.stalled and len(found.alerts) == 1 and found.headline.startswith("1 of 2 tensors")
+
+
+def test_what_the_host_knows_is_news_all_the_same() -> None:
+    run = Run()
+    run.sees(HEALTHY, GOOD)
+    report = run.passes(HEALTHY, GOOD, lr=0.0, lr_max=0.0, lr_min=0.0)
+    assert {t.cause for t in report.tensors} == {Cause.zero_learning_rate}
+    assert report.headline.startswith(
+        "Not looked at since the report of step 700 (700 steps ago): Nothing is being trained"
+    )
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_knows_when_it_was_looked_at() -> None:
+    run, resumed = Run(), Run()
+    run.sees(HEALTHY, STALLED)
+    resumed.diagnosis.load_state_dict(run.diagnosis.state_dict())
+    resumed.step = run.step
+    report = resumed.passes(HEALTHY, STALLED)
+    assert (report.observed_at, report.health) == (700, Health.stalled)
+    assert report.headline.startswith(
+        "Not looked at since the report of step 700 (700 steps ago): 1 of 2 tensors is stalled"
+    )
+    for bad in (True, "7"):
+        with pytest.raises(ValueError, match="observed_at"):
+            resumed.diagnosis.load_state_dict({**run.diagnosis.state_dict(), "observed_at": bad})
+
+
+def test_where_nothing_was_ever_seen_nothing_stands() -> None:
+    report = Run().passes(HEALTHY)
+    assert report.observed_at is None and report.health is Health.unknown and "looked at since" not in report.headline

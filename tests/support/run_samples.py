@@ -381,6 +381,7 @@ def fully_filled_report() -> Report:
         skipped_steps=3,
         observed_steps=17,
         cost_share=0.0125,
+        observed_at=256,
         forecast=Forecast(
             *(256, 1280, (), 0.25, 0.125, 700, 2.5e-05, "One tensor will stall.", 0.05),
             course=((256, 0.58, 1.0), (1280, 0.03, 0.1)),

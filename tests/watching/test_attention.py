@@ -171,6 +171,25 @@ def test_a_window_that_has_been_open_for_long_is_not_the_one_seen_in_full() -> N
     assert sum(run.looked[-200:]) < 24
 
 
+def test_a_window_of_which_nothing_was_seen_goes_on() -> None:
+    """When it is woken for as well: it ended before the first look, and was reported as if the verdict had been seen anew."""
+    run = Simulated(0.02)
+    run.take(600)
+    for _ in range(4000):
+        if run.window_steps > WINDOW and not run.attention.observed:
+            break
+        run.attention._account = -1.0
+        run.take(1)
+    else:
+        pytest.fail("no window was open for long without a look")
+    run.attention._account = 0.0
+    assert run.attention.wake() and not run.attention.may_close(run.window_steps)
+    run.attention.saw()
+    assert not run.attention.may_close(run.window_steps)
+    run.take(WINDOW // 4)
+    assert run.observed[-1] >= WINDOW // 4 and min(run.observed) > 0
+
+
 def test_what_the_first_windows_owe_is_paid_before_a_window_is_seen_in_full() -> None:
     """With short steps a window in full takes the budget of thousands of them."""
     run = Simulated(0.005)
@@ -185,7 +204,8 @@ def test_what_the_first_windows_owe_is_paid_before_a_window_is_seen_in_full() ->
     assert sum(run.looked[-60:]) == 0
     run.take(2000)
     text = "".join("x" if look else "." for look in run.looked[-2000:])
-    assert "x" * 16 in text and "x" * 24 not in text  # a whole window would be a tenth of what the run takes
+    # what is told after a burst may wake again; a whole window would be a tenth of what the run takes
+    assert "x" * 16 in text and "x" * 32 not in text
 
 
 @pytest.mark.parametrize("step", [0.005, 0.013, 0.05, 0.3])

@@ -20,6 +20,7 @@ from update_watch.measure.hooks.tap import StepTap
 from update_watch.measure.step_order import StepOrder
 from update_watch.measure.sums.layout import GROUPS
 from update_watch.measure.watched_optimizer import Watched
+from update_watch.report import Health
 from update_watch.watching import attention
 
 PACKAGE = str(Path(uw.__file__).parent)
@@ -95,7 +96,9 @@ def test_steps_are_counted_by_number_and_by_group(monkeypatch: pytest.MonkeyPatc
         assert watch.flush() is not None
     report = watch.last
     assert report is not None and report.step == began + 50 and report.window == in_window + 50
-    assert report.observed_steps == 0
+    assert report.observed_steps == 0 and report.observed_at == 2 * WINDOW
+    assert report.headline.startswith(f"Not looked at since the report of step {report.observed_at} (")
+    assert {t.health for t in report.tensors} == {Health.healthy} and report.health is Health.healthy
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 1000])

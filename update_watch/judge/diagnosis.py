@@ -58,6 +58,7 @@ from update_watch.judge.columns.accumulators import Verdicts as AccumulatorVerdi
 from update_watch.judge.columns.codes import CAUSE_CODES, HEALTH_CODES, IDLE, NONE, Rows
 from update_watch.judge.columns.codes import known as known_values
 from update_watch.judge.columns.histories import Histories
+from update_watch.judge.columns.last_look import LastLook
 from update_watch.judge.columns.reports import LateReport, OfWindow
 from update_watch.judge.columns.resting import Resting
 from update_watch.judge.columns.rests import sort, usual_gradient
@@ -90,7 +91,7 @@ class Diagnosis:
         self._limits = thresholds
         self.trainer = "torch"  # in whose words cures are told: a key of `cures.TRAINERS`
         self._histories = Histories(thresholds)
-        self._standing, self._resting = Standing(), Resting()
+        self._standing, self._resting, self._last_look = Standing(), Resting(), LastLook()
         self._last_step: int | None = None
         self._owned: tuple[list[str], list[str]] = [], []  # names of the last window, and the groups that held them
         self._moving: set[str] = set()  # optimizers of which any tensor moved in this window
@@ -106,18 +107,22 @@ class Diagnosis:
             first_step = self._last_step + 1
         self._last_step = evidence.step
         looked = None if evidence.observed_steps is None else (evidence.observed_steps, evidence.window)
-        judged = self._judge(evidence, first_step)
+        is_seen = evidence.observed_steps != 0
+        judged = self._judge(evidence, first_step, is_seen)
+        said = run_health(judged), headline(judged, evidence.step, self.trainer, looked, self._resting.count)
+        health, text = self._last_look.told(evidence.step, judged, *said, is_seen)
         fields = {field.name: field.default for field in dataclasses.fields(Report) if field.name not in _LATE}
         fields |= {
             "step": evidence.step,
             "window": evidence.window,
-            "health": run_health(judged),
-            "headline": headline(judged, evidence.step, self.trainer, looked, self._resting.count),
+            "health": health,
+            "headline": text,
             "time": evidence.time,
             "cost_ms": evidence.cost_ms,
             "skipped_steps": evidence.skipped_steps,
             "observed_steps": evidence.observed_steps,
             "cost_share": evidence.cost_share,
+            "observed_at": self._last_look.step,
         }
         return made(Report, fields, LateReport(judged), 0)
 
@@ -128,6 +133,7 @@ class Diagnosis:
         return {
             "version": _VERSION,
             "last_step": self._last_step,
+            "observed_at": self._last_look.step,
             "tensors": self._histories.to_plain(),
         }
 
@@ -138,11 +144,11 @@ class Diagnosis:
             TypeError, ValueError: `state` as a whole is not such data; nothing is changed then.
         """
         check_state("Diagnosis", state, _VERSION, {"tensors": Mapping})
-        last_step = state.get("last_step")
-        if last_step is not None and (not isinstance(last_step, int) or isinstance(last_step, bool)):
-            raise ValueError(
-                f"Diagnosis.load_state_dict: last_step={last_step!r} is not a step; pass what state_dict() gave."
-            )
+        for name in ("last_step", "observed_at"):
+            if (step := state.get(name)) is not None and type(step) is not int:
+                raise ValueError(
+                    f"Diagnosis.load_state_dict: {name}={step!r} is not a step; pass what state_dict() gave."
+                )
         memories: dict[str, TensorHistory] = {}
         for name, data in state["tensors"].items():
             try:
@@ -154,18 +160,19 @@ class Diagnosis:
                     type(error).__name__,
                     error,
                 )
-        self._histories, self._resting, self._last_step = Histories(self._limits), Resting(), last_step
+        self._histories, self._resting = Histories(self._limits), Resting()
+        self._last_step, self._last_look = state.get("last_step"), LastLook(state.get("observed_at"))
         self._histories.take(memories)
 
     # --- the tensors -------------------------------------------------------------------------------
 
-    def _judge(self, evidence: WindowEvidence, first_step: int) -> OfWindow:
+    def _judge(self, evidence: WindowEvidence, first_step: int, is_seen: bool) -> OfWindow:
         columns, histories, limits = columns_of(evidence.tensors), self._histories, self._limits
         rows = histories.rows_of(tuple(columns.raw("name")))
         self._begin_anew(columns, rows)
         usual = usual_gradient(columns)
         sorts = sort(columns, histories, rows, usual, evidence.skipped_steps, limits)
-        rest_now = self._resting.take(columns, sorts, histories, rows, limits)
+        rest_now = self._resting.take(columns, sorts, histories, rows, limits, is_seen)
         standing = self._standing.take(columns, sorts, rest_now)
         found = judge(columns, sorts, histories, rows, self.trainer, limits)
         found.health[rest_now], found.cause[rest_now] = (

@@ -203,10 +203,10 @@ class Attention:
     # --- windows -----------------------------------------------------------------------------------
 
     def may_close(self, steps: int) -> bool:
-        """Whether a window of so many steps may end."""
+        """Whether a window of so many steps may end: never one of which nothing was seen, by budget one that is seen enough of."""
         if steps < self._window:
             return False
-        return self.is_full or self._is_exact() or self.observed * _ENOUGH >= self._window
+        return self._budget is None or self._is_exact() or self.observed * _ENOUGH >= self._window
 
     def close_window(self) -> tuple[float, int, float | None, bool]:
         """Of the window that ends: seconds on the training thread, steps looked at, share of its time the watch took; and

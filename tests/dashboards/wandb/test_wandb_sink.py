@@ -54,6 +54,32 @@ def test_each_window_is_one_row_with_the_trainers_step_and_its_values(start_run:
     }
 
 
+def test_a_window_of_which_nothing_was_looked_at_is_no_point_of_a_chart(
+    start_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = sample_report(128, observed_steps=32, observed_at=128)
+    blank = [dataclasses.replace(t, efficiency=None, lost_fraction=None, headroom_histogram=None) for t in seen.tensors]
+    said = "Not looked at since the report of step 128 (900 steps ago): it stands."
+    unseen = sample_report(1028, tuple(blank), window=900, observed_steps=0, observed_at=128, headline=said)
+    unseen = dataclasses.replace(unseen, time=seen.time + 10_000.0)  # pictures are due
+    run = start_run()
+    sink = WandbSink(run)
+    sink(seen)
+    assert sink._session is not None
+    pictures: list[Any] = []
+    monkeypatch.setattr(sink._session._pictures, "log", lambda *given: pictures.append(given))
+    sink(unseen)
+    assert pictures == [] and sink._session._grid.spans == [(0, 128)]
+    run.finish()
+    offline = OfflineRun(run)
+    first, row = (r for r in offline.history if "update_watch/cost_ms" in r)
+    assert first["update_watch/tensors_stalled"] == 1.0 and first["update_watch/unseen_steps"] == 0.0
+    own = {k: v for k, v in row.items() if k.startswith("update_watch/")}
+    assert set(own) == {f"update_watch/{name}" for name in ("skipped_steps", "cost_ms", "unseen_steps", "alert")}
+    assert own["update_watch/unseen_steps"] == 900 and row[STEP] == 1028
+    assert offline.summary["update_watch/headline"] == said
+
+
 def test_the_headroom_histogram_counts_wanted_elements_per_octave(start_run: Any) -> None:
     histogram = logged(start_run(), sample_report()).history[0]["update_watch/headroom"]
     assert histogram["_type"] == "histogram"

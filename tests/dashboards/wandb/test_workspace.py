@@ -101,6 +101,7 @@ def test_every_panel_draws_something_that_is_logged() -> None:
         "update_watch/forecast_error",
         "update_watch/forecast_floor",
         "update_watch/tensors_healthy",
+        "update_watch/unseen_steps",
         # for charts that somebody makes: what the training's own charts show, and what only FP32 weights have
         "update_watch/gradient_rms",
         "update_watch/gradient_zeros",

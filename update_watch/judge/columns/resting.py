@@ -1,4 +1,5 @@
-"""What was said of a tensor stands in windows in which it was not its turn: of a large model on a CPU a part is looked at in each.
+"""What was said of a tensor stands in windows in which it was not its turn: of a large model on a CPU a part is looked at in each,
+and by budget of none, where a window is closed while its steps pass unseen.
 
 What the host knows of all tensors is news all the same: one that no longer requires a gradient, a learning rate of 0, steps that
 are skipped. Those are judged as in any other window, and so is one of which nothing was said yet.
@@ -35,10 +36,19 @@ class Resting:
         self._last: Judged | None = None  # of the window before,
         self.count = 0  # and how many it was of
 
-    def take(self, columns: Columns, sorts: Sorted, histories: Histories, rows: Rows, limits: Thresholds) -> Mask:
-        """[n] those whose verdict stands; from here on neither at rest nor scored."""
+    def take(
+        self,
+        columns: Columns,
+        sorts: Sorted,
+        histories: Histories,
+        rows: Rows,
+        limits: Thresholds,
+        is_seen: bool = True,
+    ) -> Mask:
+        """[n] those whose verdict stands; from here on neither at rest nor scored. `is_seen`: whether anything of the window was."""
         column = columns.column
-        found: Mask = (column("is_resting") != 0) & (histories.cause[rows] != UNSAID)
+        is_resting = column("is_resting") != 0 if is_seen else np.ones(len(rows), bool)
+        found: Mask = is_resting & (histories.cause[rows] != UNSAID)
         if not found.any():
             return found
         steps = column("steps")
