@@ -31,7 +31,7 @@ from typing import NamedTuple
 GOLDEN = 2654435769
 SHARES = 2**32
 _LARGEST_BLOCK = 16  # neighbours: a whole sector of memory in 16-bit formats
-_GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
+GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
 
 
 class Positions(NamedTuple):
@@ -65,7 +65,7 @@ def plan(numel: int, row: int, samples: int) -> Positions:
     most_block = min(math.isqrt(2 * samples), _LARGEST_BLOCK)
     block = max(b for b in range(1, most_block + 1) if samples % b == 0 and numel % b == 0)
     blocks, cells = samples // block, numel // block
-    step = _distance(cells, row, blocks, block)
+    step = distance(cells, row, blocks, block)
     return Positions(numel, block, blocks, step, cells - (blocks - 1) * step)
 
 
@@ -74,7 +74,8 @@ def share(phase: int, turn: int) -> int:
     return (phase + turn * GOLDEN) % SHARES
 
 
-def _distance(cells: int, row: int, blocks: int, block: int) -> int:
+@functools.lru_cache(1024)
+def distance(cells: int, row: int, blocks: int, block: int) -> int:
     """Cells between the beginnings of two blocks.
 
     Large enough to span the tensor; within that, the blocks begin in different columns, evenly spread: a distance that
@@ -86,7 +87,7 @@ def _distance(cells: int, row: int, blocks: int, block: int) -> int:
     columns = row // shared  # in which a cell can begin
     if columns == 1 or most == least:
         return most
-    shift = round(_GOLDEN_SECTION * columns)
+    shift = round(GOLDEN_SECTION * columns)
     while math.gcd(shift, columns) != 1:
         shift += 1
     # a distance of so many cells moves the column by the golden section
@@ -97,4 +98,4 @@ def _distance(cells: int, row: int, blocks: int, block: int) -> int:
     tried = range(most, least - 1, -max((most - least) // 64, 1))
     coprime = [d for d in tried if math.gcd(d, columns) == 1] or [most]
     moved = block // shared
-    return min(coprime, key=lambda d: abs(abs(d * moved % columns / columns - 0.5) - (_GOLDEN_SECTION - 0.5)))
+    return min(coprime, key=lambda d: abs(abs(d * moved % columns / columns - 0.5) - (GOLDEN_SECTION - 0.5)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from update_watch.measure.ledger.blocks import ELEMENTS, BlockGather, block_of
+from update_watch.measure.ledger.blocks import ELEMENTS, BlockGather, ViewReads, block_of
 
 SHAPES = [(1,), (3,), (15,), (16,), (17,), (5, 7), (16, 1), (64, 2), (300, 3), (24, 24), (4, 3, 3, 3)]  # two embeddings
 
@@ -22,10 +23,14 @@ def stored(dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
 
 
+def flat(tensor: torch.Tensor, place: float) -> torch.Tensor:
+    return torch.cat([view.flatten() for view in block_of(tensor, place)])
+
+
 @pytest.mark.parametrize("place", [0.0, 0.37, 0.9999])
 def test_a_block_is_elements_of_its_tensor_each_as_often_as_the_others(place: float) -> None:
     for tensor in stored(torch.float32):
-        block = torch.cat(block_of(tensor, place))
+        block = flat(tensor, place)
         values, times = block.unique(return_counts=True)
         assert len(block) == ELEMENTS
         assert set(values.tolist()) <= set(tensor.flatten().tolist())
@@ -35,8 +40,26 @@ def test_a_block_is_elements_of_its_tensor_each_as_often_as_the_others(place: fl
 def test_the_elements_of_an_embedding_lie_all_over_it() -> None:
     tensor = torch.arange(900.0).view(300, 3)
     for place in (0.0, 0.5, 0.9999):
-        rows = torch.cat(block_of(tensor, place)).div(3, rounding_mode="floor").sort().values
+        rows = flat(tensor, place).div(3, rounding_mode="floor").sort().values
         assert rows.diff().min() >= 15
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (128, 4, 3, 3), (48, 48), (1000, 10), (256, 1024)])
+@pytest.mark.parametrize("place", [0.0, 0.37, 0.9999])
+def test_half_of_a_tensor_is_neither_all_nor_nothing_of_what_is_read(shape: tuple[int, ...], place: float) -> None:
+    tensor = torch.arange(math.prod(shape)).view(shape).float()
+    at = torch.stack(torch.unravel_index(flat(tensor, place).long(), shape))
+    for dim in (0, 1):
+        is_low = at[dim] < shape[dim] / 2
+        assert 0.25 <= is_low.float().mean() <= 0.75
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, SHAPES[3:6], [(1,), (40, 40)] * 4])
+def test_torchs_operators_read_what_the_views_hold(shapes: list[tuple[int, ...]]) -> None:
+    tensors = [torch.randn(shape).bfloat16() for shape in shapes]
+    out_nE = torch.zeros(len(tensors), ELEMENTS, dtype=torch.bfloat16)
+    ViewReads([block_of(tensor, 0.7) for tensor in tensors])(out_nE.view(-1))
+    assert torch.equal(out_nE, torch.stack([flat(tensor, 0.7) for tensor in tensors]))
 
 
 def calls_of(function: Callable[[], None]) -> Counter[str]:
@@ -68,7 +91,7 @@ def test_one_launch_reads_what_views_read_and_nothing_is_done_for_each_tensor(
         gather.go_to(blocks)
         out_nE = torch.empty(len(tensors), ELEMENTS)
         gather(out_nE)
-        assert torch.equal(out_nE, torch.stack([torch.cat(block).float() for block in blocks]))
+        assert torch.equal(out_nE, torch.stack([flat(tensor, place).float() for tensor in tensors]))
     # besides the kernel itself nothing is done for each tensor once addresses are known, but to look at its address
     monkeypatch.setattr(gather._multi._kernel, "gather_views", {(len(tensors),): lambda *args, **options: None})
     calls = calls_of(lambda: gather(out_nE))

@@ -13,38 +13,55 @@ from torch import Tensor
 
 from update_watch.measure.device import host_memory
 from update_watch.measure.device.multi_gather import MultiGather
-from update_watch.measure.positions import Positions
+from update_watch.measure.positions import Positions, distance
 
 ELEMENTS = 16
+_NEIGHBOURS = 4
 _MOST_RUNS = (
-    4  # of neighbours that are alike; of more, elements are read one by one, which takes 10 us more for 68 tensors
+    4  # of tensors that are alike; of more, elements are read one by one, which takes 10 us more for 68 tensors
 )
 _TALL = 4  # rows per column, from which on a matrix is taken for an embedding
 
 
 def block_of(shard: Tensor, place: float) -> list[Tensor]:
-    """Views of E elements in memory order, contiguous ones; of a smaller tensor all of it, again and again.
-
-    A gather of contiguous views takes a third of the time of any other.
-    """
+    """A view [runs, neighbours] of E elements, in memory order; of a smaller tensor views of all of it, again and again."""
     at = _positions(shard)
     begin = shard.storage_offset() + int(place * at.room)
-    return [
-        shard.as_strided((min(at.block, ELEMENTS - b * at.block),), (1,), begin + b * at.block * at.step)
-        for b in range(at.blocks)
-    ]
+    if at.numel >= ELEMENTS:
+        return [shard.as_strided((at.blocks, at.block), (at.step * at.block, 1), begin)]
+    lengths = [min(at.block, ELEMENTS - b * at.block) for b in range(at.blocks)]
+    return [shard.as_strided((1, length), (at.block, 1), begin) for length in lengths]
 
 
 def _positions(shard: Tensor) -> Positions:
     """Where the elements lie, from the first one on; its place is one of `room`."""
     numel = shard.numel()
-    if shard.dim() == 2 and shard.shape[0] >= ELEMENTS and shard.shape[0] > _TALL * shard.shape[1]:
-        # an embedding: of neighbours a batch uses all or none
-        step = numel // ELEMENTS
-        return Positions(numel, 1, ELEMENTS, step, numel - (ELEMENTS - 1) * step)
-    if numel >= ELEMENTS:
-        return Positions(numel, ELEMENTS, 1, 0, numel - ELEMENTS + 1)
-    return Positions(numel, numel, -(-ELEMENTS // numel), 0, 1)
+    if numel < ELEMENTS:
+        return Positions(numel, numel, -(-ELEMENTS // numel), 0, 1)
+    # an embedding: of neighbours a batch uses all or none
+    is_tall = shard.dim() == 2 and shard.shape[0] >= ELEMENTS and shard.shape[0] > _TALL * shard.shape[1]
+    block = 1 if is_tall else _NEIGHBOURS
+    blocks = ELEMENTS // block
+    step = distance(numel // block, max(shard.stride()), blocks, block)
+    return Positions(numel, block, blocks, step, numel - ((blocks - 1) * step + 1) * block + 1)
+
+
+class ViewReads:
+    """The blocks of some tensors by torch's operators, one for those that follow each other and are alike."""
+
+    def __init__(self, blocks: Sequence[Sequence[Tensor]]) -> None:
+        views = [view for block in blocks for view in block]
+        runs = [list(run) for _, run in itertools.groupby(views, lambda view: view.shape[1])]
+        if len(runs) > _MOST_RUNS:
+            runs = [[row for view in views for row in view.unbind()]]
+        self._runs = [(run, sum(view.numel() for view in run), run[0].shape[1:]) for run in runs]
+
+    def __call__(self, out: Tensor) -> None:
+        """Read all of them into `out` [n E]."""
+        start = 0
+        for run, size, width in self._runs:
+            torch.cat(run, out=out[start : start + size].view(-1, *width))
+            start += size
 
 
 class BlockGather:
@@ -60,7 +77,7 @@ class BlockGather:
 
     def go_to(self, blocks: list[list[Tensor]]) -> None:
         """Read these from now on."""
-        self._firsts = [block[0] for block in blocks]
+        self._firsts = [block[0][0] for block in blocks]
 
     def __call__(self, out_nE: Tensor) -> None:
         self._multi(self._firsts, (0, 0), out=out_nE)
@@ -75,18 +92,18 @@ class HostBlockReads:
         into = [place.view(-1, ELEMENTS).view(torch.uint8).numpy() for place in places]
         self._addresses: list[npt.NDArray[np.int64]] = []
         self._places: list[list[npt.NDArray[Any]]] = [[] for _ in places]
-        runs = [(is_one, len(list(run))) for is_one, run in itertools.groupby([len(views) == 1 for views in blocks])]
+        # of fewer than E elements each is read by itself
+        widths = [views[0].shape[1] if len(views) == 1 else 1 for views in blocks]
+        runs = [(width, len(list(run))) for width, run in itertools.groupby(widths)]
         if len(runs) > _MOST_RUNS:
-            runs = [(False, len(blocks))]
+            runs = [(1, len(blocks))]
         start = 0
-        for is_one, length in runs:
-            stop, width = start + length, ELEMENTS * size if is_one else size
-            begins = [
-                [view.data_ptr() + k for view in views for k in _bytes(view, width)] for views in blocks[start:stop]
-            ]
+        for width, length in runs:
+            stop = start + length
+            begins = [[at for view in views for at in _begins(view, width)] for views in blocks[start:stop]]
             self._addresses.append(host_memory.at(np.array(begins, np.int64)))
             for place, rows in zip(self._places, into, strict=True):
-                place.append(rows[start:stop].view(f"V{width}"))
+                place.append(rows[start:stop].view(f"V{width * size}"))
             start = stop
 
     @staticmethod
@@ -100,6 +117,7 @@ class HostBlockReads:
             host_memory.read_into(addresses, rows)
 
 
-def _bytes(view: Tensor, width: int) -> range:
-    """From the beginning of a view to each of its parts of so many bytes."""
-    return range(0, view.numel() * view.element_size(), width)
+def _begins(view: Tensor, width: int) -> list[int]:
+    """Where each `width` neighbours of a view [runs, neighbours] begin."""
+    first, step, size = view.data_ptr(), view.stride(0), view.element_size()
+    return [first + (run * step + k) * size for run in range(len(view)) for k in range(0, view.shape[1], width)]

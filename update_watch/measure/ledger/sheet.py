@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from update_watch.measure.device import host_memory, joint_reads, kernel_gathers
-from update_watch.measure.ledger.blocks import ELEMENTS, BlockGather, HostBlockReads, block_of
+from update_watch.measure.ledger.blocks import ELEMENTS, BlockGather, HostBlockReads, ViewReads, block_of
 from update_watch.measure.ledger.kernel_sheet_sums import sums_of
+from update_watch.measure.positions import GOLDEN_SECTION
 from update_watch.measure.sampling import local, unsamplable
 from update_watch.measure.transfer import Batch, Later, Part
 
@@ -115,7 +116,7 @@ class Sheet:
         self._place = self._rng.random()
         self._pointers: list[int] = []
         self._views: list[list[Tensor]] = []
-        self._reads: list[HostBlockReads | None] = []
+        self._reads: list[HostBlockReads | ViewReads] = []
         self._waiting = self._span_windows = 0
         self._steps: list[int] = []  # of the run, that were looked at
         self._gaps: list[int] = []  # those of the waiting steps before which others passed unseen
@@ -160,9 +161,12 @@ class Sheet:
         pointers = [tensor.data_ptr() for tensor in members]
         if pointers != self._pointers:
             # what was put in a tensor's place is compared by its values like anything else
-            blocks = [[block_of(local(tensor.detach()), self._place) for tensor in run] for run in self._runs]
+            blocks = [
+                [block_of(local(tensor.detach()), self._place_of(i)) for i, tensor in enumerate(run)]
+                for run in self._runs
+            ]
             self._views = [[view for block in run for view in block] for run in blocks]
-            self._reads = [self._by_address(k, run) for k, run in enumerate(blocks)]
+            self._reads = [] if self._gathers else [self._way(k, run) for k, run in enumerate(blocks)]
             self._pointers, self._has_moved = pointers, True
             for gather, run in zip(self._gathers, blocks, strict=False):
                 gather.go_to(run)
@@ -170,15 +174,19 @@ class Sheet:
             for gather, slot in zip(self._gathers, self._slots[self._waiting][side], strict=True):
                 gather(slot.view(-1, ELEMENTS))
             return
-        for views, reads, slot in zip(self._views, self._reads, self._slots[self._waiting][side], strict=True):
-            if reads is None:
-                torch.cat(views, out=slot)
-            else:
+        for reads, slot in zip(self._reads, self._slots[self._waiting][side], strict=True):
+            if isinstance(reads, HostBlockReads):
                 reads(2 * self._waiting + side)
+            else:
+                reads(slot)
 
-    def _by_address(self, k: int, blocks: list[list[Tensor]]) -> HostBlockReads | None:
-        if self._gathers or not HostBlockReads.can_read(blocks):
-            return None
+    def _place_of(self, i: int) -> float:
+        """Where the block of a line lies: of no two tensors in one place, lest a part of all of them is nowhere read."""
+        return (self._place + i * GOLDEN_SECTION) % 1
+
+    def _way(self, k: int, blocks: list[list[Tensor]]) -> HostBlockReads | ViewReads:
+        if not HostBlockReads.can_read(blocks):
+            return ViewReads(blocks)
         return HostBlockReads(blocks, [slots[k] for sides in self._slots for slots in sides])
 
     def _look_at_gradients(self) -> None:
@@ -189,7 +197,8 @@ class Sheet:
                 blocks.append(self._no_gradient)
                 continue
             self._looks[i] += 1
-            blocks += [block.to(torch.float32) for block in block_of(local(grad.detach()), self._place)]
+            block = block_of(local(grad.detach()), self._place_of(i))
+            blocks += [view.to(torch.float32).flatten() for view in block]
         self._sums.add_gradients(torch.cat(blocks).view(-1, ELEMENTS))
 
     # --- every few steps -------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def add_steps(  # type: ignore[no-untyped-def]
             held = before
             tl.store(begin + here, before)
             tl.store(begin + next_side + here, before)
-        if (t == 0) & (is_new_window > 0):
+        if (t == 0) & (is_new_window > 0) & (members > n):
             tl.store(first + here, before)
         step, between = after - before, before - held
         if ((gaps >> t) & 1) > 0:

@@ -60,7 +60,7 @@ class SheetSums:
             # what the sums begin with: what is written before the window's first step is part of the window
             "begin_2NE": (2, members, ELEMENTS),
             "last_2NE": (2, members, ELEMENTS),  # before and after the latest step that was added up
-            "first_NE": (members, ELEMENTS),  # before the window's first step
+            "first_NE": (members if has_masters else 0, ELEMENTS),  # before the window's first step
             "set_out_NE": (members, ELEMENTS),  # before the last step of the span's first window
             "applied_2NE": (2, members, ELEMENTS),
             "written_2NE": (2, members, ELEMENTS),  # AT_ZERO and so on
@@ -131,7 +131,8 @@ class SheetSums:
             last_NE = before_TNE[0]
         if self._is_new_window:
             self._is_new_window = False
-            v["first_NE"].copy_(before_TNE[0])
+            if self.has_masters:
+                v["first_NE"].copy_(before_TNE[0])
         moved_2TNE = torch.empty(2, *before_TNE.shape, device=self.device)
         applied_TNE, between_TNE = moved_2TNE
         torch.sub(after_TNE, before_TNE, out=applied_TNE)
