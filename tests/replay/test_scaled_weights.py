@@ -123,6 +123,33 @@ def test_rules_in_which_the_weight_acts_in_another_way_are_unknown(cls: type[Low
     assert "is for BF16 weights" in rule.reason and "; and in its own format " in rule.reason
 
 
+class SignOf(torch.optim.Optimizer):
+    """Steps by the gradient's sign, written in BF16; decay has a name of its own, or is a number in the code."""
+
+    def __init__(self, params: Any, is_named: bool, **settings: float) -> None:
+        super().__init__(params, {"lr": 1e-3, **settings})
+        self.is_named = is_named
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            decay = group["shrink"] if self.is_named else 0.5
+            for p in group["params"]:
+                p.copy_((p.float() * (1 - group["lr"] * decay) - group["lr"] * p.grad.float().sign()).to(BF16))
+
+
+def test_decay_is_scaled_whatever_the_setting_is_called() -> None:
+    rule = find_rule(SignOf(params((64, 64)), True, eps=1e-8, shrink=0.5), 0, 2, shape=(64, 64), dtype=BF16)
+    assert rule.scaled is not None and rule.scaled.decays == ("shrink",), rule.reason
+    rule = find_rule(SignOf(params((64, 64)), True, eps=1e-8, shrink=0.0), 0, 2, shape=(64, 64), dtype=BF16)
+    assert rule.scaled is not None and rule.scaled.decays == (), rule.reason
+
+
+def test_decay_that_is_no_setting_makes_a_rule_unknown() -> None:
+    rule = find_rule(SignOf(params((64, 64)), False, eps=1e-8), 0, 2, shape=(64, 64), dtype=BF16)
+    assert rule.kind is Kind.unknown and "SignOf decays weights by what is no setting of their group" in rule.reason
+
+
 def test_a_remainder_kept_out_of_sight_is_not_called_plain() -> None:
     rule = find_rule(Hidden(params((64, 64))), 0, 2, shape=(64, 64), dtype=BF16)
     assert rule.scaled is None or rule.scaled.scheme == Scheme("carried")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -35,6 +36,11 @@ _DECAY = 5.0  # makes decay as large as the gradient's part
 _HELD_BACK = 0.4  # of a gap: updates that rounding to nearest never lets pass
 _STRAYS = 0.1  # share of elements that may end elsewhere
 _FEW = 8  # steps
+_FASTER, _RATES, _SHOWS = (
+    8.0,
+    8,
+    0.05,
+)  # learning rates at which decay without a gradient may show, and how much of the weight is that
 _COMPARED = (0, 1, 3)  # steps with a second factor
 
 
@@ -57,6 +63,7 @@ def try_scaled(settings: TrainingSettings, way: Way) -> Found:
     small = _decaying(small, 0.0) or small  # many rules round decay on its own, whatever they keep of the rest
     candidates, dtypes, others = _candidates(small, way)
     decays = ("weight_decay",) if "weight_decay" in settings.optimizer.param_groups[settings.group] else ()
+    shrinking = _shrinking(large)
     problem: ReplayError | None = None
     for scheme in candidates:
         scaled = ScaledWeights(settings.dtype, exponent, scheme, decays, dtypes, others)
@@ -66,6 +73,8 @@ def try_scaled(settings: TrainingSettings, way: Way) -> Found:
             trials += [ScaledTrial(training, way, scaled) for training in (_decaying(large, _DECAY), large) if training]
             for trial, steps in zip(trials, (_FEW, *[_FEW] * (len(trials) - 2), STEPS), strict=True):
                 trial.run(steps)
+            if shrinking is not None:
+                scaled = _decayed(shrinking, way, scaled)
         except RuleError:
             raise
         except ReplayError as error:
@@ -129,6 +138,35 @@ def _decaying(settings: TrainingSettings, decay: float) -> TrainingSettings | No
     if isinstance(present, (int, float)) and not isinstance(present, bool):
         return settings._replace(instead={**settings.instead, "weight_decay": decay})
     return None
+
+
+def _shrinking(settings: TrainingSettings) -> TrainingSettings | None:
+    """The settings without gradients, at a learning rate at which the rule's decay is large; None where weights stay as they are."""
+    for power in range(_RATES):
+        still = settings._replace(gradient=0.0, lr_factor=settings.lr_factor * _FASTER**power)
+        training = SyntheticTraining(still)
+        before = [p.detach().float() for p in training.params]
+        training.set_gradients()
+        try:
+            training.step()
+        except RuleError:  # some divide by the gradient
+            return None
+        each = zip(training.params, before, strict=True)
+        if any(bool((p.detach().float() - b).abs().median() > _SHOWS * b.abs().median()) for p, b in each):
+            return still
+    return None
+
+
+def _decayed(settings: TrainingSettings, way: Way, scaled: ScaledWeights) -> ScaledWeights:
+    """With the setting of the group by which weights decay, whatever it is called. Raises `ReplayError` where there is none."""
+    group = settings.optimizer.param_groups[settings.group]
+    others = [(name,) for name, value in group.items() if type(value) is float and value and name != "lr"]
+    for decays in (scaled.decays, *others):
+        found = dataclasses.replace(scaled, decays=decays)
+        with suppress(ReplayError):
+            ScaledTrial(settings, way, found).run(2)
+            return found
+    raise ReplayError(f"{type(settings.optimizer).__name__} decays weights by what is no setting of their group")
 
 
 def _candidates(settings: TrainingSettings, way: Way) -> tuple[list[Scheme], dict[str, torch.dtype], bool]:
