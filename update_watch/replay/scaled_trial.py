@@ -36,11 +36,8 @@ _DECAY = 5.0  # makes decay as large as the gradient's part
 _HELD_BACK = 0.4  # of a gap: updates that rounding to nearest never lets pass
 _STRAYS = 0.1  # share of elements that may end elsewhere
 _FEW = 8  # steps
-_FASTER, _RATES, _SHOWS = (
-    8.0,
-    8,
-    0.05,
-)  # learning rates at which decay without a gradient may show, and how much of the weight is that
+# learning rates at which decay may show where there is no gradient, and the share of a weight that is enough
+_FASTER, _RATES, _SHOWS = 8.0, 8, 0.05
 _COMPARED = (0, 1, 3)  # steps with a second factor
 
 
@@ -214,9 +211,8 @@ class ScaledTrial:
         fmt = formats.of(settings.dtype)
         assert fmt is not None
         self._format = fmt
-        self.comes_later = (
-            False  # updates that rounding to nearest never lets pass arrived after all, and not by chance
-        )
+        # updates that rounding to nearest never lets pass arrived after all, and not by chance
+        self.comes_later = False
 
     def run(self, steps: int) -> None:
         """Train, replay, compare. Raises `ReplayError` when a replay fails or differs."""
@@ -283,9 +279,9 @@ class ScaledTrial:
 
     def _whole(self, i: int) -> Tensor:
         param, state, at = self.training.params[i], self.training.states()[i], self.training.drawn[i]
-        rest = state.get(self.scaled.scheme.carrier)
+        name = self.scaled.scheme.carrier
         return self.scaled.whole(
-            sampled(param, at), {} if rest is None else {self.scaled.scheme.carrier: sampled(rest, at)}
+            sampled(param, at), {name: sampled(state[name], at)} if state.get(name) is not None else {}
         )
 
     # --- replaying --------------------------------------------------------------------------------
