@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+import update_watch as uw
 from tests.measure.ledger.test_masters_inside import HoldsMasters
+from tests.support.watch_nets import Net, train
 from update_watch.replay.rounding_scheme import Join, Scheme, find_scheme
 
 
@@ -119,6 +121,37 @@ def test_masters_in_the_state_are_named() -> None:
 def test_masters_that_are_written_only_after_some_steps_are_told_from_others(every: int) -> None:
     found = find_scheme(HoldsMasters(_params(torch.bfloat16), lr=0.1, every=every), 0, torch.bfloat16, 2)
     assert found == Scheme("carried:master", "master", Join.master, is_late=every > 1)
+
+
+class _ScheduleFree(torch.optim.SGD):
+    """Keeps an FP32 iterate and the average of it in its state; the weight lies between the two."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                steps = state["steps"] = state.get("steps", 0) + 1
+                z = state.setdefault("z", p.float().clone()).sub_(group["lr"] * p.grad.float())
+                x = state.setdefault("x", z.clone()).lerp_(z, 1 / steps)
+                p.copy_(group["momentum"] * x + (1 - group["momentum"]) * z)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.98])
+def test_a_state_that_the_weight_is_only_made_of_is_no_master_of_it(momentum: float) -> None:
+    optimizer = _ScheduleFree(_params(torch.bfloat16), lr=0.1, momentum=momentum)
+    assert find_scheme(optimizer, 0, torch.bfloat16, 2).is_part
+
+
+def test_weights_made_of_two_states_are_not_said_to_lack_a_copy_of_one() -> None:
+    model = Net(torch.bfloat16)
+    optimizer = _ScheduleFree(model.parameters(), lr=1e-4, momentum=0.98)
+    reports: list[uw.Report] = []
+    with uw.watch(model, optimizer, window=8, budget=None, sinks=[reports.append]) as watch:
+        train(model, optimizer, 120)
+        watch.flush()
+    assert len(reports) == 15
+    assert {t.cause for report in reports for t in report.tensors} == {None}
 
 
 def test_a_remainder_kept_elsewhere_is_recognised() -> None:

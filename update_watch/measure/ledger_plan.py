@@ -54,7 +54,7 @@ def _masters_inside(watched: Mapping[Any, Watched]) -> dict[int, Tensor]:
     """
     found = {}
     for one in watched.values():
-        rows = [row for row in one.rows if row.scheme.carrier and row.scheme.join is Join.master and not row.reason]
+        rows = [row for row in one.rows if row.scheme.join is Join.master and not row.scheme.is_part and not row.reason]
         states = states_of(one.optimizer) if rows else {}
         for row in rows:
             master = states.get(row.param, {}).get(row.scheme.carrier)

@@ -52,12 +52,14 @@ class Scheme:
     """`name` as in `TensorEvidence.scheme`; `carrier`: the state that holds what the weight cannot, or "".
 
     `is_late`: a master that is written to the weight only after some steps, and may be far from it in between.
+    `is_part`: the weight is made of it and of other states, and moves about as it does; it is no copy of the weight.
     """
 
     name: str
     carrier: str = ""
     join: Join = Join.sum
     is_late: bool = False
+    is_part: bool = False
 
     @property
     def addend(self) -> str:
@@ -172,8 +174,11 @@ def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: fl
                 scheme = Scheme(f"carried:{name}", name, join)
                 whole = scheme.joined(stored, value.detach().float(), fmt)
                 is_near = _distance(whole - start, reference) < min(_ON_THE_PATH, _NEARER * alone)
-                if join is Join.master and (is_near or _are_alike(value, full.state.get(name), start, reference)):
-                    return dataclasses.replace(scheme, is_late=_comes_late(low, name, grad))
+                is_near = is_near or (join is Join.master and _are_alike(value, full.state.get(name), start, reference))
+                if is_near and join is Join.master:
+                    is_written = _is_written(low, name, grad)
+                    is_part = not is_written  # as in schedule-free rules
+                    scheme = dataclasses.replace(scheme, is_late=is_part or False in is_written, is_part=is_part)
                 if is_near:
                     return scheme
     if share < _STAYS_BEHIND:
@@ -206,16 +211,20 @@ def _are_alike(state: Tensor, other: Any, start: Tensor, reference: Tensor) -> b
     return is_on_it and _distance(state.detach().float() - start, way) < _ON_THE_PATH
 
 
-def _comes_late(low: SyntheticParameter, master: str, grad: Tensor) -> bool:
-    """Whether the weight is the master rounded after some steps, and not after others."""
+def _is_written(low: SyntheticParameter, master: str, grad: Tensor) -> set[bool]:
+    """Whether the weight is the master rounded: after every step, after some; nothing where it moves and is not."""
     are_equal = set()
     for _ in range(_LATEST):
+        before = low.param.detach().clone()
         low.step(grad)
         state = low.state.get(master)
         if not isinstance(state, Tensor):
-            return False
-        are_equal.add(torch.equal(state.detach().to(low.param.dtype), low.param.detach()))
-    return len(are_equal) == 2
+            return {True}
+        is_equal = torch.equal(state.detach().to(low.param.dtype), low.param.detach())
+        if not is_equal and not torch.equal(before, low.param.detach()):
+            return set()
+        are_equal.add(is_equal)
+    return are_equal
 
 
 def _ways(state: Tensor, dtype: torch.dtype) -> list[Join]:
