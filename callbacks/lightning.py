@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from update_watch.callbacks.averages import average_models
 from update_watch.callbacks.on_stall import OnStall, StallResponse, end_in_good_order
 from update_watch.callbacks.options import AUTO, OnAudit, Options
 from update_watch.callbacks.schedules import of_lightning
@@ -27,7 +28,6 @@ from update_watch.callbacks.session import (
     Names,
     Session,
     Sink,
-    average_models,
     become,
     counts_to_show,
     harmless,

@@ -307,38 +307,6 @@ def _audit(names: Names, averages: Mapping[str, Any], trainer: str, is_full: boo
     return found, f"{tensors}. {text}" if text else f"{tensors}; nothing in their formats will stall."
 
 
-def average_models(callbacks: Iterable[Any], chosen: Mapping[str, Any] | None, model: Any) -> dict[str, Any]:
-    """Averaged models by name: those the user named, and those of Lightning's averaging callbacks.
-
-    A text names an attribute of the model ("ema" or "teacher.net"), alone or as the first of (text, decay). One that is
-    not there is said and left out.
-    """
-    averages: dict[str, Any] = {}
-    for name, value in (chosen or {}).items():
-        found, *decay = value if isinstance(value, (tuple, list)) else [value]
-        try:
-            found = functools.reduce(getattr, found.split("."), model) if isinstance(found, str) else found
-        except AttributeError:
-            logger.warning(
-                "UpdateWatch(averages={%r: %r}): %s has no attribute %r; give the path of the averaged model on it, or "
-                "the averaged model itself",
-                *(name, value, type(model).__name__, found),
-            )
-            continue
-        averages[name] = (found, *decay) if decay else found
-    for callback in callbacks:
-        # WeightAveraging, EMAWeightAveraging and StochasticWeightAveraging of either namespace
-        averaged = vars(callback).get("_average_model")
-        if isinstance(averaged, torch.nn.Module):
-            kind = type(callback).__name__
-            base = "ema" if "EMA" in kind else "swa" if "Stochastic" in kind else "average"
-            name, number = base, 2
-            while name in averages:
-                name, number = f"{base}{number}", number + 1
-            averages[name] = averaged
-    return averages
-
-
 def wandb_sink(run: Any, step_key: str) -> Any:
     """A sink that logs everything to this W&B run."""
     from update_watch.dashboards import WandbSink

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from update_watch.callbacks.averages import average_models
 from update_watch.callbacks.on_stall import OnStall, StallResponse
 from update_watch.callbacks.options import AUTO, OnAudit, Options
 from update_watch.callbacks.packed_state import packed, unpacked
@@ -23,7 +24,6 @@ from update_watch.callbacks.session import (
     Names,
     Session,
     Sink,
-    average_models,
     become,
     counts_to_show,
     harmless,

@@ -11,10 +11,11 @@ from lightning.pytorch.callbacks import Callback
 
 from tests.support.lightning_fits import STALLS, Watched, fit
 from tests.support.lightning_models import Module
+from update_watch.report import Health
 
 if not hasattr(lightning_callbacks, "EMAWeightAveraging"):
     pytest.skip("this Lightning has no EMAWeightAveraging", allow_module_level=True)
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 
@@ -52,7 +53,7 @@ def test_lightnings_ema_is_found_and_its_efficiency_is_that_of_a_full_comparison
 
 
 def test_a_plain_average_and_a_named_one_are_found() -> None:
-    from update_watch.callbacks.session import average_models
+    from update_watch.callbacks.averages import average_models
 
     average = WeightAveraging()
     seen: dict[str, Any] = {}
@@ -71,6 +72,16 @@ def test_a_plain_average_and_a_named_one_are_found() -> None:
         "net": seen["net"],
     }
     assert isinstance(seen["average2"], torch.optim.swa_utils.AveragedModel)
+
+
+def test_stochastic_weight_averaging_is_waited_for() -> None:
+    watch = Watched(window=4)
+    fit(Module(lr=1e-2, batches=60), StochasticWeightAveraging(1e-2, swa_epoch_start=3), watch, max_epochs=5)
+    averages = [[a for t in report.tensors for a in t.accumulators.values()] for report in watch.reports]
+    found = [{(a.health, a.cause) for a in each if a.name == "average:swa"} for each in averages]
+    assert len(found) >= 60 and found[28] == {(Health.unknown, None)}
+    assert (Health.healthy, None) in set().union(*found)
+    assert not [alert for report in watch.reports for alert in report.alerts if "average" in alert.title]
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,18 @@ def test_equal_averages_are_judged_by_their_number() -> None:
     assert all(a.health is uw.Health.healthy and a.efficiency == pytest.approx(1.0, abs=0.02) for a in _of(report))
 
 
+def test_equal_averages_begin_late_and_nobody_is_warned_till_then() -> None:
+    def swa(model: Any) -> Any:
+        average = AveragedModel(model)
+        return average, average
+
+    never = _train(torch.float32, swa, lambda *_: None, steps=160)
+    assert {(a.health, a.cause) for a in _of(never)} == {(uw.Health.unknown, None)} and not never.alerts
+    assert all("begins late, and no update of it was seen so far" in a.advice for a in _of(never))
+    begun = _train(torch.float32, swa, lambda a, m, step: step > 100 and a.update_parameters(m), steps=160)
+    assert {(a.health, a.cause) for a in _of(begun)} == {(uw.Health.healthy, None)}
+
+
 # --- as public code keeps them ----------------------------------------------------------------------------
 
 

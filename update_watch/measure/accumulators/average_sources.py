@@ -33,10 +33,14 @@ class Source(NamedTuple):
 
 
 class Decay(NamedTuple):
-    """How fast an average moves: `rate` = 1 - decay, None where it is not known; `counter` counts equal averages."""
+    """How fast an average moves: `rate` = 1 - decay, None where it is not known; `counter` counts equal averages.
+
+    `begins_late`: equal averages are begun in the last part of a training, and updated once in an epoch.
+    """
 
     rate: float | None
     counter: Tensor | None = None
+    begins_late: bool = False
 
 
 class UnreadableAverage(Exception):
@@ -61,12 +65,12 @@ def decay_of(label: str, given: Any) -> tuple[Any, Decay]:
             return given, Decay(1.0 - decay)
     counter = getattr(given, "n_averaged", None)
     if isinstance(counter, Tensor) and not any(functions):
-        return given, Decay(None, counter)
+        return given, Decay(None, counter, begins_late=True)
     for name in ("decay", "beta", "ema_decay"):
         decay = getattr(given, name, None)
         if isinstance(decay, float) and 0 <= decay < 1:
             return given, Decay(1.0 - decay)
-    return given, Decay(None)
+    return given, Decay(None, begins_late=getattr(type(given), "begins_late", False) is True)
 
 
 def _closed_over(function: Any) -> float | None:

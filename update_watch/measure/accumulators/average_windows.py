@@ -26,6 +26,7 @@ class AverageWindow(NamedTuple):
     transfer: Part
     updates: int  # writes to the average that were seen
     counts: bool  # whether writes to it are counted
+    begins_late: bool = False  # by design, and no write to it was seen so far
 
 
 class UnreadWindow(NamedTuple):
@@ -59,6 +60,8 @@ def read(window: AverageWindow | UnreadWindow) -> dict[str, AccumulatorEvidence]
             numbers = Numbers(efficiency=0.0, lost_fraction=1.0)  # whatever its decay
         elif is_updated and gaps > 0 and window.rate is None:
             reason = f"its decay is not known; give it: averages={{{window.label!r}: (model, decay)}}"
+        elif window.begins_late and not is_updated:
+            reason = "it averages all weights alike, which begins late, and no update of it was seen so far"
         elif is_updated and not (window.updates or moved):
             reason = "it moved in this window, and no update of it was seen"
         found[name] = AccumulatorEvidence(

@@ -162,7 +162,7 @@ def _obstacle(tensor: Tensor) -> str:
 class _Chunk:
     def __init__(self, label: str, pairs: list[_Pair], decay: Decay, samples: int, rng: random.Random) -> None:
         self.label, self.pairs, self.rate, self._rng = label, pairs, decay.rate, rng
-        self._counter = decay.counter
+        self._counter, self._begins_late = decay.counter, decay.begins_late
         self._counted = int(decay.counter) if decay.counter is not None else 0  # a host read, once
         self._counter_version = _version(decay.counter)
         self._samplers = [pair.sampler for pair in pairs]
@@ -294,7 +294,10 @@ class _Chunk:
         names = tuple(p.source.name for p in self.pairs)
         dtypes = tuple(str(p.dtype).removeprefix("torch.") for p in self.pairs)
         sizes, sums = tuple(s.size for s in self._samplers), batch.add(self._sums.reshape(-1).clone())
-        window = AverageWindow(self.label, names, dtypes, sizes, rate, sums, self._updates, self._counts)
+        self._begins_late = self._begins_late and not self._updates
+        window = AverageWindow(
+            *(self.label, names, dtypes, sizes, rate, sums, self._updates, self._counts), self._begins_late
+        )
         self._sums.zero_()
         self._updates = 0
         if not is_open:
