@@ -77,7 +77,8 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._tap.spend = self._attention.spend
         self._discovery = Discovery(self._model, self._tap, self._attach)
         put = lambda window: self._ranks.is_joining or self._judge.put(window)  # noqa: E731
-        self._silence = Silence(self._model, window, put, self._discovery, lambda: self._tap.enabled)
+        close = lambda: None if self._ranks.is_joining else self._close_window()  # noqa: E731
+        self._silence = Silence(self._model, window, put, close, self._discovery, lambda: self._tap.enabled)
         resting.Rests(self._tap, self._model, self._attention, self._silence.end)
         self._attach_all([one for optimizer in optimizers for one in chain(optimizer)])
         endings.add(self, self._model.has)

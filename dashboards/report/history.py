@@ -280,7 +280,7 @@ def _ranges(frame: Frame) -> Ranges:
     return Ranges(
         float(np.median(factors)) if len(factors) else np.nan,
         np.nan if room is None else room,
-        frame.skipped_steps / max(1, frame.window),
+        frame.skipped_steps / max(1, frame.window, frame.skipped_steps),
     )
 
 

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 from tests.support.lightning_fits import FAST, LOW, STALLS, Watched, fit, hook_count, stalled_names
 from tests.support.lightning_models import Module, trainer
 from update_watch.callbacks import StalledError, UpdateWatch
-from update_watch.report import Report
+from update_watch.report import Cause, Health, Report
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty")
 
@@ -218,3 +218,23 @@ def test_ranks_stop_together_with_a_checkpoint_and_one_of_them_prints(
     stored = torch.load(path, weights_only=True)
     assert stored["global_step"] == int(first[0]) and stored["callbacks"]["UpdateWatch"]
     assert capfd.readouterr().out.count("update-watch:") == 1
+
+
+@pytest.mark.parametrize("overflows", [0, 3, 10**9])
+def test_a_scaler_that_skips_every_step_is_told_and_a_few_skips_are_not(overflows: int) -> None:
+    """Under 16-mixed the optimizer of this module is stepped by the scaler, which calls no `step` where gradients overflow."""
+
+    class Overflowing(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return loss * 1e38 * 1e38 if batch_idx < overflows else loss
+
+    watch = Watched()
+    fit(Overflowing(batches=40), watch, precision="16-mixed", max_epochs=1)
+    titles = [alert.title for report in watch.reports for alert in report.alerts]
+    last = watch.last
+    assert last is not None
+    if overflows > 3:
+        assert titles == ["NOTHING TRAINS"] and {t.cause for t in last.tensors} == {Cause.skipped_steps}
+    else:
+        assert titles == [] and last.health is Health.healthy

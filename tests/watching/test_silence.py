@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 import update_watch as uw
 from tests.support.watch_nets import Net, backward, batches
-from update_watch.report import Report
+from update_watch.report import Cause, Health, Report
 
 WINDOW = 8
 
@@ -134,7 +134,100 @@ def test_what_steps_did_before_a_silence_is_reported_too_and_before_it() -> None
     (of_steps,) = [report for report in seen if report.window == steps]
     assert all(t.efficiency is not None for t in of_steps.tensors)
     silent = [report for report in seen if "never seen" in report.headline]
-    assert len(seen) == 1 + len(silent) == 3 and seen[-1] is silent[-1]
+    assert len(seen) == 1 + len(silent) == 3 and seen[0] is of_steps
+
+
+# --- steps that are skipped, as gradients are not finite -------------------------------------------------------
+
+Skips = Callable[[nn.Module, torch.optim.Optimizer], Callable[[torch.Tensor], None]]
+FINITE_UNTIL = 3 * WINDOW  # steps
+
+
+def scaled(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], None]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+
+    def step(loss: torch.Tensor) -> None:
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def checked_by_hand(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], None]:
+    def step(loss: torch.Tensor) -> None:
+        loss.backward()
+        if all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
+            optimizer.step()
+
+    return step
+
+
+def clipped_with_an_error(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], None]:
+    def step(loss: torch.Tensor) -> None:
+        loss.backward()
+        try:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+        except RuntimeError:
+            return
+        optimizer.step()
+
+    return step
+
+
+def train_with_skips(make: Skips, steps: int, overflows: Callable[[int], bool]) -> list[Report]:
+    """The loss of the steps that overflow is infinite."""
+    torch.manual_seed(0)
+    model, seen = Net(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step = make(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with uw.watch(model, optimizer, window=WINDOW, budget=None, sinks=[seen.append]):
+            for t, x in enumerate(batches(steps)):
+                optimizer.zero_grad()
+                loss = model(x).square().mean()
+                step(loss * 1e38 * 1e38 if overflows(t) else loss)
+    return seen
+
+
+@pytest.mark.parametrize("make", [scaled, checked_by_hand, clipped_with_an_error])
+@pytest.mark.parametrize("begin", [0, FINITE_UNTIL + 2])
+def test_steps_that_are_skipped_for_ever_are_told_with_their_cause(make: Skips, begin: int) -> None:
+    seen = train_with_skips(make, begin + 6 * WINDOW + 3, lambda t: t >= begin)
+    titles = [alert.title for report in seen for alert in report.alerts]
+    assert titles == ["NOTHING TRAINS"]
+    last = seen[-1]
+    assert (last.health, {t.cause for t in last.tensors}) == (Health.idle, {Cause.skipped_steps})
+    assert "every step is skipped" in last.headline and "a check of one's own" in last.headline
+    assert "look for NaN or overflow in the loss" in last.tensors[0].advice
+    assert last.skipped_steps > 0
+
+
+@pytest.mark.parametrize("make", [scaled, checked_by_hand])
+def test_a_few_skips_at_the_start_are_silent(make: Skips) -> None:
+    seen = train_with_skips(make, 5 * WINDOW, lambda t: t < 5)
+    assert seen and not [alert for report in seen for alert in report.alerts]
+    assert all(report.health is Health.healthy and not report.skipped_steps for report in seen)
+
+
+def test_a_silence_in_which_some_gradients_are_finite_is_none_of_skipped_steps() -> None:
+    """Gradients that are looked at when training is over; one of them is infinite."""
+
+    def none(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], None]:
+        return lambda loss: loss.backward()
+
+    seen = train_with_skips(none, 6 * WINDOW, lambda t: t % 4 != 0)
+    assert seen and all(not report.skipped_steps and "never seen" in report.headline for report in seen)
+
+
+def test_what_goes_wrong_in_looking_at_gradients_ends_no_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such operator here")
+
+    monkeypatch.setattr(torch, "_foreach_norm", fails)
+    seen = train_with_skips(checked_by_hand, 6 * WINDOW, lambda _: True)
+    assert seen and not any(report.skipped_steps for report in seen) and seen[-1].health is Health.unknown
 
 
 def test_where_no_bit_moves_that_is_said() -> None:

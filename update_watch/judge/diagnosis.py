@@ -9,7 +9,7 @@ one that moves is judged by its numbers and keeps the cause, and what moves it i
 | 2  | NaN or infinity; with skipped steps, once they persist as in 4 | broken | non_finite |
 |    | replicas of it differ between ranks | broken | replicas_differ |
 | 3  | no optimizer holds it | at rest | not_in_optimizer |
-| 4  | nearly all steps skipped, several windows in a row; till then unknown | at rest | skipped_steps |
+| 4  | nearly all steps skipped, or none taken after gradients that are not finite, in several windows; till then unknown | at rest | skipped_steps |
 | 5  | its optimizer took no step | unknown | |
 | 6  | its gradient was None in every step | at rest | no_gradient |
 | 7  | its gradient was 0 in every step, seen in six or more; till that is known of all steps unknown | at rest | zero_gradient |

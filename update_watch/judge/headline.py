@@ -43,8 +43,8 @@ _PROBABLE = {  # why nothing at all trains: what was seen, what it most often is
     Cause.negligible_gradient: ("every gradient is at the level of round-off", "look for what cancels the loss"),
     Cause.zero_learning_rate: ("the learning rate is 0", "check the schedule and its warm-up"),
     Cause.skipped_steps: (
-        "the gradient scaler skips every step",
-        "look for NaN or overflow in the loss, or use BF16, which needs no scaler",
+        "every step is skipped, by a gradient scaler or a check of one's own, as gradients hold NaN or infinity",
+        "look for NaN or overflow in the loss, clip the gradients, or use BF16, which needs no scaler",
     ),
     Cause.not_in_optimizer: (
         "no optimizer holds its tensors",

@@ -77,8 +77,8 @@ def rest(
         return Rest(Cause.not_in_optimizer, Seen(reason=e.note))
     if nearly_all:
         if is_persistent:
-            return Rest(Cause.skipped_steps, Seen(skipped=skipped, steps=max(steps, skipped)))
-        return UNKNOWN, None, reasons.unknown(reasons.overflow(skipped, max(steps, skipped)))
+            return Rest(Cause.skipped_steps, Seen(skipped=skipped, steps=max(steps, skipped) if e.steps else 0))
+        return UNKNOWN, None, reasons.unknown(reasons.overflow(skipped, max(steps, skipped) if e.steps else 0))
     if not e.steps:
         return UNKNOWN, None, reasons.unknown(reasons.no_step(e.reason, known(e.moved)))
     if e.gradless_steps >= e.steps:

@@ -141,6 +141,10 @@ def unexplained(efficiency: float, lost: float | None) -> str:
 
 
 def overflow(skipped: int, steps: int) -> str:
+    if not steps:
+        return (
+            f"gradients held NaN or infinity, and no step followed {skipped} backward passes of them: they are skipped"
+        )
     return f"the gradient scaler skipped {skipped} of {steps} steps of this window, where gradients overflow"
 
 

@@ -96,14 +96,16 @@ def zero_learning_rate(seen: Seen) -> Advice:
 
 
 def skipped_steps(seen: Seen) -> Advice:
-    if seen.moved:
-        return Advice(
-            f"the gradient scaler skipped {seen.skipped} of {plural(seen.steps, 'step')}, and yet it moves,"
-            f" {_movement(seen)}",
-            "look for what else writes to it",
+    finding = f"the gradient scaler skipped {seen.skipped} of {plural(seen.steps, 'step')}"
+    if not seen.steps:  # no step was seen at all
+        finding = (
+            f"a gradient scaler or a check of one's own skipped the steps of {seen.skipped} backward passes, whose gradients held"
+            " NaN or infinity"
         )
+    if seen.moved:
+        return Advice(f"{finding}, and yet it moves, {_movement(seen)}", "look for what else writes to it")
     return Advice(
-        f"the gradient scaler skipped {seen.skipped} of {plural(seen.steps, 'step')}, and so in the windows before",
+        f"{finding}, and so in the windows before",
         "look for NaN or overflow in the loss, clip the gradients, or use BF16, which needs no scaler",
     )
 

@@ -2,11 +2,13 @@
 
 A rule may run under another name than `step` (`step_param` in gradient hooks, `first_step`, a hand-written update), or an
 optimizer may step other tensors than the model's. Windows of steps never close then. After as many backward passes as a
-window has steps, one warning says so, and a report tells of every tensor whether it moves.
+window has steps, one warning says so, and a report tells of every tensor whether it moves. Where the gradients hold NaN or
+infinity each time, a gradient scaler or a check of one's own skips the steps (`overflows`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import sys
@@ -22,27 +24,31 @@ from update_watch.measure.transfer import Batch
 from update_watch.measure.watched_model import WatchedModel
 from update_watch.measure.window_evidence import Window
 from update_watch.watching.discovery import Discovery
+from update_watch.watching.overflows import Overflows
 from update_watch.worker import warn
 
 logger = logging.getLogger("update_watch")
 
 
 class Silence:
-    """Listens for the backward passes of a model. `put` takes a window; `discovery` knows what else steps."""
+    """Listens for the backward passes of a model. `put` takes a window, `close_window` ends that of the steps; `discovery` knows what else steps."""
 
     def __init__(
         self,
         model: WatchedModel,
         window: int,
         put: Callable[[Window], object],
+        close_window: Callable[[], None],
         discovery: Discovery,
         is_enabled: Callable[[], bool] = lambda: True,
     ) -> None:
         self._model, self._window, self._put, self._strangers = model, window, put, discovery.strangers
+        self._close_window = close_window
         self._is_enabled = is_enabled
         self._passes = BackwardPasses(self._passed, discovery.strange_steps)
         self.end = self._passes.reset  # a step was seen
         self._ledger: Ledger | None = None
+        self._overflows = Overflows(window)
         self._count = self._told = 0  # passes of the silence, and of what was reported
         self._is_said, self._is_stopped = False, True
 
@@ -80,10 +86,11 @@ class Silence:
 
     def _look(self, count: int) -> None:
         if self._ledger is None or count <= self._count:  # a new silence
-            self._ledger, self._told = Ledger(random.Random(0)), 0
+            self._ledger, self._told, self._overflows = Ledger(random.Random(0)), 0, Overflows(self._window)
             self._ledger.plan([(line, frozenset(), False, None) for line in self._model.lines()])
         self._count = count
         self._ledger.after(self._ledger.before(None, (), count, leads=True))
+        self._overflows.passes(count, self._model.tensors)
         if count % self._window == 0:
             self._close()
             if not self._is_said:
@@ -114,8 +121,10 @@ class Silence:
 
     def _close(self) -> None:
         assert self._ledger is not None
-        self._told = self._count
+        if not self._told and self._model.window_steps:  # of the steps before
+            self._close_window()
+        passes, self._told = self._count - self._told, self._count
         batch = Batch()
-        sheets = self._ledger.close_window(batch)
+        sheets, skipped = self._ledger.close_window(batch), self._overflows.close_window(batch, passes)
         batch.send()
-        self._put(self._model.silent_window(self._finding(), sheets))
+        self._put(dataclasses.replace(self._model.silent_window(self._finding(), sheets), skipped=skipped))

@@ -21,10 +21,10 @@ from update_watch.report import Cause
 from update_watch.thresholds import Thresholds
 from update_watch.worker import unhurried
 
-# what the host says of a tensor, whether it is looked at or not
+# what the host says of a tensor, whether it is looked at or not; of skipped steps nothing is known while all pass unseen
 _BY_HOST = [
     CAUSE_CODES[cause]
-    for cause in (Cause.requires_grad_off, Cause.not_in_optimizer, Cause.skipped_steps, Cause.zero_learning_rate)
+    for cause in (Cause.skipped_steps, Cause.requires_grad_off, Cause.not_in_optimizer, Cause.zero_learning_rate)
 ]
 
 
@@ -54,7 +54,9 @@ class Resting:
         steps = column("steps")
         found &= (column("trainable") != 0) & (steps > 0) & (known(column("lr_max")) != 0)
         found &= ~(column("skipped_steps") >= NEARLY_ALL * np.maximum(steps, 1)) & (column("replicas_differ") == 0)
-        found &= ~np.isin(histories.cause[rows], _BY_HOST) & ~is_state_off(columns, histories, rows, limits)
+        found &= ~np.isin(histories.cause[rows], _BY_HOST if is_seen else _BY_HOST[1:]) & ~is_state_off(
+            columns, histories, rows, limits
+        )
         sorts.rests[found] = sorts.scored[found] = False
         return found
 
