@@ -223,6 +223,25 @@ def test_numbers_of_the_steps_since_parameters_were_grouped_anew_are_not_said_to
     assert all(t.displacement_efficiency is None for t in report.tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_that_is_converted_within_a_window_is_measured_in_its_new_format(dtype: torch.dtype) -> None:
+    """Half of the window was in the other one, and its numbers are none of that."""
+    other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
+    model = Net(other)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    with uw.watch(model, optimizer, window=32, budget=None) as watch:
+        train(model, optimizer, 16)
+        optimizer.zero_grad()
+        model.to(dtype)
+        train(model, optimizer, 16)
+        weight = tensors(watch.flush())["norm.weight"]
+    assert weight.dtype == str(dtype).removeprefix("torch.")
+    if dtype is torch.bfloat16:
+        assert (weight.health, weight.cause) == (Health.stalled, Cause.weight_rounding)
+    else:
+        assert weight.health is Health.healthy and weight.efficiency == pytest.approx(1, abs=0.05)
+
+
 def test_sparse_gradients_are_unknown_with_the_reason_and_the_other_tensors_are_measured() -> None:
     net = torch.nn.Sequential(torch.nn.Embedding(32, 48, sparse=True), torch.nn.Linear(48, 64))
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4)

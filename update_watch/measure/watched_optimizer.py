@@ -111,7 +111,8 @@ class Watched:
         self._skipped: dict[torch.device, Tensor] = {}
         self._is_checked = False  # whether its tensors are what was planned for, in this window
         self.devices: tuple[torch.device, ...] = ()
-        self._shapeless = [row for row in self.rows if is_lazy(row.param)]  # till a forward pass uses it
+        shapeless = [row for row in self.rows if is_lazy(row.param)]  # till a forward pass uses it
+        self._signs = [*shapeless, *{local(row.param).dtype: row for row in self.rows}.values()]
         self.row_ids, self._used_groups = frozenset(id(r.param) for r in self.rows), {r.group for r in self.rows}
         measured = [row for row in self.rows if row.is_measured and self._twin is not None]
         self._plan_of = Plan(self.optimizer, self._twin, measured, self._samples, self._rng, *self._windows)
@@ -214,8 +215,9 @@ class Watched:
         if self.steps and not self._was_set_up:
             self._was_set_up = True
             may_run = forget_failed_trials(self.optimizer, self.rows, self.found)
-        # moved or converted after attaching, made in the first forward pass: seen before the first look of a window
-        checked = self._shapeless if self._is_checked else self._open_rows
+        # moved or converted after attaching, made in the first forward pass: seen before the first look of a window; of all
+        # that are of one format one is looked at in every step
+        checked = self._signs if self._is_checked else self._open_rows
         has_changed = any([row.has_changed for row in checked])
         self._is_checked = True
         is_other = sizes != self._sizes or not all(map(operator.is_, members, self._members))
