@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests.support.evidence_samples import accumulator, histogram, tensor, window
 from update_watch.evidence import TensorEvidence
 from update_watch.judge.columns.judged import OfReports
+from update_watch.judge.columns.reports import OfWindow
 from update_watch.judge.diagnosis import Diagnosis
 from update_watch.judge.headline import headline
 from update_watch.report import Cause, Health, LayerReport, Report, TensorReport
@@ -203,3 +205,23 @@ def test_what_a_few_looks_of_a_window_say_by_chance_is_no_number_beside_the_verd
     assert found.headline == "All 2 tensors are healthy."
     low = Diagnosis(Thresholds(stalling=0.3, stalling_exit=0.4))  # whoever calls that healthy reads the number
     assert low.judge(window(tensor(0.6, name="a.w"))).headline == "The one tensor is healthy (efficiency 0.60)."
+
+
+def test_of_very_many_unknown_tensors_some_are_asked_for_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reason is a sentence that has to be made, and all of them were."""
+    few = [tensor(name=f"l{i}.w", measured_steps=1 + (i % 5 == 0)) for i in range(2000)]
+    asked: list[int] = []
+    advice = OfWindow.advice
+
+    def note(judged: OfWindow, place: int) -> str:
+        asked.append(place)
+        return advice(judged, place)
+
+    monkeypatch.setattr(OfWindow, "advice", note)
+    said = report(*few).headline
+    found = re.fullmatch(
+        r"0 of 2000 tensors healthy, 2000 unknown \(only 1 of the 6 .* so far: about (\d+)% of these\)\.", said
+    )
+    assert found and abs(int(found[1]) - 80) < 10, said
+    assert 100 < len(asked) <= 300
+    assert report(*few[:3]).headline.endswith("so far: 2 of these).")

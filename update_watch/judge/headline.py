@@ -5,6 +5,7 @@ It never says that all is well where something could not be measured, and a run 
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -30,6 +31,7 @@ from update_watch.wording import cause_label, fixed, plural
 from update_watch.worker import unhurried
 
 _FEW_LOOKS = 16  # of so many steps less than one was looked at: that all is well says the less
+_ASKED = 200  # unknown tensors, at most, whose reason is looked up: each is a sentence
 _WELL, _SURE = 0.8, 0.1  # an efficiency that nobody wonders at, and a standard error
 _PROBABLE = {  # why nothing at all trains: what was seen, what it most often is
     Cause.zero_gradient: (
@@ -206,12 +208,15 @@ def _calm(judged: Judged, looked: tuple[int, int] | None, resting: int) -> str:
 
 
 def _why_unknown(judged: Judged) -> str:
+    """The most frequent reason; of very many tensors, of some all over the model."""
     unknown = np.flatnonzero(judged.health == UNKNOWN).tolist()
-    reasons = Counter(advice for advice in map(judged.advice, unhurried(unknown)) if advice)
+    asked = random.Random(0).sample(unknown, min(len(unknown), _ASKED))
+    reasons = Counter(advice for advice in map(judged.advice, unhurried(sorted(asked))) if advice)
     if not reasons:
         return ""
     text, count = reasons.most_common(1)[0]
-    share = "" if len(reasons) == 1 else f": {count} of these"
+    known = f"{count}" if len(asked) == len(unknown) else f"about {100 * count / len(asked):.0f}%"
+    share = "" if len(reasons) == 1 else f": {known} of these"
     return f" ({why(text)}{share})"
 
 
