@@ -80,12 +80,15 @@ class TensorEvidence:
     undone_fraction: float | None = None
     written_steps: int = 0  # steps of the ledger's span of windows after which it was written
     written_step: int | None = None  # the last of them
+    written_every: float | None = None  # steps between two of them
     # how far it got in that span, in what the steps from one write to the next can move it by
     travelled: float | None = None
     moved: float | None = None  # rms(stored at the end - at the begin) / rms(before); 0: not one sampled bit changed
     unmoved_fraction: float | None = None  # elements whose stored value is at the end what it was at the begin
     is_at_zero: bool = False  # what is written to it sets all elements that are read to 0
     may_be_zero: bool = False  # beside it: all that is stored may be what steps applied since
+    is_alike: bool = False  # what was undone is the same share of each element, and some is left
+    may_be_alike: bool = False  # the gaps of its format may hide whether it is
     is_master: bool = False  # its optimizer steps a copy of it, from which it must be written
     # the gradients that were looked at, after unscaling and clipping
     gradient_looks: int = 0  # steps in which they were

@@ -12,20 +12,23 @@ from update_watch.judge.history import HEALTHY, MOST_WAITED, STALLING, UNKNOWN, 
 from update_watch.judge.no_signal import Verdict, verdict
 from update_watch.judge.number_formats import FULL, SIGNIFICANT_BITS
 from update_watch.judge.seen import Seen
-from update_watch.judge.stall_sentences import AT_ZERO, NOT_AGAIN
+from update_watch.judge.stall_sentences import AT_ZERO, NOT_AGAIN, TAKEN_BACK
 from update_watch.report import Cause, Health
 from update_watch.thresholds import Thresholds
+from update_watch.wording import short
 
 _FURTHER = 1.5  # than all steps between two writes in one direction; both ends of a span may lie inside a run
 UNDONE = 0.8  # of what the steps applied: Lookahead takes back half by design, ranks that average more
 
 
+LIKE_LOOKAHEAD = 0.75  # of what the steps applied, the same share everywhere: said, where Lookahead takes 0.8
+AGAIN = 2  # times the usual steps between two writes: so long the next is waited for
 _SIGNAL = 1 / 16  # of the gradients: the ledger reads so few elements that it may have missed all of these
 _PATIENCE = 8  # times as many windows as the first copy was waited for
 
 
-def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> Verdict | None:
-    """The steps apply their updates, but are they still there at the window's end?"""
+def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds, step: int) -> Verdict | None:
+    """The steps apply their updates, but are they still there at the window's end, after a step of the run?"""
     net, error = known(e.net_efficiency), known(e.net_efficiency_error) or 0.0
     before, history.net_grade = history.net_grade, HEALTHY
     health = HEALTHY if net is None else grade(net + 2 * error, before, limits)
@@ -33,6 +36,9 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
     is_still = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
     is_undone = undone >= UNDONE and (is_still or not _travels(e))
     is_uncopied = is_still and not is_undone
+    before_that, history.written_step = history.written_step, e.written_step or history.written_step
+    if (undone >= LIKE_LOOKAHEAD and e.is_alike) or (is_undone and e.may_be_alike):
+        return _taken_back(e, history, net)
     if is_undone and e.is_at_zero and not e.is_master:
         return _pruned(e, history)
     if health is HEALTHY or not (is_uncopied or is_undone):
@@ -41,24 +47,25 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds) -> 
         ):  # what one copy brings is no share of its window's updates
             history.lossy_windows = -min(_PATIENCE * max(history.lossy_windows, 1), MOST_WAITED)
             return None
-        return _still(e, before, history)
+        return _still(e, before, history, step)
     history.lossy_windows += 1
     if not is_undone and history.lossy_windows <= 0:  # copied now and then: the next time is waited for
         history.net_grade = HEALTHY
         return None
-    if is_undone and not _is_again(e, history):  # a checkpoint may have been loaded, or a layer begun anew
+    if is_undone and not _is_again(e, history, before_that):  # a checkpoint may have been loaded, or a layer begun anew
         return None
     if is_undone and (share(e.zero_gradient_fraction) or 0.0) > 1 - _SIGNAL:
         history.net_grade = UNKNOWN
         return UNKNOWN, Cause.overwritten, reasons.unknown(reasons.few_with_gradients(share(e.zero_gradient_fraction)))
     history.net_grade, history.was_uncopied = health, not is_undone
+    history.written_gap = math.ceil(known(e.written_every) or 0.0)
     cause = Cause.overwritten if is_undone else Cause.not_copied_back
     return verdict(health, cause, Seen(dtype=e.dtype, net=net, written_step=e.written_step))
 
 
 def _pruned(e: TensorEvidence, history: TensorHistory) -> Verdict:
     """Written by somebody who wants zeros there: frozen where all samples are 0, else the rest of it trains."""
-    history.lossy_windows, history.written_step = 0, e.written_step
+    history.lossy_windows = 0
     if e.may_be_zero and known(e.stored):
         history.net_grade = UNKNOWN
         return UNKNOWN, Cause.overwritten, reasons.unknown(reasons.set_to_zero())
@@ -67,20 +74,30 @@ def _pruned(e: TensorEvidence, history: TensorHistory) -> Verdict:
     )
 
 
-def _is_again(e: TensorEvidence, history: TensorHistory) -> bool:
-    """Whether it was written more than once: the sums of many windows remember a single time for long."""
-    last, history.written_step = history.written_step, e.written_step
+def _taken_back(e: TensorEvidence, history: TensorHistory, net: float | None) -> Verdict:
+    """What Lookahead does, and hardly anything else."""
+    history.lossy_windows = 0
+    if e.may_be_alike:
+        history.net_grade = UNKNOWN
+        reason = reasons.may_be_taken_back(share(e.undone_fraction) or 0.0, short(e.dtype))
+        return UNKNOWN, Cause.overwritten, reasons.unknown(reason)
+    return verdict(HEALTHY, Cause.overwritten, Seen(dtype=e.dtype, net=net, reason=TAKEN_BACK))
+
+
+def _is_again(e: TensorEvidence, history: TensorHistory, last: int | None) -> bool:
+    """Whether it was written more than once: the sums of many windows remember a single time for long. `last`: step of which one knew."""
     if e.written_steps >= 2:
         return True
     return history.lossy_windows >= 2 and (e.written_step is None or e.written_step != last)
 
 
-def _still(e: TensorEvidence, before: Health, history: TensorHistory) -> Verdict | None:
-    """An earlier verdict, while nothing speaks against it but that nothing was written in one window: it may come again."""
+def _still(e: TensorEvidence, before: Health, history: TensorHistory, step: int) -> Verdict | None:
+    """An earlier verdict, while nothing speaks against it but that nothing was written of late: it may come again."""
     if before is HEALTHY or not (history.lossy_windows or known(e.net_efficiency) is None):
         history.lossy_windows = 0
         return None
-    if known(e.net_efficiency) is not None:  # the next window like this acquits
+    is_due = step <= (history.written_step or 0) + AGAIN * history.written_gap and e.written_steps < 2
+    if known(e.net_efficiency) is not None and not is_due:  # the next window like this acquits
         history.lossy_windows = 0
     history.net_grade = before
     if before is UNKNOWN:

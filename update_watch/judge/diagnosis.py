@@ -27,10 +27,10 @@ one that moves is judged by its numbers and keeps the cause, and what moves it i
 | 15 | score not healthy, but the learning rate has just risen threefold | unknown | |
 | 16 | score not healthy, and updates well above half a gap are lost too | stalled, stalling | not_written |
 | 17 | score not healthy | stalled, stalling | weight_rounding |
-| 18 | what the steps applied is undone before the next, more than once; told for one window more | stalled, stalling | overwritten |
+| 18 | what the steps applied is undone before the next, more than once; told while another is due | stalled, stalling | overwritten |
+|    | the same share of each element is, as Lookahead does; unknown where gaps may hide that | healthy | overwritten |
 |    | the same by setting it to exactly 0, as pruning does; frozen where all samples are 0 | healthy, frozen | overwritten |
-|    | and all that is stored may be what was applied since | unknown | overwritten |
-|    | it is undone where it was read, and nearly all gradients are 0 | unknown | overwritten |
+|    | and all that is stored may be applied since; or it is undone where read, and nearly all gradients are 0 | unknown | overwritten |
 |    | the master moves, and not one bit of the model's tensor does | stalled | not_copied_back |
 | 19 | state factor outside its band in two windows running | stalling | state_rounding |
 | 20 | none of these | healthy | |
@@ -249,7 +249,7 @@ class Diagnosis:
         scored = self._by_score(e, history)
         if scored[0] is not HEALTHY:
             return scored
-        return by_ledger(e, history, limits) or by_state(e, history, limits) or scored
+        return by_ledger(e, history, limits, window.step) or by_state(e, history, limits) or scored
 
     def _without_rule(self, e: TensorEvidence, history: TensorHistory) -> Verdict:
         """Line 9 of the table. Where one tensor moves, updates of others may be kept until they are large enough."""

@@ -128,6 +128,7 @@ class TensorHistory:
         "stalled_lr",
         "still_steps",
         "was_uncopied",
+        "written_gap",
         "written_step",
         "zero_looks",
     )
@@ -149,6 +150,7 @@ class TensorHistory:
         # in a row in which they were undone; below 0 so many windows are waited for the next copy of masters
         self.lossy_windows = 0
         self.written_step: int | None = None  # the last at which that was seen
+        self.written_gap = 0  # steps from one such write to the next, where it was undone
         self.was_uncopied = False  # `net_grade` is that of masters that are not copied back, not of what is undone
         self.still_steps = 0  # in a row, in which it had gradients and not one bit of it moved
         self.skipped_windows = 0  # in a row with nearly all steps skipped
@@ -184,6 +186,7 @@ class TensorHistory:
             "net_grade": self.net_grade.value,
             "lossy_windows": self.lossy_windows,
             "written_step": self.written_step,
+            "written_gap": self.written_gap,
             "was_uncopied": self.was_uncopied,
             "skipped_windows": self.skipped_windows,
             "still_steps": self.still_steps,
@@ -217,6 +220,7 @@ class TensorHistory:
         history.net_grade = _grade(data["net_grade"], (*GRADES, UNKNOWN))
         history.lossy_windows = _count(data["lossy_windows"], -MOST_WAITED)
         history.written_step = None if data["written_step"] is None else _count(data["written_step"])
+        history.written_gap = _count(data.get("written_gap", 0))
         history.was_uncopied = bool(data.get("was_uncopied", False))
         history.zero_looks = _count(data["zero_looks"])
         history.skipped_windows = _count(data["skipped_windows"])

@@ -104,6 +104,14 @@ def set_to_zero() -> str:
     )
 
 
+def may_be_taken_back(undone: float, dtype: str) -> str:
+    """`undone`: share of what was applied."""
+    return (
+        f"{percent(undone)} of what its steps apply is taken back from time to time, and the gaps of {dtype} hide whether it is the"
+        " same share of each element, as Lookahead takes it, or whether an average is left in the model"
+    )
+
+
 def few_with_gradients(zeros: float | None) -> str:
     """`zeros`: share of its gradients that are 0."""
     return (

@@ -127,6 +127,7 @@ def not_written(seen: Seen) -> Advice:
 
 
 AT_ZERO = "set to exactly 0 again, as pruning does"
+TAKEN_BACK = "the same share of each element"
 NOT_AGAIN = "in this window nothing was seen of it, and the next one decides"
 
 
@@ -135,6 +136,12 @@ def overwritten(seen: Seen) -> Advice:
         return Advice(
             f"it is held at 0: what its steps apply to the elements of it that were read is {AT_ZERO}",
             "if they should train, find what writes zeros to it between steps",
+        )
+    if seen.reason == TAKEN_BACK:
+        return Advice(
+            f"{percent(1 - (seen.net or 0.0))} of what its steps apply is taken back from time to time, {TAKEN_BACK}, as Lookahead"
+            " does",
+            "if nothing of the kind is meant, look for an average that is written to it between steps",
         )
     kept = f"{percent(min(max(seen.net, 0.0), 1.0))} of" if seen.net is not None else "next to nothing of"
     last = f", last after step {seen.written_step}" if seen.written_step is not None else ""

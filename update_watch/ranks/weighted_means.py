@@ -34,9 +34,12 @@ TENSOR_NUMBERS = (
         "travelled",
         "written_steps",
         "written_step",
+        "written_every",
         "is_master",
         "is_at_zero",
         "may_be_zero",
+        "is_alike",
+        "may_be_alike",
         "requires_grad",
     ),
     *("gradient_looks", "gradient_blind", "gradient", "gradient_spread", "copy_changed", "copy_changed_window"),
@@ -139,6 +142,8 @@ def _put_ledger(t: TensorEvidence, means: Means, held: float) -> None:
     means.put("is_master", float(t.is_master), 1.0)
     means.put("is_at_zero", float(t.is_at_zero), weight)
     means.put("may_be_zero", float(t.may_be_zero), weight)
+    means.put("is_alike", float(t.is_alike), weight)
+    means.put("may_be_alike", float(t.is_alike or t.may_be_alike), weight)
     means.put("requires_grad", float(t.requires_grad), 1.0)
     means.put("gradient_looks", float(t.gradient_looks), held)
     means.put("gradient_blind", float(t.gradient_blind), held)
@@ -148,6 +153,7 @@ def _put_ledger(t: TensorEvidence, means: Means, held: float) -> None:
     if t.written_step is not None:
         means.put("written_step", float(t.written_step), 1.0)
         means.put("written_steps", float(t.written_steps), 1.0)
+        means.put("written_every", t.written_every, 1.0)
 
 
 def put_histograms(t: TensorEvidence, values: list[float], start: int) -> None:
@@ -267,11 +273,14 @@ def read_tensor(
         travelled=means.get("travelled"),
         written_steps=round(means.get("written_steps") or 0.0),
         written_step=None if (last := means.get("written_step")) is None else round(last),
+        written_every=means.get("written_every"),
         moved=_root(means.get("moved")),
         unmoved_fraction=means.get("unmoved"),
         is_master=bool(means.get("is_master")),
         is_at_zero=(means.get("is_at_zero") or 0.0) > 1 - 1e-9,
         may_be_zero=(means.get("may_be_zero") or 0.0) > 1 - 1e-9,
+        is_alike=(is_alike := (means.get("is_alike") or 0.0) > 1 - 1e-9),
+        may_be_alike=not is_alike and (means.get("may_be_alike") or 0.0) > 1 - 1e-9,
         gradient_looks=round(means.get("gradient_looks") or 0.0),
         gradient_blind=round(means.get("gradient_blind") or 0.0),
         gradient_rms=_root(means.get("gradient")),

@@ -61,7 +61,7 @@ def windows(
     for window in range(3):
         if window == 2:
             sums.open_span()
-        made = steps(4, masters, dtype, window, planted)
+        made = steps(5, masters, dtype, window, planted)
         sums.add([run[:3] for run in made], (1,) if window == 1 else ())
         sums.add([run[3:] for run in made], (0,) if window == 1 else ())
         sums.add_gradients(torch.ones(N, ELEMENTS))

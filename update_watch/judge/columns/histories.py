@@ -20,7 +20,7 @@ from update_watch.thresholds import Thresholds
 _HEALTHS = ("health", "grade", "graded", "net_grade")
 _COUNTS = (
     *("since", "graded_since", "age", "bad_state_windows", "lossy_windows"),
-    *("still_steps", "skipped_windows", "zero_looks"),
+    *("still_steps", "skipped_windows", "written_gap", "zero_looks"),
 )
 _NUMBERS = ("lr", "peak_lr", "stalled_lr", "written_step")
 _POOLED = len(PooledWindow._fields)

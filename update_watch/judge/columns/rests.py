@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from update_watch.columns.evidence_columns import Columns
-from update_watch.judge.beyond_steps import UNDONE
+from update_watch.judge.beyond_steps import LIKE_LOOKAHEAD, UNDONE
 from update_watch.judge.columns.codes import CAUSE_CODES, HEALTHY, NONE, Array, Codes, Mask, Rows, grade, known, share
 from update_watch.judge.columns.histories import Histories
 from update_watch.judge.efficiency_grade import is_exact
@@ -100,6 +100,7 @@ def _is_undone(columns: Columns, histories: Histories, rows: Rows, limits: Thres
     undone = np.nan_to_num(share(columns.column("undone_fraction")))
     is_uncopied = (columns.column("is_master") != 0) & (columns.column("moved") == 0)
     found: Mask = (health != HEALTHY) & (is_uncopied | (undone >= UNDONE))
+    found |= (columns.column("is_alike") != 0) & (undone >= LIKE_LOOKAHEAD)
     found |= histories.net_grade[rows] != HEALTHY  # what was said of it before may stand
     return found
 

@@ -15,9 +15,10 @@ from update_watch.measure.ledger.sheet_sums import COLUMNS, TURN, SheetSums
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _works: dict[torch.device, bool] = {}
-_READ, _SUMMED = ("begin_2NE", "last_2NE", "first_NE"), ("applied_2NE", "written_2NE", "writes_2N", "squares_2N")
-_STEPS = (*_READ, *_SUMMED, "signature_N", "last_write_N")
-_END = (*_READ, "set_out_NE", *_SUMMED, "earlier_N", "signature_N", "last_write_N", "gradients_2n")
+_READ, _CYCLES = ("begin_2NE", "held_NE", "now_NE", "first_NE"), ("from_2NE", "put_NE", "applied_2NE", "written_2NE")
+_SUMMED = (*_READ, *_CYCLES, "writes_2N", "squares_2N")
+_STEPS = (*_SUMMED, "signature_N", "last_write_N")
+_END = (*_SUMMED, "earlier_N", "signature_N", "last_write_N", "gradients_2n")
 
 
 def check(device: torch.device) -> None:
@@ -68,7 +69,7 @@ class KernelSheetSums(SheetSums):
     def open_window(self) -> None:
         """See `SheetSums.open_window`."""
         if self._is_ended:
-            self._is_new_window, self._has_set_out, self._is_ended = True, True, False
+            self._is_new_window, self._is_ended = True, False
         else:
             super().open_window()
 
@@ -104,7 +105,6 @@ class KernelSheetSums(SheetSums):
                 self.views["copy_steps_n"],
                 self.rows,
                 self._members,
-                int(self._has_set_out),
                 *self._full,
             ),
             {"E": ELEMENTS, "KIND": _KINDS[self.dtype] if self.has_masters else 0, "HAS_MASTERS": self.has_masters},

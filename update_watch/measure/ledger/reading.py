@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from update_watch.evidence import TensorEvidence, changed
 from update_watch.measure.ledger.blocks import ELEMENTS
@@ -25,12 +26,18 @@ _UNDOING = -1.0  # what was written is twice what was applied: it does something
 _FEW = 4  # elements
 _OFTEN = 4  # writes of a window, from which on it tells by itself how far a tensor got,
 _MORE_OFTEN = 1.25  # where it was written so many times as often as in the span
+_LEFT = 0.05  # of what was applied: who takes the same share of it back everywhere leaves that much, or means to leave nothing
+_ALIKE = 1e-4  # of what elements moved by (squares): how far they may be from one share of what was applied to each
+_ROUNDINGS = 4 / 12 * ELEMENTS  # times the square of a gap: of both ends, and of each write
+_HIDDEN = 0.1  # as the former, from which on the gaps of a format hide whether they are
+_OVER = 2  # times the usual steps between two writes: none comes any more
+_BITS = {torch.bfloat16: 8, torch.float16: 11}  # significant ones
 _PLACE = {name: i for i, name in enumerate(COLUMNS)}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    """One tensor over a window: sums over its elements, see `sheet.COLUMNS`."""
+    """One tensor over a window: sums over its elements, see `sheet_sums.COLUMNS`."""
 
     sums: Mapping[str, float]
     window: SheetWindow
@@ -61,6 +68,25 @@ class _Entry:
         if not shares:
             shares.append(s[f"{prefix}dot"] / square)
         return max(shares), math.sqrt(max(s[f"{prefix}spread"], 0.0)) / square
+
+    def alike(self) -> tuple[bool, bool]:
+        """Whether the same share of what was applied is left of each element; and whether its format may hide that."""
+        s = self.sums
+        square, moved = s["span_square"], s["own_moved"]
+        if self.size <= _FEW or s["own_writes"] < 2 or not s["span_dot"] > _LEFT * square or not moved > 0:
+            return False, False
+        apart = moved - s["span_dot"] ** 2 / square
+        bits = 24 if self.window.has_masters else _BITS.get(self.window.dtype, 24)
+        gap = 2.0 ** (math.floor(math.log2(s["stored"] / ELEMENTS) / 2) - bits + 1) if s["stored"] > 0 else 0.0
+        rounded = _ROUNDINGS * gap**2 * (s["own_writes"] + 1)
+        is_alike = apart <= _ALIKE * moved + rounded
+        return is_alike and rounded <= _HIDDEN * moved, is_alike and rounded > _HIDDEN * moved
+
+    @property
+    def is_over(self) -> bool:
+        """It was written in the span, and for so long has not been that no more is to come."""
+        looks, last = len(self.window.run_steps), self.sums["last"]
+        return looks - last > max(_OVER * last / self.sums["own_writes"], self.window.steps)
 
     @property
     def is_at_zero(self) -> bool:
@@ -160,7 +186,7 @@ class Reading:
         """Fill in the tensors `at` of one sheet; [n] whether only `of` can tell of them."""
         s = dict(zip(COLUMNS, sums_Cn, strict=True))
         alone_n: Mask = (s["own_writes"] != 0) | window.has_masters
-        is_known = np.isfinite(s["span_square"]) & np.isfinite(s["stored"]) & ~alone_n
+        is_known = np.isfinite(s["span_step_square"]) & np.isfinite(s["stored"]) & ~alone_n
         with np.errstate(all="ignore"):
             stored_n = np.sqrt(s["stored"] / ELEMENTS)
             is_there = stored_n != 0
@@ -185,9 +211,7 @@ class Reading:
 
 
 def _lowest(shares: Iterable[tuple[float | None, float]]) -> tuple[float | None, float]:
-    """The share that is lowest for certain, with its error: one jump (weights rounded to a grid, or clipped, for the first time)
-    may be all that a span shows.
-    """
+    """The share that is lowest for certain, with its error; not of what does something else than to take back."""
     known = [(share, error) for share, error in shares if share is not None and share + 2 * error > _UNDOING]
     return min(known, key=lambda found: found[0] + 2 * found[1], default=(None, 0.0))
 
@@ -200,7 +224,7 @@ def _around(name: str, levels: int) -> set[str]:
 
 def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEvidence:
     s, window = entry.sums, entry.window
-    if not math.isfinite(s["span_square"]) or not math.isfinite(s["stored"]):
+    if not all(math.isfinite(s[name]) for name in ("span_step_square", "span_square", "stored")):
         return t
     stored = math.sqrt(s["stored"] / ELEMENTS)
     found: dict[str, Any] = {
@@ -216,13 +240,15 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
         found["was_rounded"] = not window.has_masters and s["coarse"] >= VARIED
     arrived = t.numbers.displacement_efficiency
     copied = entry.copied() if window.has_masters else None
-    if not s["own_writes"]:
+    if not s["own_writes"] or entry.is_over:
         found["net_efficiency"] = copied if window.has_masters else arrived
         found["undone_fraction"] = 0.0
     else:
         # what is written once in a window, or in some, may be a checkpoint: that it comes again shows over the span
         found["written_steps"] = int(s["own_writes"])
+        found["written_every"] = (found["written_step"] + 2 - window.run_steps[0]) / s["own_writes"]
         found["is_at_zero"] = entry.is_at_zero
+        found["is_alike"], found["may_be_alike"] = entry.alike()
         found["may_be_zero"] = (t.update_ratio or 0.0) * len(window.run_steps) >= s["own_writes"]
         kept, error = _lowest(entry.kept(prefix) for prefix in ("", "span_"))
         if entry.is_at_zero:

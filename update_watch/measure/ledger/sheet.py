@@ -43,6 +43,7 @@ class SheetWindow(NamedTuple):
     transfer: Part | Later
     names: tuple[tuple[str, ...], ...]
     sizes: tuple[int, ...]  # elements of the tensors
+    dtype: torch.dtype
     has_masters: bool
     is_full: bool  # FP32, or the masters are
     is_stepped: bool  # else no optimizer holds its tensors
@@ -224,6 +225,7 @@ class Sheet:
             batch.add_later(self.device, (self._sums.copy() if batch.is_later(self.device) else self._sums).packed),
             self._names,
             self._sizes,
+            self._runs[0][0].dtype,
             len(self._runs) > 1,
             self._sums.full is not None,
             self._is_stepped,

@@ -12,7 +12,7 @@ import triton.language as tl
 from update_watch.measure.device.bf16_rounding import rounded_to_bf16
 
 # one compiled kernel for all sheets: neither sizes nor where the arrays happen to begin are looked at
-_ARRAYS = "begin last first applied put writes squares signature last_write copy_steps"
+_ARRAYS = "begin held now first since put applied places writes squares signature last_write copy_steps"
 _SIZES = "n members first_full last_full"
 
 
@@ -40,10 +40,13 @@ def add_steps(  # type: ignore[no-untyped-def]
     read,  # [T, 2, n, E]
     read_masters,  # the same of the masters, if there are any
     begin,
-    last,
+    held,
+    now,
     first,
-    applied,
+    since,
     put,
+    applied,
+    places,
     writes,
     squares,
     signature,
@@ -64,7 +67,7 @@ def add_steps(  # type: ignore[no-untyped-def]
     e = tl.arange(0, E)
     here, next_side = row * E + e, members * E
     of_run = row % n
-    held = tl.load(last + next_side + here)
+    last = tl.load(now + here)
     sums = tl.zeros((E,), tl.float32)
     step_squares, written, count = (
         tl.full((), 0.0, tl.float32),
@@ -72,8 +75,11 @@ def add_steps(  # type: ignore[no-untyped-def]
         tl.full((), 0.0, tl.float32),
     )
     sines, latest, copies = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
-    before, after = held, held
-    places = tl.zeros((E,), tl.float32)
+    before, after = last, last
+    reached = tl.zeros((E,), tl.float32)
+    has_begun = (tl.load(writes + members + row) > 0).to(tl.float32)
+    put_there = tl.load(put + here)
+    since_window, since_span = tl.load(since + here), tl.load(since + next_side + here)
     for t in range(waiting):
         at = (t * 2 * n + of_run) * E + e
         before = tl.load(read + at, mask=(row + e * 0) < n, other=0.0)
@@ -81,37 +87,46 @@ def add_steps(  # type: ignore[no-untyped-def]
         after = tl.load(read + n * E + at, mask=(row + e * 0) < n, other=0.0)
         after += tl.load(read_masters + n * E + at, mask=(row + e * 0) >= n, other=0.0)
         if (t == 0) & (steps == 0):  # what was before the first look is not known
-            held = before
+            last = before
             tl.store(begin + here, before)
             tl.store(begin + next_side + here, before)
         if (t == 0) & (is_new_window > 0) & (members > n):
             tl.store(first + here, before)
-        step, between = after - before, before - held
-        if ((gaps >> t) & 1) > 0:
-            sums += between
-            between = tl.zeros((E,), tl.float32)
-        sums += step
+        step, between = after - before, before - last
         step_squares += tl.sum(step * step, 0)
+        if ((gaps >> t) & 1) > 0:
+            step += between
+            between = tl.zeros((E,), tl.float32)
         written += tl.sum(between * between, 0)
         wrote = tl.max((between != 0).to(tl.int32), 0).to(tl.float32)
-        places = tl.maximum(places, place_of(before, between))
+        reached = tl.maximum(reached, place_of(before, between))
+        if wrote > 0:
+            put_there = before
+            if has_begun == 0:
+                since_window, since_span = before, before
+        has_begun = tl.maximum(has_begun, wrote)
+        sums += tl.where((e * 0).to(tl.float32) + has_begun > 0, step, 0.0)
         number = (steps + 1 + t).to(tl.float32)
         count += wrote
         latest = tl.maximum(latest, wrote * number)
         sines += wrote * tl.sin(number * TURN)
         if (row >= first_full) & (row < last_full):
             copies += tl.sum((rounded(before, 0) != rounded(after, 0)).to(tl.float32), 0)
-        held = after
-    tl.store(last + here, before)
-    tl.store(last + next_side + here, after)
-    tl.store(applied + here, tl.load(applied + here) + sums)
-    tl.store(applied + next_side + here, tl.load(applied + next_side + here) + sums)
-    tl.store(put + here, tl.maximum(tl.load(put + here), places))
-    tl.store(put + next_side + here, tl.maximum(tl.load(put + next_side + here), places))
+        last = after
+    if members > n:
+        tl.store(held + here, before)
+    tl.store(now + here, after)
+    tl.store(put + here, put_there)
+    tl.store(since + here, since_window)
+    tl.store(since + next_side + here, since_span)
+    for side in tl.static_range(2):
+        at_side = here + side * next_side
+        tl.store(applied + at_side, tl.load(applied + at_side) + sums)
+        known = tl.load(places + at_side).to(tl.float32)
+        tl.store(places + at_side, tl.maximum(known, reached).to(tl.int8))
+        tl.store(writes + side * members + row, tl.load(writes + side * members + row) + count)
     tl.store(squares + row, tl.load(squares + row) + step_squares)
     tl.store(squares + members + row, tl.load(squares + members + row) + written)
-    tl.store(writes + row, tl.load(writes + row) + count)
-    tl.store(writes + members + row, tl.load(writes + members + row) + count)
     tl.store(signature + row, tl.load(signature + row) + sines)
     tl.store(last_write + row, tl.maximum(tl.load(last_write + row), latest))
     if (row >= first_full) & (row < last_full):
@@ -119,25 +134,29 @@ def add_steps(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def put_products(out, n, applied, put, begin, held, now):  # type: ignore[no-untyped-def]
+def across(what, along):  # type: ignore[no-untyped-def]
+    """The part of it that does not lie along the weights."""
+    length = tl.sum(along * along, 0)
+    return what - tl.where(length > 0, tl.sum(what * along, 0) / length, 0.0) * along
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def put_products(out, n, applied, places, moved, put):  # type: ignore[no-untyped-def]
     """The first eight columns of one tensor."""
-    is_free = ((put != 1.0) & (put != 3.0)).to(tl.float32)
-    moved = now - begin
+    is_free = ((places != 1.0) & (places != 3.0)).to(tl.float32)
     product, square = moved * applied, applied * applied
     dot, want = tl.sum(product, 0), tl.sum(square, 0)
     share = tl.where(want > 0, dot / want, 0.0)
     spread = product - share * square
-    length = tl.sum(held * held, 0)
-    along = tl.where(length > 0, tl.sum(applied * held, 0) / length, 0.0)
-    across = applied - along * held
+    across_weights = across(applied, put)
     tl.store(out, dot)
     tl.store(out + n, want)
     tl.store(out + 2 * n, tl.sum(spread * spread, 0))
     tl.store(out + 3 * n, tl.sum(product * is_free, 0))
     tl.store(out + 4 * n, tl.sum(square * is_free, 0))
-    tl.store(out + 5 * n, tl.sum(square * (put == 1.0).to(tl.float32), 0))
-    tl.store(out + 6 * n, tl.sum(moved * across, 0))
-    tl.store(out + 7 * n, tl.sum(across * across, 0))
+    tl.store(out + 5 * n, tl.sum(square * (places == 1.0).to(tl.float32), 0))
+    tl.store(out + 6 * n, tl.sum(moved * across_weights, 0))
+    tl.store(out + 7 * n, tl.sum(across_weights * across_weights, 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -148,15 +167,17 @@ def put_copies(out, n, begin, end, begin_master, end_master, KIND: tl.constexpr)
     tl.store(out + n, tl.sum(due * (end - begin), 0))
 
 
-@triton.jit(do_not_specialize=f"out set_out earlier gradients {_ARRAYS} {_SIZES} has_set_out".split())  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=f"out earlier gradients {_ARRAYS} {_SIZES}".split())  # type: ignore[untyped-decorator]
 def end_window(  # type: ignore[no-untyped-def]
     out,  # [COLUMNS, n]
     begin,
-    last,
+    held,
+    now,
     first,
-    set_out,
-    applied,
+    since,
     put,
+    applied,
+    places,
     writes,
     squares,
     earlier,
@@ -166,7 +187,6 @@ def end_window(  # type: ignore[no-untyped-def]
     copy_steps,
     n,
     members,
-    has_set_out,
     first_full,
     last_full,
     E: tl.constexpr,
@@ -180,23 +200,31 @@ def end_window(  # type: ignore[no-untyped-def]
         own = row + n
     e = tl.arange(0, E)
     here, of_own, next_side = row * E + e, own * E + e, members * E
-    held, now = tl.load(last + here), tl.load(last + next_side + here)
-    held_own, now_own = tl.load(last + of_own), tl.load(last + next_side + of_own)
+    ended, put_own = tl.load(now + here), tl.load(put + of_own)
+    in_window, in_span = tl.load(writes + own), tl.load(writes + members + own)
+    tail = tl.where((e * 0).to(tl.float32) + in_span > 0, tl.load(now + of_own) - put_own, 0.0)
+    moved_own = tl.zeros((E,), tl.float32)
     out += row
     # the window's twelve, the span's twelve
     for i in tl.static_range(2):
         side, columns = i * next_side, out + i * 12 * n
-        begun, begun_own = tl.load(begin + side + here), tl.load(begin + side + of_own)
-        applied_own, put_own = tl.load(applied + side + of_own), tl.load(put + side + of_own)
-        put_products(columns, n, applied_own, put_own, begun_own, held_own, now_own)
-        moved = now - begun
+        # of a window before which it was written, the first write ends a cycle
+        cycles = in_span - 1
+        if i == 0:
+            cycles = in_window - (in_window == in_span).to(tl.float32)
+        is_any = (e * 0).to(tl.float32) + cycles > 0
+        applied_own = tl.where(is_any, tl.load(applied + side + of_own) - tail, 0.0)
+        moved_own = tl.where(is_any, put_own - tl.load(since + side + of_own), 0.0)
+        put_products(columns, n, applied_own, tl.load(places + side + of_own).to(tl.float32), moved_own, put_own)
+        begun = tl.load(begin + side + here)
+        moved = ended - begun
         tl.store(columns + 8 * n, tl.sum(moved * moved, 0))
         tl.store(columns + 9 * n, tl.load(writes + i * members + row))
         if HAS_MASTERS:
+            begun_own = tl.load(begin + side + of_own)
             if i == 0:  # from before the first step
-                put_copies(columns + 10 * n, n, tl.load(first + here), held, tl.load(first + of_own), held_own, KIND)
-            else:
-                put_copies(columns + 10 * n, n, begun, held, begun_own, held_own, KIND)
+                begun, begun_own = tl.load(first + here), tl.load(first + of_own)
+            put_copies(columns + 10 * n, n, begun, tl.load(held + here), begun_own, tl.load(held + of_own), KIND)
         else:
             tl.store(columns + 10 * n, 0.0)
             tl.store(columns + 11 * n, 0.0)
@@ -204,29 +232,26 @@ def end_window(  # type: ignore[no-untyped-def]
     step_square = tl.load(squares + row)
     tl.store(out, step_square)
     tl.store(out + n, step_square - tl.load(earlier + row))
-    moved_own = now_own - tl.load(begin + next_side + of_own)
-    tl.store(out + 2 * n, tl.load(writes + members + own))
+    tl.store(out + 2 * n, in_span)
     tl.store(out + 3 * n, tl.sum(moved_own * moved_own, 0))
-    way = tl.where(has_set_out > 0, held_own - tl.load(set_out + of_own), moved_own)
-    length = tl.sum(held_own * held_own, 0)
-    way -= tl.where(length > 0, tl.sum(way * held_own, 0) / length, 0.0) * held_own
+    way = across(moved_own, put_own)
     tl.store(out + 4 * n, tl.sum(way * way, 0))
     tl.store(out + 5 * n, tl.load(squares + own))
     tl.store(out + 6 * n, tl.load(squares + members + row))
     stored = tl.load(begin + here)
     tl.store(out + 7 * n, tl.sum(stored * stored, 0))
-    tl.store(out + 8 * n, tl.sum((now - stored == 0).to(tl.float32), 0))
-    tl.store(out + 9 * n, tl.load(last_write + row))
-    tl.store(out + 10 * n, tl.load(signature + row))
+    tl.store(out + 8 * n, tl.sum((ended - stored == 0).to(tl.float32), 0))
+    tl.store(out + 9 * n, tl.load(last_write + own))
+    tl.store(out + 10 * n, tl.load(signature + own))
     tl.store(out + 11 * n, tl.load(gradients + row))
     tl.store(out + 12 * n, tl.load(gradients + n + row))
     out += 13 * n
     is_full = first_full < last_full  # the masters', or the model's
     value = tl.load(begin + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
-    ended = tl.load(last + next_side + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
+    end = tl.load(now + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
     low = rounded(value, 0)
     if HAS_MASTERS:
-        seen = tl.load(last + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
+        seen = tl.load(held + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
     else:
         seen = value
     is_coarse = tl.min((rounded(seen, 0) == seen).to(tl.int32), 0) > 0
@@ -234,17 +259,18 @@ def end_window(  # type: ignore[no-untyped-def]
     is_same = (seen[:, None] == seen[None, :]) & (e[None, :] < e[:, None])
     different = tl.sum((tl.max(is_same.to(tl.int32), 1) == 0).to(tl.float32), 0)
     tl.store(out, tl.where(is_full, tl.load(copy_steps + row), 0.0))
-    tl.store(out + n, tl.where(is_full, tl.sum((low != rounded(ended, 0)).to(tl.float32), 0), 0.0))
+    tl.store(out + n, tl.where(is_full, tl.sum((low != rounded(end, 0)).to(tl.float32), 0), 0.0))
     tl.store(out + 2 * n, tl.where(is_full, tl.where(is_coarse, different, 0.0), 0.0))
     tl.debug_barrier()  # all that is overwritten now has been read
     for k in tl.static_range(1 + HAS_MASTERS):
         at = row + k * n
         tl.store(earlier + at, tl.load(squares + at))
-        tl.store(begin + at * E + e, tl.load(last + next_side + at * E + e))
-        if has_set_out == 0:
-            tl.store(set_out + at * E + e, tl.load(last + at * E + e))
-        tl.store(applied + at * E + e, tl.zeros((E,), tl.float32))
-        tl.store(put + at * E + e, tl.zeros((E,), tl.float32))
+        last, latest_put = tl.load(now + at * E + e), tl.load(put + at * E + e)
+        has_begun = (e * 0).to(tl.float32) + tl.load(writes + members + at) > 0
+        tl.store(begin + at * E + e, last)
+        tl.store(since + at * E + e, latest_put)
+        tl.store(applied + at * E + e, tl.where(has_begun, last - latest_put, 0.0))
+        tl.store(places + at * E + e, tl.zeros((E,), tl.int8))
         tl.store(writes + at, 0.0)
         tl.store(squares + members + at, 0.0)
     if is_full:

@@ -1,5 +1,9 @@
 """What a sheet of the ledger adds up: sums of the open window, and of a span of some windows with the same elements.
 
+What becomes of what steps applied is told from one write to another: a *cycle* is what lies between two. Those of a window end in
+it; those of a span begin with its first write. Whatever a tensor did before it was ever written is no part of them, nor is what
+the next write may still take back.
+
 Elements that are only ever written to a bound (0, or the smallest from below, the largest from above) are summed apart:
 clipping and pruning do that, whether after each step or after some.
 
@@ -21,19 +25,18 @@ _SUMS = ("dot", "square", "spread", "free_dot", "free_square", "zero_square", "a
 _OF_BOTH = (*_SUMS, "moved", "writes", "due", "copied")
 # what leaves the device per tensor, sums over its elements: D what it moved by, A the sum of what steps applied
 COLUMNS = (
-    # <D, A>, <A, A>, spread of <D, A>; of elements at no bound; <A, A> of those at 0; of the part of A across the weights: all
-    # of the master where there is one. <D, D>; steps it was written before; <R, R>, <D, R> with R what the master moved by,
-    # rounded
+    # of all cycles: <D, A>, <A, A>, spread of <D, A>; of elements at no bound; <A, A> of those at 0; of the part of A across the
+    # weights: all of the master where there is one. Then <D, D>; steps it was written before; <R, R>, <D, R> with R what the
+    # master moved by, rounded
     *_OF_BOTH,
     *(f"span_{name}" for name in _OF_BOTH),
     *("span_step_square", "step_square"),  # sums over the span's and the window's steps of <A, A> of each
-    # of the master where there is one: over the span as above; travelled: across the weights, from the end of its first
-    # window on
+    # of the master where there is one: over the span as above, <D, D> of its cycles; travelled: across the weights
     *("own_writes", "own_moved", "own_travelled", "own_step_square"),
     "written",  # sum of squares of what was written between steps
     *("stored", "still"),  # sum of squares at the window's begin; elements that are at its end what they were
-    "last",  # the last look of the span before which it was written, from 1; 0: none
-    "signature",  # of the set of steps before which it was written
+    "last",  # the last look of the span before which it, or its master, was written, from 1; 0: none
+    "signature",  # of the set of steps before which that was
     "gradient",  # sum of squares of its gradients
     "largest",  # of them
     # FP32 weights, or FP32 masters: values in BF16 that a step changes, summed over steps; that the window changes; and at its
@@ -59,11 +62,12 @@ class SheetSums:
         shapes = {
             # what the sums begin with: what is written before the window's first step is part of the window
             "begin_2NE": (2, members, ELEMENTS),
-            "last_2NE": (2, members, ELEMENTS),  # before and after the latest step that was added up
+            "held_NE": (members if has_masters else 0, ELEMENTS),  # before the latest step that was added up
+            "now_NE": (members, ELEMENTS),  # after it
             "first_NE": (members if has_masters else 0, ELEMENTS),  # before the window's first step
-            "set_out_NE": (members, ELEMENTS),  # before the last step of the span's first window
-            "applied_2NE": (2, members, ELEMENTS),
-            "written_2NE": (2, members, ELEMENTS),  # AT_ZERO and so on
+            "from_2NE": (2, members, ELEMENTS),  # after the write with which the first of the cycles begins
+            "put_NE": (members, ELEMENTS),  # after the latest write
+            "applied_2NE": (2, members, ELEMENTS),  # by all steps since the former
             "writes_2N": (2, members),
             # sums of squares: of what steps applied, over the span; of what was written, in the window
             "squares_2N": (2, members),
@@ -77,24 +81,28 @@ class SheetSums:
         self._all = torch.zeros(sum(sizes), device=device)
         parts = zip(shapes.items(), torch.split(self._all, sizes), strict=True)
         self.views = {name: part.view(shape) for (name, shape), part in parts}
+        # where writes put elements: AT_ZERO and so on
+        self.views["written_2NE"] = torch.zeros(2, members, ELEMENTS, dtype=torch.int8, device=device)
         self.steps = 0  # of the span
-        self._is_new_window, self._has_set_out = True, False
+        self._is_written = False  # any of the tensors, in the span
+        self._is_new_window = True
 
     def open_span(self) -> None:
         """Start all sums anew, of other elements."""
         self._all.zero_()
-        self.steps, self._is_new_window, self._has_set_out = 0, True, False
+        self.views["written_2NE"].zero_()
+        self._is_written = False
+        self.steps, self._is_new_window = 0, True
 
     def open_window(self) -> None:
         """Start those of the window anew."""
         v = self.views
         self._is_new_window = True
         v["earlier_N"].copy_(v["squares_2N"][0])
-        v["begin_2NE"][0].copy_(v["last_2NE"][1])
-        if not self._has_set_out:
-            v["set_out_NE"].copy_(v["last_2NE"][0])
-            self._has_set_out = True
-        for sums in (v["applied_2NE"][0], v["written_2NE"][0], v["writes_2N"][0], v["squares_2N"][1]):
+        v["begin_2NE"][0].copy_(v["now_NE"])
+        v["from_2NE"][0].copy_(v["put_NE"])
+        v["applied_2NE"][0].copy_(self._since_written())
+        for sums in (v["written_2NE"][0], v["writes_2N"][0], v["squares_2N"][1]):
             sums.zero_()
         if self.full is not None:
             v["copy_steps_n"].zero_()
@@ -103,7 +111,7 @@ class SheetSums:
         """A copy of the sums as they are, which another thread may pack: by torch's operators, that is on the CPU."""
         copy = SheetSums(self.rows, self.has_masters, self.dtype, self.full, self.device)
         copy._all.copy_(self._all)
-        copy._has_set_out = self._has_set_out
+        copy.views["written_2NE"].copy_(self.views["written_2NE"])
         return copy
 
     def add_gradients(self, grad_nE: Tensor) -> None:
@@ -125,7 +133,7 @@ class SheetSums:
         held_T2NE = held[0] if len(held) == 1 else torch.cat(held, 2)
         T, v = len(held_T2NE), self.views
         before_TNE, after_TNE = held_T2NE[:, 0], held_T2NE[:, 1]
-        last_NE = v["last_2NE"][1]
+        last_NE = v["now_NE"]
         if not self.steps:  # what was before the first look is not known
             v["begin_2NE"].copy_(before_TNE[0])
             last_NE = before_TNE[0]
@@ -141,55 +149,84 @@ class SheetSums:
         if self.full is not None:
             copies_T2nE = held_T2NE[:, :, self.full].to(torch.bfloat16)
             v["copy_steps_n"].add_(torch.ne(*copies_T2nE.unbind(1)).sum((0, 2)))
-        applied_NE = applied_TNE.sum(0)
+        passed = [(t, between_TNE[t].clone()) for t in gaps]
         for t in gaps:
-            applied_NE.add_(between_TNE[t])
             between_TNE[t].zero_()
-        v["applied_2NE"].add_(applied_NE)
         v["squares_2N"].add_(moved_2TNE.square().sum((1, 3)))
+        for t, missed_NE in passed:
+            applied_TNE[t].add_(missed_NE)
         wrote_TN = between_TNE.ne(0).any(-1)
+        if self.device.type != "cpu" or self._is_written or bool(wrote_TN.any()):
+            self._is_written = True
+            self._add_written(before_TNE, between_TNE, applied_TNE, wrote_TN)
+        if self.has_masters:
+            v["held_NE"].copy_(before_TNE[-1])
+        v["now_NE"].copy_(after_TNE[-1])
+        self.steps += T
+
+    def _add_written(self, before_TNE: Tensor, between_TNE: Tensor, applied_TNE: Tensor, wrote_TN: Tensor) -> None:
+        """Add up what is told from one write to another."""
+        v, T = self.views, len(wrote_TN)
+        has_begun_N = v["writes_2N"][1].gt(0)
+        so_far_TN = wrote_TN.cumsum(0)
+        since_TN1 = so_far_TN.gt(0).logical_or_(has_begun_N).unsqueeze(-1)
+        v["applied_2NE"].add_(torch.where(since_TN1, applied_TNE, 0.0).sum(0))
+        is_first_TN1 = (wrote_TN & so_far_TN.eq(1) & ~has_begun_N).unsqueeze(-1)
+        v["from_2NE"].add_(torch.where(is_first_TN1, before_TNE, 0.0).sum(0))
+        is_last_TN1 = (wrote_TN & so_far_TN.eq(so_far_TN[-1])).unsqueeze(-1)
+        put_NE = torch.where(is_last_TN1, before_TNE, 0.0).sum(0)
+        v["put_NE"].copy_(torch.where(wrote_TN.any(0).unsqueeze(-1), put_NE, v["put_NE"]))
+        place_NE = _place(before_TNE, between_TNE).amax(0).to(torch.int8)
+        torch.maximum(v["written_2NE"], place_NE, out=v["written_2NE"])
         v["writes_2N"].add_(wrote_TN.sum(0))
-        if self.device.type != "cpu" or bool(wrote_TN.any()):
-            put_NE = _put(before_TNE, between_TNE).amax(0)
-            torch.maximum(v["written_2NE"], put_NE, out=v["written_2NE"])
         # made on the device: nothing is copied to it
         first = self.steps + 1
         step_T1 = torch.arange(first, first + T, device=self.device, dtype=torch.float32).unsqueeze(1)
         last_write_N = v["last_write_N"]
         torch.maximum(last_write_N, (wrote_TN * step_T1).amax(0), out=last_write_N)
         v["signature_N"].add_((wrote_TN * step_T1.mul_(TURN).sin_()).sum(0))
-        v["last_2NE"].copy_(held_T2NE[-1])
-        self.steps += T
+
+    def _since_written(self) -> Tensor:
+        """[N, E] what steps applied since the latest write; of tensors that were not written 0."""
+        v = self.views
+        return torch.where(v["writes_2N"][1].gt(0).unsqueeze(-1), v["now_NE"] - v["put_NE"], 0.0)
+
+    def _cycles(self) -> tuple[Tensor, Tensor]:
+        """[2, N, E] what the steps of the complete cycles applied, and what the elements moved by in them."""
+        v = self.views
+        in_window_N, in_span_N = v["writes_2N"]
+        # of a window before which it was written, the first write ends a cycle
+        count_2N = torch.stack([in_window_N - in_window_N.eq(in_span_N).float(), in_span_N - 1])
+        is_any_2N1 = count_2N.gt(0).unsqueeze(-1)
+        applied_2NE = torch.where(is_any_2N1, v["applied_2NE"] - self._since_written(), 0.0)
+        return applied_2NE, torch.where(is_any_2N1, v["put_NE"] - v["from_2NE"], 0.0)
 
     def packed(self) -> Tensor:
         """[COLUMNS, n] of the window, which ends."""
         v, n = self.views, self.rows
-        applied_2NE, begin_2NE = v["applied_2NE"], v["begin_2NE"]
-        held_NE, now_NE = v["last_2NE"]  # the former: after whatever is written between steps
+        begin_2NE, now_NE, put_NE = v["begin_2NE"], v["now_NE"], v["put_NE"]
+        applied_2NE, cycles_2NE = self._cycles()
         free_2NE = v["written_2NE"].ne(AT_ZERO) & v["written_2NE"].ne(AT_BOUND)
-        length_N1 = held_NE.square().sum(-1, keepdim=True)
-        moved_2NE = now_NE - begin_2NE
-        products_22NE = torch.stack([moved_2NE * applied_2NE, applied_2NE.square()], 1)  # <D, A>, <A, A>
+        length_N1 = put_NE.square().sum(-1, keepdim=True)
+        products_22NE = torch.stack([cycles_2NE * applied_2NE, applied_2NE.square()], 1)  # <D, A>, <A, A>
         sums_22N, free_22N = products_22NE.sum(-1), (products_22NE * free_2NE.unsqueeze(1)).sum(-1)
         zero_2N = (products_22NE[:, 1] * v["written_2NE"].eq(AT_ZERO)).sum(-1)
         share_2N = torch.where(sums_22N[:, 1] > 0, sums_22N[:, 0] / sums_22N[:, 1], 0.0)
         spread_2N = (products_22NE[:, 0] - share_2N.unsqueeze(-1) * products_22NE[:, 1]).square().sum(-1)
-        along_2N1 = (applied_2NE * held_NE).sum(-1, keepdim=True) / length_N1
-        across_2NE = applied_2NE - torch.where(length_N1 > 0, along_2N1, 0.0) * held_NE
-        across_22N = torch.stack([moved_2NE * across_2NE, across_2NE.square()], 1).sum(-1)
-        moved_2N = moved_2NE.square().sum(-1)
-        way_NE = held_NE - v["set_out_NE"] if self._has_set_out else moved_2NE[1]
-        stretch_N1 = (way_NE * held_NE).sum(-1, keepdim=True) / length_N1
-        way_NE = way_NE - torch.where(length_N1 > 0, stretch_N1, 0.0) * held_NE
+        across_2NE = _across(applied_2NE, put_NE, length_N1)
+        across_22N = torch.stack([cycles_2NE * across_2NE, across_2NE.square()], 1).sum(-1)
+        moved_2N = (now_NE - begin_2NE).square().sum(-1)
+        way_N = _across(cycles_2NE[1], put_NE, length_N1).square().sum(-1)
         copies = [self._compare_copies(begin_NE) for begin_NE in (v["first_NE"], begin_2NE[1])]
         rows: list[Tensor] = []
         for i in (0, 1):
             rows += [row[-n:] for row in (*sums_22N[i], spread_2N[i], *free_22N[i], zero_2N[i], *across_22N[i])]
             rows += [moved_2N[i], v["writes_2N"][i], *copies[i]]
         squares_N, written_N = v["squares_2N"]
-        own = [row[-n:] for row in (v["writes_2N"][1], moved_2N[1], way_NE.square().sum(-1), squares_N)]
+        own = [row[-n:] for row in (v["writes_2N"][1], cycles_2NE[1].square().sum(-1), way_N, squares_N)]
         rows += [squares_N, squares_N - v["earlier_N"], *own, written_N, begin_2NE[0].square().sum(-1)]
-        rows += [moved_2NE[0].eq(0).sum(-1).float(), v["last_write_N"], v["signature_N"], *v["gradients_2n"]]
+        still_N, latest = (now_NE - begin_2NE[0]).eq(0).sum(-1).float(), (v["last_write_N"], v["signature_N"])
+        rows += [still_N, *(row[-n:] for row in latest), *v["gradients_2n"]]
         return torch.cat([row[:n] for row in (*rows, *self._compare_with_bf16())])
 
     def _compare_copies(self, begin_NE: Tensor) -> list[Tensor]:
@@ -197,7 +234,7 @@ class SheetSums:
         n = self.rows
         if not self.has_masters:
             return [self._nothing_n] * 2
-        end_NE = self.views["last_2NE"][0]
+        end_NE = self.views["held_NE"]
         due_nE = end_NE[n:].to(self.dtype).float() - begin_NE[n:].to(self.dtype).float()
         moved_nE = end_NE[:n] - begin_NE[:n]
         return [due_nE.square().sum(-1), (due_nE * moved_nE).sum(-1)]
@@ -207,9 +244,9 @@ class SheetSums:
         rows, v = self.full, self.views
         if rows is None:
             return [self._nothing_n] * 3
-        begin_nE, end_nE = v["begin_2NE"][0, rows], v["last_2NE"][1, rows]
+        begin_nE, end_nE = v["begin_2NE"][0, rows], v["now_NE"][rows]
         begun_nE = begin_nE.to(torch.bfloat16)
-        seen_nE = v["last_2NE"][0, rows] if self.has_masters else begin_nE
+        seen_nE = v["held_NE"][rows] if self.has_masters else begin_nE
         is_coarse = seen_nE.to(torch.bfloat16).float().eq(seen_nE).all(-1)
         different = seen_nE.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
         return [
@@ -224,7 +261,13 @@ class SheetSums:
         return self.views["copy_steps_n"] if self.full is None else torch.zeros(self.rows, device=self.device)
 
 
-def _put(before_TNE: Tensor, between_TNE: Tensor) -> Tensor:
+def _across(what_NE: Tensor, along_NE: Tensor, length_N1: Tensor) -> Tensor:
+    """The part of it that does not lie along the weights, of so many squares."""
+    share_N1 = (what_NE * along_NE).sum(-1, keepdim=True) / length_N1
+    return what_NE - torch.where(length_N1 > 0, share_N1, 0.0) * along_NE
+
+
+def _place(before_TNE: Tensor, between_TNE: Tensor) -> Tensor:
     """[T, N, E] where what was written put each element. At a bound is what only ever comes to it from beyond."""
     low_TN1, high_TN1 = torch.aminmax(before_TNE, dim=-1, keepdim=True)
     low_TNE = before_TNE.eq(low_TN1) & between_TNE.gt(0)
