@@ -156,9 +156,12 @@ class SheetSums:
         for t, missed_NE in passed:
             applied_TNE[t].add_(missed_NE)
         wrote_TN = between_TNE.ne(0).any(-1)
-        if self.device.type != "cpu" or self._is_written or bool(wrote_TN.any()):
+        if self.device.type != "cpu" or bool(wrote_TN.any()):
             self._is_written = True
             self._add_written(before_TNE, between_TNE, applied_TNE, wrote_TN)
+        elif self._is_written:
+            has_begun_N1 = v["writes_2N"][1].gt(0).unsqueeze(-1)
+            v["applied_2NE"].add_(torch.where(has_begun_N1, applied_TNE.sum(0), 0.0))
         if self.has_masters:
             v["held_NE"].copy_(before_TNE[-1])
         v["now_NE"].copy_(after_TNE[-1])
