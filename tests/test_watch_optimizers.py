@@ -59,6 +59,18 @@ def test_a_group_added_in_mid_run_is_measured_from_then_on() -> None:
     assert tensors(report)["norm.weight"].cause is Cause.not_in_optimizer
 
 
+def test_a_layer_that_comes_with_its_group_in_mid_run_has_its_name_at_once() -> None:
+    model = Net()
+    optimizer = make_adamw(model.parameters())
+    with uw.watch(model, optimizer, window=16) as watch:
+        train(model, optimizer, 10)
+        model.more = nn.Linear(4, 4)
+        optimizer.add_param_group({"params": model.more.parameters()})
+        train(model, optimizer, 6)
+        found = tensors(watch.flush())
+    assert {"more.weight", "more.bias"} < found.keys() and not [name for name in found if name.startswith("group")]
+
+
 def test_a_state_loaded_in_mid_run_is_the_one_replayed() -> None:
     model = Net()
     optimizer = make_adamw(model.parameters())
@@ -277,6 +289,29 @@ class Wrapping(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> Any:
         return self.inner.step(closure)
+
+
+class Around(torch.optim.Optimizer):
+    """The same without hooks, and the inner one under a name of its own, as older Lookaheads have it."""
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base, self.param_groups, self.state, self.defaults = base, base.param_groups, base.state, base.defaults
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+
+def test_an_optimizer_without_hooks_is_looked_through_whatever_it_calls_the_inner_one() -> None:
+    model = Net()
+    around = Around(make_adamw(model.parameters()))
+    with uw.watch(model, around, window=16, budget=None) as watch:
+        train(model, around, 16)
+        report = watch.flush()
+    all_exact(report)
+    assert len(uw.audit(model, around).rows) == len(uw.audit(model, around.base).rows)
 
 
 def test_an_optimizer_that_was_not_made_as_one_is_watched_by_what_it_steps_with() -> None:

@@ -24,12 +24,12 @@ from update_watch.report import Cause, Health
 
 NO_OPTIMIZER = r"has no torch optimizer .* give a torch\.optim\.Optimizer"
 WATCH: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"window": 0}, ValueError, r"watch\(window=0\): .* must be 1 or more"),
-    ({"window": -8}, ValueError, r"watch\(window=-8\): .* must be 1 or more"),
+    ({"window": 0}, ValueError, r"watch\(window=0\): .* must be a whole number of 1 or more"),
+    ({"window": -8}, ValueError, r"watch\(window=-8\): .* must be a whole number of 1 or more"),
     ({"window": True}, ValueError, r"watch\(window=True\)"),
     ({"window": 2.0}, ValueError, r"watch\(window=2\.0\)"),
     ({"window": None}, ValueError, r"watch\(window=None\)"),
-    ({"samples": -1}, ValueError, r"watch\(samples=-1\): .* must be 4 or more"),
+    ({"samples": -1}, ValueError, r"watch\(samples=-1\): .* must be a whole number of 4 or more"),
     ({"samples": 3}, ValueError, r"watch\(samples=3\)"),
     ({"samples": True}, ValueError, r"watch\(samples=True\)"),
     ({"samples": 256.0}, ValueError, r"watch\(samples=256\.0\)"),

@@ -23,6 +23,7 @@ from update_watch.audit.table import Audit
 from update_watch.audit.weights import decay_rows, frozen_rows, weight_rows
 from update_watch.cures import options_of
 from update_watch.measure.identity.names import names_of
+from update_watch.measure.identity.partitions import chain
 from update_watch.measure.parameters import why_not_together, why_unknown
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.sampling import local, unsamplable
@@ -57,7 +58,7 @@ def audit(
         TypeError: `model` or an average is neither, or there is no torch optimizer in `optimizer`.
     """
     given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    optimizers = [unwrap(one) for one in given]
+    optimizers = [unwrap(inner) for one in given for inner in chain(one)]
     parameters = _pairs(model, "model")
     averaged = {name: (average, _pairs(average, f"averages[{name!r}]")) for name, average in (averages or {}).items()}
     notes: list[str] = []

@@ -18,7 +18,7 @@ from update_watch.measure.accumulators.state_factor import Shadow
 from update_watch.measure.device.panels import Plan
 from update_watch.measure.device.turns import samples_for
 from update_watch.measure.device_rows import Measured
-from update_watch.measure.identity.names import members_of, outline_of
+from update_watch.measure.identity.names import Names, members_of, outline_of
 from update_watch.measure.identity.partitions import Piece
 from update_watch.measure.learning_rates import LearningRates
 from update_watch.measure.parameters import Row, build_rows, forget_failed_trials
@@ -97,6 +97,8 @@ class Watched:
         self._members, self._sizes = members_of(self.optimizer), outline_of(self.optimizer)
         self.groups = self.optimizer.param_groups
         self.ids = frozenset(map(id, self._members))
+        if isinstance(self._names, Names):  # a layer that came with its group has one
+            self._names.learn(self._members)
         self.first = self._members[0] if self._members else None  # by which a part is known
         label = (f"optimizer{self.index}." if self.index else "") + (f"part{self.part}." if self.part else "")
         lived = {id(row.param): row.lived for row in getattr(self, "rows", [])}

@@ -32,9 +32,11 @@ def check(
         ValueError, TypeError: for arguments that cannot be used; the message names argument, value and remedy.
     """
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"watch(window={window!r}): the number of optimizer steps per report must be 1 or more")
+        raise ValueError(
+            f"watch(window={window!r}): the optimizer steps per report must be a whole number of 1 or more"
+        )
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 4:
-        raise ValueError(f"watch(samples={samples!r}): the number of elements per parameter must be 4 or more")
+        raise ValueError(f"watch(samples={samples!r}): the elements per parameter must be a whole number of 4 or more")
     is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if budget is not None and not (is_number and 0 < budget <= 1):
         raise ValueError(

@@ -17,6 +17,20 @@ from update_watch.measure.sampling import local
 from update_watch.odd_tensors import shape_of
 
 
+class Names(dict[int, tuple[str, ...]]):
+    """id(tensor) -> its names, of the tensors of a model and of those that stand for them."""
+
+    def __init__(self, model: Any, names: dict[int, tuple[str, ...]]) -> None:
+        super().__init__(names)
+        self._model = model if isinstance(model, torch.nn.Module) else ()
+
+    def learn(self, tensors: Iterable[Tensor]) -> None:
+        """Those of tensors that have come into the model since it was read."""
+        new = set(map(id, tensors)) - self.keys()
+        if new:
+            self.update((key, names) for key, names in names_of(self._model).items() if key in new)
+
+
 class NamedModel:
     """The model's tensors by name. A tensor that takes another's place takes its name.
 
@@ -28,7 +42,7 @@ class NamedModel:
         self._model = model
         self._tree: _Tree | None = None
         self.pairs = named_tensors(model)
-        self.names = names_of(self.pairs)
+        self.names = Names(model, names_of(self.pairs))
         self._made: tuple[Any, list[Tensor], dict[str, int], frozenset[int]] | None = None  # of these pairs
         self._given = _given(model)
         self._is_once = iter(model) is model if not isinstance(model, torch.nn.Module) else False

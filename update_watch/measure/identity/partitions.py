@@ -78,9 +78,9 @@ def chain(optimizer: Any) -> list[Any]:
 
 
 def _kept_by(holder: Any) -> list[Any]:
-    """The optimizers that an object holds which is none itself and has none in the usual place."""
+    """The optimizers that an object holds which is none itself, or was not made as one, and has none in the usual place."""
     attributes = getattr(holder, "__dict__", {})
-    if isinstance(holder, Optimizer) or not {"optimizer", "_optimizer"}.isdisjoint(attributes):
+    if "_optimizer_step_post_hooks" in attributes or not {"optimizer", "_optimizer"}.isdisjoint(attributes):
         return []
     found: dict[int, Any] = {}
     for value in attributes.values():
