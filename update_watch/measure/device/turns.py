@@ -4,6 +4,10 @@ Where a step's samples are gathered one tensor after another, up to 16 tensors a
 read whole and have no more than 8,192 elements together. More take turns, an eighth of them in a step (and no fewer than 8): the
 cost of a step grows more slowly, and every tensor is still measured in an eighth of the steps. Where one launch gathers all of
 them, every tensor is measured in every step, up to 512.
+
+It is somebody's turn in every step: how large its updates were is then known of those who sat it out (`sums.missed_steps`).
+To look at all in one step of eight would cost a CPU a third less, and misses a loss spike with all of them: under plain SGD 238 of
+1,320 verdicts of `bench/truth.py --only "sgd, 33"` were wrong then, now none.
 """
 
 from __future__ import annotations
