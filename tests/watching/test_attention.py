@@ -208,6 +208,26 @@ def test_what_the_first_windows_owe_is_paid_before_a_window_is_seen_in_full() ->
     assert "x" * 16 in text and "x" * 32 not in text
 
 
+@pytest.mark.parametrize("step", [0.005, 0.013])
+def test_a_window_that_cannot_be_looked_at_to_its_end_is_told_when_its_steps_are_over(step: float) -> None:
+    """What it was woken for waited for the looks of thousands of steps more."""
+    run = Simulated(step)
+    run.take(4000)
+    windows = run.windows
+    for _ in range(4000):
+        run.take(1)
+        if run.windows > windows:
+            break
+    run.attention.judged(report(True, "stalled"))
+    run.attention._account = 0.0  # the burst before is paid for
+    run.take(WINDOW)
+    assert run.windows == windows + 2 and WINDOW // 8 < run.observed[-1] < WINDOW - 16
+    assert run.looked[-1] and sum(run.looked[-WINDOW:]) == run.observed[-1]
+    before = len(run.looked)
+    run.take(3000)
+    assert run.share(before) < 0.0105  # that look and the window's end are paid for as well
+
+
 @pytest.mark.parametrize("step", [0.005, 0.013, 0.05, 0.3])
 def test_the_budget_is_held_where_verdicts_change_again_and_again(step: float) -> None:
     run = Simulated(step)

@@ -70,6 +70,8 @@ class Attention:
         # windows left that are looked at in full
         self._full = max(FIRST_WINDOWS, -(-FIRST_STEPS // window))
         self._is_woken = False  # something has changed in the open window
+        self._is_cut = False  # which was looked at in full until no more could be paid for,
+        self._is_last = False  # and this is the step it ends with
         self._seen = 0  # steps, while nothing is drawn yet
         self._since_woken = 0  # steps looked at
         self._is_first = True  # nothing is drawn yet
@@ -95,12 +97,14 @@ class Attention:
             self._begin_round()
         self._round.add(key)
         is_exact = self._is_exact()
-        self._may_rest = not is_exact
-        return self._looks or (is_exact and window_steps + 1 >= self._window)
+        self._may_rest = not is_exact and not self._is_cut
+        self._is_last = self._is_cut and window_steps + 1 >= self._window
+        return self._looks or self._is_last or (is_exact and window_steps + 1 >= self._window)
 
     def rests(self) -> bool:
         """Whether the step that begins passes unseen as the one before it did, and there is nothing else to ask; of an optimizer that
         steps alone. Less than `looks`, which is asked where this is False."""
+        self._is_last = False
         if self._looks or self._full or self._beside or self._has_changed or not self._may_rest:
             return False
         assert self._at is not None and self._budget is not None  # else all is looked at
@@ -124,7 +128,7 @@ class Attention:
             # a long pause (a validation) does not pay for many looks after it
             self._account = min(self._account, _SAVINGS * self._burst_cost)
         if self._full and self._is_overdrawn():
-            self._full = 0
+            self._full, self._is_cut = 0, True
         if self._full:
             self._looks = True
         elif self._burst:
@@ -152,7 +156,7 @@ class Attention:
         """The watch took `seconds` on the training thread."""
         self._window_spent += seconds
         self._burst_spent += seconds
-        if self._looks or self._full:
+        if self._looks or self._full or self._is_last:
             self._account -= 0.0 if self._is_first else seconds
         else:
             self._spent_unseen += seconds
@@ -206,7 +210,7 @@ class Attention:
         """Whether a window of so many steps may end: never one of which nothing was seen, by budget one that is seen enough of."""
         if steps < self._window:
             return False
-        return self._budget is None or self._is_exact() or self.observed * _ENOUGH >= self._window
+        return self._budget is None or self._is_exact() or self._is_cut or self.observed * _ENOUGH >= self._window
 
     def close_window(self) -> tuple[float, int, float | None, bool]:
         """Of the window that ends: seconds on the training thread, steps looked at, share of its time the watch took; and
@@ -223,7 +227,7 @@ class Attention:
             self._is_first = self._is_first and self._full > 0
         if self._is_woken and self._budget is None:
             self._full = max(self._full, 1)
-        self._is_woken = False
+        self._is_woken = self._is_cut = False
         is_whole = self._full > 0 or self._budget is not None or self._is_exact()
         share = (spent + beside) / (now - began) if now > began else None
         return spent, observed, share, is_whole
