@@ -17,7 +17,7 @@ from update_watch.replay.rule_kind import find_rule
 from update_watch.report import Cause, Health, Report
 
 BF16 = torch.bfloat16
-LAYOUTS = ("beside", "tuple", "by_group", "by_param", "by_id", "flat")
+LAYOUTS = ("beside", "tuple", "by_group", "by_param", "by_id", "by_place", "flat")
 
 
 class Keeping(torch.optim.Optimizer):
@@ -33,8 +33,9 @@ class Keeping(torch.optim.Optimizer):
     def _kept(self, make: Any) -> Any:
         if self.layout == "by_group":
             return [[make(p) for p in group["params"]] for group in self.param_groups]
-        if self.layout in ("by_param", "by_id"):
-            return {p if self.layout == "by_param" else id(p): make(p) for p in self.mine}
+        if self.layout in ("by_param", "by_id", "by_place"):
+            keys = {"by_param": self.mine, "by_place": range(len(self.mine))}.get(self.layout, map(id, self.mine))
+            return {key: make(p) for key, p in zip(keys, self.mine, strict=True)}
         if self.layout == "flat":
             return torch.cat([make(p).reshape(-1) for p in self.mine])
         return (tuple if self.layout == "tuple" else list)(make(p) for p in self.mine)
@@ -66,6 +67,32 @@ class Keeping(torch.optim.Optimizer):
         for p, part in zip(self.mine, parts, strict=True):
             if self.steps % self.every == 0:
                 p.copy_(part.view(p.shape))
+
+
+class InGroups(torch.optim.Optimizer):
+    """The same with what it keeps as settings of its groups."""
+
+    def __init__(self, params: Any, lr: float = 1e-5, layout: str = "beside", every: int = 1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.layout, self.every, self.steps = layout, every, 0
+        for group in self.param_groups:
+            masters = [p.detach().float().clone() for p in group["params"]]
+            group["masters"] = torch.cat([m.reshape(-1) for m in masters]) if layout == "flat" else masters
+            group["momenta"] = {p: torch.zeros_like(m) for p, m in zip(group["params"], masters, strict=True)}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        for group in self.param_groups:
+            params, masters = group["params"], group["masters"]
+            if self.layout == "flat":
+                parts = masters.split([p.numel() for p in params])
+                masters = [part.view(p.shape) for part, p in zip(parts, params, strict=True)]
+            for p, master in zip(params, masters, strict=True):
+                momentum = group["momenta"][p].mul_(0.9).add_(p.grad.float())
+                master.sub_(momentum.sign() * group["lr"])
+                if self.steps % self.every == 0:
+                    p.copy_(master)
 
 
 class Gathering(torch.optim.Optimizer):
@@ -136,6 +163,17 @@ def test_masters_in_attributes_are_replayed_and_healthy(layout: str) -> None:
     assert report is not None
     assert {(t.health, t.cause) for t in report.tensors} == {(Health.healthy, None)}
     assert all(t.efficiency == pytest.approx(1, abs=0.01) for t in report.tensors)
+
+
+@pytest.mark.parametrize("layout", ["beside", "flat"])
+@pytest.mark.parametrize("every", [1, 10**9])
+def test_masters_in_settings_of_groups_are_as_those_in_attributes(layout: str, every: int) -> None:
+    model = Net(BF16)
+    matrices, vectors = ([p for p in model.parameters() if p.ndim == n] for n in (2, 1))
+    report = trained(model, InGroups([{"params": matrices}, {"params": vectors}], layout=layout, every=every))
+    assert report is not None
+    found = {(t.health, t.cause) for t in report.tensors}
+    assert found == {(Health.healthy, None) if every == 1 else (Health.stalled, Cause.not_copied_back)}
 
 
 @pytest.mark.parametrize("layout", ["beside", "by_id", "flat"])

@@ -1,4 +1,5 @@
-"""States that an optimizer keeps in attributes of its own: a list beside its parameters, a dict by parameter or by its id, one flat tensor.
+"""States that an optimizer keeps in attributes of its own, or as settings of its groups: a list beside its parameters, a dict by parameter,
+by its id or place, one flat tensor.
 
 FP32 weights, compensations, gathered gradients. They are replayed as other states are, under the attribute's name, where a rule
 cannot be replayed without them (`adopt`); whether what was made of them is right, the trial of the rule says.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from torch.optim import Optimizer
 
 from update_watch.odd_tensors import unreadable
 
-_PREFIX = "self."  # before the attribute's name: the optimizer may keep a state of that name as well
+# before the name: the optimizer may keep a state of that name as well
+_OF_ITSELF, _OF_GROUPS = "self.", "group."
 _NEAR = 0.05  # of the weight: so near to it is a copy of it
 _ENOUGH = 4096  # elements to take an average of
 
@@ -29,20 +31,22 @@ class Layout(Enum):
     by_group = "a list of such lists, one for each group"
     by_param = "a dict by parameter"
     by_id = "a dict by a parameter's id"
+    by_place = "a dict by a parameter's place"
     flat = "one tensor, the elements of all parameters one after the other"
     own = "a list of the parameters themselves"
 
 
 class Shelf(NamedTuple):
-    """One attribute that holds something for each parameter."""
+    """One attribute that holds something for each parameter, or a setting that does so for those of its group."""
 
     attribute: str
     layout: Layout
+    is_of_groups: bool = False
 
     @property
     def state(self) -> str:
         """The name under which it is a state."""
-        return _PREFIX + self.attribute
+        return (_OF_GROUPS if self.is_of_groups else _OF_ITSELF) + self.attribute
 
 
 _adopted: weakref.WeakKeyDictionary[Optimizer, tuple[Shelf, ...]] = weakref.WeakKeyDictionary()
@@ -57,6 +61,11 @@ def shelves_of(optimizer: Optimizer) -> tuple[Shelf, ...]:
         layout = None if name in ("param_groups", "state", "defaults") else _layout(value, params, groups)
         if layout is not None:
             found.append(Shelf(name, layout))
+    for name in optimizer.param_groups[0] if groups else ():
+        in_each = {_layout(group.get(name), group["params"], [group["params"]]) for group in optimizer.param_groups}
+        layout = in_each.pop() if name != "params" and len(in_each) == 1 else None
+        if layout not in (None, Layout.own):
+            found.append(Shelf(name, layout, is_of_groups=True))
     return tuple(found) if any(shelf.layout is not Layout.own for shelf in found) else ()
 
 
@@ -77,7 +86,7 @@ def let_go(optimizer: Optimizer) -> None:
 
 def attributes(optimizer: Optimizer) -> frozenset[str]:
     """Those that are states."""
-    return frozenset(shelf.attribute for shelf in _adopted.get(optimizer, ()))
+    return frozenset(shelf.attribute for shelf in _adopted.get(optimizer, ()) if not shelf.is_of_groups)
 
 
 def states_of(optimizer: Optimizer) -> Mapping[Tensor, dict[str, Any]]:
@@ -106,8 +115,13 @@ def furnish(
 
     for shelf in shelves:
         kept = [[(param, item(shelf, param)) for param in group["params"]] for group in twin.param_groups]
-        value = getattr(original, shelf.attribute)
-        object.__setattr__(twin, shelf.attribute, _container(shelf.layout, kept, value))
+        if shelf.is_of_groups:
+            value = original.param_groups[0].get(shelf.attribute)
+            for group, of_group in zip(twin.param_groups, kept, strict=True):
+                group[shelf.attribute] = _container(shelf.layout, [of_group], value)
+        else:
+            value = getattr(original, shelf.attribute)
+            object.__setattr__(twin, shelf.attribute, _container(shelf.layout, kept, value))
 
 
 class _States(Mapping[Tensor, dict[str, Any]]):
@@ -115,18 +129,25 @@ class _States(Mapping[Tensor, dict[str, Any]]):
         self._optimizer, self._shelves = optimizer, shelves
         params = [(g, i, p) for g, group in enumerate(optimizer.param_groups) for i, p in enumerate(group["params"])]
         self._places = {id(param): (k, g, i) for k, (g, i, param) in enumerate(params)}
-        ends = itertools.accumulate(param.numel() for *_, param in params)
-        self._ends = {id(param): end for (*_, param), end in zip(params, ends, strict=True)}
         self._params = [param for *_, param in params]
+        self._ends = _ends_of([self._params])
+        self._ends_in_group = _ends_of([group["params"] for group in optimizer.param_groups])
 
     def __getitem__(self, param: Tensor) -> dict[str, Any]:
         found = dict(self._optimizer.state.get(param) or {})
         for shelf in self._shelves:
-            kept = getattr(self._optimizer, shelf.attribute, None)
-            if shelf.layout is Layout.flat:
-                value = _part(kept, param, self._ends.get(id(param), 0))
+            place = self._places.get(id(param))
+            if place is None:
+                continue
+            if shelf.is_of_groups:
+                kept, ends = self._optimizer.param_groups[place[1]].get(shelf.attribute), self._ends_in_group
+                place = place[2], 0, place[2]
             else:
-                value = _at(kept, shelf.layout, param, self._places)
+                kept, ends = getattr(self._optimizer, shelf.attribute, None), self._ends
+            if shelf.layout is Layout.flat:
+                value = _part(kept, param, ends[id(param)])
+            else:
+                value = _at(kept, shelf.layout, param, place)
             if value is not None:
                 found[shelf.state] = value
         if not found:
@@ -140,16 +161,26 @@ class _States(Mapping[Tensor, dict[str, Any]]):
         return len(self._params)
 
 
-def _at(container: Any, layout: Layout, param: Tensor, places: Mapping[int, tuple[int, int, int]]) -> Any:
-    if layout is Layout.own or id(param) not in places:
+def _ends_of(lists: Iterable[Sequence[Tensor]]) -> dict[int, int]:
+    """Of each parameter of each list the elements up to its end."""
+    found: dict[int, int] = {}
+    for params in lists:
+        ends = itertools.accumulate(param.numel() for param in params)
+        found.update((id(param), end) for param, end in zip(params, ends, strict=True))
+    return found
+
+
+def _at(container: Any, layout: Layout, param: Tensor, places: tuple[int, int, int]) -> Any:
+    """`places`: of the parameter among all of them; its group, and its place in that."""
+    if layout is Layout.own:
         return None
-    place, group, within = places[id(param)]
+    place, group, within = places
     try:
         if layout is Layout.beside:
             return container[place]
         if layout is Layout.by_group:
             return container[group][within]
-        return container.get(param if layout is Layout.by_param else id(param))
+        return container.get({Layout.by_param: param, Layout.by_place: place}.get(layout, id(param)))
     except (IndexError, AttributeError, TypeError):  # put away, or not there for a group that was added
         return None
 
@@ -170,7 +201,9 @@ def _container(layout: Layout, kept: list[list[tuple[Tensor, Any]]], original: A
         return torch.cat(parts) if parts else original.new_empty(0)
     if layout in (Layout.beside, Layout.own):
         return type(original)([value for _, value in flat])
-    by_key = {param if layout is Layout.by_param else id(param): value for param, value in flat if value is not None}
+    keys: dict[Layout, Any] = {Layout.by_param: [param for param, _ in flat], Layout.by_place: range(len(flat))}
+    keyed = zip(keys.get(layout, [id(param) for param, _ in flat]), flat, strict=True)
+    by_key = {key: value for key, (_, value) in keyed if value is not None}
     return defaultdict(original.default_factory, by_key) if isinstance(original, defaultdict) else by_key
 
 
@@ -191,6 +224,8 @@ def _layout(value: Any, params: Sequence[Tensor], groups: Sequence[Sequence[Tens
     known = {id(param): param for param in params}
     if all(isinstance(key, Tensor) for key in value):
         by_id, layout = {id(key): one for key, one in value.items()}, Layout.by_param
+    elif all(type(key) is int and 0 <= key < len(params) for key in value):
+        by_id, layout = {id(params[key]): one for key, one in value.items()}, Layout.by_place
     else:
         by_id, layout = value, Layout.by_id
     if not by_id.keys() <= known.keys():
