@@ -47,6 +47,17 @@ def test_what_was_found_of_a_signal_stands_while_nobody_looks(kind: str) -> None
     assert "128 steps" in found[0].advice or "by 0.00099 of its size per step" in found[0].advice
 
 
+def test_what_was_idle_stays_so_where_nothing_moved_and_no_gradient_was_looked_at() -> None:
+    """The ledger is read in every step that is looked at, whosever turn it is to be measured."""
+    idle, moving = FOUND["idle"][0], FOUND["frozen, and moves"][0]
+    still: dict[str, Any] = {"written_between": 0.0, "moved": 0.0}
+    found = verdicts(idle, unseen(idle, **still), unseen(idle), unseen(idle, written_between=1e-3, moved=1e-3))
+    assert [t.health for t in found] == [Health.idle] * 3 + [Health.unknown]
+    assert [t.cause for t in found[:3]] == [Cause.zero_gradient] * 3
+    after = verdicts(moving, unseen(moving, **still))[1]
+    assert (after.health, after.cause) == (Health.frozen, Cause.requires_grad_off)  # what moved is at rest now
+
+
 @pytest.mark.parametrize("kind", FOUND)
 def test_it_does_not_stand_for_ever(kind: str) -> None:
     evidence, health, cause = FOUND[kind]

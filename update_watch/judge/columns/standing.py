@@ -35,13 +35,15 @@ class Standing:
         if not self._known:
             return {}
         is_off = sorts.cause == CAUSE_CODES[Cause.requires_grad_off]
-        is_open = _is_unseen(columns) & (columns.column("finite") != 0) & (columns.column("replicas_differ") == 0)
+        is_unseen = _is_unseen(columns)
+        is_open = _is_unseen(columns, or_still=True) & (columns.column("finite") != 0)
+        is_open &= columns.column("replicas_differ") == 0
         is_open &= (~sorts.rests | is_off) & ~but
         names, requires = columns.raw("name"), columns.column("requires_grad") != 0
         taken: dict[int, Verdict] = {}
         for place in np.flatnonzero(is_open).tolist():
             found = self._known.get(names[place])
-            if found is None:
+            if found is None or not (is_unseen[place] or found.health is Health.idle):
                 continue
             if found.windows >= _AT_MOST or (found.cause is Cause.requires_grad_off) == bool(requires[place]):
                 del self._known[names[place]]
@@ -54,7 +56,7 @@ class Standing:
 
     def keep(self, columns: Columns, found: Verdicts, texts: Mapping[int, str]) -> None:
         """Remember what this window found of those that it looked at."""
-        names, is_seen = columns.raw("name"), ~_is_unseen(columns)
+        names, is_seen = columns.raw("name"), ~_is_unseen(columns, or_still=True)
         if self._known:
             for place in np.flatnonzero(is_seen).tolist():
                 self._known.pop(names[place], None)
@@ -73,10 +75,12 @@ class _Found(NamedTuple):
     windows: int  # over which it has stood
 
 
-def _is_unseen(columns: Columns) -> Mask:
-    """[n] stepped, and nothing is known of what came of it."""
+def _is_unseen(columns: Columns, or_still: bool = False) -> Mask:
+    """[n] stepped, and nothing is known of what came of it; `or_still`: or no more than that nothing of it moved."""
     column = columns.column
     found: Mask = (column("steps") > 0) & (column("measured_steps") == 0) & (column("gradient_looks") == 0)
-    for name in ("applied_ratio", "written_between", "moved", "changed_fraction", "zero_gradient_fraction"):
-        found &= np.isnan(known(column(name)))
+    found &= np.isnan(known(column("zero_gradient_fraction")))
+    for name in ("applied_ratio", "written_between", "moved", "changed_fraction"):
+        values = known(column(name))
+        found &= np.isnan(values) | (or_still & (values == 0))
     return found
