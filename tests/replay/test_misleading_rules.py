@@ -205,6 +205,22 @@ def test_a_rule_that_rounds_the_weights_itself_is_not_replayed_on_fp32_copies(dt
         assert found.kind is Kind.elementwise and found.scaled is not None
 
 
+@pytest.mark.parametrize("step", [2.0**-6, 0.01])
+@pytest.mark.parametrize("shape", [(48, 32), (300,)])
+def test_a_rule_that_rounds_the_weights_to_a_grid_of_its_own_is_not_replayed(
+    step: float, shape: tuple[int, ...]
+) -> None:
+    """Large updates leave it in bits that no format of 16 holds."""
+
+    def update(optimizer: Sketch, group: dict[str, Any], params: list[torch.nn.Parameter]) -> None:
+        for param in params:
+            new = param.float() - group["lr"] * param.grad.float()  # type: ignore[union-attr]
+            param.copy_((new / step).round() * step)
+
+    rule = find_rule(Sketch([torch.nn.Parameter(torch.zeros(shape))], update), 0, len(shape), shape=shape)
+    assert rule.kind is Kind.unknown and rule.reason.startswith("Sketch rounds FP32 weights to ")
+
+
 @pytest.mark.parametrize("every", [1, 3, 10**9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_rule_that_steps_a_copy_in_its_state_and_never_the_weight_is_named(dtype: torch.dtype, every: int) -> None:

@@ -22,6 +22,7 @@ PLAIN = {
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "rmsprop": lambda p: torch.optim.RMSprop(p),
+    "rmsprop-centered": lambda p: torch.optim.RMSprop(p, lr=1e-4, centered=True, momentum=0.9),
     "adagrad": lambda p: torch.optim.Adagrad(p),
     "rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
 }

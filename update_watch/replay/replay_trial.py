@@ -26,6 +26,8 @@ _WIDE_TOLERANCE = 0.05  # the same where the rule keeps BF16 state, which replay
 _STEPS_THERE = 3  # at each step the counters are moved to: the one before, it, the one after
 _STANDING, _NEAR = 1e-8, 0.01  # of the learning rate, and of the weight: where a copy of it stays
 _SECONDS = 1.0  # of this thread, whatever else the machine does, for one training; slow rules are tried on fewer steps
+_LARGE = 0.25  # of the weights' rms: updates that any rounding lets pass
+_FINE = 2.0**-13  # of the weights' rms: updates that FP32 holds, and no coarser grid
 _ROUNDING = 2.0**-22  # of the stored value: two FP32 roundings, of vectorised against scalar arithmetic
 
 
@@ -79,8 +81,8 @@ class ReplayTrial:
                     return  # as schedules of fixed length do
 
     def refuse_rounded(self) -> None:
-        """Raise `ReplayError` where the rule has rounded its FP32 weights to fewer bits: its replay would lose what the step
-        loses, and call that the update.
+        """Raise `ReplayError` where the rule rounds its FP32 weights to fewer bits, or to another grid: its replay would lose what
+        the step loses, and call that the update.
         """
         values = torch.cat([param.detach().reshape(-1) for param in self.training.params])
         for dtype in formats.HALVES if values.dtype is torch.float32 and bool(values.any()) else ():
@@ -89,6 +91,10 @@ class ReplayTrial:
                 raise ReplayError(
                     f"{self.training.name} rounds FP32 weights to {fmt}, and would round those of a replay"
                 )
+        if not self._is_native and _stays_at_small_steps(self.settings):
+            raise ReplayError(
+                f"{self.training.name} rounds FP32 weights to a grid of its own, and would round those of a replay"
+            )
 
     def refuse_unmoved(self) -> None:
         """Raise `CopySteppedError` where no weight has moved, but a state that began as the weight has."""
@@ -290,6 +296,37 @@ def _difference(replayed: Tensor, stored: Tensor, start: Tensor | None) -> float
         return math.inf if math.isnan(worst) else 0.0
     largest = float((stored if start is None else stored - start.float()).abs().max())
     return worst / largest if largest > 0 else math.inf
+
+
+def _ways(settings: TrainingSettings) -> Tensor:
+    """How far elements come in the second and third step, by the rms of their weight: the first may put them on a grid."""
+    training = SyntheticTraining(settings)
+    sizes = [p.detach().square().mean().sqrt() for p in training.params]
+    before: list[Tensor] = []
+    for _ in range(3):
+        training.set_gradients()
+        training.step()
+        before = before or [p.detach().clone() for p in training.params]
+    each = zip(training.params, before, sizes, strict=True)
+    return torch.cat([((p.detach() - b).abs() / size).reshape(-1) for p, b, size in each])
+
+
+def _stays_at_small_steps(settings: TrainingSettings) -> bool:
+    """Whether most weights that large updates move do not move under small ones, and the others do so by leaps."""
+    for power in range(12):
+        large = _ways(settings._replace(lr_factor=64.0**power))
+        if not (size := float(large.median())) < _LARGE:
+            break
+    if not 0 < size < math.inf:
+        return False
+    factor = 64.0**power * _FINE / size
+    small = _ways(settings._replace(lr_factor=factor))
+    if float(small[large > 0].eq(0).float().mean()) <= 0.5:
+        return False
+    while not bool(small.any()) and factor < 1e30:
+        factor *= 8.0
+        small = _ways(settings._replace(lr_factor=factor))
+    return bool(small.any()) and float(small[small > 0].min()) > _FINE / 8  # what FP32 takes begins far below
 
 
 def refuse_marks(settings: TrainingSettings) -> None:

@@ -117,12 +117,15 @@ def find_scheme(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int)
         with quiet, quiet:
             for _ in range(_TRIES):
                 found = _try(optimizer, group, dtype, ndim, lr)
+                if found == Scheme("unknown"):
+                    break
                 if isinstance(found, Scheme):
                     return found
                 lr *= found
     except Exception:  # also torch's own, of formats and states that it cannot compute with
         pass
-    return Scheme("unknown")
+    # torch's own rules keep nothing of what rounding takes, also where gradients that stay the same show nothing
+    return Scheme("plain" if type(optimizer).__module__.startswith("torch.optim") else "unknown")
 
 
 def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: float) -> Scheme | float:
