@@ -24,6 +24,7 @@ UNDONE = 0.8  # of what the steps applied: Lookahead takes back half by design, 
 LIKE_LOOKAHEAD = 0.75  # of what the steps applied, the same share everywhere: said, where Lookahead takes 0.8
 AGAIN = 2  # times the usual steps between two writes: so long the next is waited for
 _SIGNAL = 1 / 16  # of the gradients: the ledger reads so few elements that it may have missed all of these
+_TOUCHED = 1 / 4  # of the elements that are read, where gradients are not: as the former
 _PATIENCE = 8  # times as many windows as the first copy was waited for
 
 
@@ -54,13 +55,23 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds, ste
         return None
     if is_undone and not _is_again(e, history, before_that):  # a checkpoint may have been loaded, or a layer begun anew
         return None
-    if is_undone and (share(e.zero_gradient_fraction) or 0.0) > 1 - _SIGNAL:
+    if is_undone and (reason := _may_be_meant(e)):
         history.net_grade = UNKNOWN
-        return UNKNOWN, Cause.overwritten, reasons.unknown(reasons.few_with_gradients(share(e.zero_gradient_fraction)))
+        return UNKNOWN, Cause.overwritten, reasons.unknown(reason)
     history.net_grade, history.was_uncopied = health, not is_undone
     history.written_gap = math.ceil(known(e.written_every) or 0.0)
     cause = Cause.overwritten if is_undone else Cause.not_copied_back
     return verdict(health, cause, Seen(dtype=e.dtype, net=net, written_step=e.written_step))
+
+
+def _may_be_meant(e: TensorEvidence) -> str:
+    """Why what is undone where it was read may be as somebody wants it; "" where that cannot be."""
+    zeros, touched = share(e.zero_gradient_fraction), share(e.touched_fraction)
+    if zeros is None and touched is not None and touched < _TOUCHED:  # of sparse gradients
+        return reasons.few_with_gradients(1 - touched)
+    if (zeros or 0.0) > 1 - _SIGNAL:
+        return reasons.few_with_gradients(zeros)
+    return reasons.held_at_a_bound() if e.is_one_sided and not e.is_master else ""
 
 
 def _pruned(e: TensorEvidence, history: TensorHistory) -> Verdict:

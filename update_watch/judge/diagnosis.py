@@ -30,7 +30,7 @@ one that moves is judged by its numbers and keeps the cause, and what moves it i
 | 18 | what the steps applied is undone before the next, more than once; told while another is due | stalled, stalling | overwritten |
 |    | the same share of each element is, as Lookahead does; unknown where gaps may hide that | healthy | overwritten |
 |    | the same by setting it to exactly 0, as pruning does; frozen where all samples are 0 | healthy, frozen | overwritten |
-|    | and all that is stored may be applied since; or it is undone where read, and nearly all gradients are 0 | unknown | overwritten |
+|    | and all that is stored may be applied since; or undone where read, few gradients, or always from one side | unknown | overwritten |
 |    | the master moves, and not one bit of the model's tensor does | stalled | not_copied_back |
 | 19 | state factor outside its band in two windows running | stalling | state_rounding |
 | 20 | none of these | healthy | |
@@ -240,7 +240,7 @@ class Diagnosis:
                 return verdict(health, found.cause, found.seen)
             return self._unasked(e, history, found, found.seen._replace(moved=amount, mover=how))
         if found is None and e.reason:
-            found = self._without_rule(e, history)
+            found = self._without_rule(e, history, window.step)
         if found is None:
             found = negligible(e, usual)
         if found is not None:
@@ -251,14 +251,13 @@ class Diagnosis:
             return scored
         return by_ledger(e, history, limits, window.step) or by_state(e, history, limits) or scored
 
-    def _without_rule(self, e: TensorEvidence, history: TensorHistory) -> Verdict:
-        """Line 9 of the table. Where one tensor moves, updates of others may be kept until they are large enough."""
-        is_still = (
-            e.moved == 0
-            and bool(known(e.gradient_rms))
-            and not e.is_master
-            and _owner(e.optimizer_group) not in self._moving
-        )
+    def _without_rule(self, e: TensorEvidence, history: TensorHistory, step: int) -> Verdict:
+        """Line 9 of the table, but for what needs no rule. Where one tensor moves, updates of others may be kept till they are large."""
+        undone = by_ledger(e, history, self._limits, step)
+        if undone is not None and undone[0] is not HEALTHY and undone[1] is Cause.overwritten:
+            return undone
+        is_still = e.moved == 0 and bool(known(e.gradient_rms)) and not e.is_master
+        is_still = is_still and _owner(e.optimizer_group) not in self._moving
         history.still_steps = history.still_steps + e.steps if is_still else 0
         if history.still_steps < _STILL:
             return verdict(UNKNOWN, Cause.not_replayable, Seen(reason=e.reason))

@@ -112,6 +112,13 @@ def may_be_taken_back(undone: float, dtype: str) -> str:
     )
 
 
+def held_at_a_bound() -> str:
+    return (
+        "all elements of it that were read are put back to one value, which takes all of their updates back in one direction, as"
+        " a bound does that they are clipped to, or a copy that is loaded again and again"
+    )
+
+
 def few_with_gradients(zeros: float | None) -> str:
     """`zeros`: share of its gradients that are 0."""
     return (

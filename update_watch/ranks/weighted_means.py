@@ -38,6 +38,8 @@ TENSOR_NUMBERS = (
         "is_master",
         "is_at_zero",
         "may_be_zero",
+        "is_one_sided",
+        "touched",
         "is_alike",
         "may_be_alike",
         "requires_grad",
@@ -142,6 +144,8 @@ def _put_ledger(t: TensorEvidence, means: Means, held: float) -> None:
     means.put("is_master", float(t.is_master), 1.0)
     means.put("is_at_zero", float(t.is_at_zero), weight)
     means.put("may_be_zero", float(t.may_be_zero), weight)
+    means.put("is_one_sided", float(t.is_one_sided), weight)
+    means.put("touched", t.touched_fraction, weight)
     means.put("is_alike", float(t.is_alike), weight)
     means.put("may_be_alike", float(t.is_alike or t.may_be_alike), weight)
     means.put("requires_grad", float(t.requires_grad), 1.0)
@@ -279,6 +283,8 @@ def read_tensor(
         is_master=bool(means.get("is_master")),
         is_at_zero=(means.get("is_at_zero") or 0.0) > 1 - 1e-9,
         may_be_zero=(means.get("may_be_zero") or 0.0) > 1 - 1e-9,
+        is_one_sided=(means.get("is_one_sided") or 0.0) > 1 - 1e-9,
+        touched_fraction=means.get("touched"),
         is_alike=(is_alike := (means.get("is_alike") or 0.0) > 1 - 1e-9),
         may_be_alike=not is_alike and (means.get("may_be_alike") or 0.0) > 1 - 1e-9,
         gradient_looks=round(means.get("gradient_looks") or 0.0),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 import update_watch as uw
 from update_watch.report import Cause, Health, Report
@@ -60,3 +65,47 @@ def test_an_embedding_that_has_gradients_everywhere_and_is_put_back_as_a_whole_i
     report = run(is_kept=False, is_tied=True)[-1]
     (t,) = [t for t in report.tensors if t.name == "words.weight"]
     assert (t.health, t.cause) == (Health.stalled, Cause.overwritten)
+
+
+# --- sparse gradients, of which no step is replayed ------------------------------------------------
+
+
+def run_sparse(
+    rule: Callable[[Any], Optimizer], rows: int, tokens: int, is_put_back: bool, kept: int = 0
+) -> list[Report]:
+    """`kept`: so many rows, of which every batch has one, are left alone."""
+    torch.manual_seed(0)
+    words, head, reports = nn.Embedding(rows, 32, sparse=True), torch.randn(32, 16), list[Report]()
+    optimizer, first = rule(words.parameters()), words.weight.detach().clone()
+    with uw.watch(words, optimizer, window=16, sinks=[reports.append], budget=None):
+        for _ in range(4 * 16):
+            used = torch.randint(0, tokens, (16, 6))
+            used[:, 0] = 0
+            optimizer.zero_grad()
+            (words(used).mean(1).tanh() @ head - 1).square().mean().backward()
+            optimizer.step()
+            if is_put_back:
+                with torch.no_grad():
+                    words.weight[kept:] = first[kept:]
+    return reports
+
+
+SPARSE: list[Any] = [
+    pytest.param(lambda params: torch.optim.SparseAdam(list(params), lr=1e-3), id="sparse adam"),
+    pytest.param(lambda params: torch.optim.SGD(params, lr=0.1), id="sgd"),
+]
+
+
+@pytest.mark.parametrize("rule", SPARSE)
+def test_an_embedding_of_sparse_gradients_that_is_put_back_as_a_whole_is_overwritten(
+    rule: Callable[[Any], Optimizer],
+) -> None:
+    put_back, trained = (run_sparse(rule, 400, 400, is_put_back) for is_put_back in (True, False))
+    assert {(r.tensors[0].health, r.tensors[0].cause) for r in put_back[1:]} == {(Health.stalled, Cause.overwritten)}
+    assert {(r.tensors[0].health, r.tensors[0].cause) for r in trained} == {(Health.unknown, Cause.not_replayable)}
+
+
+@pytest.mark.parametrize("rule", SPARSE)
+def test_textual_inversion_with_sparse_gradients_is_no_accusation(rule: Callable[[Any], Optimizer]) -> None:
+    for report in run_sparse(rule, ROWS, 40, True, kept=1):
+        assert report.tensors[0].health is Health.unknown

@@ -62,6 +62,18 @@ def test_a_tensor_that_is_held_at_anything_else_is_overwritten() -> None:
     assert (t.health, t.cause) == (Health.stalled, Cause.overwritten)
 
 
+@pytest.mark.parametrize("rule", [adamw, lambda params: torch.optim.SGD(params, lr=1e-3)], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_tensor_that_presses_against_one_bound_everywhere_is_no_accusation(
+    every: int, rule: Callable[[Any], Optimizer]
+) -> None:
+    reports = run(lambda model: [p.clamp_(max=-0.2) for p in model.parameters()], rule=rule, every=every)
+    found = [t for report in reports for t in report.tensors]
+    assert not [t for t in found if t.cause is Cause.overwritten and t.health is not Health.unknown]
+    # a copy of it that is loaded again and again looks the same
+    assert "in one direction, as a bound does" in named(reports[-1], "leave.weight").advice
+
+
 def test_a_matrix_of_few_weights_beside_pruned_ones_trains() -> None:
     rng = torch.Generator().manual_seed(1)
     mask = (torch.rand(Net().enter.weight.shape, generator=rng) < 0.02).float()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from update_watch.measure.device import falling_back
 from update_watch.measure.ledger.blocks import ELEMENTS
-from update_watch.measure.ledger.sheet_sums import COLUMNS, TURN, SheetSums
+from update_watch.measure.ledger.sheet_sums import COLUMNS, NOISE, TURN, SheetSums
 
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _works: dict[torch.device, bool] = {}
@@ -107,7 +107,12 @@ class KernelSheetSums(SheetSums):
                 self._members,
                 *self._full,
             ),
-            {"E": ELEMENTS, "KIND": _KINDS[self.dtype] if self.has_masters else 0, "HAS_MASTERS": self.has_masters},
+            {
+                "E": ELEMENTS,
+                "KIND": _KINDS[self.dtype] if self.has_masters else 0,
+                "HAS_MASTERS": self.has_masters,
+                "NOISE": NOISE,
+            },
         )
 
     @property

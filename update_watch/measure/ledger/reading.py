@@ -249,6 +249,8 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
         found["written_every"] = (found["written_step"] + 2 - window.run_steps[0]) / s["own_writes"]
         found["is_at_zero"] = entry.is_at_zero
         found["is_alike"], found["may_be_alike"] = entry.alike()
+        found["touched_fraction"] = s["touched"] / ELEMENTS
+        found["is_one_sided"] = bool(s["one_sided"]) and s["own_writes"] >= 2
         found["may_be_zero"] = (t.update_ratio or 0.0) * len(window.run_steps) >= s["own_writes"]
         kept, error = _lowest(entry.kept(prefix) for prefix in ("", "span_"))
         if entry.is_at_zero:

@@ -192,6 +192,7 @@ def end_window(  # type: ignore[no-untyped-def]
     E: tl.constexpr,
     KIND: tl.constexpr,
     HAS_MASTERS: tl.constexpr,
+    NOISE: tl.constexpr,
 ):
     """Puts all columns of a tensor, and begins its next window."""
     row = tl.program_id(0).to(tl.int64)
@@ -203,7 +204,8 @@ def end_window(  # type: ignore[no-untyped-def]
     ended, put_own = tl.load(now + here), tl.load(put + of_own)
     in_window, in_span = tl.load(writes + own), tl.load(writes + members + own)
     tail = tl.where((e * 0).to(tl.float32) + in_span > 0, tl.load(now + of_own) - put_own, 0.0)
-    moved_own = tl.zeros((E,), tl.float32)
+    moved_own, applied_own = tl.zeros((E,), tl.float32), tl.zeros((E,), tl.float32)
+    reached = tl.zeros((E,), tl.float32)
     out += row
     # the window's twelve, the span's twelve
     for i in tl.static_range(2):
@@ -215,7 +217,8 @@ def end_window(  # type: ignore[no-untyped-def]
         is_any = (e * 0).to(tl.float32) + cycles > 0
         applied_own = tl.where(is_any, tl.load(applied + side + of_own) - tail, 0.0)
         moved_own = tl.where(is_any, put_own - tl.load(since + side + of_own), 0.0)
-        put_products(columns, n, applied_own, tl.load(places + side + of_own).to(tl.float32), moved_own, put_own)
+        reached = tl.load(places + side + of_own).to(tl.float32)
+        put_products(columns, n, applied_own, reached, moved_own, put_own)
         begun = tl.load(begin + side + here)
         moved = ended - begun
         tl.store(columns + 8 * n, tl.sum(moved * moved, 0))
@@ -261,6 +264,13 @@ def end_window(  # type: ignore[no-untyped-def]
     tl.store(out, tl.where(is_full, tl.load(copy_steps + row), 0.0))
     tl.store(out + n, tl.where(is_full, tl.sum((low != rounded(end, 0)).to(tl.float32), 0), 0.0))
     tl.store(out + 2 * n, tl.where(is_full, tl.where(is_coarse, different, 0.0), 0.0))
+    is_touched = tl.abs(applied_own) > NOISE * tl.abs(tail)
+    is_other = is_touched & (reached != 2.0) & (reached != 3.0)
+    up, down = is_touched & (moved_own > applied_own), is_touched & (moved_own < applied_own)
+    is_one_sided = (tl.max(up.to(tl.int32), 0) == 0) | (tl.max(down.to(tl.int32), 0) == 0)
+    is_one_sided = is_one_sided & (tl.max(is_other.to(tl.int32), 0) == 0)
+    tl.store(out + 3 * n, tl.sum(is_touched.to(tl.float32), 0))
+    tl.store(out + 4 * n, is_one_sided.to(tl.float32))
     tl.debug_barrier()  # all that is overwritten now has been read
     for k in tl.static_range(1 + HAS_MASTERS):
         at = row + k * n

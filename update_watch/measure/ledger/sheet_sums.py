@@ -42,9 +42,13 @@ COLUMNS = (
     # FP32 weights, or FP32 masters: values in BF16 that a step changes, summed over steps; that the window changes; and at its
     # begin, of masters before its last step, values that differ from each other if all of them are values of BF16
     *("copy_steps", "copy_window", "coarse"),
+    # of the span's cycles: elements that steps moved; 1 where all that was written filled all elements with one value, and took all
+    # of it back in one direction
+    *("touched", "one_sided"),
 )
 # where writes put an element, the largest of all of them; 0: nobody wrote. FILLED: where all others are put
 AT_ZERO, FILLED, AT_BOUND, FREE = 1.0, 2.0, 3.0, 4.0
+NOISE = 1e-5  # of what was applied since the latest write: what is left of it in a difference
 TURN = 12.9898  # sines of multiples of it are as good as different for each step
 
 
@@ -230,7 +234,14 @@ class SheetSums:
         rows += [squares_N, squares_N - v["earlier_N"], *own, written_N, begin_2NE[0].square().sum(-1)]
         still_N, latest = (now_NE - begin_2NE[0]).eq(0).sum(-1).float(), (v["last_write_N"], v["signature_N"])
         rows += [still_N, *(row[-n:] for row in latest), *v["gradients_2n"]]
-        return torch.cat([row[:n] for row in (*rows, *self._compare_with_bf16())])
+        rows += self._compare_with_bf16()
+        place_NE, wrote_NE = v["written_2NE"][1], cycles_2NE[1] - applied_2NE[1]
+        is_touched_NE = applied_2NE[1].abs().gt(NOISE * self._since_written().abs())
+        is_put_NE = place_NE.eq(FILLED) | place_NE.eq(AT_BOUND)
+        up_NE, down_NE = ((is_touched_NE & (sign * wrote_NE).gt(0)) for sign in (1, -1))
+        is_one_sided_N = (is_put_NE | ~is_touched_NE).all(-1) & ~(up_NE.any(-1) & down_NE.any(-1))
+        rows += [row[-n:].float() for row in (is_touched_NE.sum(-1), is_one_sided_N)]
+        return torch.cat([row[:n] for row in rows])
 
     def _compare_copies(self, begin_NE: Tensor) -> list[Tensor]:
         """Have the model's tensors moved as their masters have? Both before the first and before the last step."""
