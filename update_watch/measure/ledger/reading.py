@@ -27,6 +27,7 @@ _FEW = 4  # elements
 _OFTEN = 4  # writes of a window, from which on it tells by itself how far a tensor got,
 _MORE_OFTEN = 1.25  # where it was written so many times as often as in the span
 _LEFT = 0.05  # of what was applied: who takes the same share of it back everywhere leaves that much, or means to leave nothing
+_HARDLY = 0.2  # of what was applied: less of it is left where it is undone
 _ALIKE = 1e-4  # of what elements moved by (squares): how far they may be from one share of what was applied to each
 _ROUNDINGS = 4 / 12 * ELEMENTS  # times the square of a gap: of both ends, and of each write
 _HIDDEN = 0.1  # as the former, from which on the gaps of a format hide whether they are
@@ -134,7 +135,18 @@ class Reading:
         self._places: dict[str, tuple[int, int]] = {}  # name -> which sheet, and which of its tensors
         for w, window in enumerate(self._windows):
             self._places.update({names[0]: (w, i) for i, names in enumerate(window.names)})
+        self._is_put_back = self._puts_back()
         self._elsewhere = {(place, entry.writes) for name, entry in self._written() for place in _around(name, 2)}
+
+    def _puts_back(self) -> bool:
+        """Whether nearly all of any tensor is undone, in both directions: who does that is not a bound, and may do it to all."""
+        for sums in self._sums:
+            s = dict(zip(COLUMNS, sums, strict=True))
+            is_free = s["span_free_square"] > _AT_BOUNDS * s["span_square"]
+            is_undone = is_free & (s["span_free_dot"] < _HARDLY * s["span_free_square"]) & (s["one_sided"] == 0)
+            if np.any(is_undone & (s["own_writes"] >= 2)):
+                return True
+        return False
 
     def _written(self) -> Iterable[tuple[str, _Entry]]:
         """Tensors that nobody steps and somebody wrote to."""
@@ -153,7 +165,7 @@ class Reading:
     def of(self, tensor: TensorEvidence) -> TensorEvidence:
         """The evidence with what the ledger saw."""
         place = self._places.get(tensor.name)
-        return tensor if place is None else _with(tensor, self._entry(*place), self._elsewhere)
+        return tensor if place is None else _with(tensor, self._entry(*place), self._elsewhere, self._is_put_back)
 
     def of_all(self, names: Sequence[str], arrived_n: Array) -> tuple[dict[str, npt.NDArray[Any]], Mask]:
         """[n] the same for measured tensors, by the names of `TensorEvidence`; and those that only `of` can tell of.
@@ -222,7 +234,7 @@ def _around(name: str, levels: int) -> set[str]:
     return {".".join(parts[:-k]) for k in range(1, min(levels, len(parts)) + 1)}
 
 
-def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEvidence:
+def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any], is_put_back: bool) -> TensorEvidence:
     s, window = entry.sums, entry.window
     if not all(math.isfinite(s[name]) for name in ("span_step_square", "span_square", "stored")):
         return t
@@ -250,7 +262,7 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any]) -> TensorEviden
         found["is_at_zero"] = entry.is_at_zero
         found["is_alike"], found["may_be_alike"] = entry.alike()
         found["touched_fraction"] = s["touched"] / ELEMENTS
-        found["is_one_sided"] = bool(s["one_sided"]) and s["own_writes"] >= 2
+        found["is_one_sided"] = bool(s["one_sided"]) and s["own_writes"] >= 2 and not is_put_back
         found["may_be_zero"] = (t.update_ratio or 0.0) * len(window.run_steps) >= s["own_writes"]
         kept, error = _lowest(entry.kept(prefix) for prefix in ("", "span_"))
         if entry.is_at_zero:
