@@ -145,7 +145,10 @@ class Watch(run_journal.Shown, memory.Remembering):
         """Whether to look at the step that begins: not while another thread closes the watch, as nobody would report it."""
         self._silence.end()
         watched = self._model.stepping(optimizer)
-        return not self._closed and (watched is None or self._attention.looks(id(optimizer), watched.window_steps))
+        if self._closed or watched is None:
+            return not self._closed
+        is_remade = watched.step and not watched.steps  # for every step, by some: none of them comes round
+        return self._attention.looks(0 if is_remade else id(optimizer), watched.window_steps)
 
     def _passed(self, optimizer: Optimizer) -> None:
         """A step is over that was not looked at."""
