@@ -211,6 +211,14 @@ def test_a_verdict_stands_however_many_windows_pass_unseen(kind: str) -> None:
     assert (again.headline, again.alerts, again.observed_at) == (seen.headline, (), again.step)
 
 
+def test_a_window_that_ends_at_the_step_of_the_one_before_has_no_age() -> None:
+    run = Run()
+    seen = run.sees(HEALTHY, STALLED)
+    run.step -= 700
+    report = run.passes(HEALTHY, STALLED)
+    assert (report.step, report.headline) == (seen.step, seen.headline)
+
+
 def test_a_fault_that_began_meanwhile_is_told_once_it_is_seen() -> None:
     run = Run()
     run.sees(HEALTHY, GOOD)

@@ -34,7 +34,8 @@ class LastLook:
         elif self.step is not None:
             if self._stands(judged):
                 health, headline = self._health, self._headline
-            headline = f"{last_looked(self.step, step)}: {headline}"
+            if step > self.step:  # an optimizer that steps around others may have made the same step last
+                headline = f"{last_looked(self.step, step)}: {headline}"
         return health, headline
 
     def _stands(self, judged: Judged) -> bool:
