@@ -133,6 +133,15 @@ def test_every_chart_is_drawn_without_a_word_on_the_console(browser, tmp_path, m
     ] == []
 
 
+def test_facts_of_the_run_are_parted_and_not_their_words(browser, tmp_path, mixed):
+    page = Page(browser, to_file(tmp_path, mixed))
+    script = """
+        return [...document.querySelectorAll(arguments[0])].map((e) => getComputedStyle(e, "::before").content);
+    """
+    assert set(page.js(script, ".where > span")) == {'" · "'}
+    assert set(page.js(script, ".where span span")) == {"none"}  # a number that is kept whole
+
+
 @pytest.mark.parametrize("name", ["arrived", "heatmap-0", "map-0"])
 def test_charts_say_what_they_show(browser, tmp_path, mixed, name):
     page = Page(browser, to_file(tmp_path, mixed))
