@@ -117,7 +117,9 @@ def test_a_kernel_that_adds_otherwise_is_not_used_and_that_is_said_once(monkeypa
     with pytest.warns(UserWarning, match="kernel of the ledger is not used") as said:
         kernel_sheet_sums.check(CPU)
         kernel_sheet_sums.check(CPU)
-    assert len(said) == 1
+    # the interpreter divides by 0 with NumPy, which says so
+    ours = [one for one in said if one.category is UserWarning]
+    assert len(ours) == 1
     assert type(kernel_sheet_sums.sums_of(N, False, torch.float32, None, CPU, True)) is SheetSums
 
 

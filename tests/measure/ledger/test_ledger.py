@@ -236,7 +236,9 @@ def test_what_is_written_by_design_is_no_accusation(
     make: Callable[[Net], Between], rule: Callable[[Any], Optimizer]
 ) -> None:
     reports = run(make, rule=rule)
-    assert not [t for report in reports for t in report.tensors if t.cause is Cause.overwritten]
+    told = [t for report in reports for t in report.tensors if t.cause is Cause.overwritten]
+    # where all elements that are read are pruned it is said what is seen of them
+    assert not [t for t in told if make is not pruned or t.health is not Health.healthy]
     assert not [alert for report in reports for alert in report.alerts]
     written = {t.written_between != 0 for t in reports[1].tensors}
     assert written == {make not in (nothing, swapped)} or make is loaded_once
