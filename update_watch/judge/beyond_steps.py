@@ -19,8 +19,6 @@ from update_watch.wording import short
 
 _FURTHER = 1.5  # than all steps between two writes in one direction; both ends of a span may lie inside a run
 UNDONE = 0.8  # of what the steps applied: Lookahead takes back half by design, ranks that average more
-
-
 LIKE_LOOKAHEAD = 0.75  # of what the steps applied, the same share everywhere: said, where Lookahead takes 0.8
 AGAIN = 2  # times the usual steps between two writes: so long the next is waited for
 _SIGNAL = 1 / 16  # of the gradients: the ledger reads so few elements that it may have missed all of these

@@ -7,52 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-import update_watch as uw
-from tests.support.watch_nets import Net, backward, batches
+from tests.measure.ledger import writes_between_steps
+from tests.measure.ledger.writes_between_steps import WINDOW, Between, adamw, kept, put, sgd
+from tests.support.watch_nets import Net
 from update_watch.report import Cause, Health, Report
 
-WINDOW = 16
 BAD = (Health.stalled, Health.stalling)
-Between = Callable[[int, nn.Module], None]  # after step i, from 1
-
-
-def adamw(params: Any) -> Optimizer:
-    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
-
-
-def sgd(params: Any) -> Optimizer:
-    return torch.optim.SGD(params, lr=1e-3, momentum=0.9)
 
 
 def run(
-    make: Callable[[nn.Module], Between],
+    make: Callable[[Net], Between],
     windows: int,
     rule: Callable[[Any], Optimizer] = adamw,
     dtype: torch.dtype = torch.float32,
 ) -> list[Report]:
-    reports: list[Report] = []
-    model = Net(dtype)
-    between, optimizer = make(model), rule(model.parameters())
-    with uw.watch(model, optimizer, window=WINDOW, sinks=[reports.append], budget=None):
-        for i, x in enumerate(batches(windows * WINDOW, dtype), 1):
-            model.zero_grad()
-            backward(model, x)
-            optimizer.step()
-            with torch.no_grad():
-                between(i, model)
-    return reports
-
-
-def kept(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def put(model: nn.Module, values: list[Tensor]) -> None:
-    for p, value in zip(model.parameters(), values, strict=True):
-        p.copy_(value)
+    return writes_between_steps.run(make, windows * WINDOW, rule, dtype, first=1, budget=None)
 
 
 def lookahead(every: int, share: float) -> Callable[[nn.Module], Between]:

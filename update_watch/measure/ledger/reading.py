@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from update_watch import formats
 from update_watch.evidence import TensorEvidence, changed
 from update_watch.measure.ledger.blocks import ELEMENTS
 from update_watch.measure.ledger.sheet import SheetWindow
@@ -32,7 +32,6 @@ _ALIKE = 1e-4  # of what elements moved by (squares): how far they may be from o
 _ROUNDINGS = 4 / 12 * ELEMENTS  # times the square of a gap: of both ends, and of each write
 _HIDDEN = 0.1  # as the former, from which on the gaps of a format hide whether they are
 _OVER = 2  # times the usual steps between two writes: none comes any more
-_BITS = {torch.bfloat16: 8, torch.float16: 11}  # significant ones
 _PLACE = {name: i for i, name in enumerate(COLUMNS)}
 
 
@@ -77,8 +76,10 @@ class _Entry:
         if self.size <= _FEW or s["own_writes"] < 2 or not s["span_dot"] > _LEFT * square or not moved > 0:
             return False, False
         apart = moved - s["span_dot"] ** 2 / square
-        bits = 24 if self.window.has_masters else _BITS.get(self.window.dtype, 24)
-        gap = 2.0 ** (math.floor(math.log2(s["stored"] / ELEMENTS) / 2) - bits + 1) if s["stored"] > 0 else 0.0
+        is_half = self.window.dtype in formats.HALVES and not self.window.has_masters
+        fmt = formats.of(self.window.dtype) if is_half else None
+        octave = math.floor(math.log2(s["stored"] / ELEMENTS) / 2) if s["stored"] > 0 else -math.inf
+        gap = (fmt or formats.FP32).epsilon * 2.0**octave
         rounded = _ROUNDINGS * gap**2 * (s["own_writes"] + 1)
         is_alike = apart <= _ALIKE * moved + rounded
         return is_alike and rounded <= _HIDDEN * moved, is_alike and rounded > _HIDDEN * moved
