@@ -87,9 +87,16 @@ class TensorEvidence:
     unmoved_fraction: float | None = None  # elements whose stored value is at the end what it was at the begin
     is_at_zero: bool = False  # what is written to it sets all elements that are read to 0
     may_be_zero: bool = False  # beside it: all that is stored may be what steps applied since
-    # all elements that are read are set to one value, which takes all of their updates back in one direction
+    # all elements that are read are set to one value, which takes all of their updates back in one direction; or held at bounds,
+    # or as rows of one element are that are normalised
     is_one_sided: bool = False
     touched_fraction: float | None = None  # of the elements that were read and written: those that steps had moved
+    is_put_back: bool = (
+        False  # to the bit, all of what is written to it, or most: as a grid does that is too coarse for its steps
+    )
+    held_fraction: float | None = (
+        None  # the same of a part of its elements, always the same ones; the others are left alone
+    )
     is_alike: bool = False  # what was undone is the same share of each element, and some is left
     may_be_alike: bool = False  # the gaps of its format may hide whether it is
     is_master: bool = False  # its optimizer steps a copy of it, from which it must be written

@@ -8,11 +8,11 @@ from update_watch.evidence import TensorEvidence
 from update_watch.judge import reasons
 from update_watch.judge.accumulators import is_state
 from update_watch.judge.efficiency_grade import grade, known, share
-from update_watch.judge.history import HEALTHY, MOST_WAITED, STALLING, UNKNOWN, TensorHistory
+from update_watch.judge.history import HEALTHY, MOST_WAITED, STALLED, STALLING, UNKNOWN, TensorHistory
 from update_watch.judge.no_signal import Verdict, verdict
 from update_watch.judge.number_formats import FULL, SIGNIFICANT_BITS
 from update_watch.judge.seen import Seen
-from update_watch.judge.stall_sentences import AT_ZERO, NOT_AGAIN, TAKEN_BACK
+from update_watch.judge.stall_sentences import AT_ZERO, HELD, NOT_AGAIN, TAKEN_BACK
 from update_watch.report import Cause, Health
 from update_watch.thresholds import Thresholds
 from update_watch.wording import short
@@ -30,16 +30,27 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds, ste
     """The steps apply their updates, but are they still there at the window's end, after a step of the run?"""
     net, error = known(e.net_efficiency), known(e.net_efficiency_error) or 0.0
     before, history.net_grade = history.net_grade, HEALTHY
+    if e.is_put_back and before in (
+        STALLED,
+        STALLING,
+    ):  # what a grid takes comes by the gap: one window may seem to lose less
+        error = 0.0
     health = HEALTHY if net is None else grade(net + 2 * error, before, limits)
     undone = share(e.undone_fraction) or 0.0
     is_still = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due
-    is_undone = undone >= UNDONE and (is_still or not _travels(e))
+    # a few elements that a grid lets go get far, and excuse none of the others
+    is_undone = undone >= 1 - limits.stalling if e.is_put_back else undone >= UNDONE and (is_still or not _travels(e))
     is_uncopied = is_still and not is_undone
     before_that, history.written_step = history.written_step, e.written_step or history.written_step
     if (undone >= LIKE_LOOKAHEAD and e.is_alike) or (is_undone and e.may_be_alike):
         return _taken_back(e, history, net)
     if is_undone and e.is_at_zero and not e.is_master:
         return _pruned(e, history)
+    if known(e.held_fraction) and not (is_undone or is_uncopied):
+        history.lossy_windows = 0
+        return verdict(HEALTHY, Cause.overwritten, Seen(dtype=e.dtype, net=e.held_fraction, reason=HELD))
+    if is_undone and e.is_put_back and health is HEALTHY and net is not None:
+        return UNKNOWN, Cause.overwritten, reasons.unknown(reasons.on_a_grid(net, error))
     if health is HEALTHY or not (is_uncopied or is_undone):
         if (
             e.is_master and before is not HEALTHY and known(e.moved)

@@ -28,7 +28,7 @@ one that moves is judged by its numbers and keeps the cause, and what moves it i
 | 16 | score not healthy, and updates well above half a gap are lost too | stalled, stalling | not_written |
 | 17 | score not healthy | stalled, stalling | weight_rounding |
 | 18 | what the steps applied is undone before the next, more than once; told while another is due | stalled, stalling | overwritten |
-|    | the same share of each element is, as Lookahead does; unknown where gaps may hide that | healthy | overwritten |
+|    | the same share of each element is, as Lookahead does (unknown where gaps may hide that), or a part of it | healthy | overwritten |
 |    | the same by setting it to exactly 0, as pruning does; frozen where all samples are 0 | healthy, frozen | overwritten |
 |    | and all that is stored may be applied since; or undone where read, few gradients, or always from one side | unknown | overwritten |
 |    | the master moves, and not one bit of the model's tensor does | stalled | not_copied_back |
@@ -194,7 +194,8 @@ class Diagnosis:
         self._standing.keep(columns, found, texts)
         _remember_rates(columns, histories, rows)
         # where a weight moves without a signal, what its states lose harms nobody
-        of_weight = np.where((found.health == HEALTH_CODES[HEALTHY]) & (found.cause != NONE), IDLE, found.health)
+        is_silent = (found.cause != NONE) & (found.cause != CAUSE_CODES[Cause.overwritten])
+        of_weight = np.where((found.health == HEALTH_CODES[HEALTHY]) & is_silent, IDLE, found.health)
         setting = Setting(limits, self.trainer)
         parts = [
             AccumulatorVerdicts(name, part, columns, of_weight.astype(np.int8), histories, rows, setting)

@@ -114,8 +114,16 @@ def may_be_taken_back(undone: float, dtype: str) -> str:
 
 def held_at_a_bound() -> str:
     return (
-        "all elements of it that were read are put back to one value, which takes all of their updates back in one direction, as"
-        " a bound does that they are clipped to, or a copy that is loaded again and again"
+        "all elements of it that were read are put back to 0 or in one direction, as a bound does that they are clipped to, or a"
+        " normalisation of rows of one element, or a copy that is loaded again and again"
+    )
+
+
+def on_a_grid(net: float, error: float) -> str:
+    """`net`: net efficiency; `error`: its standard error."""
+    return (
+        "what its steps apply is put back to the bit in most elements that were read, as rounding to a coarser grid does, and how"
+        f" much of it is left is not known well enough: {fixed(net)}, standard error {fixed(error)}"
     )
 
 

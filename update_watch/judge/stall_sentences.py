@@ -128,6 +128,7 @@ def not_written(seen: Seen) -> Advice:
 
 AT_ZERO = "set to exactly 0 again, as pruning does"
 TAKEN_BACK = "the same share of each element"
+HELD = "put back to the bit after its steps, and the others are left alone"
 NOT_AGAIN = "in this window nothing was seen of it, and the next one decides"
 
 
@@ -136,6 +137,11 @@ def overwritten(seen: Seen) -> Advice:
         return Advice(
             f"it is held at 0: what its steps apply to the elements of it that were read is {AT_ZERO}",
             "if they should train, find what writes zeros to it between steps",
+        )
+    if seen.reason == HELD:
+        return Advice(
+            f"{percent(seen.net or 0.0)} of its elements that were read are {HELD}",
+            "if they should train, find what writes to them between steps",
         )
     if seen.reason == TAKEN_BACK:
         return Advice(

@@ -40,6 +40,8 @@ TENSOR_NUMBERS = (
         "may_be_zero",
         "is_one_sided",
         "touched",
+        "is_put_back",
+        "held_fraction",
         "is_alike",
         "may_be_alike",
         "requires_grad",
@@ -146,6 +148,8 @@ def _put_ledger(t: TensorEvidence, means: Means, held: float) -> None:
     means.put("may_be_zero", float(t.may_be_zero), weight)
     means.put("is_one_sided", float(t.is_one_sided), weight)
     means.put("touched", t.touched_fraction, weight)
+    means.put("is_put_back", float(t.is_put_back), weight)
+    means.put("held_fraction", t.held_fraction or 0.0, held)
     means.put("is_alike", float(t.is_alike), weight)
     means.put("may_be_alike", float(t.is_alike or t.may_be_alike), weight)
     means.put("requires_grad", float(t.requires_grad), 1.0)
@@ -285,6 +289,8 @@ def read_tensor(
         may_be_zero=(means.get("may_be_zero") or 0.0) > 1 - 1e-9,
         is_one_sided=(means.get("is_one_sided") or 0.0) > 1 - 1e-9,
         touched_fraction=means.get("touched"),
+        is_put_back=(means.get("is_put_back") or 0.0) > 0.5,
+        held_fraction=means.get("held_fraction") or None,
         is_alike=(is_alike := (means.get("is_alike") or 0.0) > 1 - 1e-9),
         may_be_alike=not is_alike and (means.get("may_be_alike") or 0.0) > 1 - 1e-9,
         gradient_looks=round(means.get("gradient_looks") or 0.0),

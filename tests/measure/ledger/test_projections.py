@@ -105,6 +105,36 @@ def test_what_a_grid_takes_is_seen_behind_the_jump_onto_it(maximize: bool) -> No
     assert {t.name: t.cause for t in report.tensors} == {t.name: Cause.overwritten for t in report.tensors}
 
 
+def test_rows_of_one_element_that_are_normalised_are_no_accusation() -> None:
+    model = Net()
+    model.gate = nn.Parameter(torch.randn(64, 1, generator=torch.Generator().manual_seed(0)))
+    model.norm.register_forward_hook(lambda module, given, out: out * (1 + model.gate[:, 0]))
+    for report in run(lambda model: model.gate.div_(model.gate.norm(dim=1, keepdim=True)), model=model)[1:]:
+        t = named(report, "gate")
+        assert (t.health, t.cause) == (Health.unknown, Cause.overwritten)
+        assert "rows of one element" in t.advice
+
+
+def test_a_tensor_that_is_pressed_against_two_bounds_with_all_of_its_elements_is_no_all_clear() -> None:
+    def push(model: nn.Module) -> None:
+        for p in model.parameters():
+            p.clamp_(-1e-3, 1e-3)
+            p.grad = None
+
+    class Pushes(torch.optim.SGD):
+        """Away from 0, each time."""
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            for p in self.param_groups[0]["params"]:
+                p.grad.copy_(-p.sign())
+            return super().step(closure)
+
+    for report in run(push, rule=lambda params: Pushes(params, lr=1e-4))[1:]:
+        t = named(report, "leave.weight")
+        assert t.health is Health.unknown, t
+
+
 # --- after every so many steps ---------------------------------------------------------------------
 
 

@@ -100,6 +100,8 @@ def _is_undone(columns: Columns, histories: Histories, rows: Rows, limits: Thres
     undone = np.nan_to_num(share(columns.column("undone_fraction")))
     is_uncopied = (columns.column("is_master") != 0) & (columns.column("moved") == 0)
     found: Mask = (health != HEALTHY) & (is_uncopied | (undone >= UNDONE))
+    found |= (columns.column("is_put_back") != 0) & (undone >= 1 - limits.stalling)
+    found |= known(columns.column("held_fraction")) > 0
     found |= (columns.column("is_alike") != 0) & (undone >= LIKE_LOOKAHEAD)
     found |= histories.net_grade[rows] != HEALTHY  # what was said of it before may stand
     return found

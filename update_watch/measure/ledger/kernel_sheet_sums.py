@@ -91,7 +91,14 @@ class KernelSheetSums(SheetSums):
         launch(
             "add_steps",
             (self._members,),
-            (read[0], masters, *(self.views[name] for name in _STEPS), self.views["copy_steps_n"], *sizes),
+            (
+                read[0],
+                masters,
+                *(self.views[name] for name in _STEPS),
+                self.views["copy_steps_n"],
+                self.views["tries_4N"],
+                *sizes,
+            ),
             {"E": ELEMENTS, "TURN": TURN},
         )
 
@@ -103,6 +110,7 @@ class KernelSheetSums(SheetSums):
                 out,
                 *(self.views[name] for name in _END),
                 self.views["copy_steps_n"],
+                self.views["tries_4N"],
                 self.rows,
                 self._members,
                 *self._full,

@@ -31,6 +31,12 @@ _HARDLY = 0.2  # of what was applied: less of it is left where it is undone
 _ALIKE = 1e-4  # of what elements moved by (squares): how far they may be from one share of what was applied to each
 _ROUNDINGS = 4 / 12 * ELEMENTS  # times the square of a gap: of both ends, and of each write
 _HIDDEN = 0.1  # as the former, from which on the gaps of a format hide whether they are
+_WHOLE = 0.95  # of the elements that steps moved: who writes so many of them leaves none alone,
+_PUT_BACK = 0.5  # and puts them back, where so many are to the bit what they were,
+_BY_CHANCE = (
+    1 / 4
+)  # of those it puts elsewhere: so many are moved further than the steps had moved them where it rounds at random,
+_ON_AVERAGE = 0.5  # and so much may be left of what is applied to all tensors that are rounded, within two errors
 _OVER = 2  # times the usual steps between two writes: none comes any more
 _PLACE = {name: i for i, name in enumerate(COLUMNS)}
 
@@ -43,6 +49,7 @@ class _Entry:
     window: SheetWindow
     size: int
     looks: int
+    is_thin: bool
 
     @property
     def writes(self) -> tuple[int, float]:
@@ -59,11 +66,13 @@ class _Entry:
         if not square > 0 or not math.isfinite(square):
             return None, 0.0
         shares = []
-        if self.size > _FEW:  # of fewer, all may be the smallest or the largest
+        if self.is_put_back:  # a grid has values of its own, and no bounds
+            shares.append(s[f"{prefix}dot"] / square)
+        elif self.size > _FEW:  # of fewer, all may be the smallest or the largest
             if not s[f"{prefix}free_square"] > _AT_BOUNDS * square:
                 return None, 0.0  # nearly all that is read lies at a bound
             shares.append(s[f"{prefix}free_dot"] / s[f"{prefix}free_square"])
-        if s[f"{prefix}across_square"] > _PART * square:
+        if not self.is_put_back and s[f"{prefix}across_square"] > _PART * square:
             shares.append(s[f"{prefix}across_dot"] / s[f"{prefix}across_square"])
         if not shares:
             shares.append(s[f"{prefix}dot"] / square)
@@ -83,6 +92,23 @@ class _Entry:
         rounded = _ROUNDINGS * gap**2 * (s["own_writes"] + 1)
         is_alike = apart <= _ALIKE * moved + rounded
         return is_alike and rounded <= _HIDDEN * moved, is_alike and rounded > _HIDDEN * moved
+
+    @property
+    def is_held(self) -> bool:
+        """Steps move it, and nothing is where it was put elsewhere than it was put first."""
+        return self.sums["own_writes"] >= 2 and self.sums["own_moved"] == 0 < self.sums["span_square"]
+
+    @property
+    def is_put_back(self) -> bool:
+        """Whether writes put it back to the bit: all of it, or what a grid is too coarse for. Nothing that scales or turns does."""
+        return bool(_are_put_back(self.sums))
+
+    @property
+    def held(self) -> float | None:
+        """Share of its elements that each write puts back to the bit, where it leaves the others alone."""
+        s = self.sums
+        is_part = s["put_back"] >= _WHOLE * s["rewritten"] > 0 and s["rewritten"] <= _WHOLE * s["tries"]
+        return s["rewritten"] / s["tries"] if is_part and s["tries"] >= ELEMENTS else None
 
     @property
     def is_over(self) -> bool:
@@ -120,6 +146,12 @@ class _Entry:
         return None
 
 
+def _are_put_back(s: Mapping[str, Any]) -> Any:
+    """See `_Entry.is_put_back`; of one tensor or of many."""
+    is_whole = s["rewritten"] > _WHOLE * s["tries"]
+    return is_whole & (s["put_back"] >= _PUT_BACK * s["tries"]) & (s["tries"] > 0)
+
+
 def _reached(way: float, steps: int, writes: float, step_square: float) -> float | None:
     """A way (its square), in what the steps from one write to the next can move it by."""
     reach = steps / writes * math.sqrt(step_square / steps)
@@ -136,18 +168,28 @@ class Reading:
         self._places: dict[str, tuple[int, int]] = {}  # name -> which sheet, and which of its tensors
         for w, window in enumerate(self._windows):
             self._places.update({names[0]: (w, i) for i, names in enumerate(window.names)})
-        self._is_put_back = self._puts_back()
+        self._is_undoing, self._is_random = self._undoes(), self._rounds_at_random()
         self._elsewhere = {(place, entry.writes) for name, entry in self._written() for place in _around(name, 2)}
 
-    def _puts_back(self) -> bool:
-        """Whether nearly all of any tensor is undone, in both directions: who does that is not a bound, and may do it to all."""
-        for sums in self._sums:
+    def _undoes(self) -> bool:
+        """Whether any tensor is put back, or nearly all of it undone, in both directions: who does that is no bound, and may do it to all."""
+        for window, sums in zip(self._windows, self._sums, strict=True):
             s = dict(zip(COLUMNS, sums, strict=True))
             is_free = s["span_free_square"] > _AT_BOUNDS * s["span_square"]
-            is_undone = is_free & (s["span_free_dot"] < _HARDLY * s["span_free_square"]) & (s["one_sided"] == 0)
-            if np.any(is_undone & (s["own_writes"] >= 2)):
+            is_undone = is_free & (s["span_free_dot"] < _HARDLY * s["span_free_square"]) & (s["own_writes"] >= 2)
+            if np.any((is_undone | _are_put_back(s)) & (s["one_sided"] == 0) & ~np.array(window.are_thin)):
                 return True
         return False
+
+    def _rounds_at_random(self) -> bool:
+        """Whether chance decides what is put back: in some it may have let nothing go yet."""
+        asked = [_PLACE[name] for name in ("tries", "put_back", "passed", "span_dot", "span_square", "span_spread")]
+        of_all = np.zeros(len(asked))
+        for sums in self._sums:
+            found = _are_put_back(dict(zip(COLUMNS, sums, strict=True)))
+            of_all += sums[asked][:, found].sum(1)
+        tries, put_back, passed, dot, square, spread = of_all.tolist()
+        return bool(passed > _BY_CHANCE * (tries - put_back) and dot + 2 * math.sqrt(spread) > _ON_AVERAGE * square)
 
     def _written(self) -> Iterable[tuple[str, _Entry]]:
         """Tensors that nobody steps and somebody wrote to."""
@@ -161,12 +203,14 @@ class Reading:
     def _entry(self, w: int, i: int) -> _Entry:
         window = self._windows[w]
         sums = dict(zip(COLUMNS, self._sums[w][:, i].tolist(), strict=True))
-        return _Entry(sums, window, window.sizes[i], window.looks[i])
+        return _Entry(sums, window, window.sizes[i], window.looks[i], window.are_thin[i])
 
     def of(self, tensor: TensorEvidence) -> TensorEvidence:
         """The evidence with what the ledger saw."""
         place = self._places.get(tensor.name)
-        return tensor if place is None else _with(tensor, self._entry(*place), self._elsewhere, self._is_put_back)
+        if place is None:
+            return tensor
+        return _with(tensor, self._entry(*place), self._elsewhere, self._is_undoing, self._is_random)
 
     def of_all(self, names: Sequence[str], arrived_n: Array) -> tuple[dict[str, npt.NDArray[Any]], Mask]:
         """[n] the same for measured tensors, by the names of `TensorEvidence`; and those that only `of` can tell of.
@@ -235,7 +279,7 @@ def _around(name: str, levels: int) -> set[str]:
     return {".".join(parts[:-k]) for k in range(1, min(levels, len(parts)) + 1)}
 
 
-def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any], is_put_back: bool) -> TensorEvidence:
+def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any], is_undoing: bool, is_random: bool) -> TensorEvidence:
     s, window = entry.sums, entry.window
     if not all(math.isfinite(s[name]) for name in ("span_step_square", "span_square", "stored")):
         return t
@@ -261,18 +305,22 @@ def _with(t: TensorEvidence, entry: _Entry, elsewhere: set[Any], is_put_back: bo
         found["written_steps"] = int(s["own_writes"])
         found["written_every"] = (found["written_step"] + 2 - window.run_steps[0]) / s["own_writes"]
         found["is_at_zero"] = entry.is_at_zero
-        found["is_alike"], found["may_be_alike"] = entry.alike()
+        is_by_chance = is_random and entry.is_put_back
+        found["is_put_back"] = entry.is_put_back and not is_by_chance
+        found["held_fraction"] = entry.held
+        found["is_alike"], found["may_be_alike"] = (False, False) if entry.is_put_back else entry.alike()
         found["touched_fraction"] = s["touched"] / ELEMENTS
-        found["is_one_sided"] = bool(s["one_sided"]) and s["own_writes"] >= 2 and not is_put_back
+        found["is_one_sided"] = bool(s["one_sided"]) and s["own_writes"] >= 2 and not is_undoing
         found["may_be_zero"] = (t.update_ratio or 0.0) * len(window.run_steps) >= s["own_writes"]
         kept, error = _lowest(entry.kept(prefix) for prefix in ("", "span_"))
         if entry.is_at_zero:
             kept = 0.0
+        if entry.is_held and (kept is None or entry.is_thin):
+            kept, found["is_one_sided"] = 0.0, not is_undoing
         if kept is not None:
             went = any((place, entry.writes) in elsewhere for place in _around(t.name, 3))
-            # masters that are taken from rounded weights: where rounding lets a few of them go, the others do not move
-            found["travelled"] = None if window.has_masters and s["coarse"] >= VARIED else entry.travelled()
-            found["undone_fraction"] = 0.0 if went else min(max(1 - kept, 0.0), 1.0)
+            found["travelled"] = entry.travelled()
+            found["undone_fraction"] = 0.0 if went or is_by_chance else min(max(1 - kept, 0.0), 1.0)
             net = kept if arrived is None else kept * arrived
             found["net_efficiency"] = net if copied is None else min(net, copied)
             found["net_efficiency_error"] = error

@@ -43,6 +43,7 @@ class SheetWindow(NamedTuple):
     transfer: Part | Later
     names: tuple[tuple[str, ...], ...]
     sizes: tuple[int, ...]  # elements of the tensors
+    are_thin: tuple[bool, ...]  # whether each row of a matrix, or each column, is one element
     dtype: torch.dtype
     has_masters: bool
     is_full: bool  # FP32, or the masters are
@@ -76,6 +77,9 @@ class Sheet:
         self._is_sharded = any(local(tensor) is not tensor for tensor in self._members)
         self._layouts = [_layout(tensor) for tensor in self._members]
         self._names = tuple(line.names for line in lines)
+        self._are_thin = tuple(
+            line.tensor.dim() > 1 and max(line.tensor.shape) == line.tensor.numel() for line in lines
+        )
         self._sizes = tuple(local(line.tensor).numel() for line in lines)
         runs = self._runs if can else []
         self._gathers = [BlockGather([local(tensor) for tensor in run], self.device) for run in runs]
@@ -225,6 +229,7 @@ class Sheet:
             batch.add_later(self.device, (self._sums.copy() if batch.is_later(self.device) else self._sums).packed),
             self._names,
             self._sizes,
+            self._are_thin,
             self._runs[0][0].dtype,
             len(self._runs) > 1,
             self._sums.full is not None,

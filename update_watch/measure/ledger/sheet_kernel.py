@@ -12,7 +12,7 @@ import triton.language as tl
 from update_watch.measure.device.bf16_rounding import rounded_to_bf16
 
 # one compiled kernel for all sheets: neither sizes nor where the arrays happen to begin are looked at
-_ARRAYS = "begin held now first since put applied places writes squares signature last_write copy_steps"
+_ARRAYS = "begin held now first since put applied places writes squares signature last_write copy_steps tries"
 _SIZES = "n members first_full last_full"
 
 
@@ -52,6 +52,7 @@ def add_steps(  # type: ignore[no-untyped-def]
     signature,
     last_write,
     copy_steps,
+    tries,
     n,
     members,
     steps,  # of the span, before these
@@ -80,6 +81,12 @@ def add_steps(  # type: ignore[no-untyped-def]
     has_begun = (tl.load(writes + members + row) > 0).to(tl.float32)
     put_there = tl.load(put + here)
     since_window, since_span = tl.load(since + here), tl.load(since + next_side + here)
+    tried, rewritten, put_back, passed = (
+        tl.zeros((E,), tl.float32),
+        tl.zeros((E,), tl.float32),
+        tl.zeros((E,), tl.float32),
+        tl.zeros((E,), tl.float32),
+    )
     for t in range(waiting):
         at = (t * 2 * n + of_run) * E + e
         before = tl.load(read + at, mask=(row + e * 0) < n, other=0.0)
@@ -99,7 +106,14 @@ def add_steps(  # type: ignore[no-untyped-def]
             between = tl.zeros((E,), tl.float32)
         written += tl.sum(between * between, 0)
         wrote = tl.max((between != 0).to(tl.int32), 0).to(tl.float32)
-        reached = tl.maximum(reached, place_of(before, between))
+        place = place_of(before, between)
+        reached = tl.maximum(reached, place)
+        # against the write before, where there was one
+        is_try = ((last != put_there) & (place != 1.0) & (place != 3.0)).to(tl.float32) * wrote * has_begun
+        tried += is_try
+        rewritten += is_try * (between != 0).to(tl.float32)
+        put_back += is_try * (before == put_there).to(tl.float32)
+        passed += is_try * (tl.abs(between) > tl.abs(last - put_there)).to(tl.float32)
         if wrote > 0:
             put_there = before
             if has_begun == 0:
@@ -129,6 +143,10 @@ def add_steps(  # type: ignore[no-untyped-def]
     tl.store(squares + members + row, tl.load(squares + members + row) + written)
     tl.store(signature + row, tl.load(signature + row) + sines)
     tl.store(last_write + row, tl.maximum(tl.load(last_write + row), latest))
+    tl.store(tries + row, tl.load(tries + row) + tl.sum(tried, 0))
+    tl.store(tries + members + row, tl.load(tries + members + row) + tl.sum(rewritten, 0))
+    tl.store(tries + 2 * members + row, tl.load(tries + 2 * members + row) + tl.sum(put_back, 0))
+    tl.store(tries + 3 * members + row, tl.load(tries + 3 * members + row) + tl.sum(passed, 0))
     if (row >= first_full) & (row < last_full):
         tl.store(copy_steps + row - first_full, tl.load(copy_steps + row - first_full) + copies)
 
@@ -185,6 +203,7 @@ def end_window(  # type: ignore[no-untyped-def]
     last_write,
     gradients,
     copy_steps,
+    tries,
     n,
     members,
     first_full,
@@ -253,13 +272,9 @@ def end_window(  # type: ignore[no-untyped-def]
     value = tl.load(begin + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
     end = tl.load(now + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
     low = rounded(value, 0)
-    if HAS_MASTERS:
-        seen = tl.load(held + (first_full + row) * E + e, mask=(e * 0 + is_full.to(tl.int32)) > 0, other=0.0)
-    else:
-        seen = value
-    is_coarse = tl.min((rounded(seen, 0) == seen).to(tl.int32), 0) > 0
+    is_coarse = tl.min((low == value).to(tl.int32), 0) > 0
     # a value counts where none before it is the same
-    is_same = (seen[:, None] == seen[None, :]) & (e[None, :] < e[:, None])
+    is_same = (value[:, None] == value[None, :]) & (e[None, :] < e[:, None])
     different = tl.sum((tl.max(is_same.to(tl.int32), 1) == 0).to(tl.float32), 0)
     tl.store(out, tl.where(is_full, tl.load(copy_steps + row), 0.0))
     tl.store(out + n, tl.where(is_full, tl.sum((low != rounded(end, 0)).to(tl.float32), 0), 0.0))
@@ -271,6 +286,8 @@ def end_window(  # type: ignore[no-untyped-def]
     is_one_sided = is_one_sided & (tl.max(is_other.to(tl.int32), 0) == 0)
     tl.store(out + 3 * n, tl.sum(is_touched.to(tl.float32), 0))
     tl.store(out + 4 * n, is_one_sided.to(tl.float32))
+    for i in tl.static_range(4):
+        tl.store(out + (5 + i) * n, tl.load(tries + i * members + own))
     tl.debug_barrier()  # all that is overwritten now has been read
     for k in tl.static_range(1 + HAS_MASTERS):
         at = row + k * n

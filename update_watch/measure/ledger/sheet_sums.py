@@ -40,11 +40,14 @@ COLUMNS = (
     "gradient",  # sum of squares of its gradients
     "largest",  # of them
     # FP32 weights, or FP32 masters: values in BF16 that a step changes, summed over steps; that the window changes; and at its
-    # begin, of masters before its last step, values that differ from each other if all of them are values of BF16
+    # begin values that differ from each other if all of them are values of BF16
     *("copy_steps", "copy_window", "coarse"),
     # of the span's cycles: elements that steps moved; 1 where all that was written filled all elements with one value, and took all
     # of it back in one direction
     *("touched", "one_sided"),
+    # over the span's cycles, elements that steps moved in them and no write put to a bound; of those, what the write at their end
+    # changed, what it put to the bit where the cycle began, and what it moved further than the steps had
+    *("tries", "rewritten", "put_back", "passed"),
 )
 # where writes put an element, the largest of all of them; 0: nobody wrote. FILLED: where all others are put
 AT_ZERO, FILLED, AT_BOUND, FREE = 1.0, 2.0, 3.0, 4.0
@@ -80,6 +83,7 @@ class SheetSums:
             "last_write_N": (members,),
             "gradients_2n": (2, n),
             "copy_steps_n": (n,),
+            "tries_4N": (4, members),
         }
         sizes = [math.prod(shape) for shape in shapes.values()]
         self._all = torch.zeros(sum(sizes), device=device)
@@ -162,7 +166,10 @@ class SheetSums:
         wrote_TN = between_TNE.ne(0).any(-1)
         if self.device.type != "cpu" or bool(wrote_TN.any()):
             self._is_written = True
-            self._add_written(before_TNE, between_TNE, applied_TNE, wrote_TN)
+            ended_TNE = torch.cat([last_NE.unsqueeze(0), after_TNE[:-1]])
+            place_TNE = _place(before_TNE, between_TNE)
+            self._add_tries(before_TNE, ended_TNE, place_TNE, wrote_TN)
+            self._add_written(before_TNE, applied_TNE, place_TNE, wrote_TN)
         elif self._is_written:
             has_begun_N1 = v["writes_2N"][1].gt(0).unsqueeze(-1)
             v["applied_2NE"].add_(torch.where(has_begun_N1, applied_TNE.sum(0), 0.0))
@@ -171,7 +178,7 @@ class SheetSums:
         v["now_NE"].copy_(after_TNE[-1])
         self.steps += T
 
-    def _add_written(self, before_TNE: Tensor, between_TNE: Tensor, applied_TNE: Tensor, wrote_TN: Tensor) -> None:
+    def _add_written(self, before_TNE: Tensor, applied_TNE: Tensor, place_TNE: Tensor, wrote_TN: Tensor) -> None:
         """Add up what is told from one write to another."""
         v, T = self.views, len(wrote_TN)
         has_begun_N = v["writes_2N"][1].gt(0)
@@ -183,8 +190,7 @@ class SheetSums:
         is_last_TN1 = (wrote_TN & so_far_TN.eq(so_far_TN[-1])).unsqueeze(-1)
         put_NE = torch.where(is_last_TN1, before_TNE, 0.0).sum(0)
         v["put_NE"].copy_(torch.where(wrote_TN.any(0).unsqueeze(-1), put_NE, v["put_NE"]))
-        place_NE = _place(before_TNE, between_TNE).amax(0).to(torch.int8)
-        torch.maximum(v["written_2NE"], place_NE, out=v["written_2NE"])
+        torch.maximum(v["written_2NE"], place_TNE.amax(0).to(torch.int8), out=v["written_2NE"])
         v["writes_2N"].add_(wrote_TN.sum(0))
         # made on the device: nothing is copied to it
         first = self.steps + 1
@@ -192,6 +198,21 @@ class SheetSums:
         last_write_N = v["last_write_N"]
         torch.maximum(last_write_N, (wrote_TN * step_T1).amax(0), out=last_write_N)
         v["signature_N"].add_((wrote_TN * step_T1.mul_(TURN).sin_()).sum(0))
+
+    def _add_tries(self, before_TNE: Tensor, ended_TNE: Tensor, place_TNE: Tensor, wrote_TN: Tensor) -> None:
+        """Compare each write with the one before it. `ended`: what is stored where somebody writes next."""
+        v, (T, N) = self.views, wrote_TN.shape
+        # which of the puts is the latest before each step: 0 for one that was added up before
+        at_TN = (wrote_TN * torch.arange(1, T + 1, device=self.device).unsqueeze(1)).cummax(0).values
+        at_TN = torch.cat([at_TN.new_zeros(1, N), at_TN[:-1]])
+        puts_TNE = torch.cat([v["put_NE"].unsqueeze(0), before_TNE])
+        begun_TNE = puts_TNE.gather(0, at_TN.unsqueeze(-1).expand_as(before_TNE))
+        ends_cycle_TN = wrote_TN & (at_TN.gt(0) | v["writes_2N"][1].gt(0))
+        is_free_TNE = place_TNE.ne(AT_ZERO) & place_TNE.ne(AT_BOUND)
+        tries_TNE = ended_TNE.ne(begun_TNE) & ends_cycle_TN.unsqueeze(-1) & is_free_TNE
+        is_passed_TNE = (before_TNE - ended_TNE).abs().gt((ended_TNE - begun_TNE).abs())
+        found = [tries_TNE & which for which in (place_TNE.ne(0), before_TNE.eq(begun_TNE), is_passed_TNE)]
+        v["tries_4N"].add_(torch.stack([tries_TNE, *found]).sum((1, 3)))
 
     def _since_written(self) -> Tensor:
         """[N, E] what steps applied since the latest write; of tensors that were not written 0."""
@@ -241,6 +262,7 @@ class SheetSums:
         up_NE, down_NE = ((is_touched_NE & (sign * wrote_NE).gt(0)) for sign in (1, -1))
         is_one_sided_N = (is_put_NE | ~is_touched_NE).all(-1) & ~(up_NE.any(-1) & down_NE.any(-1))
         rows += [row[-n:].float() for row in (is_touched_NE.sum(-1), is_one_sided_N)]
+        rows += [row[-n:] for row in v["tries_4N"]]
         return torch.cat([row[:n] for row in rows])
 
     def _compare_copies(self, begin_NE: Tensor) -> list[Tensor]:
@@ -260,9 +282,8 @@ class SheetSums:
             return [self._nothing_n] * 3
         begin_nE, end_nE = v["begin_2NE"][0, rows], v["now_NE"][rows]
         begun_nE = begin_nE.to(torch.bfloat16)
-        seen_nE = v["held_NE"][rows] if self.has_masters else begin_nE
-        is_coarse = seen_nE.to(torch.bfloat16).float().eq(seen_nE).all(-1)
-        different = seen_nE.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
+        is_coarse = begun_nE.float().eq(begin_nE).all(-1)
+        different = begin_nE.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
         return [
             v["copy_steps_n"],
             begun_nE.ne(end_nE.to(torch.bfloat16)).sum(-1).float(),
