@@ -6,9 +6,11 @@ taken in different precision contexts; the user catches it, as a notebook does.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import update_watch as uw
 from tests.support.watch_nets import Net
+from update_watch.measure.hooks.interrupts import Waiting
 from update_watch.measure.plain_torch import PlainTorch
 from update_watch.measure.watched_model import WatchedModel
 from update_watch.replay import side_effects
@@ -258,26 +261,114 @@ def test_a_change_that_is_entered_once_is_a_mistake() -> None:
     assert torch.is_grad_enabled()
 
 
+class Watched:
+    """A stalled tensor that is watched in windows of 8 steps, and trained."""
+
+    def __init__(self) -> None:
+        self.param = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+        self.optimizer = torch.optim.SGD([self.param], lr=1e-5)
+        self.watch = uw.watch([("param", self.param)], self.optimizer, window=8, budget=None)
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.param.grad = torch.ones_like(self.param)
+            self.optimizer.step()
+
+
+def _signalled(monkeypatch: pytest.MonkeyPatch, hook: str, signals: int) -> list[int]:
+    """From now on SIGINT comes in the middle of each `hook`; how far it got, each time."""
+    measure, reached = getattr(WatchedModel, hook), []
+
+    def interrupted(*arguments: Any) -> Any:
+        for n in range(signals):
+            reached.append(n)
+            signal.raise_signal(signal.SIGINT)
+        found = measure(*arguments)
+        reached.append(signals)
+        return found
+
+    monkeypatch.setattr(WatchedModel, hook, interrupted)
+    return reached
+
+
+@pytest.mark.parametrize("hook", ["before", "after"])
+def test_ctrl_c_waits_for_a_measurement_and_costs_nothing_of_the_window(
+    hook: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Watched()
+    with run.watch as watch:
+        run.train(14)
+        handler = signal.getsignal(signal.SIGINT)
+        with monkeypatch.context() as patch:
+            reached = _signalled(patch, hook, 1)
+            with pytest.raises(KeyboardInterrupt):
+                run.train(1)
+        assert reached == [0, 1] and signal.getsignal(signal.SIGINT) is handler
+    assert watch.last is not None
+    assert (watch.last.step, watch.last.window) == ((14, 6) if hook == "before" else (15, 7))
+    assert [str(t.health) for t in watch.last.tensors] == ["stalled"]
+
+
+def test_a_second_ctrl_c_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Watched()
+    with run.watch as watch:
+        run.train(14)
+        handler = signal.getsignal(signal.SIGINT)
+        with monkeypatch.context() as patch:
+            reached = _signalled(patch, "after", 2)
+            with pytest.raises(KeyboardInterrupt):
+                run.train(1)
+        assert reached == [0, 1] and signal.getsignal(signal.SIGINT) is handler
+    assert watch.last is not None and (watch.last.step, watch.last.window) == (8, 8)
+
+
+def test_a_handler_of_the_users_own_is_called_once_and_an_ignored_ctrl_c_stays_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        run = Watched()
+        with run.watch, monkeypatch.context() as patch:
+            reached = _signalled(patch, "after", 1)
+            run.train(1)
+            assert (caught, reached) == ([signal.SIGINT], [0, 1])
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        run = Watched()
+        with run.watch, monkeypatch.context() as patch:
+            reached = _signalled(patch, "after", 3)
+            run.train(1)
+            assert reached == [0, 1, 2, 3] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_waiting_leaves_nothing_to_the_garbage_collector() -> None:
+    run = Watched()
+    with run.watch:
+        run.train(2)
+        gc.collect()
+        gc.disable()  # as some trainings do
+        try:
+            run.train(8)
+            assert not [one for one in gc.get_objects() if isinstance(one, Waiting)]
+        finally:
+            gc.enable()
+
+
 def test_an_interrupt_in_a_measurement_leaves_the_verdicts_of_the_windows_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    param = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
-    optimizer = torch.optim.SGD([param], lr=1e-5)
-
-    def train(steps: int) -> None:
-        for _ in range(steps):
-            param.grad = torch.ones_like(param)
-            optimizer.step()
-
     def interrupted(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    with uw.watch([("param", param)], optimizer, window=8, budget=None) as watch:
-        train(10)
+    run = Watched()
+    with run.watch as watch:
+        run.train(10)
         with monkeypatch.context() as patch:
             patch.setattr(WatchedModel, "before", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                train(1)
+                run.train(1)
     assert watch.last is not None  # the two steps that were torn are no window
     assert (watch.last.step, watch.last.window) == (8, 8)
     assert [str(t.health) for t in watch.last.tensors] == ["stalled"]

@@ -31,6 +31,7 @@ import torch
 from torch.optim import Optimizer
 
 from update_watch.measure.device import streams
+from update_watch.measure.hooks.interrupts import Waiting
 from update_watch.measure.hooks.registered import Hook, Hooked, RunningStep, nothing
 from update_watch.measure.hooks.step_frames import hide_from_dynamo, is_in_step
 from update_watch.measure.plain_torch import PlainTorch
@@ -290,15 +291,7 @@ class StepTap:
         if step.is_seen or self.error is not None:
             return
         step.is_seen = True  # before the call: a closure called again must not try again
-        inside = _Inside(self, opt)
-        try:
-            with self.lock, inside, inside:
-                step.snapshot = self._before(opt)
-        except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
-            self._fail(error)
-        except BaseException:  # Ctrl-C
-            self.is_torn = True
-            raise
+        step.snapshot = self._run(opt, self._before)
 
     def _run_after(self, opt: Optimizer, step: RunningStep) -> None:
         if step.is_unwanted:
@@ -307,15 +300,21 @@ class StepTap:
         if not step.is_seen:
             self.missed += 1
             return
-        inside = _Inside(self, opt)
+        self._run(opt, self._after, step.snapshot)
+
+    def _run(self, opt: Optimizer, measure: Callable[..., Any], *more: Any) -> Any:
+        inside, found, is_done = _Inside(self, opt), None, False
         try:
             with self.lock, inside, inside:
-                self._after(opt, step.snapshot)
+                found = measure(opt, *more)
+                is_done = True
         except Exception as error:  # noqa: BLE001  whatever it is, it must not reach training
             self._fail(error)
-        except BaseException:  # Ctrl-C
-            self.is_torn = True
+        except BaseException:  # an interrupt that did not wait
+            self.is_torn = self.is_torn or not is_done
             raise
+        inside.interrupts.tell()
+        return found
 
     def _fail(self, error: Exception) -> None:
         self.error = error
@@ -330,18 +329,20 @@ class StepTap:
 
 
 class _Inside(PlainTorch):
-    """One of our hooks is on the stack, and runs in plain torch."""
+    """One of our hooks is on the stack, and runs in plain torch. Ctrl-C waits."""
 
-    __slots__ = ("_depth", "_tap")
+    __slots__ = ("_depth", "_tap", "interrupts")
 
     def __init__(self, tap: StepTap, opt: Optimizer) -> None:
         super().__init__(opt)
-        self._tap, self._depth = tap, tap._depth
+        self._tap, self._depth, self.interrupts = tap, tap._depth, Waiting()
 
     def change(self) -> None:
+        self.interrupts.begin()
         self._tap._depth = self._depth + 1
         super().change()
 
     def undo(self) -> None:
         super().undo()
         self._tap._depth = self._depth
+        self.interrupts.end()
