@@ -226,6 +226,13 @@ def test_of_an_average_that_was_updated_once_it_is_not_known_when_it_will_be_aga
     assert found[-1].accumulators["average:ema"].health is Health.unknown
 
 
+def test_an_update_of_which_the_decay_is_not_known_is_one() -> None:
+    """Lightning's StochasticWeightAveraging averages once an epoch, and a tensor that hardly moves tells no decay."""
+    written = _quiet(True, reason="its decay is not known", numbers=Numbers())
+    found = verdicts(*[written, *[_quiet(False)] * 3] * 3)
+    assert {t.accumulators["average:ema"].cause for t in found} == {None}
+
+
 def test_what_is_remembered_of_a_lost_average_goes_through_a_checkpoint() -> None:
     diagnosis = Diagnosis(Thresholds())
     diagnosis.judge(window(tensor(accumulators=accumulator("average:ema", 0.02, rate=1e-4))))

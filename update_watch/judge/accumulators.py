@@ -65,6 +65,8 @@ def judge_accumulator(
         history.acquit()
         return report_of(evidence, health)
     if evidence.reason:
+        if evidence.is_updated:  # though by how much is not known
+            history.update()
         return _or_as_before(
             report_of(evidence, UNKNOWN, advice=unknown(evidence.reason)), evidence, tensor, history, setting
         )
