@@ -1,4 +1,4 @@
-"""Whose SIGTERM handler is in place while watches are open. How a process ends by the signal: test_faults.py."""
+"""Whose handler of SIGTERM and SIGHUP is in place while watches are open. How a process ends by the signal: test_faults.py."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ DEFAULT = signal.SIG_DFL
 def default_handler() -> Iterator[None]:
     uw.close_all()  # what other tests left open keeps the handler,
     gc.collect()  # and so does what they interrupted while it was closed
-    before = signal.signal(signal.SIGTERM, DEFAULT)
+    before = {number: signal.signal(number, DEFAULT) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, kept in before.items():
+        signal.signal(number, kept)
 
 
 def watch() -> uw.Watch:
@@ -45,6 +46,16 @@ def test_the_handler_is_there_while_a_watch_is_open_and_the_default_after_the_la
     assert handler() is ours
     second.close()
     assert handler() is DEFAULT
+
+
+def test_each_signal_has_its_handler_where_nobody_has_set_one() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    with watch():
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and handler() is not DEFAULT
+    signal.signal(signal.SIGHUP, DEFAULT)
+    with watch():
+        assert signal.getsignal(signal.SIGHUP) is handler() is not DEFAULT
+    assert signal.getsignal(signal.SIGHUP) is DEFAULT
 
 
 def test_a_handler_set_after_the_watch_wins_and_stays_when_the_watch_is_closed() -> None:

@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(options)
         finally:
-            sys.stdout.flush()  # a closed pipe shows here and not while the interpreter ends
+            if sys.stdout:  # a closed pipe shows here and not while the interpreter ends
+                sys.stdout.flush()
     except BrokenPipeError:
         # what is still in the buffer would complain once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -325,9 +326,8 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument(
         "--at", type=float, metavar="LR", help="also: which tensors of SECOND would stall at this learning rate"
     )
-    diff.add_argument(
-        "--optimizer", type=Path, metavar="FILE", help="with --at: its optimizer's state, if not in SECOND"
-    )
+    diff.add_argument("--optimizer", type=Path, metavar="FILE",
+                      help="with --at: its optimizer's state, if not in SECOND")  # fmt: skip
 
     for name, run, summary in (
         ("workspace", _workspace, "save the dashboard in a W&B project, in place of an earlier one"),

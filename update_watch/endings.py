@@ -1,9 +1,10 @@
 """A process ends or splits while watches are open: what was measured is reported, once, by the process that measured it.
 
 - The interpreter ends, also after an exception or Ctrl-C that nobody caught: open watches are closed, within `WAIT`.
-- SIGTERM, where nobody handles it: the same, and the process ends by the signal as it would have. The handler compares
-  equal to `SIG_DFL`, so that frameworks which look for an earlier handler (Lightning) find none; one that somebody
-  else has set, before or later, is left alone.
+- SIGTERM and SIGHUP (a terminal that is closed), where nobody handles them: the same, and the process ends by the signal as
+  it would have. The handler compares equal to `SIG_DFL`, so that frameworks which look for an earlier handler (Lightning)
+  find none; one that somebody else has set, before or later, is left alone (`nohup` has SIGHUP ignored).
+- A process of `multiprocessing` ends by `os._exit` where it was forked: the same, with its other finalizers.
 - A fork: the child shares files and connections but has none of the threads. Its copies of the watches are closed
   without a word, and say so if it trains.
 """
@@ -14,6 +15,7 @@ import atexit
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -30,12 +32,18 @@ _SECOND = (
     " Close the earlier one (`watch.close()`; `update_watch.close_all()` closes all), or use `with update_watch.watch(...)`,"
     " before the cell or function runs again"
 )
+_SECOND_IN_RUN = (
+    "update-watch: this {} is watched already, by `update-watch run`: both look at every step and cost their time, and each"
+    " tells what it sees. Run the script without it, or take `update_watch.watch` out of the script"
+)
 FORKED = (
     "update-watch: this process was forked from one that watches, and trains. What it trains is not watched: call "
     "update_watch.watch in it"
 )
 WAIT = 4.0  # seconds for all open watches
 _POLL = 0.002  # s
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_FIRST = 100  # of the finalizers of `multiprocessing`: before its managers and queues end
 
 
 class Ending(Protocol):
@@ -53,6 +61,8 @@ class Ending(Protocol):
 
 # open watches, and how to ask each whether it looks at an optimizer
 _OPEN: weakref.WeakKeyDictionary[Ending, weakref.WeakMethod[Callable[[Any], bool]]] = weakref.WeakKeyDictionary()
+OF_COMMAND: weakref.WeakSet[Ending] = weakref.WeakSet()  # those of `update-watch run`
+_finalizer: Any = None
 
 
 def add(watch: Ending, watches: Callable[[Any], bool]) -> None:
@@ -61,7 +71,18 @@ def add(watch: Ending, watches: Callable[[Any], bool]) -> None:
     # who registered last is called first: before the loggers that the sinks write to
     atexit.unregister(close_all)
     atexit.register(close_all)
+    _add_finalizer()
     _set(signal.SIG_DFL, _TERMINATE)
+
+
+def _add_finalizer() -> None:
+    """In a process of `multiprocessing`; once."""
+    global _finalizer
+    util, process = sys.modules.get("multiprocessing.util"), sys.modules.get("multiprocessing.process")
+    if util is None or process is None or process.parent_process() is None:
+        return
+    if _finalizer is None or not _finalizer.still_active():  # a fork has none of its parent's
+        _finalizer = util.Finalize(None, close_all, exitpriority=_FIRST)
 
 
 def is_watched(optimizer: Any) -> bool:
@@ -77,7 +98,8 @@ def _watchers(optimizer: Any) -> int:
 def warn_if_watched(optimizer: Any) -> None:
     """Say once that another open watch looks at an optimizer, as where a notebook's cell is run again."""
     if _watchers(optimizer) == 1:
-        warn(_SECOND.format(type(optimizer).__name__))
+        text = _SECOND_IN_RUN if any(watch in OF_COMMAND for watch in _OPEN) else _SECOND
+        warn(text.format(type(optimizer).__name__))
 
 
 def close_all(timeout: float = WAIT) -> None:
@@ -108,13 +130,16 @@ def remove(watch: Ending) -> None:
 
 
 def _set(expected: object, handler: object) -> None:
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is expected:
-        with suppress(ValueError):  # not the main interpreter
-            signal.signal(signal.SIGTERM, handler)  # type: ignore[arg-type]
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in _SIGNALS:
+        if signal.getsignal(number) is expected:
+            with suppress(ValueError):  # not the main interpreter
+                signal.signal(number, handler)  # type: ignore[arg-type]
 
 
 class _Terminate:
-    """The default action of SIGTERM, after the open watches are closed."""
+    """The default action of the signal, after the open watches are closed."""
 
     def __init__(self) -> None:
         self._deadline: float | None = None
@@ -123,14 +148,15 @@ class _Terminate:
         self._deadline = self._deadline or time.monotonic() + WAIT / 4
         if any(watch.is_measuring for watch in _OPEN) and time.monotonic() < self._deadline:
             # half a step's sums are no measurement: let the hook end
-            threading.Thread(target=_send_again, name="update-watch ending", daemon=True).start()
+            again = threading.Thread(target=_send_again, args=(number,), name="update-watch ending", daemon=True)
+            again.start()
             return
         # in a thread: the training thread may hold a lock that closing needs, and must not wait for ever
         closing = threading.Thread(target=close_all, name="update-watch ending", daemon=True)
         closing.start()
         closing.join(WAIT)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     def __eq__(self, other: object) -> bool:
         return other is self or other is signal.SIG_DFL
@@ -142,9 +168,9 @@ class _Terminate:
 _TERMINATE = _Terminate()
 
 
-def _send_again() -> None:
+def _send_again(number: int) -> None:
     time.sleep(_POLL)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
 
 
 def _after_fork() -> None:
@@ -155,11 +181,12 @@ def _after_fork() -> None:
         watch.leave_to_parent()
 
 
-def say_forked(detach: Callable[[], None]) -> None:
+def say_forked(detach: Callable[[], None], optimizer: Any) -> None:
     """A fork of a process that watches trains: `detach` the copy, which does nothing more."""
     detach()
-    logger.warning(FORKED)
-    warn(FORKED)
+    if not is_watched(optimizer):  # by a watch of its own
+        logger.warning(FORKED)
+        warn(FORKED)
 
 
 if hasattr(os, "register_at_fork"):

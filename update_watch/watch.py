@@ -278,7 +278,7 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._judge, self._post = Worker("judging", self._judge_window), Worker("sink", Sinks([]))
         self._closed, self._model.streams = True, StepStreams()
         self._tap.wants = self._tap.rests = None  # a closed watch wants no step
-        self._tap.replace(lambda _: endings.say_forked(self.detach))
+        self._tap.replace(lambda optimizer: endings.say_forked(self.detach, optimizer))
 
 
 def watch(

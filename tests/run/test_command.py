@@ -14,6 +14,7 @@ import torch
 
 from update_watch.dashboards.journal import read_journal
 from update_watch.report import Health, Report
+from update_watch.run import claims
 from update_watch.run.session import brief, free_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,6 +250,50 @@ threads = [threading.Thread(target=train, args=(m,)) for m in models]
     journals = sorted(tmp_path.glob("*.jsonl"))
     assert [one.name for one in journals] == ["run-Linear2.jsonl", "run.jsonl"]
     assert [list(read_journal(one))[-1].step for one in journals] == [20, 20]  # the first step of both is seen
+
+
+def test_what_forked_processes_train_is_watched_also_the_model_of_their_parent(tmp_path: Path) -> None:
+    code = f"""
+import multiprocessing
+{TRAINS.replace("range(20)", "range(1)")}
+def train(optimizer):
+    for i in range(20):
+        m(torch.ones(4, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+fork = multiprocessing.get_context("fork")
+workers = [fork.Process(target=train, args=(one,)) for one in (o, torch.optim.SGD(m.parameters(), lr=0.1))]
+[worker.start() for worker in workers]
+[worker.join() for worker in workers]
+"""
+    run = watched(tmp_path, sys.executable, "-c", code)
+    assert run.returncode == 0 and "forked" not in run.stderr, run.stderr
+    journals = sorted(tmp_path.glob("*.jsonl"))
+    assert sorted(list(read_journal(one))[-1].step for one in journals) == [1, 20, 20]
+    assert all(one.stem.removeprefix("run-").isdecimal() for one in journals if one.name != "run.jsonl")
+
+
+def test_the_status_is_that_of_the_command_where_nothing_can_be_told(tmp_path: Path) -> None:
+    run = f"{sys.executable} -m update_watch run --journal run.jsonl {sys.executable} -c '{TRAINS}'"
+    for where in ("2>&-", ">&- 2>&-", "2>/dev/full"):
+        done = subprocess.run(f"{run} {where}", shell=True, cwd=tmp_path, env=ENVIRONMENT, timeout=240, check=False)
+        assert done.returncode == 0, where
+        (tmp_path / "run.jsonl").unlink()
+
+
+def test_a_script_that_watches_itself_later_on_is_told_who_else_does(tmp_path: Path) -> None:
+    code = f"import update_watch as uw\n{TRAINS}\nwith uw.watch(m, o):\n    o.step()"
+    run = watched(tmp_path, sys.executable, "-c", code)
+    assert run.returncode == 0, run.stderr
+    assert "this SGD is watched already, by `update-watch run`: " in run.stderr
+
+
+def test_a_process_that_outlives_the_command_leaves_no_note(tmp_path: Path) -> None:
+    noted = claims.begin()
+    assert noted
+    claims.note(noted, tmp_path / "run.jsonl")
+    assert claims.end(noted, tmp_path / "run.jsonl") == ([], 1)
+    claims.note(noted, tmp_path / "later.jsonl")
+    assert not Path(noted).exists()
 
 
 def test_a_device_is_no_journal(tmp_path: Path) -> None:

@@ -74,13 +74,16 @@ def check_all_is_there(folder: Path, last_step: int) -> None:
 # --- a process that is ended ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", ["bare", pytest.param("context", marks=pytest.mark.slow)])
-def test_sigterm_reports_the_open_window_and_ends_the_process_by_the_signal(tmp_path: Path, how: str) -> None:
+def test_sigterm_reports_the_open_window_and_ends_the_process_by_the_signal(
+    tmp_path: Path, how: str, number: signal.Signals
+) -> None:
     process = start(tmp_path, how, 100_000)
     wait_for(tmp_path, 19, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     status, _, seconds = end(process)
-    assert status == -signal.SIGTERM and seconds < LATEST
+    assert status == -number and seconds < LATEST
     check_all_is_there(tmp_path, done(tmp_path))
 
 
@@ -174,6 +177,21 @@ def test_a_forked_child_that_trains_is_told_to_watch_anew_and_writes_nothing(tmp
     assert err.count("UserWarning: update-watch: this process was forked") == 1
     parent, child = (torch.load(tmp_path / name) for name in ("weights.pt", "child.pt"))
     assert all(torch.equal(parent[name], child[name]) for name in parent)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_that_watches_what_it_trains_is_told_nothing(tmp_path: Path) -> None:
+    status, err, _ = end(start(tmp_path, "watching_anew", 19))
+    assert status == 0 and "forked" not in err, err
+    assert [r.step for r in windows(tmp_path)] == [8, 16, 19]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_worker_of_multiprocessing_reports_its_open_window(tmp_path: Path) -> None:
+    status, err, _ = end(start(tmp_path, "worker", 19))
+    assert status == 0, err
+    check_all_is_there(tmp_path, 19)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ where the training comes to its end.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -128,6 +129,27 @@ def run_forking(folder: Path, steps: int, sinks: list[Any]) -> None:
     status = os.waitpid(child, 0)[1]
     (folder / "child").write_text(str(status))
     torch.save(model.state_dict(), folder / "weights.pt")
+
+
+def run_worker(folder: Path, steps: int, sinks: list[Any]) -> None:
+    """A process of `multiprocessing`, forked: it ends by `os._exit`."""
+    worker = multiprocessing.get_context("fork").Process(target=run_bare, args=(folder, steps, sinks))
+    worker.start()
+    worker.join()
+    sys.exit(worker.exitcode)
+
+
+def run_watching_anew(folder: Path, steps: int, sinks: list[Any]) -> None:
+    """Forks in mid-window; the child watches what it trains."""
+    model, optimizer = model_and_optimizer()
+    uw.watch(model, optimizer, window=WINDOW, budget=None)
+    train(folder, 12, model, optimizer)
+    child = os.fork()
+    if child == 0:
+        with uw.watch(model, optimizer, window=WINDOW, sinks=sinks, budget=None):
+            train(folder, steps, model, optimizer)
+        sys.exit(0)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 class Numbers(torch.utils.data.Dataset[Tensor]):

@@ -21,8 +21,10 @@ def begin() -> str:
 def note(claims: str, journal: Path) -> None:
     """This process keeps `journal`, which it has made."""
     if claims:
-        with suppress(OSError), open(claims, "a", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(f"{journal}\n")  # one write at the end of the file: processes do not tear each other's lines
+        with suppress(OSError):
+            number = os.open(claims, os.O_WRONLY | os.O_APPEND)  # not made anew where the command has ended before
+            with open(number, "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(f"{journal}\n")  # one write at the end of the file: processes do not tear each other's lines
 
 
 def end(claims: str, first: Path) -> tuple[list[Path], int]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -38,10 +39,10 @@ def run(
     try:
         status = _start(command, settings)
     except FileNotFoundError:
-        sys.stderr.write(f"update-watch run: {command[0]}: command not found{_by_python(command)}\n")
+        _tell(f"update-watch run: {command[0]}: command not found{_by_python(command)}\n")
         return _NOT_FOUND
     except PermissionError:
-        sys.stderr.write(f"update-watch run: {command[0]}: permission denied{_by_python(command)}\n")
+        _tell(f"update-watch run: {command[0]}: permission denied{_by_python(command)}\n")
         return _NOT_RUNNABLE
     finally:
         journals, begun = claims.end(settings.claims, path)
@@ -87,8 +88,9 @@ def _by_python(command: Sequence[str]) -> str:
 
 def _end_as(number: int) -> None:
     """End by the signal that ended the command."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):
+            stream.flush()
     signal.signal(number, signal.SIG_DFL) if number not in (signal.SIGKILL, signal.SIGSTOP) else None
     os.kill(os.getpid(), number)
 
@@ -105,7 +107,7 @@ def _last(journal: Path) -> tuple[str, Report] | None:
         reader.warn()
         return None if last is None else (str(reader.run.get("model", "")), report_of(reader.newest(last)))
     except (JournalError, OSError) as error:
-        sys.stderr.write(f"update-watch run: {journal}: {error}\n")
+        _tell(f"update-watch run: {journal}: {error}\n")
     return None
 
 
@@ -113,15 +115,13 @@ def _say(journals: Sequence[Path], begun: int, last: Mapping[Path, tuple[str, Re
     if not journals:
         ended = "training ended before anything was kept, or it could not be written,"
         nothing = ended if begun else "no step of a torch optimizer was seen"
-        sys.stderr.write(f"update-watch: {nothing} in the processes of this command\n")
+        _tell(f"update-watch: {nothing} in the processes of this command\n")
         return
     for journal, (name, found) in last.items():
         own = journal.stem.removeprefix(f"{journals[0].stem}-")  # the second of a class has a number
         name = own if name and own.startswith(name) else name
         of = f" {name}:" if name and len(journals) > 1 else ""
-        sys.stderr.write(
-            f"update-watch:{of} {printable(found.headline)}\n  Open: update-watch report --open {_short(journal)}\n"
-        )
+        _tell(f"update-watch:{of} {printable(found.headline)}\n  Open: update-watch report --open {_short(journal)}\n")
     if report is None:
         return
     try:
@@ -129,9 +129,15 @@ def _say(journals: Sequence[Path], begun: int, last: Mapping[Path, tuple[str, Re
 
         write_report(list(journals), report)
     except Exception as error:
-        sys.stderr.write(f"update-watch: no report was written: {error}\n")
+        _tell(f"update-watch: no report was written: {error}\n")
     else:
-        sys.stderr.write(f"  report: {report}\n")
+        _tell(f"  report: {report}\n")
+
+
+def _tell(text: str) -> None:
+    """On standard error, if it is there: the status of the command is passed on whether this can be told or not."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text)
 
 
 def _short(path: Path) -> str:

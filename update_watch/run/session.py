@@ -82,7 +82,20 @@ def _watch(model: Any, optimizer: Optimizer) -> Watch:
         claims.note(settings.claims, journal)
     found = watch(model, optimizer, window=settings.window, sinks=sinks, journal=journal)
     found.name = name
+    endings.OF_COMMAND.add(found)
     return found
+
+
+def _after_fork() -> None:
+    """What this process trains is another training than its parent's: it is watched anew."""
+    global _BEGINNING
+    _BEGINNING = threading.RLock()
+    _models.clear()
+    _met.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _name_for(model: Any) -> str:
