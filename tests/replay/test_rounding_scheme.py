@@ -168,3 +168,39 @@ def test_the_trial_leaves_optimizer_and_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+
+
+RATES = {
+    "warm-up": lambda t: min(1.0, t / 100),
+    "decay": lambda t: 1 / (1 + t / 50),
+    "every other": lambda t: 1.0 if t % 2 else 0.3,
+}
+
+
+class SetsItsRate(torch.optim.SGD):
+    """A schedule in its own step; `is_kept`: what BF16 weights cannot hold is kept beside them."""
+
+    def __init__(self, params: Any, lr: float, rate: Any, is_kept: bool) -> None:
+        super().__init__(params, lr=lr)
+        self.peak, self.rate, self.is_kept, self.steps = lr, rate, is_kept, 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        for group in self.param_groups:
+            group["lr"] = self.peak * self.rate(self.steps)
+            for p in group["params"] if self.is_kept else ():
+                kept = self.state[p].setdefault("kept", torch.zeros_like(p))
+                update = kept - group["lr"] * p.grad
+                before = p.clone()
+                p.add_(update)
+                kept.copy_(update - (p - before))
+        return None if self.is_kept else super().step(closure)
+
+
+@pytest.mark.parametrize("lr", [0.1, 1e-2, 1e-3])
+@pytest.mark.parametrize("rate", RATES.values(), ids=RATES.keys())
+def test_a_rule_that_sets_its_own_learning_rate_is_tried_on_weights_of_another_size(rate: Any, lr: float) -> None:
+    plain, kept = (SetsItsRate(_params(torch.bfloat16), lr, rate, is_kept) for is_kept in (False, True))
+    assert find_scheme(plain, 0, torch.bfloat16, 2) == Scheme("plain")
+    assert find_scheme(kept, 0, torch.bfloat16, 2) == Scheme("carried:kept", "kept", Join.sum)

@@ -111,27 +111,40 @@ def find_scheme(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int)
     if fmt.mantissa_bits >= formats.FP32.mantissa_bits:
         return Scheme("plain")
     device = torch.device("cpu")
-    lr = fmt.epsilon / 37  # no power of two: a carrier would be empty just after so many steps
+    lr, size = fmt.epsilon / 37, 1.0  # no power of two: a carrier would be empty just after so many steps
     try:
         quiet = undisturbed(optimizer, device)
         with quiet, quiet:
             for _ in range(_TRIES):
-                found = _try(optimizer, group, dtype, ndim, lr)
-                if found == Scheme("unknown"):
-                    break
-                if isinstance(found, Scheme):
+                found = _try(optimizer, group, dtype, ndim, lr, size)
+                is_unknown = found == Scheme("unknown")
+                if isinstance(found, Scheme) and not is_unknown:
                     return found
-                lr *= found
+                sets_its_rate = _sets_its_rate(optimizer, group, dtype, lr)
+                if is_unknown and not sets_its_rate:
+                    break
+                factor = found if isinstance(found, float) else _SMALLER  # some of its steps may arrive, and others not
+                if sets_its_rate:  # for weights of another size its steps are others
+                    size /= factor
+                else:
+                    lr *= factor
     except Exception:  # also torch's own, of formats and states that it cannot compute with
         pass
     # torch's own rules keep nothing of what rounding takes, also where gradients that stay the same show nothing
     return Scheme("plain" if type(optimizer).__module__.startswith("torch.optim") else "unknown")
 
 
-def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: float) -> Scheme | float:
-    """What was seen, or by what factor another learning rate would show more."""
+def _sets_its_rate(optimizer: Optimizer, group: int, dtype: torch.dtype, lr: float) -> bool:
+    """Whether a step takes another learning rate than it is given."""
+    tried = SyntheticParameter(optimizer, group, torch.ones(_ELEMENTS), dtype, lr=lr)
+    tried.step(torch.ones(_ELEMENTS))
+    return tried.lr is not None and tried.lr != lr
+
+
+def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: float, size: float) -> Scheme | float:
+    """What was seen of weights near `size`, or by what factor another learning rate would show more."""
     shape = (_ELEMENTS,) if ndim < 2 else (16, _ELEMENTS // 16)
-    start = torch.linspace(1.05, 1.95, _ELEMENTS).to(dtype).float()
+    start = (size * torch.linspace(1.05, 1.95, _ELEMENTS)).to(dtype).float()
     start[::2] *= -1
     start = start.reshape(shape)
     grad = torch.linspace(0.9, 1.1, _ELEMENTS).reshape(shape)
@@ -159,21 +172,21 @@ def _try(optimizer: Optimizer, group: int, dtype: torch.dtype, ndim: int, lr: fl
         if are_small:
             early = low.param.detach().float().clone(), now.clone()
     reference = full.param.detach() - start
-    size = float(reference.square().sum())
-    if not size > 0 or not torch.isfinite(reference).all():
+    length = float(reference.square().sum())
+    if not length > 0 or not torch.isfinite(reference).all():
         return _LARGER
     if float((reference.abs() < 2 * fmt.half_gap(start, reference)).float().mean()) > 0.5:
         return _LARGER
     if not are_small and latest_step > _GROWTH * first_step and _stayed_behind(start, *early, fmt):
         return Scheme("plain")
     stored = low.param.detach().float()
-    share = float(((stored - start) * reference).sum()) / size
+    share = float(((stored - start) * reference).sum()) / length
     alone = _distance(stored - start, reference)
     if alone < _ON_THE_PATH:
         return _SMALLER  # what it cannot hold makes no difference
     for name, value in low.state.items():
         if isinstance(value, Tensor) and not unreadable(value) and value.shape == start.shape:
-            for join in _ways(value, dtype):
+            for join in _ways(value, dtype, size):
                 scheme = Scheme(f"carried:{name}", name, join)
                 whole = scheme.joined(stored, value.detach().float(), fmt)
                 is_near = _distance(whole - start, reference) < min(_ON_THE_PATH, _NEARER * alone)
@@ -230,8 +243,8 @@ def _is_written(low: SyntheticParameter, master: str, grad: Tensor) -> set[bool]
     return are_equal
 
 
-def _ways(state: Tensor, dtype: torch.dtype) -> list[Join]:
-    """How this state could complete a weight of `dtype`."""
+def _ways(state: Tensor, dtype: torch.dtype, size: float) -> list[Join]:
+    """How this state could complete a weight of `dtype` and that size."""
     if not bool(state.any()):
         return []
     if state.dtype in _BIT_DTYPES:
@@ -241,7 +254,7 @@ def _ways(state: Tensor, dtype: torch.dtype) -> list[Join]:
     ways = []
     if state.dtype.itemsize > dtype.itemsize:
         ways.append(Join.master)
-    if float(state.detach().abs().max()) <= 2 * torch.finfo(dtype).eps:  # all that rounding a weight below 2 can take
+    if float(state.detach().abs().max()) <= 2 * size * torch.finfo(dtype).eps:  # all that rounding can take
         ways.append(Join.sum)
     return ways
 

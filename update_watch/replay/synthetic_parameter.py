@@ -72,6 +72,12 @@ class SyntheticParameter:
     def state(self) -> dict[str, Any]:
         return states_of(self._twin).get(self.param) or {}
 
+    @property
+    def lr(self) -> float | None:
+        """The learning rate it has now."""
+        lr = self._twin.param_groups[0].get("lr")
+        return None if lr is None else float(lr)
+
     def value(self) -> Tensor:
         """The parameter in FP64 on the CPU."""
         return self.param.detach().to("cpu", torch.float64, copy=True)
