@@ -17,7 +17,7 @@ from update_watch.replay.rule_kind import find_rule
 from update_watch.report import Cause, Health, Report
 
 BF16 = torch.bfloat16
-LAYOUTS = ("beside", "tuple", "by_group", "by_param", "by_id", "by_place", "flat")
+LAYOUTS = ("beside", "tuple", "by_group", "by_param", "by_id", "by_place", "flat", "mark")
 
 
 class Keeping(torch.optim.Optimizer):
@@ -38,11 +38,18 @@ class Keeping(torch.optim.Optimizer):
             return {key: make(p) for key, p in zip(keys, self.mine, strict=True)}
         if self.layout == "flat":
             return torch.cat([make(p).reshape(-1) for p in self.mine])
+        if self.layout == "mark":
+            name = f"kept{len(vars(self.mine[0]))}"
+            for p in self.mine:
+                setattr(p, name, make(p))
+            return name
         return (tuple if self.layout == "tuple" else list)(make(p) for p in self.mine)
 
     def _of(self, kept: Any, g: int, i: int, k: int, p: Tensor) -> Tensor:
         if self.layout == "by_group":
             return kept[g][i]
+        if self.layout == "mark":
+            return getattr(p, kept)
         return kept[{"by_param": p, "by_id": id(p)}.get(self.layout, k)]
 
     @torch.no_grad()
@@ -176,7 +183,7 @@ def test_masters_in_settings_of_groups_are_as_those_in_attributes(layout: str, e
     assert found == {(Health.healthy, None) if every == 1 else (Health.stalled, Cause.not_copied_back)}
 
 
-@pytest.mark.parametrize("layout", ["beside", "by_id", "flat"])
+@pytest.mark.parametrize("layout", ["beside", "by_id", "flat", "mark"])
 def test_masters_in_attributes_that_are_never_written_to_the_model_are_said(layout: str) -> None:
     model = Net(BF16)
     report = trained(model, Keeping(model.parameters(), layout=layout, every=10**9))
@@ -217,6 +224,18 @@ def test_training_is_the_same_with_and_without_a_watch(layout: str) -> None:
         ends.append([t.detach().clone() for p in model.parameters() for t in (p, *states[p].values())])
     assert len(ends[0]) == 3 * len(optimizer.mine)
     assert all(map(torch.equal, *ends))
+
+
+def test_what_another_hangs_on_parameters_is_no_state() -> None:
+    """Not of all of them, not of their shape, or nobody's business."""
+    model = Net(BF16)
+    optimizer = Keeping(groups(model), layout="mark")
+    for p in optimizer.mine:
+        p.scale, p._own, p.mean = 1.0, torch.zeros_like(p), torch.zeros(())
+    optimizer.mine[0].lone = torch.zeros_like(optimizer.mine[0])
+    assert kept_states.adopt(optimizer)
+    names = {name for state in kept_states.states_of(optimizer).values() for name in state}
+    assert names == {f"param.{optimizer.masters}", f"param.{optimizer.momenta}"}
 
 
 def test_what_a_rule_can_do_without_stays_an_attribute() -> None:

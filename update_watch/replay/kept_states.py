@@ -1,5 +1,5 @@
 """States that an optimizer keeps in attributes of its own, or as settings of its groups: a list beside its parameters, a dict by parameter,
-by its id or place, one flat tensor.
+by its id or place, one flat tensor; or in attributes of the parameters (`param.main_param`).
 
 FP32 weights, compensations, gathered gradients. They are replayed as other states are, under the attribute's name, where a rule
 cannot be replayed without them (`adopt`); whether what was made of them is right, the trial of the rule says.
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from update_watch.odd_tensors import unreadable
 
 # before the name: the optimizer may keep a state of that name as well
-_OF_ITSELF, _OF_GROUPS = "self.", "group."
+_OF_ITSELF, _OF_GROUPS, _OF_PARAMS = "self.", "group.", "param."
 _NEAR = 0.05  # of the weight: so near to it is a copy of it
 _ENOUGH = 4096  # elements to take an average of
 
@@ -34,6 +34,7 @@ class Layout(Enum):
     by_place = "a dict by a parameter's place"
     flat = "one tensor, the elements of all parameters one after the other"
     own = "a list of the parameters themselves"
+    mark = "an attribute of each parameter"
 
 
 class Shelf(NamedTuple):
@@ -46,7 +47,8 @@ class Shelf(NamedTuple):
     @property
     def state(self) -> str:
         """The name under which it is a state."""
-        return (_OF_GROUPS if self.is_of_groups else _OF_ITSELF) + self.attribute
+        owner = _OF_GROUPS if self.is_of_groups else _OF_PARAMS if self.layout is Layout.mark else _OF_ITSELF
+        return owner + self.attribute
 
 
 _adopted: weakref.WeakKeyDictionary[Optimizer, tuple[Shelf, ...]] = weakref.WeakKeyDictionary()
@@ -66,6 +68,7 @@ def shelves_of(optimizer: Optimizer) -> tuple[Shelf, ...]:
         layout = in_each.pop() if name != "params" and len(in_each) == 1 else None
         if layout not in (None, Layout.own):
             found.append(Shelf(name, layout, is_of_groups=True))
+    found += [Shelf(name, Layout.mark) for name in _marks(params)]
     return tuple(found) if any(shelf.layout is not Layout.own for shelf in found) else ()
 
 
@@ -86,7 +89,8 @@ def let_go(optimizer: Optimizer) -> None:
 
 def attributes(optimizer: Optimizer) -> frozenset[str]:
     """Those that are states."""
-    return frozenset(shelf.attribute for shelf in _adopted.get(optimizer, ()) if not shelf.is_of_groups)
+    shelves = _adopted.get(optimizer, ())
+    return frozenset(one.attribute for one in shelves if not one.is_of_groups and one.layout is not Layout.mark)
 
 
 def states_of(optimizer: Optimizer) -> Mapping[Tensor, dict[str, Any]]:
@@ -115,7 +119,10 @@ def furnish(
 
     for shelf in shelves:
         kept = [[(param, item(shelf, param)) for param in group["params"]] for group in twin.param_groups]
-        if shelf.is_of_groups:
+        if shelf.layout is Layout.mark:
+            for param, mark in itertools.chain.from_iterable(kept):
+                setattr(param, shelf.attribute, mark)
+        elif shelf.is_of_groups:
             value = original.param_groups[0].get(shelf.attribute)
             for group, of_group in zip(twin.param_groups, kept, strict=True):
                 group[shelf.attribute] = _container(shelf.layout, [of_group], value)
@@ -144,7 +151,9 @@ class _States(Mapping[Tensor, dict[str, Any]]):
                 place = place[2], 0, place[2]
             else:
                 kept, ends = getattr(self._optimizer, shelf.attribute, None), self._ends
-            if shelf.layout is Layout.flat:
+            if shelf.layout is Layout.mark:
+                value = vars(param).get(shelf.attribute)
+            elif shelf.layout is Layout.flat:
                 value = _part(kept, param, ends[id(param)])
             else:
                 value = _at(kept, shelf.layout, param, place)
@@ -231,6 +240,17 @@ def _layout(value: Any, params: Sequence[Tensor], groups: Sequence[Sequence[Tens
     if not by_id.keys() <= known.keys():
         return None
     return layout if all(_fits(one, known[key]) for key, one in by_id.items()) else None
+
+
+def _marks(params: Sequence[Tensor]) -> list[str]:
+    """The attributes of all parameters that hold a tensor of their shape; what is nobody's business begins with "_"."""
+    names = [name for name in getattr(params[0], "__dict__", ()) if not name.startswith("_")] if params else []
+
+    def are_kept(name: str) -> bool:
+        kept = [getattr(param, "__dict__", {}).get(name) for param in params]
+        return all(isinstance(one, Tensor) for one in kept) and _is_beside(kept, params)
+
+    return [name for name in names if are_kept(name)]
 
 
 def _is(a: Any, b: Any) -> bool:

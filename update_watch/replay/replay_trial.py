@@ -15,7 +15,7 @@ from torch import Tensor
 
 from update_watch import formats
 from update_watch.odd_tensors import described, unreadable
-from update_watch.replay.absent import CopySteppedError, ReplayError
+from update_watch.replay.absent import AbsentError, CopySteppedError, ReplayError
 from update_watch.replay.attribute_copy import Copier
 from update_watch.replay.synthetic_training import Counters, RuleError, SyntheticTraining, TrainingSettings, sampled
 from update_watch.replay.twin import Run, Twin
@@ -330,7 +330,7 @@ def _stays_at_small_steps(settings: TrainingSettings) -> bool:
 
 
 def refuse_marks(settings: TrainingSettings) -> None:
-    """Raise `ReplayError` when the rule asks its parameters for attributes that samples would not have."""
+    """Raise `AbsentError` when the rule asks its parameters for attributes that samples would not have."""
     looked_up: set[str] = set()
 
     class Listening(torch.nn.Parameter):
@@ -347,4 +347,4 @@ def refuse_marks(settings: TrainingSettings) -> None:
             training.step()
     for param in settings.optimizer.param_groups[settings.group]["params"]:
         if marks := looked_up & set(getattr(param, "__dict__", ())):
-            raise ReplayError(f"{training.name} reads {sorted(marks)} from its parameters, which samples do not have")
+            raise AbsentError(f"{training.name} reads {sorted(marks)} from its parameters, which samples do not have")
