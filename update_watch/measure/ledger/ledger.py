@@ -118,8 +118,11 @@ class Ledger:
         """False: a tensor of the sheet cannot be read any more. The sheet is left out until the next plan."""
         try:
             read(*args)
-        except Exception as error:  # a tensor was changed in a way of its own: it costs its sheet
-            logger.info("update-watch: a sheet of the ledger is left out: %r", error, exc_info=error)
+        except Exception as error:
+            if sheet.has_changed:  # as where a model is converted
+                logger.debug("update-watch: a sheet of the ledger is planned anew, its tensors have another format")
+            else:  # a tensor was changed in a way of its own: it costs its sheet
+                logger.info("update-watch: a sheet of the ledger is left out: %r", error, exc_info=error)
             self.sheets.remove(sheet)
             for sheets in (self._unowned, *self._of_owner.values()):
                 if sheet in sheets:

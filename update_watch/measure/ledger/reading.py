@@ -177,7 +177,8 @@ class Reading:
             s = dict(zip(COLUMNS, sums, strict=True))
             is_free = s["span_free_square"] > _AT_BOUNDS * s["span_square"]
             is_undone = is_free & (s["span_free_dot"] < _HARDLY * s["span_free_square"]) & (s["own_writes"] >= 2)
-            if np.any((is_undone | _are_put_back(s)) & (s["one_sided"] == 0) & ~np.array(window.are_thin)):
+            found = np.flatnonzero((is_undone | _are_put_back(s)) & (s["one_sided"] == 0))
+            if not all(window.are_thin[i] for i in found.tolist()):
                 return True
         return False
 
@@ -186,8 +187,9 @@ class Reading:
         asked = [_PLACE[name] for name in ("tries", "put_back", "passed", "span_dot", "span_square", "span_spread")]
         of_all = np.zeros(len(asked))
         for sums in self._sums:
-            found = _are_put_back(dict(zip(COLUMNS, sums, strict=True)))
-            of_all += sums[asked][:, found].sum(1)
+            if sums[asked[0]].any():
+                found = _are_put_back(dict(zip(COLUMNS, sums, strict=True)))
+                of_all += sums[asked][:, found].sum(1)
         tries, put_back, passed, dot, square, spread = of_all.tolist()
         return bool(passed > _BY_CHANCE * (tries - put_back) and dot + 2 * math.sqrt(spread) > _ON_AVERAGE * square)
 

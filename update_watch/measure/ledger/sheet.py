@@ -165,6 +165,7 @@ class Sheet:
         members = [local(tensor) for tensor in self._members] if self._is_sharded else self._members
         pointers = [tensor.data_ptr() for tensor in members]
         if pointers != self._pointers:
+            self._has_moved = True
             # what was put in a tensor's place is compared by its values like anything else
             blocks = [
                 [block_of(local(tensor.detach()), self._place_of(i)) for i, tensor in enumerate(run)]
@@ -172,7 +173,7 @@ class Sheet:
             ]
             self._views = [[view for block in run for view in block] for run in blocks]
             self._reads = [] if self._gathers else [self._way(k, run) for k, run in enumerate(blocks)]
-            self._pointers, self._has_moved = pointers, True
+            self._pointers = pointers
             for gather, run in zip(self._gathers, blocks, strict=False):
                 gather.go_to(run)
         if self._gathers:
