@@ -19,7 +19,7 @@ from tests.support.evidence_samples import (
     window,
 )
 from tests.support.planted_evidence import CAUSES
-from update_watch.evidence import WindowEvidence
+from update_watch.evidence import TensorEvidence, WindowEvidence
 from update_watch.judge.diagnosis import Diagnosis
 from update_watch.report import Cause, Health
 from update_watch.thresholds import Thresholds
@@ -382,6 +382,37 @@ def test_what_is_put_back_where_there_are_hardly_gradients_is_unknown_till_it_is
     found = verdicts(of_few, of_few, tensor(net_efficiency=None), stays, stays)
     assert [t.health for t in found] == [*[Health.unknown] * 4, Health.healthy]
     assert "99% of its gradients are 0" in found[0].advice and "nothing was seen of it" in found[2].advice
+
+
+def on_a_grid(net: float, error: float) -> TensorEvidence:
+    seen = {"undone_fraction": 1 - net, "written_steps": 100, "written_step": 50, "travelled": 9.0}
+    return tensor(net_efficiency=net, net_efficiency_error=error, is_put_back=True, **seen)
+
+
+def test_how_much_a_grid_takes_is_unknown_where_the_error_holds_the_limit_and_till_then_the_verdict_stands() -> None:
+    little, much = on_a_grid(0.5, 0.2), on_a_grid(0.95, 0.2)
+    found = verdicts(little, on_a_grid(0.3, 0.1), little, much, much)
+    assert [(t.health, t.cause) for t in found] == [
+        (Health.unknown, Cause.overwritten),
+        (Health.stalling, Cause.overwritten),
+        (Health.stalling, Cause.overwritten),
+        (Health.stalling, Cause.overwritten),  # the next one decides
+        (Health.healthy, None),
+    ]
+    assert "is not known well enough: 0.50, standard error 0.20" in found[0].advice
+
+
+def test_a_part_that_is_held_is_said_and_is_no_accusation() -> None:
+    held = {"held_fraction": 0.25, "written_steps": 100, "written_step": 50}
+    part = tensor(net_efficiency=0.75, undone_fraction=0.25, **held)
+    nearly_all = tensor(net_efficiency=0.05, undone_fraction=0.95, **held)
+    found = verdicts(part, nearly_all, part)
+    assert [(t.health, t.cause) for t in found] == [
+        (Health.healthy, Cause.overwritten),
+        (Health.stalled, Cause.overwritten),
+        (Health.healthy, Cause.overwritten),
+    ]
+    assert found[0].advice.startswith("25% of its elements that were read are put back to the bit")
 
 
 def test_that_it_was_put_back_is_remembered_over_a_resume() -> None:

@@ -56,6 +56,8 @@ LEDGER: dict[str, Any] = {
     "written_steps": 5,
     "written_step": 7,
     "is_master": True,
+    "is_put_back": True,
+    "held_fraction": 0.25,
     "requires_grad": False,
     "gradient_looks": 6,
     "gradient_blind": 3,

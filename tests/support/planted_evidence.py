@@ -30,6 +30,16 @@ CAUSES = {
         Cause.overwritten,
         tensor(net_efficiency=0.02, undone_fraction=0.97, written_between=1e-3, written_steps=127, travelled=4.0),
     ),
+    "overwritten-by-a-grid": (
+        tensor(
+            **{"net_efficiency": 0.4, "undone_fraction": 0.6, "written_between": 1e-3, "written_steps": 127},
+            travelled=4.0,
+            is_put_back=True,
+        ),
+        Health.stalling,
+        Cause.overwritten,
+        tensor(net_efficiency=0.4, undone_fraction=0.6, written_between=1e-3, written_steps=127),  # as Lookahead does
+    ),
     "not_copied_back": (
         tensor(net_efficiency=0.0, is_master=True, moved=0.0, displacement_evidence=1.0),
         Health.stalled,
