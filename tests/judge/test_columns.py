@@ -47,7 +47,7 @@ def some_tensor(rng: random.Random, i: int, course: float | None) -> TensorEvide
                 note=seldom("rounded", ""),
                 reason=seldom("why", ""),
             )
-    lr, undone = seldom(4e-3, seldom(1e-7, 1e-3)), seldom(0.9, seldom(0.4, 0.0))
+    lr, undone = seldom(4e-3, seldom(1e-7, 1e-3)), seldom(rng.choice([0.9, 0.4]), 0.0)
     return tensor(
         efficiency,
         f"layers.{i // 5}.{'norm' if i % 5 == 1 else 'linear'}{i % 5}.weight",
@@ -81,7 +81,7 @@ def some_tensor(rng: random.Random, i: int, course: float | None) -> TensorEvide
         net_efficiency=1 - undone,
         net_efficiency_error=rng.choice([0.0, 0.3, None]),
         written_steps=100 if undone else 0,
-        is_put_back=seldom(True, False),
+        is_put_back=undone > 0 and rng.random() < 0.5,
         held_fraction=seldom(0.25, None),
         was_rounded=seldom(True, False),
         accumulators=states,
