@@ -7,6 +7,7 @@ Accelerate's wrapped optimizer need no care of ours: torch's own step hooks fire
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import os
 import sys
@@ -80,6 +81,7 @@ class UpdateWatch(TrainerCallback, ExportableState):
     Attributes:
         last: the last Report, or None; on rank 0, also after training.
         memory: what verdicts and alerts remember between windows, kept in checkpoints.
+        left_out: options that a callback made from a checkpoint is without.
     """
 
     def __init__(
@@ -107,6 +109,8 @@ class UpdateWatch(TrainerCallback, ExportableState):
         )
         self.last: Report | None = None
         self.memory: dict[str, Any] = {}
+        self.left_out: list[str] = []
+        self._has_begun = False
         self._session: Session | None = None
         self._response: StallResponse | None = None
         self._is_in_step = False
@@ -123,6 +127,13 @@ class UpdateWatch(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach: weights, optimizer state and the Trainer's state are restored."""
         self._end(args, state, control)
+        self._has_begun = True
+        if self.left_out and state.is_world_process_zero:
+            logger.warning(
+                "update-watch: the callback is made anew from the checkpoint, without its %s: none can hold them. To keep"
+                " those that you give, leave out restore_callback_states_from_checkpoint=True",
+                ", ".join(self.left_out),
+            )
         # the Trainer looks up every stateful callback here when it saves, also after resuming a run without this one
         stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         model, is_leader = kwargs["model"], state.is_world_process_zero
@@ -163,6 +174,11 @@ class UpdateWatch(TrainerCallback, ExportableState):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The update that comes is counted by the Trainer when it is done."""
         self._is_in_step = True
+        if not self._has_begun:
+            self._has_begun = True
+            logger.warning(
+                "update-watch: added when training had begun, the callback watches the next one only; give it to the Trainer"
+            )
 
     def _global_step(self, state: Any) -> int:
         return int(state.global_step) + self._is_in_step
@@ -235,25 +251,28 @@ class UpdateWatch(TrainerCallback, ExportableState):
         """For the Trainer's checkpoint: plain data.
 
         With `restore_callback_states_from_checkpoint=True` the Trainer makes a new callback from this, without sinks,
-        thresholds, averages and functions, which no checkpoint can hold.
+        thresholds, averages and functions, which no checkpoint can hold; training begins with a warning then.
         """
-        names = (
-            "window",
-            "samples",
-            "seed",
-            "on_stall",
-            "progress_bar",
-            "print_audit",
-            "check_replicas",
-            "budget",
-            "include",
-            "exclude",
-        )
-        args = {name: getattr(self._options, name) for name in names}
-        if callable(args["on_stall"]):
-            args["on_stall"] = "warn"
+        kept = {name: _plain(getattr(self._options, name)) for name in _KEPT}
+        left_out = [name for name in _LEFT_OUT if getattr(self._options, name)]
+        left_out += [name for name, value in kept.items() if value is _NOT_PLAIN]
+        args = {name: value for name, value in kept.items() if value is not _NOT_PLAIN}
         memory = self._session.watch.state_dict() if self._session is not None else self.memory
-        return {"args": args, "attributes": {"memory": packed(memory)}}
+        return {"args": args, "attributes": {"memory": packed(memory), "left_out": left_out}}
+
+
+_LEFT_OUT = ("sinks", "thresholds", "averages")
+_KEPT = tuple(field.name for field in dataclasses.fields(Options) if field.name not in _LEFT_OUT)
+_NOT_PLAIN = object()
+
+
+def _plain(value: Any) -> Any:
+    """An option as a checkpoint holds it."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return value if value is None or isinstance(value, (str, int, float)) else _NOT_PLAIN
 
 
 def _trackers() -> list[TrainerCallback]:

@@ -301,6 +301,45 @@ def test_the_trainer_can_restore_the_callback_itself(train: Train, tmp_path: Pat
     assert restored.last is not None and restored.last.step == 24
 
 
+def test_a_callback_that_the_trainer_makes_anew_has_all_that_a_checkpoint_can_hold_and_tells_what_it_cannot(
+    train: Train, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = UpdateWatch(window=6, journal=tmp_path / "mine.jsonl", include=("net*",), schedule=None, on_audit="raise")
+    assert given.state()["attributes"]["left_out"] == []
+    made = UpdateWatch(**json.loads(json.dumps(given.state()))["args"])
+    assert vars(made._options) == {
+        **vars(given._options),
+        "journal": str(tmp_path / "mine.jsonl"),
+        "include": ["net*"],
+    }
+    first = Watched(thresholds=FAST, on_stall=lambda report: False, journal=None)
+    train(Model(), first, save_strategy="steps", save_steps=12)
+    trainer = train(
+        Model(),
+        Watched(),
+        steps=16,
+        resume=str(tmp_path / "run" / "checkpoint-12"),
+        restore_callback_states_from_checkpoint=True,
+    )
+    (restored,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, UpdateWatch)]
+    assert restored.left_out == ["sinks", "thresholds", "on_stall"] and restored._options.journal is None
+    assert "made anew from the checkpoint, without its sinks, thresholds, on_stall: none can hold them" in caplog.text
+
+
+def test_one_that_is_added_when_training_has_begun_says_so_once(train: Train, caplog: pytest.LogCaptureFixture) -> None:
+    watch = Watched()
+
+    class Late(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step > 2:
+                watch.on_step_begin(args, state, control)  # as the Trainer calls what was added to it
+
+    train(Model(), Late())
+    assert caplog.text.count("added when training had begun") == 1 and watch.last is None
+    train(Model(), Watched())
+    assert caplog.text.count("added when training had begun") == 1
+
+
 # --- what it tells ----------------------------------------------------------------------------------------
 
 
