@@ -68,11 +68,15 @@ _finalizer: Any = None
 def add(watch: Ending, watches: Callable[[Any], bool]) -> None:
     """Close `watch` when the process ends. `watches`: tells whether it looks at an optimizer."""
     _OPEN[watch] = weakref.WeakMethod(watches)  # else it would keep the optimizers alive
-    # who registered last is called first: before the loggers that the sinks write to
-    atexit.unregister(close_all)
-    atexit.register(close_all)
+    stand_first()
     _add_finalizer()
     _set(signal.SIG_DFL, _TERMINATE)
+
+
+def stand_first() -> None:
+    """Before all that is done at the end so far: a logger that a sink writes to may have begun after the watch."""
+    atexit.unregister(close_all)  # who registered last is called first
+    atexit.register(close_all)
 
 
 def _add_finalizer() -> None:

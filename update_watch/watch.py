@@ -211,6 +211,8 @@ class Watch(run_journal.Shown, memory.Remembering):
             return
         self.last = report
         self._attention.judged(report)
+        if not self._closed:
+            endings.stand_first()
         self._post.put(report)
 
     def flush(self, timeout: float | None = None) -> Report | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from tests.support.ranks.cases import launch
 from tests.support.ranks.events import PLACES
+from update_watch.ranks import gloo_group
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo is not built in")
 
@@ -46,6 +48,25 @@ def on_two_too(tmp_path_factory: pytest.TempPathFactory) -> Found:
 @pytest.fixture(scope="module")
 def on_four(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return launch(4, [*_ON_FOUR, *_ON_FOUR_TOO], tmp_path_factory.mktemp("four"))
+
+
+def test_processes_that_a_launcher_starts_anew_do_not_meet_those_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the launcher's, which outlives them
+    try:
+        groups = []
+        for attempt in ("0", "1", "1"):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+            monkeypatch.setattr(gloo_group, "_COUNT", itertools.count())  # as in a new process
+            groups.append(gloo_group.Group())
+            if attempt == "0":
+                groups[0]._store.set("over", "1")  # it has waited for another one in vain
+        _, first, second = groups
+        first._check_others()
+        assert first._store.add("here", 0) == second._store.add("here", 0) == 2  # those of one attempt do meet
+        with pytest.raises(gloo_group.Parted):
+            groups[0]._check_others()
+    finally:
+        dist.destroy_process_group()
 
 
 def check(ranks: Found, case: str) -> None:

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.wandb.samples import OfflineRun
 from update_watch.dashboards.journal import read_journal
 from update_watch.report import Health, Report
 from update_watch.run import claims
@@ -278,6 +280,19 @@ def test_the_status_is_that_of_the_command_where_nothing_can_be_told(tmp_path: P
         done = subprocess.run(f"{run} {where}", shell=True, cwd=tmp_path, env=ENVIRONMENT, timeout=240, check=False)
         assert done.returncode == 0, where
         (tmp_path / "run.jsonl").unlink()
+
+
+def test_a_wandb_run_that_begins_behind_the_training_is_written_to(tmp_path: Path) -> None:
+    begins = "import wandb; wandb.init(mode='offline', settings=wandb.Settings(console='off', x_disable_stats=True))"
+    waits = "while not pathlib.Path('run.jsonl').stat().st_size: time.sleep(0.1)"  # for the first window
+    moments = f"    if i == 4:\n        {begins}\n    if i == 17:\n        {waits}\n        time.sleep(1)"
+    code = "import time\n" + TRAINS.replace("    o.step()", f"    o.step()\n{moments}")
+    run = watched(tmp_path, sys.executable, "-c", code, options=("--wandb",))
+    assert run.returncode == 0, run.stderr
+    (folder,) = tmp_path.glob("wandb/offline-run-*/files")
+    rows = OfflineRun(SimpleNamespace(dir=folder)).history
+    steps = [row["trainer/global_step"] for row in rows if "update_watch/efficiency" in row]
+    assert steps == [r.step for r in reports(tmp_path)] == [16, 20]
 
 
 def test_a_script_that_watches_itself_later_on_is_told_who_else_does(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ WAIT = 60.0  # seconds the ranks wait for each other, in the background
 MEET = 20.0  # seconds for a rank's first window to come; by then the others have made their watches
 _POLL = 0.02  # s
 _LOOK = 1.0  # s between two looks whether another rank has given up
+_ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # processes that torchrun starts anew may find the store of those that failed
 _COUNT = itertools.count()  # watches of this process: the n-th of one rank joins the n-th of the others
 
 
@@ -52,7 +53,8 @@ class Group:
         store = c10d._get_default_store()
         if hasattr(store, "clone"):  # a connection of its own: a client that waits keeps all its users waiting
             store = store.clone()
-        self._store = c10d.PrefixStore(f"update_watch/{members}/{next(_COUNT)}", store)
+        attempt = os.environ.get(_ATTEMPT, "0")
+        self._store = c10d.PrefixStore(f"update_watch/{members}/{attempt}/{next(_COUNT)}", store)
         self._backend: Any = None
         self.sums = 0  # collectives that added a window up
         self.exchanges = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
 import sys
@@ -67,15 +68,15 @@ def _watch(model: Any, optimizer: Optimizer) -> Watch:
     _models.append((name, weakref.ref(model) if isinstance(model, torch.nn.Module) else _nothing))
     sinks: list[Any] = [functools.partial(show, name)] if is_leader else []
     if settings.wandb and is_leader:
-        run = getattr(sys.modules.get("wandb"), "run", None)
-        if run is None:
-            print("update-watch: --wandb: the script has no W&B run open; none is written to", file=sys.stderr)
+        if importlib.util.find_spec("wandb") is None:
+            print("update-watch: --wandb: there is no wandb where the script runs; nothing is logged", file=sys.stderr)
         elif not is_first:
             print(f"update-watch: --wandb: the run holds the first model; {name} is in its journal", file=sys.stderr)
         else:
             from update_watch.dashboards import WandbSink
 
-            sinks.append(WandbSink(run))
+            # of a run that is still to come: the one that is open when a window ends
+            sinks.append(WandbSink(getattr(sys.modules.get("wandb"), "run", None)))
     journal = None
     if is_leader:
         journal = free_path(Path(settings.journal), "" if is_first else name)
