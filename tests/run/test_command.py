@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,6 +294,23 @@ def test_a_wandb_run_that_begins_behind_the_training_is_written_to(tmp_path: Pat
     rows = OfflineRun(SimpleNamespace(dir=folder)).history
     steps = [row["trainer/global_step"] for row in rows if "update_watch/efficiency" in row]
     assert steps == [r.step for r in reports(tmp_path)] == [16, 20]
+
+
+@pytest.mark.parametrize("how", ["finished", "with"])
+def test_a_wandb_run_that_the_script_finishes_has_the_last_window(how: str, tmp_path: Path) -> None:
+    begins = "wandb.init(mode='offline', settings=wandb.Settings(console='off', x_disable_stats=True))"
+    before, _, loop = TRAINS.partition("for i in")
+    loop = f"for i in{loop}".replace("range(20)", "range(10)")  # shorter than a window
+    if how == "with":
+        code = f"import wandb\n{before}\nwith {begins} as run:\n" + textwrap.indent(loop, "    ")
+    else:
+        code = f"import wandb\n{before}\n{begins}\n{loop}\nwandb.finish()"
+    run = watched(tmp_path, sys.executable, "-c", code, options=("--wandb",))
+    assert run.returncode == 0 and "takes no more data" not in run.stderr, run.stderr
+    (folder,) = tmp_path.glob("wandb/offline-run-*/files")
+    found = OfflineRun(SimpleNamespace(dir=folder))
+    assert [row["trainer/global_step"] for row in found.history if "update_watch/efficiency" in row] == [10]
+    assert found.summary["update_watch/health"] == "healthy"
 
 
 def test_a_script_that_watches_itself_later_on_is_told_who_else_does(tmp_path: Path) -> None:

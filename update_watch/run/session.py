@@ -67,6 +67,7 @@ def _watch(model: Any, optimizer: Optimizer) -> Watch:
     name = _name_for(model)
     _models.append((name, weakref.ref(model) if isinstance(model, torch.nn.Module) else _nothing))
     sinks: list[Any] = [functools.partial(show, name)] if is_leader else []
+    run = None
     if settings.wandb and is_leader:
         if importlib.util.find_spec("wandb") is None:
             print("update-watch: --wandb: there is no wandb where the script runs; nothing is logged", file=sys.stderr)
@@ -75,8 +76,10 @@ def _watch(model: Any, optimizer: Optimizer) -> Watch:
         else:
             from update_watch.dashboards import WandbSink
 
-            # of a run that is still to come: the one that is open when a window ends
-            sinks.append(WandbSink(getattr(sys.modules.get("wandb"), "run", None)))
+            run = getattr(sys.modules.get("wandb"), "run", None)
+            sinks.append(
+                WandbSink(run)
+            )  # None, of a run that is still to come: the one that is open when a window ends
     journal = None
     if is_leader:
         journal = free_path(Path(settings.journal), "" if is_first else name)
@@ -84,7 +87,31 @@ def _watch(model: Any, optimizer: Optimizer) -> Watch:
     found = watch(model, optimizer, window=settings.window, sinks=sinks, journal=journal)
     found.name = name
     endings.OF_COMMAND.add(found)
+    if run is not None:
+        _finish_with(run, found)
     return found
+
+
+def _finish_with(run: Any, found: Watch) -> None:
+    """Report the open window when the script finishes its W&B run: nobody closes the watch before it."""
+    held = weakref.ref(found)
+
+    def report() -> None:
+        open_watch = held()
+        if open_watch is not None and not _has_ranks():  # they end their windows together, and have not all a run
+            open_watch.flush(endings.WAIT)
+
+    try:
+        from wandb.sdk.wandb_run import TeardownHook, TeardownStage
+
+        run._teardown_hooks.append(TeardownHook(report, TeardownStage.EARLY))
+    except Exception:  # there is no public way: the sink says what it could not log
+        pass
+
+
+def _has_ranks() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def _after_fork() -> None:
