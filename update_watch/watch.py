@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -280,6 +281,8 @@ class Watch(run_journal.Shown, memory.Remembering):
         self._judge, self._post = Worker("judging", self._judge_window), Worker("sink", Sinks([]))
         self._closed, self._model.streams = True, StepStreams()
         self._tap.wants = self._tap.rests = None  # a closed watch wants no step
+        self._tap.spend = lambda _: None
+        self._tap.lock = threading.RLock()  # the thread that may have it is not here
         self._tap.replace(lambda optimizer: endings.say_forked(self.detach, optimizer))
 
 

@@ -188,6 +188,13 @@ def test_a_forked_child_that_watches_what_it_trains_is_told_nothing(tmp_path: Pa
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_that_is_forked_while_another_thread_is_in_our_code_waits_for_nobody(tmp_path: Path) -> None:
+    status, err, _ = end(start(tmp_path, "forking_beside_a_thread", 19))
+    assert status == 0, err
+    assert [r.step for r in windows(tmp_path)] == [8, 16, 19]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_worker_of_multiprocessing_reports_its_open_window(tmp_path: Path) -> None:
     status, err, _ = end(start(tmp_path, "worker", 19))
     assert status == 0, err

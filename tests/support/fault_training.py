@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import update_watch as uw
 from update_watch.dashboards.journal.journal import Journal
+from update_watch.replay.side_effects import HOOKS
 from update_watch.report import Report
 
 WINDOW = 8
@@ -150,6 +152,30 @@ def run_watching_anew(folder: Path, steps: int, sinks: list[Any]) -> None:
             train(folder, steps, model, optimizer)
         sys.exit(0)
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def run_forking_beside_a_thread(folder: Path, steps: int, sinks: list[Any]) -> None:
+    """Forks while another thread is in the middle of our code; the child goes on, and watches anew."""
+    model, optimizer = model_and_optimizer()
+    watch = uw.watch(model, optimizer, window=WINDOW, budget=None)
+    train(folder, 12, model, optimizer)
+    begun = threading.Event()
+
+    def hold() -> None:
+        with watch._tap.lock, HOOKS:
+            begun.set()
+            time.sleep(3600)
+
+    threading.Thread(target=hold, daemon=True).start()
+    begun.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # ends it if it waits for ever
+        one_step(model, optimizer, 13)
+        with uw.watch(model, optimizer, window=WINDOW, sinks=sinks, budget=None):
+            train(folder, steps, model, optimizer)
+        sys.exit(0)
+    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 class Numbers(torch.utils.data.Dataset[Tensor]):

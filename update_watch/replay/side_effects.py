@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import threading
@@ -24,6 +25,9 @@ HOOKS = (
 )  # held while torch's hooks for all optimizers are away, or one is added: else two threads that
 # take them away would put back what the other had left in their place
 _PATIENCE = 5.0  # s
+
+if hasattr(os, "register_at_fork"):  # another thread may have it, which the child does not
+    os.register_at_fork(after_in_child=HOOKS._at_fork_reinit)  # type: ignore[attr-defined]  # as `threading` itself does
 
 
 class RandomStates:

@@ -100,5 +100,7 @@ def _go_on() -> None:
 
 
 if "UPDATE_WATCH_RUN" in os.environ and __name__ == "sitecustomize":
+    if hasattr(os, "register_at_fork"):  # another thread may have it, which the child does not
+        os.register_at_fork(after_in_child=_BEGINNING._at_fork_reinit)  # type: ignore[attr-defined]
     sys.meta_path.insert(0, _Waiting())  # type: ignore[arg-type]
     _go_on()
