@@ -9,6 +9,15 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any
 
+try:  # without the enumerations that `signal` makes of all it is given: 12 us a step, many times that in cold caches
+    from _signal import getsignal  # type: ignore[import-not-found]
+    from _signal import signal as set_handler
+except ImportError:
+    from signal import getsignal
+    from signal import signal as set_handler
+
+_NUMBER = int(signal.SIGINT)
+
 
 class Waiting:
     """Between `begin` and `end` the first SIGINT waits, whoever handles it; `tell` hands it on. A second one does not wait.
@@ -27,17 +36,17 @@ class Waiting:
         """Take the place of a handler, if there is one: the system's own ends the process at once."""
         if threading.current_thread() is not threading.main_thread():
             return
-        handler = signal.getsignal(signal.SIGINT)
+        handler = getsignal(_NUMBER)
         if callable(handler):
             self._handler = handler  # before ours is there: whatever comes in between, `end` puts it back
             self._ours = self._note  # one object, to be told from others
             with suppress(ValueError):  # not the main interpreter
-                signal.signal(signal.SIGINT, self._ours)
+                set_handler(_NUMBER, self._ours)
 
     def end(self) -> None:
         """Put the handler back; may be called again."""
-        if self._ours is not None and signal.getsignal(signal.SIGINT) is self._ours:
-            signal.signal(signal.SIGINT, self._handler)
+        if self._ours is not None and getsignal(_NUMBER) is self._ours:
+            set_handler(_NUMBER, self._handler)
         self._ours = None  # else each step would leave a cycle to the garbage collector
 
     def tell(self) -> None:
