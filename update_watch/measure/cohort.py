@@ -8,6 +8,7 @@ Legend: n rows, K samples.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +24,7 @@ from update_watch.formats import Format
 from update_watch.measure.device import joint_reads
 from update_watch.measure.device.kernel_gathers import gathers_of
 from update_watch.measure.gathers import Common
+from update_watch.measure.learning_rates import rate_size
 from update_watch.measure.parameters import Row
 from update_watch.measure.sampling import local
 from update_watch.measure.step_order import OneOf
@@ -30,7 +32,7 @@ from update_watch.measure.step_replay import Span, StepReplay
 from update_watch.measure.sums.added_steps import Look
 from update_watch.measure.sums.layout import GROUPS, parts_for
 from update_watch.measure.sums.step_sizes import UsualSizes
-from update_watch.measure.sums.steps import Steps
+from update_watch.measure.sums.steps import Looks, Steps, Told
 from update_watch.measure.sums.whole_gradients import WholeGradients
 from update_watch.replay.rule import Kind
 from update_watch.replay.twin import GroupSettings, Twin
@@ -49,6 +51,7 @@ class Snapshot:
         "full",
         "group",
         "held",
+        "is_asked",
         "live",
         "look",
         "moving_first",
@@ -67,6 +70,7 @@ class Snapshot:
         self.states: list[dict[str, Any]] | None = None  # of the optimizer, where it cannot wait
         self.full = self.look = self.moving_first = False
         self.group = 0  # of neighbouring steps of the window
+        self.is_asked = False  # measured because it is unlike the steps before it
         self.turn = 0  # whose positions it is at
         self.drawn: dict[int, Tensor] = {}  # weights of rows that are read where their gradient is large
         self.rate = 1.0  # of the first group; where it cannot be read, always the same
@@ -95,9 +99,10 @@ class Cohort:
         window: int,
         common: Common,
         place: slice,
+        has_asked: bool = False,
     ) -> None:
         """`window`: steps of one in which it will be measured. `common`: of all rows on the device, of which these are those
-        at `place` when they are ordered by cohorts.
+        at `place` when they are ordered by cohorts. `has_asked`: see `DeviceRows`.
         """
         self.optimizer, self.rows, self.samples, self.place = optimizer, rows, samples, place
         self.gathers = gathers_of(optimizer, rows, samples, rng, common)
@@ -110,7 +115,7 @@ class Cohort:
         self._look = OneOf(max(min(_HEADROOM_EVERY, window // 2), 1), rng)
         # of each tensor its first row: it may be read in several
         self.firsts = [i for i, row in enumerate(rows) if row.is_first]
-        self._most_parts = parts_for(window)
+        self._most_parts, self._has_asked = parts_for(window), has_asked
         self._is_plain_n = np.array([row.scheme.name == "plain" for row in rows])
         self._is_whole_n = np.array([row.is_whole for row in rows])
         self.usual = UsualSizes()  # of its tensors' updates, as windows tell on the background thread
@@ -130,11 +135,13 @@ class Cohort:
             large = {i: self._large_n[i:stop].mean() / self.steps for i, stop in tensors}
             self._drawn = tuple(i for i in self._drawn if large[i] >= _ENOUGH_LARGE)
         self._large_n, self.steps = np.zeros(n), 0
-        self._added, self._per_part = 0, 1  # steps; the latter doubles when the parts are full
+        # steps, those that were asked for apart; of the others so many in a part, twice as many when the parts are full
+        self._added, self._asked, self._per_part = 0, 0, 1
+        self.looks_told = Looks()
         self._gradless_n = np.zeros(n, np.float32)
-        self._live_Pn = np.zeros((self._most_parts, n), np.float32)  # counts
+        self._live_Pn = np.zeros((self._most_parts + self._has_asked, n), np.float32)  # counts
         self._live_Gn = np.zeros((GROUPS, n), np.float32)
-        self._rates_2P = np.zeros((2, self._most_parts))  # steps, and squared learning rates added up
+        self._rates_2P = np.zeros((2, len(self._live_Pn)))  # steps, and squared learning rates added up
         self.first_rates: dict[int, float] = {}  # group -> learning rate at the first look
 
     @property
@@ -167,14 +174,19 @@ class Cohort:
             self._large_n[i] += float(drawn[i].lt(_LIGHT).float().mean())
         return drawn
 
+    def squared_rate(self) -> float:
+        """The square of the first group's learning rate as it is now; where it cannot be read, always the same."""
+        return (rate_size(self.optimizer.param_groups[0].get("lr")) or 1.0) ** 2
+
     def problem(self, row: Row) -> str:
         """Why a row of it cannot be read now; "" when it can."""
         return self.gathers.problem(row)
 
     # --- in the step -----------------------------------------------------------------------------
 
-    def before(self, group: int) -> Snapshot:
-        """Gather; call when gradients are final and the rule has not run. `group`: of neighbouring steps of the window."""
+    def before(self, group: int, is_asked: bool = False) -> Snapshot:
+        """Gather; call when gradients are final and the rule has not run. `group`: of neighbouring steps of the window.
+        `is_asked`: the step is unlike those before it."""
         turn, moving_first = self.gathers.move()
         states = self.gathers.stored_states()
         grads = [row.param.grad for row in self.rows]
@@ -196,11 +208,11 @@ class Cohort:
         can_wait = self.replay.can_wait and not hasattr(self.optimizer, "found_inf")
         snapshot = Snapshot(held, live, spans, self.replay.settings(spans) if can_wait else None)
         snapshot.group, snapshot.turn, snapshot.moving_first = group, turn, moving_first
-        snapshot.drawn = drawn
+        snapshot.drawn, snapshot.is_asked = drawn, is_asked
         snapshot.full, snapshot.look = self._full.now(), self._look.now()
-        snapshot.rate = _rate(self.optimizer.param_groups[0].get("lr")) or 1.0
+        snapshot.rate = rate_size(self.optimizer.param_groups[0].get("lr")) or 1.0
         if snapshot.look:
-            snapshot.rates = [_rate(self.optimizer.param_groups[run.group].get("lr")) for run in self.runs]
+            snapshot.rates = [rate_size(self.optimizer.param_groups[run.group].get("lr")) for run in self.runs]
         if not all(live):
             self._gradless_n += [g is None for g in grads]
         if not can_wait:
@@ -233,16 +245,20 @@ class Cohort:
 
         `merge` makes two parts one in the sums, where all are in use.
         """
-        part = self._added // self._per_part
-        if part == self._most_parts:
-            merge()
-            part = half = self._most_parts // 2
-            self._per_part *= 2
-            self._live_Pn[:half] = self._live_Pn.reshape(half, 2, -1).sum(1)
-            self._live_Pn[half:] = 0
-            self._rates_2P[:, :half] = self._rates_2P.reshape(2, half, 2).sum(-1)
-            self._rates_2P[:, half:] = 0
-        self._added += 1
+        part, most = self._added // self._per_part, self._most_parts
+        if snapshot.is_asked:
+            part = most
+            self._asked += 1
+        else:
+            if part == most:
+                merge()
+                part = half = most // 2
+                self._per_part *= 2
+                self._live_Pn[:half] = self._live_Pn[:most].reshape(half, 2, -1).sum(1)
+                self._live_Pn[half:most] = 0
+                self._rates_2P[:, :half] = self._rates_2P[:, :most].reshape(2, half, 2).sum(-1)
+                self._rates_2P[:, half:most] = 0
+            self._added += 1
         self._live_Pn[part] += snapshot.live
         self._rates_2P[:, part] += 1.0, snapshot.rate**2
         self._live_Gn[snapshot.group] += snapshot.live
@@ -274,7 +290,7 @@ class Cohort:
         rates_2P, gradless_n, live_Pn, live_Gn = self._rates_2P, self._gradless_n, self._live_Pn, self._live_Gn
         parts, measured, looks_n = self.parts, self.steps, gradients.looks_n[self.place]
         blind_n = gradients.blind(self.place, measured)
-        kinds = self._is_whole_n, self._is_plain_n
+        kinds, has_asked = (self._is_whole_n, self._is_plain_n), self._asked > 0
 
         def made() -> Steps:
             counts_Pn, counts_Gn = live_Pn[:parts].astype(np.float64), live_Gn.astype(np.float64)
@@ -282,15 +298,21 @@ class Cohort:
             window_Gn = np.outer(group_steps, with_gradient_n)
             count_P, squares_P = rates_2P[:, :parts]
             rates_P = squares_P / np.maximum(count_P, 1)
-            steps = Steps(counts_Pn, counts_Gn, window_Gn, looks_n, rates_P, *kinds, blind_n)
+            steps = Steps(counts_Pn, counts_Gn, window_Gn, looks_n, rates_P, *kinds, blind_n, has_asked)
             return steps if len(self.firsts) == len(self.rows) else steps.of(self.firsts)
 
         return made
 
+    def told(self) -> Callable[[], Told]:
+        """What its looks tell of the other steps; made on the background thread."""
+        count_P, squares_P = self._rates_2P[:, : self.parts]
+        rates_P = squares_P / np.maximum(count_P, 1)
+        return functools.partial(self.looks_told.told, self._added, self._per_part, self._asked > 0, rates_P)
+
     @property
     def parts(self) -> int:
-        """Parts of the window that are in use."""
-        return -(-self._added // self._per_part)
+        """Parts of the window that are in use, or lie before such."""
+        return self._most_parts + 1 if self._asked else -(-self._added // self._per_part)
 
     @property
     def gradless_steps(self) -> list[int]:
@@ -308,13 +330,6 @@ def _left_out(row: Row, grad: Tensor) -> bool:
     else:
         return False
     return True
-
-
-def _rate(value: Any) -> float | None:
-    """The size of a learning rate that can be read without asking a device."""
-    if isinstance(value, Tensor):
-        value = float(value) if value.device.type == "cpu" and value.numel() == 1 else None
-    return abs(float(value)) if isinstance(value, (int, float)) and math.isfinite(value) and value != 0 else None
 
 
 def _runs_of(rows: list[Row]) -> list[_Run]:

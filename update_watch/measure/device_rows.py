@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from update_watch.measure.cohort import Cohort, Snapshot
 from update_watch.measure.device import joint_reads, multi_gather
 from update_watch.measure.device.one_thread import OnOneThread
+from update_watch.measure.device.turns import shared_out, stretched
 from update_watch.measure.gathers import Common, side_by_side, whole_of
 from update_watch.measure.ledger import kernel_sheet_sums
 from update_watch.measure.parameters import Row
@@ -37,12 +38,11 @@ from update_watch.measure.sums.whole_gradients import WholeGradients
 from update_watch.replay.twin import Twin
 
 _AT_MOST, _AT_LEAST = 8, 4  # steps that are added together,
-_HELD = 1 / 300  # or as many as take so much of the weights' bytes,
+_HELD = 1 / 400  # or as many as take so much of the weights' bytes,
+_LEAST_ROWS = 32  # and where each step is of half of the tensors no fewer rows than these,
 # or so many samples: on a CPU more at once are no faster; on a GPU they would take memory in the step, 0.2 KB each by torch's
 # operators, 0.07 by the kernel
 _ENOUGH, _ENOUGH_ON_GPU, _ENOUGH_FOR_KERNEL = 2**16, 2**19, 2**20
-# rows, and samples, of a step up to which tensors measured in every step are read in several rows
-_MOST_ROWS, _MOST_READ = 32, 2**16
 _DECAY_MEMORY = 0.9  # weight of a window's decay sums in the next
 
 Measured = tuple[Cohort, Snapshot]
@@ -61,8 +61,10 @@ class DeviceRows:
         rng: random.Random,
         window: int,
         turns: int,
+        has_asked: bool = False,
     ) -> None:
-        """`window`: steps of one; each row will be measured in one of so many `turns` of them."""
+        """`window`: steps of one; each row will be measured in one of so many `turns` of them. `has_asked`: and in steps that are
+        unlike the others."""
         self._twin, self._samples = twin, samples
         self._waiting: list[Measured] = []
         self.cohorts: list[Cohort] = []
@@ -71,24 +73,24 @@ class DeviceRows:
             turns == 1 or not is_plain
         )  # of plain rows in turns the displacement could not be told from a few steps
         if turns == 1:
-            rows = _stretched(rows, samples)
+            rows = stretched(rows, samples)
         # whether single elements are added up: where steps are not independent
         has_clusters = any(row.is_whole and row.scheme.name != "plain" for row in rows)
-        self._parts = parts_for(window // turns)
+        self._parts = parts_for(window // turns) + has_asked
         start, common = 0, Common.of(rows, has_way)
-        for k in range(turns):
-            own = rows[k::turns]
+        for own in shared_out(rows, turns):
             place = slice(start, start + len(own))
-            self.cohorts.append(Cohort(optimizer, twin, own, samples, rng, window // turns, common, place))
+            self.cohorts.append(Cohort(optimizer, twin, own, samples, rng, window // turns, common, place, has_asked))
             start = place.stop
         self._rows = start
         self.device = self.cohorts[0].device
-        self._enough, self._most = _ENOUGH_ON_GPU, _AT_MOST
+        self._enough = _ENOUGH_ON_GPU
         if not multi_gather.is_available(self.device):
             weights = sum(local(row.param).numel() * local(row.param).element_size() for row in rows)
             arrays = 2 * len(self.cohorts[0].states) + 3  # before and after, gradients
-            step = arrays * len(self.cohorts[0].rows) * samples * local(rows[0].param).element_size()
-            self._enough, self._most = _ENOUGH, min(max(int(weights * _HELD / step), _AT_LEAST), _AT_MOST)
+            row = arrays * samples * local(rows[0].param).element_size()
+            least = _LEAST_ROWS if has_asked else _AT_LEAST * len(self.cohorts[0].rows)
+            self._enough = min(max(int(weights * _HELD / row), least) * samples, _ENOUGH)
         gathers = [cohort.gathers for cohort in self.cohorts]
         self._whole_n1 = whole_of(gathers)
         cells = 0 if gathers[0].are_whole else samples // 2 // common.cell
@@ -105,7 +107,9 @@ class DeviceRows:
         are_sampled = [not row.is_whole and row.is_first for row in ordered]
         self.facts = KnownFacts()
         self.gradients = WholeGradients([row.param for row in ordered], are_sampled)
-        self._now: tuple[Tensor, Tensor, Tensor] | None = None  # the step that is running, where it cannot wait
+        self._now: dict[
+            Cohort, tuple[Tensor, Tensor, Tensor]
+        ] = {}  # in the step that is running, of those that cannot wait
 
     @property
     def sums(self) -> DeviceSums:
@@ -127,28 +131,28 @@ class DeviceRows:
         """In every step, before the rule runs: at whole gradients."""
         self.gradients.look(lambda: self.sums)
 
-    def before(self, cohort: Cohort, group: int) -> Measured:
+    def before(self, cohort: Cohort, group: int, is_asked: bool = False) -> Measured:
         """Gather, see `Cohort.before`."""
-        snapshot = cohort.before(group)
+        snapshot = cohort.before(group, is_asked)
         if snapshot.look:
             self.gradients.look_at(cohort.place, self.sums)
         if snapshot.settings is None:
             self.add()
-            self._now = self._replayed([(cohort, snapshot)])
+            self._now[cohort] = self._replayed([(cohort, snapshot)])
         return cohort, snapshot
 
     def after(self, measured: Measured, adds: bool = True) -> None:
         """Gather what was stored; add what waits, if it is enough and it `adds` itself."""
         cohort, snapshot = measured
         cohort.after(snapshot)
-        now, self._now = self._now, None
+        now = self._now.pop(cohort, None)
         if now is not None:
             joint_reads.launch()
             self._add([measured], *now)
             return
         self._waiting.append(measured)
         rows = sum(len(waiting.rows) for waiting, _ in self._waiting)
-        if adds and (len(self._waiting) >= self._most or rows * self._samples >= self._enough):
+        if adds and (len(self._waiting) >= _AT_MOST or rows * self._samples >= self._enough):
             self.add()
 
     def add(self) -> None:
@@ -226,7 +230,7 @@ class DeviceRows:
 
             def merge(cohort: Cohort = cohort, own: list[Snapshot] = own) -> None:
                 self.sums.merge_parts(cohort.place)
-                parts.update({other: parts[other] // 2 for other in own if other in parts})
+                parts.update({other: parts[other] // 2 for other in own if other in parts and not other.is_asked})
 
             parts[one] = cohort.count(one, merge)
         return parts
@@ -289,25 +293,9 @@ class DeviceRows:
         # a decay far below one step of the format shows only over many windows: they are pooled, the old ones less
         self._decay_5n, self._sums = torch.mul(self.sums.decay_5n, _DECAY_MEMORY), None
         self.gradients.open_window()
+        self._now.clear()
         for cohort in self.cohorts:
             cohort.open_window()
-
-
-def _stretched(rows: list[Row], samples: int) -> list[Row]:
-    """The rows, those of more elements than are sampled as several, as long as all together stay few: the small ones first,
-    which are read whole; what is left goes to the others in equal parts. Where one launch reads all, each stays one row: it
-    reads a tensor from its beginning.
-    """
-    left = min(_MOST_ROWS, _MOST_READ // samples) - len(rows)
-    able = [row for row in rows if row.can_be_stretched and local(row.param).device.type == "cpu"]
-    found = {id(row): [row] for row in rows}
-    for i, row in enumerate(sorted(able, key=lambda row: local(row.param).numel())):
-        whole = -(-local(row.param).numel() // samples)
-        most = 1 + max(left, 0) // (len(able) - i)
-        parts = row.stretches(samples, whole if whole <= 1 + left else most)
-        found[id(row)] = parts
-        left -= len(parts) - 1
-    return [part for row in rows for part in found[id(row)]]
 
 
 def _together(arrays: Sequence[Tensor]) -> Tensor:

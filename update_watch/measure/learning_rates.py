@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -73,3 +74,9 @@ def as_number(value: Any) -> float | None:
     if isinstance(value, Tensor):
         return float(value) if value.device.type == "cpu" and value.numel() == 1 else None
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def rate_size(value: Any) -> float | None:
+    """The size of a learning rate that can be read without asking a device; None also for 0."""
+    rate = as_number(value)
+    return abs(rate) if rate and math.isfinite(rate) else None

@@ -82,7 +82,8 @@ class Roster(Generic[T]):
         panels: Sequence[Sequence[T]] = (),
         cycle: int = 0,
     ) -> None:
-        """`everybody`: the turns in which all are measured. `cycle`: steps in which each of a panel comes once."""
+        """`everybody`: the turns in which all are measured. `cycle`: steps in which each of a panel comes once, or of all where
+        there is no panel."""
         self._everybody, self._panels, self._cycle = everybody, panels, cycle
         self._window, self._rng = window, rng
         self.panel: int | None = None  # whose window it is; None: everybody's
@@ -111,7 +112,8 @@ class Roster(Generic[T]):
         """Who are measured in the next step, and which group the step belongs to. `turns`: steps in which each of all comes
         once, if that is more than they need."""
         if self.panel is None:
-            found, group = self._order.next(turns - len(self._everybody))
+            cycle = 0 if self._panels else self._cycle
+            found, group = self._order.next(max(turns, cycle) - len(self._everybody))
         else:
             found, group = self._order.next(self._cycle - len(self._panels[self.panel]))
         return found or (), group

@@ -238,10 +238,10 @@ class Watched:
         if not self.cohorts or (is_replayed and not self._can_be_replayed):
             return self._measured
         self._note_unseen()
-        cohorts, group = self._roster.next(self.turns)
+        cohorts, group, is_asked = self._plan_of.next(self.turns, self.is_resting)
         try:
             for cohort in cohorts:
-                self._measured.append(self._plan_of.home[cohort].before(cohort, group))
+                self._measured.append(self._plan_of.home[cohort].before(cohort, group, is_asked))
         except Exception as error:
             self._leave_out(error)
         return self._measured

@@ -29,7 +29,7 @@ from update_watch.measure.sums.layout import WANT, Layout
 from update_watch.measure.sums.measured_block import CohortFacts, MeasuredBlock
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
 from update_watch.measure.sums.step_sizes import Unseen, UsualSizes, sizes_of_each, unseen
-from update_watch.measure.sums.steps import Steps
+from update_watch.measure.sums.steps import Steps, Told
 from update_watch.measure.sums.window_sums import Mask, WindowSums
 from update_watch.measure.transfer import Later, Part, Transfer
 from update_watch.worker import rest, unhurried
@@ -68,6 +68,9 @@ class CohortWindow:
     draw_from: Callable[[frozenset[int]], None] | None = None  # told the rows that few elements carry
     firsts: tuple[int, ...] = ()  # rows of `place` at which tensors begin; (): each is one
     usual: UsualSizes = dataclasses.field(default_factory=UsualSizes)  # the cohort's, of the windows before
+    told: Callable[[], Told] | None = (
+        None  # of the steps that others sat out; None: it was somebody's turn in every step
+    )
 
     @functools.cached_property
     def steps(self) -> Steps:
@@ -252,7 +255,14 @@ def _unmeasured(measured: Sequence[_Measured]) -> list[list[tuple[Unseen, Missed
         steps = [cohort.steps.parts_Pn for cohort in cohorts]
         rates = [cohort.steps.squared_rates_P for cohort in cohorts]
         sizes, window_steps = [sizes_of_all[i] for i in own], cohorts[0].window_steps
-        of_steps = unseen(list(energies), steps, window_steps, sizes), missed_steps(sizes, rates, window_steps)
+        told = [
+            Told.by_turns(of.count_P) if cohort.told is None else cohort.told()
+            for of, cohort in zip(sizes, cohorts, strict=True)
+        ]
+        of_steps = (
+            unseen(list(energies), steps, window_steps, sizes, told, rates),
+            missed_steps(sizes, rates, window_steps, told),
+        )
         found |= zip(map(id, cohorts), zip(*of_steps, strict=True), strict=True)
         rest()
     return [[found[id(cohort)] for cohort in one.cohorts] for one in measured]

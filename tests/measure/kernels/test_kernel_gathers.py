@@ -18,7 +18,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import update_watch as uw
 from update_watch.measure import device_rows, transfer
 from update_watch.measure.cohort import Cohort
-from update_watch.measure.device import kernel_gathers, multi_gather
+from update_watch.measure.device import kernel_gathers, multi_gather, turns
 from update_watch.measure.device.kernel_gathers import KernelGathers
 from update_watch.measure.gathers import Common, Gathers
 from update_watch.measure.ledger import kernel_sheet_sums
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpr
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel reads neither stretches of a tensor nor cells drawn by size, which torch's views do on a CPU."""
-    monkeypatch.setattr(device_rows, "_MOST_ROWS", 0)
+    monkeypatch.setattr(turns, "_MOST_ROWS", 0)
     monkeypatch.setattr(Cohort, "draw_from", lambda *_: None)
 
 

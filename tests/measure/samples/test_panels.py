@@ -179,9 +179,9 @@ def test_the_first_window_has_all_verdicts_and_numbers_as_a_full_comparison(
     training.sizes[list(small)] = 1e-3
     before = Cohort.before
 
-    def counted(cohort: Cohort, group: int) -> Snapshot:
+    def counted(cohort: Cohort, group: int, is_asked: bool = False) -> Snapshot:
         read[-1] += len(cohort.rows)
-        return before(cohort, group)
+        return before(cohort, group, is_asked)
 
     monkeypatch.setattr(Cohort, "before", counted)
     named = list(zip(training.names, training.params, strict=True))

@@ -16,6 +16,7 @@ from collections.abc import Hashable, Sequence
 from torch.optim import Optimizer
 
 from update_watch.measure.cohort import Cohort
+from update_watch.measure.device.gradient_pace import GradientPace
 from update_watch.measure.device.turns import MOST_TURNS, turns_of
 from update_watch.measure.device_rows import DeviceRows, Measured
 from update_watch.measure.parameters import Row
@@ -31,6 +32,8 @@ _AT_ONCE = 32  # tensors of a panel that are looked at in one step
 _PER_STEP = 8  # tensors that are looked at in a step, in the mean: a few looks at many cost less than many looks at few
 _LEAST, _MOST = 32, 256  # tensors of a panel
 _WAITING = 8  # steps' measurements that wait, of several panels
+# turns, from which on half of the tensors are looked at in two of so many steps instead: a few looks at many cost less
+_MANY_TURNS, _HALVES = 4, 2
 
 
 class Plan:
@@ -51,10 +54,17 @@ class Plan:
         self.panels = 1
         devices = dict.fromkeys(local(row.param).device for row in rows)
         cycle, measured = 0, window
+        self._pace: GradientPace | None = None
         for device in devices:
             assert twin is not None  # else nothing can be measured
             own = [row for row in rows if local(row.param).device == device]
             turns = turns_of([local(row.param).numel() for row in own], samples, device)
+            is_plain = all(row.scheme.name == "plain" for row in own)
+            if len(devices) == 1 and turns >= _MANY_TURNS and len(own) <= FEW and is_plain:
+                self._pace = GradientPace.of([row.param for row in own], rng)
+                if self._pace is not None:
+                    cycle, turns = turns, _HALVES
+                    measured = max(window // cycle, 1) * turns
             if in_panels and turns == MOST_TURNS and len(own) > FEW and len(devices) == 1:
                 size = min(max(window, _LEAST), _MOST)
                 self.panels, turns = math.ceil(len(own) / size), max(size // _AT_ONCE, 2)
@@ -63,17 +73,24 @@ class Plan:
                 measured = max(window // cycle, 1) * turns
             for panel in range(self.panels):
                 of_panel = own[panel :: self.panels]
-                self.blocks.append(DeviceRows(optimizer, twin, of_panel, samples, rng, measured, turns))
+                self.blocks.append(
+                    DeviceRows(optimizer, twin, of_panel, samples, rng, measured, turns, self._pace is not None)
+                )
         self.cohorts = [cohort for block in self.blocks for cohort in block.cohorts]
         self.home = {cohort: block for block in self.blocks for cohort in block.cohorts}
-        everybody = [self.cohorts[k::MOST_TURNS] for k in range(MOST_TURNS)] if cycle else [(c,) for c in self.cohorts]
-        by_panel = [block.cohorts for block in self.blocks] if cycle else ()
+        everybody: list[tuple[Cohort, ...]] = [(cohort,) for cohort in self.cohorts]
+        by_panel: Sequence[Sequence[Cohort]] = ()
+        if self.panels > 1:
+            everybody = [tuple(self.cohorts[k::MOST_TURNS]) for k in range(MOST_TURNS)]
+            by_panel = [block.cohorts for block in self.blocks]
         # id of a parameter -> the panel it is in, where there are several
         self.panel_of: dict[int, int] = {}
-        for panel, block in enumerate(self.blocks if cycle else ()):
+        for panel, block in enumerate(self.blocks if self.panels > 1 else ()):
             self.panel_of.update({id(row.param): panel for cohort in block.cohorts for row in cohort.rows})
         self.roster: Roster[Cohort] = Roster(everybody, window, rng, by_panel, cycle)
         self._window = window
+        self._last: Cohort | None = None  # that was measured, of the open window
+        self._between: list[float] = []  # steps since then in which nobody was: squared learning rates
         self._facts: dict[Hashable, KnownFacts] = {}  # of the tensors of several blocks
 
     @property
@@ -88,6 +105,38 @@ class Plan:
         return [row.of or row for block in self.open for cohort in block.cohorts for row in cohort.rows if row.is_first]
 
     # --- in the step -----------------------------------------------------------------------------
+
+    def next(self, turns: int, is_resting: bool) -> tuple[Sequence[Cohort], int, bool]:
+        """Who are measured in the next step, see `Roster.next`, and whether because it is unlike those before it.
+
+        Where nobody is in most steps, all are in one whose gradients are unlike those before: else nobody could tell how large
+        its updates were. `is_resting`: other steps pass unseen, of which nothing is known; nor of this one what is usual.
+        """
+        cohorts, group = self.roster.next(turns)
+        if self._pace is None:
+            return cohorts, group, False
+        if not is_resting and self._pace.is_unlike():
+            self._tell(None)
+            return self.cohorts, group, True
+        for cohort in cohorts:
+            cohort.looks_told.add()
+            self._tell(cohort)
+        if not cohorts:
+            self._between.append(self.cohorts[0].squared_rate())
+        return cohorts, group, False
+
+    def _tell(self, cohort: Cohort | None) -> None:
+        """Who is measured now, after steps in which nobody was: what those had is between what the last one and this one have.
+        None: all are, in a step that tells of no other, so those after it are like the next one that is measured."""
+        for i, squared_rate in enumerate(self._between, 1):
+            share = i / (len(self._between) + 1) if self._last is not None else 1.0
+            if cohort is None:
+                share = 0.0
+            else:
+                cohort.looks_told.hold(squared_rate, share)
+            if self._last is not None:
+                self._last.looks_told.hold(squared_rate, 1 - share)
+        self._between, self._last = [], cohort
 
     def after(self, measured: Sequence[Measured], steps: int) -> None:
         """Gather what was stored, and add steps that wait. `steps`: of the window, before this one.
@@ -123,6 +172,7 @@ class Plan:
 
         `steps`: of the window. `who`: by which cohorts of one optimizer are known.
         """
+        self._tell(None)
         alike: dict[Hashable, list[tuple[int, DeviceRows]]] = {}
         for number, own in enumerate(self.open):
             if any(cohort.steps for cohort in own.cohorts):
@@ -167,4 +217,5 @@ class Plan:
             cohort.draw_from,
             tuple(cohort.firsts),
             cohort.usual,
+            None if self._pace is None else cohort.told(),
         )

@@ -101,11 +101,12 @@ class Curves:
         return found
 
 
-def tail(curves: Curves, energy_Pn: Array, steps_Pn: Array, stood: Stood) -> Array:
+def tail(curves: Curves, energy_Pn: Array, steps_Pn: Array, stood: Stood, sampled_Pn: Array | None = None) -> Array:
     """[n] what steps larger than any that was measured may have made of the efficiency: of n steps alike one more is larger
-    than all with the chance 1 / n, by twice what sizes spread."""
+    than all with the chance 1 / n, by twice what sizes spread. `sampled`: of `steps` those that are a sample (None: all)."""
+    sampled_Pn = steps_Pn if sampled_Pn is None else sampled_Pn
     with np.errstate(all="ignore"):
-        per_step_Pn = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1), np.nan)
+        per_step_Pn = np.where(sampled_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1), np.nan)
         octave_Pn = 0.5 * np.log2(per_step_Pn / ratio(energy_Pn.sum(0), steps_Pn.sum(0)))
     known_n = np.isfinite(octave_Pn).any(0)
     octave_Pn = np.where(np.isfinite(octave_Pn), octave_Pn, np.nan)

@@ -99,7 +99,7 @@ class DeviceSums:
 
     def merge_parts(self, rows: slice) -> None:
         """Make two parts of some rows one, all of which are in use; the second half is free then."""
-        parts_PFn = self._parts_PFn[..., rows]
+        parts_PFn = self._parts_PFn[: len(self._parts_PFn) // 2 * 2, ..., rows]
         half = len(parts_PFn) // 2
         merged_PFn = torch.unflatten(parts_PFn, 0, (half, 2)).sum(1)
         parts_PFn[:half].copy_(merged_PFn)

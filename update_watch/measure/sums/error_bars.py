@@ -49,7 +49,8 @@ def too_low(dot_n: Array, want_n: Array, cross_n: Array, square_n: Array) -> Arr
 def spread_over_steps(above_Pn: Array, below_Pn: Array, steps_Pn: Array) -> tuple[Array, Array]:
     """[n] variance of sum above / sum below from its spread over parts of the window, and n_eff of the steps.
 
-    `steps`: measured in each part. NaN where there are fewer than two parts.
+    `steps`: measured in each part, those of parts that are no sample of the window's steps left out. NaN where there are fewer
+    than two parts.
     """
     used = steps_Pn > 0
     count = used.sum(0)
@@ -60,9 +61,41 @@ def spread_over_steps(above_Pn: Array, below_Pn: Array, steps_Pn: Array) -> tupl
         # one part that carries all of it leaves nothing to compare with: n_eff is 1 then, which says it
         differences = np.where(used & (below - below_Pn > 1e-12 * below), left_out - value, 0.0)
         jackknife = (count - 1) / count * (differences**2).sum(0)
-        effective = below**2 / np.where(used, below_Pn**2 / np.maximum(steps_Pn, 1), 0.0).sum(0)
+        of_used = np.where(used, below_Pn, 0.0).sum(0)
+        effective = of_used**2 / np.where(used, below_Pn**2 / np.maximum(steps_Pn, 1), 0.0).sum(0)
     known = (count >= 2) & np.isfinite(jackknife) & np.isfinite(effective)
     return np.where(known, jackknife, np.nan), np.where(known, effective, np.nan)
+
+
+def spread_beside_asked(
+    spread_n: Array,
+    dot_n: Array,
+    want_n: Array,
+    cells_n: Array,
+    whole_want_n: Array,
+    unseen_n: Array,
+    is_exact_n: npt.NDArray[np.bool_],
+) -> Array:
+    """[n] variance of a ratio where some steps were measured because they are unlike the others: the others are the sample.
+
+    `dot`, `want`, `cells`: of those that were asked for, n_eff of their cells; `whole_want`: of all; `unseen`: its share in
+    steps that were not measured. Of a row that is sampled few elements speak for such a step: at most as many of them arrive
+    whole, and the others not at all, e (1 - e) by their n_eff.
+    """
+    share_n = np.nan_to_num(ratio(want_n, whole_want_n))
+    efficiency_n = np.clip(np.nan_to_num(ratio(dot_n, want_n)), 0.0, 1.0)
+    of_elements_n = np.nan_to_num(ratio(share_n**2 * efficiency_n * (1 - efficiency_n), cells_n))
+    # `standard_error` takes of a row read whole the unseen share: here that of the sample, not of all
+    return np.where(is_exact_n, ratio(spread_n, 1 - np.minimum(share_n, 1 - unseen_n)), spread_n + of_elements_n)
+
+
+def spread_of_rms(squares_Pn: Array, counts_Pn: Array) -> Array:
+    """[n] standard deviation of the root mean square over the parts of the window, by its mean."""
+    rms_Pn = np.sqrt(ratio(squares_Pn, counts_Pn))
+    parts = (counts_Pn > 0).sum(0)
+    mean = ratio(np.nansum(rms_Pn, 0), parts)
+    variance = ratio(np.nansum((rms_Pn - mean) ** 2, 0), parts - 1)
+    return np.where(parts > 1, ratio(np.sqrt(variance), mean), np.nan)
 
 
 def reach(efficiency_n: Array, is_plain_n: npt.NDArray[np.bool_]) -> Array:

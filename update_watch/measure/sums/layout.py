@@ -37,7 +37,8 @@ GROUPS = 4  # neighbouring steps of a window, whose summed updates are kept apar
 
 def parts_for(steps: int) -> int:
     """Parts of a window in which a tensor is measured in so many steps: one for each, and some for a window that is longer, in
-    which two become one when all are in use; an even number."""
+    which two become one when all are in use; an even number. Where a step may be measured because it is unlike the others,
+    one more, the last, is for such steps."""
     return min(steps + steps % 2 + 2, PARTS)
 
 

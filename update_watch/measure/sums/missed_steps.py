@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from update_watch.measure.sums.error_bars import Array, ratio
 from update_watch.measure.sums.step_sizes import ALIKE, Sizes
+from update_watch.measure.sums.steps import Told
 
 FINE = 4  # sizes in an octave of updates
 HIGHEST = 8  # octaves
@@ -77,20 +78,31 @@ class Stood(NamedTuple):
         return cls(inside, rows, by_row("energy_P"), by_row("steps_P"), by_row("own_P"), by_row("top"))
 
 
-def missed_steps(known: list[Sizes], squared_rates: list[Array], window_steps: int) -> list[Missed | None]:
-    """Per cohort of an optimizer, whose steps are different ones of the same window; None where nothing is known of others.
+def missed_steps(
+    known: list[Sizes], squared_rates: list[Array], window_steps: int, told: Sequence[Told] | None = None
+) -> list[Missed | None]:
+    """Per cohort of an optimizer; None where nothing is known of the steps that it sat out.
 
-    `squared_rates[c]` [P]: of the learning rate, by which updates grow and fall.
+    `squared_rates[c]` [P]: of the learning rate, by which updates grow and fall. `told[c]`: of which steps its looks tell
+    (None: they are at different ones of the same window).
     """
-    sizes = _smooth(known, squared_rates)
+    sizes, told = _smooth(known, squared_rates), told or [Told.by_turns(of.count_P) for of in known]
+    held = [_held(*each) for each in zip(known, sizes, told, strict=True)]
     found: list[Missed | None] = []
     for c, of in enumerate(known):
-        rest = [k for k in range(len(known)) if k != c]
-        others_J = np.concatenate([sizes[k][0] for k in rest]) if rest else np.zeros(0)
-        count_J = np.concatenate([known[k].count_P for k in rest]) if rest else np.zeros(0)
-        usual_J = np.concatenate([sizes[k][1] for k in rest]) if rest else np.zeros(0)
-        found.append(_missed(sizes[c][0], of, others_J, usual_J, count_J, window_steps))
+        others = [(*sizes[k], told[k].alone_P) for k in range(len(known)) if k != c]
+        others_J, usual_J, count_J = (np.concatenate(each) for each in zip(*others, *held, strict=True))
+        are_looks_J = np.arange(len(count_J)) < sum(len(alone_P) for *_, alone_P in others)
+        found.append(_missed(sizes[c][0], of, told[c].has_asked, others_J, usual_J, count_J, are_looks_J, window_steps))
     return found
+
+
+def _held(of: Sizes, sizes: tuple[Array, Array], told: Told) -> tuple[Array, Array, Array]:
+    """[P] sizes, what is usual, and how many they are, of the steps beside each part's looks in which nobody was looked at."""
+    size_P, usual_P = sizes
+    # of a part of several looks it was another one that was so large: after such a step the next one is looked at too
+    is_mixed = (of.count_P > 1) & (size_P > ALIKE * usual_P)
+    return np.where(is_mixed, usual_P, size_P) * told.growth_P, usual_P * told.growth_P, told.held_P
 
 
 def _smooth(known: list[Sizes], squared_rates: list[Array]) -> list[tuple[Array, Array]]:
@@ -108,7 +120,14 @@ def _smooth(known: list[Sizes], squared_rates: list[Array]) -> list[tuple[Array,
 
 
 def _missed(
-    size_P: Array, known: Sizes, others_J: Array, usual_J: Array, count_J: Array, window_steps: int
+    size_P: Array,
+    known: Sizes,
+    has_asked: bool,
+    others_J: Array,
+    usual_J: Array,
+    count_J: Array,
+    are_looks_J: npt.NDArray[np.bool_],
+    window_steps: int,
 ) -> Missed | None:
     count_P = known.count_P
     own_P = (size_P > 0) & (count_P > 0)
@@ -117,13 +136,16 @@ def _missed(
         return None
     count_J = count_J * (unmeasured / told)
     # of several steps in one part it was one that was so large
-    is_mixed = (count_J > 1) & (others_J > ALIKE * usual_J)
+    is_mixed = are_looks_J & (count_J > 1) & (others_J > ALIKE * usual_J)
     one_J = np.where(is_mixed, others_J * count_J - usual_J * (count_J - 1), others_J)
     size_J = np.concatenate([size_P[own_P], one_J, usual_J[is_mixed]])
     count_J = np.concatenate([count_P[own_P], np.where(is_mixed, 1.0, count_J), count_J[is_mixed] - 1])
     size_J, count_J = size_J[size_J > 0], count_J[size_J > 0]
     at_J, at_P = 0.5 * np.log2(size_J), 0.5 * np.log2(np.where(own_P, size_P, 1.0))
     apart_JP = np.where(own_P, np.abs(at_J[:, None] - at_P), np.inf)
+    if has_asked and own_P[-1] and own_P.sum() > 1:
+        itself = own_P.sum() - 1
+        apart_JP[itself, :-1] = apart_JP[:itself, -1] = apart_JP[itself + 1 :, -1] = np.inf
     nearest_J1 = apart_JP.min(1, keepdims=True)
     width_J1 = np.maximum(_NEAR, _SPREAD * nearest_J1)
     near_JP = np.exp(0.5 * ((nearest_J1 / width_J1) ** 2 - (apart_JP / width_J1) ** 2)) * count_P

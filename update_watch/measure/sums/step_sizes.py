@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from update_watch.measure.sums.error_bars import Array, ratio
+from update_watch.measure.sums.steps import Told
 
 _FAR = 4.0  # so many times the largest measured step: what happens there was not seen
 # sizes of |intended|^2 within this factor of the usual are: what they differ by is noise of the few that tell
@@ -30,6 +31,7 @@ class Unseen(NamedTuple):
     energy_n: Array  # in all of those steps
     largest_n: Array  # in the largest of them, or in all that are far above any that was measured
     usual_n: Array  # in all of them, of the other tensors alone
+    unlooked_n: Array | float = 0.0  # share of the window's steps in which nobody was looked at
 
 
 class Sizes(NamedTuple):
@@ -106,7 +108,8 @@ def _sizes_of(cohorts: Sequence[Measured], parts: int) -> list[Sizes]:
         per_step = np.where(steps_Pn > 0, energy_Pn / np.maximum(steps_Pn, 1) / scale_CP[of_cohort_n].T, np.nan)
         usual_n = _median(np.where(per_step > 0, per_step, np.nan), 0)
         remembered_n, were_known = UsualSizes.with_these([one or UsualSizes() for one in usual], counts, per_step)
-        are_remembered = np.array(were_known) & np.array([one is not None for one in usual]) & (parts < _FEW_PARTS)
+        are_few = [np.count_nonzero(one[1].any(1)) < _FEW_PARTS for one in cohorts]
+        are_remembered = np.array(were_known) & np.array([one is not None for one in usual]) & np.array(are_few)
         usual_n = np.where(are_remembered[of_cohort_n], remembered_n, usual_n)
         alike_CP = _median(_apart(counts, per_step / usual_n), 2)
         size_CP = np.nan_to_num(alike_CP * scale_CP)
@@ -137,37 +140,68 @@ def _apart(counts: Sequence[int], values: Array) -> Array:
     return apart
 
 
-def unseen(energies: list[Array], steps: list[Array], window_steps: int, known: list[Sizes]) -> list[Unseen]:
+def unseen(
+    energies: list[Array],
+    steps: list[Array],
+    window_steps: int,
+    known: list[Sizes],
+    told: Sequence[Told] | None = None,
+    squared_rates: Sequence[Array] | None = None,
+) -> list[Unseen]:
     """Per cohort: what was not measured of its rows.
 
     `energies[c]` [P, n]: sum of |intended|^2 in each part; `steps[c]` [P, n]: steps measured of each row; `known[c]`: the
-    sizes of both. Cohorts are measured in different steps of the same window.
+    sizes of both; `told[c]`: of which steps those tell (None: cohorts are measured in different steps of the same window);
+    `squared_rates[c]` [P]: see `sizes_of`.
     """
-    sizes, counts, usuals, *_ = (list(kind) for kind in zip(*known, strict=True))
-    every_size, every_count = np.concatenate(sizes), np.concatenate(counts)
-    seen, total = float(every_count.sum()), float((every_size * every_count).sum())
-    if not seen or not total:
-        return [Unseen(*np.array([np.nan, 0.0, np.nan])[:, None].repeat(e.shape[1], 1)) for e in energies]
-    steps_for_one = max(window_steps / seen, 1.0)  # steps of the window that one of those seen stands for
+    told = told or [Told.by_turns(of.count_P) for of in known]
+    held = _held(known, told, squared_rates or [np.ones(len(of.size_P)) for of in known])
+    unlooked = min(sum(float(one.held_P.sum()) for one in told) / max(window_steps, 1), 1.0)
     found: list[Unseen] = []
-    start = 0
-    for size_P, steps_Pn, energy_Pn, usual_n in zip(sizes, steps, energies, usuals, strict=True):
-        stop = start + len(size_P)
+    for c, (of, steps_Pn, energy_Pn) in enumerate(zip(known, steps, energies, strict=True)):
+        size_P, usual_n = of.size_P, of.usual_n
+        others = [(known[k].size_P, told[k].alone_P) for k in range(len(known)) if k != c]
+        elsewhere, count = (np.concatenate(each) for each in zip(*others, *held, strict=True))
+        elsewhere, count = elsewhere[count > 0], count[count > 0]
+        seen = float(of.count_P.sum() + count.sum())
+        total = float((size_P * of.count_P).sum() + (elsewhere * count).sum())
+        if not seen or not total:
+            found.append(Unseen(*np.array([np.nan, 0.0, np.nan, unlooked])[:, None].repeat(energy_Pn.shape[1], 1)))
+            continue
+        steps_for_one = max(window_steps / seen, 1.0)  # steps of the window that one of those known stands for
         own_Pn = np.where(steps_Pn > 0, size_P[:, None], 0.0)
         other_Pn = np.where(steps_Pn > 0, 0.0, size_P[:, None])  # it sat those out
-        elsewhere = np.concatenate([every_size[:start], every_size[stop:]])
         largest_n = np.maximum(other_Pn.max(0, initial=0.0), elsewhere.max(initial=0.0))
         far_n = _FAR * own_Pn.max(0, initial=0.0)
-        every_own_n = np.where(other_Pn > far_n, other_Pn * counts[len(found)][:, None], 0.0).sum(0)
-        energy = elsewhere * np.concatenate([every_count[:start], every_count[stop:]])
+        every_own_n = np.where(other_Pn > far_n, other_Pn * of.count_P[:, None], 0.0).sum(0)
+        energy = elsewhere * count
         beyond_n = every_own_n + np.where(elsewhere[:, None] > far_n, energy[:, None], 0.0).sum(0)
         largest_n = np.minimum(np.maximum(largest_n, beyond_n * steps_for_one) / (total * steps_for_one), 1.0)
         seen_n = (size_P[:, None] * steps_Pn).sum(0)
         beside_n = np.maximum(total * steps_for_one - seen_n, 0.0)
         others_n = usual_n * beside_n
         shares = ratio(others_n, energy_Pn.sum(0) + others_n), largest_n, ratio(beside_n, seen_n + beside_n)
-        found.append(Unseen(*shares))
-        start = stop
+        found.append(Unseen(*shares, np.full(len(usual_n), unlooked)))
+    return found
+
+
+def _held(known: Sequence[Sizes], told: Sequence[Told], squared_rates: Sequence[Array]) -> list[tuple[Array, Array]]:
+    """Per cohort [P] sizes of the steps beside its looks in which nobody was looked at, and how many they are.
+
+    What looks differ by within `ALIKE` is the noise of single steps: those beside them have the mean of all such looks.
+    """
+    rates = [np.where(rate_P > 0, rate_P, 1.0) for rate_P in squared_rates]
+    every = [(of.size_P / rate_P, one.alone_P) for of, one, rate_P in zip(known, told, rates, strict=True)]
+    size_J, count_J = (np.concatenate(each) for each in zip(*every, strict=True))
+    looked = size_J[(size_J > 0) & (count_J > 0)]
+    usual = float(np.median(looked)) if len(looked) else 0.0
+    is_usual_J = (size_J < ALIKE * usual) & (size_J > usual / ALIKE)
+    mean = float((size_J * count_J)[is_usual_J].sum() / max(count_J[is_usual_J].sum(), 1e-300))
+    found = []
+    for of, one, rate_P in zip(known, told, rates, strict=True):
+        size_P = of.size_P / rate_P
+        is_usual_P = (size_P < ALIKE * usual) & (size_P > usual / ALIKE)
+        found.append((np.where(is_usual_P, mean, size_P) * rate_P * one.growth_P, one.held_P))
     return found
 
 

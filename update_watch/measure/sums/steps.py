@@ -7,11 +7,59 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from update_watch.measure.sums.error_bars import Array
+from update_watch.measure.sums.layout import CROSS, SQUARE
+
+
+class Told(NamedTuple):
+    """What the looks of a cohort tell of steps that others of its optimizer sat out, by part."""
+
+    alone_P: Array  # its looks at steps in which none of the others was looked at
+    held_P: (
+        Array  # steps beside its looks in which nobody was: between two looks updates go from one's size to the other's
+    )
+    growth_P: Array  # by how much |intended|^2 is larger in those, by the learning rate
+    has_asked: bool = False  # the last part is of steps measured for what they are: it stands for no others
+
+    @classmethod
+    def by_turns(cls, count_P: Array) -> Told:
+        """Of so many looks, where it is somebody's turn in every step."""
+        return cls(count_P, np.zeros(len(count_P)), np.ones(len(count_P)))
+
+
+class Looks:
+    """Those at a cohort in the open window, in the order of time; all but those that were asked for."""
+
+    def __init__(self) -> None:
+        self._looks: list[list[float]] = []  # of each: 1, at nobody else; steps held, squares of their learning rates
+
+    def add(self) -> None:
+        """One more, at nobody else."""
+        self._looks.append([1.0, 0.0, 0.0])
+
+    def hold(self, squared_rate: float, share: float = 1.0) -> None:
+        """A step beside the last one, in which nobody is looked at, or a share of it."""
+        last = self._looks[-1]
+        last[1] += share
+        last[2] += share * squared_rate
+
+    def told(self, count: int, per_part: int, has_asked: bool, squared_rates_P: Array) -> Told:
+        """By part, of so many looks each; `count`: looks that are in the sums. `has_asked`: the last part is of such, of which all
+        were measured."""
+        parts = len(squared_rates_P) - has_asked
+        looks_L3 = np.zeros((parts * per_part, 3))
+        looks_L3[:count] = np.array(self._looks[:count]).reshape(-1, 3)
+        looks_P3 = np.zeros((parts + has_asked, 3))
+        looks_P3[:parts] = looks_L3.reshape(-1, per_part, 3).sum(1)
+        alone_P, held_P, squares_P = looks_P3.T
+        has_rate_P = (held_P > 0) & (squared_rates_P > 0)
+        growth_P = squares_P / np.where(has_rate_P, held_P * squared_rates_P, 1.0)
+        return Told(alone_P, held_P, np.where(has_rate_P, growth_P, 1.0), has_asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +74,14 @@ class Steps:
     is_whole_n: npt.NDArray[np.bool_]  # all its elements are read
     is_plain_n: npt.NDArray[np.bool_]  # its steps are independent of each other: nothing is carried between them
     blind_n: Array  # steps that were looked at in which nobody saw the row's gradient, though it could have been
+    has_asked: bool = False  # the last part is of steps that were measured because they were unlike the others
 
     def of(self, rows: Sequence[int] | npt.NDArray[np.intp] | slice, parts: int | None = None) -> Steps:
         """Those of some rows, of which so many parts are in use (None: all)."""
         kept = {
             field.name: getattr(self, field.name)[..., rows]
             for field in dataclasses.fields(self)
-            if field.name != "squared_rates_P" or self.squared_rates_P.ndim > 1
+            if field.name != "has_asked" and (field.name != "squared_rates_P" or self.squared_rates_P.ndim > 1)
         }
         return dataclasses.replace(self, **{**kept, "parts_Pn": kept["parts_Pn"][:parts]})
 
@@ -43,7 +92,7 @@ class Steps:
         found = {
             field.name: np.concatenate([getattr(one, field.name) for one in steps], -1)
             for field in dataclasses.fields(cls)
-            if field.name not in ("parts_Pn", "squared_rates_P")
+            if field.name not in ("parts_Pn", "squared_rates_P", "has_asked")
         }
         counts = [one.parts_Pn.shape[1] for one in steps]
         of_all: dict[str, Array] = {name: np.zeros((parts, sum(counts))) for name in ("parts_Pn", "squared_rates_P")}
@@ -53,12 +102,34 @@ class Steps:
             of_all["parts_Pn"][own], of_all["squared_rates_P"][own] = one.parts_Pn, one.squared_rates_P[:, None]
             start += count
         found |= of_all
-        return cls(**found)
+        return cls(**found, has_asked=any(one.has_asked for one in steps))
 
     @property
     def measured_n(self) -> Array:
         """Steps measured of each row."""
         found: Array = self.parts_Pn.sum(0)
+        return found
+
+    @property
+    def sampled_Pn(self) -> Array:
+        """Of `parts_Pn`, those that were drawn from the steps of the window, as a sample is."""
+        if not self.has_asked:
+            return self.parts_Pn
+        found: Array = self.parts_Pn.copy()
+        found[-1] = 0.0
+        return found
+
+    def fairly(self, parts_PFn: Array) -> Array:
+        """[P, F, n]: sums of which those over steps that were asked for count as what they are, one step each: each of the others
+        stands for several."""
+        if not self.has_asked:
+            return parts_PFn
+        asked_n, sampled_n = self.parts_Pn[-1], self.parts_Pn[:-1].sum(0)
+        others_n = np.maximum(self.window_Gn.sum(0) - asked_n, sampled_n)
+        found: Array = parts_PFn.copy()
+        weight_n = np.where(sampled_n > 0, sampled_n / np.maximum(others_n, 1), 1.0)
+        found[-1] *= weight_n
+        found[-1, [CROSS, SQUARE]] *= weight_n  # of products of two
         return found
 
     def for_all(self, usual_n: Array) -> Array:

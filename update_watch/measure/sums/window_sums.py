@@ -12,7 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from update_watch.measure.sums.arrivals import Curves, tail
-from update_watch.measure.sums.error_bars import Array, ratio, reach, spread_over_steps, standard_error, too_low
+from update_watch.measure.sums.error_bars import (
+    Array,
+    ratio,
+    reach,
+    spread_beside_asked,
+    spread_of_rms,
+    spread_over_steps,
+    standard_error,
+    too_low,
+)
 from update_watch.measure.sums.layout import (
     BEFORE,
     CHANGED,
@@ -121,12 +130,11 @@ class WindowSums:
         return found
 
     def numbers(self, steps: Steps, unseen: Unseen, missed: Sequence[tuple[slice, Missed]] = ()) -> dict[str, Array]:
-        """The numbers of the weights, [n] each, by their names in `TensorEvidence` and `Numbers`.
-
-        `unseen`: what was not measured of the window's energy, see `step_sizes`; `missed`: what the measured parts of the rows
-        of a cohort stand for.
+        """The numbers of the weights, [n] each, by their names in `TensorEvidence` and `Numbers`; `unseen`, see `step_sizes`;
+        `missed`: what the measured parts of a cohort's rows stand for.
         """
-        t = self.total_Fn
+        every, fair_PFn = self.total_Fn, steps.fairly(self.parts_PFn)
+        t, sampled_Pn = fair_PFn.sum(0), steps.sampled_Pn
         measured = steps.measured_n
         is_exact = steps.is_whole_n & steps.is_plain_n
         cells = ratio(t[WANT] ** 2, t[SQUARE])
@@ -148,19 +156,23 @@ class WindowSums:
         efficiency = ratio(dot_Pn.sum(0), want_Pn.sum(0)) + np.where(
             steps.is_whole_n, 0.0, too_low(t[DOT], t[WANT], t[CROSS], t[SQUARE])
         )
-        spread_n, effective_n = spread_over_steps(dot_Pn, want_Pn, steps.parts_Pn)
+        spread_n, effective_n = spread_over_steps(dot_Pn, want_Pn, sampled_Pn)
+        if steps.has_asked:
+            asked = dot_Pn[-1], want_Pn[-1], ratio(self.parts_PFn[-1, WANT] ** 2, self.parts_PFn[-1, SQUARE])
+            spread_n = spread_beside_asked(spread_n, *asked, want_Pn.sum(0), energy_n, is_exact)
         spread_n = spread_n + self._spread_over_elements(t)
 
         with np.errstate(all="ignore"):
             for_all = steps.for_all(unseen.usual_n)
-            update_ratio = np.sqrt(ratio(t[WANT], t[BEFORE]) * for_all)
+            update_ratio = np.sqrt(ratio(every[WANT], every[BEFORE]) * for_all)
             # of a root: half the relative error of what is below it; a step that was not seen adds to it what it holds
-            size, _ = spread_over_steps(self.parts_PFn[:, WANT], self.parts_PFn[:, BEFORE], steps.parts_Pn)
+            size, _ = spread_over_steps(fair_PFn[:, WANT], fair_PFn[:, BEFORE], sampled_Pn)
             beyond = ratio(unseen.largest_n, 1 - unseen.largest_n)
             size = size / ratio(t[WANT], t[BEFORE]) ** 2
             update_error = standard_error(size, effective_n, steps.unmeasured_n, beyond, cells, is_exact)
             # of heavy tails the samples that met too little differ too little as well
             update_error = update_ratio * update_error * (1 + _TAILS * np.sqrt(np.nan_to_num(size))) / 2
+            update_error = update_error * np.sqrt(1 + unseen.unlooked_n)  # nor do the others know of a large step there
             displacement, displacement_error, way = self._displacement(steps)
             # rows of an embedding that no token used tell nothing of the others: only a whole gradient does
             is_seen = steps.is_whole_n | (t[NONZERO] > 0) | (steps.checks_n > 0)
@@ -170,7 +182,7 @@ class WindowSums:
             is_seen &= ~is_touched
             lost_Pn, wanted_Pn = (stood_Pn * self.parts_PFn[:, kind] for kind in (LOST, WANTED))
             lost = ratio(lost_Pn.sum(0), wanted_Pn.sum(0))
-            lost_spread = spread_over_steps(lost_Pn, wanted_Pn, steps.parts_Pn)
+            lost_spread = spread_over_steps(lost_Pn, wanted_Pn, sampled_Pn)
             lost_error = standard_error(*lost_spread, steps.unmeasured_n, unseen.largest_n, cells, is_exact)
             reach_n = np.where(np.isnan(reach_n), reach(efficiency, steps.is_plain_n), reach_n)
             doubt = unseen.largest_n * reach_n
@@ -189,11 +201,13 @@ class WindowSums:
                 "path_weight": way / np.maximum(t[COUNT] / np.maximum(measured, 1), 1),
                 "update_ratio": update_ratio,
                 "update_ratio_error": update_error,
-                "applied_ratio": np.sqrt(ratio(t[MOVED], t[BEFORE]) * for_all),
+                "applied_ratio": np.sqrt(ratio(every[MOVED], every[BEFORE]) * for_all),
                 "changed_fraction": ratio(t[CHANGED], t[COUNT]),
                 "zero_gradient_fraction": zeros,
                 "gradient_rms": np.sqrt(ratio(t[GRADIENT], t[COUNT])),
-                "gradient_spread": self._gradient_spread(),
+                "gradient_spread": spread_of_rms(
+                    self.parts_PFn[:, GRADIENT], np.where(sampled_Pn > 0, self.parts_PFn[:, COUNT], 0.0)
+                ),
                 "gradient_max": np.where(np.isfinite(self.gradient_max_n), np.sqrt(self.gradient_max_n), np.nan),
                 "stored": np.sqrt(ratio(t[BEFORE], t[COUNT])),
                 "what_if": ratio(self.what_if_2n[0], self.what_if_2n[1]),
@@ -213,14 +227,14 @@ class WindowSums:
         more_Pn = np.where(steps.is_plain_n, curves.more(want_Pn, stood), 0.0)
         is_known = steps.is_plain_n & curves.is_known_n
         reach_n = np.where(is_known, curves.reach(stood.top_n), np.nan)
-        tail_n = np.where(is_known, tail(curves, want_Pn, steps.parts_Pn, stood), 0.0)
+        tail_n = np.where(is_known, tail(curves, want_Pn, steps.parts_Pn, stood, steps.sampled_Pn), 0.0)
         return of_all_Pn * dot_Pn + more_Pn, of_all_Pn * want_Pn, reach_n, tail_n
 
     def _has_risen(self, steps: Steps) -> Mask:
         """[n] whether updates grew from one measured step to the next: without gradients momentum makes them but smaller, so
         some came in between."""
         rates_Pn = steps.squared_rates_P.reshape(len(self.parts_PFn), -1)
-        want_Pn = ratio(self.parts_PFn[:, WANT], steps.parts_Pn * rates_Pn)
+        want_Pn = ratio(self.parts_PFn[:, WANT], steps.sampled_Pn * rates_Pn)
         # a rate of 0 is counted as 1: nothing is wanted then, whatever the gradient
         want_Pn = np.where((want_Pn == 0) & (rates_Pn == 1), np.nan, want_Pn)
         most_n = np.where(steps.is_whole_n, _GROWN, _GROWN_SAMPLES)
@@ -230,15 +244,6 @@ class WindowSums:
             risen_n |= want_n > most_n * last_n
             last_n = np.where(np.isnan(want_n), last_n, want_n)
         return risen_n
-
-    def _gradient_spread(self) -> Array:
-        """[n] standard deviation of the gradient's rms over the parts of the window, by their mean."""
-        counts_Pn = self.parts_PFn[:, COUNT]
-        rms_Pn = np.sqrt(ratio(self.parts_PFn[:, GRADIENT], counts_Pn))
-        parts = (counts_Pn > 0).sum(0)
-        mean = ratio(np.nansum(rms_Pn, 0), parts)
-        variance = ratio(np.nansum((rms_Pn - mean) ** 2, 0), parts - 1)
-        return np.where(parts > 1, ratio(np.sqrt(variance), mean), np.nan)
 
     def _spread_over_elements(self, t: Array) -> Array:
         """What elements differ by beyond what steps do: [n] V_elements - V_both, of two-way clusters, at least 0.

@@ -1,0 +1,108 @@
+"""How large a step's gradients are beside those of the steps before, read from the host's memory before the rule runs.
+
+Where nobody is measured in most steps, their updates are taken to be as large as those of the last one that was. That fails
+where a single batch has gradients of another size (a loss spike): under plain SGD the step is as much larger. So a few elements
+of a few gradients are read in every step. Only on the host, where that waits for nothing.
+
+Legend: M tensors, E elements of each.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from update_watch.measure.device import host_memory
+from update_watch.measure.sampling import local
+
+_TENSORS, _RUNS, _RUN = 8, 8, 4  # elements are read in runs of neighbours
+_FIRST = 8  # steps until it is known what is usual
+_NEWEST = 1 / 8  # weight of the newest step in that
+_UNLIKE = 1.0  # octaves above the usual
+
+_HALF = np.uint16  # the upper half of a number: sign, exponent, and what is left of the mantissa
+# of a format: halves of a number, the octaves' lowest bit in the upper one
+_FORMATS = {torch.bfloat16: (1, 7), torch.float16: (1, 10), torch.float32: (2, 7)}
+_MAGNITUDE = _HALF(0x7FFF)
+
+
+class GradientPace:
+    """Of up to M tensors of one format, a fair part of an optimizer's."""
+
+    def __init__(self, params: Sequence[Tensor], rng: random.Random) -> None:
+        """`params`: strided ones of one format on the host, of no fewer elements than are read."""
+        shards = [local(param) for param in params]
+        self._params = list(zip(params, [shard.stride() for shard in shards], strict=True))
+        self._dtype = shards[0].dtype
+        size = self._dtype.itemsize
+        begins = [
+            [int((run + rng.random()) * (shard.numel() - _RUN) / _RUNS) * size for run in range(_RUNS)]
+            for shard in shards
+        ]
+        self._places = host_memory.at(np.array(begins, np.int64))  # of each run, from a tensor's beginning
+        self._size = _RUN * size
+        self._is_sharded = any(shard is not param for shard, param in zip(shards, params, strict=True))
+        self._halves, bits = _FORMATS[self._dtype]
+        self._octave = float(1 << bits)
+        self._usual: float | None = None
+        self._steps = 0
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor], rng: random.Random) -> GradientPace | None:
+        """None where they cannot be read from the host's memory."""
+        if not host_memory.is_available():
+            return None
+        alike: dict[torch.dtype, list[Tensor]] = {}
+        for param in params:
+            shard = local(param)
+            if shard.dtype in _FORMATS and host_memory.can_read(shard) and _fills(shard):
+                alike.setdefault(shard.dtype, []).append(param)
+        able = max(alike.values(), key=len, default=[])
+        count = min(len(able), _TENSORS)
+        return cls([able[k * len(able) // count] for k in range(count)], rng) if count else None
+
+    def is_unlike(self) -> bool:
+        """In every step, once its gradients are final: whether they are much larger than usual, or it is not known yet what is.
+
+        The logarithm of a number is the line between its bits and itself, to 0.09 octaves; the median of them all asks for no
+        sums, and passes over tensors that no gradient reaches.
+        """
+        self._steps += 1
+        there, grads, addresses = [], [], []
+        for i, (param, stride) in enumerate(self._params):
+            grad = param.grad
+            if grad is not None and self._is_sharded:
+                grad = local(grad)
+            if (
+                grad is not None
+                and grad.dtype is self._dtype
+                and grad.stride() == stride
+                and host_memory.can_read(grad)
+            ):
+                there.append(i)
+                grads.append(grad)  # held until it has been read
+                addresses.append(grad.data_ptr())
+        if not there:
+            return False
+        places = self._places if len(there) == len(self._params) else self._places[there]
+        read = host_memory.read(np.array(addresses, np.int64)[:, None] + places, self._size)
+        bits = read.view(_HALF).ravel()[self._halves - 1 :: self._halves] & _MAGNITUDE
+        bits.partition(len(bits) // 2)
+        now = int(bits[len(bits) // 2]) / self._octave
+        if not now:
+            return False  # most are 0
+        usual = self._usual
+        self._usual = now if usual is None else usual + _NEWEST * (now - usual)
+        return self._steps <= _FIRST or (usual is not None and now - usual > _UNLIKE)
+
+
+def _fills(shard: Tensor) -> bool:
+    """Whether all that lies between a tensor's first and last element is its own."""
+    if shard.numel() < _RUNS * _RUN:
+        return False
+    reach = 1 + sum((size - 1) * step for size, step in zip(shard.shape, shard.stride(), strict=True))
+    return reach == shard.numel()
