@@ -16,7 +16,9 @@ import update_watch as uw
 from update_watch.measure.cohort import Cohort, Snapshot
 from update_watch.measure.device import turns
 from update_watch.measure.device.gradient_pace import GradientPace
+from update_watch.measure.device.host_memory import HostBlocks
 from update_watch.measure.device.panels import Plan
+from update_watch.measure.sampling import Sampler
 from update_watch.measure.step_order import Roster
 from update_watch.measure.sums.layout import COUNT
 from update_watch.measure.sums.missed_steps import missed_steps
@@ -301,3 +303,21 @@ def test_a_rule_that_cannot_wait_is_replayed_of_each_half_by_itself() -> None:
         watch.flush()
     efficiencies = [t.efficiency for t in found[0].tensors]
     assert all(e is not None and 0.4 < e < 1.1 for e in efficiencies), efficiencies
+
+
+def test_a_shorter_tensor_in_anothers_place_is_not_read_beyond_its_end() -> None:
+    """Rows taken away in mid-window: it lies in memory as the longer one did, but for its end."""
+    torch.manual_seed(0)
+    members = params(torch.bfloat16)
+    pace = GradientPace.of(members, random.Random(0))
+    blocks = HostBlocks.of([Sampler(p.detach(), 256, 2) for p in members], [p.detach() for p in members])
+    assert pace is not None and blocks is not None
+    for _ in range(10):
+        unlike(pace, members, 1.0)
+    places = blocks.places(0, 1 << 31)
+    assert blocks.read([p.detach() for p in members], places) is not None
+    for p in members:
+        p.grad, p.data = None, p.data[:10].clone()
+    usual = pace._usual
+    assert not unlike(pace, members, 30.0) and pace._usual == usual
+    assert blocks.read([p.detach() for p in members], places) is None

@@ -36,7 +36,7 @@ class GradientPace:
     def __init__(self, params: Sequence[Tensor], rng: random.Random) -> None:
         """`params`: strided ones of one format on the host, of no fewer elements than are read."""
         shards = [local(param) for param in params]
-        self._params = list(zip(params, [shard.stride() for shard in shards], strict=True))
+        self._params = [(param, shard.stride(), shard.numel()) for param, shard in zip(params, shards, strict=True)]
         self._dtype = shards[0].dtype
         size = self._dtype.itemsize
         begins = [
@@ -73,16 +73,14 @@ class GradientPace:
         """
         self._steps += 1
         there, grads, addresses = [], [], []
-        for i, (param, stride) in enumerate(self._params):
+        for i, (param, stride, numel) in enumerate(self._params):
             grad = param.grad
             if grad is not None and self._is_sharded:
                 grad = local(grad)
-            if (
-                grad is not None
-                and grad.dtype is self._dtype
-                and grad.stride() == stride
-                and host_memory.can_read(grad)
-            ):
+            if grad is None or grad.dtype is not self._dtype:
+                continue
+            # of another length it may be shorter
+            if grad.stride() == stride and grad.numel() == numel and host_memory.can_read(grad):
                 there.append(i)
                 grads.append(grad)  # held until it has been read
                 addresses.append(grad.data_ptr())

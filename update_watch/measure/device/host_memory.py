@@ -94,7 +94,7 @@ class HostBlocks:
     def __init__(self, rows: Sequence[int], samplers: Sequence[Sampler], tensors: Sequence[Tensor]) -> None:
         """`rows`: which of all rows these are. `tensors`: the (local) tensors of these rows, of one format."""
         self.rows, self.dtype = list(rows), tensors[0].dtype
-        self._strides, self._samplers = [tensor.stride() for tensor in tensors], samplers
+        self._layouts, self._samplers = [(tensor.stride(), tensor.numel()) for tensor in tensors], samplers
         plans = [sampler.positions for sampler in samplers if sampler.positions is not None]
         self._number = _NUMBERS[self.dtype.itemsize]
         _, blocks, block = samplers[0].view_shape
@@ -137,9 +137,11 @@ class HostBlocks:
         """[arrays, n, sets, P / sets] blocks; None where they have to be read otherwise. `tensors`: local ones, an array of rows after
         the other."""
         addresses: list[int] = []
-        dtype, strides = self.dtype, itertools.cycle(self._strides)
-        for tensor, stride in zip(tensors, strides, strict=False):
-            if tensor is None or tensor.dtype is not dtype or not can_read(tensor) or tensor.stride() != stride:
+        dtype, layouts = self.dtype, itertools.cycle(self._layouts)
+        for tensor, (stride, numel) in zip(tensors, layouts, strict=False):
+            if tensor is None or tensor.dtype is not dtype or not can_read(tensor):
+                return None
+            if tensor.stride() != stride or tensor.numel() != numel:  # another one in its place may be shorter
                 return None
             addresses.append(tensor.data_ptr())
         return read(np.array(addresses, np.int64).reshape(-1, len(places_nSP), 1, 1) + places_nSP, self._size)
