@@ -21,8 +21,12 @@ from update_watch.measure.sampling import local
 
 _TENSORS, _RUNS, _RUN = 8, 8, 4  # elements are read in runs of neighbours
 _FIRST = 8  # steps until it is known what is usual
-_NEWEST = 1 / 8  # weight of the newest step in that
-_UNLIKE = 1.0  # octaves above the usual
+_NEWEST = 1 / 8  # weight of the newest step in that,
+_MOST = 4.0  # which counts as no more octaves above it: one of infinite gradients would hide all others
+_UNLIKE = 1.0  # octaves above the usual,
+# and so many more after each step that was asked for, which are given back in other steps. So at most a tenth is asked for, and of
+# steps that are all unlike each other the largest: the others are met often enough in the steps that are drawn
+_RISE, _FALL = 0.5, 0.5 / 9
 
 _HALF = np.uint16  # the upper half of a number: sign, exponent, and what is left of the mantissa
 # of a format: halves of a number, the octaves' lowest bit in the upper one
@@ -48,7 +52,8 @@ class GradientPace:
         self._is_sharded = any(shard is not param for shard, param in zip(shards, params, strict=True))
         self._halves, bits = _FORMATS[self._dtype]
         self._octave = float(1 << bits)
-        self._usual: float | None = None
+        self._usual: dict[int, float] = {}  # of each tensor the usual median, as its bits
+        self._unlike = _UNLIKE
         self._steps = 0
 
     @classmethod
@@ -68,8 +73,8 @@ class GradientPace:
     def is_unlike(self) -> bool:
         """In every step, once its gradients are final: whether they are much larger than usual, or it is not known yet what is.
 
-        The logarithm of a number is the line between its bits and itself, to 0.09 octaves; the median of them all asks for no
-        sums, and passes over tensors that no gradient reaches.
+        The logarithm of a number is the line between its bits and itself, to 0.09 octaves; medians ask for no sums. Of each
+        tensor by what is usual for it: tensors differ by more than steps do, and not all have a gradient in each.
         """
         self._steps += 1
         there, grads, addresses = [], [], []
@@ -88,14 +93,24 @@ class GradientPace:
             return False
         places = self._places if len(there) == len(self._params) else self._places[there]
         read = host_memory.read(np.array(addresses, np.int64)[:, None] + places, self._size)
-        bits = read.view(_HALF).ravel()[self._halves - 1 :: self._halves] & _MAGNITUDE
-        bits.partition(len(bits) // 2)
-        now = int(bits[len(bits) // 2]) / self._octave
-        if not now:
-            return False  # most are 0
-        usual = self._usual
-        self._usual = now if usual is None else usual + _NEWEST * (now - usual)
-        return self._steps <= _FIRST or (usual is not None and now - usual > _UNLIKE)
+        bits_ME = read.view(_HALF)[:, self._halves - 1 :: self._halves] & _MAGNITUDE
+        bits_ME.partition(_RUNS * _RUN // 2, 1)
+        above, most, usual = [], _MOST * self._octave, self._usual
+        # a few numbers: by arrays it would take twice as long
+        for i, now in zip(there, bits_ME[:, _RUNS * _RUN // 2].tolist(), strict=True):
+            if not now:
+                continue  # most of its elements are 0
+            before = usual.setdefault(i, now)
+            above.append(now - before)
+            usual[i] = before + _NEWEST * min(now - before, most)
+        self._unlike = max(self._unlike - _FALL, _UNLIKE)
+        if not above or self._steps <= _FIRST:
+            return bool(above)
+        above.sort()
+        if above[len(above) // 2] <= self._unlike * self._octave:
+            return False
+        self._unlike += _RISE + _FALL
+        return True
 
 
 def _fills(shard: Tensor) -> bool:

@@ -19,6 +19,7 @@ from update_watch.measure.cohort import Cohort
 from update_watch.measure.device.gradient_pace import GradientPace
 from update_watch.measure.device.turns import MOST_TURNS, turns_of
 from update_watch.measure.device_rows import DeviceRows, Measured
+from update_watch.measure.learning_rates import as_number
 from update_watch.measure.parameters import Row
 from update_watch.measure.row_facts import KnownFacts, WindowFacts
 from update_watch.measure.sampling import local
@@ -34,6 +35,7 @@ _LEAST, _MOST = 32, 256  # tensors of a panel
 _WAITING = 8  # steps' measurements that wait, of several panels
 # turns, from which on half of the tensors are looked at in two of so many steps instead: a few looks at many cost less
 _MANY_TURNS, _HALVES = 4, 2
+_TIMES = 4  # in windows in which they come less often, single steps would make the numbers of many tensors at once
 
 
 class Plan:
@@ -60,7 +62,8 @@ class Plan:
             own = [row for row in rows if local(row.param).device == device]
             turns = turns_of([local(row.param).numel() for row in own], samples, device)
             is_plain = all(row.scheme.name == "plain" for row in own)
-            if len(devices) == 1 and turns >= _MANY_TURNS and len(own) <= FEW and is_plain:
+            is_long = _TIMES * turns <= window
+            if len(devices) == 1 and turns >= _MANY_TURNS and len(own) <= FEW and is_plain and is_long:
                 self._pace = GradientPace.of([row.param for row in own], rng)
                 if self._pace is not None:
                     cycle, turns = turns, _HALVES
@@ -89,6 +92,7 @@ class Plan:
             self.panel_of.update({id(row.param): panel for cohort in block.cohorts for row in cohort.rows})
         self.roster: Roster[Cohort] = Roster(everybody, window, rng, by_panel, cycle)
         self._window = window
+        self._optimizer, self._squared_rate = optimizer, 1.0
         self._last: Cohort | None = None  # that was measured, of the open window
         self._between: list[float] = []  # steps since then in which nobody was: squared learning rates
         self._facts: dict[Hashable, KnownFacts] = {}  # of the tensors of several blocks
@@ -116,18 +120,29 @@ class Plan:
         if self._pace is None:
             return cohorts, group, False
         if not is_resting and self._pace.is_unlike():
-            self._tell(None)
-            return self.cohorts, group, True
+            return self.cohorts, group, True  # which tells of no other step
+        squared_rate = self._rate_now()
         for cohort in cohorts:
             cohort.looks_told.add()
-            self._tell(cohort)
+            if squared_rate:  # else nothing is wanted in it, whatever the others are
+                self._tell(cohort)
         if not cohorts:
-            self._between.append(self.cohorts[0].squared_rate())
+            self._between.append(squared_rate)
         return cohorts, group, False
+
+    def _rate_now(self) -> float:
+        """The square of the first group's learning rate; where it cannot be read, that of the step before, or always the same.
+
+        0 is 0 here: of a step that nobody looks at, 1 would make the largest of all.
+        """
+        rate = as_number(self._optimizer.param_groups[0].get("lr"))
+        if rate is not None and math.isfinite(rate):
+            self._squared_rate = rate**2
+        return self._squared_rate
 
     def _tell(self, cohort: Cohort | None) -> None:
         """Who is measured now, after steps in which nobody was: what those had is between what the last one and this one have.
-        None: all are, in a step that tells of no other, so those after it are like the next one that is measured."""
+        None: the window is closed."""
         for i, squared_rate in enumerate(self._between, 1):
             share = i / (len(self._between) + 1) if self._last is not None else 1.0
             if cohort is None:
