@@ -174,10 +174,6 @@ class Cohort:
             self._large_n[i] += float(drawn[i].lt(_LIGHT).float().mean())
         return drawn
 
-    def squared_rate(self) -> float:
-        """The square of the first group's learning rate as it is now; where it cannot be read, always the same."""
-        return (rate_size(self.optimizer.param_groups[0].get("lr")) or 1.0) ** 2
-
     def problem(self, row: Row) -> str:
         """Why a row of it cannot be read now; "" when it can."""
         return self.gathers.problem(row)

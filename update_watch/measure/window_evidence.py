@@ -28,7 +28,7 @@ from update_watch.measure.row_facts import Resting
 from update_watch.measure.sums.layout import WANT, Layout
 from update_watch.measure.sums.measured_block import CohortFacts, MeasuredBlock
 from update_watch.measure.sums.missed_steps import Missed, missed_steps
-from update_watch.measure.sums.step_sizes import Unseen, UsualSizes, sizes_of_each, unseen
+from update_watch.measure.sums.step_sizes import Unseen, UsualSizes, aligned, sizes_of_each, unseen
 from update_watch.measure.sums.steps import Steps, Told
 from update_watch.measure.sums.window_sums import Mask, WindowSums
 from update_watch.measure.transfer import Later, Part, Transfer
@@ -259,6 +259,8 @@ def _unmeasured(measured: Sequence[_Measured]) -> list[list[tuple[Unseen, Missed
             Told.by_turns(of.count_P) if cohort.told is None else cohort.told()
             for of, cohort in zip(sizes, cohorts, strict=True)
         ]
+        if all(cohort.told is not None for cohort in cohorts):
+            sizes = aligned(sizes, told)
         of_steps = (
             unseen(list(energies), steps, window_steps, sizes, told, rates),
             missed_steps(sizes, rates, window_steps, told),

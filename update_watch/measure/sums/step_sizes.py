@@ -140,6 +140,27 @@ def _apart(counts: Sequence[int], values: Array) -> Array:
     return apart
 
 
+def aligned(known: Sequence[Sizes], told: Sequence[Told]) -> list[Sizes]:
+    """The sizes of cohorts that are looked at equally often, of which each was taken by what is usual in its own steps.
+
+    Where half of the window's steps are of another level, that may be the one level of some and the other of others, as chance
+    has it. So it is compared in steps that both were looked at in or, where there is none, in neighbouring ones: the median of
+    parts of the same number. What they differ by within `ALIKE` is noise.
+    """
+    found, first = [known[0]], known[0]
+    for of, one in zip(known[1:], told[1:], strict=True):
+        both = min(len(first.size_P), len(of.size_P))
+        mine_P, its_P = first.size_P[:both], of.size_P[:both]
+        if told[0].has_asked and one.has_asked:
+            mine_P, its_P = first.size_P[-1:], of.size_P[-1:]
+        is_known_P = (mine_P > 0) & (its_P > 0)
+        apart = float(np.exp(np.median(np.log(mine_P[is_known_P] / its_P[is_known_P])))) if is_known_P.any() else 1.0
+        if 1 / ALIKE < apart < ALIKE:
+            apart = 1.0
+        found.append(of._replace(size_P=of.size_P * apart, usual_n=of.usual_n / apart))
+    return found
+
+
 def unseen(
     energies: list[Array],
     steps: list[Array],
