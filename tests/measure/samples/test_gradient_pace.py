@@ -73,6 +73,12 @@ def test_infinite_gradients_hide_no_others() -> None:
     assert [step for step, is_unlike in enumerate(seen) if is_unlike] == [*range(8), 20, 24]
 
 
+def test_a_training_that_has_blown_up_is_not_asked_for_in_every_step() -> None:
+    paced = Paced()
+    seen = [paced.step(float("nan") if step >= 20 else 1.0) for step in range(120)]
+    assert seen[20] and sum(seen[20:]) < 0.1 * 100 + 2 * 8
+
+
 def test_only_what_a_gradient_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight of one dimension that was cut: its gradient has the same stride, and less."""
     from update_watch.measure.device import host_memory

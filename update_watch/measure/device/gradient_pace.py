@@ -101,7 +101,7 @@ class GradientPace:
             if not now:
                 continue  # most of its elements are 0
             before = usual.setdefault(i, now)
-            above.append(now - before)
+            above.append(min(now - before, 2 * most))  # what has blown up is so in all later steps
             usual[i] = before + _NEWEST * min(now - before, most)
         self._unlike = max(self._unlike - _FALL, _UNLIKE)
         if not above or self._steps <= _FIRST:
