@@ -91,12 +91,10 @@ class TensorEvidence:
     # or as rows of one element are that are normalised
     is_one_sided: bool = False
     touched_fraction: float | None = None  # of the elements that were read and written: those that steps had moved
-    is_put_back: bool = (
-        False  # to the bit, all of what is written to it, or most: as a grid does that is too coarse for its steps
-    )
-    held_fraction: float | None = (
-        None  # the same of a part of its elements, always the same ones; the others are left alone
-    )
+    # to the bit, all of what is written to it, or most: as a grid does that is too coarse for its steps
+    is_put_back: bool = False
+    # the same of a part of its elements, always the same ones; the others are left alone
+    held_fraction: float | None = None
     is_alike: bool = False  # what was undone is the same share of each element, and some is left
     may_be_alike: bool = False  # the gaps of its format may hide whether it is
     is_master: bool = False  # its optimizer steps a copy of it, from which it must be written

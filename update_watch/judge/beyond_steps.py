@@ -30,11 +30,8 @@ def by_ledger(e: TensorEvidence, history: TensorHistory, limits: Thresholds, ste
     """The steps apply their updates, but are they still there at the window's end, after a step of the run?"""
     net, error = known(e.net_efficiency), known(e.net_efficiency_error) or 0.0
     before, history.net_grade = history.net_grade, HEALTHY
-    if e.is_put_back and before in (
-        STALLED,
-        STALLING,
-    ):  # what a grid takes comes by the gap: one window may seem to lose less
-        error = 0.0
+    if e.is_put_back and before in (STALLED, STALLING):
+        error = 0.0  # what a grid takes comes by the gap: one window may seem to lose less
     health = HEALTHY if net is None else grade(net + 2 * error, before, limits)
     undone = share(e.undone_fraction) or 0.0
     is_still = e.is_master and e.moved == 0  # its net efficiency is not known before the first leap of it is due

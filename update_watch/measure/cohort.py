@@ -299,11 +299,9 @@ class Cohort:
 
         return made
 
-    def told(self) -> Callable[[], Told]:
-        """What its looks tell of the other steps; made on the background thread."""
-        count_P, squares_P = self._rates_2P[:, : self.parts]
-        rates_P = squares_P / np.maximum(count_P, 1)
-        return functools.partial(self.looks_told.told, self._added, self._per_part, self._asked > 0, rates_P)
+    def told(self) -> Callable[[Steps], Told]:
+        """What its looks tell of the other steps, from `counted_steps`; made on the background thread."""
+        return functools.partial(self.looks_told.told, self._added, self._per_part)
 
     @property
     def parts(self) -> int:

@@ -107,9 +107,8 @@ class DeviceRows:
         are_sampled = [not row.is_whole and row.is_first for row in ordered]
         self.facts = KnownFacts()
         self.gradients = WholeGradients([row.param for row in ordered], are_sampled)
-        self._now: dict[
-            Cohort, tuple[Tensor, Tensor, Tensor]
-        ] = {}  # in the step that is running, of those that cannot wait
+        # in the step that is running, of those that cannot wait
+        self._now: dict[Cohort, tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
     def sums(self) -> DeviceSums:

@@ -68,9 +68,8 @@ class CohortWindow:
     draw_from: Callable[[frozenset[int]], None] | None = None  # told the rows that few elements carry
     firsts: tuple[int, ...] = ()  # rows of `place` at which tensors begin; (): each is one
     usual: UsualSizes = dataclasses.field(default_factory=UsualSizes)  # the cohort's, of the windows before
-    told: Callable[[], Told] | None = (
-        None  # of the steps that others sat out; None: it was somebody's turn in every step
-    )
+    # of the steps that others sat out; None: it was somebody's turn in every step
+    told: Callable[[Steps], Told] | None = None
 
     @functools.cached_property
     def steps(self) -> Steps:
@@ -255,11 +254,8 @@ def _unmeasured(measured: Sequence[_Measured]) -> list[list[tuple[Unseen, Missed
         steps = [cohort.steps.parts_Pn for cohort in cohorts]
         rates = [cohort.steps.squared_rates_P for cohort in cohorts]
         sizes, window_steps = [sizes_of_all[i] for i in own], cohorts[0].window_steps
-        told = [
-            Told.by_turns(of.count_P) if cohort.told is None else cohort.told()
-            for of, cohort in zip(sizes, cohorts, strict=True)
-        ]
-        if all(cohort.told is not None for cohort in cohorts):
+        told = [cohort.told(cohort.steps) for cohort in cohorts if cohort.told is not None]  # of all, or of none
+        if told:
             sizes = aligned(sizes, told)
         of_steps = (
             unseen(list(energies), steps, window_steps, sizes, told, rates),

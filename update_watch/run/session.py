@@ -77,9 +77,8 @@ def _watch(model: Any, optimizer: Optimizer) -> Watch:
             from update_watch.dashboards import WandbSink
 
             run = getattr(sys.modules.get("wandb"), "run", None)
-            sinks.append(
-                WandbSink(run)
-            )  # None, of a run that is still to come: the one that is open when a window ends
+            # None, of a run that is still to come: the one that is open when a window ends
+            sinks.append(WandbSink(run))
     journal = None
     if is_leader:
         journal = free_path(Path(settings.journal), "" if is_first else name)

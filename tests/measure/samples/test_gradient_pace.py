@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from update_watch.measure.device.gradient_pace import GradientPace
+from update_watch.measure.device.host_memory import HostBlocks
+from update_watch.measure.sampling import Sampler
 
 SHAPE = (50, 64)
 
@@ -25,10 +28,39 @@ class Paced:
         assert pace is not None
         self.pace = pace
 
-    def step(self, size: float, of: Callable[[int], float] = lambda i: 1.0) -> bool:
+    def step(
+        self, size: float, of: Callable[[int], float] = lambda i: 1.0, make: Callable[[Tensor], Any] = Tensor.clone
+    ) -> bool:
         for i, p in enumerate(self.params):
-            p.grad = (torch.randn(p.shape) * 1e-3 * size * of(i)).to(p.dtype)
+            p.grad = make((torch.randn(p.shape) * 1e-3 * size * of(i)).to(p.dtype))
         return self.pace.is_unlike()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_of_another_size_are_seen(dtype: torch.dtype) -> None:
+    paced = Paced(dtype)
+    seen = [paced.step(30.0 if step in (20, 40, 41) else 1.0) for step in range(60)]
+    # in the first ones nobody knows what is usual
+    assert [step for step, is_unlike in enumerate(seen) if is_unlike] == [*range(8), 20, 40, 41]
+
+
+def test_what_says_nothing_is_passed_over() -> None:
+    paced = Paced()
+    for _ in range(10):
+        paced.step(1.0)
+    assert not paced.step(30.0, make=torch.zeros_like)
+    assert not paced.step(30.0, make=lambda grad: None)
+    assert not paced.step(30.0, make=lambda grad: grad.t().contiguous().t())  # not where the weight's elements are
+    assert not paced.step(1.0, make=lambda grad: grad.where(torch.rand(grad.shape) < 0.7, 0.0))
+    assert paced.step(30.0, make=lambda grad: grad.where(torch.rand(grad.shape) < 0.7, 0.0))
+
+
+def test_gradients_that_cannot_be_read_here_are_not_asked_for() -> None:
+    few = [nn.Parameter(torch.randn(4, 4)) for _ in range(20)]
+    strided = [nn.Parameter(torch.randn(50, 128)[:, ::2]) for _ in range(20)]
+    assert GradientPace.of(few, random.Random(0)) is None
+    assert GradientPace.of(strided, random.Random(0)) is None
+    assert GradientPace.of([nn.Parameter(torch.randn(SHAPE).double()) for _ in range(12)], random.Random(0)) is None
 
 
 def test_tensors_of_other_sizes_are_each_taken_by_their_own() -> None:
@@ -100,3 +132,20 @@ def test_only_what_a_gradient_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> 
                 p.grad, p.data = None, p.data[:64].clone()
         paced.step(1.0)
     assert ends == [8] * 12 + [4] * 8
+
+
+def test_a_shorter_tensor_in_anothers_place_is_not_read_beyond_its_end() -> None:
+    """Rows taken away in mid-window: it lies in memory as the longer one did, but for its end."""
+    paced = Paced()
+    members = paced.params
+    blocks = HostBlocks.of([Sampler(p.detach(), 256, 2) for p in members], [p.detach() for p in members])
+    assert blocks is not None
+    for _ in range(10):
+        paced.step(1.0)
+    places = blocks.places(0, 1 << 31)
+    assert blocks.read([p.detach() for p in members], places) is not None
+    for p in members:
+        p.grad, p.data = None, p.data[:10].clone()
+    usual = dict(paced.pace._usual)
+    assert not paced.step(30.0) and paced.pace._usual == usual
+    assert blocks.read([p.detach() for p in members], places) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import update_watch as uw
-from update_watch.measure.cohort import Cohort, Snapshot
+from tests.measure.samples.sgd_training import SgdTraining
+from update_watch.measure.cohort import Cohort
 from update_watch.measure.device import turns
 from update_watch.measure.device.gradient_pace import GradientPace
-from update_watch.measure.device.host_memory import HostBlocks
 from update_watch.measure.device.panels import Plan
-from update_watch.measure.sampling import Sampler
 from update_watch.measure.step_order import Roster
 from update_watch.measure.sums.layout import COUNT
 from update_watch.measure.sums.missed_steps import missed_steps
@@ -29,49 +27,6 @@ from update_watch.measure.window_evidence import CohortWindow
 
 def params(dtype: torch.dtype, count: int = 12, shape: tuple[int, ...] = (50, 64)) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape).to(dtype)) for _ in range(count)]
-
-
-def unlike(
-    pace: GradientPace, members: list[nn.Parameter], size: float, make: Callable[[Tensor], Any] = Tensor.clone
-) -> bool:
-    for p in members:
-        p.grad = make((torch.randn(p.shape) * 1e-3 * size).to(p.dtype))
-    return pace.is_unlike()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_gradients_of_another_size_are_seen(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    members = params(dtype)
-    pace = GradientPace.of(members, random.Random(0))
-    assert pace is not None
-    seen = [unlike(pace, members, 30.0 if step in (20, 40, 41) else 1.0) for step in range(60)]
-    # in the first ones nobody knows what is usual
-    assert [step for step, is_unlike in enumerate(seen) if is_unlike] == [*range(8), 20, 40, 41]
-
-
-def test_what_says_nothing_is_passed_over() -> None:
-    torch.manual_seed(0)
-    members = params(torch.bfloat16)
-    pace = GradientPace.of(members, random.Random(0))
-    assert pace is not None
-    for _ in range(10):
-        unlike(pace, members, 1.0)
-    assert not unlike(pace, members, 30.0, torch.zeros_like)
-    assert not unlike(pace, members, 30.0, lambda grad: None)
-    assert not unlike(
-        pace, members, 30.0, lambda grad: grad.t().contiguous().t()
-    )  # not where the weight's elements are
-    assert not unlike(pace, members, 1.0, lambda grad: grad.where(torch.rand(grad.shape) < 0.7, 0.0))
-    assert unlike(pace, members, 30.0, lambda grad: grad.where(torch.rand(grad.shape) < 0.7, 0.0))
-
-
-def test_gradients_that_cannot_be_read_here_are_not_asked_for() -> None:
-    few = [nn.Parameter(torch.randn(4, 4)) for _ in range(20)]
-    strided = [nn.Parameter(torch.randn(50, 128)[:, ::2]) for _ in range(20)]
-    assert GradientPace.of(few, random.Random(0)) is None
-    assert GradientPace.of(strided, random.Random(0)) is None
-    assert GradientPace.of(params(torch.float64), random.Random(0)) is None
 
 
 def test_each_comes_once_in_a_cycle() -> None:
@@ -101,6 +56,13 @@ def test_halves_are_fair_parts(count: int) -> None:
             assert abs(own[0] - own[1]) <= 1, (period, shape, own)
 
 
+def measured(parts: int, has_asked: bool = False) -> Steps:
+    """At a learning rate of 1."""
+    ones = np.ones((parts, 1))
+    of_row = ones[0], np.ones(1, bool)
+    return Steps(ones, ones, ones, of_row[0], np.ones(parts), of_row[1], of_row[1], of_row[0], has_asked)
+
+
 def test_steps_between_two_looks_are_between_them() -> None:
     plan, rates = object.__new__(Plan), iter([1.0, 4.0, 9.0, 16.0])
     first, second = (object.__new__(Cohort) for _ in "ab")
@@ -113,11 +75,10 @@ def test_steps_between_two_looks_are_between_them() -> None:
     plan._tell(second)
     plan._between = [next(rates)]
     plan._tell(None)  # the window is closed: what comes after the last look is like it
-    ones = np.ones(1)
-    told = first.looks_told.told(1, 1, False, ones)
+    told = first.looks_told.told(1, 1, measured(1))
     assert told.held_P == pytest.approx([1 + 2 / 3 + 1 / 3]) and list(told.alone_P) == [1]
     assert told.growth_P * told.held_P == pytest.approx([1 + 2 / 3 * 4 + 1 / 3 * 9])
-    other = second.looks_told.told(1, 1, True, np.ones(2))
+    other = second.looks_told.told(1, 1, measured(2, has_asked=True))
     assert other.held_P == pytest.approx([1 / 3 + 2 / 3 + 1, 0]) and other.has_asked
     assert other.growth_P * other.held_P == pytest.approx([1 / 3 * 4 + 2 / 3 * 9 + 16, 0])
 
@@ -135,12 +96,12 @@ def test_a_step_that_was_asked_for_or_wanted_nothing_tells_of_no_other() -> None
     plan._rate_now = lambda: next(rate)  # type: ignore[method-assign]
     plan._pace = SimpleNamespace(is_unlike=lambda: next(asked))  # type: ignore[assignment]
     plan.roster = SimpleNamespace(next=lambda *given: (next(turn), 0))  # type: ignore[assignment]
-    measured = [plan.next(1, False)[::2] for _ in range(7)]
-    assert measured == [
+    looks = [plan.next(1, False)[::2] for _ in range(7)]
+    assert looks == [
         *[((first,), False), ((), False), ((), False), ([first, second], True)],
         *[((second,), False), ((), False), ((second,), False)],
     ]
-    told = [cohort.looks_told.told(count, 1, False, np.ones(count)) for cohort, count in ((first, 1), (second, 2))]
+    told = [cohort.looks_told.told(count, 1, measured(count)) for cohort, count in ((first, 1), (second, 2))]
     assert [one.held_P.tolist() for one in told] == [pytest.approx([1.5]), pytest.approx([0, 1.5])]
 
 
@@ -187,68 +148,41 @@ def test_a_step_that_was_asked_for_stands_for_no_other(size: float) -> None:
         assert missed.steps_P[:3].sum() == pytest.approx(50 - 8) and missed.energy_P[:3] == pytest.approx(42 / 3)
 
 
-class Training:
-    """40 tensors under plain SGD, whose loss is 30 times as large in some steps; what all steps did is added up."""
+class Training(SgdTraining):
+    """Whose loss is 30 times as large in some steps."""
 
     def __init__(self, spikes: set[int]) -> None:
-        torch.manual_seed(0)
-        self.params = params(torch.bfloat16, 40, (48, 32))
-        self.optimizer, self.spikes = torch.optim.SGD(self.params, lr=1.0), spikes
-        self.named = [(f"layers.{i}.weight", p) for i, p in enumerate(self.params)]
-        self.dot, self.want = torch.zeros(2, 40, dtype=torch.float64)
-        self.steps = 0
+        super().__init__()
+        self._spikes, self._steps = spikes, 0
 
-    def step(self) -> None:
-        size = 30.0 if self.steps in self.spikes else 1.0
-        for p in self.params:
-            p.grad = (torch.randn(p.shape) * 2e-4 * size).bfloat16()
-        before = [p.detach().double() for p in self.params]
-        self.optimizer.step()
-        for i, (p, old) in enumerate(zip(self.params, before, strict=True)):
-            assert p.grad is not None
-            intended = -p.grad.double()
-            self.dot[i] += ((p.detach().double() - old) * intended).sum()
-            self.want[i] += intended.square().sum()
-        self.steps += 1
+    def next_step(self) -> None:
+        self.step(30.0 if self._steps in self._spikes else 1.0)
+        self._steps += 1
 
     def true(self) -> Tensor:
-        found = self.dot / self.want
-        self.dot.zero_(), self.want.zero_()
+        found = self.sums[0] / self.sums[1]
+        self.sums.zero_()
         return found
 
 
 @pytest.mark.parametrize("asks", [True, False])
 @pytest.mark.parametrize("window", [64, 256])
-def test_a_loss_spike_is_seen_of_all_tensors(window: int, asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_spike_is_seen_of_all_tensors(
+    window: int, asks: bool, rows_read: list[int], last_closed: list[CohortWindow], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also in windows of more looks than parts. Twin: where nobody asks, half of the tensors or more are told wrong."""
     if not asks:
         monkeypatch.setattr(GradientPace, "is_unlike", lambda pace: False)
-    seen: list[int] = []
-    before = Cohort.before
-
-    def counted(cohort: Cohort, group: int, is_asked: bool = False) -> Snapshot:
-        seen.append(len(cohort.rows))
-        return before(cohort, group, is_asked)
-
-    monkeypatch.setattr(Cohort, "before", counted)
     training, found = Training({window + 21, window + 22, window + 50}), []
-    told: list[CohortWindow] = []
-    close = Plan.close_window
-
-    def closed(plan: Plan, *args: Any) -> list[CohortWindow]:
-        told[:] = close(plan, *args)
-        return told
-
-    monkeypatch.setattr(Plan, "close_window", closed)
     with uw.watch(training.named, training.optimizer, window=window, budget=None, sinks=[found.append]) as watch:
         for _ in range(window):
-            training.step()
+            training.next_step()
         training.true()
         watch._judge.wait()
         for t in range(window):
-            seen.clear()
-            training.step()
-            assert not asks or sum(seen) == 40 or t not in (21, 22, 50)
+            rows_read.clear()
+            training.next_step()
+            assert not asks or sum(rows_read) == 40 or t not in (21, 22, 50)
         true = training.true()
         watch.flush()
     off = [
@@ -264,29 +198,22 @@ def test_a_loss_spike_is_seen_of_all_tensors(window: int, asks: bool, monkeypatc
         return
     assert max(off) < 0.06 and sum(off) / 40 < 0.02 and sum(sure) >= 38
     # every step is one that a cohort was measured in, or that others tell it of
-    cohorts = [(one.steps, one.told()) for one in told if one.told is not None]
+    cohorts = [(one.steps, one.told(one.steps)) for one in last_closed if one.told is not None]
     held = sum(one.held_P.sum() for _, one in cohorts)
     for k, (steps, _) in enumerate(cohorts):
         alone = sum(one.alone_P.sum() for j, (_, one) in enumerate(cohorts) if j != k)
         assert steps.measured_n == pytest.approx(window - held - alone)
 
 
-def test_what_was_asked_for_is_in_a_part_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_asked_for_is_in_a_part_of_its_own(last_closed: list[CohortWindow]) -> None:
     """In a window of more looks than parts, where two become one while such a step waits beside the others."""
-    training, found = Training(set(range(10, 256, 3))), []
-    close = Plan.close_window
-
-    def closed(plan: Plan, *args: Any) -> list[CohortWindow]:
-        found.extend(close(plan, *args))
-        return found[-2:]
-
-    monkeypatch.setattr(Plan, "close_window", closed)
+    training = Training(set(range(10, 256, 3)))
     with uw.watch(training.named, training.optimizer, window=256, budget=None) as watch:
         for _ in range(256):
-            training.step()
+            training.next_step()
         watch.flush()
-    assert len(found) == 2
-    for cohort in found:
+    assert len(last_closed) == 2
+    for cohort in last_closed:
         steps = cohort.steps
         samples_Pn = cohort.of_all.sums.parts_PFn[: len(steps.parts_Pn), COUNT, cohort.place]
         assert steps.has_asked and steps.parts_Pn[0].min() > 1  # two have become one
@@ -298,7 +225,7 @@ def test_gradients_and_update_ratio_are_means_over_all_steps() -> None:
     training, found = Training({128 + 40}), []
     with uw.watch(training.named, training.optimizer, window=128, budget=None, sinks=[found.append]) as watch:
         for _ in range(256):
-            training.step()
+            training.next_step()
         watch.flush()
     true = 2e-4 * ((127 + 900) / 128) ** 0.5
     for kind in ("gradient_rms", "update_ratio"):
@@ -322,21 +249,3 @@ def test_a_rule_that_cannot_wait_is_replayed_of_each_half_by_itself() -> None:
         watch.flush()
     efficiencies = [t.efficiency for t in found[0].tensors]
     assert all(e is not None and 0.4 < e < 1.1 for e in efficiencies), efficiencies
-
-
-def test_a_shorter_tensor_in_anothers_place_is_not_read_beyond_its_end() -> None:
-    """Rows taken away in mid-window: it lies in memory as the longer one did, but for its end."""
-    torch.manual_seed(0)
-    members = params(torch.bfloat16)
-    pace = GradientPace.of(members, random.Random(0))
-    blocks = HostBlocks.of([Sampler(p.detach(), 256, 2) for p in members], [p.detach() for p in members])
-    assert pace is not None and blocks is not None
-    for _ in range(10):
-        unlike(pace, members, 1.0)
-    places = blocks.places(0, 1 << 31)
-    assert blocks.read([p.detach() for p in members], places) is not None
-    for p in members:
-        p.grad, p.data = None, p.data[:10].clone()
-    usual = dict(pace._usual)
-    assert not unlike(pace, members, 30.0) and pace._usual == usual
-    assert blocks.read([p.detach() for p in members], places) is None

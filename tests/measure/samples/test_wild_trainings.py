@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import update_watch as uw
-from update_watch.measure.cohort import Cohort
+from tests.measure.samples.sgd_training import SgdTraining
 from update_watch.measure.device.gradient_pace import GradientPace
 from update_watch.measure.device.panels import Plan
 from update_watch.measure.sums.step_sizes import Sizes, aligned
@@ -27,52 +27,24 @@ class Trained:
     def __init__(
         self, size: Sized, rate: Sized = lambda step: 1.0, window: int = WINDOW, windows: int = 2, seed: int = 0
     ) -> None:
-        torch.manual_seed(seed)
-        self._params = [nn.Parameter((torch.randn(48, 32) * 0.5).bfloat16()) for _ in range(40)]
-        self._optimizer = torch.optim.SGD(self._params, lr=1.0)
-        self._sums = torch.zeros(3, 40, dtype=torch.float64)
-        named, found = [(f"layers.{i}.weight", p) for i, p in enumerate(self._params)], list[uw.Report]()
-        self._group = self._optimizer.param_groups[0]
-        with uw.watch(named, self._optimizer, window=window, budget=None, seed=seed, sinks=[found.append]) as watch:
+        training, found = SgdTraining(0.5, seed), list[uw.Report]()
+        group = training.optimizer.param_groups[0]
+        settings: dict[str, Any] = {"window": window, "budget": None, "seed": seed, "sinks": [found.append]}
+        with uw.watch(training.named, training.optimizer, **settings) as watch:
             for step in range(window * windows):
                 if step % window == 0:
-                    self._sums.zero_()
+                    training.sums.zero_()
                     watch._judge.wait()
-                self._group["lr"] = rate(step)
-                self._step(size(step))
+                group["lr"] = rate(step)
+                training.step(size(step))
             watch.flush()
         self.said = found[-1].tensors
-        self.efficiency = self._sums[0] / self._sums[1]
-        self.ratio = (self._sums[1] / self._sums[2]).sqrt()
-
-    def _step(self, size: float) -> None:
-        for p in self._params:
-            p.grad = (torch.randn(p.shape) * 2e-4 * size).bfloat16()
-        before = [p.detach().double() for p in self._params]
-        self._optimizer.step()
-        for i, (p, old) in enumerate(zip(self._params, before, strict=True)):
-            assert p.grad is not None
-            intended = -self._group["lr"] * p.grad.double()
-            self._sums[:, i] += torch.stack(
-                [((p.detach().double() - old) * intended).sum(), intended.square().sum(), old.square().sum()]
-            )
+        dot, want, before = training.sums
+        self.efficiency, self.ratio = dot / want, (want / before).sqrt()
 
     def off(self, kind: str, true: Tensor) -> Tensor:
         """[40]"""
         return torch.tensor([getattr(tensor, kind) for tensor in self.said], dtype=torch.float64) - true
-
-
-@pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many each look reads."""
-    found, before = list[int](), Cohort.before
-
-    def counted(cohort: Cohort, *args: Any) -> Any:
-        found.append(len(cohort.rows))
-        return before(cohort, *args)
-
-    monkeypatch.setattr(Cohort, "before", counted)
-    return found
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -121,10 +93,10 @@ def test_sizes_are_compared_in_common_steps_or_in_neighbouring_ones() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_what_alternates_is_asked_for_seldom_and_told_right(seed: int, rows: list[int]) -> None:
+def test_what_alternates_is_asked_for_seldom_and_told_right(seed: int, rows_read: list[int]) -> None:
     """4 times as large in odd steps, some of which were asked for: the even ones beside a look at another odd one are small."""
     trained = Trained(lambda step: 4.0 if step % 2 else 1.0, windows=3, seed=seed)
-    assert sum(rows) / (3 * WINDOW) < 1.6 * 40 / 5
+    assert sum(rows_read) / (3 * WINDOW) < 1.6 * 40 / 5
     off, ratio_off = trained.off("efficiency", trained.efficiency), trained.off("update_ratio", trained.ratio)
     assert float(off.abs().mean()) < 0.06
     assert float((ratio_off / trained.ratio).abs().max()) < 0.35
@@ -132,10 +104,10 @@ def test_what_alternates_is_asked_for_seldom_and_told_right(seed: int, rows: lis
 
 @pytest.mark.parametrize(("window", "is_asked"), [(4, False), (19, False), (20, True)])
 def test_in_short_windows_a_fifth_is_looked_at_in_every_step(
-    window: int, is_asked: bool, rows: list[int], monkeypatch: pytest.MonkeyPatch
+    window: int, is_asked: bool, rows_read: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, of = list[int](), GradientPace.of
     monkeypatch.setattr(GradientPace, "of", lambda *args: made.append(1) or of(*args))
     Trained(lambda step: 1.0, window=window, windows=2)
-    assert bool(made) == is_asked and set(rows) == ({20} if is_asked else {8})
-    assert is_asked or len(rows) == 2 * window
+    assert bool(made) == is_asked and set(rows_read) == ({20} if is_asked else {8})
+    assert is_asked or len(rows_read) == 2 * window

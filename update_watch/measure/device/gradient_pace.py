@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from update_watch.measure.device import host_memory
-from update_watch.measure.sampling import local
+from update_watch.measure.sampling import is_dense, local
 
 _TENSORS, _RUNS, _RUN = 8, 8, 4  # elements are read in runs of neighbours
 _FIRST = 8  # steps until it is known what is usual
@@ -64,7 +64,12 @@ class GradientPace:
         alike: dict[torch.dtype, list[Tensor]] = {}
         for param in params:
             shard = local(param)
-            if shard.dtype in _FORMATS and host_memory.can_read(shard) and _fills(shard):
+            if (
+                shard.dtype in _FORMATS
+                and host_memory.can_read(shard)
+                and shard.numel() >= _RUNS * _RUN
+                and is_dense(shard)
+            ):
                 alike.setdefault(shard.dtype, []).append(param)
         able = max(alike.values(), key=len, default=[])
         count = min(len(able), _TENSORS)
@@ -111,11 +116,3 @@ class GradientPace:
             return False
         self._unlike += _RISE + _FALL
         return True
-
-
-def _fills(shard: Tensor) -> bool:
-    """Whether all that lies between a tensor's first and last element is its own."""
-    if shard.numel() < _RUNS * _RUN:
-        return False
-    reach = 1 + sum((size - 1) * step for size, step in zip(shard.shape, shard.stride(), strict=True))
-    return reach == shard.numel()

@@ -144,13 +144,11 @@ class Plan:
         """Who is measured now, after steps in which nobody was: what those had is between what the last one and this one have.
         None: the window is closed."""
         for i, squared_rate in enumerate(self._between, 1):
-            share = i / (len(self._between) + 1) if self._last is not None else 1.0
-            if cohort is None:
-                share = 0.0
-            else:
-                cohort.looks_told.hold(squared_rate, share)
+            share = i / (len(self._between) + 1)
             if self._last is not None:
-                self._last.looks_told.hold(squared_rate, 1 - share)
+                self._last.looks_told.hold(squared_rate, 1.0 if cohort is None else 1 - share)
+            if cohort is not None:
+                cohort.looks_told.hold(squared_rate, 1.0 if self._last is None else share)
         self._between, self._last = [], cohort
 
     def after(self, measured: Sequence[Measured], steps: int) -> None:

@@ -33,9 +33,8 @@ _ROUNDINGS = 4 / 12 * ELEMENTS  # times the square of a gap: of both ends, and o
 _HIDDEN = 0.1  # as the former, from which on the gaps of a format hide whether they are
 _WHOLE = 0.95  # of the elements that steps moved: who writes so many of them leaves none alone,
 _PUT_BACK = 0.5  # and puts them back, where so many are to the bit what they were,
-_BY_CHANCE = (
-    1 / 4
-)  # of those it puts elsewhere: so many are moved further than the steps had moved them where it rounds at random,
+# of those it puts elsewhere: so many are moved further than the steps had moved them where it rounds at random,
+_BY_CHANCE = 1 / 4
 _ON_AVERAGE = 0.5  # and so much may be left of what is applied to all tensors that are rounded, within two errors
 _OVER = 2  # times the usual steps between two writes: none comes any more
 _PLACE = {name: i for i, name in enumerate(COLUMNS)}

@@ -100,7 +100,7 @@ def missed_steps(
 def _held(of: Sizes, sizes: tuple[Array, Array], told: Told) -> tuple[Array, Array, Array]:
     """[P] sizes, what is usual, and how many they are, of the steps beside each part's looks in which nobody was looked at."""
     size_P, usual_P = sizes
-    # of a part of several looks it was another one that was so large: after such a step the next one is looked at too
+    # of a part of several looks it was one that was so large, and the steps beside the others were not
     is_mixed = (of.count_P > 1) & (size_P > ALIKE * usual_P)
     return np.where(is_mixed, usual_P, size_P) * told.growth_P, usual_P * told.growth_P, told.held_P
 

@@ -211,19 +211,19 @@ def _held(known: Sequence[Sizes], told: Sequence[Told], squared_rates: Sequence[
 
     What looks differ by within `ALIKE` is the noise of single steps: those beside them have the mean of all such looks.
     """
-    rates = [np.where(rate_P > 0, rate_P, 1.0) for rate_P in squared_rates]
-    every = [(of.size_P / rate_P, one.alone_P) for of, one, rate_P in zip(known, told, rates, strict=True)]
-    size_J, count_J = (np.concatenate(each) for each in zip(*every, strict=True))
-    looked = size_J[(size_J > 0) & (count_J > 0)]
+    rate_J, alone_J, growth_J, held_J = (
+        np.concatenate(each)
+        for each in (squared_rates, *zip(*[(one.alone_P, one.growth_P, one.held_P) for one in told], strict=True))
+    )
+    rate_J = np.where(rate_J > 0, rate_J, 1.0)
+    size_J = np.concatenate([of.size_P for of in known]) / rate_J
+    looked = size_J[(size_J > 0) & (alone_J > 0)]
     usual = float(np.median(looked)) if len(looked) else 0.0
     is_usual_J = (size_J < ALIKE * usual) & (size_J > usual / ALIKE)
-    mean = float((size_J * count_J)[is_usual_J].sum() / max(count_J[is_usual_J].sum(), 1e-300))
-    found = []
-    for of, one, rate_P in zip(known, told, rates, strict=True):
-        size_P = of.size_P / rate_P
-        is_usual_P = (size_P < ALIKE * usual) & (size_P > usual / ALIKE)
-        found.append((np.where(is_usual_P, mean, size_P) * rate_P * one.growth_P, one.held_P))
-    return found
+    mean = float((size_J * alone_J)[is_usual_J].sum() / max(alone_J[is_usual_J].sum(), 1e-300))
+    held_size_J = np.where(is_usual_J, mean, size_J) * rate_J * growth_J
+    cohorts = _side_by_side([len(of.size_P) for of in known])
+    return [(held_size_J[own], held_J[own]) for own in cohorts]
 
 
 def _median(values: Array, axis: int) -> Array:

@@ -20,9 +20,8 @@ class Told(NamedTuple):
     """What the looks of a cohort tell of steps that others of its optimizer sat out, by part."""
 
     alone_P: Array  # its looks at steps in which none of the others was looked at
-    held_P: (
-        Array  # steps beside its looks in which nobody was: between two looks updates go from one's size to the other's
-    )
+    # steps beside its looks in which nobody was: between two looks updates go from the size of one to that of the other
+    held_P: Array
     growth_P: Array  # by how much |intended|^2 is larger in those, by the learning rate
     has_asked: bool = False  # the last part is of steps measured for what they are: it stands for no others
 
@@ -36,30 +35,30 @@ class Looks:
     """Those at a cohort in the open window, in the order of time; all but those that were asked for."""
 
     def __init__(self) -> None:
-        self._looks: list[list[float]] = []  # of each: 1, at nobody else; steps held, squares of their learning rates
+        self._held: list[list[float]] = []  # of each look: steps beside it, and squares of their learning rates
 
     def add(self) -> None:
         """One more, at nobody else."""
-        self._looks.append([1.0, 0.0, 0.0])
+        self._held.append([0.0, 0.0])
 
-    def hold(self, squared_rate: float, share: float = 1.0) -> None:
-        """A step beside the last one, in which nobody is looked at, or a share of it."""
-        last = self._looks[-1]
-        last[1] += share
-        last[2] += share * squared_rate
+    def hold(self, squared_rate: float, share: float) -> None:
+        """A share of a step beside the last one, in which nobody is looked at."""
+        last = self._held[-1]
+        last[0] += share
+        last[1] += share * squared_rate
 
-    def told(self, count: int, per_part: int, has_asked: bool, squared_rates_P: Array) -> Told:
-        """By part, of so many looks each; `count`: looks that are in the sums. `has_asked`: the last part is of such, of which all
-        were measured."""
-        parts = len(squared_rates_P) - has_asked
+    def told(self, count: int, per_part: int, steps: Steps) -> Told:
+        """By part, of so many looks each. `count`: looks that are in the sums; `steps`: that were measured."""
+        rates_P, parts = steps.squared_rates_P, len(steps.squared_rates_P) - steps.has_asked
         looks_L3 = np.zeros((parts * per_part, 3))
-        looks_L3[:count] = np.array(self._looks[:count]).reshape(-1, 3)
-        looks_P3 = np.zeros((parts + has_asked, 3))
+        looks_L3[:count, 0] = 1
+        looks_L3[:count, 1:] = np.array(self._held[:count]).reshape(-1, 2)
+        looks_P3 = np.zeros((len(rates_P), 3))
         looks_P3[:parts] = looks_L3.reshape(-1, per_part, 3).sum(1)
         alone_P, held_P, squares_P = looks_P3.T
-        has_rate_P = (held_P > 0) & (squared_rates_P > 0)
-        growth_P = squares_P / np.where(has_rate_P, held_P * squared_rates_P, 1.0)
-        return Told(alone_P, held_P, np.where(has_rate_P, growth_P, 1.0), has_asked)
+        has_rate_P = (held_P > 0) & (rates_P > 0)
+        growth_P = squares_P / np.where(has_rate_P, held_P * rates_P, 1.0)
+        return Told(alone_P, held_P, np.where(has_rate_P, growth_P, 1.0), steps.has_asked)
 
 
 @dataclasses.dataclass(frozen=True)
